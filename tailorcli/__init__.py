@@ -1,0 +1,48 @@
+"""Fine-tune a large model, then get back what it forgot: Model Tailor (ICML 2024) from the shell.
+
+The public names below are loaded when they are first used, so that ``import tailorcli`` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "calibrate_model": "tailorcli.calibrate",
+    "CalibrateReport": "tailorcli.calibrate",
+    "score_checkpoint": "tailorcli.patch",
+    "patch_checkpoint": "tailorcli.patch",
+    "plan_patch": "tailorcli.patch",
+    "PatchReport": "tailorcli.report",
+    "inspect_path": "tailorcli.inspection",
+    "Checkpoint": "tailorcli.checkpoint",
+    "Stats": "tailorcli.stats",
+    "CalibrateOptions": "tailorcli.options",
+    "PatchOptions": "tailorcli.options",
+    "TailorError": "tailorcli.errors",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from tailorcli.calibrate import CalibrateReport, calibrate_model
+    from tailorcli.checkpoint import Checkpoint
+    from tailorcli.errors import TailorError
+    from tailorcli.inspection import inspect_path
+    from tailorcli.options import CalibrateOptions, PatchOptions
+    from tailorcli.patch import patch_checkpoint, plan_patch, score_checkpoint
+    from tailorcli.report import PatchReport
+    from tailorcli.stats import Stats
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,262 @@
+"""Run the fine-tuned model over calibration data and store a Hessian for every parameter that has one.
+
+transformers is imported only here and in the evaluation.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from tailorcli import __version__
+from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint, read_json
+from tailorcli.data import Samples, draw_samples, make_batches
+from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
+from tailorcli.errors import CheckpointError, DataError, OptionsError
+from tailorcli.options import CalibrateOptions
+from tailorcli.plan import matches
+from tailorcli.stats import HESSIANS, HessianInfo, TensorStats, prepare_folder, write_stats
+
+if TYPE_CHECKING:
+    import torch
+
+    from tailorcli.collect import Layer
+
+_TRIAL_TOKENS = 8  # a short run that finds out which layers share their inputs
+
+
+@dataclass(frozen=True)
+class CalibrateReport:
+    """What a calibration gathered; ``uncalibrated`` maps a tensor's name to the reason."""
+
+    output: str
+    samples: int
+    tokens: int
+    hessians: int
+    calibrated: int
+    uncalibrated: dict[str, str]
+    bytes: int
+    seconds: float
+    stages: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for ``--json``."""
+        return asdict(self)
+
+
+def calibrate_model(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    options: CalibrateOptions = CalibrateOptions(),
+    progress: bool = False,
+) -> CalibrateReport:
+    """Run the checkpoint ``model`` over samples of ``data`` and write the statistics folder ``output``.
+
+    One Hessian H = (2/N) sum x x^T per distinct layer input, over N tokens that are not padding. ``model`` is
+    the *fine-tuned* checkpoint: its layer inputs on the new task are what Eq. 5 compares. Raises TailorError.
+    """
+    started = perf_counter()
+    folder = Path(output)
+    with Checkpoint.open(model) as checkpoint:
+        device = resolve_device(options.device)
+        prepare_folder(folder, options.overwrite)
+        timer = StageTimer(device)
+        samples = draw_samples(Path(data), _load_tokenizer(checkpoint.path, options), options)
+        with timer.stage("load"), _quiet_transformers():
+            network = _load_model(checkpoint.path, options).to(device).eval()
+        with exact_float32(), device_errors():
+            tensors, hessians = _collect(network, checkpoint, samples, options, device, timer, progress)
+        dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
+        del network
+        facts = {
+            "model": {"path": str(checkpoint.path), "fingerprint": checkpoint.fingerprint(), "run_in": dtype},
+            "data": samples.facts,
+            "options": options.to_dict() | {"overwrite": False},
+            "versions": _versions(),
+        }
+        with timer.stage("write"):
+            write_stats(folder, hessians, tensors, facts)
+    uncalibrated = {name: entry.reason for name, entry in tensors.items() if entry.hessian is None}
+    return CalibrateReport(
+        output=str(folder),
+        samples=len(samples.token_ids),
+        tokens=samples.num_tokens,
+        hessians=len(hessians),
+        calibrated=len(tensors) - len(uncalibrated),
+        uncalibrated=uncalibrated,
+        bytes=(folder / HESSIANS).stat().st_size,
+        seconds=perf_counter() - started,
+        stages=dict(timer.seconds),
+    )
+
+
+def _collect(
+    network: Any,
+    checkpoint: Checkpoint,
+    samples: Samples,
+    options: CalibrateOptions,
+    device: torch.device,
+    timer: StageTimer,
+    progress: bool,
+) -> tuple[dict[str, TensorStats], list[tuple[str, HessianInfo, torch.Tensor]]]:
+    """Run all samples; every checkpoint tensor's entry, and the packed Hessians."""
+    import torch
+    from tqdm import tqdm
+
+    from tailorcli.collect import BIAS_HESSIAN, Collector, find_layers
+    from tailorcli.names import map_names
+
+    layers, others = find_layers(network)
+    names = map_names(checkpoint, network)  # checkpoint name -> name in the model, or a reason
+    parameter_of = {tensor: found for tensor, (found, _) in names.items() if found}
+    chosen = {
+        parameter
+        for tensor, parameter in parameter_of.items()
+        if matches(tensor, options.include, options.exclude)
+        and checkpoint.tensors[tensor].dtype in PATCHABLE_DTYPES
+    }
+    wanted = [layer for layer in layers.values() if layer.name in chosen or _bias(layer) in chosen]
+    if not wanted:
+        raise OptionsError("no tensor of this model can be calibrated", "check --include and --exclude")
+    _check_ids(samples, network)
+    collector = Collector(network, wanted, device, timer)
+    longest = max(samples.token_ids, key=len)[:_TRIAL_TOKENS]
+    collector.discover(torch.tensor([longest], device=device))
+    collector.allocate()
+    bar = tqdm(total=samples.num_tokens, desc="calibrating", unit="tok", unit_scale=True, disable=not progress)
+    with bar, timer.stage("run"):
+        for ids, mask in make_batches(samples.token_ids, options.batch_size):
+            padded = any(0 in row for row in mask)
+            collector.run(
+                torch.tensor(ids, device=device), torch.tensor(mask, device=device) if padded else None
+            )
+            bar.update(sum(map(sum, mask)))
+    with timer.stage("pack"):
+        hessians = collector.results()
+    entries = {}
+    for tensor in checkpoint.tensors:
+        parameter, reason = names[tensor]
+        if not matches(tensor, options.include, options.exclude):
+            reason = "not chosen by --include and --exclude at calibration"
+        elif checkpoint.tensors[tensor].dtype not in PATCHABLE_DTYPES:
+            reason = f"{checkpoint.tensors[tensor].dtype} is no floating-point dtype that can be patched"
+        entries[tensor] = TensorStats(None, reason=reason) if reason else _entry(parameter, layers, others)
+    if any(entry.hessian == BIAS_HESSIAN for entry in entries.values()):
+        hessians.append((BIAS_HESSIAN, HessianInfo(1, "diagonal", samples.num_tokens, 2.0), torch.tensor([2.0])))
+    return entries, hessians
+
+
+def _entry(parameter: str, layers: dict[str, Layer], others: dict[str, str]) -> TensorStats:
+    """The manifest's entry for a parameter of the model."""
+    from tailorcli.collect import BIAS_HESSIAN, stats_of
+
+    if parameter in layers:
+        return stats_of(layers[parameter])
+    weight = layers.get(parameter.removesuffix("bias") + "weight") if parameter.endswith("bias") else None
+    if weight is not None:
+        hessian = BIAS_HESSIAN if weight.group else None
+        return TensorStats(hessian, "bias", reason=weight.reason)
+    return TensorStats(None, reason=others.get(parameter, "it is a buffer, no parameter"))
+
+
+def _bias(layer: Layer) -> str:
+    return layer.name.removesuffix("weight") + "bias"
+
+
+def _check_ids(samples: Samples, network: Any) -> None:
+    """The tokenizer's ids fit the model's embedding: a mismatch would crash far inside the model."""
+    rows = network.get_input_embeddings().weight.shape[0]
+    highest = max(max(ids) for ids in samples.token_ids)
+    if highest >= rows:
+        raise DataError(
+            f"the tokenizer gives token id {highest}, the model has {rows} embedding rows",
+            "the model folder holds a tokenizer of another model",
+        )
+
+
+def _load_tokenizer(path: Path, options: CalibrateOptions) -> Any:
+    from transformers import AutoTokenizer
+
+    with _quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=options.trust_remote_code
+            )
+        except Exception as error:  # transformers raises whatever its parts raise
+            raise CheckpointError(
+                f"transformers cannot load a tokenizer from {path}: {_first_line(error)}",
+                "save it there: tokenizer.save_pretrained(DIR)",
+            ) from error
+
+
+def _load_model(path: Path, options: CalibrateOptions) -> Any:
+    """The model in its own class, with every weight from the checkpoint."""
+    import torch
+    import transformers
+
+    config = read_json(path / "config.json") if (path / "config.json").exists() else None
+    if config is None:
+        raise CheckpointError(f"{path} has no config.json", "pass the folder that save_pretrained wrote")
+    architectures = config.get("architectures") or [None]
+    model_class = getattr(transformers, str(architectures[0]), transformers.AutoModelForCausalLM)
+    if options.trust_remote_code and "auto_map" in config:
+        model_class = transformers.AutoModelForCausalLM
+    dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
+    try:
+        network, info = model_class.from_pretrained(
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers raises whatever its parts raise
+        hint = "pass --trust-remote-code if you trust its code" if "auto_map" in config else ""
+        raise CheckpointError(f"transformers cannot load {path}: {_first_line(error)}", hint) from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        keys = sorted(map(str, info.get(problem) or ()))
+        if keys:
+            raise CheckpointError(
+                f"{path} does not fit its config.json: {problem.replace('_', ' ')} {keys[0]} ({len(keys)} such)",
+                "a model with random weights in it would give meaningless statistics; save the checkpoint again",
+            )
+    return network
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no warnings of transformers between ours; its settings come back after."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    return {
+        "tailorcli": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

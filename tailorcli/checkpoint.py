@@ -1,0 +1,313 @@
+"""Safetensors checkpoints: open by their headers, read tensor by tensor, fingerprint.
+
+Files are read with ``pread`` into fresh buffers rather than mapped, so that resident memory is what is in use
+and not what the kernel has cached. Nothing here unpickles anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from tailorcli.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# Bits of one element, and the torch dtype of the same layout where there is one.
+_DTYPES: dict[str, tuple[int, str | None]] = {
+    "BOOL": (8, "bool"),
+    "U8": (8, "uint8"),
+    "I8": (8, "int8"),
+    "U16": (16, "uint16"),
+    "I16": (16, "int16"),
+    "U32": (32, "uint32"),
+    "I32": (32, "int32"),
+    "U64": (64, "uint64"),
+    "I64": (64, "int64"),
+    "F16": (16, "float16"),
+    "BF16": (16, "bfloat16"),
+    "F32": (32, "float32"),
+    "F64": (64, "float64"),
+    "C64": (64, "complex64"),
+    "F8_E4M3": (8, "float8_e4m3fn"),
+    "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E8M0": (8, None),
+    "F6_E2M3": (6, None),
+    "F6_E3M2": (6, None),
+    "F4": (4, None),
+}
+PATCHABLE_DTYPES = ("F32", "BF16", "F16", "F64")
+_MAX_HEADER = 100_000_000  # bytes; the format's own limit
+_SAMPLE_BYTES = 4096  # read at the start, the middle and the end of a tensor for its fingerprint
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: its dtype by its safetensors name, its shape, its bytes in ``file``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int  # from the start of the file
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Entries."""
+        return math.prod(self.shape)
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors and the metadata that a safetensors file declares, every claim checked against its size."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise _damaged(file, f"its header claims {length} bytes, the file has {size}")
+            text = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from error
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, "its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise _damaged(file, "its header is not a JSON object")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise _damaged(file, "its __metadata__ is not an object")
+    start = 8 + length
+    infos = [_parse_entry(file, name, entry, start) for name, entry in header.items()]
+    infos.sort(key=lambda info: (info.offset, info.nbytes))
+    position = start
+    for info in infos:
+        if info.offset != position:
+            raise _damaged(file, f"tensor {info.name!r} starts at byte {info.offset}, expected {position}")
+        position += info.nbytes
+    if position != size:
+        what = "truncated" if position > size else "longer than its header says"
+        raise _damaged(file, f"it is {what}: expected {position} bytes, got {size}")
+    return {info.name: info for info in infos}, {str(k): str(v) for k, v in metadata.items()}
+
+
+def _parse_entry(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
+    """One entry of the header, with absurd values refused."""
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if dtype not in _DTYPES:
+        raise _damaged(file, f"tensor {name!r} has the unknown dtype {dtype!r}")
+    if not _are_sizes(shape):
+        raise _damaged(file, f"tensor {name!r} has the shape {shape!r}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
+        raise _damaged(file, f"tensor {name!r} has the data_offsets {offsets!r}")
+    nbytes = offsets[1] - offsets[0]
+    expected = -(-math.prod(shape) * _DTYPES[dtype][0] // 8)
+    if nbytes != expected:
+        raise _damaged(file, f"tensor {name!r} has {nbytes} bytes, its shape and dtype need {expected}")
+    return TensorInfo(name, dtype, tuple(shape), file, start + offsets[0], nbytes)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 62 for item in value)
+
+
+def _damaged(file: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is not a sound safetensors file: {why}", "download or save it again; an unfinished copy looks so"
+    )
+
+
+class Checkpoint:
+    """A folder with ``model.safetensors``, or shards and their index, opened by headers alone.
+
+    ``tensors`` maps every name to its TensorInfo in file order; ``shards`` lists the files. Use it as a context
+    manager, or call ``close``. Reading is safe from several threads.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, TensorInfo], shards: list[Path]) -> None:
+        self.path = path
+        self.tensors = tensors
+        self.shards = shards
+        self._descriptors: dict[Path, int] = {}
+        self._fingerprint: str | None = None
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """Open the checkpoint in folder ``path``. Raises CheckpointError with what is wrong and where."""
+        folder = Path(path)
+        if not folder.is_dir():
+            kind = "a file, not a folder" if folder.exists() else "not there"
+            raise CheckpointError(f"{folder} is {kind}", "pass the folder that save_pretrained wrote")
+        if (folder / SINGLE_FILE).exists():
+            tensors, _ = read_header(folder / SINGLE_FILE)
+            return cls(folder, tensors, [folder / SINGLE_FILE])
+        if (folder / INDEX_FILE).exists():
+            return cls(folder, *_open_shards(folder))
+        raise _no_weights(folder)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype, on the CPU, in memory of its own."""
+        import torch
+
+        info = self.tensors[name]
+        torch_name = _DTYPES[info.dtype][1]
+        if torch_name is None:
+            raise CheckpointError(f"tensor {name!r} has dtype {info.dtype}, which torch cannot hold")
+        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        if info.nbytes:
+            self.read_into(info, memoryview(raw.numpy()), 0)
+        return raw.view(getattr(torch, torch_name)).view(info.shape)
+
+    def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
+        """Fill ``buffer`` with the tensor's bytes from ``start`` on."""
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self._descriptor(info.file), [buffer[done:]], info.offset + start + done)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {info.file}: {error.strerror or error}") from error
+            if count == 0:
+                raise _damaged(info.file, f"it ends inside tensor {info.name!r}")
+            done += count
+
+    def fingerprint(self) -> str:
+        """A hash over every tensor's name, dtype, shape and a sample of its bytes; the sharding does not matter.
+
+        It tells models apart (fine-tuning moves nearly every tensor) without reading all of their bytes; it is
+        no proof of equality.
+        """
+        if self._fingerprint is None:
+            digest = hashlib.blake2b(digest_size=16)
+            for name in sorted(self.tensors):
+                info = self.tensors[name]
+                digest.update(json.dumps([name, info.dtype, info.shape]).encode())
+                digest.update(self.sample_bytes(info))
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def sample_bytes(self, info: TensorInfo) -> bytes:
+        """Up to 4 KiB from the start, the middle and the end of a tensor."""
+        length = min(_SAMPLE_BYTES, info.nbytes)
+        starts = sorted({0, (info.nbytes - length) // 2, info.nbytes - length})
+        sample = bytearray()
+        for start in starts:
+            part = bytearray(length)
+            self.read_into(info, memoryview(part), start)
+            sample += part
+        return bytes(sample)
+
+    def _descriptor(self, file: Path) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(file, os.O_RDONLY)
+        return self._descriptors[file]
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _open_shards(folder: Path) -> tuple[dict[str, TensorInfo], list[Path]]:
+    """Every tensor that the index maps, from the shard that it names."""
+    index_path = folder / INDEX_FILE
+    index = read_json(index_path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index_path} has no weight_map", "save the checkpoint again")
+    tensors: dict[str, TensorInfo] = {}
+    shards: list[Path] = []
+    for file_name in dict.fromkeys(weight_map.values()):
+        relative = PurePosixPath(str(file_name))
+        if not isinstance(file_name, str) or relative.is_absolute() or ".." in relative.parts:
+            raise CheckpointError(f"{index_path} names a shard outside its folder: {file_name!r}")
+        shard = folder / relative
+        if not shard.is_file():
+            raise CheckpointError(f"{index_path} names {file_name!r}, which is missing", "download it again")
+        found, _ = read_header(shard)
+        for name, info in found.items():
+            if weight_map.get(name) != file_name:
+                raise CheckpointError(f"{shard} holds tensor {name!r}, which {INDEX_FILE} does not place there")
+        tensors.update(found)
+        shards.append(shard)
+    missing = [name for name in weight_map if name not in tensors]
+    if missing:
+        raise CheckpointError(f"{index_path} lists tensor {missing[0]!r}, which no shard holds ({len(missing)} such)")
+    return tensors, shards
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    """The error for a folder without safetensors weights, by what it holds instead."""
+    names = {entry.name for entry in folder.iterdir()}
+    if "adapter_config.json" in names:
+        return CheckpointError(
+            f"{folder} holds an adapter, not a checkpoint",
+            "merge it into its base first: PeftModel.merge_and_unload(), then save_pretrained",
+        )
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        return CheckpointError(
+            f"{folder} holds pickled weights, which are never loaded",
+            "convert once, where you trust the file: "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR, safe_serialization=True)",
+        )
+    if any(name.endswith(".part") for name in names):
+        return CheckpointError(
+            f"{folder} is an unfinished output of tailorcli", "finish it with the same command and --resume"
+        )
+    return CheckpointError(
+        f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}", "pass the folder that save_pretrained wrote"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a CheckpointError that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return value
+
+
+_WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".part"),
+    *(".safetensors.index.json", ".bin.index.json"),
+)
+_TRAINING_STATE = ("trainer_state.json", "tailor_run.json", "tailor_report.json")
+_SKIPPED_FOLDERS = ("checkpoint-", "global_step", "runs", "original", "__pycache__", ".")
+
+
+def side_files(folder: Path) -> Iterator[Path]:
+    """Config, tokenizer, templates, custom code: relative paths of what is no weight and no training state."""
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith(_SKIPPED_FOLDERS))
+        for name in sorted(files):
+            if not name.endswith(_WEIGHT_SUFFIXES) and name not in _TRAINING_STATE and not name.startswith("."):
+                yield (Path(root) / name).relative_to(folder)

@@ -1,0 +1,42 @@
+"""The mathematics of Model Tailor as pure functions on tensors: no files, no logging, no globals.
+
+Trailing comments give shapes: O output rows, I input columns, N calibration tokens. A layer computes
+``y = W x`` with W of shape (O, I); ``delta = W_tuned - W_base``; a mask is True where an entry is taken
+from the fine-tuned weights.
+"""
+
+from tailorcli.core.hessian import (
+    accumulate_,
+    accumulate_diagonal_,
+    dampen,
+    dead_channels,
+    inverse_diagonal,
+    inverse_factor,
+    pack_triangle,
+    unpack_triangle,
+)
+from tailorcli.core.scores import count_kept, fuse, minmax, salience, select_mask, sensitivity
+from tailorcli.core.solvers import Decoration, decorate_joint, decorate_sequential
+from tailorcli.core.tailor import LayerResult, tailor_layer
+
+__all__ = [
+    "Decoration",
+    "LayerResult",
+    "accumulate_",
+    "accumulate_diagonal_",
+    "count_kept",
+    "dampen",
+    "dead_channels",
+    "decorate_joint",
+    "decorate_sequential",
+    "fuse",
+    "inverse_diagonal",
+    "inverse_factor",
+    "minmax",
+    "pack_triangle",
+    "salience",
+    "select_mask",
+    "sensitivity",
+    "tailor_layer",
+    "unpack_triangle",
+]

@@ -1,0 +1,192 @@
+"""The figures of one tensor: what its mask captures and how far its outputs are from the tuned layer's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tailorcli.core.hessian import PreparedHessian
+from tailorcli.core.scores import salience, sensitivity
+from tailorcli.core.solvers import Decoration, row_chunks
+
+_CPU_CHUNK = 1 << 18  # entries of an elementwise step: a few such arrays stay in the processor's cache
+_GPU_CHUNK = 1 << 26
+_SAMPLE = 1 << 16  # entries from which quantiles are estimated
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """What the mask and the compensation of one tensor amount to; sums run over its entries.
+
+    ``error_*`` is the relative layer error ||(W - W_tuned) X||^2 / ||delta X||^2 over the calibration tokens:
+    ``before`` of the masked weights, ``after`` of the values that are stored. None without a Hessian.
+    """
+
+    numel: int
+    kept: int
+    zero_delta: int  # entries that fine-tuning did not change
+    delta_sq: float  # ||delta||^2
+    delta_sq_kept: float
+    distance_tuned: float  # sum |W_tuned - W_base|
+    distance_before: float  # sum |W_patched - W_base| before compensation (Fig. 6)
+    distance_after: float | None  # and after it
+    salience_quantiles: list[float]  # at QUANTILES, from an evenly strided sample
+    sensitivity_sum: float | None = None
+    sensitivity_kept: float | None = None
+    sensitivity_quantiles: list[float] | None = None
+    dead_channels: int | None = None
+    damping: float | None = None  # relative, as used
+    output_energy: float | None = None  # (2/N) ||delta X||^2, the denominator of the errors
+    error_before: float | None = None
+    error_after: float | None = None
+    iterations: int = 0
+    residual: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a report."""
+        return asdict(self)
+
+
+def chunk_rows(matrix: Tensor) -> Iterator[slice]:
+    """Slices of rows small enough that elementwise temporaries stay small (and in cache on a CPU)."""
+    entries = _CPU_CHUNK if matrix.device.type == "cpu" else _GPU_CHUNK
+    step = max(1, entries // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], step):
+        yield slice(start, min(start + step, matrix.shape[0]))
+
+
+def score_chunks(delta: Tensor, inverse: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, delta[rows], the part of ``inverse`` that broadcasts against it)."""
+    for rows in chunk_rows(delta):
+        yield rows, delta[rows], inverse[rows] if inverse.shape[0] == delta.shape[0] > 1 else inverse
+
+
+def measure(
+    delta: Tensor,
+    mask: Tensor,
+    inverse: Tensor | None,
+    patched: Tensor | None,
+    tuned: Tensor,
+    prepared: PreparedHessian | None,
+    transposed: bool,
+    decoration: Decoration | None,
+) -> LayerFigures:
+    """All figures of one tensor, chunk by chunk; matrices are in the stored orientation."""
+    sums = _mask_sums(delta, mask)
+    scores = _sensitivity_sums(delta, mask, inverse) if inverse is not None else {}
+    errors: dict[str, Any] = {}
+    distance_after = None
+    if patched is not None:
+        distance_after = sums["distance_before"]
+        if decoration is not None:
+            distance_after = _distance(patched, tuned, delta)
+        if prepared is not None:
+            errors = layer_errors(delta, mask, patched, tuned, prepared.hessian, transposed, decoration)
+    if decoration is not None:
+        errors.update(iterations=decoration.iterations, residual=decoration.residual)
+    if prepared is not None:
+        errors.update(dead_channels=prepared.num_dead, damping=prepared.damping)
+    return LayerFigures(
+        numel=delta.numel(),
+        distance_after=distance_after,
+        **sums,
+        **_quantiles(delta, inverse),
+        **scores,
+        **errors,
+    )
+
+
+def _mask_sums(delta: Tensor, mask: Tensor) -> dict[str, Any]:
+    """Entries and norms in and out of the mask."""
+    parts = []
+    for rows in chunk_rows(delta):
+        d, kept = delta[rows], mask[rows]
+        magnitude = d.abs()
+        square = d.square()
+        parts.append(
+            torch.stack(
+                (
+                    kept.sum(),
+                    (d == 0).sum(),
+                    square.sum(),
+                    (square * kept).sum(),
+                    magnitude.sum(),
+                    (magnitude * kept).sum(),
+                )
+            ).double()
+        )
+    total = torch.stack(parts).sum(0).tolist() if parts else [0.0] * 6
+    names = ("kept", "zero_delta", "delta_sq", "delta_sq_kept", "distance_tuned", "distance_before")
+    return dict(zip(names, (int(total[0]), int(total[1]), *total[2:]), strict=True))
+
+
+def _sensitivity_sums(delta: Tensor, mask: Tensor, inverse: Tensor) -> dict[str, float]:
+    parts = []
+    for rows, d, inv in score_chunks(delta, inverse):
+        score = sensitivity(d, inv)
+        parts.append(torch.stack((score.sum(), (score * mask[rows]).sum())).double())
+    total = torch.stack(parts).sum(0).tolist() if parts else [0.0, 0.0]
+    return {"sensitivity_sum": total[0], "sensitivity_kept": total[1]}
+
+
+def _quantiles(delta: Tensor, inverse: Tensor | None) -> dict[str, list[float]]:
+    """Quantiles of both scores from an evenly strided sample: exact for small tensors, close for large ones."""
+    if delta.numel() == 0:
+        return {"salience_quantiles": []}
+    columns = delta.shape[1]
+    stride = -(-delta.numel() // _SAMPLE)
+    index = torch.arange(0, delta.numel(), stride, device=delta.device)
+    row, column = index // columns, index % columns
+    sample = delta[row, column]
+    levels = torch.tensor(QUANTILES, dtype=torch.float32, device=delta.device)
+    found = {"salience_quantiles": salience(sample).quantile(levels).tolist()}
+    if inverse is not None:
+        score = sensitivity(sample, inverse.expand(delta.shape)[row, column])
+        found["sensitivity_quantiles"] = score.quantile(levels).tolist()
+    return found
+
+
+def _distance(patched: Tensor, tuned: Tensor, delta: Tensor) -> float:
+    """sum |W_patched - W_base|, with W_base = W_tuned - delta so that the base need not be held any longer."""
+    total = 0.0
+    for rows in chunk_rows(delta):
+        moved = patched[rows].to(torch.float32) - (tuned[rows].to(torch.float32) - delta[rows])
+        total += float(moved.abs().sum())
+    return total
+
+
+def layer_errors(
+    delta: Tensor,
+    mask: Tensor,
+    patched: Tensor,
+    tuned: Tensor,
+    hessian: Tensor,
+    transposed: bool,
+    decoration: Decoration | None,
+) -> dict[str, float]:
+    """Relative layer errors (Eq. 5) with the undamped Hessian, before and after compensation."""
+    if transposed:
+        delta, mask, patched, tuned = delta.T, mask.T, patched.T, tuned.T
+    energy, before, after = 0.0, 0.0, 0.0
+    for rows in row_chunks(*delta.shape):
+        d = delta[rows]  # (R, I)
+        energy += quadratic_form(d, hessian)
+        before += quadratic_form(torch.where(mask[rows], 0.0, d), hessian)
+        if decoration is not None:
+            after += quadratic_form(patched[rows].to(torch.float32) - tuned[rows].to(torch.float32), hessian)
+    if decoration is None:
+        after = before
+    if energy <= 0.0:
+        return {"output_energy": 0.0, "error_before": 0.0, "error_after": 0.0}
+    return {"output_energy": energy, "error_before": before / energy, "error_after": after / energy}
+
+
+def quadratic_form(rows: Tensor, hessian: Tensor) -> float:
+    """sum_i r_i H r_i^T over rows (R, I): (2/N) times the squared change of the layer's outputs."""
+    product = rows * hessian if hessian.dim() == 1 else rows @ hessian
+    return float((product * rows).sum(dtype=torch.float64))

@@ -1,0 +1,87 @@
+"""Which entries to keep: salience (Eq. 10), sensitivity (Eq. 9), their fusion (Eq. 11), the mask (Eq. 6)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_TIE_CHUNK = 1 << 22  # entries searched for ties at a time, so that index lists stay small
+
+
+def salience(delta: Tensor) -> Tensor:
+    """How far fine-tuning moved each entry, |delta|, Eq. 10; same shape as ``delta``."""
+    return delta.abs()
+
+
+def sensitivity(delta: Tensor, inverse_diagonal: Tensor) -> Tensor:
+    """What putting an entry back costs the new task, delta^2 / (2 [H^-1]_jj), Eq. 9.
+
+    ``inverse_diagonal`` broadcasts against ``delta``; infinity (a dead channel) gives zero.
+    """
+    return delta.square() / (2.0 * inverse_diagonal)
+
+
+def minmax(score: Tensor, low: float, high: float) -> Tensor:
+    """The score moved to [0, 1] by the tensor's own minimum and maximum; a constant score becomes zero."""
+    if not high > low:
+        return torch.zeros_like(score)
+    return (score - low) / (high - low)
+
+
+def fuse(normalised_salience: Tensor, normalised_sensitivity: Tensor, omega: float) -> Tensor:
+    """The hybrid score, Eq. 11: ``omega`` weighs the min-max normalised salience."""
+    return omega * normalised_salience + (1.0 - omega) * normalised_sensitivity
+
+
+def count_kept(density: float, num_entries: int) -> int:
+    """How many entries a mask of this density keeps: exactly round(density * numel)."""
+    return round(density * num_entries)
+
+
+def select_mask(score: Tensor, count: int) -> Tensor:
+    """A bool mask of exactly ``count`` True entries, the highest scores, ties to the lowest index.
+
+    ``score`` must be finite and not negative. Linear in the number of entries: it finds the threshold by
+    selection, never by sorting.
+    """
+    flat = score.reshape(-1)
+    if count <= 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    if count >= flat.numel():
+        return torch.ones_like(score, dtype=torch.bool)
+    threshold = _kth_largest(flat, count)
+    mask = flat > threshold
+    missing = count - int(mask.sum())
+    for chunk, kept in zip(flat.split(_TIE_CHUNK), mask.split(_TIE_CHUNK), strict=True):
+        if missing == 0:
+            break
+        ties = (chunk == threshold).nonzero().squeeze(1)[:missing]
+        kept[ties] = True
+        missing -= ties.numel()
+    return mask.view(score.shape)
+
+
+def _kth_largest(flat: Tensor, count: int) -> Tensor:
+    """The ``count``-th largest value: NumPy's selection on the CPU, a radix selection elsewhere."""
+    if flat.device.type == "cpu":
+        values = flat.numpy()
+        position = values.size - count
+        return torch.from_numpy(np.partition(values, position)[position : position + 1].copy())[0]
+    return _kth_largest_by_radix(flat, count)
+
+
+def _kth_largest_by_radix(flat: Tensor, count: int) -> Tensor:
+    """Selection by counting digits of the bit pattern, which orders floats that are not negative.
+
+    Three passes of 11, 11 and 10 bits; each keeps only the entries that share the digits found so far.
+    """
+    candidates = flat.to(torch.float32).view(torch.int32)
+    for shift, bits in ((21, 11), (10, 11), (0, 10)):
+        digits = (candidates >> shift) & ((1 << bits) - 1)
+        counts = torch.bincount(digits, minlength=1 << bits)
+        at_least = counts.flip(0).cumsum(0).flip(0)  # entries whose digit is this one or higher
+        digit = int((at_least >= count).nonzero()[-1])
+        count -= int(at_least[digit] - counts[digit])
+        candidates = candidates[digits == digit]
+    return candidates[0].view(torch.float32)

@@ -1,0 +1,200 @@
+"""The patch decorator (Eq. 12, 13): change the kept entries so that they make up for those put back.
+
+With e = W_base - W_tuned on the entries put back (zero on the kept ones), the decorator C of the kept
+entries minimises, row by row,
+
+    (C + e) A (C + e)^T   subject to   C = 0 where the mask is False,   A = H + amount I.
+
+Both solvers take rows (O, I) with O rows, I input columns, and return C in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_CHUNK_ENTRIES = 1 << 24  # 64 MiB a float32 work array: bounds the work space whatever the tensor's size
+
+
+@dataclass(frozen=True)
+class Decoration:
+    """The compensation C (O, I), zero where the mask is False, and how well its equations are solved."""
+
+    decorator: Tensor
+    iterations: int
+    residual: float  # ||A_SS C - b|| / ||b||, Frobenius over all rows
+
+
+def row_chunks(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """Slices of rows that keep a float32 work array near 64 MiB."""
+    step = max(1, _CHUNK_ENTRIES // max(1, num_columns))
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
+def decorate_sequential(delta: Tensor, mask: Tensor, upper: Tensor, block_size: int = 128) -> Decoration:
+    """The paper's way: SparseGPT's sweep over columns, each error spread over the columns to its right.
+
+    ``upper`` (I, I) has H^-1 = upper^T upper (``inverse_factor``). Entries that are not kept go to base; the
+    sign is that of Theorem 4.5, W -= error * H^-1. Updates within a block of columns are immediate, those
+    to the right of it are lazy, one matrix product a block. Columns are worked on as contiguous rows.
+    """
+    decorator = torch.empty_like(delta)
+    for chunk in row_chunks(*delta.shape):
+        decorator[chunk] = _sweep(delta[chunk], mask[chunk], upper, block_size)
+    return Decoration(decorator, iterations=0, residual=0.0)
+
+
+def _sweep(delta: Tensor, mask: Tensor, upper: Tensor, block_size: int) -> Tensor:
+    """One pass of the sweep over a chunk of rows; returns C = (swept - delta) on the mask."""
+    size = delta.shape[1]
+    work = delta.T.contiguous()  # (I, O): a column of the layer is one contiguous row here
+    put_back = (~mask).T.to(work.dtype)  # (I, O)
+    for start in range(0, size, block_size):
+        stop = min(start + block_size, size)
+        block, factor = work[start:stop], upper[start:stop, start:stop]
+        scale = (1.0 / factor.diagonal()).unsqueeze(1)  # (B, 1)
+        errors = torch.empty_like(block)
+        for j in range(stop - start):
+            torch.mul(block[j], put_back[start + j], out=errors[j])
+            errors[j].mul_(scale[j])
+            block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1.0)
+        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1.0)
+    return torch.where(mask, work.T - delta, 0.0)
+
+
+def decorate_joint(
+    delta: Tensor,
+    mask: Tensor,
+    hessian: Tensor,
+    amount: float,
+    *,
+    tolerance: float = 1e-3,
+    max_iterations: int = 200,
+) -> Decoration:
+    """The exact optimum on the mask: all kept entries of a row at once, A_SS C_S = (e H)_S with e = delta - kept.
+
+    ``hessian`` (I, I) is undamped; ``amount`` is what damping adds to its diagonal. Rows with few kept
+    entries are solved directly (Cholesky of the gathered A_SS, on the CPU); the others together by conjugate
+    gradients with a Jacobi preconditioner, until each row's residual is below ``tolerance`` times its right
+    side, or ``max_iterations``.
+    """
+    decorator = torch.zeros_like(delta)
+    iterations, residual_sq, target_sq = 0, 0.0, 0.0
+    for chunk in row_chunks(*delta.shape):
+        kept = mask[chunk]
+        put_back = torch.where(kept, 0.0, delta[chunk])  # (R, I): e with its sign turned
+        target = torch.where(kept, put_back @ hessian, 0.0)  # (R, I): b, the right side of every row
+        del put_back
+        solution = torch.zeros_like(target)
+        direct = _worth_solving_directly(kept)
+        failed, direct_sq = _solve_directly_(solution, target, kept, hessian, amount, direct)
+        rest = [row for row in range(kept.shape[0]) if not direct[row]] + failed
+        part, steps, iterated_sq = _conjugate_gradients(
+            target[rest], kept[rest], hessian, amount, tolerance, max_iterations
+        )
+        solution[rest] = part
+        iterations = max(iterations, steps)
+        residual_sq += direct_sq + iterated_sq
+        target_sq += float(target.square().sum(dtype=torch.float64))
+        decorator[chunk] = solution
+    residual = (residual_sq / target_sq) ** 0.5 if target_sq > 0 else 0.0
+    return Decoration(decorator, iterations, residual)
+
+
+def _worth_solving_directly(kept: Tensor) -> list[bool]:
+    """For each row, whether a Cholesky of its n kept entries beats some 20 products with H.
+
+    n^3/3 against 40 I^2 operations, times 2.5 because small factorisations run slower than large products
+    (measured on a CPU; ``benchmarks/solver``). Not on a GPU, where one row at a time leaves it idle.
+    """
+    if kept.device.type != "cpu":
+        return [False] * kept.shape[0]
+    counts = kept.sum(1, dtype=torch.float64)
+    return [bool(n) for n in counts**3 <= 48.0 * kept.shape[1] ** 2]
+
+
+@contextmanager
+def _one_torch_thread_each() -> Iterator[int]:
+    """One row a Python thread: far better for small factorisations than all threads on each row."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _solve_directly_(
+    solution: Tensor, target: Tensor, kept: Tensor, hessian: Tensor, amount: float, chosen: list[bool]
+) -> tuple[list[int], float]:
+    """Solve the ``chosen`` rows by Cholesky into ``solution``, in place.
+
+    Returns the rows whose A_SS is numerically singular, left to the iterative solver, and the squared residual
+    of the others.
+    """
+    columns = kept.nonzero()[:, 1].split(kept.sum(1).tolist())
+
+    def solve(row: int) -> float | None:
+        index = columns[row]
+        system = hessian.index_select(0, index).index_select(1, index)  # (n, n)
+        system.diagonal().add_(amount)
+        chol, info = torch.linalg.cholesky_ex(system)
+        if int(info):
+            return None
+        right = target[row, index].unsqueeze(1)  # (n, 1)
+        values = torch.cholesky_solve(right, chol)
+        solution[row, index] = values.squeeze(1)
+        return float((system @ values - right).square().sum())
+
+    rows = [row for row, direct in enumerate(chosen) if direct and columns[row].numel()]
+    with _one_torch_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
+        squares = list(pool.map(solve, rows))
+    failed = [row for row, square in zip(rows, squares, strict=True) if square is None]
+    return failed, sum(square for square in squares if square is not None)
+
+
+def _conjugate_gradients(
+    target: Tensor, kept: Tensor, hessian: Tensor, amount: float, tolerance: float, max_iterations: int
+) -> tuple[Tensor, int, float]:
+    """Solve every row's masked system at once; each iteration is one product with H (I, I).
+
+    A row that has converged stops moving, and leaves the products once a quarter of the rows have. Returns
+    the solution (R, I), the iterations, and the sum of the rows' squared residuals.
+    """
+    solution = torch.zeros_like(target)
+    diagonal = hessian.diagonal() + amount
+    precondition = torch.where(diagonal > 0, 1.0 / diagonal, 0.0)  # Jacobi
+    goal = tolerance**2 * target.square().sum(1)  # (R,)
+    residual_sq, steps = 0.0, 0
+    rows = torch.arange(target.shape[0], device=target.device)
+    x, r = torch.zeros_like(target), target
+    p = r * precondition
+    rz = (r * p).sum(1)
+    while True:
+        live = r.square().sum(1) > goal[rows]
+        num_live = int(live.sum())
+        if num_live == 0 or steps == max_iterations:
+            solution[rows] = x
+            return solution, steps, residual_sq + float(r.square().sum(dtype=torch.float64))
+        if num_live <= 0.75 * rows.numel():
+            done = ~live
+            solution[rows[done]] = x[done]
+            residual_sq += float(r[done].square().sum(dtype=torch.float64))
+            x, r, p, rz, kept, rows = x[live], r[live], p[live], rz[live], kept[live], rows[live]
+            live = live[live]
+        steps += 1
+        q = (p @ hessian).add_(p, alpha=amount).mul_(kept)
+        curvature = (p * q).sum(1)
+        step = torch.where(live & (curvature > 0), rz / curvature, 0.0).unsqueeze(1)  # (R, 1)
+        x = torch.addcmul(x, p, step)
+        r = torch.addcmul(r, q, step, value=-1.0)
+        z = r * precondition
+        rz_next = (r * z).sum(1)
+        p = torch.addcmul(z, p, torch.where(rz > 0, rz_next / rz, 0.0).unsqueeze(1))
+        rz = rz_next

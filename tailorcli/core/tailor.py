@@ -1,0 +1,192 @@
+"""Model Tailor for one tensor: score, select, compensate, put the rest back (Eq. 3)."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tailorcli.core.figures import LayerFigures, chunk_rows, measure, score_chunks
+from tailorcli.core.hessian import PreparedHessian
+from tailorcli.core.scores import count_kept, fuse, minmax, salience, select_mask, sensitivity
+from tailorcli.core.solvers import Decoration, decorate_joint, decorate_sequential
+from tailorcli.errors import NumericalError
+
+
+class Timer(Protocol):
+    """Anything whose ``stage(name)`` gives a context that measures a stage's time."""
+
+    def stage(self, name: str) -> AbstractContextManager[object]:
+        """A context that adds its duration to the stage ``name``."""
+
+
+class NoTimer:
+    """Measures nothing."""
+
+    def stage(self, name: str) -> AbstractContextManager[object]:
+        """A context that does nothing."""
+        return nullcontext()
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """The patched tensor in the base's dtype, its mask, and its figures; all in the stored shape."""
+
+    patched: Tensor | None  # None where only the scores were asked for
+    mask: Tensor
+    figures: LayerFigures
+
+
+def tailor_layer(
+    base: Tensor,
+    tuned: Tensor,
+    prepared: PreparedHessian | None,
+    *,
+    density: float,
+    omega: float,
+    solver: str,
+    transposed: bool = False,
+    block_size: int = 128,
+    tolerance: float = 1e-3,
+    max_iterations: int = 200,
+    score_only: bool = False,
+    timer: Timer | None = None,
+) -> LayerResult:
+    """The whole paper for one tensor: Eq. 9 to 11 choose the mask, Eq. 12 and 13 compensate, Eq. 3 assembles.
+
+    ``base`` and ``tuned`` have one shape: (O, I), or (I, O) with ``transposed`` (Conv1D weights, embedding
+    tables), or (I,) for a channel scale, or (O,) for a bias, whose Hessian has one channel. ``prepared`` is the
+    tensor's Hessian; without one only salience counts and nothing is compensated (``omega=1``,
+    ``solver="none"``). Outside the mask the result is bit for bit the base. Raises NumericalError on NaN or
+    infinity.
+    """
+    timer = timer or NoTimer()
+    shape = matrix_shape(base, prepared)
+    base_2d, tuned_2d = base.reshape(shape), tuned.reshape(shape)
+    with timer.stage("score"):
+        delta = tuned_2d.to(torch.float32) - base_2d.to(torch.float32)
+        _require_finite(delta, base_2d, tuned_2d)
+        inverse = _along_inputs(prepared, transposed)
+        score = fused_score(delta, inverse, omega)
+    with timer.stage("select"):
+        mask = select_mask(score, count_kept(density, delta.numel()))
+        del score
+    patched, decoration = None, None
+    if not score_only:
+        with timer.stage("solve"):
+            decoration = _decorate(delta, mask, prepared, solver, transposed, block_size, tolerance, max_iterations)
+        with timer.stage("assemble"):
+            patched = assemble(base_2d, tuned_2d, mask, decoration.decorator if decoration else None)
+            del base_2d
+            if not _is_finite(patched):
+                raise NumericalError(f"a compensated value overflows {patched.dtype}", "pass --solver none")
+    with timer.stage("measure"):
+        figures = measure(delta, mask, inverse, patched, tuned_2d, prepared, transposed, decoration)
+    return LayerResult(None if patched is None else patched.view(base.shape), mask.view(base.shape), figures)
+
+
+def matrix_shape(tensor: Tensor, prepared: PreparedHessian | None) -> tuple[int, int]:
+    """The two dimensions under which a tensor is a layer: a bias is (O, 1), a channel scale (1, I)."""
+    if tensor.dim() == 2:
+        return tensor.shape[0], tensor.shape[1]
+    if prepared is not None and tensor.dim() <= 1:
+        num_inputs = prepared.hessian.shape[0]
+        return tensor.numel() // num_inputs, num_inputs
+    rows = tensor.shape[0] if tensor.dim() > 1 else 1
+    return rows, tensor.numel() // max(rows, 1)
+
+
+def fused_score(delta: Tensor, inverse: Tensor | None, omega: float) -> Tensor:
+    """Eq. 11 over a whole tensor, chunk by chunk: the only full-size array is the result.
+
+    ``inverse`` is [H^-1]_jj shaped to broadcast against ``delta``, or None where only salience counts. With
+    omega 1 or 0 the remaining score is returned as it is: normalising it would not change its order.
+    """
+    if omega == 1.0 or inverse is None:
+        return salience(delta)
+    score = torch.empty_like(delta)
+    chunks = list(score_chunks(delta, inverse))
+    if omega == 0.0:
+        for rows, d, inv in chunks:
+            score[rows] = sensitivity(d, inv)
+        return score
+    low_a, high_a, low_e, high_e = _ranges(chunks)
+    for rows, d, inv in chunks:
+        score[rows] = fuse(minmax(salience(d), low_a, high_a), minmax(sensitivity(d, inv), low_e, high_e), omega)
+    return score
+
+
+def _ranges(chunks: list[tuple[slice, Tensor, Tensor]]) -> tuple[float, float, float, float]:
+    """Minimum and maximum of the salience and of the sensitivity, over all chunks."""
+    extremes = torch.stack(
+        [torch.stack((*salience(d).aminmax(), *sensitivity(d, inv).aminmax())) for _, d, inv in chunks]
+    )  # (chunks, 4)
+    low, high = extremes.amin(0).tolist(), extremes.amax(0).tolist()
+    return low[0], high[1], low[2], high[3]
+
+
+def assemble(base: Tensor, tuned: Tensor, mask: Tensor, decorator: Tensor | None) -> Tensor:
+    """Eq. 3: mask * (tuned + C) + (1 - mask) * base, in the base's dtype; where C is zero, tuned to the bit."""
+    patched = torch.empty_like(base)
+    for rows in chunk_rows(base):
+        kept = tuned[rows].to(base.dtype)
+        if decorator is not None:
+            compensation = decorator[rows]
+            moved = (tuned[rows].to(torch.float32) + compensation).to(base.dtype)
+            kept = torch.where(compensation != 0, moved, kept)
+        patched[rows] = torch.where(mask[rows], kept, base[rows])
+    return patched
+
+
+def _decorate(
+    delta: Tensor,
+    mask: Tensor,
+    prepared: PreparedHessian | None,
+    solver: str,
+    transposed: bool,
+    block_size: int,
+    tolerance: float,
+    max_iterations: int,
+) -> Decoration | None:
+    """The decorator in the stored orientation; None where nothing can be compensated (a diagonal Hessian)."""
+    if solver == "none" or prepared is None or prepared.is_diagonal:
+        return None
+    delta_rows, mask_rows = (delta.T, mask.T) if transposed else (delta, mask)  # (O, I)
+    if solver == "sequential":
+        if prepared.inverse_factor is None:
+            raise ValueError("the sequential solver needs prepare(..., sequential=True)")
+        found = decorate_sequential(delta_rows, mask_rows, prepared.inverse_factor, block_size)
+    else:
+        found = decorate_joint(
+            delta_rows,
+            mask_rows,
+            prepared.hessian,
+            prepared.amount,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+        )
+    return Decoration(found.decorator.T, found.iterations, found.residual) if transposed else found
+
+
+def _along_inputs(prepared: PreparedHessian | None, transposed: bool) -> Tensor | None:
+    """[H^-1]_jj shaped to broadcast along the input dimension of the stored matrix."""
+    if prepared is None or prepared.inverse_diagonal is None:
+        return None
+    return prepared.inverse_diagonal.unsqueeze(1 if transposed else 0)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite, in one pass and without a temporary."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def _require_finite(delta: Tensor, base: Tensor, tuned: Tensor) -> None:
+    if _is_finite(delta):
+        return
+    for tensor, where in ((base, "base"), (tuned, "tuned")):
+        if not _is_finite(tensor):
+            raise NumericalError(f"NaN or infinity in the {where} weights", f"check the {where} checkpoint")
+    raise NumericalError("tuned minus base overflows float32", "check that both checkpoints belong together")

@@ -1,0 +1,80 @@
+"""Devices, and float32 products that really are float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from tailorcli.errors import DeviceError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is a CUDA device where there is one, else the CPU. Raises DeviceError for one that is absent."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"not a device: {name!r}", "use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device {name!r} is not supported", "use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise DeviceError(
+                f"{name} was asked for, and this torch ({torch.__version__}) sees {count} CUDA devices",
+                "pass --device cpu, or install a CUDA build of torch",
+            )
+    return device
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """TF32 and other reduced-precision shortcuts off for float32 products; the caller's setting comes back after."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """Turn the device's out-of-memory error into one that says what to try."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(f"the device ran out of memory: {str(error).splitlines()[0]}", "pass --device cpu") from error
+
+
+class StageTimer:
+    """Seconds spent in each named stage of a run; on a GPU a stage ends when its kernels have."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._cuda = device is not None and device.type == "cuda"
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of this context to stage ``name``."""
+        started = perf_counter()
+        try:
+            yield
+        finally:
+            if self._cuda:
+                import torch
+
+                torch.cuda.synchronize()
+            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - started

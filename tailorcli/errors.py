@@ -1,0 +1,47 @@
+"""The errors that a user can cause, each with what to try next.
+
+Only these become a clean ``error: ...`` line and exit code 1 in the command line; anything else is a
+bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class TailorError(Exception):
+    """Something the user can put right: ``message`` says what and where, ``hint`` what to try next."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class OptionsError(TailorError):
+    """An option is out of its range or contradicts another one."""
+
+
+class CheckpointError(TailorError):
+    """A checkpoint is missing, damaged, or does not fit its counterpart."""
+
+
+class StatsError(TailorError):
+    """A statistics folder is missing, damaged, or was made from another model."""
+
+
+class DataError(TailorError):
+    """Calibration data is missing, empty or malformed."""
+
+
+class NumericalError(TailorError):
+    """NaN or infinity in a tensor, or a Hessian that no damping makes positive definite."""
+
+
+class OutputError(TailorError):
+    """The output folder exists, is not ours, or cannot be written."""
+
+
+class DeviceError(TailorError):
+    """A device was asked for that is not there, or it ran out of memory."""

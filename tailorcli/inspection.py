@@ -1,0 +1,131 @@
+"""Say what a path is (statistics, report, patched checkpoint, plain checkpoint) and give its figures."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tailorcli.checkpoint import Checkpoint
+from tailorcli.errors import CheckpointError, TailorError
+from tailorcli.report import REPORT_FILE, RUN_FILE, load_report
+from tailorcli.stats import MANIFEST, Stats
+from tailorcli.writer import JOURNAL, WORK_FOLDER
+
+KINDS = {
+    "stats": "statistics for calibrated patching",
+    "report": "report of a run",
+    "patched": "checkpoint patched by tailorcli",
+    "checkpoint": "checkpoint",
+    "unfinished": "unfinished output of tailorcli",
+}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a path is: ``kind`` (a key of KINDS), ``facts`` in order, and what its kind holds besides."""
+
+    path: str
+    kind: str
+    facts: dict[str, Any]
+    report: dict[str, Any] | None = None  # of a report or a patched checkpoint
+    hessians: dict[str, dict[str, Any]] = field(default_factory=dict)  # of statistics
+    tensors: list[dict[str, Any]] = field(default_factory=list)  # of a plain checkpoint
+    uncalibrated: dict[str, str] = field(default_factory=dict)  # of statistics
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for ``--json``."""
+        return asdict(self)
+
+
+def inspect_path(path: str | os.PathLike[str]) -> Inspection:
+    """What ``path`` is and its figures: a stats folder, a report file, a patched checkpoint or any checkpoint.
+
+    Raises TailorError where it is none of these.
+    """
+    target = Path(path)
+    if target.is_file():
+        return _inspect_report(target, target, "report", {})
+    if not target.is_dir():
+        raise CheckpointError(f"{target} does not exist", "pass a stats folder, a report or a checkpoint folder")
+    if (target / WORK_FOLDER / JOURNAL).exists():
+        return _inspect_unfinished(target)
+    if (target / MANIFEST).exists():
+        return _inspect_stats(target)
+    if (target / REPORT_FILE).exists():
+        facts = _checkpoint_facts(target)
+        run = json.loads((target / RUN_FILE).read_text()) if (target / RUN_FILE).exists() else {}
+        if "seconds" in run:
+            facts["seconds of work"] = round(run["seconds"], 1)
+        return _inspect_report(target, target / REPORT_FILE, "patched", facts)
+    with Checkpoint.open(target) as checkpoint:
+        tensors = [
+            {"name": info.name, "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes}
+            for info in checkpoint.tensors.values()
+        ]
+    return Inspection(str(target), "checkpoint", _checkpoint_facts(target), tensors=tensors)
+
+
+def _inspect_report(target: Path, file: Path, kind: str, facts: dict[str, Any]) -> Inspection:
+    report = load_report(file)
+    inputs = {role: entry["path"] for role, entry in report["inputs"].items()}
+    options = {key: report["options"][key] for key in ("density", "omega", "solver", "damping")}
+    facts = {**facts, "command": report["command"], **inputs, **options}
+    facts |= {key: value for key, value in report["totals"].items() if value is not None and value != []}
+    return Inspection(str(target), kind, facts, report=report)
+
+
+def _checkpoint_facts(folder: Path) -> dict[str, Any]:
+    with Checkpoint.open(folder) as checkpoint:
+        infos = checkpoint.tensors.values()
+        facts: dict[str, Any] = {
+            "tensors": len(checkpoint.tensors),
+            "parameters": sum(info.numel for info in infos),
+            "bytes": checkpoint.nbytes,
+            "shards": len(checkpoint.shards),
+            "dtypes": dict(Counter(info.dtype for info in infos)),
+            "fingerprint": checkpoint.fingerprint(),
+        }
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        facts["architecture"] = (config.get("architectures") or ["unknown"])[0]
+    except (OSError, ValueError, AttributeError):
+        facts["architecture"] = "unknown (no readable config.json)"
+    return facts
+
+
+def _inspect_stats(folder: Path) -> Inspection:
+    stats = Stats.open(folder)
+    stats.close()
+    uncalibrated = {name: entry.reason for name, entry in stats.tensors.items() if entry.hessian is None}
+    facts: dict[str, Any] = {
+        "calibrated model": stats.manifest["model"].get("path"),
+        "fingerprint": stats.model_fingerprint,
+        "run in": stats.manifest["model"].get("run_in"),
+        **{f"data {key}": value for key, value in stats.manifest.get("data", {}).items() if key != "blake2b"},
+        "hessians": len(stats.hessians),
+        "bytes": sum(stats.nbytes(name) for name in stats.hessians),
+        "tensors calibrated": len(stats.tensors) - len(uncalibrated),
+        "tensors without statistics": len(uncalibrated),
+        "versions": stats.manifest.get("versions"),
+    }
+    users = Counter(entry.hessian for entry in stats.tensors.values())
+    hessians = {name: {**asdict(info), "used_by": users[name]} for name, info in stats.hessians.items()}
+    return Inspection(str(folder), "stats", facts, hessians=hessians, uncalibrated=uncalibrated)
+
+
+def _inspect_unfinished(folder: Path) -> Inspection:
+    try:
+        lines = (folder / WORK_FOLDER / JOURNAL).read_text(encoding="utf-8").split("\n")
+        identity = json.loads(lines[0])["identity"]
+    except (OSError, ValueError, KeyError) as error:
+        raise TailorError(f"{folder} is an unfinished output with a damaged journal", "remove it") from error
+    facts = {
+        "tensors safely written": len(lines) - 2,
+        "finish it with": "the same tailorcli patch command and --resume",
+        **identity,
+    }
+    return Inspection(str(folder), "unfinished", facts)

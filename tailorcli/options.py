@@ -1,0 +1,112 @@
+"""Options of each command as frozen dataclasses that check their own ranges."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from tailorcli.errors import OptionsError
+
+Solver = Literal["joint", "sequential", "none"]
+TextMode = Literal["line", "chunk"]
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _require(condition: bool, message: str, hint: str = "") -> None:
+    if not condition:
+        raise OptionsError(message, hint)
+
+
+def _require_fraction(name: str, value: float) -> None:
+    ok = isinstance(value, (int, float)) and math.isfinite(value) and 0.0 <= value <= 1.0
+    _require(ok, f"{name} must lie between 0 and 1, got {value}", f"pass --{name} as a fraction, such as 0.1")
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """What ``calibrate`` runs over the model: how many samples, how long, chosen with which seed."""
+
+    num_samples: int = 128
+    seq_len: int = 2048
+    batch_size: int = 8
+    device: str = "auto"
+    dtype: DTypeName = "auto"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    text_mode: TextMode = "line"
+    seed: int = 0
+    trust_remote_code: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "seq_len", "batch_size"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require_choice("dtype", self.dtype, get_args(DTypeName))
+        _require_choice("text-mode", self.text_mode, get_args(TextMode))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the manifest."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """Which entries ``score`` and ``patch`` keep (Eq. 11) and how ``patch`` compensates them (Eq. 13)."""
+
+    density: float = 0.1
+    omega: float = 0.5
+    solver: Solver = "joint"
+    damping: float = 0.01
+    block_size: int = 128
+    tolerance: float = 1e-3
+    max_iterations: int = 200
+    device: str = "auto"
+    max_shard_size: int | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    allow_dtype_mismatch: bool = False
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _require_fraction("density", self.density)
+        _require_fraction("omega", self.omega)
+        _require_choice("solver", self.solver, get_args(Solver))
+        ok = math.isfinite(self.damping) and self.damping >= 0.0
+        _require(ok, f"damping must be zero or positive, got {self.damping}", "the usual range is 0.001 to 0.1")
+        _require(self.block_size >= 1, f"block-size must be at least 1, got {self.block_size}")
+        _require(0.0 < self.tolerance < 1.0, f"tolerance must lie between 0 and 1, got {self.tolerance}")
+        _require(self.max_iterations >= 1, f"max-iterations must be at least 1, got {self.max_iterations}")
+        if self.max_shard_size is not None:
+            _require(self.max_shard_size >= 1, f"max-shard-size must be positive, got {self.max_shard_size}")
+        _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
+
+    @property
+    def needs_hessians(self) -> bool:
+        """Whether any step reads a Hessian: sensitivity scores do, and so does every compensation."""
+        return self.solver != "none" or self.omega < 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the run record: only what decides the bytes of the output."""
+        values = asdict(self)
+        del values["resume"], values["overwrite"]
+        return values
+
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*$", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as ``5GB`` (decimal, as transformers counts) or ``512MiB`` (binary)."""
+    match = _SIZE.match(text)
+    if match is None:
+        raise OptionsError(f"not a size: {text!r}", "write it like 5GB, 500MB or 512MiB")
+    number, unit, binary = match.groups()
+    power = " KMGT".index(unit.upper() or " ")
+    return int(float(number) * (1024 if binary else 1000) ** power)

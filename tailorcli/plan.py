@@ -1,0 +1,282 @@
+"""What will happen to each tensor and what it will cost, decided on headers alone, before any work."""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint, TensorInfo
+from tailorcli.errors import CheckpointError, OptionsError, OutputError, StatsError
+from tailorcli.options import PatchOptions
+from tailorcli.stats import Stats, TensorStats
+from tailorcli.writer import ShardLayout, plan_layout
+
+_WORK_BYTES = 8 * (64 << 20)  # the solver's work arrays, bounded by the row chunks in core.solvers
+_RUNTIME_BYTES = 400 << 20  # the interpreter with torch loaded
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor's treatment: ``patch`` with a Hessian (or by salience alone), or ``base`` with a reason."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    action: str  # "patch" or "base"
+    reason: str = ""
+    hessian: str | None = None
+    role: str = ""
+    transposed: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Entries."""
+        result = 1
+        for size in self.shape:
+            result *= size
+        return result
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All tensors in the order of work (those that share a Hessian side by side) and what the run will cost."""
+
+    tensors: tuple[TensorPlan, ...]
+    layout: ShardLayout
+    read_bytes: int
+    write_bytes: int
+    peak_bytes: int
+    largest_hessian: int
+
+    @property
+    def patched(self) -> list[TensorPlan]:
+        """Tensors that will be patched."""
+        return [tensor for tensor in self.tensors if tensor.action == "patch"]
+
+    @property
+    def left_at_base(self) -> list[TensorPlan]:
+        """Tensors that stay as they are in the base."""
+        return [tensor for tensor in self.tensors if tensor.action != "patch"]
+
+    def free_bytes(self, output: Path) -> int:
+        """Free bytes of the disk on which ``output`` is, or will be."""
+        resolved = output.resolve()
+        return shutil.disk_usage(next(path for path in (resolved, *resolved.parents) if path.exists())).free
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for ``--dry-run --json``."""
+        return {
+            "tensors": [asdict(tensor) for tensor in self.tensors],
+            "shards": self.layout.sizes,
+            "read_bytes": self.read_bytes,
+            "write_bytes": self.write_bytes,
+            "peak_memory_bytes": self.peak_bytes,
+        }
+
+
+def matches(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether a tensor name passes the globs: any of ``include`` (all, if there are none), none of ``exclude``."""
+    chosen = not include or any(fnmatch.fnmatchcase(name, glob) for glob in include)
+    return chosen and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
+
+
+def build_plan(base: Checkpoint, tuned: Checkpoint, stats: Stats | None, options: PatchOptions) -> Plan:
+    """Check that the inputs belong together and decide every tensor's treatment.
+
+    Raises CheckpointError, StatsError or OptionsError for anything that would only show up in the middle of the
+    work. ``stats`` may be None only where no Hessian is needed (``solver="none"`` and ``omega=1``).
+    """
+    if stats is None and options.needs_hessians:
+        raise OptionsError(
+            "no statistics given",
+            "pass --stats STATS (made by tailorcli calibrate), or choose by salience alone: --solver none --omega 1",
+        )
+    check_pair(base, tuned, options.allow_dtype_mismatch)
+    if stats is not None:
+        check_stats(base, tuned, stats)
+    tensors = [_plan_tensor(info, stats, options) for info in base.tensors.values()]
+    if not any(tensor.action == "patch" for tensor in tensors):
+        raise OptionsError("no tensor would be patched", "check --include and --exclude, and those of calibrate")
+    ordered = _group_by_hessian(tensors)
+    layout = plan_layout(base, options.max_shard_size)
+    return Plan(
+        tensors=tuple(ordered),
+        layout=layout,
+        read_bytes=_bytes_to_read(ordered, tuned, stats),
+        write_bytes=layout.nbytes,
+        peak_bytes=_RUNTIME_BYTES + max(working_set(tensor, tuned, stats, options) for tensor in ordered),
+        largest_hessian=max((stats.hessians[t.hessian].size for t in ordered if stats and t.hessian), default=0),
+    )
+
+
+def _plan_tensor(info: TensorInfo, stats: Stats | None, options: PatchOptions) -> TensorPlan:
+    entry = stats.tensors[info.name] if stats is not None else TensorStats(None)
+    reason = ""
+    if not matches(info.name, options.include, options.exclude):
+        reason = "not chosen by --include and --exclude"
+    elif info.dtype not in PATCHABLE_DTYPES:
+        reason = f"{info.dtype} is no floating-point dtype that can be patched"
+    elif info.numel == 0:
+        reason = "it has no entries"
+    elif options.needs_hessians and entry.hessian is None:
+        reason = f"no statistics: {entry.reason}"
+    common = (info.name, info.dtype, info.shape, info.nbytes)
+    if reason:
+        return TensorPlan(*common, action="base", reason=reason, role=entry.role)
+    hessian = entry.hessian if options.needs_hessians else None
+    return TensorPlan(*common, action="patch", hessian=hessian, role=entry.role, transposed=entry.transposed)
+
+
+def _group_by_hessian(tensors: list[TensorPlan]) -> list[TensorPlan]:
+    """File order, but tensors that share a Hessian follow the first of them."""
+    groups: dict[str, list[TensorPlan]] = {}
+    for tensor in tensors:
+        key = f"hessian {tensor.hessian}" if tensor.hessian else f"tensor {tensor.name}"
+        groups.setdefault(key, []).append(tensor)
+    return [tensor for group in groups.values() for tensor in group]
+
+
+def _bytes_to_read(tensors: list[TensorPlan], tuned: Checkpoint, stats: Stats | None) -> int:
+    total = sum(tensor.nbytes for tensor in tensors)
+    total += sum(tuned.tensors[tensor.name].nbytes for tensor in tensors if tensor.action == "patch")
+    used = {tensor.hessian for tensor in tensors if tensor.hessian}
+    return total + sum(stats.nbytes(name) for name in used if stats is not None)
+
+
+def working_set(tensor: TensorPlan, tuned: Checkpoint, stats: Stats | None, options: PatchOptions) -> int:
+    """Bytes held while one tensor is worked on: both weights, delta, score and its copy, result, Hessian, work."""
+    if tensor.action != "patch":
+        return 1 << 24
+    full = tensor.numel * 4
+    weights = tensor.nbytes + tuned.tensors[tensor.name].nbytes
+    # The fullest moment is either the selection (delta, score, its copy) or the assembly (delta, decorator,
+    # result); a result of the tensor before may still wait to be written.
+    arrays = max(3 * full, 2 * full + tensor.nbytes) + full // 4 + tensor.nbytes
+    hessian = 0
+    if tensor.hessian and stats is not None and stats.hessians[tensor.hessian].kind == "full":
+        square = 4 * stats.hessians[tensor.hessian].size ** 2
+        hessian = square // 2 + square + (2 * square if options.omega < 1 or options.solver == "sequential" else 0)
+    work = min(_WORK_BYTES, 8 * full) if hessian else 0
+    return weights + arrays + hessian + work
+
+
+def check_pair(base: Checkpoint, tuned: Checkpoint, allow_dtype_mismatch: bool) -> None:
+    """Both checkpoints have the same tensors: names, shapes, dtypes; and are not one and the same."""
+    _check_names(base, tuned)
+    for name, info in base.tensors.items():
+        other = tuned.tensors[name]
+        if info.shape != other.shape:
+            raise CheckpointError(_shape_message(info, other), _shape_hint(info, other))
+        if info.dtype != other.dtype and not allow_dtype_mismatch:
+            differing = sum(i.dtype != tuned.tensors[n].dtype for n, i in base.tensors.items())
+            raise CheckpointError(
+                f"tensor {name!r} is {info.dtype} in base ({base.path}) and {other.dtype} in tuned ({tuned.path}); "
+                f"{differing} tensors differ in dtype",
+                "pass --allow-dtype-mismatch to compute in float32 and store the base's dtype",
+            )
+    if base.fingerprint() == tuned.fingerprint() and _equal_bytes(base, tuned):
+        raise CheckpointError(
+            f"base and tuned are identical ({base.path} and {tuned.path})", "pass the pre-trained folder, then the tuned"
+        )
+
+
+def _check_names(base: Checkpoint, tuned: Checkpoint) -> None:
+    only_base = [name for name in base.tensors if name not in tuned.tensors]
+    only_tuned = [name for name in tuned.tensors if name not in base.tensors]
+    if not only_base and not only_tuned:
+        return
+    missing = "; ".join(
+        f"only in {where}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for where, names in (("base", only_base), ("tuned", only_tuned))
+        if names
+    )
+    hint = "pass a tuned checkpoint of the same architecture, saved in full"
+    if any(name.endswith("lm_head.weight") for name in (*only_base, *only_tuned)) and len(only_base + only_tuned) == 1:
+        hint = "one of them ties its embeddings and the other does not: save both the same way"
+    raise CheckpointError(f"base ({base.path}) and tuned ({tuned.path}) hold different tensors: {missing}", hint)
+
+
+def _shape_message(base: TensorInfo, tuned: TensorInfo) -> str:
+    return f"tensor {base.name!r} has shape {list(base.shape)} in base and {list(tuned.shape)} in tuned"
+
+
+def _shape_hint(base: TensorInfo, tuned: TensorInfo) -> str:
+    if len(base.shape) == len(tuned.shape) == 2 and base.shape[1] == tuned.shape[1]:
+        return (
+            "this looks like a resized vocabulary: shrink tuned with resize_token_embeddings("
+            f"{base.shape[0]}) or grow base to {tuned.shape[0]} rows first"
+        )
+    return "pass checkpoints of one architecture and size"
+
+
+def _equal_bytes(base: Checkpoint, tuned: Checkpoint) -> bool:
+    """Whether all tensors are equal to the byte; only asked when their samples are."""
+    step = 1 << 24
+    for name, info in base.tensors.items():
+        for start in range(0, info.nbytes, step):
+            parts = []
+            for checkpoint in (base, tuned):
+                part = bytearray(min(step, info.nbytes - start))
+                checkpoint.read_into(checkpoint.tensors[name], memoryview(part), start)
+                parts.append(part)
+            if parts[0] != parts[1]:
+                return False
+    return True
+
+
+def check_stats(base: Checkpoint, tuned: Checkpoint, stats: Stats) -> None:
+    """The statistics were made on this very tuned model, know all its tensors, and fit their shapes."""
+    if stats.model_fingerprint != tuned.fingerprint():
+        if stats.model_fingerprint == base.fingerprint():
+            raise StatsError(
+                f"{stats.path} was calibrated on the model given as BASE ({base.path})",
+                f"if the two are swapped: tailorcli ... {tuned.path} {base.path}; if not, calibrate TUNED",
+            )
+        made_from = stats.manifest["model"].get("path", "another model")
+        raise StatsError(
+            f"{stats.path} was made from another model ({made_from}) than tuned ({tuned.path})",
+            f"calibrate it: tailorcli calibrate {tuned.path} --data FILE -o NEW_STATS",
+        )
+    for name, info in tuned.tensors.items():
+        entry = stats.tensors.get(name)
+        if entry is None:
+            raise StatsError(f"{stats.path} does not mention tensor {name!r}", "calibrate again")
+        if entry.hessian is None:
+            continue
+        size = stats.hessians[entry.hessian].size
+        inputs = _num_inputs(info, entry)
+        if size != inputs:
+            raise StatsError(f"{stats.path}: tensor {name!r} has {inputs} input channels, its Hessian {size}")
+
+
+def _num_inputs(info: TensorInfo, entry: TensorStats) -> int:
+    if entry.role == "bias":
+        return 1
+    if len(info.shape) < 2:
+        return info.numel
+    return info.shape[0] if entry.transposed else info.shape[-1]
+
+
+def check_output(output: Path, inputs: Sequence[Path], *, resume: bool, overwrite: bool, plan: Plan) -> None:
+    """The output folder is new, or ours to resume or replace, is none of the inputs, and there is room for it."""
+    resolved = output.resolve()
+    for path in inputs:
+        if resolved == path.resolve() or path.resolve().is_relative_to(resolved):
+            raise OutputError(f"the output {output} would replace an input ({path})", "choose another folder for -o")
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} exists and is a file", "choose another folder for -o")
+    occupied = output.exists() and any(output.iterdir())
+    if occupied and not (resume or overwrite):
+        raise OutputError(f"{output} exists and is not empty", "choose another, or pass --resume or --overwrite")
+    free = plan.free_bytes(output)
+    already = sum(f.stat().st_blocks * 512 for f in output.rglob("*.part")) if occupied else 0
+    if plan.write_bytes > free + already:
+        raise OutputError(
+            f"not enough disk for {output}: it needs {plan.write_bytes:,} bytes, {free:,} are free",
+            "free some or choose another disk for -o",
+        )

@@ -1,0 +1,151 @@
+"""Pictures of a report or of statistics; matplotlib is an optional extra."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from tailorcli.errors import OutputError, TailorError
+from tailorcli.inspection import Inspection
+from tailorcli.report import share, split_name
+
+_BEFORE, _AFTER, _TUNED, _NEUTRAL = "#d08a3c", "#2f6f9f", "#8a8a8a", "#4d8f57"
+
+
+def plot_inspection(inspection: Inspection, file: Path) -> None:
+    """Draw what ``inspection`` found into ``file`` (PNG, PDF or SVG by its suffix).
+
+    Raises TailorError without matplotlib, or for something that has no picture.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise TailorError("--plot needs matplotlib", "pip install 'tailorcli[plot]'") from error
+    if inspection.report is not None:
+        figure = Figure(figsize=(13, 8.5), layout="constrained")
+        _draw_report(figure, inspection.report)
+    elif inspection.hessians:
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        _draw_stats(figure, inspection.hessians)
+    else:
+        raise TailorError(f"{inspection.path} has nothing to plot", "plot a stats folder, a report or a patched checkpoint")
+    figure.suptitle(f"{inspection.kind}: {Path(inspection.path).name}", fontsize=13)
+    try:
+        figure.savefig(file, dpi=110)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write the plot {file}: {error}", "use a path that ends in .png, .pdf or .svg") from error
+
+
+def _draw_report(figure: Any, report: dict[str, Any]) -> None:
+    tensors = [t for t in report["tensors"] if t["status"] == "patched"]
+    top = figure.subplots(2, 2)
+    _captured_by_layer(top[0][0], tensors)
+    _errors(top[0][1], tensors, by_layer=True)
+    _errors(top[1][0], tensors, by_layer=False)
+    _distances(top[1][1], tensors)
+
+
+def _by_layer(tensors: list[dict[str, Any]]) -> tuple[list[str], list[list[dict[str, Any]]]]:
+    """Tensors gathered by layer number; those outside any layer come last as "other"."""
+    groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for tensor in tensors:
+        number, _ = split_name(tensor["name"])
+        groups[1 << 30 if number is None else number].append(tensor)
+    keys = sorted(groups)
+    return ["other" if key == 1 << 30 else str(key) for key in keys], [groups[key] for key in keys]
+
+
+def _by_kind(tensors: list[dict[str, Any]]) -> tuple[list[str], list[list[dict[str, Any]]]]:
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for tensor in tensors:
+        _, kind = split_name(tensor["name"])
+        groups[kind.removesuffix(".weight")].append(tensor)
+    return list(groups), list(groups.values())
+
+
+def _captured_by_layer(axes: Any, tensors: list[dict[str, Any]]) -> None:
+    labels, groups = _by_layer(tensors)
+
+    def shares(part: str, whole: str) -> list[float]:
+        return [100 * (share(_sum(group, part), _sum(group, whole)) or 0.0) for group in groups]
+
+    positions = range(len(labels))
+    axes.plot(positions, shares("delta_sq_kept", "delta_sq"), "o-", color=_AFTER, label="of the squared change ‖ΔW‖²")
+    if any(t.get("sensitivity_sum") for t in tensors):
+        values = shares("sensitivity_kept", "sensitivity_sum")
+        axes.plot(positions, values, "s-", color=_BEFORE, label="of the summed sensitivity")
+    axes.plot(positions, shares("kept", "numel"), "--", color=_TUNED, label="of the entries (density)")
+    axes.set(title="What the mask captures, by layer", ylabel="%", ylim=(0, None))
+    _name_positions(axes, labels)
+    axes.legend()
+
+
+def _sum(tensors: list[dict[str, Any]], key: str) -> float:
+    return sum(tensor.get(key) or 0.0 for tensor in tensors)
+
+
+def _errors(axes: Any, tensors: list[dict[str, Any]], *, by_layer: bool) -> None:
+    measured = [t for t in tensors if t.get("kind") == "full" and t.get("error_after") is not None]
+    where = "layer" if by_layer else "module kind"
+    axes.set(title=f"Layer error against the tuned layer, by {where}", ylabel="% of ‖ΔW X‖²")
+    if not measured:
+        axes.text(0.5, 0.5, "not measured: no compensation was solved for", ha="center", transform=axes.transAxes)
+        return
+    labels, groups = _by_layer(measured) if by_layer else _by_kind(measured)
+    _paired_bars(axes, labels, groups, "error_before", "error_after", scale=100.0, mean=True)
+    axes.legend()
+
+
+def _distances(axes: Any, tensors: list[dict[str, Any]]) -> None:
+    """The paper's Fig. 6: the distance from base before and after the decorator."""
+    labels, groups = _by_layer(tensors)
+    axes.set(title="Distance from base, Σ|W − W_base| (the paper's Fig. 6)", ylabel="")
+    after = "distance_after" if any(t.get("distance_after") is not None for t in tensors) else "distance_before"
+    _paired_bars(axes, labels, groups, "distance_before", after, scale=1.0, mean=False)
+    axes.plot(range(len(labels)), [_sum(g, "distance_tuned") for g in groups], "_", color="black", ms=9, label="tuned")
+    axes.set_yscale("log")
+    axes.legend()
+
+
+def _paired_bars(
+    axes: Any,
+    labels: list[str],
+    groups: list[list[dict[str, Any]]],
+    before: str,
+    after: str,
+    *,
+    scale: float,
+    mean: bool,
+) -> None:
+    for offset, key, color, label in (
+        (-0.2, before, _BEFORE, "before compensation"),
+        (0.2, after, _AFTER, "after compensation"),
+    ):
+        values = [scale * _sum(group, key) / (len(group) if mean else 1) for group in groups]
+        axes.bar([i + offset for i in range(len(labels))], values, width=0.4, color=color, label=label)
+    _name_positions(axes, labels)
+
+
+def _draw_stats(figure: Any, hessians: dict[str, dict[str, Any]]) -> None:
+    left, right = figure.subplots(1, 2)
+    full = {name: info for name, info in hessians.items() if info["kind"] == "full"}
+    groups: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for name, info in full.items():
+        number, kind = split_name(name)
+        groups[kind.removesuffix(".weight")][number or 0] = info
+    for kind, layers in groups.items():
+        numbers = sorted(layers)
+        left.plot(numbers, [layers[n]["mean_diagonal"] for n in numbers], "o-", label=kind)
+        right.plot(numbers, [100 * layers[n]["dead"] / layers[n]["size"] for n in numbers], "o-", label=kind)
+    left.set(title="Mean of diag(H): twice the mean square of an input", xlabel="layer", yscale="log")
+    right.set(title="Dead input channels", xlabel="layer", ylabel="%")
+    left.legend(fontsize=8)
+
+
+def _name_positions(axes: Any, labels: list[str]) -> None:
+    """Label every position, or every few of many."""
+    step = max(1, len(labels) // 24)
+    long = max(map(len, labels), default=0) > 6
+    axes.set_xticks(range(0, len(labels), step))
+    axes.set_xticklabels(labels[::step], rotation=40 if long else 0, ha="right" if long else "center", fontsize=8)

@@ -1,0 +1,190 @@
+"""The per-tensor report of a run: its JSON form, its totals, and its table."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tailorcli.checkpoint import read_json
+from tailorcli.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FORMAT_VERSION = 1
+REPORT_FILE = "tailor_report.json"
+RUN_FILE = "tailor_run.json"
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What a ``score`` or ``patch`` run did: a record for every tensor of the base, and their totals.
+
+    ``stages`` holds seconds of work by stage and is kept out of the report file, which is the same for the same
+    inputs; it goes into the run record.
+    """
+
+    command: str
+    options: dict[str, Any]
+    inputs: dict[str, dict[str, str]]  # base, tuned, stats: path and fingerprint
+    tensors: list[dict[str, Any]]
+    stages: dict[str, float]
+    seconds: float
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Sums and means over the patched tensors."""
+        return total_figures(self.tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the report file holds: the same for the same inputs."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "command": self.command,
+            "options": self.options,
+            "inputs": self.inputs,
+            "totals": self.totals,
+            "tensors": self.tensors,
+        }
+
+    def to_json(self) -> str:
+        """The report file's text."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+
+
+def total_figures(tensors: list[dict[str, Any]]) -> dict[str, Any]:
+    """Entries, shares and errors over the patched tensors.
+
+    The errors are plain means over the tensors with a full Hessian: outputs of different layers have no common
+    unit in which they could be added.
+    """
+    patched = [t for t in tensors if t["status"] == "patched"]
+    measured = [t for t in patched if t.get("kind") == "full" and t.get("error_before") is not None]
+
+    def total(key: str) -> float:
+        return sum(t[key] for t in patched if t.get(key) is not None)
+
+    def mean(key: str) -> float | None:
+        values = [t[key] for t in measured if t.get(key) is not None]
+        return sum(values) / len(values) if values else None
+
+    numel, kept = int(total("numel")), int(total("kept"))
+    scored = [t for t in patched if t.get("sensitivity_sum") is not None]
+    sensitivity = sum(t["sensitivity_sum"] for t in scored)
+    return {
+        "tensors_patched": len(patched),
+        "tensors_at_base": len(tensors) - len(patched),
+        "numel": numel,
+        "kept": kept,
+        "density": share(kept, numel),
+        "numel_at_base": sum(_numel(t["shape"]) for t in tensors if t["status"] != "patched"),
+        "zero_delta_share": share(total("zero_delta"), numel),
+        "delta_share_kept": share(total("delta_sq_kept"), total("delta_sq")),
+        "sensitivity_share_kept": share(sum(t["sensitivity_kept"] for t in scored), sensitivity),
+        "error_before": mean("error_before"),
+        "error_after": mean("error_after"),
+        "largest_residual": max((t.get("residual", 0.0) for t in patched), default=0.0),
+        "damped_further": [t["name"] for t in patched if t.get("damped_further")],
+    }
+
+
+def share(part: float | None, whole: float | None) -> float | None:
+    """``part / whole``, or None where the whole is zero or unknown."""
+    return part / whole if part is not None and whole else None
+
+
+def _numel(shape: list[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def load_report(path: Path) -> dict[str, Any]:
+    """A report file, checked to be one."""
+    report = read_json(path)
+    if not isinstance(report.get("tensors"), list) or "totals" not in report:
+        raise CheckpointError(f"{path} is no report of tailorcli", f"pass a {REPORT_FILE} or what score -o wrote")
+    if report.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format_version {report.get('format_version')}, expected {FORMAT_VERSION}")
+    return report
+
+
+_LAYER = re.compile(r"^(?P<before>.*?)\.(?P<number>\d+)\.(?P<kind>.*)$")
+
+
+def split_name(name: str) -> tuple[int | None, str]:
+    """The layer number in a tensor's name (its first number) and the module kind, what follows it."""
+    match = _LAYER.match(name)
+    if match is None:
+        return None, name
+    return int(match["number"]), match["kind"]
+
+
+def format_share(value: float | None) -> str:
+    """A share as a percentage, three digits; a dash for what was not measured."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}%" if value >= 0.001 or value == 0 else f"{100 * value:.1g}%"
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in decimal units, as file managers and transformers count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+_COLUMNS = ("tensor", "shape", "kept", "density", "|dW|² kept", "sens. kept", "dW=0", "dead", "damping")
+
+
+def tensor_table(report: dict[str, Any], *, errors: bool) -> Table:
+    """One row a patched tensor and a row of totals; with ``errors`` the layer errors before and after."""
+    from rich.table import Table
+
+    table = Table(title=f"{report['command']}: density {report['options']['density']:g}, "
+                  f"omega {report['options']['omega']:g}")
+    for column in (*_COLUMNS, *(("error before", "after") if errors else ())):
+        table.add_column(column, justify="left" if column == "tensor" else "right", overflow="fold")
+    for tensor in report["tensors"]:
+        if tensor["status"] == "patched":
+            table.add_row(*_tensor_row(tensor, errors))
+    totals = report["totals"]
+    last = [
+        f"total: {totals['tensors_patched']} patched, {totals['tensors_at_base']} left at base",
+        f"{totals['numel']:,}",
+        f"{totals['kept']:,}",
+        format_share(totals["density"]),
+        format_share(totals["delta_share_kept"]),
+        format_share(totals["sensitivity_share_kept"]),
+        format_share(totals["zero_delta_share"]),
+        "",
+        "",
+    ]
+    if errors:
+        last += [format_share(totals["error_before"]), format_share(totals["error_after"])]
+    table.add_section()
+    table.add_row(*last, style="bold")
+    return table
+
+
+def _tensor_row(tensor: dict[str, Any], errors: bool) -> list[str]:
+    row = [
+        tensor["name"],
+        "×".join(str(size) for size in tensor["shape"]),
+        f"{tensor['kept']:,}",
+        format_share(share(tensor["kept"], tensor["numel"])),
+        format_share(share(tensor["delta_sq_kept"], tensor["delta_sq"])),
+        format_share(share(tensor["sensitivity_kept"], tensor["sensitivity_sum"])),
+        format_share(share(tensor["zero_delta"], tensor["numel"])),
+        "-" if tensor["dead_channels"] is None else str(tensor["dead_channels"]),
+        "-" if tensor["damping"] is None else f"{tensor['damping']:g}",
+    ]
+    if errors:
+        row += [format_share(tensor["error_before"]), format_share(tensor["error_after"])]
+    return row

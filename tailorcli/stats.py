@@ -1,0 +1,196 @@
+"""The folder that ``calibrate`` writes: a manifest, and the Hessians as packed triangles in one safetensors file.
+
+``manifest.json`` maps every tensor of the checkpoint either to a Hessian or to the reason why it has none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tailorcli.checkpoint import Checkpoint, read_header, read_json
+from tailorcli.errors import CheckpointError, OutputError, StatsError
+from tailorcli.writer import as_output_error, fsync_path, write_text_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+HESSIANS = "hessians.safetensors"
+
+
+@dataclass(frozen=True)
+class HessianInfo:
+    """One Hessian: its channels I, ``full`` (a packed triangle) or ``diagonal``, the tokens that it averages.
+
+    ``mean_diagonal`` is mean(diag H), twice the mean square of an input; ``dead`` counts channels with H_jj = 0.
+    """
+
+    size: int
+    kind: str
+    tokens: int
+    mean_diagonal: float = 0.0
+    dead: int = 0
+
+    @property
+    def stored_numel(self) -> int:
+        """Numbers on disk."""
+        return self.size * (self.size + 1) // 2 if self.kind == "full" else self.size
+
+
+@dataclass(frozen=True)
+class TensorStats:
+    """What a checkpoint tensor is to the layer it belongs to.
+
+    ``hessian`` names its Hessian, or is None with a ``reason``. ``transposed`` says that it is stored as (I, O):
+    Conv1D weights and embedding tables. ``role`` is linear, embedding, norm or bias.
+    """
+
+    hessian: str | None
+    role: str = ""
+    transposed: bool = False
+    reason: str = ""
+
+
+class Stats:
+    """An opened statistics folder; Hessians are read one at a time."""
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        tensors: dict[str, TensorStats],
+        hessians: dict[str, HessianInfo],
+        store: Checkpoint,
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.tensors = tensors
+        self.hessians = hessians
+        self._store = store
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Stats:
+        """Open the folder ``path``. Raises StatsError if it is missing, unfinished or inconsistent."""
+        folder = Path(path)
+        manifest_path = folder / MANIFEST
+        if not manifest_path.is_file():
+            raise StatsError(
+                f"{folder} holds no statistics ({MANIFEST} is missing)",
+                "make them: tailorcli calibrate TUNED --data FILE -o STATS",
+            )
+        try:
+            manifest = read_json(manifest_path)
+            if manifest.get("format_version") != FORMAT_VERSION:
+                found = manifest.get("format_version")
+                raise StatsError(
+                    f"{manifest_path} has format_version {found}, expected {FORMAT_VERSION}",
+                    "calibrate again with this version of tailorcli",
+                )
+            tensors = {name: TensorStats(**entry) for name, entry in manifest["tensors"].items()}
+            hessians = {name: HessianInfo(**entry) for name, entry in manifest["hessians"].items()}
+            str(manifest["model"]["fingerprint"])
+            infos, _ = read_header(folder / HESSIANS)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StatsError(f"{manifest_path} is malformed: {error!r}", "calibrate again") from error
+        except CheckpointError as error:
+            raise StatsError(error.message, "calibrate again") from error
+        stats = cls(folder, manifest, tensors, hessians, Checkpoint(folder, infos, [folder / HESSIANS]))
+        stats._check()
+        return stats
+
+    def _check(self) -> None:
+        """Every Hessian that the manifest names is stored, in the size that it says."""
+        stored = self._store.tensors
+        for name, info in self.hessians.items():
+            if name not in stored:
+                raise StatsError(f"{self.path / HESSIANS} lacks Hessian {name!r}", "calibrate again")
+            found = stored[name]
+            if found.dtype != "F32" or found.shape != (info.stored_numel,):
+                raise StatsError(
+                    f"Hessian {name!r} in {self.path / HESSIANS} is {found.dtype} {list(found.shape)}, "
+                    f"expected F32 [{info.stored_numel}]",
+                    "calibrate again",
+                )
+        for name, tensor in self.tensors.items():
+            if tensor.hessian is not None and tensor.hessian not in self.hessians:
+                raise StatsError(f"{self.path / MANIFEST}: {name} refers to no Hessian {tensor.hessian!r}")
+
+    def load(self, name: str) -> Tensor:
+        """The stored numbers of one Hessian, float32: a packed triangle, or a diagonal (I,)."""
+        return self._store.read(name)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of one Hessian on disk."""
+        return self._store.tensors[name].nbytes
+
+    def fingerprint(self) -> str:
+        """A hash over the manifest and a sample of the Hessians."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(json.dumps(self.manifest, sort_keys=True).encode())
+        digest.update(self._store.fingerprint().encode())
+        return digest.hexdigest()
+
+    @property
+    def model_fingerprint(self) -> str:
+        """The fingerprint of the checkpoint that was calibrated."""
+        return str(self.manifest["model"]["fingerprint"])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._store.close()
+
+
+def prepare_folder(folder: Path, overwrite: bool) -> None:
+    """Make ``folder`` ready for new statistics: empty, or cleared of old ones with ``overwrite``."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} exists and is a file", "choose another folder for -o")
+    present = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+    foreign = [name for name in present if name not in (MANIFEST, HESSIANS, HESSIANS + ".part", MANIFEST + ".part")]
+    if foreign:
+        raise OutputError(f"{folder} holds other files ({foreign[0]}, ...)", "choose another folder for -o")
+    if MANIFEST in present and not overwrite:
+        raise OutputError(f"{folder} already holds statistics", "choose another folder, or pass --overwrite")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in present:  # the manifest first: without it the folder counts as empty
+            (folder / name).unlink()
+    except OSError as error:
+        raise as_output_error(folder, error) from error
+
+
+def write_stats(
+    folder: Path,
+    hessians: Iterable[tuple[str, HessianInfo, Tensor]],
+    tensors: dict[str, TensorStats],
+    facts: dict[str, Any],
+) -> None:
+    """Write the Hessians (already packed), then the manifest: without it the folder is not statistics."""
+    import torch
+    from safetensors.torch import save_file
+
+    infos: dict[str, HessianInfo] = {}
+    packed: dict[str, Tensor] = {}
+    for name, info, values in hessians:
+        infos[name] = info
+        packed[name] = values.to("cpu", torch.float32).contiguous()
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        **facts,
+        "hessians": {name: asdict(info) for name, info in infos.items()},
+        "tensors": {name: asdict(entry) for name, entry in tensors.items()},
+    }
+    part = folder / (HESSIANS + ".part")
+    try:
+        save_file(packed, part)
+        fsync_path(part)
+        os.replace(part, folder / HESSIANS)
+        write_text_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    except OSError as error:
+        raise as_output_error(folder, error) from error

@@ -1,0 +1,295 @@
+"""Write a checkpoint tensor by tensor into shards whose headers are known beforehand, so that it can be resumed.
+
+While it is written every shard carries the suffix ``.part`` and a journal lists the tensors that are safely on
+disk. Only ``finish`` gives the shards their names, the index last: an interrupted output loads as nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from tailorcli.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo
+from tailorcli.errors import OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WORK_FOLDER = ".tailorcli"
+JOURNAL = "journal.jsonl"
+_COPY_BYTES = 1 << 24
+_SYNC_BYTES = 1 << 28  # journal entries wait until this many bytes of theirs are on disk together
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one tensor in the output: a shard's name and the bytes from ``offset`` of it."""
+
+    shard: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """Every shard's header, and every tensor's slot."""
+
+    headers: dict[str, bytes]
+    sizes: dict[str, int]
+    slots: dict[str, Slot]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards, headers included."""
+        return sum(self.sizes.values())
+
+
+def split_shards(sizes: Sequence[tuple[str, int]], max_shard_size: int) -> list[list[str]]:
+    """Names in order, cut into shards of at most ``max_shard_size`` bytes; a larger tensor gets a shard alone."""
+    shards: list[list[str]] = []
+    filled = 0
+    for name, nbytes in sizes:
+        if not shards or filled + nbytes > max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += nbytes
+    return shards
+
+
+def plan_layout(base: Checkpoint, max_shard_size: int | None) -> ShardLayout:
+    """Where each tensor goes: the base's own sharding, or a new one under ``max_shard_size`` bytes a shard."""
+    if max_shard_size is None:
+        by_file: dict[str, list[str]] = {}
+        for info in base.tensors.values():
+            by_file.setdefault(info.file.relative_to(base.path).as_posix(), []).append(info.name)
+    else:
+        shards = split_shards([(info.name, info.nbytes) for info in base.tensors.values()], max_shard_size)
+        count = len(shards)
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        by_file = dict(zip(names if count > 1 else [SINGLE_FILE], shards, strict=True))
+    headers, sizes, slots = {}, {}, {}
+    for file_name, tensor_names in by_file.items():
+        header, placed = _build_header([base.tensors[name] for name in tensor_names])
+        headers[file_name] = header
+        for info, offset in placed:
+            slots[info.name] = Slot(file_name, offset, info.nbytes)
+        sizes[file_name] = len(header) + sum(info.nbytes for info, _ in placed)
+    return ShardLayout(headers, sizes, slots)
+
+
+def _build_header(infos: Sequence[TensorInfo]) -> tuple[bytes, list[tuple[TensorInfo, int]]]:
+    """The bytes before the data, padded to a multiple of 8, and each tensor's offset in the file."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position, starts = 0, []
+    for info in infos:
+        entries[info.name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [position, position + info.nbytes],
+        }
+        starts.append(position)
+        position += info.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, [(info, len(header) + start) for info, start in zip(infos, starts, strict=True)]
+
+
+def fsync_path(path: Path) -> None:
+    """Make a file's or a folder's entry durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    fsync_path(temporary)
+    os.replace(temporary, path)
+
+
+def as_output_error(path: Path, error: OSError) -> OutputError:
+    """The user's error for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"no space left on the device while writing {path}", "free some, then add --resume")
+    return OutputError(f"cannot write {path}: {error.strerror or error}", "check the path and its permissions")
+
+
+@dataclass
+class _Pending:
+    """Tensors written since the last sync, whose journal lines wait for it."""
+
+    lines: list[str] = field(default_factory=list)
+    shards: set[str] = field(default_factory=set)
+    nbytes: int = 0
+
+
+class CheckpointWriter:
+    """Writes one checkpoint folder on a thread of its own; see the module's docstring for the protocol.
+
+    ``identity`` describes the run (options, inputs, versions): resuming with another one is refused.
+    """
+
+    def __init__(self, folder: Path, layout: ShardLayout, identity: dict[str, Any], resume: bool) -> None:
+        self.folder = folder
+        self.layout = layout
+        self.done: dict[str, dict[str, Any]] = {}
+        self.seconds = 0.0
+        self._journal_path = folder / WORK_FOLDER / JOURNAL
+        self._pending = _Pending()
+        self._queue: list[Future[None]] = []
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._descriptors: dict[str, int] = {}
+        try:
+            if resume and self._journal_path.exists():
+                self.done = read_journal(self._journal_path, identity)
+            else:
+                self._start(identity)
+            for name in layout.headers:  # a run killed while finishing has named some shards already
+                path = self._part(name) if self._part(name).exists() else folder / name
+                self._descriptors[name] = os.open(path, os.O_RDWR)
+        except OSError as error:
+            raise as_output_error(folder, error) from error
+
+    def _part(self, shard: str) -> Path:
+        return self.folder / (shard + ".part")
+
+    def _start(self, identity: dict[str, Any]) -> None:
+        """Lay out empty shards with their headers, then the journal: from here on the run can be resumed."""
+        self._journal_path.parent.mkdir(parents=True, exist_ok=True)
+        self._journal_path.unlink(missing_ok=True)
+        for name, header in self.layout.headers.items():
+            part = self._part(name)
+            part.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as stream:
+                stream.write(header)
+                stream.truncate(self.layout.sizes[name])
+                os.fsync(stream.fileno())
+        write_text_atomically(self._journal_path, json.dumps({"identity": identity}) + "\n")
+
+    def write(self, name: str, tensor: Tensor, record: dict[str, Any]) -> None:
+        """Queue a tensor's final value and its report; blocks while an earlier tensor is still being written."""
+        import torch
+
+        raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        self._submit(lambda: self._write_now(name, [memoryview(raw.numpy())], record))
+
+    def copy(self, name: str, source: Checkpoint, record: dict[str, Any]) -> None:
+        """Queue a byte copy of a tensor from ``source``."""
+        self._submit(lambda: self._write_now(name, _pieces(source, source.tensors[name]), record))
+
+    def _submit(self, job: Any) -> None:
+        while len(self._queue) > 1:  # one being written, one waiting: bounds the memory that waits here
+            self._queue.pop(0).result()
+        self._queue.append(self._pool.submit(job))
+
+    def _write_now(self, name: str, pieces: Iterable[memoryview], record: dict[str, Any]) -> None:
+        started = perf_counter()
+        slot = self.layout.slots[name]
+        position = slot.offset
+        try:
+            for piece in pieces:
+                while len(piece):
+                    count = os.pwrite(self._descriptors[slot.shard], piece, position)
+                    piece, position = piece[count:], position + count
+            self._pending.lines.append(json.dumps({"name": name, "record": record}) + "\n")
+            self._pending.shards.add(slot.shard)
+            self._pending.nbytes += slot.nbytes
+            if self._pending.nbytes >= _SYNC_BYTES:
+                self._sync()
+        except OSError as error:
+            raise as_output_error(self._part(slot.shard), error) from error
+        self.done[name] = record
+        self.seconds += perf_counter() - started
+
+    def _sync(self) -> None:
+        """Data first, then the journal lines that vouch for it."""
+        for shard in self._pending.shards:
+            os.fdatasync(self._descriptors[shard])
+        with self._journal_path.open("a", encoding="utf-8") as stream:
+            stream.writelines(self._pending.lines)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._pending = _Pending()
+
+    def drain(self) -> None:
+        """Wait until everything queued is written and journaled."""
+        while self._queue:
+            self._queue.pop(0).result()
+        self._pool.submit(self._sync).result()
+
+    def finish(self, side_folder: Path, side: Iterable[Path], texts: dict[str, str]) -> None:
+        """Side files and records first, then the shards' names, then the index: the last one makes it loadable."""
+        try:
+            self.drain()
+            for relative in side:
+                (self.folder / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(side_folder / relative, self.folder / relative)
+            for name, text in texts.items():
+                write_text_atomically(self.folder / name, text)
+            self._close_files()
+            for shard in self.layout.headers:
+                if self._part(shard).exists():
+                    os.replace(self._part(shard), self.folder / shard)
+            if list(self.layout.headers) != [SINGLE_FILE]:
+                write_text_atomically(self.folder / INDEX_FILE, self._index())
+            fsync_path(self.folder)
+            shutil.rmtree(self.folder / WORK_FOLDER)
+        except OSError as error:
+            raise as_output_error(self.folder, error) from error
+
+    def _index(self) -> str:
+        total = sum(slot.nbytes for slot in self.layout.slots.values())
+        weight_map = {name: slot.shard for name, slot in sorted(self.layout.slots.items())}
+        return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+
+    def _close_files(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def close(self) -> None:
+        """Stop the thread and close the files; what is journaled stays for ``resume``."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._close_files()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _pieces(source: Checkpoint, info: TensorInfo) -> Iterable[memoryview]:
+    buffer = bytearray(min(_COPY_BYTES, info.nbytes))
+    for start in range(0, info.nbytes, _COPY_BYTES):
+        piece = memoryview(buffer)[: min(_COPY_BYTES, info.nbytes - start)]
+        source.read_into(info, piece, start)
+        yield piece
+
+
+def read_journal(path: Path, identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The records of the tensors safely written by an earlier run of the same ``identity``."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    earlier = json.loads(lines[0])["identity"]
+    current = json.loads(json.dumps(identity))  # the same round trip: tuples become lists
+    changed = sorted(key for key in {*earlier, *current} if earlier.get(key) != current.get(key))
+    if changed:
+        details = ", ".join(f"{key}: {earlier.get(key)} then, {current.get(key)} now" for key in changed)
+        raise OutputError(f"cannot resume in {path.parent.parent}: {details}", "start anew with --overwrite")
+    whole = lines[:-1]  # what follows the last newline was cut off in the middle
+    write_text_atomically(path, "".join(line + "\n" for line in whole))
+    entries = [json.loads(line) for line in whole[1:]]
+    return {entry["name"]: entry["record"] for entry in entries}
