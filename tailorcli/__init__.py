@@ -25,7 +25,21 @@ _HOMES = {
     "TailorError": "tailorcli.errors",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "CalibrateOptions",
+    "CalibrateReport",
+    "Checkpoint",
+    "PatchOptions",
+    "PatchReport",
+    "Stats",
+    "TailorError",
+    "__version__",
+    "calibrate_model",
+    "inspect_path",
+    "patch_checkpoint",
+    "plan_patch",
+    "score_checkpoint",
+]
 
 if TYPE_CHECKING:
     from tailorcli.calibrate import CalibrateReport, calibrate_model

@@ -119,8 +119,7 @@ def _collect(
     chosen = {
         parameter
         for tensor, parameter in parameter_of.items()
-        if matches(tensor, options.include, options.exclude)
-        and checkpoint.tensors[tensor].dtype in PATCHABLE_DTYPES
+        if matches(tensor, options.include, options.exclude) and checkpoint.tensors[tensor].dtype in PATCHABLE_DTYPES
     }
     wanted = [layer for layer in layers.values() if layer.name in chosen or _bias(layer) in chosen]
     if not wanted:
@@ -134,9 +133,7 @@ def _collect(
     with bar, timer.stage("run"):
         for ids, mask in make_batches(samples.token_ids, options.batch_size):
             padded = any(0 in row for row in mask)
-            collector.run(
-                torch.tensor(ids, device=device), torch.tensor(mask, device=device) if padded else None
-            )
+            collector.run(torch.tensor(ids, device=device), torch.tensor(mask, device=device) if padded else None)
             bar.update(sum(map(sum, mask)))
     with timer.stage("pack"):
         hessians = collector.results()

@@ -106,8 +106,10 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 def _parse_entry(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
     """One entry of the header, with absurd values refused."""
-    fields = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    dtype: Any = fields.get("dtype")
+    shape: Any = fields.get("shape")
+    offsets: Any = fields.get("data_offsets")
     if dtype not in _DTYPES:
         raise _damaged(file, f"tensor {name!r} has the unknown dtype {dtype!r}")
     if not _are_sizes(shape):
@@ -174,7 +176,7 @@ class Checkpoint:
             raise CheckpointError(f"tensor {name!r} has dtype {info.dtype}, which torch cannot hold")
         raw = torch.empty(info.nbytes, dtype=torch.uint8)
         if info.nbytes:
-            self.read_into(info, memoryview(raw.numpy()), 0)
+            self.read_into(info, raw.numpy().data, 0)
         return raw.view(getattr(torch, torch_name)).view(info.shape)
 
     def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
@@ -249,7 +251,7 @@ def _open_shards(folder: Path) -> tuple[dict[str, TensorInfo], list[Path]]:
         if not shard.is_file():
             raise CheckpointError(f"{index_path} names {file_name!r}, which is missing", "download it again")
         found, _ = read_header(shard)
-        for name, info in found.items():
+        for name in found:
             if weight_map.get(name) != file_name:
                 raise CheckpointError(f"{shard} holds tensor {name!r}, which {INDEX_FILE} does not place there")
         tensors.update(found)

@@ -207,7 +207,9 @@ def patch(
         str | None, typer.Option(metavar="SIZE", help="Shard anew, such as 5GB; else the shards are the base's.")
     ] = None,
     allow_dtype_mismatch: AllowDtype = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")
+    ] = False,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan and its cost.")] = False,
     as_json: AsJson = False,
@@ -252,9 +254,7 @@ def patch(
 @friendly_errors
 def inspect_command(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Statistics, a report, or any checkpoint folder.")],
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw it, too (needs tailorcli[plot]).")
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw it, too (needs tailorcli[plot]).")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a path is and show its figures."""

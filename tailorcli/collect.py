@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,7 +78,8 @@ def find_layers(model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
 def _role(module: nn.Module) -> str:
     """linear, embedding, norm, or nothing."""
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-        return "linear" if getattr(module, "weight", None) is not None and module.weight.dim() == 2 else ""
+        weight = getattr(module, "weight", None)
+        return "linear" if isinstance(weight, Tensor) and weight.dim() == 2 else ""
     if isinstance(module, nn.Embedding):
         return "embedding"
     weight = getattr(module, "weight", None)
@@ -162,7 +164,7 @@ class Collector:
     def allocate(self) -> None:
         """Make room for the Hessians. Raises DeviceError when they do not fit beside the model."""
         sizes = {layer.group: layer for layer in self.layers if layer.group}
-        needed = sum(4 * (l.size**2 if l.role == "linear" else l.size) for l in sizes.values())
+        needed = sum(4 * layer.size ** (2 if layer.role == "linear" else 1) for layer in sizes.values())
         free = free_memory(self._device)
         if free is not None and needed > free:
             raise DeviceError(
@@ -289,8 +291,8 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
-        with open("/proc/meminfo", encoding="ascii") as stream:
-            fields = dict(line.split(":", 1) for line in stream)
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None

@@ -6,7 +6,6 @@ equal names are only a first guess; a sample of the values decides.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint, TensorInfo
@@ -67,7 +66,8 @@ def _aliases(model: Any, parameters: dict[str, torch.Tensor]) -> dict[str, str]:
 
 
 def _common_ending(a: str, b: str) -> int:
-    return len(os.path.commonprefix([a[::-1], b[::-1]]))
+    equal = [x == y for x, y in zip(reversed(a), reversed(b), strict=False)]
+    return equal.index(False) if False in equal else len(equal)
 
 
 def _positions(numel: int) -> list[tuple[int, int]]:
@@ -91,7 +91,7 @@ def _equal(checkpoint: Checkpoint, info: TensorInfo, sample: torch.Tensor) -> bo
     parts = []
     for start, length in _positions(info.numel):
         raw = torch.empty(length * dtype.itemsize, dtype=torch.uint8)
-        checkpoint.read_into(info, memoryview(raw.numpy()), start * dtype.itemsize)
+        checkpoint.read_into(info, raw.numpy().data, start * dtype.itemsize)
         parts.append(raw.view(dtype))
     found = torch.cat(parts).to(sample.dtype)
     return torch.equal(found, sample) or bool(torch.equal(found.nan_to_num(), sample.nan_to_num()))

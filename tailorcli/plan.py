@@ -181,7 +181,8 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, allow_dtype_mismatch: bool) 
             )
     if base.fingerprint() == tuned.fingerprint() and _equal_bytes(base, tuned):
         raise CheckpointError(
-            f"base and tuned are identical ({base.path} and {tuned.path})", "pass the pre-trained folder, then the tuned"
+            f"base and tuned are identical ({base.path} and {tuned.path})",
+            "pass the pre-trained folder, then the tuned",
         )
 
 

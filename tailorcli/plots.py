@@ -29,12 +29,16 @@ def plot_inspection(inspection: Inspection, file: Path) -> None:
         figure = Figure(figsize=(11, 4.5), layout="constrained")
         _draw_stats(figure, inspection.hessians)
     else:
-        raise TailorError(f"{inspection.path} has nothing to plot", "plot a stats folder, a report or a patched checkpoint")
+        raise TailorError(
+            f"{inspection.path} has nothing to plot", "plot a stats folder, a report or a patched checkpoint"
+        )
     figure.suptitle(f"{inspection.kind}: {Path(inspection.path).name}", fontsize=13)
     try:
         figure.savefig(file, dpi=110)
     except (OSError, ValueError) as error:
-        raise OutputError(f"cannot write the plot {file}: {error}", "use a path that ends in .png, .pdf or .svg") from error
+        raise OutputError(
+            f"cannot write the plot {file}: {error}", "use a path that ends in .png, .pdf or .svg"
+        ) from error
 
 
 def _draw_report(figure: Any, report: dict[str, Any]) -> None:

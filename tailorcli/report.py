@@ -65,7 +65,7 @@ def total_figures(tensors: list[dict[str, Any]]) -> dict[str, Any]:
     measured = [t for t in patched if t.get("kind") == "full" and t.get("error_before") is not None]
 
     def total(key: str) -> float:
-        return sum(t[key] for t in patched if t.get(key) is not None)
+        return float(sum(t[key] for t in patched if t.get(key) is not None))
 
     def mean(key: str) -> float | None:
         values = [t[key] for t in measured if t.get(key) is not None]
@@ -147,8 +147,9 @@ def tensor_table(report: dict[str, Any], *, errors: bool) -> Table:
     """One row a patched tensor and a row of totals; with ``errors`` the layer errors before and after."""
     from rich.table import Table
 
-    table = Table(title=f"{report['command']}: density {report['options']['density']:g}, "
-                  f"omega {report['options']['omega']:g}")
+    table = Table(
+        title=f"{report['command']}: density {report['options']['density']:g}, omega {report['options']['omega']:g}"
+    )
     for column in (*_COLUMNS, *(("error before", "after") if errors else ())):
         table.add_column(column, justify="left" if column == "tensor" else "right", overflow="fold")
     for tensor in report["tensors"]:

@@ -190,7 +190,7 @@ def write_stats(
     try:
         save_file(packed, part)
         fsync_path(part)
-        os.replace(part, folder / HESSIANS)
+        part.replace(folder / HESSIANS)
         write_text_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     except OSError as error:
         raise as_output_error(folder, error) from error

@@ -118,7 +118,7 @@ def write_text_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text, encoding="utf-8")
     fsync_path(temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def as_output_error(path: Path, error: OSError) -> OutputError:
@@ -185,7 +185,7 @@ class CheckpointWriter:
         import torch
 
         raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        self._submit(lambda: self._write_now(name, [memoryview(raw.numpy())], record))
+        self._submit(lambda: self._write_now(name, [raw.numpy().data], record))
 
     def copy(self, name: str, source: Checkpoint, record: dict[str, Any]) -> None:
         """Queue a byte copy of a tensor from ``source``."""
@@ -243,7 +243,7 @@ class CheckpointWriter:
             self._close_files()
             for shard in self.layout.headers:
                 if self._part(shard).exists():
-                    os.replace(self._part(shard), self.folder / shard)
+                    self._part(shard).replace(self.folder / shard)
             if list(self.layout.headers) != [SINGLE_FILE]:
                 write_text_atomically(self.folder / INDEX_FILE, self._index())
             fsync_path(self.folder)

@@ -125,7 +125,7 @@ def _mask_sums(delta: Tensor, mask: Tensor) -> dict[str, Any]:
     return dict(zip(names, (int(total[0]), int(total[1]), *total[2:]), strict=True))
 
 
-def _sensitivity_sums(delta: Tensor, mask: Tensor, inverse: Tensor) -> dict[str, float]:
+def _sensitivity_sums(delta: Tensor, mask: Tensor, inverse: Tensor) -> dict[str, Any]:
     parts = []
     for rows, d, inv in score_chunks(delta, inverse):
         score = sensitivity(d, inv)
@@ -134,7 +134,7 @@ def _sensitivity_sums(delta: Tensor, mask: Tensor, inverse: Tensor) -> dict[str,
     return {"sensitivity_sum": total[0], "sensitivity_kept": total[1]}
 
 
-def _quantiles(delta: Tensor, inverse: Tensor | None) -> dict[str, list[float]]:
+def _quantiles(delta: Tensor, inverse: Tensor | None) -> dict[str, Any]:
     """Quantiles of both scores from an evenly strided sample: exact for small tensors, close for large ones."""
     if delta.numel() == 0:
         return {"salience_quantiles": []}
@@ -144,7 +144,7 @@ def _quantiles(delta: Tensor, inverse: Tensor | None) -> dict[str, list[float]]:
     row, column = index // columns, index % columns
     sample = delta[row, column]
     levels = torch.tensor(QUANTILES, dtype=torch.float32, device=delta.device)
-    found = {"salience_quantiles": salience(sample).quantile(levels).tolist()}
+    found: dict[str, Any] = {"salience_quantiles": salience(sample).quantile(levels).tolist()}
     if inverse is not None:
         score = sensitivity(sample, inverse.expand(delta.shape)[row, column])
         found["sensitivity_quantiles"] = score.quantile(levels).tolist()
@@ -152,7 +152,7 @@ def _quantiles(delta: Tensor, inverse: Tensor | None) -> dict[str, list[float]]:
 
 
 def _distance(patched: Tensor, tuned: Tensor, delta: Tensor) -> float:
-    """sum |W_patched - W_base|, with W_base = W_tuned - delta so that the base need not be held any longer."""
+    """The sum of |W_patched - W_base|, with W_base = W_tuned - delta so that the base need not be held any longer."""
     total = 0.0
     for rows in chunk_rows(delta):
         moved = patched[rows].to(torch.float32) - (tuned[rows].to(torch.float32) - delta[rows])

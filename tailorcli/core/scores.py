@@ -53,7 +53,7 @@ def select_mask(score: Tensor, count: int) -> Tensor:
     threshold = _kth_largest(flat, count)
     mask = flat > threshold
     missing = count - int(mask.sum())
-    for chunk, kept in zip(flat.split(_TIE_CHUNK), mask.split(_TIE_CHUNK), strict=True):
+    for chunk, kept in zip(torch.split(flat, _TIE_CHUNK), torch.split(mask, _TIE_CHUNK), strict=True):
         if missing == 0:
             break
         ties = (chunk == threshold).nonzero().squeeze(1)[:missing]

@@ -53,7 +53,7 @@ def decorate_sequential(delta: Tensor, mask: Tensor, upper: Tensor, block_size: 
 def _sweep(delta: Tensor, mask: Tensor, upper: Tensor, block_size: int) -> Tensor:
     """One pass of the sweep over a chunk of rows; returns C = (swept - delta) on the mask."""
     size = delta.shape[1]
-    work = delta.T.contiguous()  # (I, O): a column of the layer is one contiguous row here
+    work = delta.T.clone(memory_format=torch.contiguous_format)  # (I, O): a column is one contiguous row here
     put_back = (~mask).T.to(work.dtype)  # (I, O)
     for start in range(0, size, block_size):
         stop = min(start + block_size, size)
@@ -138,7 +138,7 @@ def _solve_directly_(
     Returns the rows whose A_SS is numerically singular, left to the iterative solver, and the squared residual
     of the others.
     """
-    columns = kept.nonzero()[:, 1].split(kept.sum(1).tolist())
+    columns = torch.split(kept.nonzero()[:, 1], kept.sum(1).tolist())
 
     def solve(row: int) -> float | None:
         index = columns[row]

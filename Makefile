@@ -1,0 +1,56 @@
+# make demo: set up from nothing and watch a model forget and be patched.
+# make test: set up from nothing and run ruff, mypy and the tests.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test test-fast test-slow lint bench real clean
+
+# torch comes first and pinned, so that nothing else chooses its build.
+$(BIN)/tailorcli: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[plot]'
+	@touch $@
+
+$(VENV)/dev: $(BIN)/tailorcli
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/real: $(VENV)/dev
+	$(PIP) install -c constraints.txt -e '.[dev,real]'
+	@touch $@
+
+demo: $(BIN)/tailorcli
+	$(BIN)/tailorcli demo -o demo --overwrite
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One thread a worker: the tests are many and small.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow"
+
+test-fast: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow" -x -k "not installed_command and not killed"
+
+# What CI leaves out: the demo in full. `make real` and `make bench` are the other long ones.
+test-slow: $(VENV)/dev
+	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/dev
+	$(BIN)/python -m benchmarks.solver
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.throughput
+
+real: $(VENV)/real
+	$(BIN)/python -m benchmarks.real
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,25 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+from helpers import make_pair
+
+
+@pytest.fixture(scope="session")
+def llama_pair(tmp_path_factory):
+    """A tiny float32 Llama pair with data and statistics; read only."""
+    return _with_stats(make_pair(tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture(scope="session")
+def gpt2_pair(tmp_path_factory):
+    """A tiny float32 GPT-2 pair (transposed weights, biases) with data and statistics; read only."""
+    return _with_stats(make_pair(tmp_path_factory.mktemp("gpt2"), "gpt2"))
+
+
+def _with_stats(folder):
+    from tailorcli import calibrate_model
+
+    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
+    return folder

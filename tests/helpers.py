@@ -1,0 +1,172 @@
+"""Tiny random checkpoints, and a dense float64 reading of the paper to compare with."""
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+CHARACTERS = [chr(code) for code in range(32, 127)]
+
+
+def make_tokenizer(chat_template=None):
+    """One token a character; 0 is padding."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<pad>": 0, "<unk>": 1} | {c: i + 2 for i, c in enumerate(CHARACTERS)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>")),
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+    if chat_template:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def make_model(kind="llama", *, tied=False, seed=0, layers=2):
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    if kind == "llama":
+        config = LlamaConfig(
+            vocab_size=100,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        return LlamaForCausalLM(config)
+    config = GPT2Config(
+        vocab_size=100, n_embd=32, n_layer=layers, n_head=4, n_positions=64, bos_token_id=None, eos_token_id=None
+    )
+    return GPT2LMHeadModel(config)
+
+
+def perturb(model, *, seed=1, scale=0.02):
+    """A stand-in for fine-tuning: every parameter moves a little."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model
+
+
+def make_pair(folder, kind="llama", *, dtype=torch.float32, shard=None, tied=False, layers=2):
+    """``folder``/base, ``folder``/tuned and ``folder``/data.jsonl."""
+    folder = Path(folder)
+    tokenizer = make_tokenizer()
+    sharding = {"max_shard_size": shard} if shard else {}
+    model = make_model(kind, tied=tied, layers=layers)
+    model.to(dtype).save_pretrained(folder / "base", **sharding)
+    model = perturb(make_model(kind, tied=tied, layers=layers)).to(dtype)
+    model.save_pretrained(folder / "tuned")
+    for name in ("base", "tuned"):
+        tokenizer.save_pretrained(folder / name)
+    write_data(folder / "data.jsonl")
+    return folder
+
+
+def write_data(path, count=40, seed=0):
+    generator = random.Random(seed)
+    with Path(path).open("w") as stream:
+        for _ in range(count):
+            text = "".join(generator.choice(CHARACTERS[33:90]) for _ in range(generator.randrange(5, 50)))
+            stream.write(json.dumps({"text": text}) + "\n")
+
+
+def read_tensors(folder):
+    """Every tensor of a checkpoint folder, by the safetensors library itself."""
+    from safetensors.torch import load_file
+
+    tensors = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        tensors.update(load_file(file))
+    return tensors
+
+
+def folder_digest(folder, skip=("tailor_run.json",)):
+    """A hash of every file of a folder, by relative name; the run record holds times and is left out."""
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(Path(folder).rglob("*"))
+        if file.is_file() and file.name not in skip
+    }
+
+
+def bits(tensor):
+    """The bytes of a tensor, for comparisons to the bit."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def random_hessian(size, tokens=None, seed=0, decay=0.5):
+    """A Gram matrix of correlated inputs, float32, as calibration would give."""
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, size + 1, dtype=torch.float64) ** -decay
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+    x = torch.randn(tokens or 4 * size, size, generator=generator, dtype=torch.float64) * spectrum @ basis
+    return (2.0 / x.shape[0] * x.T @ x).float()
+
+
+class Oracle:
+    """Dense float64 NumPy versions of the equations, written for plainness and not for speed."""
+
+    @staticmethod
+    def damped(hessian, damping):
+        h = np.asarray(hessian, dtype=np.float64)
+        return h + damping * np.mean(np.diag(h)) * np.eye(len(h))
+
+    @staticmethod
+    def sensitivity(delta, hessian, damping):
+        inverse = np.linalg.inv(Oracle.damped(hessian, damping))
+        return np.asarray(delta, np.float64) ** 2 / (2 * np.diag(inverse))
+
+    @staticmethod
+    def fused(delta, hessian, damping, omega):
+        def minmax(score):
+            return (score - score.min()) / (score.max() - score.min())
+
+        salience = np.abs(np.asarray(delta, np.float64))
+        return omega * minmax(salience) + (1 - omega) * minmax(Oracle.sensitivity(delta, hessian, damping))
+
+    @staticmethod
+    def mask(score, count):
+        order = np.argsort(-score.reshape(-1), kind="stable")
+        mask = np.zeros(score.size, dtype=bool)
+        mask[order[:count]] = True
+        return mask.reshape(score.shape)
+
+    @staticmethod
+    def joint(delta, mask, hessian, damping):
+        """The optimal change of the layer, row by row, by a dense solve."""
+        a, d = Oracle.damped(hessian, damping), np.asarray(delta, np.float64)
+        change = np.zeros_like(d)
+        for row in range(d.shape[0]):
+            kept = np.flatnonzero(mask[row])
+            if kept.size:
+                change[row, kept] = np.linalg.solve(a[np.ix_(kept, kept)], (d[row] @ a)[kept])
+        return change
+
+    @staticmethod
+    def sequential(delta, mask, hessian, damping):
+        """Theorem 4.5 column by column: OBS updates with the inverse of what is still free."""
+        a, d = Oracle.damped(hessian, damping), np.array(delta, np.float64)
+        inverse = np.linalg.inv(a)
+        for column in range(d.shape[1]):
+            error = np.where(mask[:, column], 0.0, d[:, column]) / inverse[column, column]
+            d -= np.outer(error, inverse[column])  # W -= error * H^-1, only columns still free are nonzero
+            inverse -= np.outer(inverse[:, column], inverse[column]) / inverse[column, column]
+        return np.where(mask, d, 0.0)
+
+    @staticmethod
+    def error(change, delta, hessian, damping=0.0):
+        """The layer objective, Eq. 5, on the (damped) Hessian."""
+        gap = np.asarray(change, np.float64) - np.asarray(delta, np.float64)
+        return float(np.einsum("oi,ij,oj->", gap, Oracle.damped(hessian, damping), gap))

@@ -1,0 +1,186 @@
+"""Hessians against a plain float64 reading of the model's own inputs."""
+
+import json
+
+import pytest
+import torch
+from helpers import make_model, make_pair, make_tokenizer, perturb, read_tensors, write_data
+
+from tailorcli import calibrate_model
+from tailorcli.core import unpack_triangle
+from tailorcli.options import CalibrateOptions
+from tailorcli.stats import Stats
+
+
+def load_hessian(stats, tensor):
+    entry = stats.tensors[tensor]
+    info = stats.hessians[entry.hessian]
+    values = stats.load(entry.hessian)
+    return unpack_triangle(values, info.size) if info.kind == "full" else values
+
+
+def plain_inputs(folder, module_name, seq_len=2048):
+    """The inputs of a module over every text of data.jsonl, one sample at a time: no batches, no padding."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "tuned").eval()
+    tokenizer = make_tokenizer()
+    seen = []
+    model.get_submodule(module_name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    for line in (folder / "data.jsonl").read_text().splitlines():
+        ids = tokenizer(json.loads(line)["text"])["input_ids"][:seq_len]
+        with torch.no_grad():
+            model(input_ids=torch.tensor([ids]))
+    return torch.cat([x.reshape(-1, *x.shape[2:]) for x in seen])
+
+
+def gram(x):
+    return 2.0 / x.shape[0] * x.double().T @ x.double()
+
+
+LLAMA_LINEAR = {
+    "model.layers.1.self_attn.k_proj.weight": "model.layers.1.self_attn.k_proj",
+    "model.layers.0.self_attn.o_proj.weight": "model.layers.0.self_attn.o_proj",
+    "model.layers.0.mlp.up_proj.weight": "model.layers.0.mlp.up_proj",
+    "model.layers.1.mlp.down_proj.weight": "model.layers.1.mlp.down_proj",
+    "lm_head.weight": "lm_head",
+}
+
+
+@pytest.mark.parametrize(("tensor", "module"), LLAMA_LINEAR.items())
+def test_linear_hessians_are_those_of_the_inputs(llama_pair, tensor, module):
+    found = load_hessian(Stats.open(llama_pair / "stats"), tensor).double()
+    expected = gram(plain_inputs(llama_pair, module))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_embedding_norm_and_bias_statistics(llama_pair, gpt2_pair):
+    stats = Stats.open(llama_pair / "stats")
+    ids = plain_inputs(llama_pair, "model.embed_tokens").reshape(-1)
+    counts = torch.bincount(ids, minlength=100)
+    torch.testing.assert_close(load_hessian(stats, "model.embed_tokens.weight"), 2.0 * counts / len(ids))
+    assert stats.tensors["model.embed_tokens.weight"].transposed
+    x = plain_inputs(llama_pair, "model.norm").double()
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    expected = 2.0 * normed.square().mean(0)
+    torch.testing.assert_close(load_hessian(stats, "model.norm.weight").double(), expected, rtol=1e-4, atol=1e-5)
+    gpt2 = Stats.open(gpt2_pair / "stats")
+    x = plain_inputs(gpt2_pair, "transformer.h.1.ln_2").double()
+    normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    found = load_hessian(gpt2, "transformer.h.1.ln_2.weight").double()
+    torch.testing.assert_close(found, 2.0 * normed.square().mean(0), rtol=1e-4, atol=1e-5)
+    for name in ("transformer.h.0.ln_1.bias", "transformer.h.0.attn.c_attn.bias"):
+        assert gpt2.tensors[name].role == "bias"
+        assert load_hessian(gpt2, name).tolist() == [2.0]
+
+
+def test_conv1d_is_recorded_as_transposed(gpt2_pair):
+    stats = Stats.open(gpt2_pair / "stats")
+    entry = stats.tensors["transformer.h.0.mlp.c_fc.weight"]
+    assert entry.transposed
+    assert stats.hessians[entry.hessian].size == 32  # the checkpoint stores (32, 128)
+    found = load_hessian(stats, "transformer.h.0.mlp.c_fc.weight").double()
+    expected = gram(plain_inputs(gpt2_pair, "transformer.h.0.mlp.c_fc"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_positions_are_counted_for_every_sample(gpt2_pair):
+    stats = Stats.open(gpt2_pair / "stats")
+    tokenizer = make_tokenizer()
+    texts = [json.loads(line)["text"] for line in (gpt2_pair / "data.jsonl").read_text().splitlines()]
+    lengths = torch.tensor([len(tokenizer(text)["input_ids"]) for text in texts])
+    counts = (torch.arange(64).unsqueeze(1) < lengths).sum(1)
+    torch.testing.assert_close(load_hessian(stats, "transformer.wpe.weight"), 2.0 * counts / lengths.sum())
+
+
+def test_equal_inputs_share_a_hessian(llama_pair, gpt2_pair):
+    tensors = Stats.open(llama_pair / "stats").tensors
+    attention = {tensors[f"model.layers.0.self_attn.{p}_proj.weight"].hessian for p in "qkv"}
+    mlp = {tensors[f"model.layers.0.mlp.{p}_proj.weight"].hessian for p in ("gate", "up")}
+    assert len(attention) == len(mlp) == 1
+    assert attention != mlp
+    full = [info for info in Stats.open(llama_pair / "stats").hessians.values() if info.kind == "full"]
+    assert len(full) == 2 * 4 + 1  # qkv, o, gate and up, down for each block; the head
+    assert all(entry.hessian for entry in Stats.open(gpt2_pair / "stats").tensors.values())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 40])
+def test_the_batch_split_does_not_matter(llama_pair, tmp_path, batch_size):
+    """Invariant 4: other batches pad otherwise, the statistics are the same to float32 rounding."""
+    options = CalibrateOptions(batch_size=batch_size)
+    report = calibrate_model(llama_pair / "tuned", llama_pair / "data.jsonl", tmp_path / "stats", options)
+    ours, theirs = Stats.open(tmp_path / "stats"), Stats.open(llama_pair / "stats")
+    assert ours.tensors == theirs.tensors
+    for name, info in theirs.hessians.items():
+        assert ours.hessians[name].tokens == info.tokens == report.tokens
+        expected = theirs.load(name)
+        torch.testing.assert_close(ours.load(name), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_samples_are_cut_and_drawn_by_seed(llama_pair, tmp_path):
+    facts = []
+    for seed in (0, 0, 1):
+        options = CalibrateOptions(num_samples=5, seq_len=7, seed=seed, overwrite=True)
+        report = calibrate_model(llama_pair / "tuned", llama_pair / "data.jsonl", tmp_path / "stats", options)
+        assert report.samples == 5
+        assert report.tokens <= 35
+        facts.append(Stats.open(tmp_path / "stats").fingerprint())
+    assert facts[0] == facts[1] != facts[2]
+
+
+def test_include_and_exclude_leave_the_rest_with_a_reason(llama_pair, tmp_path):
+    options = CalibrateOptions(include=("*.mlp.*",), exclude=("*.0.mlp.up*",))
+    calibrate_model(llama_pair / "tuned", llama_pair / "data.jsonl", tmp_path / "stats", options)
+    tensors = Stats.open(tmp_path / "stats").tensors
+    calibrated = {name for name, entry in tensors.items() if entry.hessian}
+    assert calibrated == {n for n in tensors if ".mlp." in n and n != "model.layers.0.mlp.up_proj.weight"}
+    assert "--include" in tensors["model.norm.weight"].reason
+
+
+def test_checkpoint_of_the_bare_model_keeps_its_own_names(tmp_path):
+    """Saved without the head, its tensors lack the prefix under which the causal model holds them."""
+    make_pair(tmp_path, "gpt2", tied=True)
+    model = perturb(make_model("gpt2"))
+    model.transformer.save_pretrained(tmp_path / "bare")
+    make_tokenizer().save_pretrained(tmp_path / "bare")
+    config = json.loads((tmp_path / "bare" / "config.json").read_text())
+    (tmp_path / "bare" / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
+    assert "h.0.attn.c_attn.weight" in read_tensors(tmp_path / "bare")
+    calibrate_model(tmp_path / "bare", tmp_path / "data.jsonl", tmp_path / "bare_stats")
+    calibrate_model(tmp_path / "tuned", tmp_path / "data.jsonl", tmp_path / "stats")
+    bare, full = Stats.open(tmp_path / "bare_stats"), Stats.open(tmp_path / "stats")
+    for name in read_tensors(tmp_path / "bare"):
+        assert bare.tensors[name].hessian, bare.tensors[name].reason
+        torch.testing.assert_close(load_hessian(bare, name), load_hessian(full, f"transformer.{name}"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_are_accumulated_in_float32(tmp_path, dtype):
+    folder = make_pair(tmp_path, dtype=dtype)
+    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
+    name = "model.layers.0.mlp.down_proj.weight"
+    found = load_hessian(Stats.open(folder / "stats"), name).double()
+    expected = gram(plain_inputs(folder, "model.layers.0.mlp.down_proj"))
+    torch.testing.assert_close(found, expected, rtol=5e-2, atol=2e-2 * expected.abs().max().item())
+
+
+def test_calibration_leaves_global_settings_alone(llama_pair, tmp_path):
+    from transformers.utils import logging
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        bars = logging.is_progress_bar_enabled()
+        calibrate_model(llama_pair / "tuned", llama_pair / "data.jsonl", tmp_path / "stats")
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert logging.is_progress_bar_enabled() == bars
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_custom_data_file(llama_pair, tmp_path):
+    write_data(tmp_path / "other.jsonl", count=3, seed=9)
+    report = calibrate_model(llama_pair / "tuned", tmp_path / "other.jsonl", tmp_path / "stats")
+    manifest = Stats.open(tmp_path / "stats").manifest
+    assert report.samples == manifest["data"]["samples"] == 3
+    assert manifest["data"]["tokens"] == report.tokens
+    assert set(manifest["versions"]) == {"tailorcli", "torch", "transformers", "python"}

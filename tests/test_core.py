@@ -1,0 +1,331 @@
+"""The equations against a dense float64 oracle, and the invariants as properties."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import Oracle, bits, random_hessian
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tailorcli import core
+from tailorcli.core.hessian import damping_steps, factorise, prepare
+from tailorcli.core.scores import _kth_largest_by_radix
+from tailorcli.core.solvers import _conjugate_gradients
+from tailorcli.core.tailor import fused_score
+from tailorcli.errors import NumericalError
+
+SIZES = st.integers(1, 40)
+SEEDS = st.integers(0, 10_000)
+DENSITIES = st.sampled_from([0.0, 0.01, 0.1, 0.3, 0.5, 0.9, 1.0])
+
+
+def layer(rows, columns, seed):
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(rows, columns, generator=generator)
+    return base, base + 0.1 * torch.randn(rows, columns, generator=generator)
+
+
+# --- Hessians -------------------------------------------------------------------------------------------------
+
+
+@given(tokens=st.integers(1, 60), size=st.sampled_from([1, 7, 600]), seed=SEEDS, data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_hessian_does_not_depend_on_the_batches(tokens, size, seed, data):
+    x = torch.randn(tokens, size, generator=torch.Generator().manual_seed(seed))
+    cut = data.draw(st.integers(0, tokens))
+    hessian, seen = torch.zeros(size, size), 0
+    for batch in (x[:cut], x[cut:]):
+        seen = core.accumulate_(hessian, batch, seen)
+    full = core.unpack_triangle(core.pack_triangle(hessian), size)
+    expected = 2.0 / tokens * x.double().T @ x.double()
+    assert seen == tokens
+    torch.testing.assert_close(full.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(full, full.T)
+
+
+def test_diagonal_hessian_of_token_counts():
+    diagonal = torch.zeros(4)
+    seen = core.accumulate_diagonal_(diagonal, torch.tensor([1, 0, 2, 0]), 3, 0)
+    seen = core.accumulate_diagonal_(diagonal, torch.tensor([0, 0, 1, 0]), 1, seen)
+    torch.testing.assert_close(diagonal, 2.0 / 4 * torch.tensor([1.0, 0.0, 3.0, 0.0]))
+    assert seen == 4
+
+
+@given(size=SIZES, seed=SEEDS, damping=st.sampled_from([0.001, 0.01, 0.1]))
+@settings(max_examples=40, deadline=None)
+def test_inverse_diagonal_is_that_of_the_true_inverse(size, seed, damping):
+    hessian = random_hessian(size, seed=seed)
+    factor = factorise(hessian, damping)
+    inverse = np.linalg.inv(Oracle.damped(hessian, damping))
+    np.testing.assert_allclose(core.inverse_diagonal(factor).numpy(), np.diag(inverse), rtol=1e-3)
+    upper = core.inverse_factor(factor).double().numpy()
+    assert np.allclose(upper, np.triu(upper))
+    np.testing.assert_allclose(upper.T @ upper, inverse, rtol=2e-2, atol=2e-3 * np.abs(inverse).max())
+
+
+def test_inverse_diagonal_over_several_blocks():
+    hessian = random_hessian(1100, tokens=3000)
+    found = core.inverse_diagonal(factorise(hessian, 0.01)).double().numpy()
+    np.testing.assert_allclose(found, np.diag(np.linalg.inv(Oracle.damped(hessian, 0.01))), rtol=1e-3)
+
+
+def test_hessian_that_is_not_positive_definite_is_damped_in_named_steps():
+    hessian = torch.eye(6)
+    hessian[0, 1] = hessian[1, 0] = 1.05  # eigenvalue -0.05
+    factor = factorise(hessian, 0.01)
+    assert factor.damping == 0.1
+    assert factor.damping in damping_steps(0.01)
+    hessian[0, 1] = hessian[1, 0] = 100.0
+    with pytest.raises(NumericalError, match=r"damping tried: 0.01, 0.1, 1, 10"):
+        factorise(hessian, 0.01)
+
+
+def test_dead_channels_have_no_sensitivity_and_do_not_disturb_the_others():
+    hessian = random_hessian(12, seed=3)
+    dead = torch.zeros(14, 14)
+    dead[:12, :12] = hessian
+    found = core.inverse_diagonal(factorise(dead, 0.0))
+    assert torch.isinf(found[12:]).all()
+    torch.testing.assert_close(found[:12], core.inverse_diagonal(factorise(hessian, 0.0)), rtol=1e-4, atol=1e-5)
+    assert (core.sensitivity(torch.ones(3, 14), found)[:, 12:] == 0).all()
+
+
+# --- Scores and the mask --------------------------------------------------------------------------------------
+
+
+@given(rows=SIZES, columns=SIZES, seed=SEEDS, omega=st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+@settings(max_examples=40, deadline=None)
+def test_fused_score_is_eq_11(rows, columns, seed, omega):
+    if rows * columns < 2:
+        return
+    base, tuned = layer(rows, columns, seed)
+    delta = tuned - base
+    hessian = random_hessian(columns, seed=seed)
+    inverse = prepare(hessian, 0.01, sensitivity=True, sequential=False).inverse_diagonal
+    found = fused_score(delta, inverse.unsqueeze(0), omega).double().numpy()
+    if 0 < omega < 1:
+        expected = Oracle.fused(delta, hessian, 0.01, omega)
+    else:  # the one score that counts, not normalised: the order is the same
+        expected = np.abs(delta.numpy()) if omega else Oracle.sensitivity(delta, hessian, 0.01)
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3 * expected.max())
+
+
+@given(
+    values=st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 3e-39, 7.5]), min_size=1, max_size=200),
+    density=st.floats(0, 1),
+)
+@settings(max_examples=200, deadline=None)
+def test_mask_keeps_exactly_the_best_and_breaks_ties_by_index(values, density):
+    score = torch.tensor(values)
+    count = core.count_kept(density, score.numel())
+    assert count == round(density * len(values))
+    mask = core.select_mask(score, count)
+    assert mask.sum() == count
+    np.testing.assert_array_equal(mask.numpy(), Oracle.mask(score.numpy().astype(np.float64), count))
+
+
+@given(size=st.integers(1, 3000), seed=SEEDS, data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_radix_selection_agrees_with_sorting(size, seed, data):
+    count = data.draw(st.integers(1, size))
+    values = torch.randn(size, generator=torch.Generator().manual_seed(seed)).abs()
+    values = torch.where(values < 0.3, torch.tensor(0.0), values)
+    assert _kth_largest_by_radix(values, count) == values.sort(descending=True).values[count - 1]
+
+
+# --- The solvers ----------------------------------------------------------------------------------------------
+
+
+def run_layer(base, tuned, hessian, **options):
+    chosen = {"density": 0.3, "omega": 0.5, "solver": "joint", **options}
+    sequential = chosen["solver"] == "sequential" and hessian.dim() == 2
+    prepared = prepare(hessian, 0.01, sensitivity=True, sequential=sequential)
+    return core.tailor_layer(base, tuned, prepared, **chosen)
+
+
+@given(rows=SIZES, columns=SIZES, seed=SEEDS, density=DENSITIES)
+@settings(max_examples=40, deadline=None)
+def test_joint_is_the_exact_optimum(rows, columns, seed, density):
+    base, tuned = layer(rows, columns, seed)
+    hessian = random_hessian(columns, seed=seed)
+    result = run_layer(base, tuned, hessian, density=density)
+    delta, mask = (tuned - base).numpy(), result.mask.numpy()
+    best = Oracle.joint(delta, mask, hessian, 0.01)
+    np.testing.assert_allclose((result.patched - base).numpy(), best, atol=2e-4)
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 16, 128])
+@pytest.mark.parametrize("columns", [5, 16, 33])
+def test_sequential_is_theorem_4_5(columns, block_size):
+    base, tuned = layer(9, columns, seed=columns)
+    hessian = random_hessian(columns, seed=1)
+    result = run_layer(base, tuned, hessian, solver="sequential", block_size=block_size)
+    expected = Oracle.sequential((tuned - base).numpy(), result.mask.numpy(), hessian, 0.01)
+    np.testing.assert_allclose((result.patched - base).numpy(), expected, atol=1e-4)
+
+
+@given(rows=SIZES, columns=SIZES, seed=SEEDS, density=DENSITIES, decay=st.sampled_from([0.0, 0.5, 1.0]))
+@settings(max_examples=60, deadline=None)
+def test_joint_is_never_worse_than_sequential_or_none(rows, columns, seed, density, decay):
+    """Invariant 3, on the damped objective that all three are given."""
+    base, tuned = layer(rows, columns, seed)
+    hessian = random_hessian(columns, seed=seed, decay=decay)
+    delta = (tuned - base).numpy()
+    errors = {}
+    for solver in ("none", "sequential", "joint"):
+        result = run_layer(base, tuned, hessian, density=density, solver=solver)
+        errors[solver] = Oracle.error((result.patched - base).numpy(), delta, hessian, damping=0.01)
+    slack = 1e-5 * Oracle.error(0 * delta, delta, hessian, damping=0.01)
+    assert errors["joint"] <= errors["sequential"] + slack
+    assert errors["joint"] <= errors["none"] + slack
+
+
+@given(
+    rows=SIZES, columns=SIZES, seed=SEEDS, density=DENSITIES, solver=st.sampled_from(["none", "sequential", "joint"])
+)
+@settings(max_examples=60, deadline=None)
+def test_outside_the_mask_base_to_the_bit(rows, columns, seed, density, solver):
+    base, tuned = layer(rows, columns, seed)
+    base[0, 0] = -0.0  # a sign that a sum would lose
+    base, tuned = base.bfloat16(), tuned.bfloat16()
+    result = run_layer(base, tuned, random_hessian(columns, seed=seed), density=density, solver=solver)
+    assert result.mask.sum() == round(density * base.numel())
+    assert result.patched.dtype == torch.bfloat16
+    assert bits(result.patched[~result.mask]) == bits(base[~result.mask])
+    if density == 1.0:
+        assert bits(result.patched) == bits(tuned)
+    if density == 0.0:
+        assert bits(result.patched) == bits(base)
+
+
+def test_conjugate_gradients_agree_with_the_direct_solution():
+    hessian = random_hessian(64, seed=5)
+    delta = torch.randn(30, 64, generator=torch.Generator().manual_seed(0))
+    mask = delta.abs() > 1.0
+    direct = core.decorate_joint(delta, mask, hessian, 0.02)
+    target = torch.where(mask, torch.where(mask, 0.0, delta) @ hessian, 0.0)
+    solution, steps, residual_sq = _conjugate_gradients(target, mask, hessian, 0.02, 1e-6, 500)
+    assert 0 < steps < 500
+    assert residual_sq**0.5 <= 1e-6 * float(target.norm())
+    torch.testing.assert_close(solution, direct.decorator, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("density", [0.5, 0.95])
+def test_joint_reaches_the_residual_it_reports(density):
+    """Wide and dense enough that conjugate gradients take over."""
+    base, tuned = layer(40, 300, seed=2)
+    hessian = random_hessian(300, seed=2, decay=1.0)
+    result = run_layer(base, tuned, hessian, density=density)
+    assert result.figures.iterations > 0
+    assert result.figures.residual <= 1e-3
+    a = Oracle.damped(hessian, 0.01)
+    delta, mask = (tuned - base).double().numpy(), result.mask.numpy()
+    change = (result.patched.double() - base.double()).numpy()
+    residual = np.where(mask, (change - delta) @ a, 0.0)
+    target = np.where(mask, np.where(mask, 0.0, delta) @ a, 0.0)
+    assert np.linalg.norm(residual) <= 1.5e-3 * np.linalg.norm(target)
+
+
+def test_joint_without_damping_on_fewer_tokens_than_channels():
+    """H_SS may be singular then; the iterative solver takes over and never makes the error worse."""
+    base, tuned = layer(20, 40, seed=1)
+    hessian = random_hessian(40, tokens=6, seed=1)
+    prepared = prepare(hessian, 0.0, sensitivity=False, sequential=False)
+    result = core.tailor_layer(base, tuned, prepared, density=0.5, omega=1.0, solver="joint")
+    assert result.figures.error_after < result.figures.error_before
+    assert torch.isfinite(result.patched).all()
+
+
+@pytest.mark.parametrize("solver", ["none", "sequential", "joint"])
+def test_dead_channels_go_back_to_base_unless_kept(solver):
+    base, tuned = layer(10, 24, seed=4)
+    hessian = torch.zeros(24, 24)
+    hessian[:20, :20] = random_hessian(20, seed=4)
+    result = run_layer(base, tuned, hessian, density=0.2, omega=0.0, solver=solver)
+    assert result.figures.dead_channels == 4
+    assert not result.mask[:, 20:].any()
+    assert bits(result.patched[:, 20:]) == bits(base[:, 20:])
+    kept = run_layer(base, tuned, hessian, density=0.9, omega=1.0, solver=solver)
+    columns = kept.mask.clone()
+    columns[:, :20] = False
+    assert bits(kept.patched[columns]) == bits(tuned[columns])
+
+
+@pytest.mark.parametrize("solver", ["none", "sequential", "joint"])
+def test_a_hessian_of_zeros_only_compensates_nothing(solver):
+    base, tuned = layer(6, 8, seed=0)
+    result = run_layer(base, tuned, torch.zeros(8, 8), density=0.5, omega=1.0, solver=solver)
+    assert bits(result.patched) == bits(torch.where(result.mask, tuned, base))
+
+
+# --- Every parameter is a layer --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["none", "sequential", "joint"])
+def test_diagonal_hessians_need_no_compensation(solver):
+    """Embeddings (by token), norm scales (by channel) and biases: the masked weights are the optimum."""
+    table, tuned_table = layer(12, 5, seed=6)
+    counts = torch.tensor([0.0, 3.0] * 6)
+    result = run_layer(table, tuned_table, counts, transposed=True, omega=0.0, solver=solver)
+    assert not result.mask[::2].any()  # tokens that never came have no sensitivity
+    assert bits(result.patched) == bits(torch.where(result.mask, tuned_table, table))
+    scale, tuned_scale = table[0], tuned_table[0]
+    assert run_layer(scale, tuned_scale, torch.ones(5), solver=solver).patched.shape == (5,)
+    bias = run_layer(scale, tuned_scale, torch.tensor([2.0]), omega=0.0, density=0.4, solver=solver)
+    largest = (tuned_scale - scale).abs().topk(2).indices
+    assert set(bias.mask.nonzero().squeeze(1).tolist()) == set(largest.tolist())
+
+
+@pytest.mark.parametrize("solver", ["sequential", "joint"])
+def test_transposed_storage_gives_the_same_layer(solver):
+    base, tuned = layer(14, 22, seed=8)
+    hessian = random_hessian(22, seed=8)
+    plain = run_layer(base, tuned, hessian, solver=solver)
+    turned = run_layer(base.T.contiguous(), tuned.T.contiguous(), hessian, solver=solver, transposed=True)
+    assert torch.equal(plain.mask, turned.mask.T)
+    torch.testing.assert_close(plain.patched, turned.patched.T)
+    assert plain.figures.error_after == pytest.approx(turned.figures.error_after, rel=1e-4)
+
+
+# --- Figures ---------------------------------------------------------------------------------------------------
+
+
+def test_figures_against_the_oracle():
+    base, tuned = layer(16, 20, seed=9)
+    tuned[:3] = base[:3]
+    hessian = random_hessian(20, seed=9)
+    figures = run_layer(base, tuned, hessian).figures
+    result = run_layer(base, tuned, hessian)
+    delta, mask = (tuned - base).double().numpy(), result.mask.numpy()
+    change = (result.patched - base).double().numpy()
+    whole = Oracle.error(0 * delta, delta, hessian)
+    assert figures.zero_delta == 60
+    assert figures.kept == mask.sum() == 96
+    assert figures.delta_sq == pytest.approx((delta**2).sum(), rel=1e-5)
+    assert figures.delta_sq_kept == pytest.approx((delta**2)[mask].sum(), rel=1e-5)
+    sensitivity = Oracle.sensitivity(delta, hessian, 0.01)
+    assert figures.sensitivity_kept == pytest.approx(sensitivity[mask].sum(), rel=1e-3)
+    assert figures.error_before == pytest.approx(
+        Oracle.error(np.where(mask, delta, 0), delta, hessian) / whole, rel=1e-4
+    )
+    assert figures.error_after == pytest.approx(Oracle.error(change, delta, hessian) / whole, rel=1e-3)
+    assert figures.distance_after == pytest.approx(np.abs(change).sum(), rel=1e-4)
+    assert figures.distance_before == pytest.approx(np.abs(delta[mask]).sum(), rel=1e-4)
+    assert figures.salience_quantiles[-1] == pytest.approx(np.abs(delta).max(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("where", "value"), [("base", float("nan")), ("tuned", float("inf"))])
+def test_weights_that_are_not_finite_are_refused(where, value):
+    base, tuned = layer(4, 5, seed=0)
+    {"base": base, "tuned": tuned}[where][1, 2] = value
+    with pytest.raises(NumericalError, match=f"NaN or infinity in the {where} weights"):
+        run_layer(base, tuned, random_hessian(5))
+
+
+def test_inputs_are_never_changed():
+    base, tuned = layer(30, 30, seed=3)
+    hessian = random_hessian(30, seed=3)
+    before = [bits(t) for t in (base, tuned, hessian)]
+    for solver in ("none", "sequential", "joint"):
+        run_layer(base, tuned, hessian, solver=solver)
+    assert [bits(t) for t in (base, tuned, hessian)] == before
