@@ -80,9 +80,9 @@ def _captured_by_layer(axes: Any, tensors: list[dict[str, Any]]) -> None:
         values = shares("sensitivity_kept", "sensitivity_sum")
         axes.plot(positions, values, "s-", color=_BEFORE, label="of the summed sensitivity")
     axes.plot(positions, shares("kept", "numel"), "--", color=_TUNED, label="of the entries (density)")
-    axes.set(title="What the mask captures, by layer", ylabel="%", ylim=(0, None))
+    axes.set(title="What the mask captures, by layer", ylabel="%", ylim=(0, 1.3 * axes.get_ylim()[1]))
     _name_positions(axes, labels)
-    axes.legend()
+    axes.legend(loc="upper left")
 
 
 def _sum(tensors: list[dict[str, Any]], key: str) -> float:
@@ -98,7 +98,8 @@ def _errors(axes: Any, tensors: list[dict[str, Any]], *, by_layer: bool) -> None
         return
     labels, groups = _by_layer(measured) if by_layer else _by_kind(measured)
     _paired_bars(axes, labels, groups, "error_before", "error_after", scale=100.0, mean=True)
-    axes.legend()
+    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(loc="upper right", ncols=2)
 
 
 def _distances(axes: Any, tensors: list[dict[str, Any]]) -> None:
@@ -150,6 +151,7 @@ def _draw_stats(figure: Any, hessians: dict[str, dict[str, Any]]) -> None:
 def _name_positions(axes: Any, labels: list[str]) -> None:
     """Label every position, or every few of many."""
     step = max(1, len(labels) // 24)
-    long = max(map(len, labels), default=0) > 6
+    longest = max(map(len, labels), default=0)
+    turned = {"rotation": 35, "ha": "right"} if longest > 6 else {"rotation": 90 if longest > 2 else 0}
     axes.set_xticks(range(0, len(labels), step))
-    axes.set_xticklabels(labels[::step], rotation=40 if long else 0, ha="right" if long else "center", fontsize=8)
+    axes.set_xticklabels(labels[::step], fontsize=8, **turned)

@@ -1,0 +1,124 @@
+"""The command line as a user meets it, and the documents that describe it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tailorcli import __version__, inspect_path
+from tailorcli.cli import app
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
+
+
+def run(*arguments, expect=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == expect, result.output
+    return result
+
+
+def test_version_and_help():
+    assert run("--version").stdout.strip() == f"tailorcli {__version__}"
+    for command in COMMANDS:
+        assert command in run("--help").stdout
+        assert "--json" in run(command, "--help").stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_page_that_names_all_its_options(command):
+    page = (ROOT / "docs" / "commands" / f"{command}.md").read_text()
+    help_text = re.sub(r"\x1b\[[0-9;]*m", "", run(command, "--help").stdout)
+    options = set(re.findall(r"--[a-z][a-z-]+", help_text)) - {"--help"}
+    documented = set(re.findall(r"--[a-z][a-z-]+", page))
+    assert options <= documented, f"{command}.md lacks {options - documented}"
+    assert documented <= options | mentioned_of_others(), f"{command}.md names {documented - options}"
+
+
+def mentioned_of_others():
+    """Options of all commands: a page may refer to those of another."""
+    return {
+        o for command in COMMANDS for o in re.findall(r"--[a-z][a-z-]+", run(command, "--help").stdout)
+    } | {"--version"}
+
+
+def test_the_documents_point_to_files_that_exist():
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} points to {target}"
+
+
+def test_data_on_stdout_and_the_rest_on_stderr(llama_pair, tmp_path):
+    arguments = (llama_pair / "base", llama_pair / "tuned", "--stats", llama_pair / "stats")
+    result = run("score", *arguments, "--json")
+    assert json.loads(result.stdout)["totals"]["tensors_patched"] == 21
+    result = run("patch", *arguments, "-o", tmp_path / "out", "--exclude", "*norm*")
+    assert "left at base: 5" in result.stderr
+    assert "left at base" not in result.stdout
+    assert "mean layer error" in result.stdout
+    assert "to read" in result.stderr  # the cost, before the work
+    result = run("calibrate", llama_pair / "tuned", "--data", llama_pair / "data.jsonl", "-o", tmp_path / "s", "--json")
+    assert json.loads(result.stdout)["calibrated"] == 21
+
+
+def test_dry_run_writes_nothing(llama_pair, tmp_path):
+    arguments = (llama_pair / "base", llama_pair / "tuned", "--stats", llama_pair / "stats", "-o", tmp_path / "out")
+    plan = json.loads(run("patch", *arguments, "--dry-run", "--json").stdout)
+    assert len(plan["tensors"]) == 21
+    assert {"read_bytes", "write_bytes", "peak_memory_bytes", "free_bytes"} <= plan.keys()
+    assert "lm_head.weight" in run("patch", *arguments, "--dry-run").stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_score_shows_both_scores(llama_pair):
+    shown = run("score", llama_pair / "base", llama_pair / "tuned", "--stats", llama_pair / "stats").stdout
+    for word in ("model.layers.1.mlp.down_proj.weight", "density", "sens. kept", "dW=0", "dead", "quantiles", "75%"):
+        assert word in shown
+
+
+def test_inspect_knows_what_it_sees(llama_pair, tmp_path):
+    from tailorcli import PatchOptions, patch_checkpoint, score_checkpoint
+    from tailorcli.patch import write_report
+
+    arguments = (llama_pair / "base", llama_pair / "tuned")
+    patch_checkpoint(*arguments, tmp_path / "out", llama_pair / "stats")
+    write_report(score_checkpoint(*arguments, llama_pair / "stats", PatchOptions()), tmp_path / "score.json")
+    kinds = {
+        llama_pair / "stats": "stats",
+        llama_pair / "base": "checkpoint",
+        tmp_path / "out": "patched",
+        tmp_path / "score.json": "report",
+    }
+    for path, kind in kinds.items():
+        assert inspect_path(path).kind == kind
+        assert json.loads(run("inspect", path, "--json").stdout)["kind"] == kind
+        assert str(path.name) in run("inspect", path).stdout.replace("\n", "")
+
+
+@pytest.mark.parametrize("what", ["out", "none", "stats", "score.json"])
+def test_plots_are_drawn(llama_pair, gpt2_pair, tmp_path, what):
+    pytest.importorskip("matplotlib")
+    if what == "stats":
+        path = gpt2_pair / "stats"
+    else:
+        path = tmp_path / what
+        extra = ("--solver", "none", "--omega", "1") if what == "none" else ("--stats", gpt2_pair / "stats")
+        command = "score" if what == "score.json" else "patch"
+        run(command, gpt2_pair / "base", gpt2_pair / "tuned", "-o", path, *extra)
+    run("inspect", path, "--plot", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_has_no_picture_says_so(llama_pair, tmp_path):
+    result = run("inspect", llama_pair / "base", "--plot", tmp_path / "plot.png", expect=1)
+    assert "nothing to plot" in result.stderr
+    result = run("inspect", llama_pair / "stats", "--plot", tmp_path / "plot.nope", expect=1)
+    assert ".png" in result.stderr
+
+
+def test_usage_errors_exit_with_2():
+    run("patch", expect=2)
+    run("nothing", expect=2)
+    run("score", "a", "b", "--density", "much", expect=2)
