@@ -176,11 +176,14 @@ def layer_errors(
     for rows in row_chunks(*delta.shape):
         d = delta[rows]  # (R, I)
         energy += quadratic_form(d, hessian)
-        before += quadratic_form(torch.where(mask[rows], 0.0, d), hessian)
+        if decoration is None or decoration.energy_before is None:
+            before += quadratic_form(torch.where(mask[rows], 0.0, d), hessian)
         if decoration is not None:
             after += quadratic_form(patched[rows].to(torch.float32) - tuned[rows].to(torch.float32), hessian)
     if decoration is None:
         after = before
+    elif decoration.energy_before is not None:
+        before = decoration.energy_before
     if energy <= 0.0:
         return {"output_energy": 0.0, "error_before": 0.0, "error_after": 0.0}
     return {"output_energy": energy, "error_before": before / energy, "error_after": after / energy}

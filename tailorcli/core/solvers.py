@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_BATCH_ENTRIES = 1 << 19  # of the small systems that are factorised together: they stay in the cache
+_WIDE = 128  # from so many kept entries on, copying whole rows of H first is the quicker way to gather
 _CHUNK_ENTRIES = 1 << 24  # 64 MiB a float32 work array: bounds the work space whatever the tensor's size
 
 
@@ -28,6 +30,7 @@ class Decoration:
     decorator: Tensor
     iterations: int
     residual: float  # ||A_SS C - b|| / ||b||, Frobenius over all rows
+    energy_before: float | None = None  # sum e H e^T, where the solver had it at hand
 
 
 def row_chunks(num_rows: int, num_columns: int) -> Iterator[slice]:
@@ -85,12 +88,14 @@ def decorate_joint(
     side, or ``max_iterations``.
     """
     decorator = torch.zeros_like(delta)
-    iterations, residual_sq, target_sq = 0, 0.0, 0.0
+    iterations, residual_sq, target_sq, energy = 0, 0.0, 0.0, 0.0
     for chunk in row_chunks(*delta.shape):
         kept = mask[chunk]
         put_back = torch.where(kept, 0.0, delta[chunk])  # (R, I): e with its sign turned
-        target = torch.where(kept, put_back @ hessian, 0.0)  # (R, I): b, the right side of every row
-        del put_back
+        product = put_back @ hessian
+        energy += float((product * put_back).sum(dtype=torch.float64))
+        target = torch.where(kept, product, 0.0)  # (R, I): b, the right side of every row
+        del put_back, product
         solution = torch.zeros_like(target)
         direct = _worth_solving_directly(kept)
         failed, direct_sq = _solve_directly_(solution, target, kept, hessian, amount, direct)
@@ -104,7 +109,7 @@ def decorate_joint(
         target_sq += float(target.square().sum(dtype=torch.float64))
         decorator[chunk] = solution
     residual = (residual_sq / target_sq) ** 0.5 if target_sq > 0 else 0.0
-    return Decoration(decorator, iterations, residual)
+    return Decoration(decorator, iterations, residual, energy)
 
 
 def _worth_solving_directly(kept: Tensor) -> list[bool]:
@@ -135,28 +140,45 @@ def _solve_directly_(
 ) -> tuple[list[int], float]:
     """Solve the ``chosen`` rows by Cholesky into ``solution``, in place.
 
-    Returns the rows whose A_SS is numerically singular, left to the iterative solver, and the squared residual
-    of the others.
+    Rows that keep equally many entries are factorised as one batch. Returns the rows whose A_SS is numerically
+    singular, left to the iterative solver, and the squared residual of the others.
     """
-    columns = torch.split(kept.nonzero()[:, 1], kept.sum(1).tolist())
+    counts = kept.sum(1).tolist()
+    by_count: dict[int, list[int]] = {}
+    for row, direct in enumerate(chosen):
+        if direct and counts[row]:
+            by_count.setdefault(counts[row], []).append(row)
+    batches = [
+        rows[start : start + step]
+        for count, rows in by_count.items()
+        for step in [max(1, _BATCH_ENTRIES // count**2)]
+        for start in range(0, len(rows), step)
+    ]
 
-    def solve(row: int) -> float | None:
-        index = columns[row]
-        system = hessian.index_select(0, index).index_select(1, index)  # (n, n)
-        system.diagonal().add_(amount)
-        chol, info = torch.linalg.cholesky_ex(system)
-        if int(info):
-            return None
-        right = target[row, index].unsqueeze(1)  # (n, 1)
-        values = torch.cholesky_solve(right, chol)
-        solution[row, index] = values.squeeze(1)
-        return float((system @ values - right).square().sum())
+    def solve(rows: list[int]) -> tuple[list[int], float]:
+        index = kept[rows].nonzero()[:, 1].view(len(rows), -1)  # (R, n)
+        systems = _gather(hessian, index)  # (R, n, n)
+        systems.diagonal(dim1=1, dim2=2).add_(amount)
+        factors, info = torch.linalg.cholesky_ex(systems)
+        right = target[rows].gather(1, index).unsqueeze(2)  # (R, n, 1)
+        values = torch.cholesky_solve(right, factors)
+        sound = info == 0
+        part = torch.zeros_like(target[rows]).scatter_(1, index, values.squeeze(2))
+        solution[rows] = torch.where(sound.unsqueeze(1), part, 0.0)
+        squares = (systems @ values - right).square().sum((1, 2))
+        failed = [row for row, good in zip(rows, sound.tolist(), strict=True) if not good]
+        return failed, float(squares[sound].sum())
 
-    rows = [row for row, direct in enumerate(chosen) if direct and columns[row].numel()]
     with _one_torch_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
-        squares = list(pool.map(solve, rows))
-    failed = [row for row, square in zip(rows, squares, strict=True) if square is None]
-    return failed, sum(square for square in squares if square is not None)
+        results = list(pool.map(solve, batches))
+    return [row for failed, _ in results for row in failed], sum(square for _, square in results)
+
+
+def _gather(hessian: Tensor, index: Tensor) -> Tensor:
+    """A_SS of each row, (R, n, n), for the kept columns ``index`` (R, n)."""
+    if index.shape[0] == 1 or index.shape[1] > _WIDE:
+        return torch.stack([hessian.index_select(0, columns).index_select(1, columns) for columns in index])
+    return torch.take(hessian, index.unsqueeze(2) * hessian.shape[1] + index.unsqueeze(1))
 
 
 def _conjugate_gradients(

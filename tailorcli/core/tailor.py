@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -168,7 +168,7 @@ def _decorate(
             tolerance=tolerance,
             max_iterations=max_iterations,
         )
-    return Decoration(found.decorator.T, found.iterations, found.residual) if transposed else found
+    return replace(found, decorator=found.decorator.T) if transposed else found
 
 
 def _along_inputs(prepared: PreparedHessian | None, transposed: bool) -> Tensor | None:
