@@ -103,26 +103,22 @@ def measure(
 
 def _mask_sums(delta: Tensor, mask: Tensor) -> dict[str, Any]:
     """Entries and norms in and out of the mask."""
+    norm = torch.linalg.vector_norm
     parts = []
     for rows in chunk_rows(delta):
-        d, kept = delta[rows], mask[rows]
-        magnitude = d.abs()
-        square = d.square()
-        parts.append(
-            torch.stack(
-                (
-                    kept.sum(),
-                    (d == 0).sum(),
-                    square.sum(),
-                    (square * kept).sum(),
-                    magnitude.sum(),
-                    (magnitude * kept).sum(),
-                )
-            ).double()
-        )
-    total = torch.stack(parts).sum(0).tolist() if parts else [0.0] * 6
-    names = ("kept", "zero_delta", "delta_sq", "delta_sq_kept", "distance_tuned", "distance_before")
-    return dict(zip(names, (int(total[0]), int(total[1]), *total[2:]), strict=True))
+        d = delta[rows]
+        kept = d * mask[rows]
+        sums = (d.count_nonzero(), norm(d).square(), norm(kept).square(), d.abs().sum(), kept.abs().sum())
+        parts.append(torch.stack([value.double() for value in sums]))
+    changed, square, square_kept, distance, distance_kept = torch.stack(parts).sum(0).tolist() if parts else [0.0] * 5
+    return {
+        "kept": int(mask.sum()),
+        "zero_delta": delta.numel() - int(changed),
+        "delta_sq": square,
+        "delta_sq_kept": square_kept,
+        "distance_tuned": distance,
+        "distance_before": distance_kept,
+    }
 
 
 def _sensitivity_sums(delta: Tensor, mask: Tensor, inverse: Tensor) -> dict[str, Any]:

@@ -65,9 +65,10 @@ def select_mask(score: Tensor, count: int) -> Tensor:
 def _kth_largest(flat: Tensor, count: int) -> Tensor:
     """The ``count``-th largest value: NumPy's selection on the CPU, a radix selection elsewhere."""
     if flat.device.type == "cpu":
-        values = flat.numpy()
+        values: np.ndarray = flat.clone().numpy()
         position = values.size - count
-        return torch.from_numpy(np.partition(values, position)[position : position + 1].copy())[0]
+        values.partition(position)
+        return torch.tensor(values[position])
     return _kth_largest_by_radix(flat, count)
 
 
