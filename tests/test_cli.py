@@ -39,9 +39,9 @@ def test_every_command_has_a_page_that_names_all_its_options(command):
 
 def mentioned_of_others():
     """Options of all commands: a page may refer to those of another."""
-    return {
-        o for command in COMMANDS for o in re.findall(r"--[a-z][a-z-]+", run(command, "--help").stdout)
-    } | {"--version"}
+    return {o for command in COMMANDS for o in re.findall(r"--[a-z][a-z-]+", run(command, "--help").stdout)} | {
+        "--version"
+    }
 
 
 def test_the_documents_point_to_files_that_exist():

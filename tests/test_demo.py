@@ -1,0 +1,39 @@
+"""The demo in its reduced form; in full it is marked slow."""
+
+import pytest
+
+from tailorcli import Checkpoint, TailorError
+from tailorcli.demo import follow_up_commands, render_demo, run_demo
+
+
+def check(report, folder):
+    from rich.console import Console
+
+    names = " ".join(row.title for row in report.rows).lower()
+    for model in ("base", "tuned", "interpolation", "patched"):
+        assert model in names
+    for row in report.rows:
+        assert 0.0 < row.h_score <= 100.0
+    for name in ("base", "tuned"):
+        with Checkpoint.open(folder / name) as checkpoint:
+            assert checkpoint.tensors
+    console = Console(width=160, record=True)
+    console.print(render_demo(report))
+    assert "interpolation" in console.export_text().lower()
+    assert all(line.startswith(("tailorcli ", "python -c ")) for line in follow_up_commands(report))
+
+
+def test_quick_demo(tmp_path):
+    report = run_demo(tmp_path / "demo", quick=True, progress=False)
+    check(report, tmp_path / "demo")
+    with pytest.raises(TailorError, match="demo"):
+        run_demo(tmp_path / "demo", quick=True, progress=False)
+
+
+@pytest.mark.slow
+def test_full_demo_shows_forgetting(tmp_path):
+    report = run_demo(tmp_path / "demo", progress=False)
+    check(report, tmp_path / "demo")
+    rows = {row.model: row for row in report.rows}
+    assert rows["tuned"].old <= rows["base"].old - 5.0
+    assert rows["tuned"].new >= rows["base"].new + 10.0
