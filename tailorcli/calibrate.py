@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -68,9 +69,11 @@ def calibrate_model(
         device = resolve_device(options.device)
         prepare_folder(folder, options.overwrite)
         timer = StageTimer(device)
-        samples = draw_samples(Path(data), _load_tokenizer(checkpoint.path, options), options)
+        config = _read_config(checkpoint.path)
+        seen = replace(options, seq_len=min(options.seq_len, _num_positions(config)))
+        samples = draw_samples(Path(data), _load_tokenizer(checkpoint.path, options), seen)
         with timer.stage("load"), _quiet_transformers():
-            network = _load_model(checkpoint.path, options).to(device).eval()
+            network = _load_model(checkpoint, config, options).to(device).eval()
         with exact_float32(), device_errors():
             tensors, hessians = _collect(network, checkpoint, samples, options, device, timer, progress)
         dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
@@ -193,20 +196,36 @@ def _load_tokenizer(path: Path, options: CalibrateOptions) -> Any:
             ) from error
 
 
-def _load_model(path: Path, options: CalibrateOptions) -> Any:
+def _read_config(path: Path) -> dict[str, Any]:
+    if not (path / "config.json").exists():
+        raise CheckpointError(f"{path} has no config.json", "pass the folder that save_pretrained wrote")
+    return read_json(path / "config.json")
+
+
+def _num_positions(config: dict[str, Any]) -> int:
+    """Positions that the model knows: a longer sample would leave its table, or what it was trained for."""
+    text_config = config.get("text_config")
+    for fields in (config, text_config if isinstance(text_config, dict) else {}):
+        for name in ("max_position_embeddings", "n_positions"):
+            if type(fields.get(name)) is int and fields[name] > 0:
+                return int(fields[name])
+    return sys.maxsize
+
+
+def _load_model(checkpoint: Checkpoint, config: dict[str, Any], options: CalibrateOptions) -> Any:
     """The model in its own class, with every weight from the checkpoint."""
     import torch
     import transformers
 
-    config = read_json(path / "config.json") if (path / "config.json").exists() else None
-    if config is None:
-        raise CheckpointError(f"{path} has no config.json", "pass the folder that save_pretrained wrote")
-    architectures = config.get("architectures") or [None]
-    model_class = getattr(transformers, str(architectures[0]), transformers.AutoModelForCausalLM)
+    path = checkpoint.path
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    model_class = getattr(transformers, str(name), transformers.AutoModelForCausalLM)
     if options.trust_remote_code and "auto_map" in config:
         model_class = transformers.AutoModelForCausalLM
     dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
     try:
+        _check_shapes(checkpoint, model_class, options)
         network, info = model_class.from_pretrained(
             path,
             dtype=dtype,
@@ -214,17 +233,47 @@ def _load_model(path: Path, options: CalibrateOptions) -> Any:
             trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers raises whatever its parts raise
-        hint = "pass --trust-remote-code if you trust its code" if "auto_map" in config else ""
+        hint = "see that its config.json belongs to these weights and names an architecture of transformers"
+        if "auto_map" in config:
+            hint = "pass --trust-remote-code if you trust its code"
         raise CheckpointError(f"transformers cannot load {path}: {_first_line(error)}", hint) from error
-    for problem in ("missing_keys", "mismatched_keys"):
-        keys = sorted(map(str, info.get(problem) or ()))
-        if keys:
-            raise CheckpointError(
-                f"{path} does not fit its config.json: {problem.replace('_', ' ')} {keys[0]} ({len(keys)} such)",
-                "a model with random weights in it would give meaningless statistics; save the checkpoint again",
-            )
+    missing = sorted(map(str, info.get("missing_keys") or ()))
+    if missing:
+        raise CheckpointError(
+            f"{path} does not fit its config.json: it lacks tensor {missing[0]} ({len(missing)} such)",
+            "a model with random weights in it would give meaningless statistics; save the checkpoint again",
+        )
     return network
+
+
+def _check_shapes(checkpoint: Checkpoint, model_class: Any, options: CalibrateOptions) -> None:
+    """The config describes a model of these weights' shapes and size: asked of a model without memory.
+
+    transformers would fill what is missing with random numbers before it says so, however large it is.
+    """
+    import torch
+    import transformers
+
+    path, trust = checkpoint.path, {"trust_remote_code": options.trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **trust)
+    if getattr(config, "quantization_config", None) is not None:
+        return  # stored in other shapes on purpose
+    with torch.device("meta"):
+        automatic = not issubclass(model_class, transformers.PreTrainedModel)
+        empty = model_class.from_config(config, **trust) if automatic else model_class(config)
+    hint = "save model and config again, together"
+    for name, parameter in empty.named_parameters(remove_duplicate=False):
+        info = checkpoint.tensors.get(name)
+        if info is not None and info.shape != tuple(parameter.shape):
+            shapes = f"has shape {list(info.shape)}, its config.json asks for {list(parameter.shape)}"
+            raise CheckpointError(f"{path} does not fit its config.json: tensor {name!r} {shapes}", hint)
+    asked, held = empty.num_parameters(), sum(info.numel for info in checkpoint.tensors.values())
+    if asked > 2 * held:
+        numbers = f"it holds {held:,} parameters, its config.json describes {asked:,}"
+        raise CheckpointError(f"{path} does not fit its config.json: {numbers}", hint)
 
 
 def _first_line(error: Exception) -> str:

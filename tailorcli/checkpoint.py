@@ -10,7 +10,9 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -49,6 +51,8 @@ _DTYPES: dict[str, tuple[int, str | None]] = {
 }
 PATCHABLE_DTYPES = ("F32", "BF16", "F16", "F64")
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
+_MAX_DIMENSIONS = 64  # what torch can hold
+_MAX_SIZE = 1 << 62  # of anything in a header, so that no product of sizes leaves 64 bits
 _SAMPLE_BYTES = 4096  # read at the start, the middle and the end of a tensor for its fingerprint
 
 
@@ -80,13 +84,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
                 raise _damaged(file, f"its header claims {length} bytes, the file has {size}")
             text = stream.read(length)
     except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from error
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(file, "its header is not JSON") from error
-    if not isinstance(header, dict):
-        raise _damaged(file, "its header is not a JSON object")
+        raise _unreadable(file, error) from error
+    header = _parse_header(file, text)
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
         raise _damaged(file, "its __metadata__ is not an object")
@@ -104,18 +103,39 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return {info.name: info for info in infos}, {str(k): str(v) for k, v in metadata.items()}
 
 
+def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
+    """The header's JSON object. A name that occurs twice is refused: which of them counts would be a guess."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise _damaged(file, f"its header has {name!r} twice")
+        return found
+
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, "its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise _damaged(file, "its header is not a JSON object")
+    return header
+
+
 def _parse_entry(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
     """One entry of the header, with absurd values refused."""
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise _damaged(file, f"the tensor name {name!r} is no text")
     fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
     dtype: Any = fields.get("dtype")
     shape: Any = fields.get("shape")
     offsets: Any = fields.get("data_offsets")
-    if dtype not in _DTYPES:
-        raise _damaged(file, f"tensor {name!r} has the unknown dtype {dtype!r}")
-    if not _are_sizes(shape):
-        raise _damaged(file, f"tensor {name!r} has the shape {shape!r}")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise _damaged(file, f"tensor {name!r} has the unknown dtype {reprlib.repr(dtype)}")
+    if not _are_sizes(shape) or math.prod(size or 1 for size in shape) >= _MAX_SIZE:
+        raise _damaged(file, f"tensor {name!r} has the shape {reprlib.repr(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
-        raise _damaged(file, f"tensor {name!r} has the data_offsets {offsets!r}")
+        raise _damaged(file, f"tensor {name!r} has the data_offsets {reprlib.repr(offsets)}")
     nbytes = offsets[1] - offsets[0]
     expected = -(-math.prod(shape) * _DTYPES[dtype][0] // 8)
     if nbytes != expected:
@@ -124,13 +144,22 @@ def _parse_entry(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 62 for item in value)
+    if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
+        return False
+    return all(type(item) is int and 0 <= item < _MAX_SIZE for item in value)
+
+
+_SAVE_AGAIN = "download it or save it again: its files come from different versions, or some are unfinished"
 
 
 def _damaged(file: Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"{file} is not a sound safetensors file: {why}", "download or save it again; an unfinished copy looks so"
     )
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"cannot read {path}: {error.strerror or error}", "check the path and its permissions")
 
 
 class Checkpoint:
@@ -151,15 +180,18 @@ class Checkpoint:
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
         """Open the checkpoint in folder ``path``. Raises CheckpointError with what is wrong and where."""
         folder = Path(path)
-        if not folder.is_dir():
-            kind = "a file, not a folder" if folder.exists() else "not there"
-            raise CheckpointError(f"{folder} is {kind}", "pass the folder that save_pretrained wrote")
-        if (folder / SINGLE_FILE).exists():
-            tensors, _ = read_header(folder / SINGLE_FILE)
-            return cls(folder, tensors, [folder / SINGLE_FILE])
-        if (folder / INDEX_FILE).exists():
-            return cls(folder, *_open_shards(folder))
-        raise _no_weights(folder)
+        try:
+            if not folder.is_dir():
+                kind = "a file, not a folder" if folder.exists() else "not there"
+                raise CheckpointError(f"{folder} is {kind}", "pass the folder that save_pretrained wrote")
+            if (folder / SINGLE_FILE).exists():
+                tensors, _ = read_header(folder / SINGLE_FILE)
+                return cls(folder, tensors, [folder / SINGLE_FILE])
+            if (folder / INDEX_FILE).exists():
+                return cls(folder, *_open_shards(folder))
+            raise _no_weights(folder)
+        except OSError as error:
+            raise _unreadable(folder, error) from error
 
     @property
     def nbytes(self) -> int:
@@ -173,7 +205,9 @@ class Checkpoint:
         info = self.tensors[name]
         torch_name = _DTYPES[info.dtype][1]
         if torch_name is None:
-            raise CheckpointError(f"tensor {name!r} has dtype {info.dtype}, which torch cannot hold")
+            raise CheckpointError(
+                f"tensor {name!r} has dtype {info.dtype}, which torch cannot hold", "leave it out with --exclude"
+            )
         raw = torch.empty(info.nbytes, dtype=torch.uint8)
         if info.nbytes:
             self.read_into(info, raw.numpy().data, 0)
@@ -186,7 +220,7 @@ class Checkpoint:
             try:
                 count = os.preadv(self._descriptor(info.file), [buffer[done:]], info.offset + start + done)
             except OSError as error:
-                raise CheckpointError(f"cannot read {info.file}: {error.strerror or error}") from error
+                raise _unreadable(info.file, error) from error
             if count == 0:
                 raise _damaged(info.file, f"it ends inside tensor {info.name!r}")
             done += count
@@ -240,26 +274,40 @@ def _open_shards(folder: Path) -> tuple[dict[str, TensorInfo], list[Path]]:
     index = read_json(index_path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index_path} has no weight_map", "save the checkpoint again")
+        raise CheckpointError(f"{index_path} has no weight_map", _SAVE_AGAIN)
+    for file_name in weight_map.values():
+        if not _is_shard_name(file_name):
+            what = f"{reprlib.repr(file_name)}, which is no .safetensors file inside its folder"
+            raise CheckpointError(f"{index_path} names {what}", _SAVE_AGAIN)
     tensors: dict[str, TensorInfo] = {}
     shards: list[Path] = []
     for file_name in dict.fromkeys(weight_map.values()):
-        relative = PurePosixPath(str(file_name))
-        if not isinstance(file_name, str) or relative.is_absolute() or ".." in relative.parts:
-            raise CheckpointError(f"{index_path} names a shard outside its folder: {file_name!r}")
-        shard = folder / relative
+        shard = folder / file_name
         if not shard.is_file():
             raise CheckpointError(f"{index_path} names {file_name!r}, which is missing", "download it again")
         found, _ = read_header(shard)
         for name in found:
             if weight_map.get(name) != file_name:
-                raise CheckpointError(f"{shard} holds tensor {name!r}, which {INDEX_FILE} does not place there")
+                raise CheckpointError(
+                    f"{shard} holds tensor {name!r}, which {INDEX_FILE} does not place there", _SAVE_AGAIN
+                )
         tensors.update(found)
         shards.append(shard)
     missing = [name for name in weight_map if name not in tensors]
     if missing:
-        raise CheckpointError(f"{index_path} lists tensor {missing[0]!r}, which no shard holds ({len(missing)} such)")
+        raise CheckpointError(
+            f"{index_path} lists tensor {missing[0]!r}, which no shard holds ({len(missing)} such)", _SAVE_AGAIN
+        )
     return tensors, shards
+
+
+def _is_shard_name(value: Any) -> bool:
+    """A .safetensors file in the folder or below it: no absolute path, no "..", nothing hidden."""
+    if not isinstance(value, str):
+        return False
+    path = PurePosixPath(value)
+    hidden = any(part.startswith(".") for part in path.parts)
+    return path.suffix == ".safetensors" and not path.is_absolute() and not hidden
 
 
 def _no_weights(folder: Path) -> CheckpointError:
@@ -290,11 +338,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        raise _unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+        raise CheckpointError(f"{path} is not JSON: {error}", "download or save it again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
+        raise CheckpointError(f"{path} must hold a JSON object", "download or save it again")
     return value
 
 

@@ -41,7 +41,7 @@ class Samples:
 def read_records(path: Path, text_mode: str = "line") -> list[Record]:
     """Every record of a .jsonl, .json or .txt file. Raises DataError with file and line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}", "pass --data FILE") from error
     except UnicodeDecodeError as error:
@@ -51,7 +51,7 @@ def read_records(path: Path, text_mode: str = "line") -> list[Record]:
     elif path.suffix == ".json":
         records = list(_json_list(path, text))
     elif path.suffix == ".txt":
-        documents = [text] if text_mode == "chunk" else text.splitlines()
+        documents = [text] if text_mode == "chunk" else text.split("\n")
         records = [Record(f"{path}:{i + 1}", {"text": line}) for i, line in enumerate(documents) if line.strip()]
     else:
         raise DataError(f"{path} has the unknown suffix {path.suffix!r}", f"pass a {_FORMATS} file")
@@ -159,11 +159,15 @@ def _tokenize(record: Record, tokenizer: Any) -> list[int]:
         try:
             text = tokenizer.apply_chat_template(fields["messages"], tokenize=False)
         except Exception as error:  # whatever a model's own template raises
-            raise DataError(f"{record.where}: the chat template refuses these messages: {error}") from error
+            raise DataError(f"{record.where}: the chat template refuses these messages: {error}", _FIELDS) from error
         special = False  # the template writes them
     else:
         text = fields["prompt"] + fields["response"]
-    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    try:
+        text.encode("utf-8")  # JSON can escape half a character, of which tokenizers only say that it is no string
+        return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    except Exception as error:  # whatever a model's own tokenizer raises
+        raise DataError(f"{record.where}: the tokenizer refuses this text: {error}", _FIELDS) from error
 
 
 def make_batches(token_ids: list[list[int]], batch_size: int) -> Iterator[tuple[list[list[int]], list[list[int]]]]:

@@ -171,7 +171,7 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, allow_dtype_mismatch: bool) 
     for name, info in base.tensors.items():
         other = tuned.tensors[name]
         if info.shape != other.shape:
-            raise CheckpointError(_shape_message(info, other), _shape_hint(info, other))
+            raise CheckpointError(_shape_message(info, other), _shape_hint(base, tuned, info, other))
         if info.dtype != other.dtype and not allow_dtype_mismatch:
             differing = sum(i.dtype != tuned.tensors[n].dtype for n, i in base.tensors.items())
             raise CheckpointError(
@@ -206,11 +206,16 @@ def _shape_message(base: TensorInfo, tuned: TensorInfo) -> str:
     return f"tensor {base.name!r} has shape {list(base.shape)} in base and {list(tuned.shape)} in tuned"
 
 
-def _shape_hint(base: TensorInfo, tuned: TensorInfo) -> str:
-    if len(base.shape) == len(tuned.shape) == 2 and base.shape[1] == tuned.shape[1]:
+def _shape_hint(base: Checkpoint, tuned: Checkpoint, first: TensorInfo, other: TensorInfo) -> str:
+    """A vocabulary is resized where a table of tokens, or two, and nothing else has other rows."""
+    differing = [info for name, info in base.tensors.items() if info.shape != tuned.tensors[name].shape]
+    rows = {(info.shape[:1], tuned.tensors[info.name].shape[:1]) for info in differing}
+    rest = all(info.shape[1:] == tuned.tensors[info.name].shape[1:] for info in differing)
+    tables = len([info for info in differing if len(info.shape) == 2])  # a head may have a bias besides
+    if len(rows) == 1 and rest and len(first.shape) > 0 and 1 <= tables <= 2:
         return (
             "this looks like a resized vocabulary: shrink tuned with resize_token_embeddings("
-            f"{base.shape[0]}) or grow base to {tuned.shape[0]} rows first"
+            f"{first.shape[0]}) or grow base to {other.shape[0]} rows first"
         )
     return "pass checkpoints of one architecture and size"
 
@@ -252,7 +257,13 @@ def check_stats(base: Checkpoint, tuned: Checkpoint, stats: Stats) -> None:
         size = stats.hessians[entry.hessian].size
         inputs = _num_inputs(info, entry)
         if size != inputs:
-            raise StatsError(f"{stats.path}: tensor {name!r} has {inputs} input channels, its Hessian {size}")
+            raise StatsError(
+                f"{stats.path}: tensor {name!r} has {inputs} input channels, its Hessian {size}", "calibrate again"
+            )
+        if len(info.shape) > 2 or (entry.transposed and len(info.shape) != 2):
+            raise StatsError(
+                f"{stats.path}: tensor {name!r} of shape {list(info.shape)} is no matrix", "calibrate again"
+            )
 
 
 def _num_inputs(info: TensorInfo, entry: TensorStats) -> int:
@@ -267,8 +278,10 @@ def check_output(output: Path, inputs: Sequence[Path], *, resume: bool, overwrit
     """The output folder is new, or ours to resume or replace, is none of the inputs, and there is room for it."""
     resolved = output.resolve()
     for path in inputs:
-        if resolved == path.resolve() or path.resolve().is_relative_to(resolved):
+        if path.resolve().is_relative_to(resolved):
             raise OutputError(f"the output {output} would replace an input ({path})", "choose another folder for -o")
+        if resolved.is_relative_to(path.resolve()):
+            raise OutputError(f"the output {output} lies inside an input ({path})", "choose another folder for -o")
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} exists and is a file", "choose another folder for -o")
     occupied = output.exists() and any(output.iterdir())

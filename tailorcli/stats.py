@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 HESSIANS = "hessians.safetensors"
+_AGAIN = "calibrate again"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,13 @@ class HessianInfo:
         """Numbers on disk."""
         return self.size * (self.size + 1) // 2 if self.kind == "full" else self.size
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether every field has its type and range, as one read from a file may not."""
+        counts = all(type(count) is int and 0 <= count < 1 << 48 for count in (self.size, self.tokens, self.dead))
+        finite = type(self.mean_diagonal) in (int, float) and abs(self.mean_diagonal) < 1e300
+        return counts and finite and self.kind in ("full", "diagonal")
+
 
 @dataclass(frozen=True)
 class TensorStats:
@@ -56,6 +64,13 @@ class TensorStats:
     role: str = ""
     transposed: bool = False
     reason: str = ""
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether every field has its type, as one read from a file may not."""
+        texts = (self.role, self.reason, self.hessian or "")
+        named = self.hessian is None or isinstance(self.hessian, str)
+        return named and isinstance(self.transposed, bool) and all(isinstance(text, str) for text in texts)
 
 
 class Stats:
@@ -87,10 +102,10 @@ class Stats:
             )
         try:
             manifest = read_json(manifest_path)
-            if manifest.get("format_version") != FORMAT_VERSION:
-                found = manifest.get("format_version")
+            found = manifest.get("format_version")
+            if type(found) is not int or found != FORMAT_VERSION:
                 raise StatsError(
-                    f"{manifest_path} has format_version {found}, expected {FORMAT_VERSION}",
+                    f"{manifest_path} has format_version {found!r}, expected {FORMAT_VERSION}",
                     "calibrate again with this version of tailorcli",
                 )
             tensors = {name: TensorStats(**entry) for name, entry in manifest["tensors"].items()}
@@ -98,29 +113,38 @@ class Stats:
             str(manifest["model"]["fingerprint"])
             infos, _ = read_header(folder / HESSIANS)
         except (KeyError, TypeError, AttributeError) as error:
-            raise StatsError(f"{manifest_path} is malformed: {error!r}", "calibrate again") from error
+            raise StatsError(f"{manifest_path} is malformed: {error!r}", _AGAIN) from error
         except CheckpointError as error:
-            raise StatsError(error.message, "calibrate again") from error
+            raise StatsError(error.message, _AGAIN) from error
         stats = cls(folder, manifest, tensors, hessians, Checkpoint(folder, infos, [folder / HESSIANS]))
         stats._check()
         return stats
 
     def _check(self) -> None:
-        """Every Hessian that the manifest names is stored, in the size that it says."""
+        """Every field has its type; every Hessian that the manifest names is stored, in the size that it says."""
+        manifest_path = self.path / MANIFEST
+        for key in ("data", "versions"):
+            if not isinstance(self.manifest.get(key, {}), dict):
+                raise StatsError(f"{manifest_path} is malformed: {key!r} is no object", _AGAIN)
+        entries: list[tuple[str, HessianInfo | TensorStats]] = [*self.hessians.items(), *self.tensors.items()]
+        for name, entry in entries:
+            if not entry.is_sound:
+                what = f"the entry {name!r} has a field of the wrong type or range"
+                raise StatsError(f"{manifest_path} is malformed: {what}", _AGAIN)
         stored = self._store.tensors
         for name, info in self.hessians.items():
             if name not in stored:
-                raise StatsError(f"{self.path / HESSIANS} lacks Hessian {name!r}", "calibrate again")
+                raise StatsError(f"{self.path / HESSIANS} lacks Hessian {name!r}", _AGAIN)
             found = stored[name]
             if found.dtype != "F32" or found.shape != (info.stored_numel,):
                 raise StatsError(
                     f"Hessian {name!r} in {self.path / HESSIANS} is {found.dtype} {list(found.shape)}, "
                     f"expected F32 [{info.stored_numel}]",
-                    "calibrate again",
+                    _AGAIN,
                 )
         for name, tensor in self.tensors.items():
             if tensor.hessian is not None and tensor.hessian not in self.hessians:
-                raise StatsError(f"{self.path / MANIFEST}: {name} refers to no Hessian {tensor.hessian!r}")
+                raise StatsError(f"{manifest_path}: {name!r} refers to no Hessian {tensor.hessian!r}", _AGAIN)
 
     def load(self, name: str) -> Tensor:
         """The stored numbers of one Hessian, float32: a packed triangle, or a diagonal (I,)."""
@@ -148,7 +172,10 @@ class Stats:
 
 
 def prepare_folder(folder: Path, overwrite: bool) -> None:
-    """Make ``folder`` ready for new statistics: empty, or cleared of old ones with ``overwrite``."""
+    """See that ``folder`` may take new statistics: it is made, empty, or holds old ones that ``overwrite`` gives up.
+
+    The old ones stay until ``write_stats`` has written the new.
+    """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} exists and is a file", "choose another folder for -o")
     present = [entry.name for entry in folder.iterdir()] if folder.exists() else []
@@ -159,8 +186,6 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
         raise OutputError(f"{folder} already holds statistics", "choose another folder, or pass --overwrite")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in present:  # the manifest first: without it the folder counts as empty
-            (folder / name).unlink()
     except OSError as error:
         raise as_output_error(folder, error) from error
 
@@ -173,6 +198,7 @@ def write_stats(
 ) -> None:
     """Write the Hessians (already packed), then the manifest: without it the folder is not statistics."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     infos: dict[str, HessianInfo] = {}
@@ -190,7 +216,10 @@ def write_stats(
     try:
         save_file(packed, part)
         fsync_path(part)
+        (folder / MANIFEST).unlink(missing_ok=True)  # an old one, which does not fit the new Hessians
         part.replace(folder / HESSIANS)
         write_text_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise OutputError(f"cannot write {part}: {error}", "free some space or choose another folder for -o") from error
     except OSError as error:
         raise as_output_error(folder, error) from error

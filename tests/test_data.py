@@ -1,0 +1,296 @@
+"""Calibration data: the tokens of every format, sampling, batching, and errors that say where."""
+
+import json
+import random
+
+import pytest
+from helpers import make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tailorcli.data import draw_samples, make_batches, read_records
+from tailorcli.errors import DataError
+from tailorcli.options import CalibrateOptions
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+
+
+def ids(text):
+    """One token a character, as the tiny tokenizer has them."""
+    return [ord(character) - 32 + 2 for character in text]
+
+
+def text_of(token_ids):
+    return "".join(chr(token + 32 - 2) for token in token_ids)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a data file: text as it is, bytes as they are, a list as .jsonl or .json."""
+
+    def write(name, content):
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif isinstance(content, str):
+            path.write_text(content, encoding="utf-8", newline="")
+        elif name.endswith("l"):
+            path.write_text("".join(json.dumps(record) + "\n" for record in content))
+        else:
+            path.write_text(json.dumps(content))
+        return path
+
+    return write
+
+
+def draw(path, tokenizer, **options):
+    return draw_samples(path, tokenizer, CalibrateOptions(**options))
+
+
+def texts(path, tokenizer, **options):
+    """What was drawn, as sorted text."""
+    return sorted(text_of(sample) for sample in draw(path, tokenizer, **options).token_ids)
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------
+
+RECORDS = [
+    {"text": "plain text", "other": 5},
+    {"prompt": "2+2=", "response": "4"},
+    {"prompt": "2+3=", "completion": "5"},
+]
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+def test_text_and_prompt_with_response_or_completion(write, tokenizer, name):
+    assert texts(write(name, RECORDS), tokenizer) == ["2+2=4", "2+3=5", "plain text"]
+
+
+def test_response_wins_over_completion_and_text_over_all(write, tokenizer):
+    records = [
+        {"prompt": "a", "response": "b", "completion": "c"},
+        {"text": "t", "prompt": "a", "response": "b", "messages": 5},
+    ]
+    assert texts(write("data.jsonl", records), tokenizer) == ["ab", "t"]
+
+
+def test_blank_lines_byte_order_mark_and_windows_line_ends(write, tokenizer):
+    path = write("data.jsonl", '\ufeff\r\n{"text": "a"}\r\n\r\n  \r\n{"text": "b"}')
+    assert texts(path, tokenizer) == ["a", "b"]
+    assert texts(write("data.json", '\ufeff[{"text": "a"}]'), tokenizer) == ["a"]
+    assert texts(write("data.txt", "\ufeffa\r\nb"), tokenizer) == ["a", "b"]
+
+
+def test_a_document_a_line(write, tokenizer):
+    path = write("data.txt", 'first document\n\n  \nsecond, of {no} "JSON"\nthird')
+    assert texts(path, tokenizer) == ["first document", 'second, of {no} "JSON"', "third"]
+    assert [record.where.rsplit(":", 1)[1] for record in read_records(path)] == ["1", "4", "5"]
+
+
+def test_only_a_line_feed_ends_a_document(write):
+    path = write("data.txt", "form\x0cfeed and\u2028separator\nnext")
+    assert [record.fields["text"] for record in read_records(path)] == ["form\x0cfeed and\u2028separator", "next"]
+
+
+def test_chunks_cover_the_text_without_overlap(write, tokenizer):
+    text = "".join(random.Random(0).choice("abcdefgh \n") for _ in range(997))
+    path = write("data.txt", text.replace("\n", "|"))
+    drawn = draw(path, tokenizer, text_mode="chunk", seq_len=100).token_ids
+    assert sorted(map(len, drawn)) == [97] + [100] * 9
+    chunks = [text.replace("\n", "|")[start : start + 100] for start in range(0, 997, 100)]
+    assert sorted(map(text_of, drawn)) == sorted(chunks)
+    some = draw(path, tokenizer, text_mode="chunk", seq_len=100, num_samples=3)
+    assert [text_of(sample) in chunks for sample in some.token_ids] == [True] * 3
+    assert some.facts["records"] == 10
+    assert some.facts["samples"] == 3
+
+
+def test_chunks_run_across_lines_and_are_for_txt_alone(write, tokenizer):
+    path = write("data.txt", "ab\ncd\nef")
+    drawn = draw(path, tokenizer, text_mode="chunk", seq_len=4).token_ids
+    assert sorted(map(len, drawn)) == [4, 4]
+    assert texts(write("data.jsonl", [{"text": "abcdef"}]), tokenizer, text_mode="chunk", seq_len=4) == ["abcd"]
+
+
+def test_messages_go_through_the_chat_template(write):
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    path = write("data.jsonl", [{"messages": chat}])
+    assert texts(path, make_tokenizer(TEMPLATE)) == ["<user>hi<assistant>ho"]
+
+
+def test_special_tokens_are_added_to_text_and_left_to_the_template(write):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer(TEMPLATE)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 1)])
+    chat = [{"role": "user", "content": "hi"}]
+    path = write("data.json", [{"text": "a"}, {"prompt": "b", "response": "c"}, {"messages": chat}])
+    drawn = sorted(draw(path, tokenizer).token_ids)
+    assert drawn == sorted([[1, *ids("a")], [1, *ids("bc")], ids("<user>hi")])
+
+
+def test_long_samples_are_cut_on_the_right_and_empty_ones_passed_over(write, tokenizer):
+    path = write("data.jsonl", [{"text": ""}, {"text": "abcdefgh"}, {"text": ""}, {"text": "xy"}])
+    samples = draw(path, tokenizer, seq_len=5)
+    assert sorted(map(text_of, samples.token_ids)) == ["abcde", "xy"]
+    assert samples.num_tokens == samples.facts["tokens"] == 7
+    assert samples.facts["samples"] == 2
+    assert samples.facts["records"] == 4
+
+
+# --- sampling -------------------------------------------------------------------------------------------------
+
+
+def test_the_seed_decides_the_samples(write, tokenizer):
+    path = write("data.jsonl", [{"text": f"number {i}"} for i in range(100)])
+    first = draw(path, tokenizer, num_samples=10, seed=3)
+    assert first == draw(path, tokenizer, num_samples=10, seed=3)
+    assert first.token_ids != draw(path, tokenizer, num_samples=10, seed=4).token_ids
+    assert len({tuple(sample) for sample in first.token_ids}) == 10  # without replacement
+    assert first.token_ids == draw(path, tokenizer, num_samples=20, seed=3).token_ids[:10]
+    everything = draw(path, tokenizer, num_samples=1000, seed=3)
+    assert sorted(map(text_of, everything.token_ids)) == sorted(f"number {i}" for i in range(100))
+
+
+def test_sampling_leaves_the_global_generator_alone(write, tokenizer):
+    path = write("data.jsonl", [{"text": f"number {i}"} for i in range(20)])
+    random.seed(5)
+    state = random.getstate()
+    draw(path, tokenizer, num_samples=3)
+    assert random.getstate() == state
+
+
+def test_the_facts_tell_one_file_from_another(write, tokenizer):
+    first = draw(write("one.jsonl", [{"text": "a"}]), tokenizer)
+    second = draw(write("two.jsonl", [{"text": "b"}]), tokenizer, seq_len=7, seed=1)
+    assert first.facts["blake2b"] != second.facts["blake2b"]
+    assert first.facts["file"].endswith("one.jsonl")
+    assert (second.facts["seq_len"], second.facts["seed"]) == (7, 1)
+
+
+# --- batches --------------------------------------------------------------------------------------------------
+
+
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=20),
+    batch_size=st.integers(1, 7),
+)
+@settings(deadline=None)
+def test_batches_hold_every_sample_once_padded_on_the_right(lengths, batch_size):
+    samples = [[100 * i + j + 1 for j in range(length)] for i, length in enumerate(lengths)]
+    found = []
+    for rows, masks in make_batches(samples, batch_size):
+        assert len(rows) == len(masks) <= batch_size
+        assert len({len(row) for row in (*rows, *masks)}) == 1
+        for row, mask in zip(rows, masks, strict=True):
+            length = sum(mask)
+            assert mask == [1] * length + [0] * (len(row) - length)
+            assert not any(row[length:])
+            found.append(row[:length])
+        assert any(all(mask) for mask in masks)  # no wider than its longest sample
+    assert sorted(found) == sorted(samples)
+
+
+def test_batches_put_like_lengths_together():
+    samples = [[1] * length for length in (1, 50, 2, 49)]
+    assert [len(rows[0]) for rows, _ in make_batches(samples, 2)] == [50, 2]
+
+
+# --- errors ---------------------------------------------------------------------------------------------------
+
+MALFORMED = {
+    "empty jsonl": ("d.jsonl", "", "d.jsonl holds no records"),
+    "blank jsonl": ("d.jsonl", "\n \n", "d.jsonl holds no records"),
+    "empty txt": ("d.txt", " \n\n", "d.txt holds no records"),
+    "empty list": ("d.json", "[]", "d.json holds no records"),
+    "empty json": ("d.json", "", "d.json is not JSON"),
+    "no suffix": ("d", "x", "unknown suffix ''"),
+    "unknown suffix": ("d.csv", "x", "unknown suffix '.csv'"),
+    "compressed": ("d.jsonl.gz", "x", "unknown suffix '.gz'"),
+    "not UTF-8": ("d.jsonl", b'{"text": "caf\xe9"}', "d.jsonl is not UTF-8 text (byte 13)"),
+    "UTF-16": ("d.txt", "text".encode("utf-16"), "d.txt is not UTF-8"),
+    "txt not UTF-8": ("d.txt", b"\xff", "d.txt is not UTF-8"),
+    "json not UTF-8": ("d.json", b'["\xff"]', "d.json is not UTF-8"),
+    "broken line": ("d.jsonl", '{"text": "a"}\n\n{"text": \n', "d.jsonl:3 is not JSON"),
+    "two objects a line": ("d.jsonl", '{"text": "a"}{"text": "b"}', "d.jsonl:1 is not JSON"),
+    "nested too deep": ("d.jsonl", '{"text": "a"}\n' + "[" * 100_000, "d.jsonl:2 is not JSON"),
+    "a list a line": ("d.jsonl", '{"text": "a"}\n["b"]', "d.jsonl:2 is a list"),
+    "a string a line": ("d.jsonl", '"b"', "d.jsonl:1 is a str"),
+    "null": ("d.jsonl", "null", "d.jsonl:1 is a NoneType"),
+    "json lines as json": ("d.json", '{"text": "a"}\n{"text": "b"}', "d.json is not JSON: Extra data: line 2"),
+    "an object": ("d.json", '{"data": []}', "d.json holds a dict"),
+    "a number in a list": ("d.json", '[{"text": "a"}, 5]', "d.json, record 1 is a int"),
+    "unknown fields": ("d.jsonl", '{"question": 1, "answer": 2}', "d.jsonl:1 has the fields ['answer', 'question']"),
+    "no fields": ("d.jsonl", "{}", "d.jsonl:1 has the fields []"),
+    "a prompt alone": ("d.jsonl", '{"prompt": "a"}', "d.jsonl:1 has the fields ['prompt']"),
+    "text is a number": ("d.jsonl", '{"text": 5}', 'd.jsonl:1: "text" is a int, expected a string'),
+    "text is null": ("d.json", '[{"text": null}]', 'd.json, record 0: "text" is a NoneType'),
+    "response is a list": ("d.jsonl", '{"prompt": "a", "response": ["b"]}', 'd.jsonl:1: "response" is a list'),
+    "completion is null": ("d.jsonl", '{"prompt": "a", "completion": null}', 'd.jsonl:1: "response" is a NoneType'),
+    "messages is a string": ("d.jsonl", '{"messages": "hi"}', 'd.jsonl:1: "messages" must be'),
+    "no messages": ("d.jsonl", '{"messages": []}', 'd.jsonl:1: "messages" must be'),
+    "a message is a string": ("d.jsonl", '{"messages": ["hi"]}', 'd.jsonl:1: "messages" must be'),
+    "no role": ("d.jsonl", '{"messages": [{"content": "hi"}]}', 'd.jsonl:1: "messages" must be'),
+    "no chat template": ("d.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}', "no chat template"),
+    "half a character": ("d.jsonl", '{"text": "a"}\n{"text": "\\ud800"}', "d.jsonl:2"),
+    "nothing but empty text": ("d.jsonl", '{"text": ""}\n{"text": ""}', "d.jsonl: no record gives a single token"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_data_names_the_file_and_the_line(write, tokenizer, case):
+    name, content, message = MALFORMED[case]
+    with pytest.raises(DataError) as caught:
+        draw(write(name, content), tokenizer)
+    assert message in caught.value.message
+    assert name in caught.value.message
+    assert caught.value.hint
+    assert "\n" not in caught.value.message
+
+
+def test_missing_files_and_folders(tmp_path, tokenizer):
+    for path, why in ((tmp_path / "none.jsonl", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(DataError, match=why) as caught:
+            draw(path, tokenizer)
+        assert str(path) in caught.value.message
+        assert caught.value.hint
+
+
+def test_a_chat_template_that_refuses(write):
+    chat = [{"role": "system", "content": "hi"}]
+    path = write("d.jsonl", [{"text": "a"}, {"messages": chat}])
+    tokenizer = make_tokenizer("{{ raise_exception('no system role') }}")
+    with pytest.raises(DataError, match=r"d\.jsonl:2: .*no system role") as caught:
+        draw(path, tokenizer)
+    assert caught.value.hint
+
+
+def test_a_tokenizer_that_breaks_is_an_error_of_the_data(write):
+    class Broken:
+        chat_template = None
+
+        def __call__(self, *_, **__):
+            raise RuntimeError("whatever")
+
+    with pytest.raises(DataError, match=r"d\.jsonl:1.*whatever"):
+        draw(write("d.jsonl", [{"text": "a"}]), Broken())
+
+
+@given(
+    content=st.binary(max_size=60) | st.text(max_size=60).map(str.encode),
+    name=st.sampled_from(["jsonl", "json", "txt"]),
+)
+@settings(max_examples=200, deadline=None)
+def test_no_data_breaks_the_reader(tmp_path_factory, tokenizer, content, name):
+    path = tmp_path_factory.getbasetemp() / f"any.{name}"
+    path.write_bytes(content)
+    try:
+        samples = draw(path, tokenizer)
+    except DataError:
+        return
+    assert samples.num_tokens > 0

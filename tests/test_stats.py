@@ -1,0 +1,291 @@
+"""Statistics folders: what is sound opens, what is malformed is refused before anything reads it."""
+
+import json
+import random
+import shutil
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_checkpoint import mutate_bytes, mutate_json
+
+from tailorcli.checkpoint import Checkpoint
+from tailorcli.errors import OutputError, StatsError, TailorError
+from tailorcli.inspection import inspect_path
+from tailorcli.options import PatchOptions
+from tailorcli.plan import build_plan, check_stats
+from tailorcli.stats import HESSIANS, MANIFEST, HessianInfo, Stats, TensorStats, prepare_folder, write_stats
+
+FACTS = {"model": {"path": "model", "fingerprint": "0123"}, "data": {"file": "data.jsonl"}, "versions": {}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two Hessians, three tensors."""
+    hessians = [
+        ("a.weight", HessianInfo(3, "full", 10, 2.0), torch.arange(6.0)),
+        ("norm.weight", HessianInfo(4, "diagonal", 10, 1.0, 1), torch.tensor([1.0, 0.0, 1.0, 2.0])),
+    ]
+    tensors = {
+        "a.weight": TensorStats("a.weight", "linear"),
+        "norm.weight": TensorStats("norm.weight", "norm"),
+        "other": TensorStats(None, reason="it is a buffer, no parameter"),
+    }
+    target = tmp_path / "stats"
+    target.mkdir()
+    write_stats(target, hessians, tensors, FACTS)
+    return target
+
+
+def change(folder, edit):
+    """Edit the manifest in place, or put what ``edit`` returns in its stead."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    result = edit(manifest)
+    (folder / MANIFEST).write_text(json.dumps(result if result is not None else manifest))
+
+
+def refusal(folder, *mentions):
+    with pytest.raises(StatsError) as caught:
+        Stats.open(folder)
+    for word in mentions:
+        assert str(word) in caught.value.message
+    assert "\n" not in caught.value.message
+    assert caught.value.hint
+    return caught.value
+
+
+def test_what_was_written_is_read(folder):
+    stats = Stats.open(folder)
+    assert stats.load("a.weight").tolist() == [0, 1, 2, 3, 4, 5]
+    assert stats.nbytes("norm.weight") == 16
+    assert stats.model_fingerprint == "0123"
+    assert stats.tensors["other"].reason == "it is a buffer, no parameter"
+    before = stats.fingerprint()
+    stats.close()
+    change(folder, lambda manifest: manifest["model"].update(fingerprint="4567"))
+    again = Stats.open(folder)
+    assert again.fingerprint() != before
+    again.close()
+
+
+def test_folders_that_hold_no_statistics(tmp_path, folder):
+    assert "tailorcli calibrate" in refusal(tmp_path / "nowhere", "nowhere").hint
+    refusal(tmp_path, MANIFEST)
+    refusal(folder / MANIFEST, MANIFEST)
+    (folder / HESSIANS).unlink()
+    refusal(folder, HESSIANS)
+    (folder / MANIFEST).unlink()
+    refusal(folder, MANIFEST)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "5", '"x"', "{}", "\ufeff{}", "[" * 100_000])
+def test_a_manifest_that_is_none(folder, text):
+    (folder / MANIFEST).write_text(text)
+    refusal(folder, folder / MANIFEST)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, 1.5, True, [1]])
+def test_another_format_version(folder, version):
+    change(folder, lambda manifest: manifest.update(format_version=version))
+    assert "calibrate again" in refusal(folder, folder / MANIFEST, "format_version").hint
+
+
+@pytest.mark.parametrize("key", ["model", "tensors", "hessians"])
+@pytest.mark.parametrize("value", [None, 5, "x", [], [1], {"a.weight": 5}, {"a.weight": None}, {"a.weight": {"b": 1}}])
+def test_a_part_of_the_wrong_type(folder, key, value):
+    change(folder, lambda manifest: manifest.update({key: value}))
+    refusal(folder, folder / MANIFEST)
+    change(folder, lambda manifest: manifest.pop(key) and None)
+    refusal(folder, folder / MANIFEST)
+
+
+@pytest.mark.parametrize("value", [None, 5, "x", [1]])
+@pytest.mark.parametrize("key", ["data", "versions"])
+def test_facts_of_the_wrong_type(folder, key, value):
+    change(folder, lambda manifest: manifest.update({key: value}))
+    refusal(folder, folder / MANIFEST, key)
+
+
+HESSIAN_FIELDS = {
+    "size": [None, "3", 3.0, True, -3, [3], 1 << 70, 10**4000],
+    "kind": [None, "half", 5, ["full"]],
+    "tokens": [None, "10", -1, 1.5, {}],
+    "mean_diagonal": [None, "2", [], float("nan"), float("inf")],
+    "dead": [None, "1", -1, 0.5],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(key, value) for key, values in HESSIAN_FIELDS.items() for value in values]
+)
+def test_a_hessian_with_an_absurd_field(folder, field, value):
+    change(folder, lambda manifest: manifest["hessians"]["a.weight"].update({field: value}))
+    refusal(folder, folder / MANIFEST, "a.weight")
+
+
+TENSOR_FIELDS = {
+    "hessian": [5, ["a.weight"], {}, "ghost", ""],
+    "role": [None, 5, ["linear"]],
+    "transposed": [None, "no", 1],
+    "reason": [None, 5],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(key, value) for key, values in TENSOR_FIELDS.items() for value in values]
+)
+def test_a_tensor_with_an_absurd_field(folder, field, value):
+    change(folder, lambda manifest: manifest["tensors"]["a.weight"].update({field: value}))
+    refusal(folder, folder / MANIFEST, "a.weight")
+
+
+def test_a_hessian_of_another_size_than_stored(folder):
+    change(folder, lambda manifest: manifest["hessians"]["a.weight"].update(size=4))
+    refusal(folder, HESSIANS, "a.weight", "[10]")
+    change(folder, lambda manifest: manifest["hessians"]["a.weight"].update(size=3, kind="diagonal"))
+    refusal(folder, HESSIANS, "a.weight", "[3]")
+
+
+def test_a_hessian_that_is_not_stored(folder):
+    stored = load_file(folder / HESSIANS)
+    save_file({"a.weight": stored["a.weight"]}, folder / HESSIANS)
+    refusal(folder, HESSIANS, "norm.weight")
+    save_file(stored | {"a.weight": stored["a.weight"].double()}, folder / HESSIANS)
+    refusal(folder, HESSIANS, "a.weight", "F64")
+
+
+def test_truncated_hessians(folder):
+    whole = (folder / HESSIANS).read_bytes()
+    for length in (0, 7, 8, 50, len(whole) - 1):
+        (folder / HESSIANS).write_bytes(whole[:length])
+        refusal(folder, HESSIANS)
+
+
+def test_no_manifest_breaks_the_reader(folder):
+    """Damaged manifests and Hessians: each opens and shows its figures, or raises StatsError, quickly."""
+    manifest, hessians = (folder / MANIFEST).read_bytes(), (folder / HESSIANS).read_bytes()
+    generator = random.Random(0)
+    opened = 0
+    for number in range(1500):
+        if number % 4 == 0:
+            (folder / MANIFEST).write_bytes(mutate_bytes(manifest, generator, len(manifest)))
+        elif number % 4 == 1:
+            (folder / HESSIANS).write_bytes(mutate_bytes(hessians, generator, len(hessians)))
+        else:
+            value = mutate_json(json.loads(manifest), generator)
+            (folder / MANIFEST).write_text(json.dumps(value))
+        started = time.perf_counter()
+        try:
+            stats = Stats.open(folder)
+        except StatsError:
+            pass
+        else:
+            opened += 1
+            assert [stats.load(name).shape for name in stats.hessians] == [
+                (info.stored_numel,) for info in stats.hessians.values()
+            ]
+            stats.fingerprint()
+            stats.close()
+            json.dumps(inspect_path(folder).to_dict())
+        assert time.perf_counter() - started < 2, number
+        (folder / MANIFEST).write_bytes(manifest)
+        (folder / HESSIANS).write_bytes(hessians)
+    assert 0 < opened < 1000
+
+
+# --- statistics and the pair they are for ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(llama_pair, tmp_path):
+    """A copy of the statistics of the shared pair, to damage."""
+    shutil.copytree(llama_pair / "stats", tmp_path / "stats")
+    return tmp_path / "stats"
+
+
+NAME = "model.layers.0.mlp.down_proj.weight"
+
+
+def fits(pair, folder):
+    with Checkpoint.open(pair / "base") as base, Checkpoint.open(pair / "tuned") as tuned:
+        stats = Stats.open(folder)
+        try:
+            check_stats(base, tuned, stats)
+            return build_plan(base, tuned, stats, PatchOptions())
+        finally:
+            stats.close()
+
+
+def test_sound_statistics_fit(llama_pair, copied):
+    assert len(fits(llama_pair, copied).patched) == 21
+
+
+def test_statistics_that_do_not_mention_a_tensor(llama_pair, copied):
+    change(copied, lambda manifest: manifest["tensors"].pop(NAME) and None)
+    with pytest.raises(StatsError, match="does not mention") as caught:
+        fits(llama_pair, copied)
+    assert NAME in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        (NAME, {"hessian": "model.layers.0.self_attn.q_proj.weight"}),  # 32 channels where there are 48
+        (NAME, {"transposed": True}),
+        (NAME, {"role": "bias"}),
+        ("model.norm.weight", {"transposed": True}),
+        ("model.norm.weight", {"hessian": "model.embed_tokens.weight"}),
+        ("model.embed_tokens.weight", {"transposed": False}),
+    ],
+)
+def test_statistics_of_another_shape(llama_pair, copied, name, fields):
+    change(copied, lambda manifest: manifest["tensors"][name].update(fields))
+    with pytest.raises(StatsError) as caught:
+        fits(llama_pair, copied)
+    assert name in caught.value.message
+    assert caught.value.hint
+
+
+# --- the folder -----------------------------------------------------------------------------------------------
+
+
+def test_where_statistics_may_be_written(tmp_path, folder):
+    prepare_folder(tmp_path / "new" / "deep", overwrite=False)
+    assert (tmp_path / "new" / "deep").is_dir()
+    with pytest.raises(OutputError, match="already holds statistics"):
+        prepare_folder(folder, overwrite=False)
+    assert Stats.open(folder).load("a.weight").numel() == 6
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"notes\.txt"):
+        prepare_folder(folder, overwrite=True)
+    (folder / "notes.txt").unlink()
+    prepare_folder(folder, overwrite=True)
+    assert Stats.open(folder).load("a.weight").numel() == 6  # until the new ones are there
+    write_stats(folder, [("h", HessianInfo(1, "diagonal", 1), torch.ones(1))], {}, FACTS)
+    assert list(Stats.open(folder).hessians) == ["h"]
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OutputError, match="file"):
+            prepare_folder(path, overwrite=True)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_failed_write_leaves_no_statistics(tmp_path, monkeypatch):
+    """The library that writes the Hessians has an exception of its own for a full disk."""
+    import safetensors.torch
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OutputError, match="No space left"):
+        write_stats(tmp_path, [("h", HessianInfo(1, "diagonal", 1), torch.ones(1))], {}, FACTS)
+    refusal(tmp_path, MANIFEST)
+    monkeypatch.undo()
+    prepare_folder(tmp_path, overwrite=False)
+    write_stats(tmp_path, [("h", HessianInfo(1, "diagonal", 1), torch.ones(1))], {}, FACTS)
+    with pytest.raises(TailorError):
+        prepare_folder(tmp_path, overwrite=False)
