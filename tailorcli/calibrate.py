@@ -72,7 +72,7 @@ def calibrate_model(
         config = _read_config(checkpoint.path)
         seen = replace(options, seq_len=min(options.seq_len, _num_positions(config)))
         samples = draw_samples(Path(data), _load_tokenizer(checkpoint.path, options), seen)
-        with timer.stage("load"), _quiet_transformers():
+        with timer.stage("load"), quiet_transformers():
             network = _load_model(checkpoint, config, options).to(device).eval()
         with exact_float32(), device_errors():
             tensors, hessians = _collect(network, checkpoint, samples, options, device, timer, progress)
@@ -82,7 +82,7 @@ def calibrate_model(
             "model": {"path": str(checkpoint.path), "fingerprint": checkpoint.fingerprint(), "run_in": dtype},
             "data": samples.facts,
             "options": options.to_dict() | {"overwrite": False},
-            "versions": _versions(),
+            "versions": package_versions(),
         }
         with timer.stage("write"):
             write_stats(folder, hessians, tensors, facts)
@@ -132,7 +132,9 @@ def _collect(
     longest = max(samples.token_ids, key=len)[:_TRIAL_TOKENS]
     collector.discover(torch.tensor([longest], device=device))
     collector.allocate()
-    bar = tqdm(total=samples.num_tokens, desc="calibrating", unit="tok", unit_scale=True, disable=not progress)
+    bar = tqdm(
+        total=samples.num_tokens, desc="calibrating", unit="tok", unit_scale=True, disable=None if progress else True
+    )
     with bar, timer.stage("run"):
         for ids, mask in make_batches(samples.token_ids, options.batch_size):
             padded = any(0 in row for row in mask)
@@ -184,7 +186,7 @@ def _check_ids(samples: Samples, network: Any) -> None:
 def _load_tokenizer(path: Path, options: CalibrateOptions) -> Any:
     from transformers import AutoTokenizer
 
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             return AutoTokenizer.from_pretrained(
                 path, local_files_only=True, trust_remote_code=options.trust_remote_code
@@ -281,7 +283,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings of transformers between ours; its settings come back after."""
     from transformers.utils import logging
 
@@ -296,7 +298,7 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     import torch
     import transformers
 

@@ -159,8 +159,8 @@ def run_demo(
             _write_data(folder, tasks[NEW_TASK], test, settings)
         with timer.stage("imports"):
             import_module("transformers.models.llama.modeling_llama")  # torch with it: seconds that no step should own
-            from tailorcli.calibrate import _quiet_transformers, _versions, calibrate_model
-        with _own_random_state(seed), _quiet_transformers():
+            from tailorcli.calibrate import calibrate_model, package_versions, quiet_transformers
+        with _own_random_state(seed), quiet_transformers():
             with timer.stage("train base"):
                 network = _build_network(settings)
                 old_texts = [tasks[name].train for name in OLD_TASKS]
@@ -180,7 +180,7 @@ def run_demo(
         paths={name.partition(".")[0]: str(folder / name) for name in _PARTS},
         seconds=dict(timer.seconds),
         settings={"seed": seed, "quick": quick, **asdict(settings)},
-        versions=_versions(),
+        versions=package_versions(),
     )
     (folder / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     return report
@@ -191,10 +191,10 @@ def evaluate_checkpoint(checkpoint: PathLike, data: PathLike) -> DemoRow:
 
     Raises DataError if ``data`` is no such folder.
     """
-    from tailorcli.calibrate import _quiet_transformers
+    from tailorcli.calibrate import quiet_transformers
 
     test = {name: read_jsonl(Path(data) / f"{name}.jsonl") for name in TASKS}
-    with _quiet_transformers():
+    with quiet_transformers():
         return _measure(_Candidate(Path(checkpoint).name, "", Path(checkpoint)), test)
 
 

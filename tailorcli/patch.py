@@ -409,7 +409,7 @@ def _progress(tensors: Any, what: str, shown: bool) -> Any:
     from tqdm import tqdm
 
     total = sum(tensor.nbytes for tensor in tensors)
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not shown, leave=False)
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None if shown else True, leave=False)
 
 
 def write_report(report: PatchReport, path: PathLike) -> None:
