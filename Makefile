@@ -35,10 +35,10 @@ lint: $(VENV)/dev
 
 # One thread a worker: the tests are many and small.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 test-fast: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow" -x -k "not installed_command and not killed"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -x -k "not installed_command and not killed"
 
 # What CI leaves out: the demo in full. `make real` and `make bench` are the other long ones.
 test-slow: $(VENV)/dev

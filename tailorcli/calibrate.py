@@ -299,6 +299,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def package_versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
     import torch
     import transformers
 
