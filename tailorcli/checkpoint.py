@@ -346,7 +346,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-_WEIGHT_SUFFIXES = (
+WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".part"),
     *(".safetensors.index.json", ".bin.index.json"),
 )
@@ -359,5 +359,5 @@ def side_files(folder: Path) -> Iterator[Path]:
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(_SKIPPED_FOLDERS))
         for name in sorted(files):
-            if not name.endswith(_WEIGHT_SUFFIXES) and name not in _TRAINING_STATE and not name.startswith("."):
+            if not name.endswith(WEIGHT_SUFFIXES) and name not in _TRAINING_STATE and not name.startswith("."):
                 yield (Path(root) / name).relative_to(folder)

@@ -244,6 +244,8 @@ def patch(
             _show_plan(plan, output, as_json)
             return
         typer.echo(_cost(plan, output), err=True)
+        if not (tuned / "config.json").exists():
+            typer.echo(f"note: {tuned} has no config.json, so {output} will not load with from_pretrained", err=True)
     report = patch_checkpoint(base, tuned, output, stats, options, progress=not as_json)
     if as_json:
         _print_json({"output": str(output), **report.to_dict(), "stages": report.stages, "seconds": report.seconds})

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tailorcli.checkpoint import Checkpoint
+from tailorcli.checkpoint import Checkpoint, read_json
 from tailorcli.errors import CheckpointError, TailorError
 from tailorcli.report import REPORT_FILE, RUN_FILE, load_report
 from tailorcli.stats import MANIFEST, Stats
@@ -57,8 +57,8 @@ def inspect_path(path: str | os.PathLike[str]) -> Inspection:
         return _inspect_stats(target)
     if (target / REPORT_FILE).exists():
         facts = _checkpoint_facts(target)
-        run = json.loads((target / RUN_FILE).read_text()) if (target / RUN_FILE).exists() else {}
-        if "seconds" in run:
+        run = read_json(target / RUN_FILE) if (target / RUN_FILE).exists() else {}
+        if isinstance(run.get("seconds"), float):
             facts["seconds of work"] = round(run["seconds"], 1)
         return _inspect_report(target, target / REPORT_FILE, "patched", facts)
     with Checkpoint.open(target) as checkpoint:

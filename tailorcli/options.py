@@ -85,7 +85,8 @@ class PatchOptions:
         _require(self.max_iterations >= 1, f"max-iterations must be at least 1, got {self.max_iterations}")
         if self.max_shard_size is not None:
             _require(self.max_shard_size >= 1, f"max-shard-size must be positive, got {self.max_shard_size}")
-        _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
+        both = self.resume and self.overwrite
+        _require(not both, "--resume and --overwrite exclude each other", "pass the one that you mean")
 
     @property
     def needs_hessians(self) -> bool:
@@ -105,7 +106,7 @@ _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*$", re.IGNORECASE)
 def parse_size(text: str) -> int:
     """Bytes in a size such as ``5GB`` (decimal, as transformers counts) or ``512MiB`` (binary)."""
     match = _SIZE.match(text)
-    if match is None:
+    if match is None or len(text) > 40:  # more digits than that would leave the floats
         raise OptionsError(f"not a size: {text!r}", "write it like 5GB, 500MB or 512MiB")
     number, unit, binary = match.groups()
     power = " KMGT".index(unit.upper() or " ")

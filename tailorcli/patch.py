@@ -16,9 +16,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli import __version__
-from tailorcli.checkpoint import INDEX_FILE, Checkpoint, read_json, side_files
+from tailorcli.checkpoint import INDEX_FILE, WEIGHT_SUFFIXES, Checkpoint, read_json, side_files
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
-from tailorcli.errors import NumericalError, OutputError
+from tailorcli.errors import CheckpointError, NumericalError, OutputError
 from tailorcli.options import PatchOptions
 from tailorcli.plan import Plan, TensorPlan, build_plan, check_output, working_set
 from tailorcli.report import REPORT_FILE, RUN_FILE, PatchReport, load_report
@@ -374,7 +374,7 @@ def _check_output(folder: Path, inputs: Inputs, options: PatchOptions, plan: Pla
     ours = (folder / WORK_FOLDER).exists() or (folder / RUN_FILE).exists()
     if options.resume and not ours:
         raise OutputError(f"{folder} holds no run that could be resumed", "choose another folder, or --overwrite")
-    if options.overwrite and not ours and any(folder.rglob("*.safetensors")):
+    if options.overwrite and not ours and any(file.name.endswith(WEIGHT_SUFFIXES) for file in folder.rglob("*")):
         raise OutputError(f"{folder} holds a checkpoint that tailorcli did not write", "choose another folder for -o")
 
 
@@ -386,6 +386,8 @@ def _finished_report(folder: Path, identity: dict[str, Any]) -> PatchReport | No
     if run.get("identity") != json.loads(json.dumps(identity)):
         raise OutputError(f"{folder} holds the finished output of another run", "choose another, or --overwrite")
     saved = load_report(folder / REPORT_FILE)
+    if not isinstance(run.get("stages"), dict) or not isinstance(run.get("seconds"), float):
+        raise OutputError(f"{folder / RUN_FILE} is damaged", "start anew with --overwrite")
     return PatchReport(
         "patch", saved["options"], saved["inputs"], saved["tensors"], run["stages"], seconds=run["seconds"]
     )
@@ -394,8 +396,13 @@ def _finished_report(folder: Path, identity: dict[str, Any]) -> PatchReport | No
 def _clear(folder: Path) -> None:
     """Take an earlier output of ours away, the index first so that no moment shows half a checkpoint."""
     try:
+        with Checkpoint.open(folder) as earlier:
+            shards = earlier.shards
+    except CheckpointError:  # unfinished or damaged
+        shards = list(folder.glob("*.safetensors"))
+    try:
         (folder / INDEX_FILE).unlink(missing_ok=True)
-        for path in [*folder.rglob("*.safetensors"), *folder.rglob("*.part")]:
+        for path in [*shards, *folder.rglob("*.safetensors.part")]:
             path.unlink()
         for name in (REPORT_FILE, RUN_FILE):
             (folder / name).unlink(missing_ok=True)

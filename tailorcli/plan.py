@@ -160,7 +160,7 @@ def working_set(tensor: TensorPlan, tuned: Checkpoint, stats: Stats | None, opti
     hessian = 0
     if tensor.hessian and stats is not None and stats.hessians[tensor.hessian].kind == "full":
         square = 4 * stats.hessians[tensor.hessian].size ** 2
-        hessian = square // 2 + square + (2 * square if options.omega < 1 or options.solver == "sequential" else 0)
+        hessian = square // 2 + square + 2 * square  # packed, unpacked, damped copy and factor
     work = min(_WORK_BYTES, 8 * full) if hessian else 0
     return weights + arrays + hessian + work
 

@@ -103,13 +103,31 @@ def _numel(shape: list[int]) -> int:
     return result
 
 
+_MAKE_AGAIN = "make it again: tailorcli score ... -o REPORT.json"
+
+
 def load_report(path: Path) -> dict[str, Any]:
     """A report file, checked to be one."""
     report = read_json(path)
     if not isinstance(report.get("tensors"), list) or "totals" not in report:
         raise CheckpointError(f"{path} is no report of tailorcli", f"pass a {REPORT_FILE} or what score -o wrote")
     if report.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format_version {report.get('format_version')}, expected {FORMAT_VERSION}")
+        found = report.get("format_version")
+        raise CheckpointError(f"{path} has format_version {found!r}, expected {FORMAT_VERSION}", _MAKE_AGAIN)
+    try:  # everything that is read from a report later
+        if not report["totals"].keys() >= total_figures(report["tensors"]).keys():
+            raise KeyError("totals")
+        for tensor in report["tensors"]:
+            if tensor["status"] == "patched":
+                _tensor_row(tensor, errors=report["command"] != "score")
+            str(tensor["name"]), str(tensor["reason"])
+        for entry in report["inputs"].values():
+            str(entry["path"])
+        for key in ("density", "omega"):
+            float(report["options"][key])
+        str(report["options"]["solver"]), str(report["options"]["damping"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is malformed: {error!r}", _MAKE_AGAIN) from error
     return report
 
 

@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo
-from tailorcli.errors import OutputError
+from tailorcli.errors import NumericalError, OutputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -156,10 +156,17 @@ class CheckpointWriter:
         try:
             if resume and self._journal_path.exists():
                 self.done = read_journal(self._journal_path, identity)
+                if not self.done.keys() <= layout.slots.keys():
+                    raise _damaged_journal(self._journal_path)
             else:
                 self._start(identity)
             for name in layout.headers:  # a run killed while finishing has named some shards already
                 path = self._part(name) if self._part(name).exists() else folder / name
+                if not path.is_file() or path.stat().st_size != layout.sizes[name]:
+                    raise OutputError(
+                        f"cannot resume in {folder}: {path.name} is not as the run left it",
+                        "start anew with --overwrite",
+                    )
                 self._descriptors[name] = os.open(path, os.O_RDWR)
         except OSError as error:
             raise as_output_error(folder, error) from error
@@ -277,19 +284,37 @@ def _pieces(source: Checkpoint, info: TensorInfo) -> Iterable[memoryview]:
     for start in range(0, info.nbytes, _COPY_BYTES):
         piece = memoryview(buffer)[: min(_COPY_BYTES, info.nbytes - start)]
         source.read_into(info, piece, start)
+        _refuse_nan(piece, info, source)
         yield piece
+
+
+def _refuse_nan(piece: memoryview, info: TensorInfo, source: Checkpoint) -> None:
+    """A tensor that is only copied may hold infinities, as masks do, but no NaN."""
+    import torch
+
+    dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}.get(info.dtype)
+    if dtype is not None and bool(torch.frombuffer(piece, dtype=dtype).isnan().any()):
+        raise NumericalError(f"NaN in tensor {info.name!r} of {source.path}", "check this checkpoint")
 
 
 def read_journal(path: Path, identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The records of the tensors safely written by an earlier run of the same ``identity``."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    earlier = json.loads(lines[0])["identity"]
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        earlier = dict(json.loads(lines[0])["identity"])
+        entries = [json.loads(line) for line in lines[1:-1]]
+        done = {str(entry["name"]): dict(entry["record"]) for entry in entries}
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged_journal(path) from error
     current = json.loads(json.dumps(identity))  # the same round trip: tuples become lists
     changed = sorted(key for key in {*earlier, *current} if earlier.get(key) != current.get(key))
     if changed:
         details = ", ".join(f"{key}: {earlier.get(key)} then, {current.get(key)} now" for key in changed)
         raise OutputError(f"cannot resume in {path.parent.parent}: {details}", "start anew with --overwrite")
-    whole = lines[:-1]  # what follows the last newline was cut off in the middle
-    write_text_atomically(path, "".join(line + "\n" for line in whole))
-    entries = [json.loads(line) for line in whole[1:]]
-    return {entry["name"]: entry["record"] for entry in entries}
+    # What follows the last newline was cut off in the middle.
+    write_text_atomically(path, "".join(line + "\n" for line in lines[:-1]))
+    return done
+
+
+def _damaged_journal(path: Path) -> OutputError:
+    return OutputError(f"cannot resume in {path.parent.parent}: its journal is damaged", "start anew with --overwrite")

@@ -196,7 +196,7 @@ CHILD = """
 import sys
 from tailorcli import patch_checkpoint, PatchOptions
 import tailorcli.core.tailor, tailorcli.writer
-tailorcli.writer._SYNC_BYTES = 20_000  # small tensors: journal often, so that there is something to resume
+tailorcli.writer._SYNC_BYTES = 1  # small tensors: journal each of them, so that there is something to resume
 folder = sys.argv[1]
 print("ready", flush=True)
 options = PatchOptions(max_shard_size=30_000)
@@ -211,25 +211,32 @@ def deep_pair(tmp_path_factory):
     return folder
 
 
+def start_child(folder, out):
+    """A process that is about to patch."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", CHILD, str(folder), str(out)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+    child.stdout.readline()
+    return child
+
+
 def test_killed_at_any_moment_and_resumed_to_the_same_bytes(deep_pair, tmp_path):
     from transformers import AutoModelForCausalLM
 
     arguments = (deep_pair / "base", deep_pair / "tuned")
-    options = PatchOptions(max_shard_size=30_000)
-    started = time.perf_counter()
-    patch_checkpoint(*arguments, tmp_path / "whole", deep_pair / "stats", options)
-    duration = time.perf_counter() - started
+    started = start_child(deep_pair, tmp_path / "whole")
+    begin = time.perf_counter()
+    started.communicate()
+    duration = time.perf_counter() - begin
     expected = folder_digest(tmp_path / "whole")
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     moments = random.Random(0)
-    cut_short, from_earlier = 0, 0
-    for attempt in range(20):
-        out = tmp_path / f"killed{attempt}"
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(deep_pair), str(out)], stdout=subprocess.PIPE, env=environment
-        )
-        child.stdout.readline()
-        time.sleep(moments.uniform(0, 1.5 * duration))
+    cut_short, from_earlier, attempts = 0, 0, 0
+    while cut_short < 20:
+        attempts += 1
+        assert attempts < 100, "the runs end before they can be killed"
+        out = tmp_path / f"killed{attempts}"
+        child = start_child(deep_pair, out)
+        time.sleep(moments.uniform(0, duration))
         child.send_signal(signal.SIGKILL)
         child.communicate()
         if not (out / "model.safetensors.index.json").exists():
@@ -242,8 +249,7 @@ def test_killed_at_any_moment_and_resumed_to_the_same_bytes(deep_pair, tmp_path)
         assert folder_digest(out) == expected
         run = json.loads((out / "tailor_run.json").read_text())
         from_earlier += run["tensors_from_an_earlier_run"] > 0
-    assert cut_short >= 5  # or the test shows nothing
-    assert from_earlier >= 1
+    assert from_earlier >= 5  # or resuming was hardly tried
 
 
 def interrupt(folder, out, monkeypatch, after):

@@ -196,9 +196,7 @@ def prepare(hessian: Tensor, damping: float, *, sensitivity: bool, sequential: b
         amount = dampen(hessian, damping)
         inverse = (1.0 / (hessian + amount)).masked_fill(dead_channels(hessian), torch.inf)
         return PreparedHessian(hessian, inverse, None, damping, amount, num_dead)
-    if not (sensitivity or sequential):
-        return PreparedHessian(hessian, None, None, damping, dampen(hessian, damping), num_dead)
-    factor = factorise(hessian, damping)
+    factor = factorise(hessian, damping)  # also where only the joint solver follows: it needs H positive definite
     upper = inverse_factor(factor) if sequential else None
     diagonal = inverse_diagonal(factor) if sensitivity else None
     return PreparedHessian(hessian, diagonal, upper, factor.damping, factor.amount, num_dead)
