@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_TIE_CHUNK = 1 << 22  # entries searched for ties at a time, so that index lists stay small
+_TIE_CHUNK = 1 << 18  # entries searched for ties at a time
 
 
 def salience(delta: Tensor) -> Tensor:
@@ -51,14 +51,15 @@ def select_mask(score: Tensor, count: int) -> Tensor:
     if count >= flat.numel():
         return torch.ones_like(score, dtype=torch.bool)
     threshold = _kth_largest(flat, count)
-    mask = flat > threshold
-    missing = count - int(mask.sum())
-    for chunk, kept in zip(torch.split(flat, _TIE_CHUNK), torch.split(mask, _TIE_CHUNK), strict=True):
-        if missing == 0:
-            break
-        ties = (chunk == threshold).nonzero().squeeze(1)[:missing]
-        kept[ties] = True
-        missing -= ties.numel()
+    mask = flat >= threshold
+    surplus = int(mask.count_nonzero()) - count  # ties beyond the count: the last of them go
+    stop = flat.numel()
+    while surplus > 0:
+        start = max(0, stop - _TIE_CHUNK)
+        ties = (flat[start:stop] == threshold).nonzero().squeeze(1)[-surplus:]
+        mask[start + ties] = False
+        surplus -= ties.numel()
+        stop = start
     return mask.view(score.shape)
 
 

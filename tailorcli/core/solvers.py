@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 _BATCH_ENTRIES = 1 << 19  # of the small systems that are factorised together: they stay in the cache
-_WIDE = 128  # from so many kept entries on, copying whole rows of H first is the quicker way to gather
+_WIDE = 128  # with more kept entries than these a row is solved by itself: batches cost more than they save
 _CHUNK_ENTRIES = 1 << 24  # 64 MiB a float32 work array: bounds the work space whatever the tensor's size
 
 
@@ -93,7 +93,7 @@ def decorate_joint(
         kept = mask[chunk]
         put_back = torch.where(kept, 0.0, delta[chunk])  # (R, I): e with its sign turned
         product = put_back @ hessian
-        energy += float((product * put_back).sum(dtype=torch.float64))
+        energy += float((product * put_back).sum(1).sum(dtype=torch.float64))
         target = torch.where(kept, product, 0.0)  # (R, I): b, the right side of every row
         del put_back, product
         solution = torch.zeros_like(target)
@@ -106,7 +106,7 @@ def decorate_joint(
         solution[rest] = part
         iterations = max(iterations, steps)
         residual_sq += direct_sq + iterated_sq
-        target_sq += float(target.square().sum(dtype=torch.float64))
+        target_sq += _sum_of_squares(target)
         decorator[chunk] = solution
     residual = (residual_sq / target_sq) ** 0.5 if target_sq > 0 else 0.0
     return Decoration(decorator, iterations, residual, energy)
@@ -140,8 +140,8 @@ def _solve_directly_(
 ) -> tuple[list[int], float]:
     """Solve the ``chosen`` rows by Cholesky into ``solution``, in place.
 
-    Rows that keep equally many entries are factorised as one batch. Returns the rows whose A_SS is numerically
-    singular, left to the iterative solver, and the squared residual of the others.
+    Small systems of rows that keep equally many entries are factorised as one batch. Returns the rows whose A_SS is
+    numerically singular, left to the iterative solver, and the squared residual of the others.
     """
     counts = kept.sum(1).tolist()
     by_count: dict[int, list[int]] = {}
@@ -151,13 +151,27 @@ def _solve_directly_(
     batches = [
         rows[start : start + step]
         for count, rows in by_count.items()
-        for step in [max(1, _BATCH_ENTRIES // count**2)]
+        for step in [_BATCH_ENTRIES // count**2 if count <= _WIDE else 1]
         for start in range(0, len(rows), step)
     ]
 
+    def solve_one(row: int) -> tuple[list[int], float]:
+        index = kept[row].nonzero().squeeze(1)  # (n,)
+        system = hessian.index_select(0, index).index_select(1, index)  # (n, n): whole rows of H first, then columns
+        system.diagonal().add_(amount)
+        factor, info = torch.linalg.cholesky_ex(system)
+        if int(info):
+            return [row], 0.0
+        right = target[row, index].unsqueeze(1)  # (n, 1)
+        values = torch.cholesky_solve(right, factor)
+        solution[row, index] = values.squeeze(1)
+        return [], float((system @ values - right).square().sum())
+
     def solve(rows: list[int]) -> tuple[list[int], float]:
+        if len(rows) == 1:
+            return solve_one(rows[0])
         index = kept[rows].nonzero()[:, 1].view(len(rows), -1)  # (R, n)
-        systems = _gather(hessian, index)  # (R, n, n)
+        systems = torch.take(hessian, index.unsqueeze(2) * hessian.shape[1] + index.unsqueeze(1))  # (R, n, n)
         systems.diagonal(dim1=1, dim2=2).add_(amount)
         factors, info = torch.linalg.cholesky_ex(systems)
         right = target[rows].gather(1, index).unsqueeze(2)  # (R, n, 1)
@@ -174,11 +188,9 @@ def _solve_directly_(
     return [row for failed, _ in results for row in failed], sum(square for _, square in results)
 
 
-def _gather(hessian: Tensor, index: Tensor) -> Tensor:
-    """A_SS of each row, (R, n, n), for the kept columns ``index`` (R, n)."""
-    if index.shape[0] == 1 or index.shape[1] > _WIDE:
-        return torch.stack([hessian.index_select(0, columns).index_select(1, columns) for columns in index])
-    return torch.take(hessian, index.unsqueeze(2) * hessian.shape[1] + index.unsqueeze(1))
+def _sum_of_squares(rows: Tensor) -> float:
+    """Summed in float64 over the rows' sums: without a float64 copy of the array."""
+    return float(rows.square().sum(1).sum(dtype=torch.float64))
 
 
 def _conjugate_gradients(
@@ -203,11 +215,11 @@ def _conjugate_gradients(
         num_live = int(live.sum())
         if num_live == 0 or steps == max_iterations:
             solution[rows] = x
-            return solution, steps, residual_sq + float(r.square().sum(dtype=torch.float64))
+            return solution, steps, residual_sq + _sum_of_squares(r)
         if num_live <= 0.75 * rows.numel():
             done = ~live
             solution[rows[done]] = x[done]
-            residual_sq += float(r[done].square().sum(dtype=torch.float64))
+            residual_sq += _sum_of_squares(r[done])
             x, r, p, rz, kept, rows = x[live], r[live], p[live], rz[live], kept[live], rows[live]
             live = live[live]
         steps += 1

@@ -67,7 +67,7 @@ def tailor_layer(
     shape = matrix_shape(base, prepared)
     base_2d, tuned_2d = base.reshape(shape), tuned.reshape(shape)
     with timer.stage("score"):
-        delta = tuned_2d.to(torch.float32) - base_2d.to(torch.float32)
+        delta = difference(tuned_2d, base_2d)
         _require_finite(delta, base_2d, tuned_2d)
         inverse = _along_inputs(prepared, transposed)
         score = fused_score(delta, inverse, omega)
@@ -97,6 +97,14 @@ def matrix_shape(tensor: Tensor, prepared: PreparedHessian | None) -> tuple[int,
         return tensor.numel() // num_inputs, num_inputs
     rows = tensor.shape[0] if tensor.dim() > 1 else 1
     return rows, tensor.numel() // max(rows, 1)
+
+
+def difference(tuned: Tensor, base: Tensor) -> Tensor:
+    """Tuned minus base in float32, chunk by chunk: no other full-size array."""
+    delta = torch.empty(base.shape, dtype=torch.float32, device=base.device)
+    for rows in chunk_rows(base):
+        delta[rows].copy_(tuned[rows]).sub_(base[rows].to(torch.float32))
+    return delta
 
 
 def fused_score(delta: Tensor, inverse: Tensor | None, omega: float) -> Tensor:
