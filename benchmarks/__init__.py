@@ -1,0 +1,1 @@
+"""What the project promises about speed, memory and accuracy, measured: run each as ``python -m benchmarks.NAME``."""
