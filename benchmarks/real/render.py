@@ -114,8 +114,9 @@ def _short(results: dict[str, Any]) -> str:
     return f"""
 SmolLM2-135M-Instruct, fine-tuned for {results["recipe"]["steps"]} steps on Unicode character records until it lost
 {old_base - old_tuned:.1f} of its {old_base:.1f} points on English and Python text.
-Next-token accuracy in percent on held-out text; H is the harmonic mean of old and new; *layer error* is how far the linear layers' outputs are from the tuned
-model's (1 is base, 0 is tuned). On two CPU cores, `calibrate` took {steps["calibrate"]["seconds"]:.0f} s and `patch`
+Next-token accuracy in percent on held-out text; H is the harmonic mean of old and new; *layer error* is how far the
+linear layers' outputs are from the tuned model's (1 is base, 0 is tuned).
+On two CPU cores, `calibrate` took {steps["calibrate"]["seconds"]:.0f} s and `patch`
 {steps[default]["seconds"]:.0f} s. One seed; written by `make real`.
 
 {_table(["model", "old tasks", "new task", "H", "layer error"], rows)}
@@ -124,8 +125,8 @@ The best H here is that of {_title(winner)}. Interpolation and scaling were give
 *scaled w* is base + w · (patched − base), the patch of the default options taken part of the way. The mask decides how
 much of the new task comes along, the compensation how faithfully: `joint` at density {sparse[1]} has H {sparse_h:.1f},
 the paper's sweep at 0.1, with five times the entries, {sweep_h:.1f}. What follows the tuned model more closely also
-forgets more like it; without data of the old tasks nothing in the method can tell the two apart, and plain interpolation
-is the one to beat.
+forgets more like it; without data of the old tasks nothing in the method can tell the two apart, and plain
+interpolation is the one to beat.
 """
 
 
