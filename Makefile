@@ -45,9 +45,7 @@ test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/dev
-	$(BIN)/python -m benchmarks.solver
-	$(BIN)/python -m benchmarks.memory
-	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks --rounds 3
 
 real: $(VENV)/real
 	$(BIN)/python -m benchmarks.real

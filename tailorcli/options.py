@@ -64,8 +64,8 @@ class PatchOptions:
     solver: Solver = "joint"
     damping: float = 0.01
     block_size: int = 128
-    tolerance: float = 1e-3
-    max_iterations: int = 200
+    tolerance: float = 1e-4
+    max_iterations: int = 300
     device: str = "auto"
     max_shard_size: int | None = None
     include: tuple[str, ...] = ()

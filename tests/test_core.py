@@ -329,3 +329,18 @@ def test_inputs_are_never_changed():
     for solver in ("none", "sequential", "joint"):
         run_layer(base, tuned, hessian, solver=solver)
     assert [bits(t) for t in (base, tuned, hessian)] == before
+
+
+@pytest.mark.parametrize(("decay", "density"), [(0.5, 0.5), (1.0, 0.3), (1.0, 0.8)])
+def test_the_default_tolerance_is_near_enough_to_the_optimum(decay, density):
+    """Also where H is ill-conditioned, and a small residual could hide a large error."""
+    delta = torch.randn(64, 400, generator=torch.Generator().manual_seed(1))
+    hessian = random_hessian(400, tokens=1600, seed=1, decay=decay)
+    mask = delta.abs() >= delta.abs().flatten().kthvalue(round((1 - density) * delta.numel())).values
+    amount = core.dampen(hessian, 0.01)
+    target = torch.where(mask, torch.where(mask, 0.0, delta) @ hessian, 0.0)
+    found, steps, _ = _conjugate_gradients(target, mask, hessian, amount, 1e-4, 300)
+    change = torch.where(mask, delta, 0.0) + found
+    best = Oracle.error(Oracle.joint(delta, mask.numpy(), hessian, 0.01), delta, hessian, 0.01)
+    assert steps < 300
+    assert Oracle.error(change, delta, hessian, 0.01) <= 1.02 * best
