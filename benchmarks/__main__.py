@@ -20,7 +20,7 @@ PARTS = {
         "The three ways to compensate, on one layer and one mask. *Published* is SparseGPT's sweep in its usual layout "
         "(columns of a row-major matrix, Cholesky of the full inverse), *sequential* is ours (columns as contiguous "
         "rows, a triangular inverse); both give the same weights. `joint` has to form `e H`, I² multiply-adds a row, "
-        "where the sweep needs half of that and a factorisation that all rows share: on two cores, with O = I, no joint "
+        "where the sweep needs half of that and a factorisation that all rows share: on a CPU, with O = I, no joint "
         "solver can be three times as fast as a good sweep. It is the default for the layer error it reaches.",
     ),
     "memory": (
@@ -30,8 +30,8 @@ PARTS = {
     ),
     "throughput": (
         "Throughput",
-        "`patch` by salience alone against reading both checkpoints and writing one; the default `patch` by stage, each "
-        "against its floor; `calibrate` against a bare forward pass and the Hessians' multiply-adds.",
+        "`patch` by salience alone against reading both checkpoints and writing one; the default `patch` by stage, "
+        "each against its floor; `calibrate` against a bare forward pass and the Hessians' multiply-adds.",
     ),
 }
 
