@@ -379,10 +379,7 @@ def _show_quantiles(report: dict[str, Any]) -> None:
 
 def main() -> None:
     """The console script."""
-    # Read by torch when it loads: large arrays on huge pages where the system offers them, which halves the time of
-    # the elementwise steps (a page fault for every 4 KiB of every temporary costs as much as the arithmetic).
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # Read by OpenMP at the same time: threads that wait sleep rather than spin. Spinning takes the cores from the
+    # Read by OpenMP when torch loads: threads that wait sleep rather than spin. Spinning takes the cores from the
     # threads that read and write, and from whatever else the machine does.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

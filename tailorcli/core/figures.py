@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tailorcli.core.chunks import map_rows
 from tailorcli.core.hessian import PreparedHessian
 from tailorcli.core.scores import salience, sensitivity
 from tailorcli.core.solvers import Decoration, row_chunks
 
-_CPU_CHUNK = 1 << 18  # entries of an elementwise step: a few such arrays stay in the processor's cache
-_GPU_CHUNK = 1 << 26
 _FORM_BLOCK = 256  # columns of a quadratic form's product at a time
-_SAMPLE = 1 << 16  # entries from which quantiles are estimated
+_SAMPLE = 1 << 14  # entries from which quantiles are estimated
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
@@ -54,18 +52,9 @@ class LayerFigures:
         return asdict(self)
 
 
-def chunk_rows(matrix: Tensor) -> Iterator[slice]:
-    """Slices of rows small enough that elementwise temporaries stay small (and in cache on a CPU)."""
-    entries = _CPU_CHUNK if matrix.device.type == "cpu" else _GPU_CHUNK
-    step = max(1, entries // max(1, matrix.shape[1]))
-    for start in range(0, matrix.shape[0], step):
-        yield slice(start, min(start + step, matrix.shape[0]))
-
-
-def score_chunks(delta: Tensor, inverse: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, delta[rows], the part of ``inverse`` that broadcasts against it)."""
-    for rows in chunk_rows(delta):
-        yield rows, delta[rows], inverse[rows] if inverse.shape[0] == delta.shape[0] > 1 else inverse
+def part_of(inverse: Tensor, delta: Tensor, rows: slice) -> Tensor:
+    """What of ``inverse`` broadcasts against ``delta[rows]``: it runs along the rows or along the columns."""
+    return inverse[rows] if inverse.shape[0] == delta.shape[0] > 1 else inverse
 
 
 def measure(
@@ -106,12 +95,14 @@ def measure(
 def _mask_sums(delta: Tensor, mask: Tensor) -> dict[str, Any]:
     """Entries and norms in and out of the mask."""
     norm = torch.linalg.vector_norm
-    parts = []
-    for rows in chunk_rows(delta):
+
+    def sums(rows: slice) -> Tensor:
         d = delta[rows]
         kept = d * mask[rows].view(torch.uint8)  # half the time of a product with bool
-        sums = (d.count_nonzero(), norm(d).square(), norm(kept).square(), d.abs().sum(), kept.abs().sum())
-        parts.append(torch.stack([value.double() for value in sums]))
+        values = (d.count_nonzero(), norm(d).square(), norm(kept).square(), d.abs().sum(), kept.abs().sum())
+        return torch.stack([value.double() for value in values])
+
+    parts = map_rows(delta, sums)
     changed, square, square_kept, distance, distance_kept = torch.stack(parts).sum(0).tolist() if parts else [0.0] * 5
     return {
         "kept": int(mask.count_nonzero()),
@@ -124,10 +115,11 @@ def _mask_sums(delta: Tensor, mask: Tensor) -> dict[str, Any]:
 
 
 def _sensitivity_sums(delta: Tensor, mask: Tensor, inverse: Tensor) -> dict[str, Any]:
-    parts = []
-    for rows, d, inv in score_chunks(delta, inverse):
-        score = sensitivity(d, inv)
-        parts.append(torch.stack((score.sum(), (score * mask[rows]).sum())).double())
+    def sums(rows: slice) -> Tensor:
+        score = sensitivity(delta[rows], part_of(inverse, delta, rows))
+        return torch.stack((score.sum(), (score * mask[rows].view(torch.uint8)).sum())).double()
+
+    parts = map_rows(delta, sums)
     total = torch.stack(parts).sum(0).tolist() if parts else [0.0, 0.0]
     return {"sensitivity_sum": total[0], "sensitivity_kept": total[1]}
 
@@ -155,11 +147,12 @@ def _levels(sample: Tensor) -> list[float]:
 
 def _distance(patched: Tensor, tuned: Tensor, delta: Tensor) -> float:
     """The sum of |W_patched - W_base|, with W_base = W_tuned - delta so that the base need not be held any longer."""
-    total = 0.0
-    for rows in chunk_rows(delta):
+
+    def distance(rows: slice) -> float:
         moved = patched[rows].to(torch.float32) - (tuned[rows].to(torch.float32) - delta[rows])
-        total += float(moved.abs().sum())
-    return total
+        return float(moved.abs().sum())
+
+    return sum(map_rows(delta, distance))
 
 
 def layer_errors(

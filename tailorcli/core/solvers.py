@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from tailorcli.core.chunks import one_torch_thread_each
 
 _BATCH_ENTRIES = 1 << 19  # of the small systems that are factorised together: they stay in the cache
 _WIDE = 128  # with more kept entries than these a row is solved by itself: batches cost more than they save
@@ -124,17 +125,6 @@ def _worth_solving_directly(kept: Tensor) -> list[bool]:
     return [bool(n) for n in counts**3 <= 48.0 * kept.shape[1] ** 2]
 
 
-@contextmanager
-def _one_torch_thread_each() -> Iterator[int]:
-    """One row a Python thread: far better for small factorisations than all threads on each row."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _solve_directly_(
     solution: Tensor, target: Tensor, kept: Tensor, hessian: Tensor, amount: float, chosen: list[bool]
 ) -> tuple[list[int], float]:
@@ -183,7 +173,7 @@ def _solve_directly_(
         failed = [row for row, good in zip(rows, sound.tolist(), strict=True) if not good]
         return failed, float(squares[sound].sum())
 
-    with _one_torch_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
+    with one_torch_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
         results = list(pool.map(solve, batches))
     return [row for failed, _ in results for row in failed], sum(square for _, square in results)
 

@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tailorcli.core.figures import LayerFigures, chunk_rows, measure, score_chunks
+from tailorcli.core.chunks import map_rows
+from tailorcli.core.figures import LayerFigures, measure, part_of
 from tailorcli.core.hessian import PreparedHessian
 from tailorcli.core.scores import count_kept, fuse, minmax, salience, select_mask, sensitivity
 from tailorcli.core.solvers import Decoration, decorate_joint, decorate_sequential
@@ -102,8 +103,11 @@ def matrix_shape(tensor: Tensor, prepared: PreparedHessian | None) -> tuple[int,
 def difference(tuned: Tensor, base: Tensor) -> Tensor:
     """Tuned minus base in float32, chunk by chunk: no other full-size array."""
     delta = torch.empty(base.shape, dtype=torch.float32, device=base.device)
-    for rows in chunk_rows(base):
+
+    def subtract(rows: slice) -> None:
         delta[rows].copy_(tuned[rows]).sub_(base[rows].to(torch.float32))
+
+    map_rows(base, subtract)
     return delta
 
 
@@ -113,39 +117,50 @@ def fused_score(delta: Tensor, inverse: Tensor | None, omega: float) -> Tensor:
     ``inverse`` is [H^-1]_jj shaped to broadcast against ``delta``, or None where only salience counts. With
     omega 1 or 0 the remaining score is returned as it is: normalising it would not change its order.
     """
-    if omega == 1.0 or inverse is None:
-        return salience(delta)
     score = torch.empty_like(delta)
-    chunks = list(score_chunks(delta, inverse))
-    if omega == 0.0:
-        for rows, d, inv in chunks:
-            score[rows] = sensitivity(d, inv)
-        return score
-    low_a, high_a, low_e, high_e = _ranges(chunks)
-    for rows, d, inv in chunks:
-        score[rows] = fuse(minmax(salience(d), low_a, high_a), minmax(sensitivity(d, inv), low_e, high_e), omega)
+    if inverse is None:
+        omega = 1.0
+
+    def salience_of(rows: slice) -> Tensor:
+        return salience(delta[rows])
+
+    def sensitivity_of(rows: slice) -> Tensor:
+        assert inverse is not None
+        return sensitivity(delta[rows], part_of(inverse, delta, rows))
+
+    def extremes(rows: slice) -> Tensor:
+        return torch.stack((*salience_of(rows).aminmax(), *sensitivity_of(rows).aminmax()))
+
+    if 0.0 < omega < 1.0:
+        found = torch.stack(map_rows(delta, extremes))  # (chunks, 4)
+        low, high = found.amin(0).tolist(), found.amax(0).tolist()
+
+    def fill(rows: slice) -> None:
+        if omega == 1.0:
+            score[rows] = salience_of(rows)
+        elif omega == 0.0:
+            score[rows] = sensitivity_of(rows)
+        else:
+            normalised = minmax(salience_of(rows), low[0], high[1]), minmax(sensitivity_of(rows), low[2], high[3])
+            score[rows] = fuse(*normalised, omega)
+
+    map_rows(delta, fill)
     return score
-
-
-def _ranges(chunks: list[tuple[slice, Tensor, Tensor]]) -> tuple[float, float, float, float]:
-    """Minimum and maximum of the salience and of the sensitivity, over all chunks."""
-    extremes = torch.stack(
-        [torch.stack((*salience(d).aminmax(), *sensitivity(d, inv).aminmax())) for _, d, inv in chunks]
-    )  # (chunks, 4)
-    low, high = extremes.amin(0).tolist(), extremes.amax(0).tolist()
-    return low[0], high[1], low[2], high[3]
 
 
 def assemble(base: Tensor, tuned: Tensor, mask: Tensor, decorator: Tensor | None) -> Tensor:
     """Eq. 3: mask * (tuned + C) + (1 - mask) * base, in the base's dtype; where C is zero, tuned to the bit."""
     patched = torch.empty_like(base)
-    for rows in chunk_rows(base):
+
+    def fill(rows: slice) -> None:
         kept = tuned[rows].to(base.dtype)
         if decorator is not None:
             compensation = decorator[rows]
             moved = (tuned[rows].to(torch.float32) + compensation).to(base.dtype)
             kept = torch.where(compensation != 0, moved, kept)
         patched[rows] = _blend(mask[rows], kept, base[rows])
+
+    map_rows(base, fill)
     return patched
 
 
