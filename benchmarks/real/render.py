@@ -122,7 +122,7 @@ On two CPU cores, `calibrate` took {steps["calibrate"]["seconds"]:.0f} s and `pa
 {_table(["model", "old tasks", "new task", "H", "layer error"], rows)}
 
 The best H here is that of {_title(winner)}. Interpolation and scaling were given their best weight on validation text;
-*scaled w* is base + w · (patched − base), the patch of the default options taken part of the way. The mask decides how
+*scaled w* is base + w · (patched − base), the default patch taken part of the way (no option yet). The mask decides how
 much of the new task comes along, the compensation how faithfully: `joint` at density {sparse[1]} has H {sparse_h:.1f},
 the paper's sweep at 0.1, with five times the entries, {sweep_h:.1f}. What follows the tuned model more closely also
 forgets more like it; without data of the old tasks nothing in the method can tell the two apart, and plain
