@@ -114,15 +114,15 @@ def decorate_joint(
 
 
 def _worth_solving_directly(kept: Tensor) -> list[bool]:
-    """For each row, whether a Cholesky of its n kept entries beats some 20 products with H.
+    """For each row, whether a Cholesky of its n kept entries beats some 40 products with H.
 
-    n^3/3 against 40 I^2 operations, times 2.5 because small factorisations run slower than large products
+    n^3/3 against 80 I^2 operations, times 2.4 because small factorisations run slower than large products
     (measured on a CPU; ``benchmarks/solver``). Not on a GPU, where one row at a time leaves it idle.
     """
     if kept.device.type != "cpu":
         return [False] * kept.shape[0]
     counts = kept.sum(1, dtype=torch.float64)
-    return [bool(n) for n in counts**3 <= 48.0 * kept.shape[1] ** 2]
+    return [bool(n) for n in counts**3 <= 100.0 * kept.shape[1] ** 2]
 
 
 def _solve_directly_(
