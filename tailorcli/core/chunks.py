@@ -16,12 +16,17 @@ _WORTH_THREADS = 32  # chunks from which on starting threads costs less than it 
 Result = TypeVar("Result")
 
 
+def row_slices(num_rows: int, num_columns: int, entries: int) -> Iterator[slice]:
+    """Slices of rows that hold about ``entries`` entries each, and one row at least."""
+    step = max(1, entries // max(1, num_columns))
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
 def chunk_rows(matrix: Tensor) -> Iterator[slice]:
     """Slices of rows small enough that elementwise temporaries stay small (and in cache on a CPU)."""
     entries = _CPU_CHUNK if matrix.device.type == "cpu" else _GPU_CHUNK
-    step = max(1, entries // max(1, matrix.shape[1]))
-    for start in range(0, matrix.shape[0], step):
-        yield slice(start, min(start + step, matrix.shape[0]))
+    return row_slices(matrix.shape[0], matrix.shape[1], entries)
 
 
 @contextmanager

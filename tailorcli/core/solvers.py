@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tailorcli.core.chunks import one_torch_thread_each
+from tailorcli.core.chunks import one_torch_thread_each, row_slices
 
 _BATCH_ENTRIES = 1 << 19  # of the small systems that are factorised together: they stay in the cache
 _WIDE = 128  # with more kept entries than these a row is solved by itself: batches cost more than they save
@@ -36,9 +36,7 @@ class Decoration:
 
 def row_chunks(num_rows: int, num_columns: int) -> Iterator[slice]:
     """Slices of rows that keep a float32 work array near 64 MiB."""
-    step = max(1, _CHUNK_ENTRIES // max(1, num_columns))
-    for start in range(0, num_rows, step):
-        yield slice(start, min(start + step, num_rows))
+    return row_slices(num_rows, num_columns, _CHUNK_ENTRIES)
 
 
 def decorate_sequential(delta: Tensor, mask: Tensor, upper: Tensor, block_size: int = 128) -> Decoration:
