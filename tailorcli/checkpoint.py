@@ -56,6 +56,11 @@ _MAX_SIZE = 1 << 62  # of anything in a header, so that no product of sizes leav
 _SAMPLE_BYTES = 4096  # read at the start, the middle and the end of a tensor for its fingerprint
 
 
+def bits_of(dtype: str) -> int:
+    """Bits of one element of a dtype by its safetensors name; 0 for an unknown one."""
+    return _DTYPES[dtype][0] if dtype in _DTYPES else 0
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Where one tensor lies: its dtype by its safetensors name, its shape, its bytes in ``file``."""
@@ -239,6 +244,20 @@ class Checkpoint:
                 digest.update(self.sample_bytes(info))
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+    def tensor_fingerprint(self, info: TensorInfo) -> str:
+        """The same for one tensor."""
+        digest = hashlib.blake2b(json.dumps([info.name, info.dtype, info.shape]).encode(), digest_size=16)
+        digest.update(self.sample_bytes(info))
+        return digest.hexdigest()
+
+    def pieces(self, info: TensorInfo, size: int = 1 << 24) -> Iterator[memoryview]:
+        """A tensor's bytes in order, up to ``size`` at a time, in a buffer that the next piece overwrites."""
+        buffer = bytearray(min(size, info.nbytes))
+        for start in range(0, info.nbytes, size):
+            piece = memoryview(buffer)[: min(size, info.nbytes - start)]
+            self.read_into(info, piece, start)
+            yield piece
 
     def sample_bytes(self, info: TensorInfo) -> bytes:
         """Up to 4 KiB from the start, the middle and the end of a tensor."""

@@ -31,6 +31,10 @@ class StatsError(TailorError):
     """A statistics folder is missing, damaged, or was made from another model."""
 
 
+class PatchError(TailorError):
+    """A patch file is missing, damaged, or was made for another base."""
+
+
 class DataError(TailorError):
     """Calibration data is missing, empty or malformed."""
 

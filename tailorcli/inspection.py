@@ -11,13 +11,15 @@ from typing import Any
 
 from tailorcli.checkpoint import Checkpoint, read_json
 from tailorcli.errors import CheckpointError, TailorError
-from tailorcli.report import REPORT_FILE, RUN_FILE, load_report
+from tailorcli.patchfile import SUFFIX, PatchFile
+from tailorcli.report import OPTIONS_SHOWN, REPORT_FILE, RUN_FILE, load_report
 from tailorcli.stats import MANIFEST, Stats
 from tailorcli.writer import JOURNAL, WORK_FOLDER
 
 KINDS = {
     "stats": "statistics for calibrated patching",
     "report": "report of a run",
+    "patch": "patch file",
     "patched": "checkpoint patched by tailorcli",
     "checkpoint": "checkpoint",
     "unfinished": "unfinished output of tailorcli",
@@ -31,7 +33,7 @@ class Inspection:
     path: str
     kind: str
     facts: dict[str, Any]
-    report: dict[str, Any] | None = None  # of a report or a patched checkpoint
+    report: dict[str, Any] | None = None  # of a report a patch file or a patched checkpoint
     hessians: dict[str, dict[str, Any]] = field(default_factory=dict)  # of statistics
     tensors: list[dict[str, Any]] = field(default_factory=list)  # of a plain checkpoint
     uncalibrated: dict[str, str] = field(default_factory=dict)  # of statistics
@@ -42,15 +44,19 @@ class Inspection:
 
 
 def inspect_path(path: str | os.PathLike[str]) -> Inspection:
-    """What ``path`` is and its figures: a stats folder, a report file, a patched checkpoint or any checkpoint.
+    """What ``path`` is and its figures: stats, report, patch file, patched or plain checkpoint.
 
     Raises TailorError where it is none of these.
     """
     target = Path(path)
+    if target.is_file() and target.suffix == SUFFIX:
+        return _inspect_patch(target)
     if target.is_file():
         return _inspect_report(target, target, "report", {})
     if not target.is_dir():
-        raise CheckpointError(f"{target} does not exist", "pass a stats folder, a report or a checkpoint folder")
+        raise CheckpointError(
+            f"{target} does not exist", "pass a stats folder, a report, a patch file or a checkpoint folder"
+        )
     if (target / WORK_FOLDER / JOURNAL).exists():
         return _inspect_unfinished(target)
     if (target / MANIFEST).exists():
@@ -69,10 +75,30 @@ def inspect_path(path: str | os.PathLike[str]) -> Inspection:
     return Inspection(str(target), "checkpoint", _checkpoint_facts(target), tensors=tensors)
 
 
+def _inspect_patch(file: Path) -> Inspection:
+    with PatchFile.open(file) as patch:
+        base_bytes = patch.base_nbytes
+        facts: dict[str, Any] = {
+            "task": patch.manifest.get("task") or "not named",
+            "license": patch.manifest.get("license") or "not given",
+            "bytes": file.stat().st_size,
+            "share_of_the_base": file.stat().st_size / base_bytes if base_bytes else None,
+            "masks coded as": dict(Counter(tensor.coding for tensor in patch.tensors.values())),
+            "side files stored": [name for name, side in patch.side_files.items() if side.stored],
+            "base fingerprint": patch.manifest["base"]["fingerprint"],
+            "fingerprint": patch.fingerprint(),
+        }
+        report = patch.report()
+    return _with_report(file, report, "patch", facts)
+
+
 def _inspect_report(target: Path, file: Path, kind: str, facts: dict[str, Any]) -> Inspection:
-    report = load_report(file)
+    return _with_report(target, load_report(file), kind, facts)
+
+
+def _with_report(target: Path, report: dict[str, Any], kind: str, facts: dict[str, Any]) -> Inspection:
     inputs = {role: entry["path"] for role, entry in report["inputs"].items()}
-    options = {key: report["options"][key] for key in ("density", "omega", "solver", "damping")}
+    options = {key: report["options"][key] for key in OPTIONS_SHOWN[report["command"]]}
     facts = {**facts, "command": report["command"], **inputs, **options}
     facts |= {key: value for key, value in report["totals"].items() if value is not None and value != []}
     return Inspection(str(target), kind, facts, report=report)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from tailorcli.errors import OptionsError
 
 Solver = Literal["joint", "sequential", "none"]
+Method = Literal["average", "joint", "patches"]
 TextMode = Literal["line", "chunk"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -26,6 +27,19 @@ def _require_fraction(name: str, value: float) -> None:
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _require_solver(damping: float, tolerance: float, max_iterations: int) -> None:
+    ok = math.isfinite(damping) and damping >= 0.0
+    _require(ok, f"damping must be zero or positive, got {damping}", "the usual range is 0.001 to 0.1")
+    _require(0.0 < tolerance < 1.0, f"tolerance must lie between 0 and 1, got {tolerance}")
+    _require(max_iterations >= 1, f"max-iterations must be at least 1, got {max_iterations}")
+
+
+def _require_output(max_shard_size: int | None, resume: bool, overwrite: bool) -> None:
+    if max_shard_size is not None:
+        _require(max_shard_size >= 1, f"max-shard-size must be positive, got {max_shard_size}")
+    _require(not (resume and overwrite), "--resume and --overwrite exclude each other", "pass the one that you mean")
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,8 @@ class PatchOptions:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     allow_dtype_mismatch: bool = False
+    task: str | None = None  # what a patch file says of itself
+    license: str | None = None
     resume: bool = False
     overwrite: bool = False
 
@@ -78,20 +94,51 @@ class PatchOptions:
         _require_fraction("density", self.density)
         _require_fraction("omega", self.omega)
         _require_choice("solver", self.solver, get_args(Solver))
-        ok = math.isfinite(self.damping) and self.damping >= 0.0
-        _require(ok, f"damping must be zero or positive, got {self.damping}", "the usual range is 0.001 to 0.1")
         _require(self.block_size >= 1, f"block-size must be at least 1, got {self.block_size}")
-        _require(0.0 < self.tolerance < 1.0, f"tolerance must lie between 0 and 1, got {self.tolerance}")
-        _require(self.max_iterations >= 1, f"max-iterations must be at least 1, got {self.max_iterations}")
-        if self.max_shard_size is not None:
-            _require(self.max_shard_size >= 1, f"max-shard-size must be positive, got {self.max_shard_size}")
-        both = self.resume and self.overwrite
-        _require(not both, "--resume and --overwrite exclude each other", "pass the one that you mean")
+        _require_solver(self.damping, self.tolerance, self.max_iterations)
+        _require_output(self.max_shard_size, self.resume, self.overwrite)
 
     @property
     def needs_hessians(self) -> bool:
         """Whether any step reads a Hessian: sensitivity scores do, and so does every compensation."""
         return self.solver != "none" or self.omega < 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the run record: only what decides the bytes of the output."""
+        values = asdict(self)
+        del values["resume"], values["overwrite"]
+        return values
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How ``merge-multi`` stitches the patches of several tasks (Eq. 14, 15)."""
+
+    method: Method = "average"
+    weights: tuple[float, ...] = ()  # one a task, in any unit; none: all tasks alike
+    damping: float = 0.01
+    tolerance: float = 1e-4
+    max_iterations: int = 300
+    device: str = "auto"
+    max_shard_size: int | None = None
+    task: str | None = None
+    license: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _require_choice("method", self.method, get_args(Method))
+        sound = all(math.isfinite(weight) and weight > 0 for weight in self.weights)
+        _require(
+            sound, f"weights must be positive, got {', '.join(map(str, self.weights))}", "leave a task out instead"
+        )
+        _require_solver(self.damping, self.tolerance, self.max_iterations)
+        _require_output(self.max_shard_size, self.resume, self.overwrite)
+
+    def shares(self, num_tasks: int) -> tuple[float, ...]:
+        """The tasks' weights with the sum 1."""
+        weights = self.weights or (1.0,) * num_tasks
+        return tuple(weight / sum(weights) for weight in weights)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the run record: only what decides the bytes of the output."""

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import resource
-import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +11,16 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli import __version__
-from tailorcli.checkpoint import INDEX_FILE, WEIGHT_SUFFIXES, Checkpoint, read_json, side_files
+from tailorcli.checkpoint import Checkpoint, side_files
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
-from tailorcli.errors import CheckpointError, NumericalError, OutputError
+from tailorcli.errors import NumericalError, OptionsError
 from tailorcli.options import PatchOptions
-from tailorcli.plan import Plan, TensorPlan, build_plan, check_output, working_set
-from tailorcli.report import REPORT_FILE, RUN_FILE, PatchReport, load_report
+from tailorcli.outputs import Target, progress_bar
+from tailorcli.patchfile import digest_of, raw_bytes
+from tailorcli.plan import Plan, TensorPlan, build_plan, working_set
+from tailorcli.reading import ReadAhead
+from tailorcli.report import PatchReport
 from tailorcli.stats import Stats
-from tailorcli.writer import JOURNAL, WORK_FOLDER, CheckpointWriter, as_output_error, write_text_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +58,11 @@ class Inputs:
             facts["stats"] = {"path": str(self.stats.path), "fingerprint": self.stats.fingerprint()}
         return facts
 
+    @property
+    def paths(self) -> list[Path]:
+        """Where they lie: no output may."""
+        return [item.path for item in (self.base, self.tuned, self.stats) if item is not None]
+
 
 def plan_patch(
     base: PathLike,
@@ -68,13 +70,14 @@ def plan_patch(
     output: PathLike | None = None,
     stats: PathLike | None = None,
     options: PatchOptions = PatchOptions(),
+    patch_file: PathLike | None = None,
 ) -> Plan:
     """What ``patch_checkpoint`` would do to each tensor and what it would cost, from headers alone."""
     with ExitStack() as stack:
         inputs = Inputs.open(base, tuned, stats, stack)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options)
-        if output is not None:
-            _check_output(Path(output), inputs, options, plan)
+        target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
+        target.check(inputs.paths, plan)
         return plan
 
 
@@ -96,8 +99,8 @@ def score_checkpoint(
         device = resolve_device(options.device)
         timer = StageTimer(device)
         records = {t.name: _record(t, None, inputs.stats, options) for t in plan.left_at_base}
-        bar = stack.enter_context(_progress(plan.patched, "scoring", progress))
-        for tensor, result in _tailored(plan.patched, inputs, options, device, timer, score_only=True):
+        bar = stack.enter_context(progress_bar(plan.patched, "scoring", progress))
+        for tensor, result, _ in _tailored(plan.patched, inputs, options, device, timer, score_only=True):
             records[tensor.name] = _record(tensor, result, inputs.stats, options)
             bar.update(tensor.nbytes)
         return _report("score", inputs, options, records, timer, perf_counter() - started)
@@ -106,12 +109,13 @@ def score_checkpoint(
 def patch_checkpoint(
     base: PathLike,
     tuned: PathLike,
-    output: PathLike,
+    output: PathLike | None,
     stats: PathLike | None = None,
     options: PatchOptions = PatchOptions(),
     progress: bool = False,
+    patch_file: PathLike | None = None,
 ) -> PatchReport:
-    """Patch ``base`` with the best ``density`` of ``tuned`` and write the checkpoint ``output``.
+    """Patch ``base`` with the best ``density`` of ``tuned``; write the checkpoint ``output``, a ``patch_file`` or both.
 
     ``stats`` is a folder that ``calibrate_model`` wrote for ``tuned``; it may be missing only with
     ``solver="none"`` and ``omega=1``. The output has the base's tensor names, dtypes and (without
@@ -119,40 +123,42 @@ def patch_checkpoint(
     Raises TailorError for everything that a user can put right; nothing that looks finished is left then.
     """
     started = perf_counter()
-    folder = Path(output)
+    target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
+    if target.folder is None and target.patch_file is None:
+        raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
     with ExitStack() as stack:
         inputs = Inputs.open(base, tuned, stats, stack)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options)
         device = resolve_device(options.device)
-        _check_output(folder, inputs, options, plan)
+        target.check(inputs.paths, plan)
         identity = _identity(inputs, options, device)
-        finished = _finished_report(folder, identity) if options.resume else None
+        finished = target.finished(identity, "patch")
         if finished is not None:
             return finished
-        if options.overwrite and folder.exists():
-            _clear(folder)
         timer = StageTimer(device)
-        writer = stack.enter_context(CheckpointWriter(folder, plan.layout, identity, options.resume))
-        records = dict(writer.done)
-        bar = stack.enter_context(_progress(plan.tensors, "patching", progress))
+        side = {path.as_posix(): inputs.tuned.path / path for path in side_files(inputs.tuned.path)}
+        manifest = {"task": options.task, "license": options.license, "inputs": inputs.describe()}
+        outputs = stack.enter_context(target.open(plan, inputs.base, identity, manifest, side))
+        records = dict(outputs.done)
+        bar = stack.enter_context(progress_bar(plan.tensors, "patching", progress))
         bar.update(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
         todo = [tensor for tensor in plan.tensors if tensor.name not in records]
-        for tensor, result in _tailored(todo, inputs, options, device, timer, score_only=False):
+        loop = _tailored(todo, inputs, options, device, timer, score_only=False, digests=outputs.wants_digest)
+        for tensor, result, digest in loop:
             record = _record(tensor, result, inputs.stats, options)
             records[tensor.name] = record
             with timer.stage("wait for write"):
                 if result is None or result.patched is None:
-                    writer.copy(tensor.name, inputs.base, record)
+                    outputs.copy(tensor.name, inputs.base, record)
                 else:
-                    writer.write(tensor.name, result.patched, record)
+                    outputs.write(tensor.name, result.patched, result.mask, record, digest)
             del result
             bar.update(tensor.nbytes)
         with timer.stage("wait for write"):
-            writer.drain()
-        timer.seconds["write"] = writer.seconds
+            outputs.drain()
+        timer.seconds["write"] = outputs.seconds
         report = _report("patch", inputs, options, records, timer, perf_counter() - started)
-        texts = {REPORT_FILE: report.to_json(), RUN_FILE: _run_record(report, identity, len(records) - len(todo))}
-        writer.finish(inputs.tuned.path, side_files(inputs.tuned.path), texts)
+        outputs.finish(report)
         return report
 
 
@@ -163,63 +169,34 @@ class _Loaded:
     base: torch.Tensor
     tuned: torch.Tensor
     packed: torch.Tensor | None  # its Hessian, where the tensor before did not use the same
+    digest: str  # of the base's bytes, where it is wanted
 
 
-class _ReadAhead:
-    """Reads the next tensor on a thread of its own while the current one is worked on.
+def _reader(tensors: list[TensorPlan], inputs: Inputs, options: PatchOptions, digests: bool) -> ReadAhead[_Loaded]:
+    """Reads what each of ``tensors`` needs; a Hessian only for the first of those that share it."""
+    stats = inputs.stats
 
-    Only where both together stay below the fullest single tensor, so that reading ahead costs no peak memory.
-    """
+    def needed_hessian(position: int) -> str | None:
+        name = tensors[position].hessian
+        return None if position and tensors[position - 1].hessian == name else name
 
-    def __init__(self, tensors: list[TensorPlan], inputs: Inputs, options: PatchOptions) -> None:
-        self._tensors = [tensor for tensor in tensors if tensor.action == "patch"]
-        self._inputs = inputs
-        sizes = [working_set(t, inputs.tuned, inputs.stats, options) for t in self._tensors]
-        room = max(sizes, default=0) + (64 << 20)
-        self._fits = [size + self._nbytes(i + 1) <= room for i, size in enumerate(sizes)]
-        self._next: Future[_Loaded] | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reader")
-        self.seconds = 0.0
+    def nbytes(position: int) -> int:
+        tensor, hessian = tensors[position], needed_hessian(position)
+        both = tensor.nbytes + inputs.tuned.tensors[tensor.name].nbytes
+        return both + (stats.nbytes(hessian) if hessian and stats else 0)
 
-    def _nbytes(self, position: int) -> int:
-        if position >= len(self._tensors):
-            return 0
-        tensor = self._tensors[position]
-        return tensor.nbytes + self._inputs.tuned.tensors[tensor.name].nbytes + self._hessian_bytes(position)
-
-    def _hessian_bytes(self, position: int) -> int:
-        name = self._needed_hessian(position)
-        return self._inputs.stats.nbytes(name) if name and self._inputs.stats else 0
-
-    def _needed_hessian(self, position: int) -> str | None:
-        name = self._tensors[position].hessian
-        return None if position and self._tensors[position - 1].hessian == name else name
-
-    def _load(self, position: int) -> _Loaded:
-        started = perf_counter()
-        tensor, stats = self._tensors[position], self._inputs.stats
-        hessian = self._needed_hessian(position)
-        loaded = _Loaded(
-            self._inputs.base.read(tensor.name),
-            self._inputs.tuned.read(tensor.name),
+    def load(position: int) -> _Loaded:
+        name, hessian = tensors[position].name, needed_hessian(position)
+        base = inputs.base.read(name)
+        return _Loaded(
+            base,
+            inputs.tuned.read(name),
             stats.load(hessian) if hessian and stats else None,
+            digest_of(raw_bytes(base)) if digests else "",
         )
-        self.seconds += perf_counter() - started
-        return loaded
 
-    def __iter__(self) -> Iterator[tuple[TensorPlan, _Loaded]]:
-        for position, tensor in enumerate(self._tensors):
-            current = self._next or self._pool.submit(self._load, position)
-            self._next = None
-            loaded = current.result()
-            del current
-            if position + 1 < len(self._tensors) and self._fits[position]:
-                self._next = self._pool.submit(self._load, position + 1)
-            yield tensor, loaded
-            del loaded
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    held = [working_set(tensor, inputs.tuned, stats, options) for tensor in tensors]
+    return ReadAhead(load, [(size, nbytes(position)) for position, size in enumerate(held)])
 
 
 def _tailored(
@@ -230,11 +207,12 @@ def _tailored(
     timer: StageTimer,
     *,
     score_only: bool,
-) -> Iterator[tuple[TensorPlan, LayerResult | None]]:
-    """Each tensor with its result, in order; None for a tensor that stays at base."""
+    digests: bool = False,
+) -> Iterator[tuple[TensorPlan, LayerResult | None, str]]:
+    """Each tensor with its result and its base's digest, in order; no result for a tensor that stays at base."""
     from tailorcli.core.tailor import tailor_layer
 
-    reader = _ReadAhead(tensors, inputs, options)
+    reader = _reader([tensor for tensor in tensors if tensor.action == "patch"], inputs, options, digests)
     loads = iter(reader)
     prepared: PreparedHessian | None = None
     prepared_name: str | None = None
@@ -242,10 +220,10 @@ def _tailored(
         with exact_float32(), device_errors():
             for tensor in tensors:
                 if tensor.action != "patch":
-                    yield tensor, None
+                    yield tensor, None, ""
                     continue
                 with timer.stage("wait for read"):
-                    _, loaded = next(loads)
+                    loaded = next(loads)
                 try:
                     if tensor.hessian != prepared_name:
                         prepared = None  # freed before the next one is unpacked
@@ -253,7 +231,8 @@ def _tailored(
                         prepared_name = tensor.hessian
                     with timer.stage("transfer"):
                         base, tuned = loaded.base.to(device), loaded.tuned.to(device)
-                    loaded.base = loaded.tuned = loaded.packed = None  # type: ignore[assignment]
+                    digest = loaded.digest
+                    del loaded
                     result = tailor_layer(
                         base,
                         tuned,
@@ -271,7 +250,7 @@ def _tailored(
                     del base, tuned
                 except NumericalError as error:
                     raise NumericalError(f"tensor {tensor.name!r}: {error.message}", error.hint) from error
-                yield tensor, result
+                yield tensor, result, digest
                 del result
     finally:
         reader.close()
@@ -349,81 +328,3 @@ def _identity(inputs: Inputs, options: PatchOptions, device: torch.device) -> di
         **fingerprints,
         **options.to_dict(),
     }
-
-
-def _run_record(report: PatchReport, identity: dict[str, Any], resumed: int) -> str:
-    """How this output came about: identity, times, versions; differs between runs, unlike the report."""
-    record = {
-        "identity": identity,
-        "inputs": report.inputs,
-        "seconds": report.seconds,
-        "stages": report.stages,
-        "tensors_from_an_earlier_run": resumed,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
-    return json.dumps(record, indent=1) + "\n"
-
-
-def _check_output(folder: Path, inputs: Inputs, options: PatchOptions, plan: Plan) -> None:
-    paths = [inputs.base.path, inputs.tuned.path, *([inputs.stats.path] if inputs.stats else [])]
-    check_output(folder, paths, resume=options.resume, overwrite=options.overwrite, plan=plan)
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    ours = (folder / WORK_FOLDER).exists() or (folder / RUN_FILE).exists()
-    if options.resume and not ours:
-        raise OutputError(f"{folder} holds no run that could be resumed", "choose another folder, or --overwrite")
-    if options.overwrite and not ours and any(file.name.endswith(WEIGHT_SUFFIXES) for file in folder.rglob("*")):
-        raise OutputError(f"{folder} holds a checkpoint that tailorcli did not write", "choose another folder for -o")
-
-
-def _finished_report(folder: Path, identity: dict[str, Any]) -> PatchReport | None:
-    """The report of a run that had already finished with the same identity, when asked to resume it."""
-    if (folder / WORK_FOLDER / JOURNAL).exists() or not (folder / RUN_FILE).exists():
-        return None
-    run = read_json(folder / RUN_FILE)
-    if run.get("identity") != json.loads(json.dumps(identity)):
-        raise OutputError(f"{folder} holds the finished output of another run", "choose another, or --overwrite")
-    saved = load_report(folder / REPORT_FILE)
-    if not isinstance(run.get("stages"), dict) or not isinstance(run.get("seconds"), float):
-        raise OutputError(f"{folder / RUN_FILE} is damaged", "start anew with --overwrite")
-    return PatchReport(
-        "patch", saved["options"], saved["inputs"], saved["tensors"], run["stages"], seconds=run["seconds"]
-    )
-
-
-def _clear(folder: Path) -> None:
-    """Take an earlier output of ours away, the index first so that no moment shows half a checkpoint."""
-    try:
-        with Checkpoint.open(folder) as earlier:
-            shards = earlier.shards
-    except CheckpointError:  # unfinished or damaged
-        shards = list(folder.glob("*.safetensors"))
-    try:
-        (folder / INDEX_FILE).unlink(missing_ok=True)
-        for path in [*shards, *folder.rglob("*.safetensors.part")]:
-            path.unlink()
-        for name in (REPORT_FILE, RUN_FILE):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
-    except OSError as error:
-        raise as_output_error(folder, error) from error
-
-
-def _progress(tensors: Any, what: str, shown: bool) -> Any:
-    """A progress bar over bytes, on standard error."""
-    from tqdm import tqdm
-
-    total = sum(tensor.nbytes for tensor in tensors)
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None if shown else True, leave=False)
-
-
-def write_report(report: PatchReport, path: PathLike) -> None:
-    """Write the report as JSON, whole or not at all."""
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(target, report.to_json())
-    except OSError as error:
-        raise as_output_error(target, error) from error

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint, TensorInfo
-from tailorcli.errors import CheckpointError, OptionsError, OutputError, StatsError
+from tailorcli.errors import CheckpointError, OptionsError, StatsError
 from tailorcli.options import PatchOptions
 from tailorcli.stats import Stats, TensorStats
 from tailorcli.writer import ShardLayout, plan_layout
 
 _WORK_BYTES = 8 * (64 << 20)  # the solver's work arrays, bounded by the row chunks in core.solvers
-_RUNTIME_BYTES = 400 << 20  # the interpreter with torch loaded
+RUNTIME_BYTES = 400 << 20  # the interpreter with torch loaded
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,7 @@ class Plan:
     layout: ShardLayout
     read_bytes: int
     write_bytes: int
+    patch_bytes: int  # of a patch file, at most
     peak_bytes: int
     largest_hessian: int
 
@@ -63,11 +62,6 @@ class Plan:
         """Tensors that stay as they are in the base."""
         return [tensor for tensor in self.tensors if tensor.action != "patch"]
 
-    def free_bytes(self, output: Path) -> int:
-        """Free bytes of the disk on which ``output`` is, or will be."""
-        resolved = output.resolve()
-        return shutil.disk_usage(next(path for path in (resolved, *resolved.parents) if path.exists())).free
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``--dry-run --json``."""
         return {
@@ -75,6 +69,7 @@ class Plan:
             "shards": self.layout.sizes,
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
+            "patch_bytes": self.patch_bytes,
             "peak_memory_bytes": self.peak_bytes,
         }
 
@@ -102,16 +97,23 @@ def build_plan(base: Checkpoint, tuned: Checkpoint, stats: Stats | None, options
     tensors = [_plan_tensor(info, stats, options) for info in base.tensors.values()]
     if not any(tensor.action == "patch" for tensor in tensors):
         raise OptionsError("no tensor would be patched", "check --include and --exclude, and those of calibrate")
-    ordered = _group_by_hessian(tensors)
+    ordered = group_by_hessian(tensors)
     layout = plan_layout(base, options.max_shard_size)
     return Plan(
         tensors=tuple(ordered),
         layout=layout,
         read_bytes=_bytes_to_read(ordered, tuned, stats),
         write_bytes=layout.nbytes,
-        peak_bytes=_RUNTIME_BYTES + max(working_set(tensor, tuned, stats, options) for tensor in ordered),
+        patch_bytes=most_patch_bytes((t, round(options.density * t.numel)) for t in ordered if t.action == "patch"),
+        peak_bytes=RUNTIME_BYTES + max(working_set(tensor, tuned, stats, options) for tensor in ordered),
         largest_hessian=max((stats.hessians[t.hessian].size for t in ordered if stats and t.hessian), default=0),
     )
+
+
+def most_patch_bytes(tensors: Iterable[tuple[TensorPlan, int]]) -> int:
+    """An upper bound for a patch file of these tensors with so many kept entries each."""
+    header = 1 << 16
+    return header + sum(n * t.nbytes // max(t.numel, 1) + t.numel // 8 + 2048 for t, n in tensors)
 
 
 def _plan_tensor(info: TensorInfo, stats: Stats | None, options: PatchOptions) -> TensorPlan:
@@ -132,7 +134,7 @@ def _plan_tensor(info: TensorInfo, stats: Stats | None, options: PatchOptions) -
     return TensorPlan(*common, action="patch", hessian=hessian, role=entry.role, transposed=entry.transposed)
 
 
-def _group_by_hessian(tensors: list[TensorPlan]) -> list[TensorPlan]:
+def group_by_hessian(tensors: list[TensorPlan]) -> list[TensorPlan]:
     """File order, but tensors that share a Hessian follow the first of them."""
     groups: dict[str, list[TensorPlan]] = {}
     for tensor in tensors:
@@ -272,25 +274,3 @@ def _num_inputs(info: TensorInfo, entry: TensorStats) -> int:
     if len(info.shape) < 2:
         return info.numel
     return info.shape[0] if entry.transposed else info.shape[-1]
-
-
-def check_output(output: Path, inputs: Sequence[Path], *, resume: bool, overwrite: bool, plan: Plan) -> None:
-    """The output folder is new, or ours to resume or replace, is none of the inputs, and there is room for it."""
-    resolved = output.resolve()
-    for path in inputs:
-        if path.resolve().is_relative_to(resolved):
-            raise OutputError(f"the output {output} would replace an input ({path})", "choose another folder for -o")
-        if resolved.is_relative_to(path.resolve()):
-            raise OutputError(f"the output {output} lies inside an input ({path})", "choose another folder for -o")
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} exists and is a file", "choose another folder for -o")
-    occupied = output.exists() and any(output.iterdir())
-    if occupied and not (resume or overwrite):
-        raise OutputError(f"{output} exists and is not empty", "choose another, or pass --resume or --overwrite")
-    free = plan.free_bytes(output)
-    already = sum(f.stat().st_blocks * 512 for f in output.rglob("*.part")) if occupied else 0
-    if plan.write_bytes > free + already:
-        raise OutputError(
-            f"not enough disk for {output}: it needs {plan.write_bytes:,} bytes, {free:,} are free",
-            "free some or choose another disk for -o",
-        )

@@ -8,9 +8,10 @@ from typing import Any
 
 from tailorcli.errors import OutputError, TailorError
 from tailorcli.inspection import Inspection
-from tailorcli.report import share, split_name
+from tailorcli.report import MERGE, share, split_name
 
 _BEFORE, _AFTER, _TUNED, _NEUTRAL = "#d08a3c", "#2f6f9f", "#8a8a8a", "#4d8f57"
+_PALETTE = ("#2f6f9f", "#d08a3c", "#4d8f57", "#8f4d7f", "#7a6a3a", "#3a8f8f")
 
 
 def plot_inspection(inspection: Inspection, file: Path) -> None:
@@ -43,11 +44,76 @@ def plot_inspection(inspection: Inspection, file: Path) -> None:
 
 def _draw_report(figure: Any, report: dict[str, Any]) -> None:
     tensors = [t for t in report["tensors"] if t["status"] == "patched"]
+    if report["command"] == MERGE:
+        _draw_merge(figure, tensors, [str(task) for task in report["options"]["tasks"]])
+        return
     top = figure.subplots(2, 2)
     _captured_by_layer(top[0][0], tensors)
     _errors(top[0][1], tensors, by_layer=True)
     _errors(top[1][0], tensors, by_layer=False)
     _distances(top[1][1], tensors)
+
+
+def _draw_merge(figure: Any, tensors: list[dict[str, Any]], tasks: list[str]) -> None:
+    """How the tasks' masks overlap, where they disagree, and how far each task's layers are, by layer."""
+    top = figure.subplots(2, 2)
+    labels, groups = _by_layer(tensors)
+    positions = list(range(len(labels)))
+    colors = [_PALETTE[i % len(_PALETTE)] for i in range(len(tasks))]
+
+    def total(group: list[dict[str, Any]], number: int) -> float:
+        return float(sum(tensor["kept_by"][number] for tensor in group))
+
+    def mean_error(group: list[dict[str, Any]], number: int) -> float:
+        values = [t["errors"][number] for t in group if t["errors"] is not None and t["kind"] == "full"]
+        return 100 * sum(values) / len(values) if values else float("nan")
+
+    kept, overlap, signs, errors = top[0][0], top[0][1], top[1][0], top[1][1]
+    for number, (task, color) in enumerate(zip(tasks, colors, strict=True)):
+        shares = [100 * (share(total(group, number), _sum(group, "numel")) or 0.0) for group in groups]
+        kept.plot(positions, shares, "o-", color=color, label=task)
+    union = [100 * (share(_sum(group, "kept"), _sum(group, "numel")) or 0.0) for group in groups]
+    kept.plot(positions, union, "--", color="black", label="union")
+    kept.set(title="Entries kept by each task, and by any, by layer", ylabel="% of entries")
+    kept.set_ylim(0, 1.3 * kept.get_ylim()[1])
+    kept.legend(loc="upper left", ncols=2)
+    jaccard = [100 * (share(_sum(group, "kept_by_all"), _sum(group, "kept")) or 0.0) for group in groups]
+    overlap.bar(positions, jaccard, color=_AFTER, label="kept by all tasks / kept by any (Jaccard)")
+    by_chance = [100 * (_overlap_by_chance(group, len(tasks)) or 0.0) for group in groups]
+    overlap.plot(positions, by_chance, "_", color="black", ms=12, label="if the masks were drawn at random")
+    overlap.set(
+        title="Overlap of the tasks' masks, by layer", ylabel="%", ylim=(0, 1.3 * max([*jaccard, *by_chance, 1e-9]))
+    )
+    overlap.legend(loc="upper left")
+    conflicts = [100 * (share(_sum(group, "sign_conflicts"), _sum(group, "kept_by_all")) or 0.0) for group in groups]
+    signs.bar(positions, conflicts, color=_BEFORE)
+    signs.axhline(50, color="black", lw=0.8, ls="--")
+    signs.set(title="Shared entries whose changes differ in sign, by layer", ylabel="% of those kept by all")
+    if len(tasks) > 2:
+        signs.set_ylabel("entries with a conflict, % of those kept by all")
+    if any(t["errors"] is not None and t["kind"] == "full" for t in tensors):
+        for number, (task, color) in enumerate(zip(tasks, colors, strict=True)):
+            errors.plot(positions, [mean_error(group, number) for group in groups], "o-", color=color, label=task)
+        errors.legend()
+    else:
+        errors.text(0.5, 0.5, "not measured: merged without statistics", ha="center", transform=errors.transAxes)
+    errors.set(title="Layer error against each task's tuned layer, by layer", ylabel="% of ‖ΔW X‖²")
+    for axes in (kept, overlap, signs, errors):
+        _name_positions(axes, labels)
+
+
+def _overlap_by_chance(group: list[dict[str, Any]], num_tasks: int) -> float | None:
+    """The expected Jaccard index of masks of the same densities drawn independently."""
+    common, union = 0.0, 0.0
+    for tensor in group:
+        inside, outside = 1.0, 1.0
+        for number in range(num_tasks):
+            density = tensor["kept_by"][number] / tensor["numel"]
+            inside *= density
+            outside *= 1.0 - density
+        common += inside * tensor["numel"]
+        union += (1.0 - outside) * tensor["numel"]
+    return share(common, union)
 
 
 def _by_layer(tensors: list[dict[str, Any]]) -> tuple[list[str], list[list[dict[str, Any]]]]:

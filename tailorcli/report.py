@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FORMAT_VERSION = 1
+MERGE = "merge-multi"
+OPTIONS_SHOWN = {
+    "score": ("density", "omega", "damping"),
+    "patch": ("density", "omega", "solver", "damping"),
+    MERGE: ("method", "tasks", "weights", "damping"),
+}
 REPORT_FILE = "tailor_report.json"
 RUN_FILE = "tailor_run.json"
 
@@ -33,11 +39,12 @@ class PatchReport:
     tensors: list[dict[str, Any]]
     stages: dict[str, float]
     seconds: float
+    notes: tuple[str, ...] = ()  # what the user should know besides; not in the report file
 
     @property
     def totals(self) -> dict[str, Any]:
         """Sums and means over the patched tensors."""
-        return total_figures(self.tensors)
+        return totals_of(self.command, self.tensors)
 
     def to_dict(self) -> dict[str, Any]:
         """What the report file holds: the same for the same inputs."""
@@ -53,6 +60,11 @@ class PatchReport:
     def to_json(self) -> str:
         """The report file's text."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+
+
+def totals_of(command: str, tensors: list[dict[str, Any]]) -> dict[str, Any]:
+    """The totals of a command's records."""
+    return total_merge_figures(tensors) if command == MERGE else total_figures(tensors)
 
 
 def total_figures(tensors: list[dict[str, Any]]) -> dict[str, Any]:
@@ -91,6 +103,34 @@ def total_figures(tensors: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def total_merge_figures(tensors: list[dict[str, Any]]) -> dict[str, Any]:
+    """Entries kept by each task, overlaps and layer errors over the merged tensors.
+
+    ``errors`` holds for each task the plain mean over the tensors with full Hessians.
+    """
+    merged = [t for t in tensors if t["status"] == "patched"]
+    measured = [t["errors"] for t in merged if t.get("kind") == "full" and t["errors"] is not None]
+    numel, kept = sum(t["numel"] for t in merged), sum(t["kept"] for t in merged)
+    common = sum(t["kept_by_all"] for t in merged)
+    methods = [t["method"] for t in merged]
+    return {
+        "tensors_patched": len(merged),
+        "tensors_at_base": len(tensors) - len(merged),
+        "numel": numel,
+        "kept": kept,
+        "density": share(kept, numel),
+        "numel_at_base": sum(_numel(t["shape"]) for t in tensors if t["status"] != "patched"),
+        "kept_by": [sum(counts) for counts in zip(*(t["kept_by"] for t in merged), strict=True)],
+        "kept_by_all": common,
+        "jaccard": share(common, kept),
+        "sign_conflicts": sum(t["sign_conflicts"] for t in merged),
+        "errors": [sum(column) / len(measured) for column in zip(*measured, strict=True)] if measured else None,
+        "methods": {method: methods.count(method) for method in dict.fromkeys(methods)},
+        "largest_residual": max((t.get("residual", 0.0) for t in merged), default=0.0),
+        "damped_further": [t["name"] for t in merged if t.get("damped_further")],
+    }
+
+
 def share(part: float | None, whole: float | None) -> float | None:
     """``part / whole``, or None where the whole is zero or unknown."""
     return part / whole if part is not None and whole else None
@@ -108,24 +148,26 @@ _MAKE_AGAIN = "make it again: tailorcli score ... -o REPORT.json"
 
 def load_report(path: Path) -> dict[str, Any]:
     """A report file, checked to be one."""
-    report = read_json(path)
+    return check_report(read_json(path), path)
+
+
+def check_report(report: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A report as read from ``path``, checked to be one. Raises CheckpointError."""
     if not isinstance(report.get("tensors"), list) or "totals" not in report:
         raise CheckpointError(f"{path} is no report of tailorcli", f"pass a {REPORT_FILE} or what score -o wrote")
     if report.get("format_version") != FORMAT_VERSION:
         found = report.get("format_version")
         raise CheckpointError(f"{path} has format_version {found!r}, expected {FORMAT_VERSION}", _MAKE_AGAIN)
     try:  # everything that is read from a report later
-        if not report["totals"].keys() >= total_figures(report["tensors"]).keys():
+        if not report["totals"].keys() >= totals_of(report["command"], report["tensors"]).keys():
             raise KeyError("totals")
         for tensor in report["tensors"]:
-            if tensor["status"] == "patched":
-                _tensor_row(tensor, errors=report["command"] != "score")
             str(tensor["name"]), str(tensor["reason"])
+        tensor_table(report, errors=report["command"] == "patch")
         for entry in report["inputs"].values():
-            str(entry["path"])
-        for key in ("density", "omega"):
-            float(report["options"][key])
-        str(report["options"]["solver"]), str(report["options"]["damping"])
+            str(entry["path"]), str(entry["fingerprint"])
+        for key in OPTIONS_SHOWN[report["command"]]:
+            str(report["options"][key])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is malformed: {error!r}", _MAKE_AGAIN) from error
     return report
@@ -164,6 +206,9 @@ _COLUMNS = ("tensor", "shape", "kept", "density", "|dW|² kept", "sens. kept", "
 def tensor_table(report: dict[str, Any], *, errors: bool) -> Table:
     """One row a patched tensor and a row of totals; with ``errors`` the layer errors before and after."""
     from rich.table import Table
+
+    if report["command"] == MERGE:
+        return _merge_table(report)
 
     table = Table(
         title=f"{report['command']}: density {report['options']['density']:g}, omega {report['options']['omega']:g}"
@@ -207,3 +252,32 @@ def _tensor_row(tensor: dict[str, Any], errors: bool) -> list[str]:
     if errors:
         row += [format_share(tensor["error_before"]), format_share(tensor["error_after"])]
     return row
+
+
+def _merge_table(report: dict[str, Any]) -> Table:
+    """One row a merged tensor: kept by whom, how the masks overlap, each task's layer error."""
+    from rich.table import Table
+
+    tasks, totals = [str(task) for task in report["options"]["tasks"]], report["totals"]
+    table = Table(title=f"{MERGE}, {report['options']['method']}: {', '.join(tasks)}")
+    for column in ("tensor", "shape", "by", "kept", *tasks, "Jaccard", "sign conflicts", *(f"err. {t}" for t in tasks)):
+        table.add_column(column, justify="left" if column in ("tensor", "by") else "right", overflow="fold")
+
+    def cells(figures: dict[str, Any]) -> list[str]:
+        errors = figures["errors"] or [None] * len(tasks)
+        return [
+            format_share(share(figures["kept"], figures["numel"])),
+            *(format_share(share(kept, figures["numel"])) for kept in figures["kept_by"]),
+            format_share(figures["jaccard"]),
+            f"{figures['sign_conflicts']:,}",
+            *(format_share(error) for error in errors),
+        ]
+
+    for tensor in report["tensors"]:
+        if tensor["status"] == "patched":
+            shape = "×".join(str(size) for size in tensor["shape"])
+            table.add_row(tensor["name"], shape, tensor["method"], *cells(tensor))
+    table.add_section()
+    name = f"total: {totals['tensors_patched']} merged, {totals['tensors_at_base']} left at base"
+    table.add_row(name, f"{totals['numel']:,}", "", *cells(totals), style="bold")
+    return table

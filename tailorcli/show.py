@@ -26,7 +26,7 @@ def inspection_parts(inspection: Inspection) -> list[Any]:
         facts.add_row(key.replace("_", " "), _show_fact(key, value))
     parts: list[Any] = [facts]
     if inspection.report is not None:
-        parts.append(tensor_table(inspection.report, errors=inspection.report["command"] != "score"))
+        parts.append(tensor_table(inspection.report, errors=inspection.report["command"] == "patch"))
         parts += _reason_parts(inspection.report)
     if inspection.hessians:
         parts.append(_hessian_table(inspection.hessians))
@@ -39,6 +39,8 @@ def inspection_parts(inspection: Inspection) -> list[Any]:
 def _show_fact(key: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {entry}" for name, entry in value.items())
+    if isinstance(value, list):
+        return ", ".join(_show_fact(key, entry) for entry in value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     if key == "bytes" or key.endswith("_bytes"):
@@ -84,12 +86,12 @@ def _plain_table(tensors: list[dict[str, Any]]) -> Table:
 def plan_table(plan: Plan) -> Table:
     """Every tensor's treatment."""
     table = Table(title="plan")
-    for column in ("tensor", "dtype", "shape", "treatment", "statistics"):
+    for column in ("tensor", "dtype", "shape", "treatment", "by"):
         table.add_column(column, overflow="fold")
     for tensor in plan.tensors:
         treatment = "patch" if tensor.action == "patch" else f"base: {tensor.reason}"
         shape = "×".join(map(str, tensor.shape)) or "scalar"
-        shared = tensor.hessian or ("salience alone" if tensor.action == "patch" else "")
+        shared = tensor.hessian or tensor.reason or "salience alone" if tensor.action == "patch" else ""
         table.add_row(tensor.name, tensor.dtype, shape, treatment, shared)
     return table
 
@@ -108,4 +110,15 @@ def quantile_table(report: dict[str, Any]) -> Table:
         table.add_row(tensor["name"], *(f"{value:.2e}" for value in tensor["salience_quantiles"]))
         if tensor["sensitivity_quantiles"]:
             table.add_row("", *(f"{value:.2e}" for value in tensor["sensitivity_quantiles"]), style="dim")
+    return table
+
+
+def problem_table(problems: list[dict[str, Any]]) -> Table:
+    """The first tensors that a verification found wrong."""
+    table = Table(title="what is wrong")
+    for column in ("tensor", "problem", "first at", "expected", "found"):
+        table.add_column(column, overflow="fold")
+    for problem in problems:
+        place = [str(problem[key]) if key in problem else "" for key in ("index", "expected", "found")]
+        table.add_row(problem["tensor"], problem["problem"], *place)
     return table

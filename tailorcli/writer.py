@@ -10,9 +10,9 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 WORK_FOLDER = ".tailorcli"
 JOURNAL = "journal.jsonl"
-_COPY_BYTES = 1 << 24
+_ANEW = "start anew with --overwrite"
 _SYNC_BYTES = 1 << 28  # journal entries wait until this many bytes of theirs are on disk together
 
 
@@ -128,13 +128,95 @@ def as_output_error(path: Path, error: OSError) -> OutputError:
     return OutputError(f"cannot write {path}: {error.strerror or error}", "check the path and its permissions")
 
 
-@dataclass
-class _Pending:
-    """Tensors written since the last sync, whose journal lines wait for it."""
+class Journal:
+    """The tensors that are safely on disk, a line each, behind a first line that identifies the run.
 
-    lines: list[str] = field(default_factory=list)
-    shards: set[str] = field(default_factory=set)
-    nbytes: int = 0
+    A line is only written after the bytes that it vouches for; lines wait until many bytes can be synced at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lines: list[str] = []
+        self._files: set[int] = set()
+        self._nbytes = 0
+
+    def start(self, identity: dict[str, Any]) -> None:
+        """A new journal with nothing in it."""
+        write_text_atomically(self.path, json.dumps({"identity": identity}) + "\n")
+
+    def load(self, identity: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+        """The entries of an earlier run of the same ``identity``; ``folder`` is what the error names."""
+        damaged = OutputError(f"cannot resume in {folder}: its journal is damaged", _ANEW)
+        try:
+            lines = self.path.read_text(encoding="utf-8").split("\n")
+            earlier = dict(json.loads(lines[0])["identity"])
+            entries = [dict(json.loads(line)) for line in lines[1:-1]]
+            _ = [(str(entry["name"]), dict(entry["record"])) for entry in entries]
+        except (ValueError, KeyError, TypeError) as error:
+            raise damaged from error
+        current = json.loads(json.dumps(identity))  # the same round trip: tuples become lists
+        changed = sorted(key for key in {*earlier, *current} if earlier.get(key) != current.get(key))
+        if changed:
+            details = ", ".join(f"{key}: {earlier.get(key)} then, {current.get(key)} now" for key in changed)
+            raise OutputError(f"cannot resume in {folder}: {details}", _ANEW)
+        # What follows the last newline was cut off in the middle.
+        write_text_atomically(self.path, "".join(line + "\n" for line in lines[:-1]))
+        return entries
+
+    def add(self, entry: dict[str, Any], nbytes: int, descriptor: int) -> None:
+        """Note an entry whose ``nbytes`` were written to the open file ``descriptor``."""
+        self._lines.append(json.dumps(entry) + "\n")
+        self._files.add(descriptor)
+        self._nbytes += nbytes
+        if self._nbytes >= _SYNC_BYTES:
+            self.sync()
+
+    def sync(self) -> None:
+        """Data first, then the lines that vouch for it."""
+        for descriptor in self._files:
+            os.fdatasync(descriptor)
+        if self._lines:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.writelines(self._lines)
+                stream.flush()
+                os.fsync(stream.fileno())
+        self._lines, self._files, self._nbytes = [], set(), 0
+
+
+class WriteQueue:
+    """Jobs on a thread of their own, in order; ``submit`` blocks while one runs and another waits."""
+
+    def __init__(self, name: str) -> None:
+        self.seconds = 0.0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._queue: list[Future[None]] = []
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Queue a job; raises what an earlier one raised."""
+        while len(self._queue) > 1:  # one being written, one waiting: bounds the memory that waits here
+            self._queue.pop(0).result()
+        self._queue.append(self._pool.submit(self._timed, job))
+
+    def _timed(self, job: Callable[[], None]) -> None:
+        started = perf_counter()
+        job()
+        self.seconds += perf_counter() - started
+
+    def drain(self) -> None:
+        """Wait until everything queued is done."""
+        while self._queue:
+            self._queue.pop(0).result()
+
+    def close(self) -> None:
+        """Drop what waits and stop the thread."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def write_all(descriptor: int, piece: memoryview, position: int) -> None:
+    """``pwrite`` until everything is written."""
+    while len(piece):
+        count = os.pwrite(descriptor, piece, position)
+        piece, position = piece[count:], position + count
 
 
 class CheckpointWriter:
@@ -147,37 +229,38 @@ class CheckpointWriter:
         self.folder = folder
         self.layout = layout
         self.done: dict[str, dict[str, Any]] = {}
-        self.seconds = 0.0
-        self._journal_path = folder / WORK_FOLDER / JOURNAL
-        self._pending = _Pending()
-        self._queue: list[Future[None]] = []
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._journal = Journal(folder / WORK_FOLDER / JOURNAL)
+        self._queue = WriteQueue("writer")
         self._descriptors: dict[str, int] = {}
+        self._made_folder = not folder.exists()
         try:
-            if resume and self._journal_path.exists():
-                self.done = read_journal(self._journal_path, identity)
+            if resume and self._journal.path.exists():
+                for entry in self._journal.load(identity, folder):
+                    self.done[entry["name"]] = entry["record"]
                 if not self.done.keys() <= layout.slots.keys():
-                    raise _damaged_journal(self._journal_path)
+                    raise OutputError(f"cannot resume in {folder}: its journal is damaged", _ANEW)
             else:
                 self._start(identity)
             for name in layout.headers:  # a run killed while finishing has named some shards already
                 path = self._part(name) if self._part(name).exists() else folder / name
                 if not path.is_file() or path.stat().st_size != layout.sizes[name]:
-                    raise OutputError(
-                        f"cannot resume in {folder}: {path.name} is not as the run left it",
-                        "start anew with --overwrite",
-                    )
+                    raise OutputError(f"cannot resume in {folder}: {path.name} is not as the run left it", _ANEW)
                 self._descriptors[name] = os.open(path, os.O_RDWR)
         except OSError as error:
             raise as_output_error(folder, error) from error
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the thread has worked."""
+        return self._queue.seconds
 
     def _part(self, shard: str) -> Path:
         return self.folder / (shard + ".part")
 
     def _start(self, identity: dict[str, Any]) -> None:
         """Lay out empty shards with their headers, then the journal: from here on the run can be resumed."""
-        self._journal_path.parent.mkdir(parents=True, exist_ok=True)
-        self._journal_path.unlink(missing_ok=True)
+        self._journal.path.parent.mkdir(parents=True, exist_ok=True)
+        self._journal.path.unlink(missing_ok=True)
         for name, header in self.layout.headers.items():
             part = self._part(name)
             part.parent.mkdir(parents=True, exist_ok=True)
@@ -185,66 +268,50 @@ class CheckpointWriter:
                 stream.write(header)
                 stream.truncate(self.layout.sizes[name])
                 os.fsync(stream.fileno())
-        write_text_atomically(self._journal_path, json.dumps({"identity": identity}) + "\n")
+        self._journal.start(identity)
 
     def write(self, name: str, tensor: Tensor, record: dict[str, Any]) -> None:
         """Queue a tensor's final value and its report; blocks while an earlier tensor is still being written."""
         import torch
 
         raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        self._submit(lambda: self._write_now(name, [raw.numpy().data], record))
+        self._queue.submit(lambda: self._write_now(name, [raw.numpy().data], record))
 
     def copy(self, name: str, source: Checkpoint, record: dict[str, Any]) -> None:
         """Queue a byte copy of a tensor from ``source``."""
-        self._submit(lambda: self._write_now(name, _pieces(source, source.tensors[name]), record))
-
-    def _submit(self, job: Any) -> None:
-        while len(self._queue) > 1:  # one being written, one waiting: bounds the memory that waits here
-            self._queue.pop(0).result()
-        self._queue.append(self._pool.submit(job))
+        self._queue.submit(lambda: self._write_now(name, _pieces(source, source.tensors[name]), record))
 
     def _write_now(self, name: str, pieces: Iterable[memoryview], record: dict[str, Any]) -> None:
-        started = perf_counter()
         slot = self.layout.slots[name]
         position = slot.offset
         try:
             for piece in pieces:
-                while len(piece):
-                    count = os.pwrite(self._descriptors[slot.shard], piece, position)
-                    piece, position = piece[count:], position + count
-            self._pending.lines.append(json.dumps({"name": name, "record": record}) + "\n")
-            self._pending.shards.add(slot.shard)
-            self._pending.nbytes += slot.nbytes
-            if self._pending.nbytes >= _SYNC_BYTES:
-                self._sync()
+                write_all(self._descriptors[slot.shard], piece, position)
+                position += len(piece)
+            self._journal.add({"name": name, "record": record}, slot.nbytes, self._descriptors[slot.shard])
         except OSError as error:
             raise as_output_error(self._part(slot.shard), error) from error
         self.done[name] = record
-        self.seconds += perf_counter() - started
-
-    def _sync(self) -> None:
-        """Data first, then the journal lines that vouch for it."""
-        for shard in self._pending.shards:
-            os.fdatasync(self._descriptors[shard])
-        with self._journal_path.open("a", encoding="utf-8") as stream:
-            stream.writelines(self._pending.lines)
-            stream.flush()
-            os.fsync(stream.fileno())
-        self._pending = _Pending()
 
     def drain(self) -> None:
         """Wait until everything queued is written and journaled."""
-        while self._queue:
-            self._queue.pop(0).result()
-        self._pool.submit(self._sync).result()
+        self._queue.submit(self._journal.sync)
+        self._queue.drain()
 
-    def finish(self, side_folder: Path, side: Iterable[Path], texts: dict[str, str]) -> None:
-        """Side files and records first, then the shards' names, then the index: the last one makes it loadable."""
+    def finish(self, side: dict[str, Path | bytes], texts: dict[str, str]) -> None:
+        """Side files and records first, then the shards' names, then the index: the last one makes it loadable.
+
+        ``side`` gives each side file, by its name relative to the folder, as a file to copy or as its bytes.
+        """
         try:
             self.drain()
-            for relative in side:
-                (self.folder / relative).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(side_folder / relative, self.folder / relative)
+            for name, source in side.items():
+                target = self.folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(source, bytes):
+                    target.write_bytes(source)
+                else:
+                    shutil.copyfile(source, target)
             for name, text in texts.items():
                 write_text_atomically(self.folder / name, text)
             self._close_files()
@@ -269,8 +336,17 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Stop the thread and close the files; what is journaled stays for ``resume``."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._queue.close()
         self._close_files()
+
+    def discard(self) -> None:
+        """Remove all that was written: after an error that no resumed run could get over."""
+        self.close()
+        for shard in self.layout.headers:
+            self._part(shard).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / WORK_FOLDER, ignore_errors=True)
+        if self._made_folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -280,10 +356,7 @@ class CheckpointWriter:
 
 
 def _pieces(source: Checkpoint, info: TensorInfo) -> Iterable[memoryview]:
-    buffer = bytearray(min(_COPY_BYTES, info.nbytes))
-    for start in range(0, info.nbytes, _COPY_BYTES):
-        piece = memoryview(buffer)[: min(_COPY_BYTES, info.nbytes - start)]
-        source.read_into(info, piece, start)
+    for piece in source.pieces(info):
         _refuse_nan(piece, info, source)
         yield piece
 
@@ -295,26 +368,3 @@ def _refuse_nan(piece: memoryview, info: TensorInfo, source: Checkpoint) -> None
     dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}.get(info.dtype)
     if dtype is not None and bool(torch.frombuffer(piece, dtype=dtype).isnan().any()):
         raise NumericalError(f"NaN in tensor {info.name!r} of {source.path}", "check this checkpoint")
-
-
-def read_journal(path: Path, identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The records of the tensors safely written by an earlier run of the same ``identity``."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        earlier = dict(json.loads(lines[0])["identity"])
-        entries = [json.loads(line) for line in lines[1:-1]]
-        done = {str(entry["name"]): dict(entry["record"]) for entry in entries}
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged_journal(path) from error
-    current = json.loads(json.dumps(identity))  # the same round trip: tuples become lists
-    changed = sorted(key for key in {*earlier, *current} if earlier.get(key) != current.get(key))
-    if changed:
-        details = ", ".join(f"{key}: {earlier.get(key)} then, {current.get(key)} now" for key in changed)
-        raise OutputError(f"cannot resume in {path.parent.parent}: {details}", "start anew with --overwrite")
-    # What follows the last newline was cut off in the middle.
-    write_text_atomically(path, "".join(line + "\n" for line in lines[:-1]))
-    return done
-
-
-def _damaged_journal(path: Path) -> OutputError:
-    return OutputError(f"cannot resume in {path.parent.parent}: its journal is damaged", "start anew with --overwrite")

@@ -95,20 +95,30 @@ def decorate_joint(
         energy += float((product * put_back).sum(1).sum(dtype=torch.float64))
         target = torch.where(kept, product, 0.0)  # (R, I): b, the right side of every row
         del put_back, product
-        solution = torch.zeros_like(target)
-        direct = _worth_solving_directly(kept)
-        failed, direct_sq = _solve_directly_(solution, target, kept, hessian, amount, direct)
-        rest = [row for row in range(kept.shape[0]) if not direct[row]] + failed
-        part, steps, iterated_sq = _conjugate_gradients(
-            target[rest], kept[rest], hessian, amount, tolerance, max_iterations
-        )
-        solution[rest] = part
+        decorator[chunk], steps, squares = solve_on_mask(target, kept, hessian, amount, tolerance, max_iterations)
         iterations = max(iterations, steps)
-        residual_sq += direct_sq + iterated_sq
-        target_sq += _sum_of_squares(target)
-        decorator[chunk] = solution
+        residual_sq += squares
+        target_sq += sum_of_squares(target)
     residual = (residual_sq / target_sq) ** 0.5 if target_sq > 0 else 0.0
     return Decoration(decorator, iterations, residual, energy)
+
+
+def solve_on_mask(
+    target: Tensor, kept: Tensor, hessian: Tensor, amount: float, tolerance: float, max_iterations: int
+) -> tuple[Tensor, int, float]:
+    """Every row's x with A_SS x_S = b_S on its kept entries S, zero elsewhere; A = H + amount I, b the ``target``.
+
+    All are (R, I) but ``hessian`` (I, I). Returns also the iterations taken and the rows' summed squared residual.
+    """
+    solution = torch.zeros_like(target)
+    direct = _worth_solving_directly(kept)
+    failed, direct_sq = _solve_directly_(solution, target, kept, hessian, amount, direct)
+    rest = [row for row in range(kept.shape[0]) if not direct[row]] + failed
+    part, steps, iterated_sq = _conjugate_gradients(
+        target[rest], kept[rest], hessian, amount, tolerance, max_iterations
+    )
+    solution[rest] = part
+    return solution, steps, direct_sq + iterated_sq
 
 
 def _worth_solving_directly(kept: Tensor) -> list[bool]:
@@ -176,7 +186,7 @@ def _solve_directly_(
     return [row for failed, _ in results for row in failed], sum(square for _, square in results)
 
 
-def _sum_of_squares(rows: Tensor) -> float:
+def sum_of_squares(rows: Tensor) -> float:
     """Summed in float64 over the rows' sums: without a float64 copy of the array."""
     return float(rows.square().sum(1).sum(dtype=torch.float64))
 
@@ -203,11 +213,11 @@ def _conjugate_gradients(
         num_live = int(live.sum())
         if num_live == 0 or steps == max_iterations:
             solution[rows] = x
-            return solution, steps, residual_sq + _sum_of_squares(r)
+            return solution, steps, residual_sq + sum_of_squares(r)
         if num_live <= 0.75 * rows.numel():
             done = ~live
             solution[rows[done]] = x[done]
-            residual_sq += _sum_of_squares(r[done])
+            residual_sq += sum_of_squares(r[done])
             x, r, p, rz, kept, rows = x[live], r[live], p[live], rz[live], kept[live], rows[live]
             live = live[live]
         steps += 1

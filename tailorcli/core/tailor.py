@@ -91,10 +91,14 @@ def tailor_layer(
 
 def matrix_shape(tensor: Tensor, prepared: PreparedHessian | None) -> tuple[int, int]:
     """The two dimensions under which a tensor is a layer: a bias is (O, 1), a channel scale (1, I)."""
+    return layer_shape(tensor, None if prepared is None else prepared.hessian.shape[0])
+
+
+def layer_shape(tensor: Tensor, num_inputs: int | None) -> tuple[int, int]:
+    """The same, given the channels of the tensor's Hessian, or None without one."""
     if tensor.dim() == 2:
         return tensor.shape[0], tensor.shape[1]
-    if prepared is not None and tensor.dim() <= 1:
-        num_inputs = prepared.hessian.shape[0]
+    if num_inputs is not None and tensor.dim() <= 1:
         return tensor.numel() // num_inputs, num_inputs
     rows = tensor.shape[0] if tensor.dim() > 1 else 1
     return rows, tensor.numel() // max(rows, 1)
@@ -215,6 +219,12 @@ def _along_inputs(prepared: PreparedHessian | None, transposed: bool) -> Tensor 
 def _is_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite, in one pass and without a temporary."""
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def require_finite(tensor: Tensor) -> None:
+    """Raises NumericalError on NaN or infinity."""
+    if not _is_finite(tensor):
+        raise NumericalError("NaN or infinity", "check the checkpoints")
 
 
 def _require_finite(delta: Tensor, base: Tensor, tuned: Tensor) -> None:

@@ -1,0 +1,335 @@
+"""Apply a patch file to its base, and prove of a checkpoint that it is that base with that patch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from tailorcli import __version__
+from tailorcli.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo, read_header, read_json
+from tailorcli.errors import CheckpointError, PatchError
+from tailorcli.outputs import Target, progress_bar
+from tailorcli.patchfile import PatchFile, digest_of, raw_bytes
+from tailorcli.plan import RUNTIME_BYTES, Plan, TensorPlan
+from tailorcli.reading import ReadAhead
+from tailorcli.report import REPORT_FILE, PatchReport, load_report
+from tailorcli.writer import plan_layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PathLike = str | os.PathLike[str]
+_FROM_PATCH, _LEFT_OUT = "the patch file", "the patch leaves it alone"
+MOST_PROBLEMS = 20  # named one by one; all are counted
+_BITS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}
+
+
+def plan_apply(
+    base: PathLike,
+    patch: PathLike,
+    output: PathLike | None = None,
+    *,
+    max_shard_size: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Plan:
+    """What ``apply_patch`` would write and what it would cost; reads and checks all of the patch."""
+    with ExitStack() as stack:
+        opened, file = _open(base, patch, stack)
+        plan = _plan(opened, file, max_shard_size)
+        Target.of(output, None, resume=resume, overwrite=overwrite).check([opened.path, file.path], plan)
+        return plan
+
+
+def apply_patch(
+    base: PathLike,
+    patch: PathLike,
+    output: PathLike,
+    *,
+    max_shard_size: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> PatchReport:
+    """Write the checkpoint ``output``: ``base`` with the entries of the patch file in place.
+
+    Weights, side files and report are to the byte those that the run which made the patch wrote, or would have
+    written, to its output folder. Raises PatchError where the patch is damaged or ``base`` is not its base.
+    """
+    started = perf_counter()
+    target = Target.of(output, None, resume=resume, overwrite=overwrite)
+    with ExitStack() as stack:
+        opened, file = _open(base, patch, stack)
+        plan = _plan(opened, file, max_shard_size)
+        target.check([opened.path, file.path], plan)
+        identity = {
+            "tailorcli": __version__,
+            "command": "apply",
+            "base fingerprint": opened.fingerprint(),
+            "patch fingerprint": file.fingerprint(),
+            "max_shard_size": max_shard_size,
+        }
+        finished = target.finished(identity, "apply")
+        if finished is not None:
+            return finished
+        side, notes = side_sources(opened, file)
+        outputs = stack.enter_context(target.open(plan, opened, identity, {}, side))
+        bar = stack.enter_context(progress_bar(plan.tensors, "applying", progress))
+        bar.update(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in outputs.done))
+        todo = [tensor for tensor in plan.tensors if tensor.name not in outputs.done]
+        try:
+            for tensor, patched in _patched_tensors(todo, opened, file):
+                if patched is None:
+                    outputs.copy(tensor.name, opened, {})
+                else:
+                    outputs.write(tensor.name, patched, None, {}, "")
+                bar.update(tensor.nbytes)
+            outputs.drain()
+        except PatchError:  # a wrong base: no resumed run would get over it
+            outputs.discard()
+            raise
+        text = file.side_file(REPORT_FILE).decode()
+        saved = file.report()
+        seconds = perf_counter() - started
+        report = PatchReport("apply", saved["options"], saved["inputs"], saved["tensors"], {}, seconds, notes)
+        outputs.finish(report, text)
+        return report
+
+
+def _open(base: PathLike, patch: PathLike, stack: ExitStack) -> tuple[Checkpoint, PatchFile]:
+    """Both opened, every byte of the patch checked, and the base's headers and samples."""
+    file = stack.enter_context(PatchFile.open(patch))
+    opened = stack.enter_context(Checkpoint.open(base))
+    file.check_base(opened)
+    file.check()
+    return opened, file
+
+
+def _plan(base: Checkpoint, file: PatchFile, max_shard_size: int | None) -> Plan:
+
+    def plan_tensor(info: TensorInfo) -> TensorPlan:
+        common = (info.name, info.dtype, info.shape, info.nbytes)
+        return TensorPlan(*common, *(("patch", _FROM_PATCH) if info.name in file.tensors else ("base", _LEFT_OUT)))
+
+    tensors = tuple(plan_tensor(info) for info in base.tensors.values())
+    layout = plan_layout(base, max_shard_size)
+    return Plan(
+        tensors=tensors,
+        layout=layout,
+        read_bytes=base.nbytes + file.nbytes,
+        write_bytes=layout.nbytes,
+        patch_bytes=0,
+        peak_bytes=RUNTIME_BYTES + max((_working_set(t, file) for t in tensors), default=0),
+        largest_hessian=0,
+    )
+
+
+def _working_set(tensor: TensorPlan, file: PatchFile) -> int:
+    """Bytes held for one tensor: its patched and (waiting to be written) its predecessor's values, mask, indices."""
+    if tensor.name not in file.tensors:
+        return 1 << 24
+    return 3 * tensor.nbytes + tensor.numel + 2 * file.nbytes_of(tensor.name) + (32 << 20)
+
+
+def _patched_tensors(
+    tensors: list[TensorPlan], base: Checkpoint, file: PatchFile
+) -> Iterator[tuple[TensorPlan, Tensor | None]]:
+    """Each tensor with its patched value, None where the patch leaves it at base; the next is made ahead."""
+    changed = [tensor for tensor in tensors if tensor.name in file.tensors]
+    sizes = [_working_set(tensor, file) for tensor in changed]
+    reader = ReadAhead(
+        lambda i: patched_tensor(base.read(changed[i].name), file, changed[i].name, base.path),
+        list(zip(sizes, sizes, strict=True)),
+    )
+    made = iter(reader)
+    try:
+        for tensor in tensors:
+            yield tensor, next(made) if tensor.name in file.tensors else None
+    finally:
+        reader.close()
+
+
+def patched_tensor(base: Tensor, file: PatchFile, name: str, path: Path) -> Tensor:
+    """A copy of the base's tensor ``name`` with the patch's entries in place; ``path`` is where the base lies.
+
+    Raises PatchError if a single bit of the base's tensor differs from that which the patch was made for.
+    """
+    import torch
+
+    if digest_of(raw_bytes(base)) != file.tensors[name].base:
+        raise PatchError(
+            f"{file.path} is for another base: tensor {name!r} of {path} differs from the one that was patched",
+            "pass the checkpoint that the patch was made from: tailorcli inspect PATCH names it",
+        )
+    tensor = base.clone()
+    bits = getattr(torch, _BITS[tensor.element_size()])
+    tensor.view(bits)[file.mask(name)] = file.values(name).view(bits)
+    return tensor
+
+
+def side_sources(base: Checkpoint, file: PatchFile) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
+    """Every side file of the output: from the patch, or from the base where it had the same; and what is amiss."""
+    side: dict[str, Path | bytes] = {}
+    notes = []
+    for name, entry in file.side_files.items():
+        if name == REPORT_FILE:
+            continue
+        if entry.stored:
+            side[name] = file.side_file(name)
+            continue
+        source = base.path / name
+        if not source.is_file():
+            notes.append(f"side file {name} is missing: the base had it when the patch was made")
+            continue
+        if digest_of(source.read_bytes()) != entry.digest:
+            notes.append(f"side file {name} is the base's own, which has changed since the patch was made")
+        side[name] = source
+    return side, tuple(notes)
+
+
+@dataclass
+class VerifyReport:
+    """What ``verify_checkpoint`` found; ``problems`` names the first tensors that are not as they must be.
+
+    Without a patch, ``against`` is "report": it is then only proven which tensors equal the base, and that no
+    other differs from it in more entries than its mask kept.
+    """
+
+    checkpoint: str
+    against: str
+    tensors: int = 0
+    entries: int = 0
+    kept: int = 0
+    changed: int = 0  # entries that differ from the base
+    wrong_tensors: int = 0
+    problems: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is as it must be."""
+        return self.wrong_tensors == 0
+
+    def add(self, name: str, problem: str, **details: Any) -> None:
+        """Count a tensor that is wrong, and name it if it is one of the first."""
+        self.wrong_tensors += 1
+        if len(self.problems) < MOST_PROBLEMS:
+            self.problems.append({"tensor": name, "problem": problem, **details})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for ``--json``."""
+        return {"ok": self.ok, **asdict(self)}
+
+
+def verify_checkpoint(
+    checkpoint: PathLike, base: PathLike, patch: PathLike | None = None, progress: bool = False
+) -> VerifyReport:
+    """Compare ``checkpoint`` bit for bit with ``base`` outside the mask, and with ``patch`` inside it.
+
+    Without a patch file the checkpoint's own report says how many entries of each tensor may differ from the base.
+    Raises TailorError where an input cannot be read or ``patch`` is not of ``base``.
+    """
+    with ExitStack() as stack:
+        opened = stack.enter_context(Checkpoint.open(base))
+        found = stack.enter_context(Checkpoint.open(checkpoint))
+        file = None
+        kept: dict[str, int] = {}
+        if patch is not None:
+            file = stack.enter_context(PatchFile.open(patch))
+            file.check_base(opened)
+            file.check()
+        else:
+            kept = _kept_by_report(found, opened)
+        report = VerifyReport(str(found.path), "patch" if file is not None else "report")
+        _check_files(found, report)
+        for name in found.tensors:
+            if name not in opened.tensors:
+                report.add(name, "the base has no such tensor")
+        bar = stack.enter_context(progress_bar(opened.tensors.values(), "verifying", progress))
+        for name, info in opened.tensors.items():
+            report.tensors += 1
+            report.entries += info.numel
+            _verify_tensor(name, opened, found, file, kept, report)
+            bar.update(info.nbytes)
+        return report
+
+
+def _kept_by_report(found: Checkpoint, base: Checkpoint) -> dict[str, int]:
+    """How many entries of each patched tensor the checkpoint's own report says were kept."""
+    path = found.path / REPORT_FILE
+    hint = "pass the patch: --patch FILE"
+    if not path.exists():
+        raise CheckpointError(f"{found.path} has no {REPORT_FILE} that would say what was kept", hint)
+    saved = load_report(path)
+    if saved["inputs"]["base"]["fingerprint"] != base.fingerprint():
+        raise CheckpointError(f"{path} says that it was made from another base than {base.path}", hint)
+    return {t["name"]: int(t["kept"]) for t in saved["tensors"] if t["status"] == "patched"}
+
+
+def _check_files(found: Checkpoint, report: VerifyReport) -> None:
+    """What headers and index say besides names, shapes and places: they must be fit to load."""
+    for shard in found.shards:
+        _, metadata = read_header(shard)
+        if metadata and metadata.get("format") != "pt":
+            report.add(shard.name, "its metadata does not say that it holds PyTorch tensors")
+    if found.shards[0].name == SINGLE_FILE:
+        return
+    index = read_json(found.path / INDEX_FILE)
+    total = index.get("metadata", {}).get("total_size") if isinstance(index.get("metadata"), dict) else None
+    if total != found.nbytes:
+        report.add(INDEX_FILE, f"its total_size is {total}, the shards hold {found.nbytes} bytes")
+
+
+def _verify_tensor(
+    name: str,
+    base: Checkpoint,
+    found: Checkpoint,
+    file: PatchFile | None,
+    kept: dict[str, int],
+    report: VerifyReport,
+) -> None:
+    """Compare one tensor and note what differs."""
+    import torch
+
+    info, other = base.tensors[name], found.tensors.get(name)
+    if other is None:
+        report.add(name, "it is missing")
+        return
+    if (info.dtype, info.shape) != (other.dtype, other.shape):
+        what = f"it is {other.dtype} {list(other.shape)}, the base has {info.dtype} {list(info.shape)}"
+        report.add(name, what)
+        return
+    if name not in kept and (file is None or name not in file.tensors):
+        pieces = zip(base.pieces(info), found.pieces(other), strict=True)
+        if any(ours != theirs for ours, theirs in pieces):
+            report.add(name, "it differs from the base, where it should be equal")
+        return
+    original, stored = base.read(name).view(-1), found.read(name).view(-1)
+    dtype, bits = original.dtype, getattr(torch, _BITS[original.element_size()])
+    original, stored = original.view(bits), stored.view(bits)
+    changed = original != stored
+    num_changed = int(changed.count_nonzero())
+    report.changed += num_changed
+    if file is None:
+        report.kept += kept[name]
+        if num_changed > kept[name]:
+            report.add(name, f"{num_changed} entries differ from the base, its mask kept {kept[name]}")
+        return
+    expected = patched_tensor(base.read(name), file, name, base.path).view(-1).view(bits)
+    report.kept += file.tensors[name].kept
+    wrong = (expected != stored).nonzero().squeeze(1)
+    if wrong.numel():
+        mask = file.mask(name).view(-1)[wrong]
+        first = int(wrong[0])
+        report.add(
+            name,
+            f"{int((~mask).sum())} entries outside the mask differ from the base, {int(mask.sum())} kept ones "
+            f"from the patch",
+            index=first,
+            expected=expected[first : first + 1].view(dtype).tolist()[0],
+            found=stored[first : first + 1].view(dtype).tolist()[0],
+        )

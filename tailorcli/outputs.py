@@ -1,0 +1,338 @@
+"""What a run writes: a checkpoint folder, a patch file, or both: checked, resumed and finished together."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tailorcli.checkpoint import INDEX_FILE, WEIGHT_SUFFIXES, Checkpoint, read_json
+from tailorcli.errors import CheckpointError, OutputError, PatchError
+from tailorcli.patchfile import SUFFIX, PatchFile, PatchWriter, digest_of
+from tailorcli.plan import Plan
+from tailorcli.report import REPORT_FILE, RUN_FILE, PatchReport, load_report
+from tailorcli.writer import JOURNAL, WORK_FOLDER, CheckpointWriter, as_output_error, write_text_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ANOTHER = "choose another folder for -o"
+_ANOTHER_FILE = "choose another name for --patch-file"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a run writes to: the checkpoint ``folder``, the ``patch_file``, or both."""
+
+    folder: Path | None
+    patch_file: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+    @classmethod
+    def of(cls, folder: Any, patch_file: Any, *, resume: bool, overwrite: bool) -> Target:
+        """The same from paths of any kind."""
+        return cls(
+            Path(folder) if folder is not None else None,
+            Path(patch_file) if patch_file is not None else None,
+            resume,
+            overwrite,
+        )
+
+    def check(self, inputs: Sequence[Path], plan: Plan) -> None:
+        """Nothing that is there would be lost, and the disk has room. Raises OutputError."""
+        if self.folder is not None:
+            self._check_folder(self.folder, inputs)
+        if self.patch_file is not None:
+            self._check_patch_file(self.patch_file, inputs)
+        needed = {self.folder: plan.write_bytes, self.patch_file: plan.patch_bytes}
+        disks: dict[int, int] = {}
+        for path, nbytes in needed.items():
+            if path is None:
+                continue
+            there = existing_parent(path)
+            disk = there.stat().st_dev
+            disks[disk] = disks.get(disk, 0) + nbytes
+            free = shutil.disk_usage(there).free + (_unfinished_bytes(path) if path == self.folder else 0)
+            if disks[disk] > free:
+                raise OutputError(
+                    f"not enough disk for {path}: it needs {disks[disk]:,} bytes, {free:,} are free",
+                    "free some or choose another disk",
+                )
+
+    def _check_folder(self, output: Path, inputs: Sequence[Path]) -> None:
+        """The folder is new, or ours to resume or replace, and is none of the inputs."""
+        resolved = output.resolve()
+        for path in inputs:
+            if path.resolve().is_relative_to(resolved):
+                raise OutputError(f"the output {output} would replace an input ({path})", _ANOTHER)
+            if resolved.is_relative_to(path.resolve()):
+                raise OutputError(f"the output {output} lies inside an input ({path})", _ANOTHER)
+        if output.exists() and not output.is_dir():
+            raise OutputError(f"{output} exists and is a file", _ANOTHER)
+        if not output.exists() or not any(output.iterdir()):
+            return
+        if not (self.resume or self.overwrite):
+            raise OutputError(f"{output} exists and is not empty", "choose another, or pass --resume or --overwrite")
+        ours = (output / WORK_FOLDER).exists() or (output / RUN_FILE).exists()
+        if self.resume and not ours:
+            raise OutputError(f"{output} holds no run that could be resumed", "choose another folder, or --overwrite")
+        if self.overwrite and not ours and any(file.name.endswith(WEIGHT_SUFFIXES) for file in output.rglob("*")):
+            raise OutputError(f"{output} holds a checkpoint that tailorcli did not write", _ANOTHER)
+
+    def _check_patch_file(self, file: Path, inputs: Sequence[Path]) -> None:
+        """The file is new, or ours to resume or replace, and lies in none of the inputs, nor in the output."""
+        if file.suffix != SUFFIX:
+            raise OutputError(f"the patch file {file} must end in {SUFFIX}", _ANOTHER_FILE)
+        folder = [self.folder] if self.folder is not None else []
+        for path in (*inputs, *folder):
+            if file.resolve().is_relative_to(path.resolve()):
+                raise OutputError(f"the patch file {file} would lie in, or replace, {path}", _ANOTHER_FILE)
+        if file.is_dir():
+            raise OutputError(f"{file} exists and is a folder", _ANOTHER_FILE)
+        unfinished = file.with_name(file.name + ".journal").exists()
+        if not file.exists() and not unfinished:
+            return
+        if not (self.resume or self.overwrite):
+            raise OutputError(f"{file} exists already", "choose another, or pass --resume or --overwrite")
+        if file.exists():
+            try:
+                PatchFile.open(file).close()
+            except PatchError as error:
+                raise OutputError(f"{file} exists and is no patch file of tailorcli", _ANOTHER_FILE) from error
+
+    def finished(self, identity: dict[str, Any], command: str) -> PatchReport | None:
+        """The report of a run that had already finished with the same identity, when asked to resume it."""
+        if not self.resume:
+            return None
+        run = _finished_run(self.folder, identity) if self.folder is not None else {}
+        patch_done = self._patch_is_finished(identity)
+        if self.folder is not None and run is not None and not patch_done:
+            raise OutputError(
+                f"{self.folder} is finished, {self.patch_file} is not",
+                "write the patch file by itself: the same command without -o and --resume",
+            )
+        if run is None or not patch_done:
+            return None
+        if self.folder is None:
+            assert self.patch_file is not None
+            with PatchFile.open(self.patch_file) as patch:
+                saved = patch.report()
+            return PatchReport(command, saved["options"], saved["inputs"], saved["tensors"], {}, 0.0)
+        saved = load_report(self.folder / REPORT_FILE)
+        if not isinstance(run.get("stages"), dict) or not isinstance(run.get("seconds"), float):
+            raise OutputError(f"{self.folder / RUN_FILE} is damaged", "start anew with --overwrite")
+        return PatchReport(command, saved["options"], saved["inputs"], saved["tensors"], run["stages"], run["seconds"])
+
+    def _patch_is_finished(self, identity: dict[str, Any]) -> bool:
+        """Whether the patch file, if one is asked for, is there whole; another run's is an error."""
+        if self.patch_file is None:
+            return True
+        if not self.patch_file.exists():
+            return False
+        with PatchFile.open(self.patch_file) as patch:
+            if patch.manifest["run"] != json.loads(json.dumps(identity)):
+                raise OutputError(
+                    f"{self.patch_file} is the finished output of another run", "choose another, or --overwrite"
+                )
+        return True
+
+    def open(
+        self,
+        plan: Plan,
+        base: Checkpoint,
+        identity: dict[str, Any],
+        manifest: dict[str, Any],
+        side: Mapping[str, Path | bytes],
+    ) -> Outputs:
+        """Start writing, or go on after what an interrupted run has safely written.
+
+        ``side`` maps the names of side files to what is copied there; ``manifest`` goes into the patch file.
+        """
+        with ExitStack() as stack:
+            folder_writer, patch_writer = None, None
+            if self.patch_file is not None and not (self.resume and self._patch_is_finished(identity)):
+                if self.overwrite:
+                    self.patch_file.unlink(missing_ok=True)
+                infos = [base.tensors[tensor.name] for tensor in plan.patched]
+                contents = _differing(side, base)
+                full = {**manifest, "run": json.loads(json.dumps(identity))}
+                patch_writer = PatchWriter(self.patch_file, base, infos, full, contents, identity, self.resume)
+                stack.callback(patch_writer.close)
+            if self.folder is not None:
+                if self.overwrite and self.folder.exists():
+                    _clear(self.folder)
+                folder_writer = CheckpointWriter(self.folder, plan.layout, identity, self.resume)
+                stack.callback(folder_writer.close)
+            return Outputs(folder_writer, patch_writer, side, identity, stack.pop_all())
+
+
+class Outputs:
+    """The open outputs of a run; ``done`` maps the tensors that need not be worked on again to their records."""
+
+    def __init__(
+        self,
+        folder: CheckpointWriter | None,
+        patch: PatchWriter | None,
+        side: Mapping[str, Path | bytes],
+        identity: dict[str, Any],
+        stack: ExitStack,
+    ) -> None:
+        self._folder = folder
+        self._patch = patch
+        self._side = side
+        self._identity = identity
+        self._stack = stack
+        self.wants_digest = patch is not None
+        if folder is None:
+            self.done = dict(patch.done) if patch is not None else {}
+        elif patch is None:
+            self.done = dict(folder.done)
+        else:  # a tensor that stays at base is in the folder alone
+            changed = set(patch.names)
+            self.done = {n: r for n, r in folder.done.items() if n in patch.done or n not in changed}
+        self._resumed = len(self.done)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of writing."""
+        return sum(writer.seconds for writer in (self._folder, self._patch) if writer is not None)
+
+    def write(self, name: str, patched: Tensor, mask: Tensor | None, record: dict[str, Any], base_digest: str) -> None:
+        """Queue a patched tensor; mask and digest of the base are for a patch file (``wants_digest``)."""
+        if self._folder is not None:
+            self._folder.write(name, patched, record)
+        if self._patch is not None and mask is not None:
+            self._patch.write(name, mask, patched, record, base_digest)
+
+    def copy(self, name: str, base: Checkpoint, record: dict[str, Any]) -> None:
+        """Queue a tensor that stays as it is in the base."""
+        if self._folder is not None:
+            self._folder.copy(name, base, record)
+
+    def drain(self) -> None:
+        """Wait until everything is written."""
+        for writer in (self._patch, self._folder):
+            if writer is not None:
+                writer.drain()
+
+    def finish(self, report: PatchReport, text: str | None = None) -> None:
+        """Give the outputs their names, the patch file first: a folder that loads comes last.
+
+        ``text`` is what the report file shall hold, if it is not ``report`` itself.
+        """
+        text = report.to_json() if text is None else text
+        if self._patch is not None:
+            self._patch.finish(text)
+        if self._folder is not None:
+            texts = {REPORT_FILE: text, RUN_FILE: run_record(report, self._identity, self._resumed)}
+            self._folder.finish(dict(self._side), texts)
+
+    def discard(self) -> None:
+        """Remove what was written to the folder, after an error that no resumed run could get over."""
+        self._stack.close()
+        if self._folder is not None:
+            self._folder.discard()
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def run_record(report: PatchReport, identity: dict[str, Any], resumed: int) -> str:
+    """How this output came about: identity, times, versions; differs between runs, unlike the report."""
+    record = {
+        "identity": identity,
+        "inputs": report.inputs,
+        "seconds": report.seconds,
+        "stages": report.stages,
+        "tensors_from_an_earlier_run": resumed,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    return json.dumps(record, indent=1) + "\n"
+
+
+def write_report(report: PatchReport, path: Any) -> None:
+    """Write the report as JSON, whole or not at all."""
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(target, report.to_json())
+    except OSError as error:
+        raise as_output_error(target, error) from error
+
+
+def progress_bar(tensors: Iterable[Any], what: str, shown: bool) -> Any:
+    """A progress bar over bytes, on standard error."""
+    from tqdm import tqdm
+
+    total = sum(tensor.nbytes for tensor in tensors)
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None if shown else True, leave=False)
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists: where it is, or will be, on disk."""
+    resolved = path.resolve()
+    return next(parent for parent in (resolved, *resolved.parents) if parent.exists())
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes of the disk on which ``path`` is, or will be."""
+    return shutil.disk_usage(existing_parent(path)).free
+
+
+def _unfinished_bytes(folder: Path) -> int:
+    """Disk that the unfinished shards of an earlier run take up already."""
+    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*.part")) if folder.is_dir() else 0
+
+
+def _finished_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The run record of a finished output; None for an unfinished one, an error for another run's."""
+    if (folder / WORK_FOLDER / JOURNAL).exists() or not (folder / RUN_FILE).exists():
+        return None
+    run = read_json(folder / RUN_FILE)
+    if run.get("identity") != json.loads(json.dumps(identity)):
+        raise OutputError(f"{folder} holds the finished output of another run", "choose another, or --overwrite")
+    return run
+
+
+def _differing(side: Mapping[str, Path | bytes], base: Checkpoint) -> dict[str, bytes | str]:
+    """Side files as a patch holds them: the digest of one that the base has too, the bytes of any other."""
+    contents: dict[str, bytes | str] = {}
+    for name, source in side.items():
+        try:
+            content = source if isinstance(source, bytes) else source.read_bytes()
+            same = base.path / name
+            equal = same.is_file() and same.read_bytes() == content
+        except OSError as error:
+            raise CheckpointError(f"cannot read {name}: {error.strerror or error}", "check its permissions") from error
+        contents[name] = digest_of(content) if equal else content
+    return contents
+
+
+def _clear(folder: Path) -> None:
+    """Take an earlier output of ours away, the index first so that no moment shows half a checkpoint."""
+    try:
+        with Checkpoint.open(folder) as earlier:
+            shards = earlier.shards
+    except CheckpointError:  # unfinished or damaged
+        shards = list(folder.glob("*.safetensors"))
+    try:
+        (folder / INDEX_FILE).unlink(missing_ok=True)
+        for path in [*shards, *folder.rglob("*.safetensors.part")]:
+            path.unlink()
+        for name in (REPORT_FILE, RUN_FILE):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+    except OSError as error:
+        raise as_output_error(folder, error) from error

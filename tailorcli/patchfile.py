@@ -1,0 +1,503 @@
+"""Patch files: the mask of every patched tensor and the final values of its kept entries, in one safetensors file.
+
+The header's metadata says what the patch is of, for which base, and how it was made; docs/formats.md describes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from tailorcli.checkpoint import PATCHABLE_DTYPES, WEIGHT_SUFFIXES, Checkpoint, TensorInfo, bits_of, read_header
+from tailorcli.errors import CheckpointError, OutputError, PatchError
+from tailorcli.maskcode import CODINGS, PADDING, check, decode, encode, pad_byte
+from tailorcli.report import REPORT_FILE, check_report
+from tailorcli.writer import Journal, WriteQueue, as_output_error, fsync_path, write_all
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+FORMAT_VERSION = 1
+METADATA_KEY = "tailorcli_patch"
+SUFFIX = ".safetensors"
+MASK, VALUES, FILE = "mask:", "values:", "file:"  # before the name of a tensor, or of a side file
+_DIGEST = "0" * 32
+_HEX = re.compile(r"[0-9a-f]{32}")
+_MAKE_AGAIN = "download it again, or make it again: tailorcli patch BASE TUNED --patch-file FILE"
+
+
+def digest_of(*parts: Any) -> str:
+    """BLAKE2b of all the bytes of ``parts``, 128 bits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU."""
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+
+
+@dataclass(frozen=True)
+class PatchTensor:
+    """One patched tensor: how many entries it keeps and how its mask is coded.
+
+    ``base`` is the digest of all bytes of the base's tensor, ``content`` that of the coded mask and the values.
+    """
+
+    kept: int
+    coding: str
+    base: str
+    content: str
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether every field has its type and range, as one read from a file may not."""
+        digests = all(isinstance(text, str) and _HEX.fullmatch(text) for text in (self.base, self.content))
+        return digests and type(self.kept) is int and self.kept >= 0 and self.coding in CODINGS
+
+
+@dataclass(frozen=True)
+class BaseTensor:
+    """A tensor of the base as it must be: dtype, shape, and the fingerprint of a sample of its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    fingerprint: str
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether every field has its type and range."""
+        sizes = all(type(size) is int and 0 <= size < 1 << 62 for size in self.shape) and len(self.shape) <= 64
+        named = isinstance(self.dtype, str) and isinstance(self.fingerprint, str)
+        return named and sizes and bool(_HEX.fullmatch(self.fingerprint)) and self.numel < 1 << 62
+
+    @property
+    def numel(self) -> int:
+        """Entries."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class SideFile:
+    """A file beside the weights: its digest, and whether the patch holds it (or else the base has the same)."""
+
+    digest: str
+    stored: bool
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether every field has its type and range."""
+        return isinstance(self.digest, str) and bool(_HEX.fullmatch(self.digest)) and isinstance(self.stored, bool)
+
+
+class PatchFile:
+    """An opened patch file; masks and values are read tensor by tensor.
+
+    ``tensors`` maps each patched tensor to its PatchTensor, ``base`` every tensor of the base to its BaseTensor,
+    ``side_files`` the config, tokenizer and report to theirs. ``manifest`` is all of the metadata.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], store: Checkpoint) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._store = store
+        try:
+            self.tensors = {name: PatchTensor(**entry) for name, entry in manifest["tensors"].items()}
+            self.base = {
+                name: BaseTensor(entry["dtype"], tuple(entry["shape"]), entry["fingerprint"])
+                for name, entry in manifest["base"]["tensors"].items()
+            }
+            self.side_files = {name: SideFile(**entry) for name, entry in manifest["side_files"].items()}
+            str(manifest["base"]["fingerprint"]), dict(manifest["run"])
+            _ = [str(entry["fingerprint"]) for entry in manifest["inputs"].values()]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise self._damaged(f"its metadata is malformed: {error!r}") from error
+        for key in ("task", "license"):
+            if not isinstance(manifest.get(key), str | None):
+                raise self._damaged(f"its {key} is no text")
+        self._check_names()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> PatchFile:
+        """Open the file ``path`` by its header. Raises PatchError with what is wrong with it."""
+        file = Path(path)
+        if file.is_dir():
+            raise PatchError(f"{file} is a folder, not a patch file", "pass the .safetensors file of --patch-file")
+        if not file.exists():
+            raise PatchError(f"{file} does not exist", "make it: tailorcli patch BASE TUNED --patch-file FILE")
+        try:
+            infos, metadata = read_header(file)
+        except CheckpointError as error:
+            raise PatchError(error.message, _MAKE_AGAIN) from error
+        if METADATA_KEY not in metadata:
+            raise PatchError(
+                f"{file} is no patch file: its metadata has no {METADATA_KEY!r}",
+                "pass a file that tailorcli patch --patch-file wrote",
+            )
+        try:
+            manifest = json.loads(metadata[METADATA_KEY])
+            version = manifest["format_version"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise PatchError(f"{file} is a damaged patch file: its metadata is malformed", _MAKE_AGAIN) from error
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise PatchError(
+                f"{file} has format_version {version!r}, expected {FORMAT_VERSION}",
+                "use the version of tailorcli that made it, or make it again with this one",
+            )
+        return cls(file, manifest, Checkpoint(file, infos, [file]))
+
+    def _damaged(self, why: str) -> PatchError:
+        return PatchError(f"{self.path} is a damaged patch file: {why}", _MAKE_AGAIN)
+
+    def _check_names(self) -> None:
+        """Every entry is sound, and the file holds just the tensors that the metadata announces."""
+        entries: list[tuple[str, PatchTensor | BaseTensor | SideFile]]
+        entries = [*self.tensors.items(), *self.base.items(), *self.side_files.items()]
+        for name, entry in entries:
+            if not entry.is_sound:
+                raise self._damaged(f"the entry of {name!r} in its metadata has a field of the wrong type or range")
+        expected: dict[str, tuple[str, int | None]] = {}  # dtype and number of entries, where the metadata tells
+        for name, tensor in self.tensors.items():
+            base = self.base.get(name)
+            if base is None:
+                raise self._damaged(f"it patches {name!r}, which its base does not have")
+            if base.dtype not in PATCHABLE_DTYPES or tensor.kept > base.numel:
+                raise self._damaged(f"it keeps {tensor.kept} entries of {name!r}, {base.dtype} {list(base.shape)}")
+            expected[MASK + name] = ("U8", None)
+            expected[VALUES + name] = (base.dtype, tensor.kept)
+        for name, side in self.side_files.items():
+            if not _is_side_name(name):
+                raise self._damaged(f"it names {name!r}, which is no side file inside a model's folder")
+            if side.stored:
+                expected[FILE + name] = ("U8", None)
+        if REPORT_FILE not in self.side_files or not self.side_files[REPORT_FILE].stored:
+            raise self._damaged(f"it holds no {REPORT_FILE}")
+        found = self._store.tensors
+        for name in (*found, *expected):
+            if name not in expected:
+                raise self._damaged(f"it holds a tensor {name!r} that its metadata does not announce")
+            if name not in found:
+                raise self._damaged(f"it lacks {name!r}")
+            dtype, numel = expected[name]
+            info = found[name]
+            if info.dtype != dtype or len(info.shape) != 1 or numel not in (None, info.numel):
+                wanted = f"{dtype} [{'any' if numel is None else numel}]"
+                raise self._damaged(f"{name!r} is {info.dtype} {list(info.shape)}, expected {wanted}")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of masks, values and side files."""
+        return self._store.nbytes
+
+    @property
+    def base_nbytes(self) -> int:
+        """Bytes of the base's tensors."""
+        return sum(-(-tensor.numel * bits_of(tensor.dtype) // 8) for tensor in self.base.values())
+
+    @property
+    def name(self) -> str:
+        """The task's name, or else the file's."""
+        return str(self.manifest.get("task") or self.path.stem)
+
+    def fingerprint(self) -> str:
+        """A hash of the metadata, which holds the digests of everything else."""
+        return digest_of(json.dumps(self.manifest, sort_keys=True).encode())
+
+    def input_fingerprint(self, role: str) -> str | None:
+        """The fingerprint of the ``tuned`` checkpoint or the ``stats`` that the patch was made from."""
+        entry = self.manifest["inputs"].get(role)
+        return None if entry is None else str(entry["fingerprint"])
+
+    def mask(self, name: str) -> Tensor:
+        """The mask of one tensor, bool, in the tensor's shape."""
+        import torch
+
+        numel = self.base[name].numel
+        flat = decode(self.tensors[name].coding, self._bytes(MASK + name), numel)
+        return torch.from_numpy(flat).view(self.base[name].shape)
+
+    def values(self, name: str) -> Tensor:
+        """The final values of the kept entries (kept,), in row-major order and in the base's dtype."""
+        return self._store.read(VALUES + name)
+
+    def side_file(self, name: str) -> bytes:
+        """A side file that the patch holds."""
+        return self._bytes(FILE + name).tobytes()
+
+    def report(self) -> dict[str, Any]:
+        """The report of the run that made the patch."""
+        try:
+            report = json.loads(self.side_file(REPORT_FILE))
+        except (ValueError, RecursionError) as error:
+            raise self._damaged("its report is not JSON") from error
+        if not isinstance(report, dict):
+            raise self._damaged("its report is no JSON object")
+        try:
+            return check_report(report, self.path)
+        except CheckpointError as error:
+            raise PatchError(error.message, _MAKE_AGAIN) from error
+
+    def kept_of(self, name: str) -> int:
+        """How many entries of a tensor the patch keeps; none of one that it leaves alone."""
+        return self.tensors[name].kept if name in self.tensors else 0
+
+    def nbytes_of(self, name: str) -> int:
+        """Bytes of one tensor's mask and values in the file."""
+        return self._store.tensors[MASK + name].nbytes + self._store.tensors[VALUES + name].nbytes
+
+    def _bytes(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        return self._store.read(name).numpy()
+
+    def check(self) -> None:
+        """Read everything once: digests are right, masks fit their tensors and keep what the metadata says."""
+        for name, tensor in self.tensors.items():
+            codes = self._bytes(MASK + name)
+            try:
+                kept = check(tensor.coding, codes, self.base[name].numel)
+            except ValueError as error:
+                raise self._damaged(f"tensor {name!r}: {error}") from error
+            if kept != tensor.kept:
+                raise self._damaged(f"tensor {name!r}: its mask keeps {kept} entries, it has {tensor.kept} values")
+            values = self.values(name)
+            if digest_of(codes.data, raw_bytes(values)) != tensor.content:
+                raise self._damaged(f"tensor {name!r}: its mask or values are not those that were written")
+            if not bool(values.isfinite().all()):
+                raise self._damaged(f"tensor {name!r}: NaN or infinity among its values")
+        for name, side in self.side_files.items():
+            if side.stored and digest_of(self._bytes(FILE + name).data) != side.digest:
+                raise self._damaged(f"its side file {name!r} is not the one that was written")
+        self.report()
+
+    def check_base(self, base: Checkpoint) -> None:
+        """``base`` has the tensors of the patch's base, as far as their samples tell."""
+        hint = "pass the checkpoint that the patch was made from: tailorcli inspect PATCH names it"
+        for name, wanted in self.base.items():
+            info = base.tensors.get(name)
+            if info is None:
+                raise PatchError(f"{self.path} is for another base: {base.path} has no tensor {name!r}", hint)
+            if (info.dtype, info.shape) != (wanted.dtype, wanted.shape):
+                found = f"{info.dtype} {list(info.shape)}, expected {wanted.dtype} {list(wanted.shape)}"
+                raise PatchError(f"{self.path} is for another base: tensor {name!r} of {base.path} is {found}", hint)
+            if base.tensor_fingerprint(info) != wanted.fingerprint:
+                what = f"tensor {name!r} of {base.path} holds other values"
+                raise PatchError(f"{self.path} is for another base: {what}", hint)
+        more = [name for name in base.tensors if name not in self.base]
+        if more:
+            raise PatchError(f"{self.path} is for another base: {base.path} also has tensor {more[0]!r}", hint)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._store.close()
+
+    def __enter__(self) -> PatchFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _is_side_name(name: str) -> bool:
+    """A file inside the folder that is no weight: no absolute path, no "..", nothing hidden."""
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") for part in path.parts)
+    odd = not name or path.is_absolute() or hidden or "\\" in name or "\0" in name or len(name) > 1000
+    return not odd and not name.endswith(WEIGHT_SUFFIXES) and path.as_posix() == name
+
+
+class PatchWriter:
+    """Writes one patch file on a thread of its own; like a checkpoint it can be resumed and is finished in one step.
+
+    The data are appended to ``FILE.part`` behind room for the header, whose size is known beforehand but whose
+    content is not. ``FILE.journal`` lists what is safely written.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        base: Checkpoint,
+        shapes: Sequence[TensorInfo],
+        manifest: dict[str, Any],
+        side: dict[str, bytes | str],
+        identity: dict[str, Any],
+        resume: bool,
+    ) -> None:
+        """Open the file for writing.
+
+        ``shapes`` are the tensors to come, in order; ``side`` maps side files to bytes, or to their digest where
+        the base has the same.
+        """
+        self.file = file
+        self.done: dict[str, dict[str, Any]] = {}
+        self._side = side
+        self._manifest = {"format_version": FORMAT_VERSION, **manifest, "base": describe_base(base)}
+        self._entries: dict[str, PatchTensor] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}  # bytes of the mask and of the values
+        self._infos = {info.name: info for info in shapes}
+        self._reserved = self._reserve()
+        self._position = self._reserved
+        self._part = file.with_name(file.name + ".part")
+        self._journal = Journal(file.with_name(file.name + ".journal"))
+        self._queue = WriteQueue("patch writer")
+        try:
+            if resume and self._journal.path.exists() and self._part.exists():
+                self._restore(self._journal.load(identity, file))
+            else:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                self._journal.path.unlink(missing_ok=True)
+                self._part.write_bytes(b"")
+                self._journal.start(identity)
+            self._descriptor = os.open(self._part, os.O_RDWR)
+            os.ftruncate(self._descriptor, self._position)
+        except OSError as error:
+            raise as_output_error(file, error) from error
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors that the patch will hold."""
+        return list(self._infos)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the thread has worked."""
+        return self._queue.seconds
+
+    def _restore(self, entries: list[dict[str, Any]]) -> None:
+        damaged = OutputError(f"cannot resume {self.file}: its journal is damaged", "start anew with --overwrite")
+        try:
+            for entry in entries:
+                name = str(entry["name"])
+                self._infos[name]
+                self._entries[name] = PatchTensor(**entry["entry"])
+                mask, values = entry["bytes"]
+                self._sizes[name] = (int(mask), int(values))
+                self._position += int(mask) + int(values)
+                self.done[name] = dict(entry["record"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged from error
+        if self._part.stat().st_size < self._position:
+            raise damaged
+
+    def write(self, name: str, mask: Tensor, patched: Tensor, record: dict[str, Any], base_digest: str) -> None:
+        """Queue a tensor: its mask, its final values (of which the kept ones are stored), its report."""
+        flat, values = mask.detach().cpu().reshape(-1), patched.detach().cpu().reshape(-1)
+        if name not in self.done:
+            self._queue.submit(lambda: self._write_now(name, flat, values, record, base_digest))
+
+    def _write_now(self, name: str, mask: Tensor, patched: Tensor, record: dict[str, Any], base_digest: str) -> None:
+        import numpy as np
+
+        coding, codes = encode(mask.numpy())
+        padding = -(self._position + codes.size) % (PADDING + 1)
+        codes = np.append(codes, np.full(padding, pad_byte(coding), dtype=np.uint8))
+        kept = patched[mask]
+        values = raw_bytes(kept)
+        entry = PatchTensor(kept.numel(), coding, base_digest, digest_of(codes.data, values))
+        try:
+            write_all(self._descriptor, codes.data, self._position)
+            write_all(self._descriptor, values, self._position + codes.size)
+            line = {"name": name, "record": record, "entry": asdict(entry), "bytes": [codes.size, len(values)]}
+            self._journal.add(line, codes.size + len(values), self._descriptor)
+        except OSError as error:
+            raise as_output_error(self._part, error) from error
+        self._position += codes.size + len(values)
+        self._entries[name] = entry
+        self._sizes[name] = (codes.size, len(values))
+        self.done[name] = record
+
+    def drain(self) -> None:
+        """Wait until everything queued is written and journaled."""
+        self._queue.submit(self._journal.sync)
+        self._queue.drain()
+
+    def finish(self, report: str) -> None:
+        """The side files and the report, then the header, then the file's name."""
+        try:
+            self.drain()
+            side = {**self._side, REPORT_FILE: report.encode()}
+            stored = {name: content for name, content in side.items() if isinstance(content, bytes)}
+            for content in stored.values():
+                write_all(self._descriptor, memoryview(content), self._position)
+                self._position += len(content)
+            header = self._header(self._entries, self._sizes, {n: len(c) for n, c in stored.items()}, _describe(side))
+            if len(header) > self._reserved:
+                raise AssertionError("the room for the header is too small")
+            text = header[8:] + b" " * (self._reserved - len(header))
+            write_all(self._descriptor, memoryview(len(text).to_bytes(8, "little") + text), 0)
+            os.ftruncate(self._descriptor, self._position)
+            os.fsync(self._descriptor)
+            self._part.replace(self.file)
+            self._journal.path.unlink(missing_ok=True)
+            fsync_path(self.file.parent)
+        except OSError as error:
+            raise as_output_error(self.file, error) from error
+
+    def _reserve(self) -> int:
+        """The header's size with every number as long as it can get, rounded up to a multiple of 8."""
+        longest = max(CODINGS, key=len)
+        entries = {n: PatchTensor(info.numel, longest, _DIGEST, _DIGEST) for n, info in self._infos.items()}
+        sizes = {name: (info.nbytes + PADDING, info.nbytes) for name, info in self._infos.items()}
+        stored = {name: len(content) for name, content in self._side.items() if isinstance(content, bytes)}
+        side: dict[str, bytes | str] = {**self._side, REPORT_FILE: b""}
+        header = self._header(entries, sizes, {**stored, REPORT_FILE: 1 << 40}, _describe(side))
+        return -(-len(header) // 8) * 8
+
+    def _header(
+        self,
+        entries: dict[str, PatchTensor],
+        sizes: dict[str, tuple[int, int]],
+        stored: dict[str, int],
+        side: dict[str, Any],
+    ) -> bytes:
+        manifest = {**self._manifest, "tensors": {n: asdict(e) for n, e in entries.items()}, "side_files": side}
+        header: dict[str, Any] = {"__metadata__": {METADATA_KEY: json.dumps(manifest, separators=(",", ":"))}}
+        position = 0
+        for name, (mask, values) in sizes.items():
+            dtype = self._infos[name].dtype
+            kept = entries[name].kept
+            header[MASK + name] = _entry("U8", mask, position, mask)
+            header[VALUES + name] = _entry(dtype, kept, position + mask, values)
+            position += mask + values
+        for name, nbytes in stored.items():
+            header[FILE + name] = _entry("U8", nbytes, position, nbytes)
+            position += nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        return len(text).to_bytes(8, "little") + text
+
+    def close(self) -> None:
+        """Stop the thread and close the file; what is journaled stays for ``resume``."""
+        self._queue.close()
+        os.close(self._descriptor)
+
+
+def _entry(dtype: str, numel: int, start: int, nbytes: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": [numel], "data_offsets": [start, start + nbytes]}
+
+
+def _describe(side: dict[str, bytes | str]) -> dict[str, Any]:
+    """The metadata's entries of side files that are stored (bytes) or only known by their digest."""
+    described = {}
+    for name, content in side.items():
+        stored = isinstance(content, bytes)
+        described[name] = asdict(SideFile(digest_of(content) if isinstance(content, bytes) else content, stored))
+    return described
+
+
+def describe_base(base: Checkpoint) -> dict[str, Any]:
+    """The base as the metadata holds it: its fingerprint, and every tensor's dtype, shape and fingerprint."""
+    tensors = {
+        name: {"dtype": info.dtype, "shape": list(info.shape), "fingerprint": base.tensor_fingerprint(info)}
+        for name, info in base.tensors.items()
+    }
+    return {"fingerprint": base.fingerprint(), "tensors": tensors}
