@@ -55,7 +55,17 @@ def test_dependencies_point_one_way():
 
 def test_core_is_pure():
     """Torch, NumPy, the standard library and the errors: no files, no logging."""
-    allowed = {"torch", "numpy", "tailorcli.errors", "__future__", "collections", "contextlib", "dataclasses", "typing", "itertools"}
+    allowed = {
+        "torch",
+        "numpy",
+        "tailorcli.errors",
+        "__future__",
+        "collections",
+        "contextlib",
+        "dataclasses",
+        "typing",
+        "itertools",
+    }
     allowed |= {"concurrent"}
     for file in (PACKAGE / "core").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
