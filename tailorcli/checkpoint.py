@@ -316,7 +316,8 @@ def _no_weights(folder: Path) -> CheckpointError:
     if "adapter_config.json" in names:
         return CheckpointError(
             f"{folder} holds an adapter, not a checkpoint",
-            "merge it into its base first: PeftModel.merge_and_unload(), then save_pretrained",
+            "an adapter can be TUNED, after its BASE; for a checkpoint of its own merge it into its base: "
+            "PeftModel.merge_and_unload(), then save_pretrained",
         )
     if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
         return CheckpointError(

@@ -16,7 +16,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli import __version__
-from tailorcli.checkpoint import INDEX_FILE, WEIGHT_SUFFIXES, Checkpoint, read_json, side_files
+from tailorcli.adapter import open_tuned, tuned_side_files
+from tailorcli.checkpoint import INDEX_FILE, WEIGHT_SUFFIXES, Checkpoint, read_json
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import CheckpointError, NumericalError, OutputError
 from tailorcli.options import PatchOptions
@@ -45,7 +46,8 @@ class Inputs:
     @classmethod
     def open(cls, base: PathLike, tuned: PathLike, stats: PathLike | None, stack: ExitStack) -> Inputs:
         """Open all by their headers; ``stack`` closes them."""
-        opened = cls(Checkpoint.open(base), Checkpoint.open(tuned), Stats.open(stats) if stats is not None else None)
+        opened_base = Checkpoint.open(base)
+        opened = cls(opened_base, open_tuned(tuned, opened_base), Stats.open(stats) if stats is not None else None)
         for item in (opened.base, opened.tuned, opened.stats):
             if item is not None:
                 stack.callback(item.close)
@@ -152,7 +154,7 @@ def patch_checkpoint(
         timer.seconds["write"] = writer.seconds
         report = _report("patch", inputs, options, records, timer, perf_counter() - started)
         texts = {REPORT_FILE: report.to_json(), RUN_FILE: _run_record(report, identity, len(records) - len(todo))}
-        writer.finish(inputs.tuned.path, side_files(inputs.tuned.path), texts)
+        writer.finish(tuned_side_files(inputs.tuned), texts)
         return report
 
 

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,13 +238,16 @@ class CheckpointWriter:
             self._queue.pop(0).result()
         self._pool.submit(self._sync).result()
 
-    def finish(self, side_folder: Path, side: Iterable[Path], texts: dict[str, str]) -> None:
-        """Side files and records first, then the shards' names, then the index: the last one makes it loadable."""
+    def finish(self, side: Mapping[Path, Path], texts: dict[str, str]) -> None:
+        """Side files and records first, then the shards' names, then the index: the last one makes it loadable.
+
+        ``side`` maps places in the folder to the files to copy there.
+        """
         try:
             self.drain()
-            for relative in side:
+            for relative, source in side.items():
                 (self.folder / relative).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(side_folder / relative, self.folder / relative)
+                shutil.copyfile(source, self.folder / relative)
             for name, text in texts.items():
                 write_text_atomically(self.folder / name, text)
             self._close_files()
