@@ -339,6 +339,10 @@ def _text_field(config: dict[str, Any], name: str) -> Any:
     return config.get(name, text.get(name) if isinstance(text, dict) else None)
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 160
+
+
 def _some(names: Iterable[str]) -> str:
     found = list(names)
-    return ", ".join(map(reprlib.repr, found[:3])) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    return ", ".join(map(_SHORT.repr, found[:3])) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
