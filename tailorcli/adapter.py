@@ -62,6 +62,12 @@ class AdaptedCheckpoint(Checkpoint):
         """Names of the tensors that the adapter forms or brings along; all others are the base's own."""
         return {*self._formulas, *self._saved}
 
+    def read_cost(self, name: str) -> int:
+        """Bytes that ``read`` takes from the disk: of a formed tensor those of W and of the adapter's parts."""
+        formula = self._formulas.get(name)
+        parts = [self.tensors[name]] if formula is None else [formula.weight, *formula.parts]
+        return sum(part.nbytes for part in parts)
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, in memory of its own: formed in float32 (float64), or as it is stored.
 
@@ -151,8 +157,11 @@ def _torch_dtype(info: TensorInfo) -> torch.dtype:
 def is_adapter(path: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a PEFT adapter and no full weights."""
     folder = Path(path)
-    full = any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
-    return (folder / CONFIG_FILE).is_file() and not full
+    try:
+        full = any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
+        return (folder / CONFIG_FILE).is_file() and not full
+    except OSError:  # whoever opens the folder says what is wrong with it
+        return False
 
 
 def open_tuned(path: str | os.PathLike[str], base: Checkpoint) -> Checkpoint:

@@ -18,6 +18,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor that PEFT saves
 _SAVE_AGAIN = "save the adapter again with PEFT's save_pretrained"
 _OTHER_BASE = "pass the base that the adapter was trained on, saved in full and not quantized"
+_OTHER_NAMES = f"{_OTHER_BASE}; if it is, its names differ too much: {MERGE_HINT}"
 
 # Endings of an adapter's tensor names after the module's own name.
 _DOWN, _UP, _BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
@@ -165,7 +166,7 @@ class _Fit:
         common = set.intersection(*shifts)
         if len(common) != 1:
             what = "more than one way" if common else "no single way"
-            raise self._error(f"there is {what} to fit {_some(missing)} to the names in {self.base.path}", _OTHER_BASE)
+            raise self._error(f"there is {what} to fit {_some(missing)} to the names in {self.base.path}", _OTHER_NAMES)
         dropped, added = common.pop()
         found |= {name: added + name.removeprefix(dropped) for name in missing}
         counts: dict[str, list[str]] = defaultdict(list)
@@ -198,7 +199,7 @@ class _Fit:
         if any(name.endswith(_HEADS) for name in names) and not any(n.endswith(_HEADS) for n in self.base.tensors):
             hint = "the base has no output layer of its own (it ties it to the embedding): save it untied first"
             return self._error(what, f"{hint}, or {MERGE_HINT}")
-        return self._error(what, _OTHER_BASE)
+        return self._error(what, _OTHER_NAMES)
 
     def _check_parts(self, module: str, parts: Mapping[str, TensorInfo]) -> None:
         """The parts of one module belong together."""

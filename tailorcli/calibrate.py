@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import reprlib
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -119,14 +120,22 @@ def _open(model: Path, base: str | os.PathLike[str] | None, stack: ExitStack) ->
             raise OptionsError(f"--base is for adapters, but {model} is none", "leave --base out")
         checkpoint = stack.enter_context(Checkpoint.open(model))
         return checkpoint, checkpoint
-    named = read_settings(model).base_name
-    if base is None and (named is None or not Path(named).is_dir()):
-        what = f"names {named!r}, which is no local folder" if named else "names none"
-        raise CheckpointError(
-            f"{model} is an adapter: its base is needed, and {CONFIG_FILE} {what}", "pass its base: --base BASE"
-        )
-    stored = stack.enter_context(Checkpoint.open(named if base is None else base))  # type: ignore[arg-type]
+    stored = stack.enter_context(Checkpoint.open(_named_base(model) if base is None else base))
     return stored, stack.enter_context(open_tuned(model, stored))
+
+
+def _named_base(adapter: Path) -> Path:
+    """The local folder that an adapter's config names as its base."""
+    named = read_settings(adapter).base_name
+    try:
+        if named and Path(named).is_dir():
+            return Path(named)
+    except OSError:  # no path at all
+        pass
+    what = f"names {reprlib.repr(named)}, which is no local folder" if named else "names none"
+    raise CheckpointError(
+        f"{adapter} is an adapter: its base is needed, and {CONFIG_FILE} {what}", "pass its base: --base BASE"
+    )
 
 
 def _adapt(network: Any, tuned: AdaptedCheckpoint, names: dict[str, tuple[str, str]]) -> None:

@@ -198,6 +198,10 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    def read_cost(self, name: str) -> int:
+        """Bytes that ``read`` takes from the disk."""
+        return self.tensors[name].nbytes
+
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype, on the CPU, in memory of its own."""
         import torch

@@ -144,7 +144,7 @@ def _group_by_hessian(tensors: list[TensorPlan]) -> list[TensorPlan]:
 
 def _bytes_to_read(tensors: list[TensorPlan], tuned: Checkpoint, stats: Stats | None) -> int:
     total = sum(tensor.nbytes for tensor in tensors)
-    total += sum(tuned.tensors[tensor.name].nbytes for tensor in tensors if tensor.action == "patch")
+    total += sum(tuned.read_cost(tensor.name) for tensor in tensors if tensor.action == "patch")
     used = {tensor.hessian for tensor in tensors if tensor.hessian}
     return total + sum(stats.nbytes(name) for name in used if stats is not None)
 

@@ -114,6 +114,8 @@ SETTINGS = {
         {"target_modules": ATTENTION, "trainable_token_indices": {"embed_tokens": [3, 1], "lm_head": [5]}},
         6,
     ),
+    "orthogonal": ("llama", {"target_modules": ATTENTION, "init_lora_weights": "orthogonal"}, 4),
+    "mica": ("llama", {"target_modules": ATTENTION, "init_lora_weights": "mica"}, 4),
     "gaussian": ("llama", {"target_modules": ATTENTION, "init_lora_weights": "gaussian"}, 4),
     "some layers": ("llama", {"target_modules": ATTENTION, "layers_to_transform": [1], "layers_pattern": "layers"}, 2),
 }
@@ -198,6 +200,8 @@ def test_reading_bytes_of_a_formed_tensor(tmp_path):
             assert bytes(buffer) == tuned.read(name).numpy().tobytes()[20:60]
             assert tuned.sample_bytes(info)
         assert set(base.shards) < set(tuned.shards)
+        assert tuned.read_cost(Q) == base.tensors[Q].nbytes + 4 * 4 * (32 + 32)
+        assert tuned.read_cost("lm_head.weight") == base.tensors["lm_head.weight"].nbytes
 
 
 def test_fingerprint_knows_what_decides_the_weights(tmp_path):
@@ -498,6 +502,9 @@ def test_folders_that_are_no_whole_adapter(adapter):
     shutil.rmtree(base)
     shutil.copytree(folder, base)
     assert "merge_and_unload" in refused(adapter, base, "holds an adapter, not a checkpoint")
+    result = run("inspect", folder)
+    assert result.exit_code == 1
+    assert "holds an adapter" in result.stderr
 
 
 def test_an_untrained_adapter_changes_nothing(adapter):
@@ -545,6 +552,8 @@ def test_calibrate_needs_the_base_of_an_adapter_and_of_nothing_else(adapter):
     calibrate_refused(adapter, mentions=["names none", "--base BASE"])
     edit_config(adapter, base_model_name_or_path="meta-llama/nowhere")
     calibrate_refused(adapter, mentions=["meta-llama/nowhere", "--base BASE"])
+    edit_config(adapter, base_model_name_or_path="x" * 5000)
+    calibrate_refused(adapter, mentions=["no local folder", "--base BASE"])
     calibrate_refused(adapter, "--base", adapter / "nowhere", mentions=["not there"])
     calibrate_refused(adapter, "--base", adapter / "adapter", mentions=["holds an adapter"])
     shutil.rmtree(adapter / "adapter")
