@@ -96,20 +96,21 @@ class _Fit:
         saved = {found[name]: self._check_saved(info, found[name]) for name, info in self.whole.items()}
         for module, parts in self.modules.items():
             self._check_parts(module, parts)
-            bias = found.get(f"{module}.bias")
-            if bias is not None and _BIAS in parts:
-                formulas[bias] = self._bias(module, parts, bias)
-            elif bias is not None:
-                saved[bias] = self._check_saved(parts[_BASE_BIAS], bias)
-            name = found.get(f"{module}.weight")
-            if name is None:
-                continue
-            if parts.keys() <= {_BASE_WEIGHT, _BASE_BIAS}:
+            if _BIAS in parts:
+                name = found[f"{module}.bias"]
+                formulas[name] = self._bias(module, parts, name)
+            elif _BASE_BIAS in parts:
+                name = found[f"{module}.bias"]
+                saved[name] = self._check_saved(parts[_BASE_BIAS], name)
+            if _TOKENS in parts:
+                name = found[f"{module}.weight"]
+                formulas[name] = self._tokens(module, parts, name)
+            elif parts.keys() & {_DOWN, _TABLE_DOWN}:
+                name = found[f"{module}.weight"]
+                formulas[name] = self._lora(module, parts, name)
+            elif _BASE_WEIGHT in parts:
+                name = found[f"{module}.weight"]
                 saved[name] = self._check_saved(parts[_BASE_WEIGHT], name)
-            else:
-                formulas[name] = (
-                    self._tokens(module, parts, name) if _TOKENS in parts else self._lora(module, parts, name)
-                )
         self._check_tying(formulas, saved)
         return formulas, saved
 
@@ -118,19 +119,13 @@ class _Fit:
 
     def _sort_tensors(self) -> None:
         """Every tensor by its module and its part there."""
+        if not self.file.is_file() and (self.folder / "adapter_model.bin").exists():
+            raise CheckpointError(
+                f"{self.folder} holds a pickled adapter, which is never loaded",
+                "convert it where you trust it: load it with PEFT and save_pretrained(NEW_DIR)",
+            )
         if not self.file.is_file():
-            pickled = (self.folder / "adapter_model.bin").exists()
-            what = (
-                "holds a pickled adapter, which is never loaded"
-                if pickled
-                else f"holds an adapter without {self.file.name}"
-            )
-            hint = (
-                "convert it where you trust it: load it with PEFT and save_pretrained(NEW_DIR)"
-                if pickled
-                else _SAVE_AGAIN
-            )
-            raise CheckpointError(f"{self.folder} {what}", hint)
+            raise CheckpointError(f"{self.folder} holds an adapter without {self.file.name}", _SAVE_AGAIN)
         tensors, _ = read_header(self.file)
         if not tensors:
             raise self._error("it holds no tensors", _SAVE_AGAIN)

@@ -190,6 +190,20 @@ def test_names_with_and_without_the_prefix(tmp_path):
             assert torch.equal(value, expected[name]), name
 
 
+def test_biases_under_the_names_of_older_versions(tmp_path):
+    make_adapter(tmp_path, "gpt2", target_modules=["c_attn"], bias="lora_only")
+    edit_tensors(tmp_path, lambda tensors: {name.replace("base_layer.", ""): t for name, t in tensors.items()})
+    assert compare(tmp_path) == 4
+    edit_tensors(
+        tmp_path, lambda tensors: {name.replace(".bias", ".base_layer.bias"): t for name, t in tensors.items()}
+    )
+    edit_tensors(
+        tmp_path, lambda tensors: {name: t for name, t in tensors.items() if "h.0" not in name or "bias" in name}
+    )
+    with Checkpoint.open(tmp_path / "base") as base, open_tuned(tmp_path / "adapter", base) as tuned:
+        assert len(tuned.changed) == 3
+
+
 def test_reading_bytes_of_a_formed_tensor(tmp_path):
     make_adapter(tmp_path, target_modules=ATTENTION, modules_to_save=["norm"])
     with Checkpoint.open(tmp_path / "base") as base, open_tuned(tmp_path / "adapter", base) as tuned:
