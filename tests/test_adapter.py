@@ -295,19 +295,23 @@ def test_patches_are_those_of_the_merged_model(chain, tmp_path):
 
 
 def test_density_one_is_the_merged_model_and_zero_the_base(chain, tmp_path):
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     ids = torch.arange(2, 40).reshape(2, -1)
 
-    def logits(folder):
-        with torch.no_grad():
-            return AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    @torch.no_grad()
+    def logits(folder, adapter=None):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        return (PeftModel.from_pretrained(model, adapter) if adapter else model)(ids).logits
 
     for density, expected in ((1.0, "merged"), (0.0, "base")):
         out = tmp_path / expected
         options = PatchOptions(density=density, solver="none", omega=1.0)
         patch_checkpoint(chain / "base", chain / "adapter", out, options=options)
         torch.testing.assert_close(logits(out), logits(chain / expected), rtol=0, atol=2e-5 * density)
+    unmerged = logits(chain / "base", chain / "adapter")  # as PEFT itself reads the folder
+    torch.testing.assert_close(logits(tmp_path / "merged"), unmerged, rtol=0, atol=5e-5)
     assert not (tmp_path / "base" / CONFIG).exists()
 
 
