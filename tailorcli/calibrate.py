@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import os
 import platform
+import reprlib
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli import __version__
+from tailorcli.adapter import AdaptedCheckpoint, is_adapter, open_tuned, tokenizer_folder
+from tailorcli.adapter_config import CONFIG_FILE, MERGE_HINT, read_settings
 from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint, read_json
 from tailorcli.data import Samples, draw_samples, make_batches
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import CheckpointError, DataError, OptionsError
+from tailorcli.names import map_names
 from tailorcli.options import CalibrateOptions
 from tailorcli.plan import matches
 from tailorcli.stats import HESSIANS, HessianInfo, TensorStats, prepare_folder, write_stats
@@ -57,29 +62,37 @@ def calibrate_model(
     output: str | os.PathLike[str],
     options: CalibrateOptions = CalibrateOptions(),
     progress: bool = False,
+    base: str | os.PathLike[str] | None = None,
 ) -> CalibrateReport:
     """Run the checkpoint ``model`` over samples of ``data`` and write the statistics folder ``output``.
 
     One Hessian H = (2/N) sum x x^T per distinct layer input, over N tokens that are not padding. ``model`` is
-    the *fine-tuned* checkpoint: its layer inputs on the new task are what Eq. 5 compares. Raises TailorError.
+    the *fine-tuned* checkpoint: its layer inputs on the new task are what Eq. 5 compares. It may be an adapter on
+    ``base``, which defaults to the local folder that the adapter itself names. Raises TailorError.
     """
     started = perf_counter()
     folder = Path(output)
-    with Checkpoint.open(model) as checkpoint:
+    with ExitStack() as stack:
+        stored, checkpoint = _open(Path(model), base, stack)
         device = resolve_device(options.device)
         prepare_folder(folder, options.overwrite)
         timer = StageTimer(device)
-        config = _read_config(checkpoint.path)
+        config = _read_config(stored.path)
         seen = replace(options, seq_len=min(options.seq_len, _num_positions(config)))
-        samples = draw_samples(Path(data), _load_tokenizer(checkpoint.path, options), seen)
+        samples = draw_samples(Path(data), _load_tokenizer(tokenizer_folder(checkpoint), options), seen)
         with timer.stage("load"), quiet_transformers():
-            network = _load_model(checkpoint, config, options).to(device).eval()
+            network = _load_model(stored, config, options)
+            names = map_names(stored, network)  # checkpoint name -> name in the model, or a reason
+            if isinstance(checkpoint, AdaptedCheckpoint):
+                _adapt(network, checkpoint, names)
+            network = network.to(device).eval()
         with exact_float32(), device_errors():
-            tensors, hessians = _collect(network, checkpoint, samples, options, device, timer, progress)
+            tensors, hessians = _collect(network, checkpoint, names, samples, options, device, timer, progress)
         dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
         del network
         facts = {
-            "model": {"path": str(checkpoint.path), "fingerprint": checkpoint.fingerprint(), "run_in": dtype},
+            "model": {"path": str(checkpoint.path), "fingerprint": checkpoint.fingerprint(), "run_in": dtype}
+            | ({} if stored is checkpoint else {"base": str(stored.path)}),
             "data": samples.facts,
             "options": options.to_dict() | {"overwrite": False},
             "versions": package_versions(),
@@ -100,9 +113,55 @@ def calibrate_model(
     )
 
 
+def _open(model: Path, base: str | os.PathLike[str] | None, stack: ExitStack) -> tuple[Checkpoint, Checkpoint]:
+    """The checkpoint from which the network is loaded, and the tuned model: the same, but for an adapter."""
+    if not is_adapter(model):
+        if base is not None:
+            raise OptionsError(f"--base is for adapters, but {model} is none", "leave --base out")
+        checkpoint = stack.enter_context(Checkpoint.open(model))
+        return checkpoint, checkpoint
+    stored = stack.enter_context(Checkpoint.open(_named_base(model) if base is None else base))
+    return stored, stack.enter_context(open_tuned(model, stored))
+
+
+def _named_base(adapter: Path) -> Path:
+    """The local folder that an adapter's config names as its base."""
+    named = read_settings(adapter).base_name
+    try:
+        if named and Path(named).is_dir():
+            return Path(named)
+    except OSError:  # no path at all
+        pass
+    what = f"names {reprlib.repr(named)}, which is no local folder" if named else "names none"
+    raise CheckpointError(
+        f"{adapter} is an adapter: its base is needed, and {CONFIG_FILE} {what}", "pass its base: --base BASE"
+    )
+
+
+def _adapt(network: Any, tuned: AdaptedCheckpoint, names: dict[str, tuple[str, str]]) -> None:
+    """Overwrite each parameter that the adapter changes, in place and in the network's dtype."""
+    import torch
+
+    users = Counter(parameter for parameter, _ in names.values())
+    parameters = dict(network.named_parameters())
+    for name in sorted(tuned.changed):
+        parameter, reason = names[name]
+        if not parameter:
+            raise CheckpointError(f"the adapter {tuned.path} changes tensor {name!r}, but {reason}", MERGE_HINT)
+        if users[parameter] > 1:
+            other = next(n for n, (p, _) in names.items() if p == parameter and n != name)
+            raise CheckpointError(
+                f"the adapter {tuned.path} changes tensor {name!r}, which the network ties to {other!r}",
+                f"set tie_word_embeddings to false in {tuned.base.path / 'config.json'}, where both are stored",
+            )
+        with torch.no_grad():
+            parameters[parameter].copy_(tuned.read(name))
+
+
 def _collect(
     network: Any,
     checkpoint: Checkpoint,
+    names: dict[str, tuple[str, str]],
     samples: Samples,
     options: CalibrateOptions,
     device: torch.device,
@@ -114,10 +173,8 @@ def _collect(
     from tqdm import tqdm
 
     from tailorcli.collect import BIAS_HESSIAN, Collector, find_layers
-    from tailorcli.names import map_names
 
     layers, others = find_layers(network)
-    names = map_names(checkpoint, network)  # checkpoint name -> name in the model, or a reason
     parameter_of = {tensor: found for tensor, (found, _) in names.items() if found}
     chosen = {
         parameter

@@ -203,6 +203,10 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    def read_cost(self, name: str) -> int:
+        """Bytes that ``read`` takes from the disk."""
+        return self.tensors[name].nbytes
+
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype, on the CPU, in memory of its own."""
         import torch
@@ -335,7 +339,8 @@ def _no_weights(folder: Path) -> CheckpointError:
     if "adapter_config.json" in names:
         return CheckpointError(
             f"{folder} holds an adapter, not a checkpoint",
-            "merge it into its base first: PeftModel.merge_and_unload(), then save_pretrained",
+            "an adapter can be TUNED, after its BASE; for a checkpoint of its own merge it into its base: "
+            "PeftModel.merge_and_unload(), then save_pretrained",
         )
     if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
         return CheckpointError(

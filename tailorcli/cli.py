@@ -74,7 +74,7 @@ def root(
 
 # Arguments and options that several commands share.
 Base = Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the pre-trained checkpoint (safetensors).")]
-Tuned = Annotated[Path, typer.Argument(metavar="TUNED", help="Folder of the fine-tuned checkpoint.")]
+Tuned = Annotated[Path, typer.Argument(metavar="TUNED", help="Folder of the fine-tuned checkpoint, or adapter.")]
 StatsIn = Annotated[
     Path | None,
     typer.Option("--stats", help="Folder made by calibrate; may be left out with --omega 1 (and --solver none)."),
@@ -113,11 +113,14 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, show 
 @app.command()
 @friendly_errors
 def calibrate(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of the fine-tuned checkpoint.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of the fine-tuned checkpoint or adapter.")],
     data: Annotated[
         Path, typer.Option(help="New-task data: .jsonl or .json (text, messages, or prompt and response), or .txt.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="STATS", help="Folder for the statistics.")],
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the pre-trained checkpoint, where MODEL is a LoRA adapter.")
+    ] = None,
     num_samples: Annotated[int, typer.Option(help="Samples to draw from the data.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens of a sample at most; longer ones are cut.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Samples in a forward pass: memory and speed, not the result.")] = 8,
@@ -151,7 +154,7 @@ def calibrate(
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
     )
-    report = calibrate_model(model, data, output, options, progress=not as_json)
+    report = calibrate_model(model, data, output, options, progress=not as_json, base=base)
     if as_json:
         _print_json(report.to_dict())
         return
@@ -160,7 +163,7 @@ def calibrate(
         f"tensors in {output} ({format_bytes(report.bytes)}, {report.seconds:.1f} s)"
     )
     _show_reasons(report.uncalibrated, "without statistics")
-    typer.echo(f"next: tailorcli patch BASE {model} --stats {output} -o OUT", err=True)
+    typer.echo(f"next: tailorcli patch {base or 'BASE'} {model} --stats {output} -o OUT", err=True)
 
 
 @app.command()
@@ -240,6 +243,7 @@ def patch(
     starts; an interrupted run leaves nothing that loads, and --resume finishes it to the same bytes.
     """
     _require_output(output, patch_file)
+    from tailorcli.adapter import is_adapter
     from tailorcli.patch import patch_checkpoint, plan_patch
 
     options = PatchOptions(
@@ -266,7 +270,7 @@ def patch(
             _show_plan(plan, output, patch_file, as_json)
             return
         typer.echo(_cost(plan, output, patch_file), err=True)
-        if output is not None and not (tuned / "config.json").exists():
+        if output is not None and not ((base if is_adapter(tuned) else tuned) / "config.json").exists():
             typer.echo(f"note: {tuned} has no config.json, so {output} will not load with from_pretrained", err=True)
     report = patch_checkpoint(base, tuned, output, stats, options, progress=not as_json, patch_file=patch_file)
     if as_json:

@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli import __version__
+from tailorcli.adapter import open_tuned
 from tailorcli.apply import patched_tensor, side_sources
 from tailorcli.checkpoint import Checkpoint, TensorInfo
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
@@ -68,7 +69,7 @@ class MergeInputs:
             patch.check_base(opened)
             patch.check()
             tasks.append(Task(patch))
-        models = [stack.enter_context(Checkpoint.open(path)) for path in tuned]
+        models = [stack.enter_context(open_tuned(path, opened)) for path in tuned]
         folders = [Stats.open(path) for path in stats]
         for folder in folders:
             stack.callback(folder.close)
@@ -292,7 +293,7 @@ def _build_plan(inputs: MergeInputs, options: MergeOptions) -> tuple[Plan, dict[
         raise OptionsError("no tensor would be merged: the patches hold none", "make them again")
     kept = [min(t.numel, sum(k.patch.kept_of(t.name) for k in inputs.tasks)) for t in patched]
     read = inputs.base.nbytes + sum(task.patch.nbytes for task in inputs.tasks)
-    read += sum(t.tuned.tensors[p.name].nbytes for t in inputs.tasks if t.tuned is not None for p in patched)
+    read += sum(t.tuned.read_cost(p.name) for t in inputs.tasks if t.tuned is not None for p in patched)
     plan = Plan(
         tensors=tuple(ordered),
         layout=layout,

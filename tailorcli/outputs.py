@@ -232,7 +232,7 @@ class Outputs:
             self._patch.finish(text)
         if self._folder is not None:
             texts = {REPORT_FILE: text, RUN_FILE: run_record(report, self._identity, self._resumed)}
-            self._folder.finish(dict(self._side), texts)
+            self._folder.finish(self._side, texts)
 
     def discard(self) -> None:
         """Remove what was written to the folder, after an error that no resumed run could get over."""

@@ -11,7 +11,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli import __version__
-from tailorcli.checkpoint import Checkpoint, side_files
+from tailorcli.adapter import open_tuned, tuned_side_files
+from tailorcli.checkpoint import Checkpoint
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import NumericalError, OptionsError
 from tailorcli.options import PatchOptions
@@ -42,7 +43,8 @@ class Inputs:
     @classmethod
     def open(cls, base: PathLike, tuned: PathLike, stats: PathLike | None, stack: ExitStack) -> Inputs:
         """Open all by their headers; ``stack`` closes them."""
-        opened = cls(Checkpoint.open(base), Checkpoint.open(tuned), Stats.open(stats) if stats is not None else None)
+        opened_base = Checkpoint.open(base)
+        opened = cls(opened_base, open_tuned(tuned, opened_base), Stats.open(stats) if stats is not None else None)
         for item in (opened.base, opened.tuned, opened.stats):
             if item is not None:
                 stack.callback(item.close)
@@ -136,7 +138,7 @@ def patch_checkpoint(
         if finished is not None:
             return finished
         timer = StageTimer(device)
-        side = {path.as_posix(): inputs.tuned.path / path for path in side_files(inputs.tuned.path)}
+        side = {place.as_posix(): source for place, source in tuned_side_files(inputs.tuned).items()}
         manifest = {"task": options.task, "license": options.license, "inputs": inputs.describe()}
         outputs = stack.enter_context(target.open(plan, inputs.base, identity, manifest, side))
         records = dict(outputs.done)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tailorcli.adapter import AdaptedCheckpoint
 from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint, TensorInfo
 from tailorcli.errors import CheckpointError, OptionsError, StatsError
 from tailorcli.options import PatchOptions
@@ -145,7 +146,7 @@ def group_by_hessian(tensors: list[TensorPlan]) -> list[TensorPlan]:
 
 def _bytes_to_read(tensors: list[TensorPlan], tuned: Checkpoint, stats: Stats | None) -> int:
     total = sum(tensor.nbytes for tensor in tensors)
-    total += sum(tuned.tensors[tensor.name].nbytes for tensor in tensors if tensor.action == "patch")
+    total += sum(tuned.read_cost(tensor.name) for tensor in tensors if tensor.action == "patch")
     used = {tensor.hessian for tensor in tensors if tensor.hessian}
     return total + sum(stats.nbytes(name) for name in used if stats is not None)
 
@@ -168,19 +169,25 @@ def working_set(tensor: TensorPlan, tuned: Checkpoint, stats: Stats | None, opti
 
 
 def check_pair(base: Checkpoint, tuned: Checkpoint, allow_dtype_mismatch: bool) -> None:
-    """Both checkpoints have the same tensors: names, shapes, dtypes; and are not one and the same."""
+    """Both checkpoints have the same tensors: names, shapes, dtypes; and are not one and the same.
+
+    What an adapter makes or brings along is not stored in the base's dtype, and need not be.
+    """
     _check_names(base, tuned)
+    free = tuned.changed if isinstance(tuned, AdaptedCheckpoint) else frozenset()
     for name, info in base.tensors.items():
         other = tuned.tensors[name]
         if info.shape != other.shape:
             raise CheckpointError(_shape_message(info, other), _shape_hint(base, tuned, info, other))
-        if info.dtype != other.dtype and not allow_dtype_mismatch:
+        if info.dtype != other.dtype and not allow_dtype_mismatch and name not in free:
             differing = sum(i.dtype != tuned.tensors[n].dtype for n, i in base.tensors.items())
             raise CheckpointError(
                 f"tensor {name!r} is {info.dtype} in base ({base.path}) and {other.dtype} in tuned ({tuned.path}); "
                 f"{differing} tensors differ in dtype",
                 "pass --allow-dtype-mismatch to compute in float32 and store the base's dtype",
             )
+    if isinstance(tuned, AdaptedCheckpoint) and tuned.is_untrained():
+        raise CheckpointError(f"the adapter {tuned.path} changes nothing: it is untrained", "pass a trained adapter")
     if base.fingerprint() == tuned.fingerprint() and _equal_bytes(base, tuned):
         raise CheckpointError(
             f"base and tuned are identical ({base.path} and {tuned.path})",
@@ -245,10 +252,11 @@ def check_stats(base: Checkpoint, tuned: Checkpoint, stats: Stats) -> None:
                 f"{stats.path} was calibrated on the model given as BASE ({base.path})",
                 f"if the two are swapped: tailorcli ... {tuned.path} {base.path}; if not, calibrate TUNED",
             )
+        option = f" --base {base.path}" if isinstance(tuned, AdaptedCheckpoint) else ""
         made_from = stats.manifest["model"].get("path", "another model")
         raise StatsError(
             f"{stats.path} was made from another model ({made_from}) than tuned ({tuned.path})",
-            f"calibrate it: tailorcli calibrate {tuned.path} --data FILE -o NEW_STATS",
+            f"calibrate it: tailorcli calibrate {tuned.path}{option} --data FILE -o NEW_STATS",
         )
     for name, info in tuned.tensors.items():
         entry = stats.tensors.get(name)

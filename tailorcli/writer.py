@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -298,7 +298,7 @@ class CheckpointWriter:
         self._queue.submit(self._journal.sync)
         self._queue.drain()
 
-    def finish(self, side: dict[str, Path | bytes], texts: dict[str, str]) -> None:
+    def finish(self, side: Mapping[str, Path | bytes], texts: dict[str, str]) -> None:
         """Side files and records first, then the shards' names, then the index: the last one makes it loadable.
 
         ``side`` gives each side file, by its name relative to the folder, as a file to copy or as its bytes.

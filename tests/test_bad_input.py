@@ -154,7 +154,6 @@ DAMAGES = {
     "a shard outside": (outside, "no .safetensors file inside its folder"),
     "index and shard disagree": (disagreeing, NORM),
     "a pickle": (only_a_pickle, "pickled weights"),
-    "an adapter": (an_adapter, "holds an adapter"),
 }
 
 
