@@ -16,12 +16,19 @@ _HOMES = {
     "score_checkpoint": "tailorcli.patch",
     "patch_checkpoint": "tailorcli.patch",
     "plan_patch": "tailorcli.patch",
+    "apply_patch": "tailorcli.apply",
+    "verify_checkpoint": "tailorcli.apply",
+    "VerifyReport": "tailorcli.apply",
+    "merge_patches": "tailorcli.merge",
+    "plan_merge": "tailorcli.merge",
+    "PatchFile": "tailorcli.patchfile",
     "PatchReport": "tailorcli.report",
     "inspect_path": "tailorcli.inspection",
     "Checkpoint": "tailorcli.checkpoint",
     "Stats": "tailorcli.stats",
     "CalibrateOptions": "tailorcli.options",
     "PatchOptions": "tailorcli.options",
+    "MergeOptions": "tailorcli.options",
     "TailorError": "tailorcli.errors",
 }
 
@@ -29,25 +36,35 @@ __all__ = [
     "CalibrateOptions",
     "CalibrateReport",
     "Checkpoint",
+    "MergeOptions",
+    "PatchFile",
     "PatchOptions",
     "PatchReport",
     "Stats",
     "TailorError",
+    "VerifyReport",
     "__version__",
+    "apply_patch",
     "calibrate_model",
     "inspect_path",
+    "merge_patches",
     "patch_checkpoint",
+    "plan_merge",
     "plan_patch",
     "score_checkpoint",
+    "verify_checkpoint",
 ]
 
 if TYPE_CHECKING:
+    from tailorcli.apply import VerifyReport, apply_patch, verify_checkpoint
     from tailorcli.calibrate import CalibrateReport, calibrate_model
     from tailorcli.checkpoint import Checkpoint
     from tailorcli.errors import TailorError
     from tailorcli.inspection import inspect_path
-    from tailorcli.options import CalibrateOptions, PatchOptions
+    from tailorcli.merge import merge_patches, plan_merge
+    from tailorcli.options import CalibrateOptions, MergeOptions, PatchOptions
     from tailorcli.patch import patch_checkpoint, plan_patch, score_checkpoint
+    from tailorcli.patchfile import PatchFile
     from tailorcli.report import PatchReport
     from tailorcli.stats import Stats
 

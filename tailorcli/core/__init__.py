@@ -17,6 +17,15 @@ from tailorcli.core.hessian import (
 )
 from tailorcli.core.scores import count_kept, fuse, minmax, salience, select_mask, sensitivity
 from tailorcli.core.solvers import Decoration, decorate_joint, decorate_sequential
+from tailorcli.core.stitch import (
+    combine_hessians,
+    overlap_figures,
+    stitch_average,
+    stitch_joint,
+    stitch_patches,
+    task_errors,
+    union_mask,
+)
 from tailorcli.core.tailor import LayerResult, tailor_layer
 
 __all__ = [
@@ -24,6 +33,7 @@ __all__ = [
     "LayerResult",
     "accumulate_",
     "accumulate_diagonal_",
+    "combine_hessians",
     "count_kept",
     "dampen",
     "dead_channels",
@@ -33,10 +43,16 @@ __all__ = [
     "inverse_diagonal",
     "inverse_factor",
     "minmax",
+    "overlap_figures",
     "pack_triangle",
     "salience",
     "select_mask",
     "sensitivity",
+    "stitch_average",
+    "stitch_joint",
+    "stitch_patches",
     "tailor_layer",
+    "task_errors",
+    "union_mask",
     "unpack_triangle",
 ]
