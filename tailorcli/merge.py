@@ -21,7 +21,7 @@ from tailorcli.outputs import Target, progress_bar
 from tailorcli.patchfile import PatchFile
 from tailorcli.plan import RUNTIME_BYTES, Plan, TensorPlan, check_pair, check_stats, group_by_hessian, most_patch_bytes
 from tailorcli.reading import ReadAhead
-from tailorcli.report import PatchReport
+from tailorcli.report import REPORT_FILE, PatchReport
 from tailorcli.stats import Stats
 from tailorcli.writer import plan_layout
 
@@ -272,14 +272,16 @@ def _side_files(inputs: MergeInputs) -> tuple[dict[str, Path | bytes], tuple[str
     """The first patch's side files, and a note for each that another patch has differently."""
     first, *others = [task.patch for task in inputs.tasks]
     side, notes = side_sources(inputs.base, first)
-    differing = {
-        name: other.name
-        for other in others
-        for name in side
-        if name in other.side_files and other.side_files[name].digest != first.side_files[name].digest
-    }
-    more = tuple(f"side file {name} is that of {first.name}; {task} has another" for name, task in differing.items())
-    return side, notes + more
+    found = []
+    for other in others:
+        for name, entry in other.side_files.items():
+            if name == REPORT_FILE:
+                continue
+            if name not in first.side_files:
+                found.append(f"side file {name} of {other.name} is left out: {first.name} has none")
+            elif entry.digest != first.side_files[name].digest:
+                found.append(f"side file {name} is that of {first.name}; {other.name} has another")
+    return side, notes + tuple(dict.fromkeys(found))
 
 
 def _build_plan(inputs: MergeInputs, options: MergeOptions) -> tuple[Plan, dict[str, tuple[str, ...]]]:

@@ -191,9 +191,8 @@ def test_overlap_figures_against_sets(seed, tasks, density):
     assert found["jaccard"] == (pytest.approx(len(common) / len(union)) if union else None)
     pairs = [(a, b) for i, a in enumerate(sets) for b in sets[i + 1 :]]
     assert found["pairs"] == [pytest.approx(len(a & b) / len(a | b)) if a | b else None for a, b in pairs]
-    signs = [
-        {place: np.sign(float((p - base).view(-1)[place])) for place in s} for p, s in zip(patched, sets, strict=True)
-    ]
+    moves = [torch.sign(values - base).view(-1).tolist() for values in patched]
+    signs = [{place: move[place] for place in kept} for move, kept in zip(moves, sets, strict=True)]
     conflicts = [p for p in union if {1.0, -1.0} <= {sign[p] for sign in signs if p in sign}]
     assert found["sign_conflicts"] == len(conflicts)
 
@@ -275,9 +274,8 @@ def test_merged_tensors_against_the_equations(tasks, tmp_path, method):
             assert records[name]["kept"] == int(union.sum())
             assert bits(out[name][~union]) == bits(tensor[~union])
             if method == "average":
-                expected = (
-                    torch.where(masks[0], values[0], thetas[0]) / 2 + torch.where(masks[1], values[1], thetas[1]) / 2
-                )
+                first, second = (torch.where(m, v, t) for m, v, t in zip(masks, values, thetas, strict=True))
+                expected = first / 2 + second / 2
                 torch.testing.assert_close(out[name][union], expected[union])
             elif method == "patches":
                 both = masks[0] & masks[1]
@@ -340,7 +338,7 @@ def test_an_interrupted_merge_is_resumed_to_the_same_bytes(tasks, tmp_path, monk
     assert folder_digest(tmp_path / "cut") == folder_digest(tmp_path / "whole")
     assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     again = merge(tasks, tmp_path / "cut", method, patch_file=tmp_path / "cut.safetensors", resume=True)
-    assert again.totals["kept_by"] == [1096, 1096]
+    assert again.totals["kept_by"] == [1100, 1100]  # round(0.05 * numel), summed over the tensors
 
 
 def test_tensors_that_a_task_leaves_alone(tasks, tmp_path):
@@ -402,7 +400,7 @@ def test_the_documented_example(tasks, tmp_path):
     shown = run(*command, "-o", tmp_path / "both")
     assert shown.exit_code == 0, shown.output
     assert "merged 2 tasks (joint)" in shown.stdout
-    assert "chat_template.jinja" in shown.stderr or "tokenizer_config.json" in shown.stderr  # they differ
+    assert "chat_template.jinja" in shown.stderr  # only the second task has one
     report = json.loads((tmp_path / "both" / "tailor_report.json").read_text())
     assert report["options"]["tasks"] == ["one", "two"]
     assert 0.09 < report["totals"]["density"] <= 0.1
