@@ -85,12 +85,10 @@ def _draw_merge(figure: Any, tensors: list[dict[str, Any]], tasks: list[str]) ->
         title="Overlap of the tasks' masks, by layer", ylabel="%", ylim=(0, 1.3 * max([*jaccard, *by_chance, 1e-9]))
     )
     overlap.legend(loc="upper left")
-    conflicts = [100 * (share(_sum(group, "sign_conflicts"), _sum(group, "kept_by_all")) or 0.0) for group in groups]
+    conflicts = [100 * (share(_sum(group, "sign_conflicts"), _sum(group, "shared")) or 0.0) for group in groups]
     signs.bar(positions, conflicts, color=_BEFORE)
     signs.axhline(50, color="black", lw=0.8, ls="--")
-    signs.set(title="Shared entries whose changes differ in sign, by layer", ylabel="% of those kept by all")
-    if len(tasks) > 2:
-        signs.set_ylabel("entries with a conflict, % of those kept by all")
+    signs.set(title="Shared entries whose changes differ in sign, by layer", ylabel="% of those kept by several")
     if any(t["errors"] is not None and t["kind"] == "full" for t in tensors):
         for number, (task, color) in enumerate(zip(tasks, colors, strict=True)):
             errors.plot(positions, [mean_error(group, number) for group in groups], "o-", color=color, label=task)

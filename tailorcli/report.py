@@ -123,6 +123,7 @@ def total_merge_figures(tensors: list[dict[str, Any]]) -> dict[str, Any]:
         "kept_by": [sum(counts) for counts in zip(*(t["kept_by"] for t in merged), strict=True)],
         "kept_by_all": common,
         "jaccard": share(common, kept),
+        "shared": sum(t["shared"] for t in merged),
         "sign_conflicts": sum(t["sign_conflicts"] for t in merged),
         "errors": [sum(column) / len(measured) for column in zip(*measured, strict=True)] if measured else None,
         "methods": {method: methods.count(method) for method in dict.fromkeys(methods)},

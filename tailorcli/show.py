@@ -45,7 +45,7 @@ def _show_fact(key: str, value: Any) -> str:
         return str(value)
     if key == "bytes" or key.endswith("_bytes"):
         return format_bytes(value)
-    if "share" in key or key.startswith("error_"):
+    if isinstance(value, float) and ("share" in key or key.startswith("error") or key in ("jaccard", "density")):
         return format_share(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 

@@ -184,7 +184,7 @@ def test_joint_is_never_worse_than_average(seed, tasks, density, decay):
 @given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from([0.0, 0.3, 0.9]))
 def test_overlap_figures_against_sets(seed, tasks, density):
     base, _, masks, patched, _ = make_tasks(seed, tasks=tasks, density=density)
-    found = overlap_figures(base, patched, masks, union_mask(masks))
+    found = overlap_figures(base, patched, masks)
     sets = [set(np.flatnonzero(mask)) for mask in masks]
     union, common = set.union(*sets), set.intersection(*sets)
     assert (found["kept"], found["kept_by"], found["kept_by_all"]) == (len(union), list(map(len, sets)), len(common))
@@ -195,6 +195,7 @@ def test_overlap_figures_against_sets(seed, tasks, density):
     signs = [{place: move[place] for place in kept} for move, kept in zip(moves, sets, strict=True)]
     conflicts = [p for p in union if {1.0, -1.0} <= {sign[p] for sign in signs if p in sign}]
     assert found["sign_conflicts"] == len(conflicts)
+    assert found["shared"] == sum(sum(place in s for s in sets) >= 2 for place in union)
 
 
 # --- The command -----------------------------------------------------------------------------------------------

@@ -200,7 +200,8 @@ tailorcli.writer._SYNC_BYTES = 1  # small tensors: journal each of them, so that
 folder = sys.argv[1]
 print("ready", flush=True)
 options = PatchOptions(max_shard_size=30_000)
-patch_checkpoint(folder + "/base", folder + "/tuned", sys.argv[2], folder + "/stats", options)
+arguments = (folder + "/base", folder + "/tuned", sys.argv[2], folder + "/stats", options)
+patch_checkpoint(*arguments, patch_file=sys.argv[2] + ".safetensors")
 """
 
 
@@ -228,7 +229,7 @@ def test_killed_at_any_moment_and_resumed_to_the_same_bytes(deep_pair, tmp_path)
     begin = time.perf_counter()
     started.communicate()
     duration = time.perf_counter() - begin
-    expected = folder_digest(tmp_path / "whole")
+    expected, expected_patch = folder_digest(tmp_path / "whole"), (tmp_path / "whole.safetensors").read_bytes()
     moments = random.Random(0)
     cut_short, from_earlier, attempts = 0, 0, 0
     while cut_short < 20:
@@ -245,8 +246,10 @@ def test_killed_at_any_moment_and_resumed_to_the_same_bytes(deep_pair, tmp_path)
                 Checkpoint.open(out)
             with pytest.raises((OSError, ValueError)):
                 AutoModelForCausalLM.from_pretrained(out)
-        patch_checkpoint(*arguments, out, deep_pair / "stats", PatchOptions(max_shard_size=30_000, resume=True))
+        options, file = PatchOptions(max_shard_size=30_000, resume=True), tmp_path / f"killed{attempts}.safetensors"
+        patch_checkpoint(*arguments, out, deep_pair / "stats", options, patch_file=file)
         assert folder_digest(out) == expected
+        assert file.read_bytes() == expected_patch
         run = json.loads((out / "tailor_run.json").read_text())
         from_earlier += run["tensors_from_an_earlier_run"] > 0
     assert from_earlier >= 5  # or resuming was hardly tried

@@ -164,38 +164,42 @@ def _mean(base: Tensor, tensors: Sequence[Tensor], weights: Sequence[float]) -> 
     return mean
 
 
-def overlap_figures(base: Tensor, patched: Sequence[Tensor], masks: Sequence[Tensor], union: Tensor) -> dict[str, Any]:
-    """How the tasks' masks meet: kept by each, by all, Jaccard index, and entries whose changes differ in sign.
+def overlap_figures(base: Tensor, patched: Sequence[Tensor], masks: Sequence[Tensor]) -> dict[str, Any]:
+    """How the tasks' masks meet: kept by each, by all, by several, and entries whose changes differ in sign.
 
-    ``jaccard`` is |intersection| / |union| over all tasks; ``pairs`` holds the same for each two of them.
+    ``jaccard`` is |intersection| / |union| over all tasks; ``pairs`` holds the same for each two of them. ``shared``
+    entries are kept by two tasks or more; of them, ``sign_conflicts`` move up for one and down for another.
     """
 
     def counts(rows: slice) -> Tensor:
         parts = [mask[rows] for mask in masks]
         every = parts[0].clone()
-        up, down = torch.zeros_like(every), torch.zeros_like(every)
+        up, down, any_before, shared = (torch.zeros_like(every) for _ in range(4))
         origin = base[rows]
         for values, mask in zip(patched, parts, strict=True):
             every &= mask
+            shared |= any_before & mask
+            any_before |= mask
             up |= mask & (values[rows] > origin)
             down |= mask & (values[rows] < origin)
-        numbers = [union[rows].sum(), every.sum(), (up & down).sum(), *(part.sum() for part in parts)]
+        numbers = [any_before.sum(), every.sum(), shared.sum(), (up & down).sum(), *(part.sum() for part in parts)]
         numbers += [(a & b).sum() for a, b in combinations(parts, 2)]
         return torch.stack(numbers)
 
-    found = torch.stack(map_rows(base, counts)).sum(0).tolist() if base.numel() else [0] * (3 + len(masks))
-    union_count, common, conflicts, *rest = found
+    found = torch.stack(map_rows(base, counts)).sum(0).tolist() if base.numel() else [0] * (4 + len(masks))
+    union, common, shared, conflicts, *rest = found
     kept_by, both = rest[: len(masks)], rest[len(masks) :]
     pairs = [
         _ratio(inner, kept_by[a] + kept_by[b] - inner)
         for inner, (a, b) in zip(both, combinations(range(len(masks)), 2), strict=False)
     ]
     return {
-        "kept": union_count,
+        "kept": union,
         "kept_by": kept_by,
         "kept_by_all": common,
-        "jaccard": _ratio(common, union_count),
+        "jaccard": _ratio(common, union),
         "pairs": pairs,
+        "shared": shared,
         "sign_conflicts": conflicts,
     }
 
