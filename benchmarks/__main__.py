@@ -1,4 +1,4 @@
-"""Run the solver, memory and throughput benchmarks and write what they print into docs/benchmarks.md."""
+"""Run all benchmarks but the real models' and write what they print into docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ PARTS = {
         "Memory",
         "Peak resident memory of `tailorcli patch` in a process of its own, on pairs that differ only in depth, and on "
         "one whose embedding is by far its largest tensor.",
+    ),
+    "patchfile": (
+        "Patch files and stitching",
+        "The size of a patch over densities; `apply` and `verify` against plainly reading and writing the same bytes; "
+        "a patch file instead of a checkpoint as the output of `patch`; the peak memory of a joint merge of two tasks.",
     ),
     "throughput": (
         "Throughput",

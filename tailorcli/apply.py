@@ -168,7 +168,11 @@ def patched_tensor(base: Tensor, file: PatchFile, name: str, path: Path) -> Tens
         )
     tensor = base.clone()
     bits = getattr(torch, _BITS[tensor.element_size()])
-    tensor.view(bits)[file.mask(name)] = file.values(name).view(bits)
+    entries, values = tensor.view(-1).view(bits).numpy(), file.values(name).view(bits).numpy()
+    position = 0
+    for places in file.places(name):
+        entries[places] = values[position : position + places.size]
+        position += places.size
     return tensor
 
 

@@ -22,16 +22,32 @@ _CHUNK = 1 << 20  # entries, or codes, worked on at a time: bounds the index arr
 
 Mask = NDArray[np.bool_]
 Codes = NDArray[np.uint8]
+Gaps = NDArray[np.uint32]
+Places = NDArray[np.int64]
+
+
+def kept_places(mask: Mask) -> Iterator[Places]:
+    """The positions of the kept entries of a flat mask, in order, chunk by chunk."""
+    for start in range(0, mask.size, _CHUNK):
+        places = np.flatnonzero(mask[start : start + _CHUNK])
+        if places.size:
+            yield places + start
 
 
 def encode(mask: Mask) -> tuple[str, Codes]:
     """The smallest coding of a flat bool mask (numel,): its name and its bytes."""
-    skipped = {"gaps4": 0, "gaps8": 0}
-    kept = 0
-    for gaps in _gaps(mask):
-        kept += gaps.size
-        for coding, escape in _ESCAPES.items():
-            skipped[coding] += int((gaps // escape).sum())
+    gaps: list[Gaps] = []
+    last = -1
+    for places in kept_places(mask):
+        gaps.append((np.diff(places, prepend=last) - 1).astype(np.uint32))
+        last = int(places[-1])
+    return encode_gaps(gaps, mask)
+
+
+def encode_gaps(gaps: list[Gaps], mask: Mask) -> tuple[str, Codes]:
+    """The same, where the number of entries left out before each kept one is known already."""
+    kept = sum(part.size for part in gaps)
+    skipped = {coding: sum(int((part // escape).sum()) for part in gaps) for coding, escape in _ESCAPES.items()}
     sizes = {
         "bits": -(-mask.size // 8),
         "gaps4": -(-(kept + skipped["gaps4"]) // 2),
@@ -42,10 +58,10 @@ def encode(mask: Mask) -> tuple[str, Codes]:
         return coding, np.packbits(mask, bitorder="little")
     codes = np.empty(kept + skipped[coding], dtype=np.uint8)
     filled = 0
-    for gaps in _gaps(mask):
-        part = _codes_of(gaps, _ESCAPES[coding])
-        codes[filled : filled + part.size] = part
-        filled += part.size
+    for part in gaps:
+        coded = _codes_of(part, _ESCAPES[coding])
+        codes[filled : filled + coded.size] = coded
+        filled += coded.size
     return coding, _pair_up(codes) if coding == "gaps4" else codes
 
 
@@ -76,35 +92,33 @@ def check(coding: str, data: Codes, num_entries: int) -> int:
     return kept
 
 
-def decode(coding: str, data: Codes, num_entries: int) -> Mask:
-    """The flat bool mask (num_entries,). The bytes must have passed ``check``."""
+def decode(coding: str, data: Codes, num_entries: int) -> Iterator[Places]:
+    """The positions of the kept entries, in order, chunk by chunk. The bytes must have passed ``check``."""
     if coding == "bits":
-        return np.unpackbits(data, count=num_entries, bitorder="little").view(np.bool_)
-    mask = np.zeros(num_entries, dtype=np.bool_)
+        yield from kept_places(np.unpackbits(data, count=num_entries, bitorder="little").view(np.bool_))
+        return
     position = -1
     for codes, keeps in _chunks_of_codes(coding, data):
-        reached = np.cumsum(codes + keeps, dtype=np.int64) + position
-        mask[reached[keeps]] = True
+        reached = np.cumsum(codes + keeps, dtype=np.int64)
+        reached += position
+        yield reached[keeps]
         position = int(reached[-1])
+
+
+def decode_mask(coding: str, data: Codes, num_entries: int) -> Mask:
+    """The flat bool mask (num_entries,)."""
+    mask = np.zeros(num_entries, dtype=np.bool_)
+    for places in decode(coding, data, num_entries):
+        mask[places] = True
     return mask
 
 
-def _gaps(mask: Mask) -> Iterator[NDArray[np.int64]]:
-    """The number of entries left out before each kept one, chunk by chunk."""
-    last = -1
-    for start in range(0, mask.size, _CHUNK):
-        index = np.flatnonzero(mask[start : start + _CHUNK]) + start
-        if index.size:
-            yield np.diff(index, prepend=last) - 1
-            last = int(index[-1])
-
-
-def _codes_of(gaps: NDArray[np.int64], escape: int) -> Codes:
+def _codes_of(gaps: Gaps, escape: int) -> Codes:
     """Each gap as its escapes followed by the rest."""
-    escapes, rest = np.divmod(gaps, escape)
-    ends = np.cumsum(escapes + 1)
-    codes = np.full(int(ends[-1]), escape, dtype=np.uint8)
-    codes[ends - 1] = rest
+    escapes = gaps // escape
+    ends = np.cumsum(escapes + 1, dtype=np.int64)
+    codes = np.full(int(ends[-1]) if ends.size else 0, escape, dtype=np.uint8)
+    codes[ends - 1] = gaps - escapes * escape
     return codes
 
 
@@ -115,10 +129,10 @@ def _pair_up(codes: Codes) -> Codes:
     return np.bitwise_or(codes[0::2], np.left_shift(codes[1::2], 4), dtype=np.uint8)
 
 
-def _chunks_of_codes(coding: str, data: Codes) -> Iterator[tuple[NDArray[np.int64], Mask]]:
+def _chunks_of_codes(coding: str, data: Codes) -> Iterator[tuple[NDArray[np.int32], Mask]]:
     """The codes one by one, and which of them keep an entry, chunk by chunk."""
     for start in range(0, data.size, _CHUNK):
         codes = data[start : start + _CHUNK]
         if coding == "gaps4":
             codes = np.stack((codes & 15, codes >> 4), axis=1).reshape(-1)
-        yield codes.astype(np.int64), codes < _ESCAPES[coding]
+        yield codes.astype(np.int32), codes < _ESCAPES[coding]

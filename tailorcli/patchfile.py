@@ -10,14 +10,24 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint import PATCHABLE_DTYPES, WEIGHT_SUFFIXES, Checkpoint, TensorInfo, bits_of, read_header
 from tailorcli.errors import CheckpointError, OutputError, PatchError
-from tailorcli.maskcode import CODINGS, PADDING, check, decode, encode, pad_byte
+from tailorcli.maskcode import (
+    CODINGS,
+    PADDING,
+    Places,
+    check,
+    decode,
+    decode_mask,
+    encode_gaps,
+    kept_places,
+    pad_byte,
+)
 from tailorcli.report import REPORT_FILE, check_report
 from tailorcli.writer import Journal, WriteQueue, as_output_error, fsync_path, write_all
 
@@ -29,14 +39,15 @@ FORMAT_VERSION = 1
 METADATA_KEY = "tailorcli_patch"
 SUFFIX = ".safetensors"
 MASK, VALUES, FILE = "mask:", "values:", "file:"  # before the name of a tensor, or of a side file
-_DIGEST = "0" * 32
-_HEX = re.compile(r"[0-9a-f]{32}")
+_DIGEST = "0" * 64
+_HEX = re.compile(r"[0-9a-f]{64}")
+_SHORT_HEX = re.compile(r"[0-9a-f]{32}")
 _MAKE_AGAIN = "download it again, or make it again: tailorcli patch BASE TUNED --patch-file FILE"
 
 
 def digest_of(*parts: Any) -> str:
-    """BLAKE2b of all the bytes of ``parts``, 128 bits."""
-    digest = hashlib.blake2b(digest_size=16)
+    """SHA-256 of all the bytes of ``parts``, in hexadecimal."""
+    digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
@@ -81,7 +92,7 @@ class BaseTensor:
         """Whether every field has its type and range."""
         sizes = all(type(size) is int and 0 <= size < 1 << 62 for size in self.shape) and len(self.shape) <= 64
         named = isinstance(self.dtype, str) and isinstance(self.fingerprint, str)
-        return named and sizes and bool(_HEX.fullmatch(self.fingerprint)) and self.numel < 1 << 62
+        return named and sizes and bool(_SHORT_HEX.fullmatch(self.fingerprint)) and self.numel < 1 << 62
 
     @property
     def numel(self) -> int:
@@ -225,8 +236,12 @@ class PatchFile:
         import torch
 
         numel = self.base[name].numel
-        flat = decode(self.tensors[name].coding, self._bytes(MASK + name), numel)
+        flat = decode_mask(self.tensors[name].coding, self._bytes(MASK + name), numel)
         return torch.from_numpy(flat).view(self.base[name].shape)
+
+    def places(self, name: str) -> Iterator[Places]:
+        """The positions of a tensor's kept entries in row-major order, chunk by chunk."""
+        return decode(self.tensors[name].coding, self._bytes(MASK + name), self.base[name].numel)
 
     def values(self, name: str) -> Tensor:
         """The final values of the kept entries (kept,), in row-major order and in the base's dtype."""
@@ -398,12 +413,18 @@ class PatchWriter:
     def _write_now(self, name: str, mask: Tensor, patched: Tensor, record: dict[str, Any], base_digest: str) -> None:
         import numpy as np
 
-        coding, codes = encode(mask.numpy())
+        entries = np.frombuffer(raw_bytes(patched), dtype=f"V{patched.element_size()}")
+        gaps, parts, last = [], [entries[:0]], -1
+        for places in kept_places(mask.numpy()):
+            parts.append(entries[places])
+            gaps.append((np.diff(places, prepend=last) - 1).astype(np.uint32))
+            last = int(places[-1])
+        coding, codes = encode_gaps(gaps, mask.numpy())
         padding = -(self._position + codes.size) % (PADDING + 1)
         codes = np.append(codes, np.full(padding, pad_byte(coding), dtype=np.uint8))
-        kept = patched[mask]
-        values = raw_bytes(kept)
-        entry = PatchTensor(kept.numel(), coding, base_digest, digest_of(codes.data, values))
+        kept = np.concatenate(parts)
+        values = memoryview(kept.view(np.uint8)) if kept.size else memoryview(b"")
+        entry = PatchTensor(kept.size, coding, base_digest, digest_of(codes.data, values))
         try:
             write_all(self._descriptor, codes.data, self._position)
             write_all(self._descriptor, values, self._position + codes.size)

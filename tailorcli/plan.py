@@ -158,8 +158,8 @@ def working_set(tensor: TensorPlan, tuned: Checkpoint, stats: Stats | None, opti
     full = tensor.numel * 4
     weights = tensor.nbytes + tuned.tensors[tensor.name].nbytes
     # The fullest moment is either the selection (delta, score, its copy) or the assembly (delta, decorator,
-    # result); a result of the tensor before may still wait to be written.
-    arrays = max(3 * full, 2 * full + tensor.nbytes) + full // 4 + tensor.nbytes
+    # result); a result of the tensor before, and its mask, may still wait to be written.
+    arrays = max(3 * full, 2 * full + tensor.nbytes) + full // 4 + tensor.nbytes + tensor.numel
     hessian = 0
     if tensor.hessian and stats is not None and stats.hessians[tensor.hessian].kind == "full":
         square = 4 * stats.hessians[tensor.hessian].size ** 2

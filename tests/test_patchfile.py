@@ -45,7 +45,7 @@ def test_a_mask_survives_its_coding(size, density, padding, seed, chunk):
         coding, codes = maskcode.encode(mask)
         padded = np.append(codes, np.full(padding, maskcode.pad_byte(coding), np.uint8))
         assert maskcode.check(coding, padded, size) == mask.sum()
-        assert np.array_equal(maskcode.decode(coding, padded, size), mask)
+        assert np.array_equal(maskcode.decode_mask(coding, padded, size), mask)
         assert codes.size <= -(-size // 8)
 
 
@@ -551,7 +551,7 @@ MALFORMED = {
     "an unknown coding": (_set(["tensors", HEAD, "coding"], "zip"), "wrong type or range"),
     "the wrong coding": (_set(["tensors", HEAD, "coding"], "bits"), HEAD),
     "a digest that is none": (_set(["tensors", HEAD, "content"], "x"), "wrong type or range"),
-    "another digest": (_set(["tensors", HEAD, "content"], "0" * 32), "not those that were written"),
+    "another digest": (_set(["tensors", HEAD, "content"], "0" * 64), "not those that were written"),
     "a damaged mask": (_damage_data("mask:" + HEAD), HEAD),
     "a damaged value": (_damage_data("values:" + HEAD, 1), "not those that were written"),
     "a damaged side file": (_damage_data("file:tailor_report.json", 1), "tailor_report.json"),
@@ -585,7 +585,7 @@ MALFORMED = {
     "no base": (_drop(["base"]), "malformed"),
     "no fingerprint of the base": (_drop(["base", "fingerprint"]), "malformed"),
     "another fingerprint of a base tensor": (_set(["base", "tensors", NORM, "fingerprint"], "0" * 32), "another base"),
-    "another digest of a base tensor": (_set(["tensors", NORM, "base"], "0" * 32), "another base"),
+    "another digest of a base tensor": (_set(["tensors", NORM, "base"], "0" * 64), "another base"),
     "no tensors": (_drop(["tensors"]), "malformed"),
     "tensors that are a list": (_set(["tensors"], []), "malformed"),
     "a field too few": (_drop(["tensors", HEAD, "base"]), "malformed"),
@@ -602,19 +602,19 @@ MALFORMED = {
         "side file",
     ),
     "an absolute side file": (
-        _set(["side_files"], lambda s: s | {"/etc/passwd": {"digest": "0" * 32, "stored": False}}),
+        _set(["side_files"], lambda s: s | {"/etc/passwd": {"digest": "0" * 64, "stored": False}}),
         "side file",
     ),
     "a hidden side file": (
-        _set(["side_files"], lambda s: s | {".bashrc": {"digest": "0" * 32, "stored": False}}),
+        _set(["side_files"], lambda s: s | {".bashrc": {"digest": "0" * 64, "stored": False}}),
         "side file",
     ),
     "weights as a side file": (
-        _set(["side_files"], lambda s: s | {"model.safetensors": {"digest": "0" * 32, "stored": False}}),
+        _set(["side_files"], lambda s: s | {"model.safetensors": {"digest": "0" * 64, "stored": False}}),
         "side file",
     ),
     "a side file that is not there": (
-        _set(["side_files"], lambda s: s | {"new.txt": {"digest": "0" * 32, "stored": True}}),
+        _set(["side_files"], lambda s: s | {"new.txt": {"digest": "0" * 64, "stored": True}}),
         "new.txt",
     ),
     "no report": (lambda h, m, d: (h, {**m, "side_files": {}}, d), "tailor_report.json"),
