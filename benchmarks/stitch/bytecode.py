@@ -28,11 +28,18 @@ def listing(code: CodeType) -> str:
     arguments = ", ".join(code.co_varnames[: code.co_argcount])
     lines = [f"function {code.co_qualname}({arguments})"]
     for instruction in dis.get_instructions(code):
-        # The listing of a nested code object holds its address in memory, so only its name is given.
-        nested = isinstance(instruction.argval, CodeType)
-        argument = instruction.argval.co_name if nested else instruction.argrepr
-        lines.append(f"{instruction.offset} {instruction.opname} {argument}".rstrip())
+        lines.append(f"{instruction.offset} {instruction.opname} {argument(instruction)}".rstrip())
     return "\n".join(lines) + "\n"
+
+
+def argument(instruction: dis.Instruction) -> str:
+    """Return an instruction's argument as `dis` shows it, but the same in every process."""
+    value = instruction.argval
+    if isinstance(value, CodeType):  # shown with its address in memory
+        return value.co_name
+    if isinstance(value, frozenset):  # shown in the order of its hashes
+        return f"frozenset({{{', '.join(sorted(map(repr, value)))}}})"
+    return instruction.argrepr
 
 
 def functions(code: CodeType) -> Iterator[CodeType]:
