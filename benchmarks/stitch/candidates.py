@@ -14,7 +14,7 @@ from benchmarks.stitch.lora import load_merged
 from benchmarks.stitch.steps import ADAPTER, ADAPTER_PATCH, METHODS, TASKS, merged_folder
 
 WEIGHTS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of the sum of both deltas; of the adapter
-SCALES = (0.5, 0.6, 0.7, 0.8, 0.9)  # from base to a merged or patched model
+SCALES = (0.5, 0.6, 0.7, 0.8, 1.2, 1.5)  # from base to a merged or patched model, and beyond
 PLAIN_AVERAGE = "plain-average"
 ARITHMETIC = "arithmetic"
 

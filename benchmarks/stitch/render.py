@@ -224,7 +224,7 @@ def _interpolation_sentence(
     """Say how the best of ours stands against the best of the plain ways, each chosen on validation text."""
     mine, rival = _best(models, ours), _best(models, plain)
     difference, error = h_difference(models["scores"][mine]["test"], models["scores"][rival]["test"], new_tasks)
-    figures = f"({difference:+.2f} in H, standard error {error:.2f})"
+    figures = f"({abs(difference):.2f} in H, standard error {error:.2f})"
     if _word(difference, error) == "behind":
         return f"**Plain interpolation wins here**: {title(rival)} is ahead of {title(mine)} {figures}."
     if _word(difference, error) == "level":
