@@ -13,7 +13,7 @@ from benchmarks.real.model import Recipe, fit, save_checkpoint
 
 RANK = 16
 ALPHA = 32
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3  # 1e-3 learnt two points less of the task, on validation text
 
 
 def make_adapter(base: Path, windows: torch.Tensor, recipe: Recipe, folder: Path) -> Path:
