@@ -19,11 +19,12 @@ DEFAULT_PATCH = ("joint", "0.1")  # solver and density
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the chain; `output` is what it makes, a file or a folder."""
+    """One command of a chain: `output` is the file or folder it makes, `source` says which models it starts from."""
 
     label: str
     arguments: tuple[str, ...]
     output: str
+    source: str
 
     @property
     def command_line(self) -> str:
@@ -31,19 +32,28 @@ class Step:
         return " ".join(("tailorcli", *self.arguments))
 
 
-def steps() -> list[Step]:
+def steps(pair_key: str) -> list[Step]:
     """Return the chain in order; paths are relative to the cache folder."""
-    calibration = ("--num-samples", str(SAMPLES), "--seq-len", str(SEQ_LEN))
     chain = [
-        Step("calibrate", ("calibrate", "tuned", "--data", "train.jsonl", "-o", "stats", *calibration), "stats"),
-        Step("score", ("score", "base", "tuned", "--stats", "stats", "-o", "score.json"), "score.json"),
+        calibrate_step("calibrate", "tuned", "train.jsonl", "stats", pair_key),
+        Step("score", ("score", "base", "tuned", "--stats", "stats", "-o", "score.json"), "score.json", pair_key),
     ]
-    for solver, density in patches():
-        output = patch_folder(solver, density)
-        options = ("--stats", "stats", "-o", output, "--solver", solver, "--density", density)
-        chain.append(Step(output, ("patch", "base", "tuned", *options), output))
-    chain.append(Step("inspect", ("inspect", patch_folder(*DEFAULT_PATCH), "--json"), "inspect.json"))
+    chain += [patch_step(solver, density, pair_key) for solver, density in patches()]
+    chain.append(Step("inspect", ("inspect", patch_folder(*DEFAULT_PATCH), "--json"), "inspect.json", pair_key))
     return chain
+
+
+def calibrate_step(label: str, tuned: str, data: str, stats: str, source: str, options: tuple[str, ...] = ()) -> Step:
+    """Return the step that measures the Hessians of a tuned model on its own data."""
+    size = ("--num-samples", str(SAMPLES), "--seq-len", str(SEQ_LEN))
+    return Step(label, ("calibrate", tuned, *options, "--data", data, "-o", stats, *size), stats, source)
+
+
+def patch_step(solver: str, density: str, pair_key: str) -> Step:
+    """Return the step that patches the base with `tuned`."""
+    output = patch_folder(solver, density)
+    options = ("--stats", "stats", "-o", output, "--solver", solver, "--density", density)
+    return Step(output, ("patch", "base", "tuned", *options), output, pair_key)
 
 
 def patches() -> list[tuple[str, str]]:
@@ -57,27 +67,37 @@ def patch_folder(solver: str, density: str) -> str:
     return f"patched-{solver}-{density}"
 
 
-def run_chain(cache: Path, pair_key: str, fresh: bool) -> list[dict[str, Any]]:
+def run_chain(cache: Path, chain: list[Step], fresh: bool) -> list[dict[str, Any]]:
     """Run the steps that have not run yet; return the figures of all of them, in order.
 
-    A step runs again when the pair, its arguments or the tool's version changed, when its output
-    is gone, when something that it reads was made again, or when `fresh` is set.
+    A step runs again when its source, its arguments or the tool's version changed, when its output
+    is gone, when a step that makes something it reads ran after it, or when `fresh` is set.
     """
     (cache / "steps").mkdir(exist_ok=True)
+    records = {step.output: record_file(cache, step) for step in chain}
     figures = []
-    renewed: set[str] = set()
-    for step in steps():
-        key = [pair_key, __version__, *step.arguments]
-        record = cache / "steps" / f"{step.label}.json"
-        stale = fresh or not (cache / step.output).exists() or bool(renewed & set(step.arguments))
+    for step in chain:
+        key = [step.source, __version__, *step.arguments]
+        record = record_file(cache, step)
+        inputs = [records[name] for name in step.arguments if name in records and name != step.output]
+        stale = fresh or not (cache / step.output).exists() or any(_newer(file, record) for file in inputs)
         value = None if stale else load_cached(record, key)
         if value is None:
             record.unlink(missing_ok=True)
             value = _run_step(step, cache)
             store(record, key, value)
-            renewed.add(step.output)
         figures.append(value)
     return figures
+
+
+def record_file(cache: Path, step: Step) -> Path:
+    """Return the file that holds the figures of a step that has run; each run writes it anew."""
+    return cache / "steps" / f"{step.label}.json"
+
+
+def _newer(first: Path, second: Path) -> bool:
+    """Whether the first file was written after the second."""
+    return second.exists() and first.stat().st_mtime_ns > second.stat().st_mtime_ns
 
 
 def load_cached(file: Path, key: list[str]) -> Any:

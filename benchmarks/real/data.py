@@ -47,7 +47,7 @@ def named_characters() -> list[int]:
     return named
 
 
-def _split(items: list[str], rng: random.Random) -> dict[str, list[str]]:
+def split(items: list[str], rng: random.Random) -> dict[str, list[str]]:
     """Shuffle and split into training (50%), validation (15%) and test (35%) texts."""
     shuffled = list(items)
     rng.shuffle(shuffled)
@@ -56,7 +56,7 @@ def _split(items: list[str], rng: random.Random) -> dict[str, list[str]]:
 
 
 def _unicode_records(rng: random.Random) -> dict[str, list[str]]:
-    lines = _split([unicode_line(code) for code in named_characters()], rng)
+    lines = split([unicode_line(code) for code in named_characters()], rng)
     step = CHARACTERS_PER_RECORD
     return {
         part: ["\n".join(of_part[i : i + step]) + "\n" for i in range(0, len(of_part), step)]
@@ -74,8 +74,8 @@ def load_texts(seed: int) -> dict[str, dict[str, list[str]]]:
     """Return the texts as task -> part -> list of documents; the same seed gives the same split."""
     english = [text for _, text in sorted(topics.items())]
     return {
-        "english": _split(english, random.Random(seed)),
-        "python": _split(_python_sources(), random.Random(seed)),
+        "english": split(english, random.Random(seed)),
+        "python": split(_python_sources(), random.Random(seed)),
         NEW_TASK: _unicode_records(random.Random(seed)),
     }
 
@@ -96,6 +96,16 @@ def windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, count: int) ->
     if whole == 0:
         raise SystemExit(f"the texts are too short for one window of {WINDOW} tokens")
     return torch.tensor(ids[: whole * WINDOW]).view(whole, WINDOW)
+
+
+def held_out(
+    texts: dict[str, dict[str, list[str]]], tokenizer: PreTrainedTokenizerBase, counts: dict[str, int]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return part -> task -> windows, for every task and each part of `counts` in its order."""
+    return {
+        part: {task: windows(parts[part], tokenizer, count) for task, parts in texts.items()}
+        for part, count in counts.items()
+    }
 
 
 def write_jsonl(texts: list[str], path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,59 @@ def interpolate(base: Path, tuned: Path, weight: float) -> PreTrainedModel:
     return model
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A model to score: how to make it, and what it is made from, which decides whether scores are still good.
+
+    Of the candidates on one line, only the best on validation text is tested.
+    """
+
+    make: Callable[[], PreTrainedModel]
+    source: str
+    made_by: str = ""
+    line: str = ""
+
+
+def evaluate_all(
+    candidates: dict[str, Candidate],
+    windows: dict[str, dict[str, torch.Tensor]],
+    counts: dict[str, int],
+    folder: Path,
+    new_tasks: tuple[str, ...] = (NEW_TASK,),
+    fresh: bool = False,
+) -> dict[str, dict[str, TaskScores]]:
+    """Score all candidates on validation text and those that `contenders` leaves on test text; kept in `folder`.
+
+    `windows` holds part -> task -> token windows, `counts` the windows of a task asked for in each part.
+    """
+    folder.mkdir(exist_ok=True)
+    scores: dict[str, dict[str, TaskScores]] = {label: {} for label in candidates}
+    for part, tasks in windows.items():
+        lines = {label: candidate.line for label, candidate in candidates.items()}
+        for label in candidates if part == "validation" else contenders(scores, lines, new_tasks):
+            print(f"  {label}, {part}", file=sys.stderr, flush=True)
+            candidate = candidates[label]
+            key = [candidate.source, str(counts[part]), *filter(None, [candidate.made_by])]
+            file = folder / f"{label}-{part}.json"
+            if fresh:
+                file.unlink(missing_ok=True)
+            scores[label][part] = evaluate(candidate.make, tasks, file, key)
+    return scores
+
+
+def contenders(
+    scores: dict[str, dict[str, TaskScores]], lines: dict[str, str], new_tasks: tuple[str, ...] = (NEW_TASK,)
+) -> list[str]:
+    """Return the models to test: of each line only the point with the best H on validation text."""
+    best: dict[str, str] = {}
+    for label, line in lines.items():
+        rival = best.setdefault(line or label, label)
+        h, h_rival = (summarise(scores[one]["validation"], new_tasks)["h"] for one in (label, rival))
+        if h > h_rival:
+            best[line] = label
+    return [label for label in scores if label in best.values()]
+
+
 def evaluate(
     make: Callable[[], PreTrainedModel], tasks: dict[str, torch.Tensor], file: Path, key: list[str]
 ) -> TaskScores:
@@ -86,20 +141,21 @@ def h_score(old: float, new: float) -> float:
     return 2 * old * new / (old + new) if old + new > 0 else 0.0
 
 
-def summarise(scores: TaskScores) -> dict[str, float]:
-    """Return the old tasks' average accuracy, the new task's, and the H-score."""
-    old = sum(scores[task]["accuracy"] for task in OLD_TASKS) / len(OLD_TASKS)
-    new = scores[NEW_TASK]["accuracy"]
+def summarise(scores: TaskScores, new_tasks: tuple[str, ...] = (NEW_TASK,)) -> dict[str, float]:
+    """Return the old tasks' average accuracy, the new tasks', and the H-score of the two."""
+    old, new = (sum(scores[task]["accuracy"] for task in tasks) / len(tasks) for tasks in (OLD_TASKS, new_tasks))
     return {"old": old, "new": new, "h": h_score(old, new)}
 
 
-def h_difference(first: TaskScores, second: TaskScores, draws: int = 2000) -> tuple[float, float]:
+def h_difference(
+    first: TaskScores, second: TaskScores, new_tasks: tuple[str, ...] = (NEW_TASK,), draws: int = 2000
+) -> tuple[float, float]:
     """Return H(first) - H(second) and its standard error, by a bootstrap over the windows.
 
     Both models saw the same windows, so each draw takes the same windows for both.
     """
     rng = np.random.default_rng(0)
-    tasks = (*OLD_TASKS, NEW_TASK)
+    tasks = (*OLD_TASKS, *new_tasks)
     means = np.empty((2, draws, len(tasks)))
     for position, task in enumerate(tasks):
         count = len(first[task]["correct"])
@@ -107,7 +163,7 @@ def h_difference(first: TaskScores, second: TaskScores, draws: int = 2000) -> tu
         for model, scores in enumerate((first, second)):
             share = np.array(scores[task]["correct"]) / scores[task]["tokens"]
             means[model, :, position] = 100 * share[drawn].mean(1)
-    old, new = means[:, :, : len(OLD_TASKS)].mean(2), means[:, :, -1]
+    old, new = means[:, :, : len(OLD_TASKS)].mean(2), means[:, :, len(OLD_TASKS) :].mean(2)
     h = 2 * old * new / (old + new)
-    difference = summarise(first)["h"] - summarise(second)["h"]
+    difference = summarise(first, new_tasks)["h"] - summarise(second, new_tasks)["h"]
     return difference, float((h[0] - h[1]).std())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
+import platform
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +34,18 @@ class Recipe:
     def rate_factor(self, step: int) -> float:
         """Return the share of the learning rate at a step: linear up, then linear down to 0."""
         return min((step + 1) / self.warmup, (self.steps - step) / (self.steps - self.warmup))
+
+
+def identity(recipe: Recipe, **more: str) -> str:
+    """Return what a trained model depends on; the texts come with Python, so another Python trains another model."""
+    return json.dumps({**asdict(recipe), "weights": VERSION, "python": platform.python_version(), **more})
+
+
+def discard_other(folder: Path, marker: Path, key: str) -> None:
+    """Remove a trained model unless its marker file says that it was made from this very key."""
+    if not marker.exists() or marker.read_text(encoding="utf-8") != key:
+        shutil.rmtree(folder, ignore_errors=True)
+        marker.write_text(key, encoding="utf-8")
 
 
 def fetch_gguf(cache: Path) -> Path:
@@ -101,10 +115,16 @@ def make_tuned(base: Path, windows: torch.Tensor, recipe: Recipe, folder: Path) 
     The forward and backward pass run in bfloat16, AdamW on float32 copies of the weights: twice
     as fast on a CPU as float32 throughout, and no update is lost to rounding.
     """
-    if folder.exists():
-        return folder
-    torch.manual_seed(recipe.seed)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).train()
+    if not folder.exists():
+        torch.manual_seed(recipe.seed)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).train()
+        fit(model, windows, recipe)
+        save_checkpoint(model.eval(), AutoTokenizer.from_pretrained(base), folder)
+    return folder
+
+
+def fit(model: PreTrainedModel, windows: torch.Tensor, recipe: Recipe) -> None:
+    """Train the parameters of `model` that want a gradient on token windows, shape (B, W)."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     masters = [weight.detach().float() for weight in weights]
     optimizer = torch.optim.AdamW(masters, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -123,8 +143,6 @@ def make_tuned(base: Path, windows: torch.Tensor, recipe: Recipe, folder: Path) 
                 weight.copy_(master)
         if (step + 1) % 10 == 0:
             print(f"  step {step + 1}/{recipe.steps}, loss {loss.item():.3f}", file=sys.stderr, flush=True)
-    save_checkpoint(model.eval(), AutoTokenizer.from_pretrained(base), folder)
-    return folder
 
 
 def batches(windows: torch.Tensor, recipe: Recipe) -> Iterator[torch.Tensor]:

@@ -20,7 +20,7 @@ def render(results: dict[str, Any]) -> str:
         _HEAD,
         _setting(results),
         "## What the commands cost",
-        _steps_table(results),
+        steps_table(results["steps"]),
         "## How far each layer is from the tuned one",
         _errors_table(results),
         "## What each model knows",
@@ -54,19 +54,20 @@ def _setting(results: dict[str, Any]) -> str:
 """
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table: the first column to the left, the others to the right."""
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
 
 
-def _steps_table(results: dict[str, Any]) -> str:
+def steps_table(steps: list[dict[str, Any]]) -> str:
+    """Return the table of what each command took."""
     rows = []
-    for step in results["steps"]:
+    for step in steps:
         figures = (step["seconds"], step["cpu_seconds"], step["peak_bytes"] / 1e6)
         rows.append([f"`{step['command']}`", *(f"{figure:.0f}" for figure in figures)])
-    table = _table(["command", "seconds", "processor seconds", "peak memory, MB"], rows)
-    return f"{table}\n\nEach a process of its own, start-up included; peak memory is its largest resident set."
+    text = table(["command", "seconds", "processor seconds", "peak memory, MB"], rows)
+    return f"{text}\n\nEach a process of its own, start-up included; peak memory is its largest resident set."
 
 
 def _errors_table(results: dict[str, Any]) -> str:
@@ -75,12 +76,12 @@ def _errors_table(results: dict[str, Any]) -> str:
         totals = results["totals"][patch_folder(solver, density)]
         share = f"{100 * totals['delta_share_kept']:.1f}"
         rows.append([solver, density, share, f"{totals['error_before']:.3f}", f"{totals['error_after']:.3f}"])
-    table = _table(["solver", "density", "‖delta‖² kept, %", "error of the mask alone", "after the solver"], rows)
+    text = table(["solver", "density", "‖delta‖² kept, %", "error of the mask alone", "after the solver"], rows)
     return f"""
 Relative layer error ‖(W − W_tuned)X‖² / ‖delta X‖² over the calibration tokens, the mean of the linear layers;
 1 is the base, 0 the tuned model.
 
-{table}
+{text}
 """
 
 
@@ -119,7 +120,7 @@ linear layers' outputs are from the tuned model's (1 is base, 0 is tuned).
 On two CPU cores, `calibrate` took {steps["calibrate"]["seconds"]:.0f} s and `patch`
 {steps[default]["seconds"]:.0f} s. One seed; written by `make real`.
 
-{_table(["model", "old tasks", "new task", "H", "layer error"], rows)}
+{table(["model", "old tasks", "new task", "H", "layer error"], rows)}
 
 The best H here is that of {_title(winner)}. Interpolation and scaling were given their best weight on validation text;
 *scaled w* is base + w · (patched − base), the default patch taken part of the way (no option yet). The mask decides how
@@ -144,7 +145,7 @@ def _scores_table(results: dict[str, Any]) -> str:
 Accuracy in percent on test text, then on validation text. Of the interpolations, and of the scaled models, only the
 one that was best on validation text was tested.
 
-{_table(header, rows)}
+{table(header, rows)}
 """
 
 
@@ -190,7 +191,7 @@ the test text: {best}.
 Differences of H on the test text, with the standard error over its windows (other seeds of the fine-tuning would add
 to it):
 
-{_table(["difference", "H", "standard error"], rows)}
+{table(["difference", "H", "standard error"], rows)}
 
 The layer error is measured on new-task data and says nothing of the old tasks: a model with a smaller one is closer
 to the tuned model, in what it has learnt and in what it has forgotten. H weighs old and new alike; one who

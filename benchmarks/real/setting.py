@@ -1,0 +1,84 @@
+"""What the benchmarks on a real model share: the cache, the pair of models, the machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from benchmarks.real import data, model
+from tailorcli import __version__
+
+SEED = 0
+COUNTS = {"validation": 16, "test": 64}  # windows of each task
+TRAIN_RECORDS = 10_000  # all of them
+
+Texts = dict[str, dict[str, list[str]]]
+
+
+def parse(parser: argparse.ArgumentParser, document: Path) -> argparse.Namespace:
+    """Add the options that these benchmarks have in common, parse, and make the cache folder."""
+    default = os.environ.get("TAILORCLI_CACHE") or Path.home() / ".cache" / "tailorcli" / "real"
+    parser.add_argument("--cache", type=Path, default=Path(default), help="folder for weights and results")
+    parser.add_argument("--document", type=Path, default=document, help="Markdown file to write")
+    parser.add_argument("--fresh", action="store_true", help="run the commands and evaluations again")
+    options = parser.parse_args()
+    options.cache = options.cache.expanduser().resolve()
+    options.cache.mkdir(parents=True, exist_ok=True)
+    transformers.utils.logging.disable_progress_bar()
+    return options
+
+
+def say(message: str) -> None:
+    """Report progress on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def make_pair(cache: Path, texts: Texts) -> str:
+    """Make `base` and `tuned` unless they are there; return what identifies the pair."""
+    say("making base")
+    base = model.make_base(cache)
+    recipe = model.Recipe(seed=SEED)
+    pair_key = model.identity(recipe)
+    model.discard_other(cache / "tuned", cache / "pair.json", pair_key)
+    data.write_jsonl(texts[data.NEW_TASK]["train"], cache / "train.jsonl")
+    say("making tuned")
+    records = texts[data.NEW_TASK]["train"]
+    model.make_tuned(base, data.windows(records, tokenizer_of(base), TRAIN_RECORDS), recipe, cache / "tuned")
+    return pair_key
+
+
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in a checkpoint folder."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    return tokenizer
+
+
+def environment() -> dict[str, Any]:
+    """Return what the figures were measured on and with."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tailorcli": __version__,
+    }
+
+
+def processor() -> str:
+    """Return the processor's name where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
