@@ -423,7 +423,7 @@ class PatchWriter:
         padding = -(self._position + codes.size) % (PADDING + 1)
         codes = np.append(codes, np.full(padding, pad_byte(coding), dtype=np.uint8))
         kept = np.concatenate(parts)
-        values = memoryview(kept.view(np.uint8)) if kept.size else memoryview(b"")
+        values = kept.view(np.uint8).data if kept.size else memoryview(b"")
         entry = PatchTensor(kept.size, coding, base_digest, digest_of(codes.data, values))
         try:
             write_all(self._descriptor, codes.data, self._position)
