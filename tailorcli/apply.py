@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,11 +55,13 @@ def apply_patch(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = False,
+    announce: Callable[[Plan], None] | None = None,
 ) -> PatchReport:
     """Write the checkpoint ``output``: ``base`` with the entries of the patch file in place.
 
     Weights, side files and report are to the byte those that the run which made the patch wrote, or would have
-    written, to its output folder. Raises PatchError where the patch is damaged or ``base`` is not its base.
+    written, to its output folder. ``announce`` is called with the plan before the work
+    starts. Raises PatchError where the patch is damaged or ``base`` is not its base.
     """
     started = perf_counter()
     target = Target.of(output, None, resume=resume, overwrite=overwrite)
@@ -77,6 +79,8 @@ def apply_patch(
         finished = target.finished(identity, "apply")
         if finished is not None:
             return finished
+        if announce is not None:
+            announce(plan)
         side, notes = side_sources(opened, file)
         outputs = stack.enter_context(target.open(plan, opened, identity, {}, side))
         bar = stack.enter_context(progress_bar(plan.tensors, "applying", progress))

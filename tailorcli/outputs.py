@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tailorcli import __version__
 from tailorcli.checkpoint import INDEX_FILE, WEIGHT_SUFFIXES, Checkpoint, read_json
 from tailorcli.errors import CheckpointError, OutputError, PatchError
-from tailorcli.patchfile import SUFFIX, PatchFile, PatchWriter, digest_of
+from tailorcli.patchfile import SUFFIX, PatchFile, digest_of
+from tailorcli.patchwriter import PatchWriter
 from tailorcli.plan import Plan
 from tailorcli.report import REPORT_FILE, RUN_FILE, PatchReport, load_report
 from tailorcli.writer import JOURNAL, WORK_FOLDER, CheckpointWriter, as_output_error, write_text_atomically
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _ANOTHER = "choose another folder for -o"
@@ -245,6 +248,17 @@ class Outputs:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+
+def identity_of(
+    inputs: dict[str, dict[str, str]], options: dict[str, Any], device: torch.device, **more: Any
+) -> dict[str, Any]:
+    """What decides the bytes of an output, of inputs as reported: a run is only resumed under the same."""
+    import torch
+
+    fingerprints = {f"{role} fingerprint": facts["fingerprint"] for role, facts in inputs.items()}
+    versions = {"tailorcli": __version__, "torch": torch.__version__, "used device": device.type}
+    return {**versions, **more, **fingerprints, **options}
 
 
 def run_record(report: PatchReport, identity: dict[str, Any], resumed: int) -> str:

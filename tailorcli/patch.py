@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tailorcli import __version__
 from tailorcli.adapter import open_tuned, tuned_side_files
 from tailorcli.checkpoint import Checkpoint
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import NumericalError, OptionsError
 from tailorcli.options import PatchOptions
-from tailorcli.outputs import Target, progress_bar
+from tailorcli.outputs import Target, identity_of, progress_bar
 from tailorcli.patchfile import digest_of, raw_bytes
 from tailorcli.plan import Plan, TensorPlan, build_plan, working_set
 from tailorcli.reading import ReadAhead
@@ -116,12 +115,14 @@ def patch_checkpoint(
     options: PatchOptions = PatchOptions(),
     progress: bool = False,
     patch_file: PathLike | None = None,
+    announce: Callable[[Plan], None] | None = None,
 ) -> PatchReport:
     """Patch ``base`` with the best ``density`` of ``tuned``; write the checkpoint ``output``, a ``patch_file`` or both.
 
     ``stats`` is a folder that ``calibrate_model`` wrote for ``tuned``; it may be missing only with
     ``solver="none"`` and ``omega=1``. The output has the base's tensor names, dtypes and (without
     ``max_shard_size``) sharding, and the tuned model's side files; a report and a run record lie beside them.
+    ``announce`` is called with the plan before the work starts.
     Raises TailorError for everything that a user can put right; nothing that looks finished is left then.
     """
     started = perf_counter()
@@ -133,10 +134,12 @@ def patch_checkpoint(
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options)
         device = resolve_device(options.device)
         target.check(inputs.paths, plan)
-        identity = _identity(inputs, options, device)
+        identity = identity_of(inputs.describe(), options.to_dict(), device)
         finished = target.finished(identity, "patch")
         if finished is not None:
             return finished
+        if announce is not None:
+            announce(plan)
         timer = StageTimer(device)
         side = {place.as_posix(): source for place, source in tuned_side_files(inputs.tuned).items()}
         manifest = {"task": options.task, "license": options.license, "inputs": inputs.describe()}
@@ -316,17 +319,3 @@ def _report(
 ) -> PatchReport:
     ordered = [records[name] for name in inputs.base.tensors]
     return PatchReport(command, options.to_dict(), inputs.describe(), ordered, dict(timer.seconds), seconds)
-
-
-def _identity(inputs: Inputs, options: PatchOptions, device: torch.device) -> dict[str, Any]:
-    """What decides the bytes of the output: a run is only resumed under the same."""
-    import torch
-
-    fingerprints = {f"{role} fingerprint": facts["fingerprint"] for role, facts in inputs.describe().items()}
-    return {
-        "tailorcli": __version__,
-        "torch": torch.__version__,
-        "used device": device.type,
-        **fingerprints,
-        **options.to_dict(),
-    }

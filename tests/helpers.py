@@ -3,9 +3,11 @@
 import hashlib
 import json
 import random
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 CHARACTERS = [chr(code) for code in range(32, 127)]
@@ -113,6 +115,26 @@ def random_hessian(size, tokens=None, seed=0, decay=0.5):
     basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
     x = torch.randn(tokens or 4 * size, size, generator=generator, dtype=torch.float64) * spectrum @ basis
     return (2.0 / x.shape[0] * x.T @ x).float()
+
+
+@contextmanager
+def broken_off(writer, after):
+    """Within it, a writer's class (``CheckpointWriter``, ``PatchWriter``) fails after so many tensors."""
+    import tailorcli.writer
+
+    original, count = writer._write_now, [0]
+
+    def failing(self, *arguments):
+        count[0] += 1
+        if count[0] > after:
+            raise RuntimeError("stop")
+        original(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tailorcli.writer, "_SYNC_BYTES", 1)  # small tensors: journal each of them
+        patched.setattr(writer, "_write_now", failing)
+        with pytest.raises(RuntimeError, match="stop"):
+            yield
 
 
 class Oracle:

@@ -9,6 +9,7 @@ import torch
 from helpers import (
     Oracle,
     bits,
+    broken_off,
     folder_digest,
     make_model,
     make_pair,
@@ -28,6 +29,7 @@ from tailorcli.apply import apply_patch, verify_checkpoint
 from tailorcli.core import combine_hessians, overlap_figures, stitch_average, stitch_joint, stitch_patches, union_mask
 from tailorcli.core.hessian import prepare
 from tailorcli.patchfile import PatchFile
+from tailorcli.writer import CheckpointWriter
 
 METHODS = ("average", "joint", "patches")
 
@@ -318,23 +320,10 @@ def test_the_merged_patch_file_is_the_merged_checkpoint(tasks, tmp_path, method)
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("after", [0, 3, 15])
-def test_an_interrupted_merge_is_resumed_to_the_same_bytes(tasks, tmp_path, monkeypatch, method, after):
-    import tailorcli.writer
-
+def test_an_interrupted_merge_is_resumed_to_the_same_bytes(tasks, tmp_path, method, after):
     merge(tasks, tmp_path / "whole", method, patch_file=tmp_path / "whole.safetensors")
-    original, count = tailorcli.writer.CheckpointWriter._write_now, [0]
-
-    def failing(self, *arguments):
-        count[0] += 1
-        if count[0] > after:
-            raise RuntimeError("stop")
-        original(self, *arguments)
-
-    with monkeypatch.context() as broken:
-        broken.setattr(tailorcli.writer, "_SYNC_BYTES", 1)
-        broken.setattr(tailorcli.writer.CheckpointWriter, "_write_now", failing)
-        with pytest.raises(RuntimeError, match="stop"):
-            merge(tasks, tmp_path / "cut", method, patch_file=tmp_path / "cut.safetensors")
+    with broken_off(CheckpointWriter, after):
+        merge(tasks, tmp_path / "cut", method, patch_file=tmp_path / "cut.safetensors")
     merge(tasks, tmp_path / "cut", method, patch_file=tmp_path / "cut.safetensors", resume=True)
     assert folder_digest(tmp_path / "cut") == folder_digest(tmp_path / "whole")
     assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()

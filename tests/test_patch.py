@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from helpers import bits, folder_digest, make_pair, read_tensors
+from helpers import bits, broken_off, folder_digest, make_pair, read_tensors
 
 from tailorcli import (
     Checkpoint,
@@ -22,6 +22,7 @@ from tailorcli import (
     plan_patch,
     score_checkpoint,
 )
+from tailorcli.writer import CheckpointWriter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -255,31 +256,18 @@ def test_killed_at_any_moment_and_resumed_to_the_same_bytes(deep_pair, tmp_path)
     assert from_earlier >= 5  # or resuming was hardly tried
 
 
-def interrupt(folder, out, monkeypatch, after):
+def interrupt(folder, out, after):
     """Break a run off after some tensors, as an exception in the middle would."""
-    import tailorcli.writer as writer
-
-    original, count = writer.CheckpointWriter._write_now, [0]
-
-    def failing(self, *arguments):
-        count[0] += 1
-        if count[0] > after:
-            raise RuntimeError("stop")
-        original(self, *arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(writer, "_SYNC_BYTES", 1)
-        patched.setattr(writer.CheckpointWriter, "_write_now", failing)
-        with pytest.raises(RuntimeError, match="stop"):
-            patch_checkpoint(folder / "base", folder / "tuned", out, folder / "stats")
+    with broken_off(CheckpointWriter, after):
+        patch_checkpoint(folder / "base", folder / "tuned", out, folder / "stats")
 
 
 @pytest.mark.parametrize(
     ("change", "what"), [({"density": 0.2}, "density"), ({"solver": "none"}, "solver"), ({"damping": 0.1}, "damping")]
 )
-def test_resume_refuses_other_options(llama_pair, tmp_path, monkeypatch, change, what):
+def test_resume_refuses_other_options(llama_pair, tmp_path, change, what):
     out = tmp_path / "out"
-    interrupt(llama_pair, out, monkeypatch, after=4)
+    interrupt(llama_pair, out, after=4)
     arguments = (llama_pair / "base", llama_pair / "tuned", out, llama_pair / "stats")
     assert inspect_path(out).kind == "unfinished"
     with pytest.raises(TailorError, match=rf"cannot resume.*{what}"):
@@ -292,12 +280,12 @@ def test_resume_refuses_other_options(llama_pair, tmp_path, monkeypatch, change,
     assert again.tensors == report.tensors
 
 
-def test_resume_refuses_other_inputs(llama_pair, tmp_path, monkeypatch):
+def test_resume_refuses_other_inputs(llama_pair, tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = make_pair(tmp_path)
     calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
-    interrupt(folder, folder / "out", monkeypatch, after=3)
+    interrupt(folder, folder / "out", after=3)
     tensors = load_file(folder / "base" / "model.safetensors")
     tensors["model.norm.weight"] += 1
     save_file(tensors, folder / "base" / "model.safetensors", metadata={"format": "pt"})
@@ -305,9 +293,9 @@ def test_resume_refuses_other_inputs(llama_pair, tmp_path, monkeypatch):
         patch_checkpoint(folder / "base", folder / "tuned", folder / "out", folder / "stats", PatchOptions(resume=True))
 
 
-def test_a_torn_last_journal_line_is_dropped(llama_pair, tmp_path, monkeypatch):
+def test_a_torn_last_journal_line_is_dropped(llama_pair, tmp_path):
     out = tmp_path / "out"
-    interrupt(llama_pair, out, monkeypatch, after=6)
+    interrupt(llama_pair, out, after=6)
     with (out / ".tailorcli" / "journal.jsonl").open("a") as stream:
         stream.write('{"name": "model.norm.wei')
     arguments = (llama_pair / "base", llama_pair / "tuned")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import bits, folder_digest, make_pair, read_tensors
+from helpers import bits, broken_off, folder_digest, make_pair, read_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -21,6 +21,8 @@ from test_bad_input import refused, run
 from tailorcli import PatchOptions, TailorError, calibrate_model, inspect_path, maskcode, patch_checkpoint
 from tailorcli.apply import apply_patch, verify_checkpoint
 from tailorcli.patchfile import PatchFile
+from tailorcli.patchwriter import PatchWriter
+from tailorcli.writer import CheckpointWriter
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -367,16 +369,11 @@ def test_the_estimate_of_a_patch_file_is_an_upper_bound(patched):
 # --- Interrupted runs ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("writer", ["CheckpointWriter", "PatchWriter"])
 @pytest.mark.parametrize("after", [0, 1, 5, 20])
-@pytest.mark.parametrize("with_folder", [True, False])
-def test_an_interrupted_run_is_resumed_to_the_same_bytes(llama_pair, tmp_path, monkeypatch, writer, after, with_folder):
-    import tailorcli.patchfile
-    import tailorcli.writer
-
-    module = tailorcli.writer if writer == "CheckpointWriter" else tailorcli.patchfile
-    if writer == "CheckpointWriter" and not with_folder:
-        pytest.skip("no folder is written")
+@pytest.mark.parametrize(
+    ("writer", "with_folder"), [(CheckpointWriter, True), (PatchWriter, True), (PatchWriter, False)]
+)
+def test_an_interrupted_run_is_resumed_to_the_same_bytes(llama_pair, tmp_path, writer, after, with_folder):
     inputs = (llama_pair / "base", llama_pair / "tuned")
 
     def patch(name, **changes):
@@ -387,19 +384,8 @@ def test_an_interrupted_run_is_resumed_to_the_same_bytes(llama_pair, tmp_path, m
         return file
 
     expected = patch("whole").read_bytes()
-    original, count = getattr(module, writer)._write_now, [0]
-
-    def failing(self, *arguments):
-        count[0] += 1
-        if count[0] > after:
-            raise RuntimeError("stop")
-        original(self, *arguments)
-
-    with monkeypatch.context() as broken:
-        broken.setattr(tailorcli.writer, "_SYNC_BYTES", 1)
-        broken.setattr(getattr(module, writer), "_write_now", failing)
-        with pytest.raises(RuntimeError, match="stop"):
-            patch("cut")
+    with broken_off(writer, after):
+        patch("cut")
     assert not (tmp_path / "cut.safetensors").exists()
     with pytest.raises(TailorError, match=r"exists|not empty"):
         patch("cut")
@@ -416,8 +402,6 @@ def test_an_interrupted_run_is_resumed_to_the_same_bytes(llama_pair, tmp_path, m
 
 
 def test_cut_off_between_the_patch_file_and_the_folder(llama_pair, tmp_path, monkeypatch):
-    from tailorcli.writer import CheckpointWriter
-
     arguments = (llama_pair / "base", llama_pair / "tuned", tmp_path / "out", llama_pair / "stats")
     file = tmp_path / "p.safetensors"
 
@@ -437,23 +421,10 @@ def test_cut_off_between_the_patch_file_and_the_folder(llama_pair, tmp_path, mon
         patch_checkpoint(*arguments, PatchOptions(resume=True), patch_file=file)
 
 
-def test_apply_is_resumed_too(patched, monkeypatch):
-    import tailorcli.writer
-
-    original, count = tailorcli.writer.CheckpointWriter._write_now, [0]
-
-    def failing(self, *arguments):
-        count[0] += 1
-        if count[0] > 7:
-            raise RuntimeError("stop")
-        original(self, *arguments)
-
+def test_apply_is_resumed_too(patched):
     arguments = (patched / "base", patched / "patch.safetensors", patched / "applied")
-    with monkeypatch.context() as broken:
-        broken.setattr(tailorcli.writer, "_SYNC_BYTES", 1)
-        broken.setattr(tailorcli.writer.CheckpointWriter, "_write_now", failing)
-        with pytest.raises(RuntimeError, match="stop"):
-            apply_patch(*arguments)
+    with broken_off(CheckpointWriter, 7):
+        apply_patch(*arguments)
     with pytest.raises(TailorError, match="not empty"):
         apply_patch(*arguments)
     apply_patch(*arguments, resume=True)

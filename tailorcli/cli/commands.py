@@ -6,22 +6,58 @@ Data goes to standard output; progress, notes and errors go to standard error.
 from __future__ import annotations
 
 import functools
-import json
 import os
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from tailorcli import __version__
+from tailorcli.cli.options import (
+    AllowDtype,
+    AsJson,
+    Base,
+    Damping,
+    Density,
+    Device,
+    DryRun,
+    Exclude,
+    Include,
+    License,
+    MaxIterations,
+    MaxShardSize,
+    Omega,
+    OutFolder,
+    Overwrite,
+    PatchIn,
+    PatchOut,
+    Resume,
+    StatsIn,
+    Task,
+    Tolerance,
+    Tuned,
+)
+from tailorcli.cli.output import (
+    print_json,
+    print_report,
+    print_rich,
+    reasons,
+    require_output,
+    show_cost,
+    show_merge,
+    show_plan,
+    show_quantiles,
+    show_reasons,
+    show_summary,
+    show_written,
+)
 from tailorcli.errors import TailorError
 from tailorcli.options import CalibrateOptions, MergeOptions, PatchOptions, parse_size
 
 if TYPE_CHECKING:
-    from tailorcli.plan import Plan
-    from tailorcli.report import PatchReport
+    pass
 
 app = typer.Typer(
     name="tailorcli",
@@ -72,44 +108,6 @@ def root(
     """Model Tailor from the shell."""
 
 
-# Arguments and options that several commands share.
-Base = Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the pre-trained checkpoint (safetensors).")]
-Tuned = Annotated[Path, typer.Argument(metavar="TUNED", help="Folder of the fine-tuned checkpoint, or adapter.")]
-StatsIn = Annotated[
-    Path | None,
-    typer.Option("--stats", help="Folder made by calibrate; may be left out with --omega 1 (and --solver none)."),
-]
-Density = Annotated[float, typer.Option(help="Fraction of each tensor's entries to keep from TUNED, 0 to 1.")]
-Omega = Annotated[float, typer.Option(help="Weight of salience |dW| against sensitivity in the score, 0 to 1.")]
-Damping = Annotated[float, typer.Option(help="Added to the Hessian's diagonal, as a multiple of its mean.")]
-Tolerance = Annotated[float, typer.Option(help="Relative residual at which the joint solver stops.")]
-MaxIterations = Annotated[int, typer.Option(help="Cap on the joint solver's iterations.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Include = Annotated[list[str] | None, typer.Option(help="Only tensors whose name matches this glob; repeatable.")]
-Exclude = Annotated[list[str] | None, typer.Option(help="No tensor whose name matches this glob; repeatable.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of tables.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of tailorcli.")]
-AllowDtype = Annotated[
-    bool, typer.Option("--allow-dtype-mismatch", help="TUNED may be stored in another dtype than BASE.")
-]
-
-OutFolder = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder for the patched checkpoint.")
-]
-PatchOut = Annotated[
-    Path | None,
-    typer.Option("--patch-file", metavar="FILE.safetensors", help="Write the kept entries here; with -o or without."),
-]
-PatchIn = Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file of a task.")]
-MaxShardSize = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Shard anew, such as 5GB; else the shards are the base's.")
-]
-Task = Annotated[str | None, typer.Option(help="Name of the task, for the patch file.")]
-License = Annotated[str | None, typer.Option("--license", help="Licence of the patch, for the patch file.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan and its cost.")]
-
-
 @app.command()
 @friendly_errors
 def calibrate(
@@ -156,13 +154,13 @@ def calibrate(
     )
     report = calibrate_model(model, data, output, options, progress=not as_json, base=base)
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
         return
     typer.echo(
         f"{report.samples} samples, {report.tokens:,} tokens: {report.hessians} Hessians for {report.calibrated} "
         f"tensors in {output} ({format_bytes(report.bytes)}, {report.seconds:.1f} s)"
     )
-    _show_reasons(report.uncalibrated, "without statistics")
+    show_reasons(report.uncalibrated, "without statistics")
     typer.echo(f"next: tailorcli patch {base or 'BASE'} {model} --stats {output} -o OUT", err=True)
 
 
@@ -203,11 +201,11 @@ def score(
     if output is not None:
         write_report(report, output)
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
         return
-    _print_rich(tensor_table(report.to_dict(), errors=False))
-    _show_quantiles(report.to_dict())
-    _show_reasons(_reasons(report.tensors), "left at base")
+    print_rich(tensor_table(report.to_dict(), errors=False))
+    show_quantiles(report.to_dict())
+    show_reasons(reasons(report.tensors), "left at base")
 
 
 @app.command()
@@ -242,7 +240,7 @@ def patch(
     OUT loads with from_pretrained; a patch file holds the kept entries alone. Everything is checked before the work
     starts; an interrupted run leaves nothing that loads, and --resume finishes it to the same bytes.
     """
-    _require_output(output, patch_file)
+    require_output(output, patch_file)
     from tailorcli.adapter import is_adapter
     from tailorcli.patch import patch_checkpoint, plan_patch
 
@@ -264,20 +262,26 @@ def patch(
         resume=resume,
         overwrite=overwrite,
     )
-    if dry_run or not as_json:
-        plan = plan_patch(base, tuned, output, stats, options, patch_file)
-        if dry_run:
-            _show_plan(plan, output, patch_file, as_json)
-            return
-        typer.echo(_cost(plan, output, patch_file), err=True)
-        if output is not None and not ((base if is_adapter(tuned) else tuned) / "config.json").exists():
-            typer.echo(f"note: {tuned} has no config.json, so {output} will not load with from_pretrained", err=True)
-    report = patch_checkpoint(base, tuned, output, stats, options, progress=not as_json, patch_file=patch_file)
-    if as_json:
-        _print_report(report, output, patch_file)
+    if dry_run:
+        show_plan(plan_patch(base, tuned, output, stats, options, patch_file), output, patch_file, as_json)
         return
-    _show_summary(report.to_dict())
-    _show_written(output, patch_file, report.seconds)
+    if output is not None and not ((base if is_adapter(tuned) else tuned) / "config.json").exists():
+        typer.echo(f"note: {tuned} has no config.json, so {output} will not load with from_pretrained", err=True)
+    report = patch_checkpoint(
+        base,
+        tuned,
+        output,
+        stats,
+        options,
+        progress=not as_json,
+        patch_file=patch_file,
+        announce=None if as_json else partial(show_cost, output=output, patch_file=patch_file),
+    )
+    if as_json:
+        print_report(report, output, patch_file)
+        return
+    show_summary(report.to_dict())
+    show_written(output, patch_file, report.seconds)
 
 
 @app.command()
@@ -301,7 +305,7 @@ def apply(
     size = parse_size(max_shard_size) if max_shard_size else None
     if dry_run:
         plan = plan_apply(base, patch_path, output, max_shard_size=size, resume=resume, overwrite=overwrite)
-        _show_plan(plan, output, None, as_json)
+        show_plan(plan, output, None, as_json)
         return
     report = apply_patch(
         base,
@@ -311,15 +315,16 @@ def apply(
         resume=resume,
         overwrite=overwrite,
         progress=not as_json,
+        announce=None if as_json else partial(show_cost, output=output, patch_file=None),
     )
     for note in report.notes:
         typer.echo(f"note: {note}", err=True)
     if as_json:
-        _print_report(report, output, None)
+        print_report(report, output, None)
         return
     totals = report.totals
     typer.echo(f"changed {totals['kept']:,} entries in {totals['tensors_patched']} tensors")
-    _show_written(output, None, report.seconds)
+    show_written(output, None, report.seconds)
 
 
 @app.command("merge-multi")
@@ -359,7 +364,7 @@ def merge_multi(
     """
     from tailorcli.merge import merge_patches, plan_merge
 
-    _require_output(output, patch_file)
+    require_output(output, patch_file)
     options = MergeOptions(
         method=method,  # type: ignore[arg-type]  # checked by the dataclass
         weights=tuple(weight or ()),
@@ -375,16 +380,25 @@ def merge_multi(
     )
     inputs = (tuple(tuned or ()), tuple(stats or ()))
     if dry_run:
-        _show_plan(plan_merge(base, patches, output, *inputs, options, patch_file), output, patch_file, as_json)
+        show_plan(plan_merge(base, patches, output, *inputs, options, patch_file), output, patch_file, as_json)
         return
-    report = merge_patches(base, patches, output, *inputs, options, progress=not as_json, patch_file=patch_file)
+    report = merge_patches(
+        base,
+        patches,
+        output,
+        *inputs,
+        options,
+        progress=not as_json,
+        patch_file=patch_file,
+        announce=None if as_json else partial(show_cost, output=output, patch_file=patch_file),
+    )
     for note in report.notes:
         typer.echo(f"note: {note}", err=True)
     if as_json:
-        _print_report(report, output, patch_file)
+        print_report(report, output, patch_file)
         return
-    _show_merge(report.to_dict())
-    _show_written(output, patch_file, report.seconds)
+    show_merge(report.to_dict())
+    show_written(output, patch_file, report.seconds)
 
 
 @app.command()
@@ -403,7 +417,7 @@ def verify(
 
     report = verify_checkpoint(checkpoint, base, patch_path, progress=not as_json)
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
     elif report.ok:
         typer.echo(
             f"{checkpoint} is right: {report.tensors} tensors, {report.entries:,} entries, of which "
@@ -412,7 +426,7 @@ def verify(
         )
     else:
         typer.secho(f"error: {checkpoint} is not what it should be: {report.wrong_tensors} wrong", err=True, fg="red")
-        _print_rich(problem_table(report.problems))
+        print_rich(problem_table(report.problems))
     if not report.ok:
         raise typer.Exit(1)
 
@@ -434,11 +448,11 @@ def inspect_command(
         plot_inspection(inspection, plot)
         typer.echo(f"drew {plot}", err=True)
     if as_json:
-        _print_json(inspection.to_dict())
+        print_json(inspection.to_dict())
         return
     from tailorcli.show import inspection_parts
 
-    _print_rich(*inspection_parts(inspection))
+    print_rich(*inspection_parts(inspection))
 
 
 @app.command()
@@ -459,139 +473,12 @@ def demo(
 
     report = run_demo(output, seed=seed, quick=quick, overwrite=overwrite, progress=not as_json)
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
         return
-    _print_rich(render_demo(report))
+    print_rich(render_demo(report))
     typer.echo("The checkpoints are yours to go on with:")
     for line in follow_up_commands(report):
         typer.echo(f"  {line}")
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, indent=1, allow_nan=False))
-
-
-def _print_rich(*parts: Any) -> None:
-    """Tables to standard output; wide ones stay whole when the output is no terminal."""
-    from rich.console import Console
-
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    for part in parts:
-        console.print(part)
-
-
-def _reasons(tensors: list[dict[str, Any]]) -> dict[str, str]:
-    return {tensor["name"]: tensor["reason"] for tensor in tensors if tensor["status"] != "patched"}
-
-
-def _show_reasons(reasons: dict[str, str], what: str) -> None:
-    """Every tensor that was not patched or not calibrated, gathered by reason: never silently."""
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        by_reason.setdefault(reason, []).append(name)
-    for reason, names in by_reason.items():
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        typer.echo(f"{what}: {len(names)} ({reason}): {', '.join(names[:4])}{more}", err=True)
-
-
-def _require_output(output: Path | None, patch_file: Path | None) -> None:
-    if output is None and patch_file is None:
-        raise typer.BadParameter("pass --output OUT, --patch-file FILE.safetensors, or both")
-
-
-def _cost(plan: Plan, output: Path | None, patch_file: Path | None) -> str:
-    """One line before the work starts."""
-    from tailorcli.outputs import free_bytes
-    from tailorcli.report import format_bytes
-
-    writes = []
-    if output is not None:
-        writes.append(f"{format_bytes(plan.write_bytes)} to {output} ({format_bytes(free_bytes(output))} free)")
-    if patch_file is not None:
-        writes.append(f"at most {format_bytes(plan.patch_bytes)} to {patch_file}")
-    return (
-        f"patching {len(plan.patched)} tensors, leaving {len(plan.left_at_base)} at base: "
-        f"{format_bytes(plan.read_bytes)} to read, to write {' and '.join(writes)}, "
-        f"about {format_bytes(plan.peak_bytes)} of memory at the peak"
-    )
-
-
-def _show_plan(plan: Plan, output: Path | None, patch_file: Path | None, as_json: bool) -> None:
-    from tailorcli.outputs import free_bytes
-
-    if as_json:
-        where = output or patch_file or Path()
-        _print_json({**plan.to_dict(), "free_bytes": free_bytes(where)})
-        return
-    from tailorcli.show import plan_table
-
-    _print_rich(plan_table(plan))
-    typer.echo(_cost(plan, output, patch_file))
-    typer.echo("dry run: nothing was written", err=True)
-
-
-def _print_report(report: PatchReport, output: Path | None, patch_file: Path | None) -> None:
-    """The report as JSON, with where it was written and how long it took."""
-    paths = {"output": output, "patch_file": patch_file}
-    where = {key: str(path) for key, path in paths.items() if path is not None}
-    _print_json({**where, **report.to_dict(), "stages": report.stages, "seconds": report.seconds})
-
-
-def _show_written(output: Path | None, patch_file: Path | None, seconds: float) -> None:
-    """The last lines: what was written, and what to look at next."""
-    from tailorcli.report import format_bytes
-
-    if patch_file is not None:
-        size = format_bytes(patch_file.stat().st_size)
-        typer.echo(f"wrote {patch_file} ({size}); apply it: tailorcli apply BASE {patch_file} -o OUT")
-    if output is not None:
-        typer.echo(f"wrote {output}; per tensor: tailorcli inspect {output}")
-    typer.echo(f"{seconds:.1f} s", err=True)
-
-
-def _show_summary(report: dict[str, Any]) -> None:
-    from tailorcli.report import format_share
-
-    totals = report["totals"]
-    typer.echo(
-        f"kept {totals['kept']:,} of {totals['numel']:,} entries ({format_share(totals['density'])}), which hold "
-        f"{format_share(totals['delta_share_kept'])} of the squared change"
-    )
-    if totals["error_before"] is not None:
-        typer.echo(
-            f"mean layer error against the tuned model: {format_share(totals['error_before'])} before compensation, "
-            f"{format_share(totals['error_after'])} after ({report['options']['solver']})"
-        )
-    if totals["damped_further"]:
-        typer.echo(f"damped further than asked: {', '.join(totals['damped_further'])}", err=True)
-    _show_reasons(_reasons(report["tensors"]), "left at base")
-
-
-def _show_merge(report: dict[str, Any]) -> None:
-    from tailorcli.report import format_share
-
-    totals, tasks = report["totals"], report["options"]["tasks"]
-    kept = ", ".join(f"{task} {count:,}" for task, count in zip(tasks, totals["kept_by"], strict=True))
-    typer.echo(
-        f"merged {len(tasks)} tasks ({report['options']['method']}): {totals['kept']:,} of {totals['numel']:,} entries "
-        f"({format_share(totals['density'])}); kept by {kept}; by all {totals['kept_by_all']:,} "
-        f"(Jaccard {format_share(totals['jaccard'])}), {totals['sign_conflicts']:,} with changes of both signs"
-    )
-    if totals["errors"] is not None:
-        errors = ", ".join(f"{task} {format_share(e)}" for task, e in zip(tasks, totals["errors"], strict=True))
-        typer.echo(f"mean layer error against each tuned model: {errors}")
-    for method, count in totals["methods"].items():
-        if method != report["options"]["method"]:
-            typer.echo(f"{count} tensors by {method}", err=True)
-    if totals["damped_further"]:
-        typer.echo(f"damped further than asked: {', '.join(totals['damped_further'])}", err=True)
-    _show_reasons(_reasons(report["tensors"]), "left at base")
-
-
-def _show_quantiles(report: dict[str, Any]) -> None:
-    from tailorcli.show import quantile_table
-
-    _print_rich(quantile_table(report))
 
 
 def main() -> None:
@@ -600,7 +487,3 @@ def main() -> None:
     # threads that read and write, and from whatever else the machine does.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,153 @@
+"""What the commands show: data on standard output, notes on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from tailorcli.plan import Plan
+    from tailorcli.report import PatchReport
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """JSON to standard output."""
+    typer.echo(json.dumps(value, indent=1, allow_nan=False))
+
+
+def print_rich(*parts: Any) -> None:
+    """Tables to standard output; wide ones stay whole when the output is no terminal."""
+    from rich.console import Console
+
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    for part in parts:
+        console.print(part)
+
+
+def reasons(tensors: list[dict[str, Any]]) -> dict[str, str]:
+    """Why each tensor that was left at base was."""
+    return {tensor["name"]: tensor["reason"] for tensor in tensors if tensor["status"] != "patched"}
+
+
+def show_reasons(reasons: dict[str, str], what: str) -> None:
+    """Every tensor that was not patched or not calibrated, gathered by reason: never silently."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        typer.echo(f"{what}: {len(names)} ({reason}): {', '.join(names[:4])}{more}", err=True)
+
+
+def require_output(output: Path | None, patch_file: Path | None) -> None:
+    """A usage error (exit code 2) where there is nothing to write."""
+    if output is None and patch_file is None:
+        raise typer.BadParameter("pass --output OUT, --patch-file FILE.safetensors, or both")
+
+
+def cost(plan: Plan, output: Path | None, patch_file: Path | None) -> str:
+    """One line before the work starts."""
+    from tailorcli.outputs import free_bytes
+    from tailorcli.report import format_bytes
+
+    writes = []
+    if output is not None:
+        writes.append(f"{format_bytes(plan.write_bytes)} to {output} ({format_bytes(free_bytes(output))} free)")
+    if patch_file is not None:
+        writes.append(f"at most {format_bytes(plan.patch_bytes)} to {patch_file}")
+    return (
+        f"patching {len(plan.patched)} tensors, leaving {len(plan.left_at_base)} at base: "
+        f"{format_bytes(plan.read_bytes)} to read, to write {' and '.join(writes)}, "
+        f"about {format_bytes(plan.peak_bytes)} of memory at the peak"
+    )
+
+
+def show_cost(plan: Plan, output: Path | None, patch_file: Path | None) -> None:
+    """What a run is about to do and will cost, on standard error before it starts."""
+    typer.echo(cost(plan, output, patch_file), err=True)
+
+
+def show_plan(plan: Plan, output: Path | None, patch_file: Path | None, as_json: bool) -> None:
+    """What ``--dry-run`` shows: every tensor's treatment and the cost."""
+    from tailorcli.outputs import free_bytes
+
+    if as_json:
+        where = output or patch_file or Path()
+        print_json({**plan.to_dict(), "free_bytes": free_bytes(where)})
+        return
+    from tailorcli.show import plan_table
+
+    print_rich(plan_table(plan))
+    typer.echo(cost(plan, output, patch_file))
+    typer.echo("dry run: nothing was written", err=True)
+
+
+def print_report(report: PatchReport, output: Path | None, patch_file: Path | None) -> None:
+    """The report as JSON, with where it was written and how long it took."""
+    paths = {"output": output, "patch_file": patch_file}
+    where = {key: str(path) for key, path in paths.items() if path is not None}
+    print_json({**where, **report.to_dict(), "stages": report.stages, "seconds": report.seconds})
+
+
+def show_written(output: Path | None, patch_file: Path | None, seconds: float) -> None:
+    """The last lines: what was written, and what to look at next."""
+    from tailorcli.report import format_bytes
+
+    if patch_file is not None:
+        size = format_bytes(patch_file.stat().st_size)
+        typer.echo(f"wrote {patch_file} ({size}); apply it: tailorcli apply BASE {patch_file} -o OUT")
+    if output is not None:
+        typer.echo(f"wrote {output}; per tensor: tailorcli inspect {output}")
+    typer.echo(f"{seconds:.1f} s", err=True)
+
+
+def show_summary(report: dict[str, Any]) -> None:
+    """The totals of a patch in a few lines."""
+    from tailorcli.report import format_share
+
+    totals = report["totals"]
+    typer.echo(
+        f"kept {totals['kept']:,} of {totals['numel']:,} entries ({format_share(totals['density'])}), which hold "
+        f"{format_share(totals['delta_share_kept'])} of the squared change"
+    )
+    if totals["error_before"] is not None:
+        typer.echo(
+            f"mean layer error against the tuned model: {format_share(totals['error_before'])} before compensation, "
+            f"{format_share(totals['error_after'])} after ({report['options']['solver']})"
+        )
+    if totals["damped_further"]:
+        typer.echo(f"damped further than asked: {', '.join(totals['damped_further'])}", err=True)
+    show_reasons(reasons(report["tensors"]), "left at base")
+
+
+def show_merge(report: dict[str, Any]) -> None:
+    """The totals of a merge in a few lines."""
+    from tailorcli.report import format_share
+
+    totals, tasks = report["totals"], report["options"]["tasks"]
+    kept = ", ".join(f"{task} {count:,}" for task, count in zip(tasks, totals["kept_by"], strict=True))
+    typer.echo(
+        f"merged {len(tasks)} tasks ({report['options']['method']}): {totals['kept']:,} of {totals['numel']:,} entries "
+        f"({format_share(totals['density'])}); kept by {kept}; by all {totals['kept_by_all']:,} "
+        f"(Jaccard {format_share(totals['jaccard'])}), {totals['sign_conflicts']:,} with changes of both signs"
+    )
+    if totals["errors"] is not None:
+        errors = ", ".join(f"{task} {format_share(e)}" for task, e in zip(tasks, totals["errors"], strict=True))
+        typer.echo(f"mean layer error against each tuned model: {errors}")
+    for method, count in totals["methods"].items():
+        if method != report["options"]["method"]:
+            typer.echo(f"{count} tensors by {method}", err=True)
+    if totals["damped_further"]:
+        typer.echo(f"damped further than asked: {', '.join(totals['damped_further'])}", err=True)
+    show_reasons(reasons(report["tensors"]), "left at base")
+
+
+def show_quantiles(report: dict[str, Any]) -> None:
+    """The table of score quantiles."""
+    from tailorcli.show import quantile_table
+
+    print_rich(quantile_table(report))

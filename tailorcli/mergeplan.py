@@ -1,0 +1,210 @@
+"""What a merge reads and what it will do to each tensor: inputs paired by fingerprint, the plan from headers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from tailorcli.adapter import open_tuned
+from tailorcli.checkpoint import Checkpoint, TensorInfo
+from tailorcli.errors import OptionsError, PatchError, StatsError
+from tailorcli.options import MergeOptions
+from tailorcli.patchfile import PatchFile
+from tailorcli.plan import RUNTIME_BYTES, Plan, TensorPlan, check_pair, check_stats, group_by_hessian, most_patch_bytes
+from tailorcli.stats import Stats
+from tailorcli.writer import plan_layout
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass
+class Task:
+    """One task: its patch, and its fine-tuned model and statistics where the method uses them."""
+
+    patch: PatchFile
+    tuned: Checkpoint | None = None
+    stats: Stats | None = None
+
+
+@dataclass
+class MergeInputs:
+    """The opened inputs of a merge."""
+
+    base: Checkpoint
+    tasks: list[Task]
+
+    @classmethod
+    def open(
+        cls,
+        base: PathLike,
+        patches: Sequence[PathLike],
+        tuned: Sequence[PathLike],
+        stats: Sequence[PathLike],
+        options: MergeOptions,
+        stack: ExitStack,
+    ) -> MergeInputs:
+        """Open all, check every byte of the patches, and find each patch its model and statistics by fingerprint."""
+        _check_counts(patches, tuned, stats, options)
+        opened = stack.enter_context(Checkpoint.open(base))
+        tasks = []
+        for path in patches:
+            patch = stack.enter_context(PatchFile.open(path))
+            patch.check_base(opened)
+            patch.check()
+            tasks.append(Task(patch))
+        models = [stack.enter_context(open_tuned(path, opened)) for path in tuned]
+        folders = [Stats.open(path) for path in stats]
+        for folder in folders:
+            stack.callback(folder.close)
+        _pair_up(tasks, models, folders)
+        for task in tasks:
+            if task.tuned is not None:
+                check_pair(opened, task.tuned, allow_dtype_mismatch=True)
+                if task.stats is not None:
+                    check_stats(opened, task.tuned, task.stats)
+        return cls(opened, tasks)
+
+    def describe(self) -> dict[str, dict[str, str]]:
+        """Path and fingerprint of each."""
+        facts = {"base": {"path": str(self.base.path), "fingerprint": self.base.fingerprint()}}
+        for number, task in enumerate(self.tasks, 1):
+            for role, item in (("patch", task.patch), ("tuned", task.tuned), ("stats", task.stats)):
+                if item is not None:
+                    facts[f"{role} {number}"] = {"path": str(item.path), "fingerprint": item.fingerprint()}
+        return facts
+
+    @property
+    def paths(self) -> list[Path]:
+        """Where they lie: no output may."""
+        found = [self.base.path]
+        for task in self.tasks:
+            found += [item.path for item in (task.patch, task.tuned, task.stats) if item is not None]
+        return found
+
+
+def _check_counts(
+    patches: Sequence[PathLike], tuned: Sequence[PathLike], stats: Sequence[PathLike], options: MergeOptions
+) -> None:
+    if not patches:
+        raise OptionsError("no patch given", "pass the files that tailorcli patch --patch-file wrote")
+    if options.weights and len(options.weights) != len(patches):
+        raise OptionsError(
+            f"{len(options.weights)} weights for {len(patches)} patches", "pass --weight once for each patch, in order"
+        )
+    if options.method == "patches" and (tuned or stats):
+        raise OptionsError(
+            "--method patches uses neither --tuned nor --stats",
+            "leave them out, or merge with --method average or joint",
+        )
+    if options.method != "patches" and not tuned:
+        raise OptionsError(
+            f"--method {options.method} needs the fine-tuned models",
+            "pass --tuned DIR once for each task, or merge from the patches alone: --method patches",
+        )
+    if options.method == "joint" and not stats:
+        raise OptionsError(
+            "--method joint needs the statistics of every task",
+            "pass --stats DIR once for each task (made by tailorcli calibrate), or --method average",
+        )
+
+
+def _pair_up(tasks: list[Task], models: list[Checkpoint], folders: list[Stats]) -> None:
+    """Give each patch the fine-tuned model and the statistics that it was made from; the order does not matter."""
+    by_model = {model.fingerprint(): model for model in models}
+    by_stats = {folder.model_fingerprint: folder for folder in folders}
+    wanted = [task.patch.input_fingerprint("tuned") for task in tasks]
+    for task, fingerprint in zip(tasks, wanted, strict=True):
+        if models and fingerprint is None:
+            raise PatchError(
+                f"{task.patch.path} was itself merged: no single fine-tuned model belongs to it",
+                "merge the patches that it was made from, or use --method patches",
+            )
+        if models and fingerprint not in by_model:
+            made_from = task.patch.manifest["inputs"]["tuned"].get("path", "its fine-tuned model")
+            raise PatchError(
+                f"none of the --tuned folders is the model that {task.patch.path} was made from ({made_from})",
+                "pass it with --tuned, or merge from the patches alone: --method patches",
+            )
+        task.tuned = by_model.get(str(fingerprint))
+        if folders and fingerprint not in by_stats:
+            assert task.tuned is not None
+            raise StatsError(
+                f"none of the --stats folders was made from {task.tuned.path}",
+                f"make them: tailorcli calibrate {task.tuned.path} --data FILE -o STATS",
+            )
+        task.stats = by_stats.get(str(fingerprint))
+    for kind, items in (("--tuned", by_model), ("--stats", by_stats)):
+        unused = [item for fingerprint, item in items.items() if fingerprint not in wanted]
+        if unused:
+            raise OptionsError(f"{kind} {unused[0].path} belongs to none of the patches", "leave it out")
+
+
+def build_merge_plan(inputs: MergeInputs, options: MergeOptions) -> tuple[Plan, dict[str, tuple[str, ...]]]:
+    """Every tensor's treatment, and the tasks' Hessians for those that are solved or measured with them."""
+    hessians: dict[str, tuple[str, ...]] = {}
+    tensors = [_plan_tensor(info, inputs, options, hessians) for info in inputs.base.tensors.values()]
+    ordered = group_by_hessian(tensors)
+    layout = plan_layout(inputs.base, options.max_shard_size)
+    patched = [tensor for tensor in ordered if tensor.action == "patch"]
+    if not patched:
+        raise OptionsError("no tensor would be merged: the patches hold none", "make them again")
+    kept = [min(t.numel, sum(k.patch.kept_of(t.name) for k in inputs.tasks)) for t in patched]
+    read = inputs.base.nbytes + sum(task.patch.nbytes for task in inputs.tasks)
+    read += sum(t.tuned.read_cost(p.name) for t in inputs.tasks if t.tuned is not None for p in patched)
+    plan = Plan(
+        tensors=tuple(ordered),
+        layout=layout,
+        read_bytes=read + sum(_hessian_bytes(names, inputs) for names in set(hessians.values())),
+        write_bytes=layout.nbytes,
+        patch_bytes=most_patch_bytes(zip(patched, kept, strict=True)),
+        peak_bytes=RUNTIME_BYTES + max(merge_working_set(tensor, hessians, inputs) for tensor in patched),
+        largest_hessian=max((_hessian_size(names, inputs) for names in hessians.values()), default=0),
+    )
+    return plan, hessians
+
+
+def _plan_tensor(
+    info: TensorInfo, inputs: MergeInputs, options: MergeOptions, hessians: dict[str, tuple[str, ...]]
+) -> TensorPlan:
+    common = (info.name, info.dtype, info.shape, info.nbytes)
+    if not any(info.name in task.patch.tensors for task in inputs.tasks):
+        return TensorPlan(*common, "base", "no task patches it")
+    if inputs.tasks[0].stats is None:
+        return TensorPlan(*common, "patch", options.method)
+    entries = [task.stats.tensors[info.name] for task in inputs.tasks if task.stats is not None]
+    names = tuple(entry.hessian for entry in entries if entry.hessian is not None)
+    first = entries[0]
+    infos = [t.stats.hessians[n] for t, n in zip(inputs.tasks, names, strict=False) if t.stats is not None]
+    alike = len({(entry.transposed, entry.role) for entry in entries}) == 1 and len({i.kind for i in infos}) == 1
+    if len(names) < len(entries) or not alike:
+        missing = [task.patch.name for task, entry in zip(inputs.tasks, entries, strict=True) if entry.hessian is None]
+        why = f"no statistics of {', '.join(missing)}" if missing else "the tasks' statistics are of different kinds"
+        reason = f"average: {why}" if options.method == "joint" else options.method
+        return TensorPlan(*common, "patch", reason, role=first.role)
+    hessians[info.name] = names
+    return TensorPlan(*common, "patch", options.method, first.hessian, first.role, first.transposed)
+
+
+def _hessian_bytes(names: tuple[str, ...], inputs: MergeInputs) -> int:
+    return sum(task.stats.nbytes(name) for task, name in zip(inputs.tasks, names, strict=True) if task.stats)
+
+
+def _hessian_size(names: tuple[str, ...], inputs: MergeInputs) -> int:
+    return max(t.stats.hessians[name].size for t, name in zip(inputs.tasks, names, strict=True) if t.stats)
+
+
+def merge_working_set(tensor: TensorPlan, hessians: dict[str, tuple[str, ...]], inputs: MergeInputs) -> int:
+    """Bytes held while one tensor is merged: every task's weights and mask, the mean, the result, all Hessians."""
+    full = 4 * tensor.numel
+    held = 2 * tensor.nbytes + 2 * full
+    for task in inputs.tasks:
+        held += tensor.nbytes + tensor.numel
+        held += task.tuned.tensors[tensor.name].nbytes if task.tuned is not None else 0
+    names = hessians.get(tensor.name)
+    if names is not None and inputs.tasks[0].stats and inputs.tasks[0].stats.hessians[names[0]].kind == "full":
+        square = 4 * _hessian_size(names, inputs) ** 2
+        held += (len(names) + 3) * square + _hessian_bytes(names, inputs) + min(12 * (64 << 20), 12 * full)
+    return held

@@ -1,0 +1,225 @@
+"""Write a patch file tensor by tensor, so that an interrupted run can go on (the format: docs/formats.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tailorcli.checkpoint import Checkpoint, TensorInfo
+from tailorcli.errors import OutputError
+from tailorcli.maskcode import CODINGS, PADDING, encode_gaps, kept_places, pad_byte
+from tailorcli.patchfile import (
+    FILE,
+    FORMAT_VERSION,
+    MASK,
+    METADATA_KEY,
+    VALUES,
+    PatchTensor,
+    SideFile,
+    digest_of,
+    raw_bytes,
+)
+from tailorcli.report import REPORT_FILE
+from tailorcli.writer import Journal, WriteQueue, as_output_error, fsync_path, write_all
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DIGEST = "0" * 64  # in the place of one that is not known yet
+
+
+class PatchWriter:
+    """Writes one patch file on a thread of its own; like a checkpoint it can be resumed and is finished in one step.
+
+    The data are appended to ``FILE.part`` behind room for the header, whose size is known beforehand but whose
+    content is not. ``FILE.journal`` lists what is safely written.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        base: Checkpoint,
+        shapes: Sequence[TensorInfo],
+        manifest: dict[str, Any],
+        side: dict[str, bytes | str],
+        identity: dict[str, Any],
+        resume: bool,
+    ) -> None:
+        """Open the file for writing.
+
+        ``shapes`` are the tensors to come, in order; ``side`` maps side files to bytes, or to their digest where
+        the base has the same.
+        """
+        self.file = file
+        self.done: dict[str, dict[str, Any]] = {}
+        self._side = side
+        self._manifest = {"format_version": FORMAT_VERSION, **manifest, "base": describe_base(base)}
+        self._entries: dict[str, PatchTensor] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}  # bytes of the mask and of the values
+        self._infos = {info.name: info for info in shapes}
+        self._reserved = self._reserve()
+        self._position = self._reserved
+        self._part = file.with_name(file.name + ".part")
+        self._journal = Journal(file.with_name(file.name + ".journal"))
+        self._queue = WriteQueue("patch writer")
+        try:
+            if resume and self._journal.path.exists() and self._part.exists():
+                self._restore(self._journal.load(identity, file))
+            else:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                self._journal.path.unlink(missing_ok=True)
+                self._part.write_bytes(b"")
+                self._journal.start(identity)
+            self._descriptor = os.open(self._part, os.O_RDWR)
+            os.ftruncate(self._descriptor, self._position)
+        except OSError as error:
+            raise as_output_error(file, error) from error
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors that the patch will hold."""
+        return list(self._infos)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the thread has worked."""
+        return self._queue.seconds
+
+    def _restore(self, entries: list[dict[str, Any]]) -> None:
+        damaged = OutputError(f"cannot resume {self.file}: its journal is damaged", "start anew with --overwrite")
+        try:
+            for entry in entries:
+                name = str(entry["name"])
+                self._infos[name]
+                self._entries[name] = PatchTensor(**entry["entry"])
+                mask, values = entry["bytes"]
+                self._sizes[name] = (int(mask), int(values))
+                self._position += int(mask) + int(values)
+                self.done[name] = dict(entry["record"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged from error
+        if self._part.stat().st_size < self._position:
+            raise damaged
+
+    def write(self, name: str, mask: Tensor, patched: Tensor, record: dict[str, Any], base_digest: str) -> None:
+        """Queue a tensor: its mask, its final values (of which the kept ones are stored), its report."""
+        flat, values = mask.detach().cpu().reshape(-1), patched.detach().cpu().reshape(-1)
+        if name not in self.done:
+            self._queue.submit(lambda: self._write_now(name, flat, values, record, base_digest))
+
+    def _write_now(self, name: str, mask: Tensor, patched: Tensor, record: dict[str, Any], base_digest: str) -> None:
+        import numpy as np
+
+        entries = np.frombuffer(raw_bytes(patched), dtype=f"V{patched.element_size()}")
+        gaps, parts, last = [], [entries[:0]], -1
+        for places in kept_places(mask.numpy()):
+            parts.append(entries[places])
+            gaps.append((np.diff(places, prepend=last) - 1).astype(np.uint32))
+            last = int(places[-1])
+        coding, codes = encode_gaps(gaps, mask.numpy())
+        padding = -(self._position + codes.size) % (PADDING + 1)
+        codes = np.append(codes, np.full(padding, pad_byte(coding), dtype=np.uint8))
+        kept = np.concatenate(parts)
+        values = kept.view(np.uint8).data if kept.size else memoryview(b"")
+        entry = PatchTensor(kept.size, coding, base_digest, digest_of(codes.data, values))
+        try:
+            write_all(self._descriptor, codes.data, self._position)
+            write_all(self._descriptor, values, self._position + codes.size)
+            line = {"name": name, "record": record, "entry": asdict(entry), "bytes": [codes.size, len(values)]}
+            self._journal.add(line, codes.size + len(values), self._descriptor)
+        except OSError as error:
+            raise as_output_error(self._part, error) from error
+        self._position += codes.size + len(values)
+        self._entries[name] = entry
+        self._sizes[name] = (codes.size, len(values))
+        self.done[name] = record
+
+    def drain(self) -> None:
+        """Wait until everything queued is written and journaled."""
+        self._queue.submit(self._journal.sync)
+        self._queue.drain()
+
+    def finish(self, report: str) -> None:
+        """The side files and the report, then the header, then the file's name."""
+        try:
+            self.drain()
+            side = {**self._side, REPORT_FILE: report.encode()}
+            stored = {name: content for name, content in side.items() if isinstance(content, bytes)}
+            for content in stored.values():
+                write_all(self._descriptor, memoryview(content), self._position)
+                self._position += len(content)
+            header = self._header(self._entries, self._sizes, {n: len(c) for n, c in stored.items()}, _describe(side))
+            if len(header) > self._reserved:
+                raise AssertionError("the room for the header is too small")
+            text = header[8:] + b" " * (self._reserved - len(header))
+            write_all(self._descriptor, memoryview(len(text).to_bytes(8, "little") + text), 0)
+            os.ftruncate(self._descriptor, self._position)
+            os.fsync(self._descriptor)
+            self._part.replace(self.file)
+            self._journal.path.unlink(missing_ok=True)
+            fsync_path(self.file.parent)
+        except OSError as error:
+            raise as_output_error(self.file, error) from error
+
+    def _reserve(self) -> int:
+        """The header's size with every number as long as it can get, rounded up to a multiple of 8."""
+        longest = max(CODINGS, key=len)
+        entries = {n: PatchTensor(info.numel, longest, _DIGEST, _DIGEST) for n, info in self._infos.items()}
+        sizes = {name: (info.nbytes + PADDING, info.nbytes) for name, info in self._infos.items()}
+        stored = {name: len(content) for name, content in self._side.items() if isinstance(content, bytes)}
+        side: dict[str, bytes | str] = {**self._side, REPORT_FILE: b""}
+        header = self._header(entries, sizes, {**stored, REPORT_FILE: 1 << 40}, _describe(side))
+        return -(-len(header) // 8) * 8
+
+    def _header(
+        self,
+        entries: dict[str, PatchTensor],
+        sizes: dict[str, tuple[int, int]],
+        stored: dict[str, int],
+        side: dict[str, Any],
+    ) -> bytes:
+        manifest = {**self._manifest, "tensors": {n: asdict(e) for n, e in entries.items()}, "side_files": side}
+        header: dict[str, Any] = {"__metadata__": {METADATA_KEY: json.dumps(manifest, separators=(",", ":"))}}
+        position = 0
+        for name, (mask, values) in sizes.items():
+            dtype = self._infos[name].dtype
+            kept = entries[name].kept
+            header[MASK + name] = _entry("U8", mask, position, mask)
+            header[VALUES + name] = _entry(dtype, kept, position + mask, values)
+            position += mask + values
+        for name, nbytes in stored.items():
+            header[FILE + name] = _entry("U8", nbytes, position, nbytes)
+            position += nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        return len(text).to_bytes(8, "little") + text
+
+    def close(self) -> None:
+        """Stop the thread and close the file; what is journaled stays for ``resume``."""
+        self._queue.close()
+        os.close(self._descriptor)
+
+
+def _entry(dtype: str, numel: int, start: int, nbytes: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": [numel], "data_offsets": [start, start + nbytes]}
+
+
+def _describe(side: dict[str, bytes | str]) -> dict[str, Any]:
+    """The metadata's entries of side files that are stored (bytes) or only known by their digest."""
+    described = {}
+    for name, content in side.items():
+        stored = isinstance(content, bytes)
+        described[name] = asdict(SideFile(digest_of(content) if isinstance(content, bytes) else content, stored))
+    return described
+
+
+def describe_base(base: Checkpoint) -> dict[str, Any]:
+    """The base as the metadata holds it: its fingerprint, and every tensor's dtype, shape and fingerprint."""
+    tensors = {
+        name: {"dtype": info.dtype, "shape": list(info.shape), "fingerprint": base.tensor_fingerprint(info)}
+        for name, info in base.tensors.items()
+    }
+    return {"fingerprint": base.fingerprint(), "tensors": tensors}
