@@ -290,8 +290,9 @@ def _merge_tensor(
     for theta in tuned:
         require_finite(theta)
     weights = options.shares(count)
-    union = stitch.union_mask(masks)
-    figures: dict[str, Any] = {"numel": base.numel(), **stitch.overlap_figures(base, patched, masks)}
+    with timer.stage("overlap"):
+        union = stitch.union_mask(masks)
+        figures: dict[str, Any] = {"numel": base.numel(), **stitch.overlap_figures(base, patched, masks)}
     with timer.stage("solve"):
         if options.method == "patches":
             merged = stitch.stitch_patches(base, patched, masks, union, weights)

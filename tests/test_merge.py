@@ -452,3 +452,37 @@ def test_nan_in_a_fine_tuned_model_is_named(tasks, tmp_path):
     arguments = ("merge-multi", tmp_path / "base", tmp_path / "one.safetensors", "-o", tmp_path / "out")
     shown = refused(*arguments, "--tuned", tmp_path / "one", output=tmp_path / "out")
     assert "down_proj" in shown or "none of the --tuned" in shown  # the sample of the fingerprint may see it, too
+
+
+# --- Adapters --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_adapter_and_a_full_fine_tune_are_stitched(tmp_path, kind):
+    """An adapter on a bfloat16 base as one of the tasks: its unrounded weights are what is merged."""
+    from test_adapter import make_adapter
+
+    folder = make_adapter(tmp_path, kind, dtype=torch.bfloat16, target_modules="all-linear")
+    perturb(make_model(kind), seed=7).to(torch.bfloat16).save_pretrained(folder / "full")
+    make_tokenizer().save_pretrained(folder / "full")
+    write_data(folder / "data.jsonl")
+    for name, base in (("adapter", folder / "base"), ("full", None)):
+        calibrate_model(folder / name, folder / "data.jsonl", folder / f"{name}-stats", base=base)
+        options = PatchOptions(density=0.05, task=name)
+        arguments = (folder / "base", folder / name, folder / f"{name}-out", folder / f"{name}-stats", options)
+        patch_checkpoint(*arguments, patch_file=folder / f"{name}.safetensors")
+        apply_patch(folder / "base", folder / f"{name}.safetensors", folder / f"{name}-applied")
+        assert folder_digest(folder / f"{name}-applied") == folder_digest(folder / f"{name}-out")
+    for method in METHODS:
+        merge(folder, tmp_path / f"one-{method}", method, ("adapter",))
+        assert as_bits(tmp_path / f"one-{method}") == as_bits(folder / "adapter-out")
+        report = merge(folder, tmp_path / f"both-{method}", method, ("adapter", "full"))
+        assert report.totals["kept_by"][0] > 0
+        files = [folder / f"{name}.safetensors" for name in ("adapter", "full")]
+        union = [PatchFile.open(file) for file in files]
+        out, base = read_tensors(tmp_path / f"both-{method}"), read_tensors(folder / "base")
+        for name, tensor in base.items():
+            outside = ~union_mask([patch.mask(name) for patch in union])
+            assert bits(out[name][outside]) == bits(tensor[outside])
+        for patch in union:
+            patch.close()
