@@ -59,9 +59,9 @@ def merge_patches(
 ) -> PatchReport:
     """Stitch ``patches`` of one ``base`` into the checkpoint ``output``, a ``patch_file``, or both.
 
-    ``average`` (Eq. 14, 15) needs the fine-tuned models, ``joint`` also their statistics; each is found its patch by
-    fingerprint, in whatever order. Side files are those of the first patch. ``announce`` is called with the plan before
-    the work starts. Raises TailorError.
+    ``average`` (Eq. 14, 15) needs the fine-tuned models, ``joint`` also their statistics; fingerprints tell which
+    belongs to which patch. Side files are those of the first patch. ``announce`` is called with the plan before the
+    work starts. Raises TailorError.
     """
     started = perf_counter()
     target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)

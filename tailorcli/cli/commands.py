@@ -331,7 +331,7 @@ def apply(
 @friendly_errors
 def merge_multi(
     base: Base,
-    patches: Annotated[list[Path], typer.Argument(metavar="PATCH...", help="Patch files of the tasks, on one BASE.")],
+    patches: Annotated[list[Path], typer.Argument(metavar="PATCH", help="Patch files of the tasks, on one BASE.")],
     output: OutFolder = None,
     patch_file: PatchOut = None,
     tuned: Annotated[
@@ -360,7 +360,7 @@ def merge_multi(
 ) -> None:
     """Stitch the patches of several tasks into one model by the union of their masks.
 
-    average needs --tuned for each task, joint also --stats, patches neither. Each is found its patch by fingerprint.
+    average needs --tuned for each task, joint also --stats, patches neither; fingerprints tell which belongs to which.
     """
     from tailorcli.merge import merge_patches, plan_merge
 
@@ -425,7 +425,8 @@ def verify(
             + (", all as the patch says" if patch_path else f"; at most {report.kept:,} may (which: pass --patch)")
         )
     else:
-        typer.secho(f"error: {checkpoint} is not what it should be: {report.wrong_tensors} wrong", err=True, fg="red")
+        count = f"{report.wrong_tensors} wrong, {len(report.problems)} of them listed"
+        typer.secho(f"error: {checkpoint} is not what it should be: {count}", err=True, fg=typer.colors.RED)
         print_rich(problem_table(report.problems))
     if not report.ok:
         raise typer.Exit(1)
