@@ -18,7 +18,7 @@ from tailorcli.patchfile import PatchFile, digest_of, raw_bytes
 from tailorcli.plan import RUNTIME_BYTES, Plan, TensorPlan
 from tailorcli.reading import ReadAhead
 from tailorcli.report import REPORT_FILE, PatchReport, load_report
-from tailorcli.writer import plan_layout
+from tailorcli.writer import other_base, plan_layout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +82,8 @@ def apply_patch(
         if announce is not None:
             announce(plan)
         side, notes = side_sources(opened, file)
+        if overwrite and target.folder is not None and target.folder.exists():
+            file.check_base(opened, thorough=True)  # before what is there is given up
         outputs = stack.enter_context(target.open(plan, opened, identity, {}, side))
         bar = stack.enter_context(progress_bar(plan.tensors, "applying", progress))
         bar.update(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in outputs.done))
@@ -89,7 +91,7 @@ def apply_patch(
         try:
             for tensor, patched in _patched_tensors(todo, opened, file):
                 if patched is None:
-                    outputs.copy(tensor.name, opened, {})
+                    outputs.copy(tensor.name, opened, {}, file.base[tensor.name].digest)
                 else:
                     outputs.write(tensor.name, patched, None, {}, "")
                 bar.update(tensor.nbytes)
@@ -165,11 +167,8 @@ def patched_tensor(base: Tensor, file: PatchFile, name: str, path: Path) -> Tens
     """
     import torch
 
-    if digest_of(raw_bytes(base)) != file.tensors[name].base:
-        raise PatchError(
-            f"{file.path} is for another base: tensor {name!r} of {path} differs from the one that was patched",
-            "pass the checkpoint that the patch was made from: tailorcli inspect PATCH names it",
-        )
+    if digest_of(raw_bytes(base)) != file.base[name].digest:
+        raise other_base(name, path)
     tensor = base.clone()
     bits = getattr(torch, _BITS[tensor.element_size()])
     entries, values = tensor.view(-1).view(bits).numpy(), file.values(name).view(bits).numpy()
@@ -312,6 +311,8 @@ def _verify_tensor(
         report.add(name, what)
         return
     if name not in kept and (file is None or name not in file.tensors):
+        if file is not None and digest_of(*base.pieces(info)) != file.base[name].digest:
+            raise other_base(name, base.path)
         pieces = zip(base.pieces(info), found.pieces(other), strict=True)
         if any(ours != theirs for ours, theirs in pieces):
             report.add(name, "it differs from the base, where it should be equal")

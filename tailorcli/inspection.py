@@ -151,7 +151,7 @@ def _inspect_unfinished(folder: Path) -> Inspection:
         raise TailorError(f"{folder} is an unfinished output with a damaged journal", "remove it") from error
     facts = {
         "tensors safely written": len(lines) - 2,
-        "finish it with": "the same tailorcli patch command and --resume",
+        "finish it with": "the same command and --resume",
         **identity,
     }
     return Inspection(str(folder), "unfinished", facts)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.apply import patched_tensor, side_sources
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
-from tailorcli.errors import NumericalError, OptionsError
+from tailorcli.errors import NumericalError, OptionsError, PatchError
 from tailorcli.mergeplan import MergeInputs, build_merge_plan, merge_working_set
 from tailorcli.options import MergeOptions
 from tailorcli.outputs import Target, identity_of, progress_bar
@@ -85,18 +85,21 @@ def merge_patches(
         bar = stack.enter_context(progress_bar(plan.tensors, "merging", progress))
         bar.update(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
         todo = [tensor for tensor in plan.tensors if tensor.name not in records]
-        for tensor, merged in _merged(todo, hessians, inputs, options, device, timer):
-            record = _record(tensor, merged)
-            records[tensor.name] = record
+        digests = {name: tensor.digest for name, tensor in inputs.tasks[0].patch.base.items()}
+        try:
+            for tensor, merged in _merged(todo, hessians, inputs, options, device, timer):
+                record = records[tensor.name] = _record(tensor, merged)
+                with timer.stage("wait for write"):
+                    if merged is None:
+                        outputs.copy(tensor.name, inputs.base, record, digests[tensor.name])
+                    else:
+                        outputs.write(tensor.name, merged.patched, merged.union, record, digests[tensor.name])
+                bar.update(tensor.nbytes)
             with timer.stage("wait for write"):
-                if merged is None:
-                    outputs.copy(tensor.name, inputs.base, record)
-                else:
-                    digest = inputs_digest(inputs, tensor.name)
-                    outputs.write(tensor.name, merged.patched, merged.union, record, digest)
-            bar.update(tensor.nbytes)
-        with timer.stage("wait for write"):
-            outputs.drain()
+                outputs.drain()
+        except PatchError:  # a wrong base: no resumed run would get over it
+            outputs.discard()
+            raise
         timer.seconds["write"] = outputs.seconds
         ordered = [records[name] for name in inputs.base.tensors]
         described = options.to_dict() | {
@@ -107,11 +110,6 @@ def merge_patches(
         report = PatchReport("merge-multi", described, inputs.describe(), ordered, dict(timer.seconds), seconds, notes)
         outputs.finish(report)
         return report
-
-
-def inputs_digest(inputs: MergeInputs, name: str) -> str:
-    """The digest of a base tensor, from a patch that holds it: reading the tensor has proven it right."""
-    return next(task.patch.tensors[name].base for task in inputs.tasks if name in task.patch.tensors)
 
 
 def _manifest(inputs: MergeInputs, options: MergeOptions) -> dict[str, Any]:
@@ -134,7 +132,12 @@ def _side_files(inputs: MergeInputs) -> tuple[dict[str, Path | bytes], tuple[str
     """The first patch's side files, and a note for each that another patch has differently."""
     first, *others = [task.patch for task in inputs.tasks]
     side, notes = side_sources(inputs.base, first)
-    found = []
+    fingerprints = [task.patch.fingerprint() for task in inputs.tasks]
+    found = [
+        f"{task.patch.path} is given {count} times and counts as often"
+        for task, count in zip(inputs.tasks, map(fingerprints.count, fingerprints), strict=True)
+        if count > 1
+    ]
     for other in others:
         for name, entry in other.side_files.items():
             if name == REPORT_FILE:
@@ -295,7 +298,7 @@ def _merge_tensor(
         figures: dict[str, Any] = {"numel": base.numel(), **stitch.overlap_figures(base, patched, masks)}
     with timer.stage("solve"):
         if options.method == "patches":
-            merged = stitch.stitch_patches(base, patched, masks, union, weights)
+            merged = stitch.stitch_patches(base, patched, masks, weights)
         elif combined is None:
             merged = stitch.stitch_average(base, tuned, patched, masks, union, weights)
         else:

@@ -114,7 +114,14 @@ def _check_counts(
 def _pair_up(tasks: list[Task], models: list[Checkpoint], folders: list[Stats]) -> None:
     """Give each patch the fine-tuned model and the statistics that it was made from; the order does not matter."""
     by_model = {model.fingerprint(): model for model in models}
-    by_stats = {folder.model_fingerprint: folder for folder in folders}
+    by_stats: dict[str, Stats] = {}
+    for folder in folders:
+        first = by_stats.setdefault(folder.model_fingerprint, folder)
+        if first.path.resolve() != folder.path.resolve():
+            raise OptionsError(
+                f"--stats {first.path} and {folder.path} were both made from one fine-tuned model",
+                "pass one for each task",
+            )
     wanted = [task.patch.input_fingerprint("tuned") for task in tasks]
     for task, fingerprint in zip(tasks, wanted, strict=True):
         if models and fingerprint is None:
@@ -177,7 +184,11 @@ def _plan_tensor(
     entries = [task.stats.tensors[info.name] for task in inputs.tasks if task.stats is not None]
     names = tuple(entry.hessian for entry in entries if entry.hessian is not None)
     first = entries[0]
-    infos = [t.stats.hessians[n] for t, n in zip(inputs.tasks, names, strict=False) if t.stats is not None]
+    infos = [
+        task.stats.hessians[entry.hessian]
+        for task, entry in zip(inputs.tasks, entries, strict=True)
+        if task.stats is not None and entry.hessian is not None
+    ]
     alike = len({(entry.transposed, entry.role) for entry in entries}) == 1 and len({i.kind for i in infos}) == 1
     if len(names) < len(entries) or not alike:
         missing = [task.patch.name for task, entry in zip(inputs.tasks, entries, strict=True) if entry.hessian is None]

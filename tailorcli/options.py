@@ -36,6 +36,17 @@ def _require_solver(damping: float, tolerance: float, max_iterations: int) -> No
     _require(max_iterations >= 1, f"max-iterations must be at least 1, got {max_iterations}")
 
 
+def _require_labels(*labels: str | None) -> None:
+    for label in labels:
+        ok = label is None or is_label(label)
+        _require(ok, f"task and license must be one printable line, got {label!r}", "at most 200 characters")
+
+
+def is_label(text: str) -> bool:
+    """Whether a text can be the name of a task or of a licence: one printable line."""
+    return text.isprintable() and 0 < len(text) <= 200
+
+
 def _require_output(max_shard_size: int | None, resume: bool, overwrite: bool) -> None:
     if max_shard_size is not None:
         _require(max_shard_size >= 1, f"max-shard-size must be positive, got {max_shard_size}")
@@ -97,6 +108,7 @@ class PatchOptions:
         _require(self.block_size >= 1, f"block-size must be at least 1, got {self.block_size}")
         _require_solver(self.damping, self.tolerance, self.max_iterations)
         _require_output(self.max_shard_size, self.resume, self.overwrite)
+        _require_labels(self.task, self.license)
 
     @property
     def needs_hessians(self) -> bool:
@@ -128,10 +140,10 @@ class MergeOptions:
 
     def __post_init__(self) -> None:
         _require_choice("method", self.method, get_args(Method))
-        sound = all(math.isfinite(weight) and weight > 0 for weight in self.weights)
-        _require(
-            sound, f"weights must be positive, got {', '.join(map(str, self.weights))}", "leave a task out instead"
-        )
+        sound = all(weight > 0 for weight in self.weights) and math.isfinite(sum(self.weights))
+        given = ", ".join(map(str, self.weights))
+        _require(sound, f"weights must be positive and finite, got {given}", "leave a task out instead of zero")
+        _require_labels(self.task, self.license)
         _require_solver(self.damping, self.tolerance, self.max_iterations)
         _require_output(self.max_shard_size, self.resume, self.overwrite)
 

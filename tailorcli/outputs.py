@@ -54,15 +54,14 @@ class Target:
             self._check_folder(self.folder, inputs)
         if self.patch_file is not None:
             self._check_patch_file(self.patch_file, inputs)
-        needed = {self.folder: plan.write_bytes, self.patch_file: plan.patch_bytes}
-        disks: dict[int, int] = {}
-        for path, nbytes in needed.items():
+        needed = ((self.folder, plan.write_bytes), (self.patch_file, plan.patch_bytes))
+        disks: dict[int, int] = {}  # bytes still to be written
+        for path, nbytes in needed:
             if path is None:
                 continue
             there = existing_parent(path)
-            disk = there.stat().st_dev
-            disks[disk] = disks.get(disk, 0) + nbytes
-            free = shutil.disk_usage(there).free + (_unfinished_bytes(path) if path == self.folder else 0)
+            disk, free = there.stat().st_dev, shutil.disk_usage(there).free
+            disks[disk] = disks.get(disk, 0) + max(0, nbytes - _unfinished_bytes(path))
             if disks[disk] > free:
                 raise OutputError(
                     f"not enough disk for {path}: it needs {disks[disk]:,} bytes, {free:,} are free",
@@ -103,7 +102,8 @@ class Target:
         if not file.exists() and not unfinished:
             return
         if not (self.resume or self.overwrite):
-            raise OutputError(f"{file} exists already", "choose another, or pass --resume or --overwrite")
+            what = "exists already" if file.exists() else "was begun by an earlier run"
+            raise OutputError(f"{file} {what}", "choose another, or pass --resume or --overwrite")
         if file.exists():
             try:
                 PatchFile.open(file).close()
@@ -193,13 +193,8 @@ class Outputs:
         self._identity = identity
         self._stack = stack
         self.wants_digest = patch is not None
-        if folder is None:
-            self.done = dict(patch.done) if patch is not None else {}
-        elif patch is None:
-            self.done = dict(folder.done)
-        else:  # a tensor that stays at base is in the folder alone
-            changed = set(patch.names)
-            self.done = {n: r for n, r in folder.done.items() if n in patch.done or n not in changed}
+        written = [writer.done for writer in (folder, patch) if writer is not None]
+        self.done = {name: record for name, record in written[0].items() if all(name in done for done in written)}
         self._resumed = len(self.done)
 
     @property
@@ -214,10 +209,12 @@ class Outputs:
         if self._patch is not None and mask is not None:
             self._patch.write(name, mask, patched, record, base_digest)
 
-    def copy(self, name: str, base: Checkpoint, record: dict[str, Any]) -> None:
-        """Queue a tensor that stays as it is in the base."""
+    def copy(self, name: str, base: Checkpoint, record: dict[str, Any], digest: str | None = None) -> None:
+        """Queue a tensor that stays as it is in the base; with a ``digest`` its bytes must have it."""
         if self._folder is not None:
-            self._folder.copy(name, base, record)
+            self._folder.copy(name, base, record, digest)
+        if self._patch is not None:
+            self._patch.note(name, record)
 
     def drain(self) -> None:
         """Wait until everything is written."""
@@ -238,10 +235,11 @@ class Outputs:
             self._folder.finish(self._side, texts)
 
     def discard(self) -> None:
-        """Remove what was written to the folder, after an error that no resumed run could get over."""
+        """Remove what was written, after an error that no resumed run could get over."""
         self._stack.close()
-        if self._folder is not None:
-            self._folder.discard()
+        for writer in (self._folder, self._patch):
+            if writer is not None:
+                writer.discard()
 
     def __enter__(self) -> Outputs:
         return self
@@ -305,9 +303,11 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(existing_parent(path)).free
 
 
-def _unfinished_bytes(folder: Path) -> int:
-    """Disk that the unfinished shards of an earlier run take up already."""
-    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*.part")) if folder.is_dir() else 0
+def _unfinished_bytes(path: Path) -> int:
+    """Disk that the unfinished output of an earlier run takes up already."""
+    part = path.with_name(path.name + ".part")
+    files = path.rglob("*.part") if path.is_dir() else [part] if part.is_file() else []
+    return sum(file.stat().st_blocks * 512 for file in files)
 
 
 def _finished_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:

@@ -153,7 +153,7 @@ def patch_checkpoint(
             record = _record(tensor, result, inputs.stats, options)
             records[tensor.name] = record
             with timer.stage("wait for write"):
-                if result is None or result.patched is None:
+                if result is None or result.patched is None or record["status"] == "base":
                     outputs.copy(tensor.name, inputs.base, record)
                 else:
                     outputs.write(tensor.name, result.patched, result.mask, record, digest)
@@ -290,11 +290,12 @@ def _prepare(
 def _record(
     tensor: TensorPlan, result: LayerResult | None, stats: Stats | None, options: PatchOptions
 ) -> dict[str, Any]:
-    """The report's entry for one tensor."""
+    """The report's entry for one tensor; one that fine-tuning did not change has nothing to patch."""
+    frozen = result is not None and result.figures.zero_delta == result.figures.numel
     record: dict[str, Any] = {
         "name": tensor.name,
-        "status": "patched" if tensor.action == "patch" else "base",
-        "reason": tensor.reason,
+        "status": "patched" if tensor.action == "patch" and not frozen else "base",
+        "reason": "fine-tuning did not change it" if frozen else tensor.reason,
         "role": tensor.role,
         "shape": list(tensor.shape),
         "dtype": tensor.dtype,
@@ -302,7 +303,7 @@ def _record(
         "kind": stats.hessians[tensor.hessian].kind if tensor.hessian and stats else None,
         "tokens": stats.hessians[tensor.hessian].tokens if tensor.hessian and stats else None,
     }
-    if result is not None:
+    if result is not None and not frozen:
         record |= result.figures.to_dict()
         used = result.figures.damping
         record["damped_further"] = used is not None and used > options.damping

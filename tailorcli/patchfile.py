@@ -24,7 +24,9 @@ from tailorcli.maskcode import (
     decode,
     decode_mask,
 )
+from tailorcli.options import is_label
 from tailorcli.report import REPORT_FILE, check_report
+from tailorcli.writer import other_base
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,37 +58,35 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 @dataclass(frozen=True)
 class PatchTensor:
-    """One patched tensor: how many entries it keeps and how its mask is coded.
-
-    ``base`` is the digest of all bytes of the base's tensor, ``content`` that of the coded mask and the values.
-    """
+    """One patched tensor: how many entries it keeps, how its mask is coded, the digest of mask and values."""
 
     kept: int
     coding: str
-    base: str
     content: str
 
     @property
     def is_sound(self) -> bool:
         """Whether every field has its type and range, as one read from a file may not."""
-        digests = all(isinstance(text, str) and _HEX.fullmatch(text) for text in (self.base, self.content))
-        return digests and type(self.kept) is int and self.kept >= 0 and self.coding in CODINGS
+        sound = isinstance(self.content, str) and bool(_HEX.fullmatch(self.content))
+        return sound and type(self.kept) is int and self.kept >= 0 and self.coding in CODINGS
 
 
 @dataclass(frozen=True)
 class BaseTensor:
-    """A tensor of the base as it must be: dtype, shape, and the fingerprint of a sample of its bytes."""
+    """A tensor of the base as it must be: dtype, shape, a sample's fingerprint, and the digest of all its bytes."""
 
     dtype: str
     shape: tuple[int, ...]
     fingerprint: str
+    digest: str
 
     @property
     def is_sound(self) -> bool:
         """Whether every field has its type and range."""
         sizes = all(type(size) is int and 0 <= size < 1 << 62 for size in self.shape) and len(self.shape) <= 64
-        named = isinstance(self.dtype, str) and isinstance(self.fingerprint, str)
-        return named and sizes and bool(_SHORT_HEX.fullmatch(self.fingerprint)) and self.numel < 1 << 62
+        named = all(isinstance(text, str) for text in (self.dtype, self.fingerprint, self.digest))
+        hashed = named and _SHORT_HEX.fullmatch(self.fingerprint) and _HEX.fullmatch(self.digest)
+        return bool(hashed) and sizes and self.numel < 1 << 62
 
     @property
     def numel(self) -> int:
@@ -121,7 +121,7 @@ class PatchFile:
         try:
             self.tensors = {name: PatchTensor(**entry) for name, entry in manifest["tensors"].items()}
             self.base = {
-                name: BaseTensor(entry["dtype"], tuple(entry["shape"]), entry["fingerprint"])
+                name: BaseTensor(entry["dtype"], tuple(entry["shape"]), entry["fingerprint"], entry["sha256"])
                 for name, entry in manifest["base"]["tensors"].items()
             }
             self.side_files = {name: SideFile(**entry) for name, entry in manifest["side_files"].items()}
@@ -130,8 +130,11 @@ class PatchFile:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise self._damaged(f"its metadata is malformed: {error!r}") from error
         for key in ("task", "license"):
-            if not isinstance(manifest.get(key), str | None):
-                raise self._damaged(f"its {key} is no text")
+            text = manifest.get(key)
+            if text is not None and not (isinstance(text, str) and is_label(text)):
+                raise self._damaged(f"its {key} is no plain text")
+        if not _is_encodable(manifest):
+            raise self._damaged("its metadata is no text")
         self._check_names()
 
     @classmethod
@@ -183,7 +186,7 @@ class PatchFile:
             expected[MASK + name] = ("U8", None)
             expected[VALUES + name] = (base.dtype, tensor.kept)
         for name, side in self.side_files.items():
-            if not _is_side_name(name):
+            if not _is_side_name(name) or any(parent in self.side_files for parent in _parents(name)):
                 raise self._damaged(f"it names {name!r}, which is no side file inside a model's folder")
             if side.stored:
                 expected[FILE + name] = ("U8", None)
@@ -248,7 +251,7 @@ class PatchFile:
     def report(self) -> dict[str, Any]:
         """The report of the run that made the patch."""
         try:
-            report = json.loads(self.side_file(REPORT_FILE))
+            report = json.loads(self.side_file(REPORT_FILE).decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise self._damaged("its report is not JSON") from error
         if not isinstance(report, dict):
@@ -289,8 +292,8 @@ class PatchFile:
                 raise self._damaged(f"its side file {name!r} is not the one that was written")
         self.report()
 
-    def check_base(self, base: Checkpoint) -> None:
-        """``base`` has the tensors of the patch's base, as far as their samples tell."""
+    def check_base(self, base: Checkpoint, *, thorough: bool = False) -> None:
+        """``base`` has the tensors of the patch's base, as far as their samples tell; to the bit with ``thorough``."""
         hint = "pass the checkpoint that the patch was made from: tailorcli inspect PATCH names it"
         for name, wanted in self.base.items():
             info = base.tensors.get(name)
@@ -302,6 +305,8 @@ class PatchFile:
             if base.tensor_fingerprint(info) != wanted.fingerprint:
                 what = f"tensor {name!r} of {base.path} holds other values"
                 raise PatchError(f"{self.path} is for another base: {what}", hint)
+            if thorough and digest_of(*base.pieces(info)) != wanted.digest:
+                raise other_base(name, base.path)
         more = [name for name in base.tensors if name not in self.base]
         if more:
             raise PatchError(f"{self.path} is for another base: {base.path} also has tensor {more[0]!r}", hint)
@@ -320,6 +325,20 @@ class PatchFile:
 def _is_side_name(name: str) -> bool:
     """A file inside the folder that is no weight: no absolute path, no "..", nothing hidden."""
     path = PurePosixPath(name)
-    hidden = any(part.startswith(".") for part in path.parts)
-    odd = not name or path.is_absolute() or hidden or "\\" in name or "\0" in name or len(name) > 1000
-    return not odd and not name.endswith(WEIGHT_SUFFIXES) and path.as_posix() == name
+    hidden = any(part.startswith(".") or len(part.encode("utf-8", "replace")) > 255 for part in path.parts)
+    odd = not name or path.is_absolute() or hidden or "\\" in name or not name.isprintable() or len(name) > 1000
+    return not odd and not any(part.endswith(WEIGHT_SUFFIXES) for part in path.parts) and path.as_posix() == name
+
+
+def _parents(name: str) -> list[str]:
+    """The folders above a side file: none of them may be a side file itself."""
+    return [parent.as_posix() for parent in PurePosixPath(name).parents]
+
+
+def _is_encodable(value: Any) -> bool:
+    """Whether all texts inside a JSON value can be printed: lone surrogates cannot."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

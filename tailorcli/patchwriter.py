@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DIGEST = "0" * 64  # in the place of one that is not known yet
+_SPARE = 4096  # bytes
 
 
 class PatchWriter:
@@ -57,7 +59,9 @@ class PatchWriter:
         self.file = file
         self.done: dict[str, dict[str, Any]] = {}
         self._side = side
-        self._manifest = {"format_version": FORMAT_VERSION, **manifest, "base": describe_base(base)}
+        self._manifest = {"format_version": FORMAT_VERSION, **manifest}
+        self._base = base
+        self._base_tensors = describe_base(base)  # each gets its digest when its turn comes
         self._entries: dict[str, PatchTensor] = {}
         self._sizes: dict[str, tuple[int, int]] = {}  # bytes of the mask and of the values
         self._infos = {info.name: info for info in shapes}
@@ -74,15 +78,10 @@ class PatchWriter:
                 self._journal.path.unlink(missing_ok=True)
                 self._part.write_bytes(b"")
                 self._journal.start(identity)
-            self._descriptor = os.open(self._part, os.O_RDWR)
+            self._descriptor: int = os.open(self._part, os.O_RDWR)
             os.ftruncate(self._descriptor, self._position)
         except OSError as error:
             raise as_output_error(file, error) from error
-
-    @property
-    def names(self) -> list[str]:
-        """The tensors that the patch will hold."""
-        return list(self._infos)
 
     @property
     def seconds(self) -> float:
@@ -94,22 +93,43 @@ class PatchWriter:
         try:
             for entry in entries:
                 name = str(entry["name"])
+                self._base_tensors[name]["sha256"] = str(entry["sha256"])
+                self.done[name] = dict(entry["record"])
+                if "entry" not in entry:
+                    continue
                 self._infos[name]
-                self._entries[name] = PatchTensor(**entry["entry"])
                 mask, values = entry["bytes"]
+                if not self._entries:  # the room that was left for the header then
+                    self._reserved = self._position = int(entry["at"])
+                if entry["at"] != self._position:
+                    raise ValueError(entry["at"])
+                self._entries[name] = PatchTensor(**entry["entry"])
                 self._sizes[name] = (int(mask), int(values))
                 self._position += int(mask) + int(values)
-                self.done[name] = dict(entry["record"])
         except (KeyError, TypeError, ValueError) as error:
             raise damaged from error
-        if self._part.stat().st_size < self._position:
+        if self._entries and self._part.stat().st_size < self._position:
             raise damaged
 
     def write(self, name: str, mask: Tensor, patched: Tensor, record: dict[str, Any], base_digest: str) -> None:
-        """Queue a tensor: its mask, its final values (of which the kept ones are stored), its report."""
+        """Queue a tensor: its mask, its final values (of which the kept ones are stored), its report.
+
+        ``base_digest`` is the SHA-256 of the base's bytes.
+        """
         flat, values = mask.detach().cpu().reshape(-1), patched.detach().cpu().reshape(-1)
         if name not in self.done:
             self._queue.submit(lambda: self._write_now(name, flat, values, record, base_digest))
+
+    def note(self, name: str, record: dict[str, Any]) -> None:
+        """Queue a tensor that stays at base: only the digest of its bytes is taken down."""
+        if name not in self.done:
+            self._queue.submit(lambda: self._note_now(name, record))
+
+    def _note_now(self, name: str, record: dict[str, Any]) -> None:
+        digest = digest_of(*self._base.pieces(self._base.tensors[name]))
+        self._base_tensors[name]["sha256"] = digest
+        self._journal.add({"name": name, "record": record, "sha256": digest}, 0, self._descriptor)
+        self.done[name] = record
 
     def _write_now(self, name: str, mask: Tensor, patched: Tensor, record: dict[str, Any], base_digest: str) -> None:
         import numpy as np
@@ -125,15 +145,17 @@ class PatchWriter:
         codes = np.append(codes, np.full(padding, pad_byte(coding), dtype=np.uint8))
         kept = np.concatenate(parts)
         values = kept.view(np.uint8).data if kept.size else memoryview(b"")
-        entry = PatchTensor(kept.size, coding, base_digest, digest_of(codes.data, values))
+        entry = PatchTensor(kept.size, coding, digest_of(codes.data, values))
         try:
             write_all(self._descriptor, codes.data, self._position)
             write_all(self._descriptor, values, self._position + codes.size)
-            line = {"name": name, "record": record, "entry": asdict(entry), "bytes": [codes.size, len(values)]}
-            self._journal.add(line, codes.size + len(values), self._descriptor)
+            line = {"name": name, "record": record, "sha256": base_digest, "entry": asdict(entry)}
+            place = {"at": self._position, "bytes": [codes.size, len(values)]}
+            self._journal.add(line | place, codes.size + len(values), self._descriptor)
         except OSError as error:
             raise as_output_error(self._part, error) from error
         self._position += codes.size + len(values)
+        self._base_tensors[name]["sha256"] = base_digest
         self._entries[name] = entry
         self._sizes[name] = (codes.size, len(values))
         self.done[name] = record
@@ -153,8 +175,8 @@ class PatchWriter:
                 write_all(self._descriptor, memoryview(content), self._position)
                 self._position += len(content)
             header = self._header(self._entries, self._sizes, {n: len(c) for n, c in stored.items()}, _describe(side))
-            if len(header) > self._reserved:
-                raise AssertionError("the room for the header is too small")
+            if len(header) > self._reserved:  # resumed with much longer paths
+                raise OutputError(f"{self.file}: its header has outgrown its room", "start anew with --overwrite")
             text = header[8:] + b" " * (self._reserved - len(header))
             write_all(self._descriptor, memoryview(len(text).to_bytes(8, "little") + text), 0)
             os.ftruncate(self._descriptor, self._position)
@@ -166,14 +188,17 @@ class PatchWriter:
             raise as_output_error(self.file, error) from error
 
     def _reserve(self) -> int:
-        """The header's size with every number as long as it can get, rounded up to a multiple of 8."""
+        """The header's size with every number as long as it can get, with room to spare, a multiple of 8.
+
+        A resumed run may name its inputs by longer paths.
+        """
         longest = max(CODINGS, key=len)
-        entries = {n: PatchTensor(info.numel, longest, _DIGEST, _DIGEST) for n, info in self._infos.items()}
+        entries = {n: PatchTensor(info.numel, longest, _DIGEST) for n, info in self._infos.items()}
         sizes = {name: (info.nbytes + PADDING, info.nbytes) for name, info in self._infos.items()}
         stored = {name: len(content) for name, content in self._side.items() if isinstance(content, bytes)}
         side: dict[str, bytes | str] = {**self._side, REPORT_FILE: b""}
         header = self._header(entries, sizes, {**stored, REPORT_FILE: 1 << 40}, _describe(side))
-        return -(-len(header) // 8) * 8
+        return -(-(len(header) + _SPARE) // 8) * 8
 
     def _header(
         self,
@@ -182,7 +207,13 @@ class PatchWriter:
         stored: dict[str, int],
         side: dict[str, Any],
     ) -> bytes:
-        manifest = {**self._manifest, "tensors": {n: asdict(e) for n, e in entries.items()}, "side_files": side}
+        base = {"fingerprint": self._base.fingerprint(), "tensors": self._base_tensors}
+        manifest = {
+            **self._manifest,
+            "base": base,
+            "tensors": {n: asdict(e) for n, e in entries.items()},
+            "side_files": side,
+        }
         header: dict[str, Any] = {"__metadata__": {METADATA_KEY: json.dumps(manifest, separators=(",", ":"))}}
         position = 0
         for name, (mask, values) in sizes.items():
@@ -198,9 +229,20 @@ class PatchWriter:
         return len(text).to_bytes(8, "little") + text
 
     def close(self) -> None:
-        """Stop the thread and close the file; what is journaled stays for ``resume``."""
+        """Stop the thread and close the file; what is written stays for ``resume``."""
         self._queue.close()
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            if self._journal.path.exists():  # not where all is finished
+                with suppress(OutputError):
+                    self._journal.sync()
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def discard(self) -> None:
+        """Remove all that was written: after an error that no resumed run could get over."""
+        self.close()
+        self._part.unlink(missing_ok=True)
+        self._journal.path.unlink(missing_ok=True)
 
 
 def _entry(dtype: str, numel: int, start: int, nbytes: int) -> dict[str, Any]:
@@ -216,10 +258,14 @@ def _describe(side: dict[str, bytes | str]) -> dict[str, Any]:
     return described
 
 
-def describe_base(base: Checkpoint) -> dict[str, Any]:
-    """The base as the metadata holds it: its fingerprint, and every tensor's dtype, shape and fingerprint."""
-    tensors = {
-        name: {"dtype": info.dtype, "shape": list(info.shape), "fingerprint": base.tensor_fingerprint(info)}
+def describe_base(base: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Every tensor of the base as the metadata holds it, but for the digest of its bytes."""
+    return {
+        name: {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "fingerprint": base.tensor_fingerprint(info),
+            "sha256": _DIGEST,
+        }
         for name, info in base.tensors.items()
     }
-    return {"fingerprint": base.fingerprint(), "tensors": tensors}

@@ -95,7 +95,8 @@ def build_plan(base: Checkpoint, tuned: Checkpoint, stats: Stats | None, options
     check_pair(base, tuned, options.allow_dtype_mismatch)
     if stats is not None:
         check_stats(base, tuned, stats)
-    tensors = [_plan_tensor(info, stats, options) for info in base.tensors.values()]
+    changed = tuned.changed if isinstance(tuned, AdaptedCheckpoint) else base.tensors.keys()
+    tensors = [_plan_tensor(info, info.name in changed, stats, options) for info in base.tensors.values()]
     if not any(tensor.action == "patch" for tensor in tensors):
         raise OptionsError("no tensor would be patched", "check --include and --exclude, and those of calibrate")
     ordered = group_by_hessian(tensors)
@@ -117,7 +118,7 @@ def most_patch_bytes(tensors: Iterable[tuple[TensorPlan, int]]) -> int:
     return header + sum(n * t.nbytes // max(t.numel, 1) + t.numel // 8 + 2048 for t, n in tensors)
 
 
-def _plan_tensor(info: TensorInfo, stats: Stats | None, options: PatchOptions) -> TensorPlan:
+def _plan_tensor(info: TensorInfo, changed: bool, stats: Stats | None, options: PatchOptions) -> TensorPlan:
     entry = stats.tensors[info.name] if stats is not None else TensorStats(None)
     reason = ""
     if not matches(info.name, options.include, options.exclude):
@@ -126,6 +127,8 @@ def _plan_tensor(info: TensorInfo, stats: Stats | None, options: PatchOptions) -
         reason = f"{info.dtype} is no floating-point dtype that can be patched"
     elif info.numel == 0:
         reason = "it has no entries"
+    elif not changed:
+        reason = "the adapter leaves it alone"
     elif options.needs_hessians and entry.hessian is None:
         reason = f"no statistics: {entry.reason}"
     common = (info.name, info.dtype, info.shape, info.nbytes)

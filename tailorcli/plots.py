@@ -45,7 +45,7 @@ def plot_inspection(inspection: Inspection, file: Path) -> None:
 def _draw_report(figure: Any, report: dict[str, Any]) -> None:
     tensors = [t for t in report["tensors"] if t["status"] == "patched"]
     if report["command"] == MERGE:
-        _draw_merge(figure, tensors, [str(task) for task in report["options"]["tasks"]])
+        _draw_merge(figure, tensors, [str(task).replace("$", r"\$") for task in report["options"]["tasks"]])
         return
     top = figure.subplots(2, 2)
     _captured_by_layer(top[0][0], tensors)

@@ -163,14 +163,17 @@ def check_report(report: dict[str, Any], path: Path) -> dict[str, Any]:
         if not report["totals"].keys() >= totals_of(report["command"], report["tensors"]).keys():
             raise KeyError("totals")
         for tensor in report["tensors"]:
-            str(tensor["name"]), str(tensor["reason"])
+            if not all(isinstance(tensor[key], str) for key in ("name", "reason", "role", "dtype")):
+                raise TypeError(f"{tensor['name']!r}")
+        json.dumps(report, ensure_ascii=False).encode("utf-8")
         tensor_table(report, errors=report["command"] == "patch")
         for entry in report["inputs"].values():
             str(entry["path"]), str(entry["fingerprint"])
         for key in OPTIONS_SHOWN[report["command"]]:
             str(report["options"][key])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is malformed: {error!r}", _MAKE_AGAIN) from error
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        what = ascii(error)  # it may quote what cannot be printed
+        raise CheckpointError(f"{path} is malformed: {what[:200]}", _MAKE_AGAIN) from error
     return report
 
 
@@ -260,25 +263,31 @@ def _merge_table(report: dict[str, Any]) -> Table:
     from rich.table import Table
 
     tasks, totals = [str(task) for task in report["options"]["tasks"]], report["totals"]
+    mixed = len(totals["methods"]) > 1
+    measured = totals["errors"] is not None
     table = Table(title=f"{MERGE}, {report['options']['method']}: {', '.join(tasks)}")
-    for column in ("tensor", "shape", "by", "kept", *tasks, "Jaccard", "sign conflicts", *(f"err. {t}" for t in tasks)):
-        table.add_column(column, justify="left" if column in ("tensor", "by") else "right", overflow="fold")
+    table.add_column("tensor", overflow="fold", min_width=30)
+    table.add_column("shape", justify="right", overflow="fold")
+    if mixed:
+        table.add_column("by", overflow="fold")
+    for column in ("kept", "by each", "Jaccard", "signs differ", *(("layer errors",) if measured else ())):
+        table.add_column(column, justify="right", overflow="fold")
 
-    def cells(figures: dict[str, Any]) -> list[str]:
-        errors = figures["errors"] or [None] * len(tasks)
+    def row(name: str, shape: str, method: str, figures: dict[str, Any]) -> list[str]:
+        by_each = [format_share(share(kept, figures["numel"])) for kept in figures["kept_by"]]
+        errors = [format_share(error) for error in figures["errors"] or []]
         return [
+            *(name, shape, *((method,) if mixed else ())),
             format_share(share(figures["kept"], figures["numel"])),
-            *(format_share(share(kept, figures["numel"])) for kept in figures["kept_by"]),
-            format_share(figures["jaccard"]),
-            f"{figures['sign_conflicts']:,}",
-            *(format_share(error) for error in errors),
+            *(" ".join(by_each), format_share(figures["jaccard"]), f"{figures['sign_conflicts']:,}"),
+            *((" ".join(errors) or "-",) if measured else ()),
         ]
 
     for tensor in report["tensors"]:
         if tensor["status"] == "patched":
             shape = "×".join(str(size) for size in tensor["shape"])
-            table.add_row(tensor["name"], shape, tensor["method"], *cells(tensor))
+            table.add_row(*row(str(tensor["name"]), shape, str(tensor["method"]), tensor))
     table.add_section()
     name = f"total: {totals['tensors_patched']} merged, {totals['tensors_at_base']} left at base"
-    table.add_row(name, f"{totals['numel']:,}", "", *cells(totals), style="bold")
+    table.add_row(*row(name, f"{totals['numel']:,}", "", totals), style="bold")
     return table

@@ -7,18 +7,20 @@ disk. Only ``finish`` gives the shards their names, the index last: an interrupt
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo
-from tailorcli.errors import NumericalError, OutputError
+from tailorcli.errors import NumericalError, OutputError, PatchError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -172,14 +174,17 @@ class Journal:
             self.sync()
 
     def sync(self) -> None:
-        """Data first, then the lines that vouch for it."""
-        for descriptor in self._files:
-            os.fdatasync(descriptor)
-        if self._lines:
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.writelines(self._lines)
-                stream.flush()
-                os.fsync(stream.fileno())
+        """Data first, then the lines that vouch for it. Raises OutputError."""
+        try:
+            for descriptor in self._files:
+                os.fdatasync(descriptor)
+            if self._lines:
+                with self.path.open("a", encoding="utf-8") as stream:
+                    stream.writelines(self._lines)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+        except OSError as error:
+            raise as_output_error(self.path, error) from error
         self._lines, self._files, self._nbytes = [], set(), 0
 
 
@@ -277,9 +282,9 @@ class CheckpointWriter:
         raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         self._queue.submit(lambda: self._write_now(name, [raw.numpy().data], record))
 
-    def copy(self, name: str, source: Checkpoint, record: dict[str, Any]) -> None:
-        """Queue a byte copy of a tensor from ``source``."""
-        self._queue.submit(lambda: self._write_now(name, _pieces(source, source.tensors[name]), record))
+    def copy(self, name: str, source: Checkpoint, record: dict[str, Any], digest: str | None = None) -> None:
+        """Queue a byte copy of a tensor from ``source``; with a SHA-256 ``digest`` its bytes must have it."""
+        self._queue.submit(lambda: self._write_now(name, _pieces(source, source.tensors[name], digest), record))
 
     def _write_now(self, name: str, pieces: Iterable[memoryview], record: dict[str, Any]) -> None:
         slot = self.layout.slots[name]
@@ -335,8 +340,11 @@ class CheckpointWriter:
             os.close(self._descriptors.popitem()[1])
 
     def close(self) -> None:
-        """Stop the thread and close the files; what is journaled stays for ``resume``."""
+        """Stop the thread and close the files; what is written stays for ``resume``."""
         self._queue.close()
+        if self._descriptors:
+            with suppress(OutputError):
+                self._journal.sync()
         self._close_files()
 
     def discard(self) -> None:
@@ -355,10 +363,23 @@ class CheckpointWriter:
         self.close()
 
 
-def _pieces(source: Checkpoint, info: TensorInfo) -> Iterable[memoryview]:
+def _pieces(source: Checkpoint, info: TensorInfo, digest: str | None) -> Iterable[memoryview]:
+    found = hashlib.sha256()
     for piece in source.pieces(info):
         _refuse_nan(piece, info, source)
+        if digest is not None:
+            found.update(piece)
         yield piece
+    if digest is not None and found.hexdigest() != digest:
+        raise other_base(info.name, source.path)
+
+
+def other_base(name: str, path: Path) -> PatchError:
+    """The error for a base of which a tensor is not that which the patch was made for."""
+    return PatchError(
+        f"the patch is for another base: tensor {name!r} of {path} is not the one that was patched",
+        "pass the checkpoint that the patch was made from: tailorcli inspect PATCH names it",
+    )
 
 
 def _refuse_nan(piece: memoryview, info: TensorInfo, source: Checkpoint) -> None:

@@ -24,7 +24,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_bad_input import refused, run
 
-from tailorcli import MergeOptions, PatchOptions, calibrate_model, inspect_path, merge_patches, patch_checkpoint
+from tailorcli import (
+    MergeOptions,
+    PatchOptions,
+    TailorError,
+    calibrate_model,
+    inspect_path,
+    merge_patches,
+    patch_checkpoint,
+)
 from tailorcli.apply import apply_patch, verify_checkpoint
 from tailorcli.core import combine_hessians, overlap_figures, stitch_average, stitch_joint, stitch_patches, union_mask
 from tailorcli.core.hessian import prepare
@@ -46,7 +54,7 @@ def test_the_two_by_two_example_of_the_documentation():
     union, half = union_mask(masks), (0.5, 0.5)
     average = stitch_average(base, tuned, patched, masks, union, half)
     torch.testing.assert_close(average, torch.tensor([[0.6, 0.1], [0.25, 0.0]]))
-    alone = stitch_patches(base, patched, masks, union, half)
+    alone = stitch_patches(base, patched, masks, half)
     torch.testing.assert_close(alone, torch.tensor([[0.6, 0.2], [0.4, 0.0]]))
 
 
@@ -88,7 +96,7 @@ def test_average_is_equations_14_and_15(seed, tasks, density):
 def test_patches_alone_are_the_mean_of_those_that_keep_an_entry(seed, tasks, density):
     base, _, masks, patched, _ = make_tasks(seed, tasks=tasks, density=density)
     weights = shares(tasks, seed)
-    found = stitch_patches(base, patched, masks, union_mask(masks), weights)
+    found = stitch_patches(base, patched, masks, weights)
     for place in np.ndindex(*base.shape):
         keepers = [i for i in range(tasks) if masks[i][place]]
         if not keepers:
@@ -174,7 +182,7 @@ def test_joint_is_never_worse_than_average(seed, tasks, density, decay):
     weights, union = shares(tasks, seed), union_mask(masks)
     solved = joint(base, tuned, union, hessians, weights, 1e-4)
     average = stitch_average(base, tuned, patched, masks, union, weights)
-    alone = stitch_patches(base, patched, masks, union, weights)
+    alone = stitch_patches(base, patched, masks, weights)
     for damping in (1e-4, 0.0):  # in the objective that was solved, and in the bare layer error
         best = summed_error(solved, tuned, hessians, weights, damping)
         slack = 1e-6 + (0.0 if damping else 1e-3 * best)
@@ -370,6 +378,30 @@ def test_a_tensor_without_statistics_is_averaged_and_reported(tasks, tmp_path):
     assert bits(read_tensors(tmp_path / "out")[name]) == bits(read_tensors(tmp_path / "average")[name])
 
 
+def test_statistics_that_any_task_lacks(tasks, tmp_path):
+    """Whichever of the tasks it is, the tensor is averaged."""
+    options = calibrate_options(exclude=("*layers.0.mlp*",))
+    for name, data in (("one", "data.jsonl"), ("two", "data2.jsonl")):
+        calibrate_model(tasks / name, tasks / data, tmp_path / name, options)
+        stats = [tmp_path / "one" if name == "one" else tasks / "one-stats"]
+        stats.append(tmp_path / "two" if name == "two" else tasks / "two-stats")
+        patches, tuned, _ = inputs_of(tasks, "average")
+        out = tmp_path / f"{name}-out"
+        report = merge_patches(tasks / "base", patches, out, tuned, stats, MergeOptions("joint"))
+        assert report.totals["methods"] == {"joint": 18, f"average: no statistics of {name}": 3}
+    doubled = [tasks / "one-stats", tasks / "two-stats", tmp_path / "one"]
+    with pytest.raises(TailorError, match="both made from one fine-tuned model"):
+        merge_patches(tasks / "base", patches, tmp_path / "x", tuned, doubled, MergeOptions("joint"))
+
+
+def test_a_task_that_keeps_an_entry_at_base_has_no_say_about_it():
+    base = torch.zeros(1, 3)
+    patched = [torch.tensor([[0.4, 0.0, 0.2]]), torch.tensor([[0.0, 0.0, 0.4]])]
+    masks = [torch.ones(1, 3, dtype=torch.bool)] * 2
+    found = stitch_patches(base, patched, masks, (0.5, 0.5))
+    torch.testing.assert_close(found, torch.tensor([[0.4, 0.0, 0.3]]))
+
+
 def calibrate_options(**changes):
     from tailorcli import CalibrateOptions
 
@@ -434,6 +466,7 @@ def test_inputs_that_do_not_belong_together(tasks, tmp_path):
     refused(*command, *tuned, "--method", "sum", mentions=["average, joint, patches"], output=tmp_path / "out")
     refused(*command, *tuned, "--weight", 1, mentions=["1 weights for 2 patches"], output=tmp_path / "out")
     refused(*command, *tuned, "--weight", 1, "--weight", -1, mentions=["positive"], output=tmp_path / "out")
+    refused(*command, *tuned, "--weight", 1e308, "--weight", 1e308, mentions=["finite"], output=tmp_path / "out")
     refused(*command, *tuned, "--damping", -1, mentions=["damping"], output=tmp_path / "out")
     refused("merge-multi", tasks / "one", one, two, *tuned, "-o", tmp_path / "out", mentions=["another base"])
     refused(*command[:-1], tasks / "one", *tuned, mentions=["input"])
@@ -452,6 +485,11 @@ def test_nan_in_a_fine_tuned_model_is_named(tasks, tmp_path):
     arguments = ("merge-multi", tmp_path / "base", tmp_path / "one.safetensors", "-o", tmp_path / "out")
     shown = refused(*arguments, "--tuned", tmp_path / "one", output=tmp_path / "out")
     assert "down_proj" in shown or "none of the --tuned" in shown  # the sample of the fingerprint may see it, too
+
+
+def mask_of(patch, name, tensor):
+    """The patch's mask; all False for a tensor that it leaves alone, as an adapter does with most."""
+    return patch.mask(name) if name in patch.tensors else torch.zeros_like(tensor, dtype=torch.bool)
 
 
 # --- Adapters --------------------------------------------------------------------------------------------------
@@ -482,7 +520,7 @@ def test_an_adapter_and_a_full_fine_tune_are_stitched(tmp_path, kind):
         union = [PatchFile.open(file) for file in files]
         out, base = read_tensors(tmp_path / f"both-{method}"), read_tensors(folder / "base")
         for name, tensor in base.items():
-            outside = ~union_mask([patch.mask(name) for patch in union])
+            outside = ~union_mask([mask_of(patch, name, tensor) for patch in union])
             assert bits(out[name][outside]) == bits(tensor[outside])
         for patch in union:
             patch.close()

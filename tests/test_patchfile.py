@@ -387,7 +387,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_bytes(llama_pair, tmp_path, w
     with broken_off(writer, after):
         patch("cut")
     assert not (tmp_path / "cut.safetensors").exists()
-    with pytest.raises(TailorError, match=r"exists|not empty"):
+    with pytest.raises(TailorError, match=r"begun|not empty"):
         patch("cut")
     with pytest.raises(TailorError, match=r"cannot resume.*density"):
         patch("cut", resume=True, density=0.2)
@@ -432,6 +432,107 @@ def test_apply_is_resumed_too(patched):
     assert apply_patch(*arguments, resume=True).totals["kept"] == 2191
     apply_patch(*arguments, overwrite=True)
     assert folder_digest(patched / "applied") == folder_digest(patched / "out")
+
+
+def test_resumed_under_longer_or_shorter_paths(llama_pair, tmp_path, monkeypatch):
+    """The header's room depends on the paths as typed; a resumed run keeps the one that was left."""
+    for number, (first, second) in enumerate([(".", str(llama_pair)), (str(llama_pair), ".")]):
+        monkeypatch.chdir(llama_pair)
+        file = tmp_path / f"{number}.safetensors"
+
+        def patch(folder, file=file, **changes):
+            inputs = (f"{folder}/base", f"{folder}/tuned", None, f"{folder}/stats", PatchOptions(**changes))
+            patch_checkpoint(*inputs, patch_file=file)
+
+        with broken_off(PatchWriter, 7):
+            patch(first)
+        patch(second, resume=True)
+        apply_patch(llama_pair / "base", file, tmp_path / f"out{number}")
+        assert verify_checkpoint(tmp_path / f"out{number}", llama_pair / "base", file).ok
+
+
+def test_what_was_written_before_an_error_is_kept(llama_pair, tmp_path):
+    """Not only what filled the journal: closing takes down the rest."""
+    import tailorcli.writer
+
+    arguments = (llama_pair / "base", llama_pair / "tuned", tmp_path / "out", llama_pair / "stats")
+    with broken_off(CheckpointWriter, 9), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tailorcli.writer, "_SYNC_BYTES", 1 << 28)
+        patch_checkpoint(*arguments)
+    patch_checkpoint(*arguments, PatchOptions(resume=True))
+    assert json.loads((tmp_path / "out" / "tailor_run.json").read_text())["tensors_from_an_earlier_run"] == 9
+
+
+def test_a_full_disk_at_any_moment_is_one_clear_error(patched, monkeypatch):
+    import errno
+
+    import tailorcli.writer
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("pwrite", "fdatasync"):
+        for output in (["-o", patched / f"full-{name}"], ["--patch-file", patched / f"full-{name}.safetensors"]):
+            command = ["patch", patched / "base", patched / "tuned", "--stats", patched / "stats", *output]
+            with monkeypatch.context() as broken:
+                broken.setattr(tailorcli.writer.os, name, full)
+                refused(*command, mentions=["no space left"])
+            assert run(*command, "--resume").exit_code == 0
+
+
+def test_overwriting_with_the_wrong_base_loses_nothing(patched):
+    apply_patch(patched / "base", patched / "patch.safetensors", patched / "applied")
+    before = folder_digest(patched / "applied", skip=())
+    shutil.copytree(patched / "base", patched / "near")
+    tensors = read_tensors(patched / "near")
+    tensors["model.norm.weight"][0] += 1e-3
+    save_file(tensors, patched / "near" / "model.safetensors", metadata={"format": "pt"})
+    command = ("apply", patched / "near", patched / "patch.safetensors", "-o", patched / "applied", "--overwrite")
+    result = run(*command)
+    assert result.exit_code == 1
+    assert folder_digest(patched / "applied", skip=()) == before
+
+
+def test_a_tensor_left_at_base_is_compared_to_the_bit(tmp_path):
+    """Also where the patch holds nothing of it, and where no sample looks."""
+    for name, value in (("base", 1.0), ("tuned", 2.0)):
+        (tmp_path / name).mkdir()
+        tensors = {"patched": torch.full((9, 9), value), "left": torch.full((100, 100), value)}
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    options = PatchOptions(solver="none", omega=1.0, exclude=("left",))
+    file = tmp_path / "patch.safetensors"
+    patch_checkpoint(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", None, options, patch_file=file)
+    tensors = {"patched": torch.full((9, 9), 1.0), "left": torch.full((100, 100), 1.0)}
+    tensors["left"].view(-1)[2000] = 1.5
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    apply_refused(tmp_path, mentions=["another base", "'left'"])
+    refused("verify", tmp_path / "out", "--base", tmp_path / "base", "--patch", file, mentions=["'left'"])
+
+
+def test_a_tensor_that_did_not_change_stays_out_of_the_patch(tmp_path):
+    for name, value in (("base", 1.0), ("tuned", 2.0)):
+        (tmp_path / name).mkdir()
+        tensors = {"changed": torch.full((9, 9), value), "frozen": torch.full((9, 9), 3.0)}
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    file = tmp_path / "patch.safetensors"
+    report = patch_checkpoint(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", None, SALIENCE, patch_file=file)
+    records = {record["name"]: record for record in report.tensors}
+    assert (records["frozen"]["status"], records["frozen"]["reason"]) == ("base", "fine-tuning did not change it")
+    with PatchFile.open(file) as patch:
+        assert list(patch.tensors) == ["changed"]
+    apply_patch(tmp_path / "base", file, tmp_path / "applied")
+    assert folder_digest(tmp_path / "applied") == folder_digest(tmp_path / "out")
+
+
+def test_names_are_shown_as_they_are(patched):
+    command = ("patch", patched / "base", patched / "tuned", "--stats", patched / "stats", "--overwrite")
+    file = patched / "patch.safetensors"
+    assert run(*command, "--patch-file", file, "--task", "qa [v2] [/x] $a_{$").exit_code == 0
+    shown = run("inspect", file, "--plot", patched / "plot.png")
+    assert shown.exit_code == 0, shown.output
+    assert "qa [v2] [/x] $a_{$" in shown.stdout
+    for label in ("two\nlines", "", "x" * 300, "\ud800"):
+        refused(*command, "--patch-file", file, "--task", label, mentions=["printable"])
 
 
 # --- Malformed patch files -------------------------------------------------------------------------------------
@@ -556,10 +657,10 @@ MALFORMED = {
     "no base": (_drop(["base"]), "malformed"),
     "no fingerprint of the base": (_drop(["base", "fingerprint"]), "malformed"),
     "another fingerprint of a base tensor": (_set(["base", "tensors", NORM, "fingerprint"], "0" * 32), "another base"),
-    "another digest of a base tensor": (_set(["tensors", NORM, "base"], "0" * 64), "another base"),
+    "another digest of a base tensor": (_set(["base", "tensors", NORM, "sha256"], "0" * 64), "another base"),
     "no tensors": (_drop(["tensors"]), "malformed"),
     "tensors that are a list": (_set(["tensors"], []), "malformed"),
-    "a field too few": (_drop(["tensors", HEAD, "base"]), "malformed"),
+    "a field too few": (_drop(["tensors", HEAD, "content"]), "malformed"),
     "a field too many": (
         _set(["tensors", HEAD, "more"], 5),
         "malformed",
@@ -588,6 +689,16 @@ MALFORMED = {
         _set(["side_files"], lambda s: s | {"new.txt": {"digest": "0" * 64, "stored": True}}),
         "new.txt",
     ),
+    "a side file below another": (
+        _set(["side_files"], lambda s: s | {n: {"digest": "0" * 64, "stored": False} for n in ("a", "a/b")}),
+        "side file",
+    ),
+    "a side file with a long name": (
+        _set(["side_files"], lambda s: s | {"x" * 300: {"digest": "0" * 64, "stored": False}}),
+        "side file",
+    ),
+    "a task of two lines": (_set(["task"], "a\nb"), "task"),
+    "a text that cannot be printed": (_set(["inputs", "base", "path"], "\ud800"), "text"),
     "no report": (lambda h, m, d: (h, {**m, "side_files": {}}, d), "tailor_report.json"),
     "a task that is no text": (_set(["task"], 5), "task"),
     "metadata that is no object": (lambda h, m, d: (h, [], d), "malformed"),
@@ -600,9 +711,9 @@ def test_a_malformed_patch_is_refused(patched, what):
     change, message = MALFORMED[what]
     file = patched / "patch.safetensors"
     write_parts(file, *change(*read_parts(file)))
-    shown = apply_refused(patched, mentions=["patch.safetensors"])
+    shown = apply_refused(patched, mentions=["patch"])
     assert any(part in shown for part in message.split("|")), shown
-    refused("verify", patched / "out", "--base", patched / "base", "--patch", file, mentions=["patch.safetensors"])
+    refused("verify", patched / "out", "--base", patched / "base", "--patch", file, mentions=["patch"])
 
 
 def test_files_that_are_no_patch(patched):

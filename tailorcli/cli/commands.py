@@ -87,7 +87,7 @@ def friendly_errors(command: Command) -> Command:
                 typer.echo(f"  try: {error.hint}", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            typer.echo("interrupted; what patch had written can be finished with --resume", err=True)
+            typer.echo("interrupted; where it had begun to write, --resume finishes it", err=True)
             raise typer.Exit(130) from None
 
     return wrapped  # type: ignore[return-value]
@@ -435,8 +435,8 @@ def verify(
 @app.command("inspect")
 @friendly_errors
 def inspect_command(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Statistics, a report, or any checkpoint folder.")],
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw it, too (needs tailorcli[plot]).")] = None,
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Statistics, a report, a patch file, any checkpoint.")],
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw it, too (needs matplotlib).")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a path is and show its figures."""

@@ -23,7 +23,9 @@ def print_rich(*parts: Any) -> None:
     """Tables to standard output; wide ones stay whole when the output is no terminal."""
     from rich.console import Console
 
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    # What is shown comes from files: names in brackets are no markup.
+    plain: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
+    console = Console(**plain) if sys.stdout.isatty() else Console(width=200, **plain)
     for part in parts:
         console.print(part)
 

@@ -56,10 +56,15 @@ def stitch_average(
 
 
 def stitch_patches(
-    base: Tensor, patched: Sequence[Tensor], masks: Sequence[Tensor], union: Tensor, weights: Sequence[float]
+    base: Tensor, patched: Sequence[Tensor], masks: Sequence[Tensor], weights: Sequence[float]
 ) -> Tensor:
-    """From the patches alone: the mean of the values of those tasks that keep an entry, base where none does."""
+    """From the patches alone: the mean of the values of those tasks that keep an entry, base where none does.
+
+    A task that keeps an entry at the base's own value did not change it, and has no say about it.
+    """
     mean = _empty(base)
+    masks = [mask & (values != base) for mask, values in zip(masks, patched, strict=True)]
+    union = union_mask(masks)
 
     def fill(rows: slice) -> None:
         total = torch.zeros_like(mean[rows])
@@ -110,7 +115,7 @@ def stitch_joint(
     ``combined`` is the prepared A = sum w_i H_i. Solved as a compensation C of a reference R that is the tasks' mean
     tuned weight on the mask and base elsewhere: A_SS C_S = (sum w_i (Theta_i - R) H_i)_S. The mean weighs the tasks
     by w_i a_i (a_i = damping * mean diag H_i), so that the damping pulls towards R alone. With one task, and with
-    equal ones, this is what ``tailor_layer`` computes, operation for operation.
+    two equal ones, this is what ``tailor_layer`` computes, operation for operation.
     """
     means = [dampen(hessian, 1.0) for hessian in hessians]
     pulls = [weight * mean for weight, mean in zip(weights, means, strict=True)]
