@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -41,20 +42,36 @@ PARTS = {
 }
 
 
-def document(outputs: dict[str, str]) -> str:
-    """The page, from what each part printed on standard output."""
-    sections = [f"## {PARTS[name][0]}\n\n{PARTS[name][1]}\n\n{text.strip()}\n" for name, text in outputs.items()]
+def section(name: str, text: str) -> str:
+    """One part of the page, from what it printed on standard output."""
+    title, introduction = PARTS[name]
+    return f"## {title}\n\n{introduction}\n\n{text.strip()}\n"
+
+
+def document(outputs: dict[str, str], earlier: str) -> str:
+    """The page: a part that did not run keeps its section of the earlier page."""
+    sections = []
+    for name, (title, _) in PARTS.items():
+        _, found, rest = earlier.partition(f"## {title}\n")
+        kept = f"## {title}\n{rest.partition(chr(10) + '## ')[0]}" if found else ""
+        sections.append(section(name, outputs[name]) if name in outputs else kept.rstrip() + "\n")
     return "\n".join([HEAD, *sections])
 
 
 def main() -> None:
-    """Run all parts, one after the other; arguments go to each of them."""
+    """Run the parts, one after the other; arguments that are not known here go to each of them."""
+    made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    made.add_argument(
+        "--only", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="leave the others as they are"
+    )
+    chosen, rest = made.parse_known_args()
     outputs = {}
-    for name in PARTS:
-        command = [sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]]
+    for name in chosen.only:
+        command = [sys.executable, "-m", f"benchmarks.{name}", *rest]
         outputs[name] = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         print(outputs[name])
-    DOCUMENT.write_text(document(outputs), encoding="utf-8")
+    earlier = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
+    DOCUMENT.write_text(document(outputs, earlier), encoding="utf-8")
 
 
 if __name__ == "__main__":

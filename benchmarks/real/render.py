@@ -85,16 +85,19 @@ Relative layer error ‖(W − W_tuned)X‖² / ‖delta X‖² over the calibra
 """
 
 
-README_BEGIN, README_END = "<!-- real:begin -->", "<!-- real:end -->"
-
-
 def update_readme(readme: str, results: dict[str, Any]) -> str:
-    """Return the README's text with the short table of this run between its two markers."""
-    before, _, rest = readme.partition(README_BEGIN)
-    _, _, after = rest.partition(README_END)
+    """Return the README's text with the short table of this run in its place."""
+    return between(readme, "real", _short(results))
+
+
+def between(readme: str, mark: str, text: str) -> str:
+    """Return a README with ``text`` between the comments ``mark:begin`` and ``mark:end``."""
+    begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
+    before, _, rest = readme.partition(begin)
+    _, _, after = rest.partition(end)
     if not after:
-        raise ValueError(f"the README lacks {README_BEGIN} and {README_END}")
-    return f"{before}{README_BEGIN}\n{_short(results).strip()}\n{README_END}{after}"
+        raise ValueError(f"the README lacks {begin} and {end}")
+    return f"{before}{begin}\n{text.strip()}\n{end}{after}"
 
 
 def _short(results: dict[str, Any]) -> str:

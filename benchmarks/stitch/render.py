@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.real.chain import SAMPLES, SEQ_LEN
 from benchmarks.real.data import OLD_TASKS, WINDOW
 from benchmarks.real.measure import h_difference
-from benchmarks.real.render import steps_table, table
+from benchmarks.real.render import between, steps_table, table
 from benchmarks.stitch.candidates import ARITHMETIC, PLAIN_AVERAGE
 from benchmarks.stitch.steps import (
     ADAPTER,
@@ -49,6 +49,49 @@ def render(results: dict[str, Any]) -> str:
         steps_table(results["steps"]),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def update_readme(readme: str, results: dict[str, Any]) -> str:
+    """Return the README's text with the short table of this run in its place."""
+    return between(readme, "stitch", _short(results))
+
+
+def _short(results: dict[str, Any]) -> str:
+    """Return the README's paragraph and table: the baselines and what merges two patches."""
+    models = results["stitched"]
+    lines = [label for label in _tested(models) if label.startswith((ARITHMETIC, "scaled-"))]
+    shown = ["base", *(task.tuned for task in TASKS), PLAIN_AVERAGE]
+    shown += [label for label in lines if label.startswith(ARITHMETIC)]
+    shown += [merged_folder(method) for method in METHODS]
+    shown += [label for label in lines if label.startswith("scaled-")]
+    rows = {label: _row(models, label)[:-1] for label in shown}
+    best = max(shown, key=lambda label: float(models["summary"][label]["test"]["h"]))
+    best_line = max(lines, key=lambda label: float(models["summary"][label]["validation"]["h"]))
+    rival = next(label for label in shown if label.startswith(ARITHMETIC))
+    scores = models["scores"]
+    difference, error = h_difference(scores[best_line]["test"], scores[rival]["test"], NEW_TASKS)
+    word = "level with" if abs(difference) <= _LEVEL * error else "ahead of" if difference > 0 else "behind"
+    adapted = results["adapted"]["summary"]
+    winner = max(
+        (label for label in adapted if "test" in adapted[label]), key=lambda label: adapted[label]["test"]["h"]
+    )
+    lora = f"where *{title(winner)}* has the best H"
+    size = results["bytes"]
+    share = 100 * max(size[name] for name in NEW_TASKS) / size["checkpoint"]
+    return f"""
+SmolLM2-135M-Instruct, two full fine-tunes of it ({NEW_TASKS[0]} records and {NEW_TASKS[1]} listings), each made into a
+patch file of density {HALF_DENSITY} ({share:.1f}% of the checkpoint) and the two stitched. Next-token accuracy in percent on
+held-out text, H the harmonic mean of old and new; weights *w* chosen on validation text, one seed, written by
+`make stitch`.
+
+{_figures_table(_header()[:-1], rows)}
+
+*scaled w* is base + w · (merged − base); there is no option for it yet. The best H here is that of
+*{title(best)}*. *{title(best_line)}*, the line that was best on validation text, is {word}
+*{title(rival)}* (H {difference:+.2f}, standard error over the text {error:.2f}; other seeds would add to it). The
+[full page](docs/stitching-results.md) has every weight that was tried, the single patches, and LoRA,
+{lora}.
+"""
 
 
 def _setting(results: dict[str, Any]) -> str:
@@ -113,17 +156,23 @@ def _tested(models: dict[str, Any]) -> list[str]:
 
 
 def _stitched_table(models: dict[str, Any]) -> str:
-    rows = {}
-    for label in _tested(models):
-        test, total = models["scores"][label]["test"], models["summary"][label]["test"]
-        new = [test[task]["accuracy"] for task in NEW_TASKS]
-        rows[label] = [total["old"], *new, total["new"], total["h"], models["summary"][label]["validation"]["h"]]
-    header = ["old", *(f"{number}: {task}" for number, task in enumerate(NEW_TASKS, 1)), "new", "H", "validation H"]
+    rows = {label: _row(models, label) for label in _tested(models)}
     return f"""
 Accuracy in percent on test text; the last column is H on validation text. The best of each column is in bold.
 
-{_figures_table(header, rows)}
+{_figures_table(_header(), rows)}
 """
+
+
+def _header() -> list[str]:
+    return ["old", *(f"{number}: {task}" for number, task in enumerate(NEW_TASKS, 1)), "new", "H", "validation H"]
+
+
+def _row(models: dict[str, Any], label: str) -> list[float]:
+    """Return a model's figures under `_header`."""
+    test, total = models["scores"][label]["test"], models["summary"][label]["test"]
+    new = [test[task]["accuracy"] for task in NEW_TASKS]
+    return [total["old"], *new, total["new"], total["h"], models["summary"][label]["validation"]["h"]]
 
 
 def _lines(models: dict[str, Any]) -> dict[str, dict[str, float]]:
