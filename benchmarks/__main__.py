@@ -53,8 +53,10 @@ def document(outputs: dict[str, str], earlier: str) -> str:
     sections = []
     for name, (title, _) in PARTS.items():
         _, found, rest = earlier.partition(f"## {title}\n")
-        kept = f"## {title}\n{rest.partition(chr(10) + '## ')[0]}" if found else ""
-        sections.append(section(name, outputs[name]) if name in outputs else kept.rstrip() + "\n")
+        if name in outputs:
+            sections.append(section(name, outputs[name]))
+        elif found:
+            sections.append(f"## {title}\n{rest.partition(chr(10) + '## ')[0].rstrip()}\n")
     return "\n".join([HEAD, *sections])
 
 

@@ -80,9 +80,9 @@ def _short(results: dict[str, Any]) -> str:
     share = 100 * max(size[name] for name in NEW_TASKS) / size["checkpoint"]
     return f"""
 SmolLM2-135M-Instruct, two full fine-tunes of it ({NEW_TASKS[0]} records and {NEW_TASKS[1]} listings), each made into a
-patch file of density {HALF_DENSITY} ({share:.1f}% of the checkpoint) and the two stitched. Next-token accuracy in percent on
-held-out text, H the harmonic mean of old and new; weights *w* chosen on validation text, one seed, written by
-`make stitch`.
+patch file of density {HALF_DENSITY} ({share:.1f}% of the checkpoint) and the two stitched. Next-token accuracy in
+percent on held-out text, H the harmonic mean of old and new; weights *w* chosen on validation text, one seed, written
+by `make stitch`.
 
 {_figures_table(_header()[:-1], rows)}
 
