@@ -95,7 +95,7 @@ def evaluate_all(
 
     `windows` holds part -> task -> token windows, `counts` the windows of a task asked for in each part.
     """
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     scores: dict[str, dict[str, TaskScores]] = {label: {} for label in candidates}
     for part, tasks in windows.items():
         lines = {label: candidate.line for label, candidate in candidates.items()}

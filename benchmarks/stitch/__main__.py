@@ -21,7 +21,7 @@ from benchmarks.real.measure import TaskScores, evaluate_all, summarise
 from benchmarks.real.setting import COUNTS, SEED, TRAIN_RECORDS, Texts, environment, make_pair, parse, say, tokenizer_of
 from benchmarks.stitch import bytecode, lora, render
 from benchmarks.stitch.candidates import adapted, stitched
-from benchmarks.stitch.steps import ADAPTER, BYTECODE, NEW_TASKS, TASKS, UNICODE, steps
+from benchmarks.stitch.steps import ADAPTER, ADAPTER_PATCH, BYTECODE, NEW_TASKS, TASKS, UNICODE, steps
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "stitching-results.md"
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -50,6 +50,9 @@ def main() -> None:
     one_task = {part: {task: tasks[task] for task in (*OLD_TASKS, NEW_TASK)} for part, tasks in windows.items()}
     models = adapted(cache, chain, keys[ADAPTER])
     single = evaluate_all(models, one_task, COUNTS, folder, fresh=options.fresh)
+    # Two of them on every task, for the table of both tasks.
+    everywhere = {label: models[label] for label in (ADAPTER, ADAPTER_PATCH)}
+    both |= evaluate_all(everywhere, windows, COUNTS, folder / "all", NEW_TASKS, options.fresh)
     results = {
         "environment": environment(),
         "weights": f"{model.PACKAGE} {model.VERSION}",
