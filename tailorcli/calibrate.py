@@ -174,6 +174,11 @@ def _collect(
 
     from tailorcli.collect import BIAS_HESSIAN, Collector, find_layers
 
+    if getattr(network.config, "is_encoder_decoder", False):
+        raise CheckpointError(
+            f"{checkpoint.path} is an encoder-decoder model, which calibrate cannot run yet",
+            "patch it without statistics, by salience alone: tailorcli patch BASE TUNED --solver none --omega 1 -o OUT",
+        )
     layers, others = find_layers(network)
     parameter_of = {tensor: found for tensor, (found, _) in names.items() if found}
     chosen = {

@@ -140,6 +140,9 @@ class Collector:
             seen.setdefault(layer.name, []).append(_identity(inputs))
 
         self._forward(input_ids, None, after=note)
+        # In the order of their calls: of a group, the first that is called folds the inputs of all.
+        order = {name: position for position, name in enumerate(seen)}
+        self.layers.sort(key=lambda layer: order.get(layer.name, len(order)))
         groups: dict[tuple[Any, ...], str] = {}
         for layer in self.layers:
             if layer.name not in seen:
@@ -153,6 +156,8 @@ class Collector:
         """Why a layer's inputs cannot be used, if they cannot."""
         if _token_rows(inputs, self._shape, ids=layer.role == "embedding") is None:
             return f"its inputs, of shape {list(inputs.shape)}, are not laid out token by token"
+        if layer.role == "embedding" and not _looks_up(module.get_parameter("weight"), inputs, output):
+            return f"{type(module).__name__} does not look its inputs up in its table"
         if layer.role != "norm" or isinstance(module, nn.LayerNorm):
             return ""
         unscaled, weight = normalised(module, inputs), module.get_parameter("weight").to(torch.float32)
@@ -312,6 +317,21 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if isinstance(value, Tensor):
             return value
     raise TypeError("a calibrated module was called without a tensor")
+
+
+def _looks_up(table: Tensor, ids: Tensor, output: Tensor) -> bool:
+    """Whether the output is the table's rows of these ids, as they are or all times one number.
+
+    Some embeddings of positions are called with a mask or with hidden states, and work the positions out inside.
+    """
+    if ids.is_floating_point() or ids.dtype == torch.bool or output.shape != (*ids.shape, table.shape[1]):
+        return False
+    if bool((ids < 0).any()) or int(ids.max()) >= table.shape[0]:
+        return False
+    rows, found = table[ids].to(torch.float32), output.to(torch.float32)
+    energy = float(rows.square().sum())
+    scale = float((rows * found).sum()) / energy if energy > 0 else 1.0
+    return torch.allclose(found, scale * rows, rtol=2e-2, atol=1e-3 * float(rows.abs().max()), equal_nan=True)
 
 
 def _identity(tensor: Tensor) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import make_model, make_pair, make_tokenizer, perturb, read_tensors, write_data
 
-from tailorcli import calibrate_model
+from tailorcli import TailorError, calibrate_model
 from tailorcli.core import unpack_triangle
 from tailorcli.options import CalibrateOptions
 from tailorcli.stats import Stats
@@ -184,3 +184,54 @@ def test_custom_data_file(llama_pair, tmp_path):
     assert report.samples == manifest["data"]["samples"] == 3
     assert manifest["data"]["tokens"] == report.tokens
     assert set(manifest["versions"]) == {"tailorcli", "torch", "transformers", "python"}
+
+
+# --- Other architectures -----------------------------------------------------------------------------------------
+
+
+def save_tiny(folder, model):
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    write_data(folder.parent / "data.jsonl")
+    return folder
+
+
+def test_projections_called_in_another_order_than_they_are_defined(tmp_path):
+    """OPT defines k, v, q and calls q first; its table of positions is called with a mask, and has no statistics."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = OPTConfig(
+        vocab_size=100, word_embed_proj_dim=32, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, **sizes
+    )
+    model = save_tiny(tmp_path / "model", OPTForCausalLM(config))
+    report = calibrate_model(model, tmp_path / "data.jsonl", tmp_path / "stats")
+    assert list(report.uncalibrated) == ["model.decoder.embed_positions.weight"]
+    assert "does not look its inputs up" in report.uncalibrated["model.decoder.embed_positions.weight"]
+    stats = Stats.open(tmp_path / "stats")
+    attention = "model.decoder.layers.1.self_attn."
+    assert len({stats.tensors[f"{attention}{kind}_proj.weight"].hessian for kind in "kvq"}) == 1
+    stats.close()
+
+
+def test_an_embedding_that_scales_its_rows_is_calibrated(tmp_path):
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = Gemma3TextConfig(vocab_size=100, num_key_value_heads=2, head_dim=8, pad_token_id=0, **sizes)
+    model = save_tiny(tmp_path / "model", Gemma3ForCausalLM(config))
+    report = calibrate_model(model, tmp_path / "data.jsonl", tmp_path / "stats")
+    assert "model.embed_tokens.weight" not in report.uncalibrated
+
+
+def test_encoder_decoders_are_refused_clearly(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    config = T5Config(vocab_size=100, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, **sizes)
+    model = save_tiny(tmp_path / "model", T5ForConditionalGeneration(config))
+    with pytest.raises(TailorError, match="encoder-decoder"):
+        calibrate_model(model, tmp_path / "data.jsonl", tmp_path / "stats")
+    assert not (tmp_path / "stats" / "manifest.json").exists()
