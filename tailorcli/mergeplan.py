@@ -18,6 +18,7 @@ from tailorcli.stats import Stats
 from tailorcli.writer import plan_layout
 
 PathLike = str | os.PathLike[str]
+_WORK_ARRAYS = 8  # of a row chunk: start, target, the tasks' distances, products, the solver's own
 
 
 @dataclass
@@ -215,7 +216,10 @@ def merge_working_set(tensor: TensorPlan, hessians: dict[str, tuple[str, ...]], 
         held += tensor.nbytes + tensor.numel
         held += task.tuned.tensors[tensor.name].nbytes if task.tuned is not None else 0
     names = hessians.get(tensor.name)
-    if names is not None and inputs.tasks[0].stats and inputs.tasks[0].stats.hessians[names[0]].kind == "full":
+    if names is None:
+        return held
+    held += full + min(_WORK_ARRAYS * (64 << 20), _WORK_ARRAYS * full)  # the compensation, and row chunks
+    if inputs.tasks[0].stats and inputs.tasks[0].stats.hessians[names[0]].kind == "full":
         square = 4 * _hessian_size(names, inputs) ** 2
-        held += (len(names) + 3) * square + _hessian_bytes(names, inputs) + min(12 * (64 << 20), 12 * full)
+        held += (len(names) + 3) * square + _hessian_bytes(names, inputs)
     return held
