@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 _FROM_PATCH, _LEFT_OUT = "the patch file", "the patch leaves it alone"
 MOST_PROBLEMS = 20  # named one by one; all are counted
-_BITS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}
 
 
 def plan_apply(
@@ -165,13 +164,12 @@ def patched_tensor(base: Tensor, file: PatchFile, name: str, path: Path) -> Tens
 
     Raises PatchError if a single bit of the base's tensor differs from that which the patch was made for.
     """
-    import torch
+    from tailorcli.core.tailor import as_bits
 
     if digest_of(raw_bytes(base)) != file.base[name].digest:
         raise other_base(name, path)
     tensor = base.clone()
-    bits = getattr(torch, _BITS[tensor.element_size()])
-    entries, values = tensor.view(-1).view(bits).numpy(), file.values(name).view(bits).numpy()
+    entries, values = as_bits(tensor.view(-1)).numpy(), as_bits(file.values(name)).numpy()
     position = 0
     for places in file.places(name):
         entries[places] = values[position : position + places.size]
@@ -300,7 +298,7 @@ def _verify_tensor(
     report: VerifyReport,
 ) -> None:
     """Compare one tensor and note what differs."""
-    import torch
+    from tailorcli.core.tailor import as_bits
 
     info, other = base.tensors[name], found.tensors.get(name)
     if other is None:
@@ -317,10 +315,9 @@ def _verify_tensor(
         if any(ours != theirs for ours, theirs in pieces):
             report.add(name, "it differs from the base, where it should be equal")
         return
-    original, stored = base.read(name).view(-1), found.read(name).view(-1)
-    dtype, bits = original.dtype, getattr(torch, _BITS[original.element_size()])
-    original, stored = original.view(bits), stored.view(bits)
-    changed = original != stored
+    original = base.read(name)
+    dtype, stored = original.dtype, as_bits(found.read(name).view(-1))
+    changed = as_bits(original.view(-1)) != stored
     num_changed = int(changed.count_nonzero())
     report.changed += num_changed
     if file is None:
@@ -328,7 +325,7 @@ def _verify_tensor(
         if num_changed > kept[name]:
             report.add(name, f"{num_changed} entries differ from the base, its mask kept {kept[name]}")
         return
-    expected = patched_tensor(base.read(name), file, name, base.path).view(-1).view(bits)
+    expected = as_bits(patched_tensor(original, file, name, base.path).view(-1))
     report.kept += file.tensors[name].kept
     wrong = (expected != stored).nonzero().squeeze(1)
     if wrong.numel():

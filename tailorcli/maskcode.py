@@ -10,7 +10,7 @@ a coding costs 1 bit an entry, about 8 d and about 4 d / (1 - (1 - d)^15): bits 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,18 +34,18 @@ def kept_places(mask: Mask) -> Iterator[Places]:
             yield places + start
 
 
-def encode(mask: Mask) -> tuple[str, Codes]:
-    """The smallest coding of a flat bool mask (numel,): its name and its bytes."""
-    gaps: list[Gaps] = []
+def encode(mask: Mask, visit: Callable[[Places], None] | None = None) -> tuple[str, Codes]:
+    """The smallest coding of a flat bool mask (numel,): its name and its bytes.
+
+    ``visit`` is called with the positions of the kept entries, in order, chunk by chunk.
+    """
+    gaps: list[Gaps] = []  # the number of entries left out before each kept one
     last = -1
     for places in kept_places(mask):
+        if visit is not None:
+            visit(places)
         gaps.append((np.diff(places, prepend=last) - 1).astype(np.uint32))
         last = int(places[-1])
-    return encode_gaps(gaps, mask)
-
-
-def encode_gaps(gaps: list[Gaps], mask: Mask) -> tuple[str, Codes]:
-    """The same, where the number of entries left out before each kept one is known already."""
     kept = sum(part.size for part in gaps)
     skipped = {coding: sum(int((part // escape).sum()) for part in gaps) for coding, escape in _ESCAPES.items()}
     sizes = {

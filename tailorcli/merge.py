@@ -72,7 +72,8 @@ def merge_patches(
         plan, hessians = build_merge_plan(inputs, options)
         device = resolve_device(options.device)
         target.check(inputs.paths, plan)
-        identity = identity_of(inputs.describe(), options.to_dict(), device, command="merge-multi")
+        facts = inputs.describe()
+        identity = identity_of(facts, options.to_dict(), device, command="merge-multi")
         finished = target.finished(identity, "merge-multi")
         if finished is not None:
             return finished
@@ -80,7 +81,7 @@ def merge_patches(
             announce(plan)
         timer = StageTimer(device)
         side, notes = _side_files(inputs)
-        outputs = stack.enter_context(target.open(plan, inputs.base, identity, _manifest(inputs, options), side))
+        outputs = stack.enter_context(target.open(plan, inputs.base, identity, _manifest(inputs, facts, options), side))
         records = dict(outputs.done)
         bar = stack.enter_context(progress_bar(plan.tensors, "merging", progress))
         bar.update(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
@@ -107,12 +108,12 @@ def merge_patches(
             "weights": list(options.shares(len(patches))),
         }
         seconds = perf_counter() - started
-        report = PatchReport("merge-multi", described, inputs.describe(), ordered, dict(timer.seconds), seconds, notes)
+        report = PatchReport("merge-multi", described, facts, ordered, dict(timer.seconds), seconds, notes)
         outputs.finish(report)
         return report
 
 
-def _manifest(inputs: MergeInputs, options: MergeOptions) -> dict[str, Any]:
+def _manifest(inputs: MergeInputs, facts: dict[str, dict[str, str]], options: MergeOptions) -> dict[str, Any]:
     """What a merged patch file says of itself; the licence is the tasks' where they agree."""
     patches = [task.patch for task in inputs.tasks]
     licenses = {patch.manifest.get("license") for patch in patches}
@@ -120,7 +121,7 @@ def _manifest(inputs: MergeInputs, options: MergeOptions) -> dict[str, Any]:
     return {
         "task": options.task or " + ".join(patch.name for patch in patches),
         "license": options.license or common,
-        "inputs": inputs.describe(),
+        "inputs": facts,
         "merged_from": [
             {"task": patch.name, "license": patch.manifest.get("license"), "fingerprint": patch.fingerprint()}
             for patch in patches

@@ -140,7 +140,7 @@ class Target:
         if not self.patch_file.exists():
             return False
         with PatchFile.open(self.patch_file) as patch:
-            if patch.manifest["run"] != json.loads(json.dumps(identity)):
+            if patch.manifest["run"] != identity:
                 raise OutputError(
                     f"{self.patch_file} is the finished output of another run", "choose another, or --overwrite"
                 )
@@ -165,7 +165,7 @@ class Target:
                     self.patch_file.unlink(missing_ok=True)
                 infos = [base.tensors[tensor.name] for tensor in plan.patched]
                 contents = _differing(side, base)
-                full = {**manifest, "run": json.loads(json.dumps(identity))}
+                full = {**manifest, "run": identity}
                 patch_writer = PatchWriter(self.patch_file, base, infos, full, contents, identity, self.resume)
                 stack.callback(patch_writer.close)
             if self.folder is not None:
@@ -256,7 +256,8 @@ def identity_of(
 
     fingerprints = {f"{role} fingerprint": facts["fingerprint"] for role, facts in inputs.items()}
     versions = {"tailorcli": __version__, "torch": torch.__version__, "used device": device.type}
-    return {**versions, **more, **fingerprints, **options}
+    identity = {**versions, **more, **fingerprints, **options}
+    return dict(json.loads(json.dumps(identity)))  # as it is read again: tuples become lists
 
 
 def run_record(report: PatchReport, identity: dict[str, Any], resumed: int) -> str:
@@ -315,7 +316,7 @@ def _finished_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | No
     if (folder / WORK_FOLDER / JOURNAL).exists() or not (folder / RUN_FILE).exists():
         return None
     run = read_json(folder / RUN_FILE)
-    if run.get("identity") != json.loads(json.dumps(identity)):
+    if run.get("identity") != identity:
         raise OutputError(f"{folder} holds the finished output of another run", "choose another, or --overwrite")
     return run
 

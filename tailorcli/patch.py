@@ -104,7 +104,9 @@ def score_checkpoint(
         for tensor, result, _ in _tailored(plan.patched, inputs, options, device, timer, score_only=True):
             records[tensor.name] = _record(tensor, result, inputs.stats, options)
             bar.update(tensor.nbytes)
-        return _report("score", inputs, options, records, timer, perf_counter() - started)
+        ordered = [records[name] for name in inputs.base.tensors]
+        seconds = perf_counter() - started
+        return PatchReport("score", options.to_dict(), inputs.describe(), ordered, dict(timer.seconds), seconds)
 
 
 def patch_checkpoint(
@@ -134,7 +136,8 @@ def patch_checkpoint(
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options)
         device = resolve_device(options.device)
         target.check(inputs.paths, plan)
-        identity = identity_of(inputs.describe(), options.to_dict(), device)
+        described = inputs.describe()
+        identity = identity_of(described, options.to_dict(), device)
         finished = target.finished(identity, "patch")
         if finished is not None:
             return finished
@@ -142,7 +145,7 @@ def patch_checkpoint(
             announce(plan)
         timer = StageTimer(device)
         side = {place.as_posix(): source for place, source in tuned_side_files(inputs.tuned).items()}
-        manifest = {"task": options.task, "license": options.license, "inputs": inputs.describe()}
+        manifest = {"task": options.task, "license": options.license, "inputs": described}
         outputs = stack.enter_context(target.open(plan, inputs.base, identity, manifest, side))
         records = dict(outputs.done)
         bar = stack.enter_context(progress_bar(plan.tensors, "patching", progress))
@@ -162,7 +165,9 @@ def patch_checkpoint(
         with timer.stage("wait for write"):
             outputs.drain()
         timer.seconds["write"] = outputs.seconds
-        report = _report("patch", inputs, options, records, timer, perf_counter() - started)
+        ordered = [records[name] for name in inputs.base.tensors]
+        seconds = perf_counter() - started
+        report = PatchReport("patch", options.to_dict(), described, ordered, dict(timer.seconds), seconds)
         outputs.finish(report)
         return report
 
@@ -308,15 +313,3 @@ def _record(
         used = result.figures.damping
         record["damped_further"] = used is not None and used > options.damping
     return record
-
-
-def _report(
-    command: str,
-    inputs: Inputs,
-    options: PatchOptions,
-    records: dict[str, dict[str, Any]],
-    timer: StageTimer,
-    seconds: float,
-) -> PatchReport:
-    ordered = [records[name] for name in inputs.base.tensors]
-    return PatchReport(command, options.to_dict(), inputs.describe(), ordered, dict(timer.seconds), seconds)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint import Checkpoint, TensorInfo
 from tailorcli.errors import OutputError
-from tailorcli.maskcode import CODINGS, PADDING, encode_gaps, kept_places, pad_byte
+from tailorcli.maskcode import CODINGS, PADDING, encode, pad_byte
 from tailorcli.patchfile import (
     FILE,
     FORMAT_VERSION,
@@ -135,12 +135,8 @@ class PatchWriter:
         import numpy as np
 
         entries = np.frombuffer(raw_bytes(patched), dtype=f"V{patched.element_size()}")
-        gaps, parts, last = [], [entries[:0]], -1
-        for places in kept_places(mask.numpy()):
-            parts.append(entries[places])
-            gaps.append((np.diff(places, prepend=last) - 1).astype(np.uint32))
-            last = int(places[-1])
-        coding, codes = encode_gaps(gaps, mask.numpy())
+        parts = [entries[:0]]
+        coding, codes = encode(mask.numpy(), lambda places: parts.append(entries[places]))
         padding = -(self._position + codes.size) % (PADDING + 1)
         codes = np.append(codes, np.full(padding, pad_byte(coding), dtype=np.uint8))
         kept = np.concatenate(parts)

@@ -171,11 +171,15 @@ def assemble(base: Tensor, tuned: Tensor, mask: Tensor, decorator: Tensor | None
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def as_bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers of the same width: for copies and comparisons to the bit."""
+    return tensor.view(_BITS[tensor.element_size()])
+
+
 def _blend(mask: Tensor, kept: Tensor, base: Tensor) -> Tensor:
     """``torch.where(mask, kept, base)`` by bits, in a third of its time on a CPU."""
-    bits = _BITS[base.element_size()]
-    kept_bits, base_bits = kept.view(bits), base.view(bits)
-    chosen = mask.view(torch.int8).to(bits).neg_()  # all ones where True
+    kept_bits, base_bits = as_bits(kept), as_bits(base)
+    chosen = mask.view(torch.int8).to(base_bits.dtype).neg_()  # all ones where True
     return (kept_bits ^ base_bits).bitwise_and_(chosen).bitwise_xor_(base_bits).view(base.dtype)
 
 
