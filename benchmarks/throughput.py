@@ -43,7 +43,8 @@ from benchmarks.common import (
 )
 from benchmarks.synthetic import DTYPES, Inputs, LlamaShape, parameters, write_inputs, write_pair
 from tailorcli import calibrate_model
-from tailorcli.data import draw_samples, make_batches
+from tailorcli.data import draw_samples, make_batches, read_records
+from tailorcli.encoding import Encoder
 from tailorcli.device import exact_float32
 from tailorcli.options import CalibrateOptions
 
@@ -240,21 +241,20 @@ def write_model(folder: Path, shape: LlamaShape, dtype: str, samples: int, lengt
     return model, data
 
 
-def batches_of(model: Path, data: Path, options: CalibrateOptions) -> list[tuple[Tensor, Tensor]]:
-    """The very batches that calibrate runs: token ids and attention mask, each (B, T)."""
+def batches_of(model: Path, data: Path, options: CalibrateOptions) -> list[dict[str, Tensor]]:
+    """The very batches that calibrate runs: token ids (B, T), without padding."""
     from transformers import AutoTokenizer
 
-    samples = draw_samples(data, AutoTokenizer.from_pretrained(model, local_files_only=True), options)
-    batches = make_batches(samples.token_ids, options.batch_size)
-    return [(torch.tensor(ids), torch.tensor(mask)) for ids, mask in batches]
+    encoder = Encoder(AutoTokenizer.from_pretrained(model, local_files_only=True), options.seq_len)
+    samples = draw_samples(data, read_records(data), encoder.encode, options)
+    return list(make_batches(samples.inputs, options.batch_size))
 
 
-def forward_pass(network: Any, batches: list[tuple[Tensor, Tensor]]) -> None:
-    """A bare forward pass: no hooks, logits of the last position alone; no mask where nothing is padding."""
+def forward_pass(network: Any, batches: list[dict[str, Tensor]]) -> None:
+    """A bare forward pass: no hooks, logits of the last position alone."""
     with torch.no_grad():
-        for ids, mask in batches:
-            attention = None if bool(mask.all()) else mask
-            network(input_ids=ids, attention_mask=attention, use_cache=False, logits_to_keep=1)
+        for batch in batches:
+            network(**batch, use_cache=False, logits_to_keep=1)
 
 
 def triangle_product(hessian: Tensor, inputs: Tensor) -> None:

@@ -1,27 +1,35 @@
 """Hooks that accumulate a Hessian for every parameter while a model runs; one for each *distinct* input.
 
-What a module is decides, not the model's name: linear layers (also transposed ones), embeddings, norms. A short
-run first finds out which modules are called and which of them see the very same input tensor (q, k and v; gate
-and up): those share one Hessian.
+What a module is decides, not the model's name: linear layers (also transposed ones), convolutions, embeddings,
+norms. Parameters that none of them holds (fused experts, routers, class tokens) are told by the operations that
+they enter (``products``). A short run first finds out which modules are called and which of them see the very same
+input tensor (q, k and v; gate and up): those share one Hessian.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tailorcli.core.hessian import accumulate_, accumulate_diagonal_, diagonal_of, pack_triangle
+from tailorcli.core.hessian import accumulate_, accumulate_diagonal_, diagonal_of, pack_triangle, unpack_triangle
+from tailorcli.core.patches import unfold
 from tailorcli.device import StageTimer
 from tailorcli.errors import DeviceError, NumericalError, TailorError
+from tailorcli.products import ProductWatch, Use
 from tailorcli.stats import HessianInfo, TensorStats
 
 BIAS_HESSIAN = "bias"  # a bias multiplies the constant 1: H = (2/N) sum 1 = 2 for every one of them
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
+_REMEMBERED = 64  # inputs kept alive in the trial run: within so many calls, layers are found to share one
+_UNFOLD_ENTRIES = 1 << 24  # of a convolution's unfolded inputs at a time
+Call = Callable[[], Any]
 
 
 @dataclass
@@ -29,13 +37,15 @@ class Layer:
     """One weight that can be calibrated: the modules that hold it and how they use it."""
 
     name: str  # the parameter's name in the model
-    role: str  # linear, embedding or norm
-    modules: list[nn.Module]
+    role: str  # linear, embedding or norm; for a bare parameter empty until its first use
+    modules: list[nn.Module]  # none for a bare parameter
     size: int  # input channels I
     transposed: bool = False
-    unit_offset: bool = False  # a norm that multiplies by 1 + weight
     group: str | None = None  # the Hessian that it uses, once known
     reason: str = ""  # why it has none
+    note: str = ""  # what a user should know of its statistics
+    experts: list[str] = field(default_factory=list)  # the Hessians of a bare parameter of three dimensions
+    checked: bool = False
 
 
 @dataclass
@@ -48,43 +58,41 @@ class Accumulator:
     last_input: int = 0  # address of the input folded in last, to check that sharing holds
 
 
-def find_layers(model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
-    """Weights that can be calibrated, by parameter name; and the reason for each parameter that cannot.
+def find_layers(model: nn.Module) -> dict[str, Layer]:
+    """Every weight that can be calibrated, by parameter name; biases go with their weights and are left out.
 
     A tied embedding is found first as an embedding (its input role, docs/method.md) and stays one.
     """
     by_parameter: dict[int, Layer] = {}
     layers: dict[str, Layer] = {}
-    others: dict[str, str] = {}
     for module_name, module in model.named_modules():
         for short, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{short}" if module_name else short
             known = by_parameter.get(id(parameter))
-            if known is not None:
-                if known.role == _role(module):
-                    known.modules.append(module)
-                continue
             role = _role(module)
-            if short == "weight" and role and parameter.is_floating_point():
-                layer = _make_layer(name, role, module, parameter)
-                by_parameter[id(parameter)] = layers[name] = layer
+            if known is not None:
+                if role and known.role == role:
+                    known.modules.append(module)
             elif short == "bias" and role in ("linear", "norm"):
                 continue  # handled with its weight: the module is called or it is not
-            else:
-                others[name] = f"{type(module).__name__}.{short} is no linear layer, embedding or norm"
-    return layers, others
+            elif parameter.is_floating_point():
+                held = short == "weight" and role
+                layer = _make_layer(name, role, module, parameter) if held else Layer(name, "", [], 0)
+                by_parameter[id(parameter)] = layers[name] = layer
+    return layers
 
 
 def _role(module: nn.Module) -> str:
     """linear, embedding, norm, or nothing."""
-    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-        weight = getattr(module, "weight", None)
-        return "linear" if isinstance(weight, Tensor) and weight.dim() == 2 else ""
-    if isinstance(module, nn.Embedding):
-        return "embedding"
     weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        return "linear" if isinstance(weight, Tensor) and weight.dim() == 2 else ""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return "linear" if module.groups == 1 and module.padding_mode == "zeros" else ""
+    if isinstance(module, nn.Embedding):  # a subclass may work its rows out inside: its table is watched in use
+        return "embedding" if type(module).forward is nn.Embedding.forward else ""
     one_dimensional = isinstance(weight, Tensor) and weight.dim() == 1
-    if isinstance(module, nn.LayerNorm) or ("RMSNorm" in type(module).__name__ and _eps(module) is not None):
+    if isinstance(module, nn.LayerNorm) or ("Norm" in type(module).__name__ and _eps(module) is not None):
         return "norm" if one_dimensional else ""
     return ""
 
@@ -99,7 +107,7 @@ def _eps(module: nn.Module) -> float | None:
 
 def _make_layer(name: str, role: str, module: nn.Module, weight: Tensor) -> Layer:
     transposed = role == "embedding" or type(module).__name__ == "Conv1D"
-    size = weight.shape[0] if transposed or weight.dim() == 1 else weight.shape[1]
+    size = weight.shape[0] if transposed or weight.dim() == 1 else weight[0].numel()
     return Layer(name, role, [module], size, transposed)
 
 
@@ -112,91 +120,108 @@ def normalised(module: nn.Module, inputs: Tensor) -> Tensor:
 
 
 class Collector:
-    """Hooks on a model's layers; ``run`` feeds it, ``results`` gives the packed Hessians.
+    """Accumulates the Hessians of ``wanted`` layers from whatever runs inside its contexts.
 
-    ``wanted`` are the layers to calibrate. Call ``discover`` with a short batch before ``run``.
+    Run a short batch inside ``trial``, then ``allocate``, then all batches inside ``folding``; ``results`` gives the
+    packed Hessians. Without a trial every layer has a Hessian of its own. Nothing may be padded: every row counts.
     """
 
-    def __init__(self, model: nn.Module, wanted: Sequence[Layer], device: torch.device, timer: StageTimer) -> None:
-        self.model = model
-        self.layers = list(wanted)
+    def __init__(
+        self, wanted: Sequence[Layer], model: nn.Module, device: torch.device, timer: StageTimer, share: bool = True
+    ) -> None:
+        self.layers = [layer for layer in wanted if layer.modules]
         self.accumulators: dict[str, Accumulator] = {}
+        self.batch_size = 1  # samples of the batch that runs now
+        self._bare = {layer.name: layer for layer in wanted if not layer.modules}
+        self._model = model
         self._device = device
         self._timer = timer
-        self._mask: Tensor | None = None  # (B, T) bool; None where nothing is padding
-        self._shape: tuple[int, int] = (0, 0)
-        get_head = getattr(model, "get_output_embeddings", None)
-        self._head = get_head() if callable(get_head) else None
+        if not share:
+            for layer in self.layers:
+                layer.group = layer.name
 
-    def discover(self, input_ids: Tensor) -> None:
-        """Run a short batch (B, T) and group the layers by the very inputs that they see."""
-        seen: dict[str, list[tuple[int, ...]]] = {}
-        alive: list[Tensor] = []  # keeps addresses unique
-        self._shape = (input_ids.shape[0], input_ids.shape[1])
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Group the layers by the very inputs that they see in what runs here, which may be several passes."""
+        seen: dict[str, list[int]] = {}
+        alive: dict[tuple[int, ...], tuple[int, Tensor]] = {}  # the last inputs, numbered; held, or addresses recur
+        numbers = count()
 
-        def note(layer: Layer, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-            alive.append(inputs)
-            layer.reason = layer.reason or self._unsuitable(layer, module, inputs, output)
-            seen.setdefault(layer.name, []).append(_identity(inputs))
+        def note(layer: Layer, module: nn.Module, inputs: Tensor, call: Call) -> None:
+            layer.reason = layer.reason or _unsuitable(layer, module, inputs, call)
+            layer.checked = True
+            key = _identity(inputs)
+            if key not in alive:
+                alive[key] = (next(numbers), inputs)
+                if len(alive) > _REMEMBERED:
+                    del alive[next(iter(alive))]
+            seen.setdefault(layer.name, []).append(alive[key][0])
 
-        self._forward(input_ids, None, after=note)
+        with self._hooked(note):
+            yield
         # In the order of their calls: of a group, the first that is called folds the inputs of all.
         order = {name: position for position, name in enumerate(seen)}
         self.layers.sort(key=lambda layer: order.get(layer.name, len(order)))
         groups: dict[tuple[Any, ...], str] = {}
         for layer in self.layers:
             if layer.name not in seen:
-                layer.reason = layer.reason or "its module is not called when the model runs on this data"
+                layer.reason = layer.reason or _NOT_CALLED
             if layer.reason:
                 continue
-            key = tuple(seen[layer.name]) if layer.role == "linear" else (layer.name,)
-            layer.group = groups.setdefault(key, layer.name)
-
-    def _unsuitable(self, layer: Layer, module: nn.Module, inputs: Tensor, output: Tensor) -> str:
-        """Why a layer's inputs cannot be used, if they cannot."""
-        if _token_rows(inputs, self._shape, ids=layer.role == "embedding") is None:
-            return f"its inputs, of shape {list(inputs.shape)}, are not laid out token by token"
-        if layer.role == "embedding" and not _looks_up(module.get_parameter("weight"), inputs, output):
-            return f"{type(module).__name__} does not look its inputs up in its table"
-        if layer.role != "norm" or isinstance(module, nn.LayerNorm):
-            return ""
-        unscaled, weight = normalised(module, inputs), module.get_parameter("weight").to(torch.float32)
-        for offset in (0.0, 1.0):
-            expected = unscaled * (weight + offset)  # NaN here is told at the end, with the layer's name
-            if torch.allclose(expected, output.to(torch.float32), rtol=2e-2, atol=1e-3, equal_nan=True):
-                return ""
-        return f"{type(module).__name__} is not the root-mean-square norm that its name says"
+            alone = layer.role != "linear" or _is_convolution(layer.modules[0])
+            layer.group = groups.setdefault((layer.name,) if alone else (*seen[layer.name],), layer.name)
 
     def allocate(self) -> None:
-        """Make room for the Hessians. Raises DeviceError when they do not fit beside the model."""
+        """Make room for the Hessians of all groups. Raises DeviceError when they do not fit beside the model."""
         sizes = {layer.group: layer for layer in self.layers if layer.group}
         needed = sum(4 * layer.size ** (2 if layer.role == "linear" else 1) for layer in sizes.values())
         free = free_memory(self._device)
         if free is not None and needed > free:
             raise DeviceError(
                 f"the Hessians need {needed / 1e9:.1f} GB on {self._device}, {free / 1e9:.1f} GB are free",
-                "calibrate fewer tensors at a time with --include, or use another --device",
+                "calibrate fewer tensors at a time with --include, pass --blockwise, or use another --device",
             )
         for layer in self.layers:
-            if layer.group is None:
-                continue
-            if layer.group not in self.accumulators:
-                shape = (layer.size, layer.size) if layer.role == "linear" else (layer.size,)
-                zeros = torch.zeros(shape, dtype=torch.float32, device=self._device)
-                self.accumulators[layer.group] = Accumulator(zeros)
-            self.accumulators[layer.group].layers.append(layer)
+            if layer.group is not None:
+                self._accumulator(layer.group, layer.role == "linear", layer.size).layers.append(layer)
 
-    def run(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-        """Run one batch (B, T) and fold every layer's inputs into its Hessian; padding never counts."""
-        self._mask = None if attention_mask is None else attention_mask.bool()
-        self._shape = (input_ids.shape[0], input_ids.shape[1])
-        self._forward(input_ids, attention_mask, before=self._fold)
+    def _accumulator(self, name: str, full: bool, size: int) -> Accumulator:
+        if name not in self.accumulators:
+            zeros = torch.zeros((size, size) if full else (size,), dtype=torch.float32, device=self._device)
+            self.accumulators[name] = Accumulator(zeros)
+        return self.accumulators[name]
 
-    def _fold(self, layer: Layer, module: nn.Module, inputs: Tensor) -> None:
+    @contextmanager
+    def folding(self) -> Iterator[None]:
+        """Fold the inputs of every layer that runs here into its Hessian."""
+        with self.folding_layers(), self.folding_products():
+            yield
+
+    def folding_layers(self) -> AbstractContextManager[None]:
+        """The part of ``folding`` that holds for all threads: hooks on modules."""
+        return self._hooked(self._fold)
+
+    def folding_products(self) -> AbstractContextManager[object]:
+        """The part of ``folding`` that holds for one thread: a watch on torch's functions."""
+        if not self._bare:
+            return nullcontext()
+        # Parameters as they are now: weights come and go block by block.
+        parameters = {name: self._model.get_parameter(name) for name in self._bare}
+        owners = {name: self._model.get_submodule(name.rpartition(".")[0]) for name in self._bare}
+        tables = {name for name, module in owners.items() if isinstance(module, nn.Embedding)}
+        return ProductWatch(parameters, tables, self._fold_use)
+
+    def _fold(self, layer: Layer, module: nn.Module, inputs: Tensor, call: Call) -> None:
         if layer.group is None:
             return
-        accumulator = self.accumulators[layer.group]
-        if accumulator.layers[0] is not layer:
+        if not layer.checked:
+            layer.checked = True
+            layer.reason = _unsuitable(layer, module, inputs, call)
+            if layer.reason:
+                layer.group = None
+                return
+        accumulator = self._accumulator(layer.group, layer.role == "linear", layer.size)
+        if accumulator.layers and accumulator.layers[0] is not layer:
             if accumulator.last_input != inputs.data_ptr():
                 first = accumulator.layers[0].name
                 raise TailorError(
@@ -206,67 +231,97 @@ class Collector:
             return
         accumulator.last_input = inputs.data_ptr()
         with self._timer.stage("hessian"):
-            rows = _token_rows(inputs, self._shape, ids=layer.role == "embedding")
-            if rows is None:
-                raise TailorError(f"{layer.name}: its inputs changed their layout to {list(inputs.shape)}")
-            if self._mask is not None:
-                rows = rows[self._mask.reshape(-1)]
-            self._add(accumulator, layer, module, rows)
+            self._add(accumulator, layer, module, inputs)
 
-    def _add(self, accumulator: Accumulator, layer: Layer, module: nn.Module, rows: Tensor) -> None:
-        """Fold rows of tokens: (N, ..., I), or ids (N,) for an embedding."""
+    def _add(self, accumulator: Accumulator, layer: Layer, module: nn.Module, inputs: Tensor) -> None:
+        """Fold a layer's inputs: rows (..., I), or ids for an embedding."""
         if layer.role == "linear":
-            accumulator.tokens = accumulate_(accumulator.hessian, rows.flatten(0, -2), accumulator.tokens)
+            for rows in _rows(module, inputs):
+                accumulator.tokens = accumulate_(accumulator.hessian, rows, accumulator.tokens)
             return
         if layer.role == "embedding":
-            squares, count = torch.bincount(rows, minlength=layer.size), rows.numel()  # one-hot inputs
+            self._add_ids(accumulator, inputs, layer.size)
         else:
-            unscaled = normalised(module, rows).flatten(0, -2)
-            squares, count = unscaled.square().sum(0), unscaled.shape[0]
-        accumulator.tokens = accumulate_diagonal_(accumulator.hessian, squares, count, accumulator.tokens)
+            _add_channels(accumulator, normalised(module, inputs).flatten(0, -2))
 
-    def _forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        before: Callable[[Layer, nn.Module, Tensor], None] | None = None,
-        after: Callable[[Layer, nn.Module, Tensor, Tensor], None] | None = None,
-    ) -> None:
-        """One forward pass with hooks; the output head gets the last position alone, since no one reads logits."""
+    def _add_ids(self, accumulator: Accumulator, ids: Tensor, size: int) -> None:
+        """Fold one-hot inputs, given by the rows that they look up."""
+        # Positions have no batch dimension of their own: they count for every sample.
+        repeats = self.batch_size if ids.dim() == 1 or ids.shape[0] == 1 else 1
+        squares = torch.bincount(ids.flatten(), minlength=size) * repeats
+        accumulator.tokens = accumulate_diagonal_(
+            accumulator.hessian, squares, ids.numel() * repeats, accumulator.tokens
+        )
+
+    def _fold_use(self, use: Use) -> None:
+        """Fold what a bare parameter was multiplied with; its first use says what it is."""
+        layer = self._bare[use.parameter]
+        if layer.reason:
+            return
+        if not layer.role:
+            layer.role, layer.transposed = use.role, use.transposed
+        if (layer.role, layer.transposed) != (use.role, use.transposed):
+            layer.reason = "it is used in more than one way"
+            return
+        if use.inputs is None:
+            layer.group = BIAS_HESSIAN
+            return
+        embedding = layer.role == "embedding"
+        parameter = self._model.get_parameter(use.parameter)
+        layer.size = parameter.shape[0] if embedding else use.inputs.shape[-1]
+        name = use.parameter if use.part is None else expert_name(use.parameter, use.part)
+        if use.part is None:
+            layer.group = name
+        accumulator = self._accumulator(name, layer.role == "linear", layer.size)
+        with self._timer.stage("hessian"):
+            if embedding:
+                self._add_ids(accumulator, use.inputs, layer.size)
+            elif layer.role == "linear":
+                rows = use.inputs.flatten(0, -2)
+                accumulator.tokens = accumulate_(accumulator.hessian, rows, accumulator.tokens)
+            else:
+                _add_channels(accumulator, use.inputs.flatten(0, -2).to(torch.float32))
+
+    @contextmanager
+    def _hooked(self, before: Callable[[Layer, nn.Module, Tensor, Call], None]) -> Iterator[None]:
+        """Call ``before`` with each layer's inputs as its module is called, and with a way to make the same call."""
         handles = []
 
-        def make_pre_hook(layer: Layer) -> Callable[..., Any]:
-            def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                inputs = _first_tensor(args, kwargs)
-                if before is not None:
-                    before(layer, module, inputs)
-
-            return pre_hook
-
         def make_hook(layer: Layer) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                if after is not None and isinstance(output, Tensor):
-                    after(layer, module, _first_tensor(args, kwargs), output)
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                before(layer, module, _first_tensor(args, kwargs), lambda: module.forward(*args, **kwargs))
 
             return hook
 
         for layer in self.layers:
             for module in layer.modules:
-                handles.append(module.register_forward_pre_hook(make_pre_hook(layer), with_kwargs=True))
-                handles.append(module.register_forward_hook(make_hook(layer), with_kwargs=True))
-        if isinstance(self._head, nn.Linear) and after is None:
-            handles.append(self._head.register_forward_pre_hook(_last_position))
+                handles.append(module.register_forward_pre_hook(make_hook(layer), with_kwargs=True))
         try:
-            with torch.no_grad():
-                self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def results(self) -> list[tuple[str, HessianInfo, Tensor]]:
-        """Every Hessian, packed. Raises NumericalError, naming a tensor, if the activations were not finite."""
-        packed = []
-        for name, accumulator in self.accumulators.items():
+    def resume(self, name: str, info: HessianInfo, packed: Tensor) -> None:
+        """Go on with a Hessian that was packed before: its block is called again."""
+        hessian = packed.to(self._device)
+        full = unpack_triangle(hessian, info.size) if info.kind == "full" else hessian
+        accumulator = self._accumulator(name, info.kind == "full", info.size)
+        accumulator.hessian, accumulator.tokens = full, info.tokens
+
+    def results(self) -> Iterator[tuple[str, HessianInfo, Tensor]]:
+        """Every Hessian, packed, one at a time. Raises NumericalError if the activations were not finite."""
+        for layer in self.layers:
+            if layer.group is not None and not self._tokens_of(layer.group):
+                layer.group, layer.reason = None, _NOT_CALLED
+        for layer in self._bare.values():
+            self._settle_bare(layer)
+        used = {layer.group for layer in (*self.layers, *self._bare.values())}
+        used |= {name for layer in self._bare.values() for name in layer.experts}
+        for name in list(self.accumulators):
+            accumulator = self.accumulators.pop(name)
+            if name not in used:
+                continue
             diagonal = diagonal_of(accumulator.hessian)
             if not bool(diagonal.isfinite().all()):
                 raise NumericalError(
@@ -281,15 +336,66 @@ class Collector:
                 mean_diagonal=float(diagonal.mean()),
                 dead=int((diagonal == 0).sum()),
             )
-            values = pack_triangle(accumulator.hessian) if full else accumulator.hessian
-            packed.append((name, info, values))
-            accumulator.hessian = torch.empty(0)  # packed: the square is not needed any more
-        return packed
+            yield name, info, pack_triangle(accumulator.hessian) if full else accumulator.hessian
+
+    def _tokens_of(self, name: str) -> int:
+        return self.accumulators[name].tokens if name in self.accumulators else 0
+
+    def _settle_bare(self, layer: Layer) -> None:
+        """Say what a bare parameter turned out to be; experts with too few tokens get the Hessian of all."""
+        if layer.reason:
+            layer.group, layer.experts = None, []
+        elif not layer.role:
+            layer.reason = "no layer holds it, and no product with it was recognised"
+        elif layer.group is None:
+            self._settle_experts(layer, self._model.get_parameter(layer.name).shape[0])
+
+    def _settle_experts(self, layer: Layer, count: int) -> None:
+        """One Hessian an expert, from the tokens routed to it; that of all routed tokens where they are too few.
+
+        Every token goes to the same number of experts, so the mean over experts, weighted by their tokens, is the
+        Hessian over the tokens of the layer.
+        """
+        names = [expert_name(layer.name, part) for part in range(count)]
+        tokens = [self._tokens_of(name) for name in names]
+        few = [part for part in range(count) if tokens[part] < layer.size]
+        pooled = expert_name(layer.name, None)
+        if few:
+            total = sum(tokens)
+            mean = self._accumulator(pooled, True, layer.size)
+            for name, seen in zip(names, tokens, strict=True):
+                if seen:
+                    mean.hessian.add_(self.accumulators[name].hessian, alpha=seen / total)
+            mean.tokens = total
+            layer.note = (
+                f"{len(few)} of {count} experts saw fewer tokens than the {layer.size} that their inputs have channels "
+                f"({_listed(few)}): the Hessian of all tokens of the layer serves for them"
+            )
+        layer.experts = [pooled if part in few else names[part] for part in range(count)]
+
+
+_NOT_CALLED = "its module is not called when the model runs on this data"
+
+
+def _add_channels(accumulator: Accumulator, rows: Tensor) -> None:
+    """Fold inputs (N, I) of a scale: each channel stands alone."""
+    squares = rows.square().sum(0)
+    accumulator.tokens = accumulate_diagonal_(accumulator.hessian, squares, rows.shape[0], accumulator.tokens)
+
+
+def expert_name(parameter: str, part: int | None) -> str:
+    """The name of one expert's Hessian, or of the one for those with too few tokens."""
+    return f"{parameter}[{'all' if part is None else part}]"
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8]))
+    return shown + (", ..." if len(numbers) > 8 else "")
 
 
 def stats_of(layer: Layer) -> TensorStats:
     """The manifest's entry for a layer's weight."""
-    return TensorStats(layer.group, layer.role, layer.transposed, layer.reason)
+    return TensorStats(layer.group, layer.role, layer.transposed, layer.reason, list(layer.experts), layer.note)
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -304,8 +410,23 @@ def free_memory(device: torch.device) -> int | None:
         return None
 
 
+@contextmanager
+def last_logits_only(model: nn.Module) -> Iterator[None]:
+    """Give the output head only the last token of each sample while this lasts: no one reads its logits.
+
+    Enter it after the hooks that look at the head's inputs, which then see all of them.
+    """
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    handle = head.register_forward_pre_hook(_last_position) if isinstance(head, nn.Linear) else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
 def _last_position(_: nn.Module, args: tuple[Any, ...]) -> Any:
-    """Give the output head only the last token of each sample."""
     if args and isinstance(args[0], Tensor) and args[0].dim() == 3:
         return (args[0][:, -1:], *args[1:])
     return None
@@ -319,40 +440,49 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     raise TypeError("a calibrated module was called without a tensor")
 
 
-def _looks_up(table: Tensor, ids: Tensor, output: Tensor) -> bool:
-    """Whether the output is the table's rows of these ids, as they are or all times one number.
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
-    Some embeddings of positions are called with a mask or with hidden states, and work the positions out inside.
-    """
-    if ids.is_floating_point() or ids.dtype == torch.bool or output.shape != (*ids.shape, table.shape[1]):
-        return False
-    if bool((ids < 0).any()) or int(ids.max()) >= table.shape[0]:
-        return False
-    rows, found = table[ids].to(torch.float32), output.to(torch.float32)
-    energy = float(rows.square().sum())
-    scale = float((rows * found).sum()) / energy if energy > 0 else 1.0
-    return torch.allclose(found, scale * rows, rtol=2e-2, atol=1e-3 * float(rows.abs().max()), equal_nan=True)
+
+def _rows(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
+    """What a linear layer multiplies, (N, I); a convolution's unfolded inputs come a few samples at a time."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        yield inputs.flatten(0, -2) if inputs.dim() > 1 else inputs.unsqueeze(0)
+        return
+    spatial = len(module.kernel_size)
+    batched = inputs if inputs.dim() == spatial + 2 else inputs.unsqueeze(0)
+    grown = 1
+    for size, step in zip(module.kernel_size, module.stride, strict=True):
+        grown *= -(-size // step)
+    step = max(1, _UNFOLD_ENTRIES // max(1, grown * batched[0].numel()))
+    for start in range(0, len(batched), step):
+        part = batched[start : start + step]
+        yield unfold(part, module.kernel_size, module.stride, _padding(module), module.dilation)
+
+
+def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[tuple[int, int]]:
+    """Zeros before and after each spatial dimension; what ``same`` cannot halve comes after."""
+    if module.padding == "valid":
+        return [(0, 0) for _ in module.kernel_size]
+    if module.padding == "same":
+        totals = [spread * (size - 1) for size, spread in zip(module.kernel_size, module.dilation, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(int(amount), int(amount)) for amount in module.padding]
+
+
+def _unsuitable(layer: Layer, module: nn.Module, inputs: Tensor, call: Call) -> str:
+    """Why a layer's inputs cannot be used, if they cannot: the module is asked, not its name."""
+    if layer.role != "norm" or isinstance(module, nn.LayerNorm):
+        return ""
+    output = call()
+    unscaled, weight = normalised(module, inputs), module.get_parameter("weight").to(torch.float32)
+    for offset in (0.0, 1.0):
+        expected = unscaled * (weight + offset)  # NaN here is told at the end, with the layer's name
+        if torch.allclose(expected, output.to(torch.float32), rtol=2e-2, atol=1e-3, equal_nan=True):
+            return ""
+    return f"{type(module).__name__} is not the root-mean-square norm that its name says"
 
 
 def _identity(tensor: Tensor) -> tuple[int, ...]:
     """What tells one live tensor from another, and from itself after a change in place."""
     return (tensor.data_ptr(), *tensor.shape, *tensor.stride(), tensor._version)
-
-
-def _token_rows(inputs: Tensor, shape: tuple[int, int], *, ids: bool) -> Tensor | None:
-    """Inputs with one row a token, (B * T, ...), or None where their leading dimensions are not B and T.
-
-    Positions, which have no batch dimension of their own, are repeated for every sample.
-    """
-    batch, length = shape
-    features = 0 if ids else 1
-    if ids and inputs.dim() == 1 and inputs.shape[0] == length:
-        inputs = inputs.unsqueeze(0)
-    if inputs.dim() >= 2 + features and inputs.shape[1] == length:
-        if inputs.shape[0] == 1 and batch > 1:
-            inputs = inputs.expand(batch, *inputs.shape[1:])
-        if inputs.shape[0] == batch:
-            return inputs.flatten(0, 1)
-    if inputs.dim() == 1 + features and inputs.shape[0] == batch * length:
-        return inputs
-    return None

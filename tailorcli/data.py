@@ -1,41 +1,74 @@
-"""Calibration data: read records from a file, turn them into token ids, draw samples with a seed."""
+"""Calibration data: read records from a file, draw samples with a seed, put like with like into batches."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tailorcli.errors import DataError
 from tailorcli.options import CalibrateOptions
 
+if TYPE_CHECKING:
+    import torch
+
+    # What a model is called with, by argument name; each holds one sample, batch dimension included.
+    Inputs = dict[str, torch.Tensor]
+
 _FORMATS = ".jsonl, .json or .txt"
-_FIELDS = 'a record needs "text", or "messages", or "prompt" and "response"'
+_FIELDS = (
+    'a record needs "text", or "messages", or "prompt" and "response", with "images" or "audio" as the model takes'
+)
+_TEXT_FIELDS = ("text", "prompt", "response", "audio")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One record of the file and where it stands, for error messages."""
+    """One record of the file, where it stands, for error messages, and the folder that its paths start from."""
 
     where: str
     fields: dict[str, Any]
+    folder: Path = Path()
+
+    @property
+    def images(self) -> list[Path]:
+        """The images that go with a text; those of messages stand in the messages."""
+        return [self.folder / name for name in self.fields.get("images", ())]
+
+    @property
+    def has_media(self) -> bool:
+        """Whether anything but text is in it."""
+        parts = [part for message in self.fields.get("messages", ()) for part in content_parts(message)]
+        return bool(self.images) or "audio" in self.fields or any(part.get("type") != "text" for part in parts)
+
+
+def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a message whose content is a list; none where it is plain text."""
+    content = message.get("content")
+    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Token ids of the drawn samples, and the facts about the drawing that go into the manifest."""
+    """The model's inputs of each drawn sample, and the facts about the drawing that go into the manifest."""
 
-    token_ids: list[list[int]]
+    inputs: list[Inputs]
     facts: dict[str, Any]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all samples."""
-        return sum(len(ids) for ids in self.token_ids)
+        """Tokens of all samples, those of images included; an input without tokens counts as one."""
+        return sum(count_tokens(inputs) for inputs in self.inputs)
+
+
+def count_tokens(inputs: Inputs) -> int:
+    """Tokens that a model's inputs hold, the decoder's included; samples where there are none."""
+    counts = [inputs[name].numel() for name in ("input_ids", "decoder_input_ids") if name in inputs]
+    return sum(counts) or max((len(value) for value in inputs.values()), default=0)
 
 
 def read_records(path: Path, text_mode: str = "line") -> list[Record]:
@@ -52,7 +85,8 @@ def read_records(path: Path, text_mode: str = "line") -> list[Record]:
         records = list(_json_list(path, text))
     elif path.suffix == ".txt":
         documents = [text] if text_mode == "chunk" else text.split("\n")
-        records = [Record(f"{path}:{i + 1}", {"text": line}) for i, line in enumerate(documents) if line.strip()]
+        lines = ((i + 1, line) for i, line in enumerate(documents) if line.strip())
+        records = [Record(f"{path}:{number}", {"text": line}, path.parent) for number, line in lines]
     else:
         raise DataError(f"{path} has the unknown suffix {path.suffix!r}", f"pass a {_FORMATS} file")
     if not records:
@@ -68,7 +102,7 @@ def _json_lines(path: Path, text: str) -> Iterator[Record]:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number} is not JSON: {error}", "one JSON object a line") from error
-        yield _checked(f"{path}:{number}", value)
+        yield _checked(f"{path}:{number}", value, path.parent)
 
 
 def _json_list(path: Path, text: str) -> Iterator[Record]:
@@ -79,54 +113,54 @@ def _json_list(path: Path, text: str) -> Iterator[Record]:
     if not isinstance(values, list):
         raise DataError(f"{path} holds a {type(values).__name__}, expected a list of objects", _FIELDS)
     for number, value in enumerate(values):
-        yield _checked(f"{path}, record {number}", value)
+        yield _checked(f"{path}, record {number}", value, path.parent)
 
 
-def _checked(where: str, value: Any) -> Record:
+def _checked(where: str, value: Any, folder: Path) -> Record:
     """A record with one of the known sets of fields, each of the right type."""
     if not isinstance(value, dict):
         raise DataError(f"{where} is a {type(value).__name__}, expected an object", _FIELDS)
     if "response" not in value and "completion" in value:  # the name that trl uses
         value = {**value, "response": value["completion"]}
-    if "text" in value:
-        wanted: tuple[str, ...] = ("text",)
-    elif "messages" in value:
+    if "images" not in value and "image" in value:
+        value = {**value, "images": [value["image"]]}
+    if "messages" in value and "text" not in value:
         messages = value["messages"]
         sound = isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages)
         if not sound:
             raise DataError(f'{where}: "messages" must be a list of objects with "role" and "content"', _FIELDS)
-        return Record(where, value)
-    elif "prompt" in value and "response" in value:
-        wanted = ("prompt", "response")
-    else:
+    elif not ("text" in value or {"prompt", "response"} <= value.keys() or {"images", "audio"} & value.keys()):
         raise DataError(f"{where} has the fields {sorted(value)}", _FIELDS)
-    for name in wanted:
-        if not isinstance(value[name], str):
+    for name in _TEXT_FIELDS:
+        if name in value and not isinstance(value[name], str):
             raise DataError(f'{where}: "{name}" is a {type(value[name]).__name__}, expected a string', _FIELDS)
-    return Record(where, value)
+    images = value.get("images", [])
+    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+        raise DataError(f'{where}: "images" must be a list of file names', "paths are relative to the data file")
+    return Record(where, value, folder)
 
 
-def draw_samples(path: Path, tokenizer: Any, options: CalibrateOptions) -> Samples:
-    """Draw up to ``num_samples`` samples of at most ``seq_len`` tokens, in the order that the seed gives.
+def draw_samples(
+    path: Path, records: list[Record], encode: Callable[[Record], Inputs | None], options: CalibrateOptions
+) -> Samples:
+    """Draw up to ``num_samples`` of the records of ``path``, in the order of the seed, as ``encode`` makes them.
 
-    Records that give no token are passed over. Raises DataError if none is left.
+    Records that give no token (None) are passed over. Raises DataError if none is left.
     """
-    records = read_records(path, options.text_mode)
-    chosen: list[list[int]] = []
+    chosen: list[Inputs] = []
     if options.text_mode == "chunk" and path.suffix == ".txt":
-        ids = _tokenize(records[0], tokenizer)
-        pool = [ids[start : start + options.seq_len] for start in range(0, len(ids), options.seq_len)]
+        pool = _chunks(encode(records[0]), options.seq_len)
         random.Random(options.seed).shuffle(pool)
-        chosen = [chunk for chunk in pool if chunk][: options.num_samples]
+        chosen = pool[: options.num_samples]
         available = len(pool)
     else:
         order = list(range(len(records)))
         random.Random(options.seed).shuffle(order)
         available = len(records)
         for position in order:
-            ids = _tokenize(records[position], tokenizer)[: options.seq_len]
-            if ids:
-                chosen.append(ids)
+            inputs = encode(records[position])
+            if inputs is not None:
+                chosen.append(inputs)
             if len(chosen) == options.num_samples:
                 break
     if not chosen:
@@ -136,7 +170,7 @@ def draw_samples(path: Path, tokenizer: Any, options: CalibrateOptions) -> Sampl
         "blake2b": hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(),
         "records": available,
         "samples": len(chosen),
-        "tokens": sum(len(ids) for ids in chosen),
+        "tokens": sum(count_tokens(inputs) for inputs in chosen),
         "seed": options.seed,
         "seq_len": options.seq_len,
         "text_mode": options.text_mode,
@@ -144,38 +178,25 @@ def draw_samples(path: Path, tokenizer: Any, options: CalibrateOptions) -> Sampl
     return Samples(chosen, facts)
 
 
-def _tokenize(record: Record, tokenizer: Any) -> list[int]:
-    """Token ids of one record: text as it is, messages through the chat template."""
-    fields = record.fields
-    special = True
-    if "text" in fields:
-        text = fields["text"]
-    elif "messages" in fields:
-        if not getattr(tokenizer, "chat_template", None):
-            raise DataError(
-                f"{record.where} has messages, and the model's tokenizer has no chat template",
-                'give the records a "text" field instead',
-            )
-        try:
-            text = tokenizer.apply_chat_template(fields["messages"], tokenize=False)
-        except Exception as error:  # whatever a model's own template raises
-            raise DataError(f"{record.where}: the chat template refuses these messages: {error}", _FIELDS) from error
-        special = False  # the template writes them
-    else:
-        text = fields["prompt"] + fields["response"]
-    try:
-        text.encode("utf-8")  # JSON can escape half a character, of which tokenizers only say that it is no string
-        return list(tokenizer(text, add_special_tokens=special)["input_ids"])
-    except Exception as error:  # whatever a model's own tokenizer raises
-        raise DataError(f"{record.where}: the tokenizer refuses this text: {error}", _FIELDS) from error
+def _chunks(inputs: Inputs | None, seq_len: int) -> list[Inputs]:
+    """One long text cut into samples of ``seq_len`` tokens."""
+    if inputs is None:
+        return []
+    ids = inputs["input_ids"]
+    return [{"input_ids": ids[:, start : start + seq_len]} for start in range(0, ids.shape[1], seq_len)]
 
 
-def make_batches(token_ids: list[list[int]], batch_size: int) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
-    """Batches (input ids, attention mask), padded on the right; samples of like length together to pad less."""
-    ordered = sorted(token_ids, key=len, reverse=True)
-    for start in range(0, len(ordered), batch_size):
-        batch = ordered[start : start + batch_size]
-        width = len(batch[0])
-        ids = [sample + [0] * (width - len(sample)) for sample in batch]
-        mask = [[1] * len(sample) + [0] * (width - len(sample)) for sample in batch]
-        yield ids, mask
+def make_batches(samples: list[Inputs], batch_size: int) -> Iterator[Inputs]:
+    """Batches of samples whose inputs have equal shapes, the largest first.
+
+    So nothing is ever padded, and no padding can count, whatever a model makes of its inputs inside.
+    """
+    import torch
+
+    alike: dict[tuple[Any, ...], list[Inputs]] = {}
+    for inputs in samples:
+        alike.setdefault(tuple((name, value.shape) for name, value in sorted(inputs.items())), []).append(inputs)
+    for group in sorted(alike.values(), key=lambda group: -sum(value.numel() for value in group[0].values())):
+        for start in range(0, len(group), batch_size):
+            batch = group[start : start + batch_size]
+            yield {name: torch.cat([inputs[name] for inputs in batch]) for name in batch[0]}

@@ -126,7 +126,7 @@ def _checkpoint_facts(folder: Path) -> dict[str, Any]:
 def _inspect_stats(folder: Path) -> Inspection:
     stats = Stats.open(folder)
     stats.close()
-    uncalibrated = {name: entry.reason for name, entry in stats.tensors.items() if entry.hessian is None}
+    uncalibrated = {name: entry.reason for name, entry in stats.tensors.items() if not entry.hessians}
     facts: dict[str, Any] = {
         "calibrated model": stats.manifest["model"].get("path"),
         "fingerprint": stats.model_fingerprint,
@@ -138,7 +138,7 @@ def _inspect_stats(folder: Path) -> Inspection:
         "tensors without statistics": len(uncalibrated),
         "versions": stats.manifest.get("versions"),
     }
-    users = Counter(entry.hessian for entry in stats.tensors.values())
+    users = Counter(hessian for entry in stats.tensors.values() for hessian in entry.hessians)
     hessians = {name: {**asdict(info), "used_by": users[name]} for name, info in stats.hessians.items()}
     return Inspection(str(folder), "stats", facts, hessians=hessians, uncalibrated=uncalibrated)
 

@@ -1,12 +1,14 @@
 """Which parameter of a loaded model is which tensor of its checkpoint: found by value, never by hope.
 
-transformers renames tensors when it loads some checkpoints (a base model without its prefix, older layouts), so
-equal names are only a first guess; a sample of the values decides.
+transformers renames tensors when it loads some checkpoints, stacks experts, joins gate and up, splits what other
+checkpoints fuse. Its own tables of such conversions give a first guess (``expected``); the values decide.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint, TensorInfo
 
@@ -14,55 +16,153 @@ if TYPE_CHECKING:
     import torch
 
 _SAMPLE = 1024  # entries compared at the start, the middle and the end
+_KEY = 16  # entries by which slices of parameters are looked up
+_ABSENT = "the loaded model holds it under another shape or with other values, or not at all"
 
 
-def map_names(checkpoint: Checkpoint, model: Any) -> dict[str, tuple[str, str]]:
-    """For every checkpoint tensor: (its parameter's name in ``model``, "") or ("", the reason why there is none).
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint tensor went in the model, or the ``reason`` why that is not known.
 
-    A candidate has the same shape and the same sampled values (after the cast to the model's dtype). Of several,
-    the one of the same name wins, then the one that shares the longest ending with it; each is given out once.
+    Most are one parameter as it is. A tensor can also be rows of a larger one (gate or up of a joined pair), lie in
+    slice ``part`` of one of three dimensions (an expert), be ``turned`` in it, or have been split over several.
     """
-    parameters = dict(model.named_parameters())
-    samples = {name: _sample_parameter(value) for name, value in parameters.items()}
-    by_shape: dict[tuple[int, ...], list[str]] = {}
-    for name, value in parameters.items():
-        by_shape.setdefault(tuple(value.shape), []).append(name)
-    tied = {name: name for name in parameters} | _aliases(model, parameters)
-    mapping: dict[str, tuple[str, str]] = {}
+
+    parameters: tuple[str, ...] = ()
+    part: int | None = None
+    turned: bool = False
+    reason: str = ""
+
+
+class Parameters:
+    """A model's parameters as candidates, by shape and by their first values."""
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        self.by_name = parameters
+        self.by_numel: dict[int, list[str]] = {}
+        self._samples: dict[str, torch.Tensor] = {}
+        self._slices: dict[tuple[int, ...], dict[bytes, list[tuple[str, int]]]] = {}
+        for name, value in parameters.items():
+            self.by_numel.setdefault(value.numel(), []).append(name)
+
+    def sample(self, name: str) -> torch.Tensor:
+        """Values of a parameter at the places that are compared."""
+        if name not in self._samples:
+            self._samples[name] = _sample(self.by_name[name].detach().reshape(-1))
+        return self._samples[name]
+
+    def slices(self, shape: tuple[int, int], turned: bool) -> dict[bytes, list[tuple[str, int]]]:
+        """(parameter, number) of every slice of this matrix shape in a larger parameter, by its first values.
+
+        Number counts slices of so many entries from the parameter's start.
+        """
+        key = (*shape, int(turned))
+        if key not in self._slices:
+            found: dict[bytes, list[tuple[str, int]]] = {}
+            held = shape[::-1] if turned else shape
+            for name, value in self.by_name.items():
+                if value.dim() in (2, 3) and value.shape[-1] == held[1] and value.numel() > shape[0] * shape[1]:
+                    whole = value.shape[-2] == held[0]
+                    if value.shape[-2] % held[0] == 0 and (whole or not turned):
+                        stacked = value.detach().reshape(-1, *held)
+                        first = stacked[:, :_KEY, 0] if turned else stacked.flatten(1)[:, :_KEY]
+                        for number, values in enumerate(first.cpu()):
+                            found.setdefault(_key(values), []).append((name, number))
+            self._slices[key] = found
+        return self._slices[key]
+
+
+def map_names(
+    checkpoint: Checkpoint,
+    parameters: Mapping[str, torch.Tensor],
+    aliases: Mapping[str, str],
+    expected: Mapping[str, str],
+) -> dict[str, Place]:
+    """The place of each checkpoint tensor that ``expected`` names, among a model's ``parameters``.
+
+    ``expected`` gives the parameter in which a tensor should be found, by transformers' tables; ``aliases`` the
+    further names of tied parameters. A candidate has the same sampled values after the cast to the model's dtype. Of
+    several, the expected one wins, then the one that shares the longest ending with it; each is given out once.
+    """
+    candidates = Parameters(parameters)
+    tied = {name: name for name in parameters} | dict(aliases)
+    places: dict[str, Place] = {}
     taken: set[str] = set()
-    # Exact names first, so that equal values (norms of ones, biases of zeros) cannot take each other's place.
-    for name in sorted(checkpoint.tensors, key=lambda n: n not in tied):
+    # Expected names first, so that equal values (norms of ones, biases of zeros) cannot take each other's place.
+    for name in sorted(expected, key=lambda n: expected[n] not in tied):
         info = checkpoint.tensors[name]
         if info.dtype not in PATCHABLE_DTYPES or info.numel == 0:
-            mapping[name] = ("", f"{info.dtype} is no floating-point dtype that can be patched")
+            places[name] = Place(reason=f"{info.dtype} is no floating-point dtype that can be patched")
             continue
-        mapping[name] = _find(checkpoint, info, tied, samples, by_shape.get(info.shape, []), taken)
-        taken.add(mapping[name][0])
-    return mapping
+        guess = tied.get(expected[name], expected[name])
+        places[name] = _find(checkpoint, info, guess, candidates, taken)
+        if places[name].part is None and len(places[name].parameters) == 1:
+            taken.add(places[name].parameters[0])
+    return places
 
 
-def _find(
-    checkpoint: Checkpoint,
-    info: TensorInfo,
-    tied: dict[str, str],
-    samples: dict[str, torch.Tensor],
-    same_shape: list[str],
-    taken: set[str],
-) -> tuple[str, str]:
-    exact = tied.get(info.name)
-    if exact is not None and exact in same_shape and _equal(checkpoint, info, samples[exact]):
-        return exact, ""
-    free = [name for name in same_shape if name not in taken and _equal(checkpoint, info, samples[name])]
+def _find(checkpoint: Checkpoint, info: TensorInfo, guess: str, candidates: Parameters, taken: set[str]) -> Place:
+    alike = [name for name in candidates.by_numel.get(info.numel, ()) if _fits(info, candidates.by_name[name])]
+    if guess in alike and _equal(checkpoint, info, candidates.sample(guess)):
+        return Place((guess,))
+    free = [n for n in alike if n not in taken and _equal(checkpoint, info, candidates.sample(n))]
     if free:
-        return max(free, key=lambda name: _common_ending(name, info.name)), ""
-    return "", "the loaded model holds it under another shape or with other values, or not at all"
+        return Place((max(free, key=lambda name: _common_ending(name, guess)),))
+    if len(info.shape) == 2:
+        found = _find_slice(checkpoint, info, guess, candidates) or _find_pieces(checkpoint, info, candidates)
+        if found is not None:
+            return found
+    return Place(reason=_ABSENT)
 
 
-def _aliases(model: Any, parameters: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Further names of tied parameters, each with the name that ``named_parameters`` gives it first."""
-    first = {id(value): name for name, value in parameters.items()}
-    every = dict(model.named_parameters(remove_duplicate=False))
-    return {name: first[id(value)] for name, value in every.items() if name not in parameters}
+def _fits(info: TensorInfo, parameter: torch.Tensor) -> bool:
+    """The same shape, or the same rows with the rest flattened, as a convolution's weight may be."""
+    shape = tuple(parameter.shape)
+    return shape == info.shape or (
+        len(shape) > 1 and shape[:1] == info.shape[:1] and 2 in (len(shape), len(info.shape))
+    )
+
+
+def _find_slice(checkpoint: Checkpoint, info: TensorInfo, guess: str, candidates: Parameters) -> Place | None:
+    """A matrix inside a larger parameter: as rows of it, or as (part of) one of the matrices stacked in it."""
+    size = info.shape[0] * info.shape[1]
+    for turned in (False, True):
+        for dtype in {value.dtype for value in candidates.by_name.values()}:
+            first = _read(checkpoint, info, [(0, min(_KEY, info.numel))], dtype)
+            hits = candidates.slices((info.shape[0], info.shape[1]), turned).get(_key(first), [])
+            for name, number in sorted(hits, key=lambda hit: -_common_ending(hit[0], guess)):
+                value = candidates.by_name[name]
+                if value.dtype != dtype:
+                    continue
+                flat = value.detach().reshape(-1)[number * size : (number + 1) * size]
+                held = flat.view(info.shape[::-1]).T.reshape(-1) if turned else flat
+                if _equal(checkpoint, info, _sample(held)):
+                    matrix = value.shape[-1] * value.shape[-2]
+                    return Place((name,), number * size // matrix if value.dim() == 3 else None, turned)
+    return None
+
+
+def _find_pieces(checkpoint: Checkpoint, info: TensorInfo, candidates: Parameters) -> Place | None:
+    """A matrix whose rows were split over several parameters, one after the other."""
+    rows, columns = info.shape
+    pieces: list[str] = []
+    start = 0
+    while start < rows:
+        found = None
+        for name, value in candidates.by_name.items():
+            fits = value.dim() == 2 and value.shape[1] == columns and value.shape[0] <= rows - start
+            if not fits or name in pieces:
+                continue
+            offset = start * columns
+            spots = [(offset + begin, length) for begin, length in _positions(value.numel())]
+            if _same(_read(checkpoint, info, spots, value.dtype), candidates.sample(name)):
+                found = name
+                break
+        if found is None:
+            return None
+        pieces.append(found)
+        start += candidates.by_name[found].shape[0]
+    return Place(tuple(pieces))
 
 
 def _common_ending(a: str, b: str) -> int:
@@ -76,22 +176,39 @@ def _positions(numel: int) -> list[tuple[int, int]]:
     return [(start, length) for start in sorted({0, (numel - length) // 2, numel - length})]
 
 
-def _sample_parameter(value: torch.Tensor) -> torch.Tensor:
+def _sample(flat: torch.Tensor) -> torch.Tensor:
     import torch
 
-    flat = value.detach().reshape(-1)
     return torch.cat([flat[start : start + length] for start, length in _positions(flat.numel())]).cpu()
 
 
-def _equal(checkpoint: Checkpoint, info: TensorInfo, sample: torch.Tensor) -> bool:
-    """Whether the checkpoint's tensor has these values where it is sampled, in the sample's dtype."""
+def _key(values: torch.Tensor) -> bytes:
+    import torch
+
+    return values.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _read(
+    checkpoint: Checkpoint, info: TensorInfo, spots: list[tuple[int, int]], as_dtype: torch.dtype
+) -> torch.Tensor:
+    """The checkpoint tensor's values at (start, length) places, cast to a dtype."""
     import torch
 
     dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}[info.dtype]
     parts = []
-    for start, length in _positions(info.numel):
+    for start, length in spots:
         raw = torch.empty(length * dtype.itemsize, dtype=torch.uint8)
         checkpoint.read_into(info, raw.numpy().data, start * dtype.itemsize)
         parts.append(raw.view(dtype))
-    found = torch.cat(parts).to(sample.dtype)
-    return torch.equal(found, sample) or bool(torch.equal(found.nan_to_num(), sample.nan_to_num()))
+    return torch.cat(parts).to(as_dtype)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    import torch
+
+    return torch.equal(a, b) or bool(torch.equal(a.nan_to_num(), b.nan_to_num()))
+
+
+def _equal(checkpoint: Checkpoint, info: TensorInfo, sample: torch.Tensor) -> bool:
+    """Whether the checkpoint's tensor has these values where it is sampled, in the sample's dtype."""
+    return _same(_read(checkpoint, info, _positions(info.numel), sample.dtype), sample)

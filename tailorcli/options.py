@@ -67,6 +67,7 @@ class CalibrateOptions:
     text_mode: TextMode = "line"
     seed: int = 0
     trust_remote_code: bool = False
+    blockwise: bool | None = None  # None: only where the model does not fit the device
     overwrite: bool = False
 
     def __post_init__(self) -> None:

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -181,6 +183,12 @@ class _Loaded:
     packed: torch.Tensor | None  # its Hessian, where the tensor before did not use the same
     digest: str  # of the base's bytes, where it is wanted
 
+    def give_packed(self) -> torch.Tensor:
+        """The Hessian, which is not kept here any longer."""
+        assert self.packed is not None
+        packed, self.packed = self.packed, None
+        return packed
+
 
 def _reader(tensors: list[TensorPlan], inputs: Inputs, options: PatchOptions, digests: bool) -> ReadAhead[_Loaded]:
     """Reads what each of ``tensors`` needs; a Hessian only for the first of those that share it."""
@@ -220,8 +228,19 @@ def _tailored(
     digests: bool = False,
 ) -> Iterator[tuple[TensorPlan, LayerResult | None, str]]:
     """Each tensor with its result and its base's digest, in order; no result for a tensor that stays at base."""
-    from tailorcli.core.tailor import tailor_layer
+    from tailorcli.core.tailor import tailor_experts, tailor_layer
 
+    prepare_next = partial(_prepare, stats=inputs.stats, options=options, device=device, timer=timer)
+    layer_settings: dict[str, Any] = {
+        "density": options.density,
+        "omega": options.omega,
+        "solver": options.solver,
+        "block_size": options.block_size,
+        "tolerance": options.tolerance,
+        "max_iterations": options.max_iterations,
+        "score_only": score_only,
+        "timer": timer,
+    }
     reader = _reader([tensor for tensor in tensors if tensor.action == "patch"], inputs, options, digests)
     loads = iter(reader)
     prepared: PreparedHessian | None = None
@@ -236,27 +255,19 @@ def _tailored(
                     loaded = next(loads)
                 try:
                     if tensor.hessian != prepared_name:
-                        prepared = None  # freed before the next one is unpacked
-                        prepared = _prepare(tensor, loaded, inputs.stats, options, device, timer)
-                        prepared_name = tensor.hessian
+                        prepared, prepared_name = None, tensor.hessian  # freed before the next one is unpacked
+                        if tensor.hessian is not None:
+                            prepared = prepare_next(tensor.hessian, loaded.give_packed())
                     with timer.stage("transfer"):
                         base, tuned = loaded.base.to(device), loaded.tuned.to(device)
                     digest = loaded.digest
                     del loaded
-                    result = tailor_layer(
-                        base,
-                        tuned,
-                        prepared,
-                        density=options.density,
-                        omega=options.omega,
-                        solver=options.solver,
-                        transposed=tensor.transposed,
-                        block_size=options.block_size,
-                        tolerance=options.tolerance,
-                        max_iterations=options.max_iterations,
-                        score_only=score_only,
-                        timer=timer,
-                    )
+                    settings = layer_settings | {"transposed": tensor.transposed}
+                    if tensor.experts:
+                        each = _prepare_each(tensor.experts, inputs.stats, prepare_next, timer)
+                        result = tailor_experts(base, tuned, each, **settings)
+                    else:
+                        result = tailor_layer(base, tuned, prepared, **settings)
                     del base, tuned
                 except NumericalError as error:
                     raise NumericalError(f"tensor {tensor.name!r}: {error.message}", error.hint) from error
@@ -267,26 +278,42 @@ def _tailored(
         timer.seconds["read"] = reader.seconds
 
 
+def _prepare_each(
+    experts: tuple[str, ...],
+    stats: Stats | None,
+    prepare_next: Callable[[str, torch.Tensor], PreparedHessian],
+    timer: StageTimer,
+) -> Iterator[PreparedHessian]:
+    """The Hessians of fused experts, one at a time; one that serves several in a row is prepared once."""
+    assert stats is not None
+    for name, same in groupby(experts):
+        with timer.stage("wait for read"):
+            packed = stats.load(name)
+        prepared = prepare_next(name, packed)
+        del packed
+        for _ in same:
+            yield prepared
+        del prepared
+
+
 def _prepare(
-    tensor: TensorPlan,
-    loaded: _Loaded,
+    name: str,
+    packed: torch.Tensor,
     stats: Stats | None,
     options: PatchOptions,
     device: torch.device,
     timer: StageTimer,
-) -> PreparedHessian | None:
-    """Unpack and factorise the Hessian that came with a tensor, for it and those after it that share it."""
+) -> PreparedHessian:
+    """Unpack and factorise a Hessian for the tensors that share it."""
     from tailorcli.core.hessian import prepare, unpack_triangle
 
-    if tensor.hessian is None or loaded.packed is None or stats is None:
-        return None
-    info = stats.hessians[tensor.hessian]
+    assert stats is not None
+    info = stats.hessians[name]
     with timer.stage("unpack"):
-        packed = loaded.packed.to(device)
-        loaded.packed = None
+        packed = packed.to(device)
         hessian = unpack_triangle(packed, info.size) if info.kind == "full" else packed
     if not bool(hessian.diagonal().isfinite().all() if hessian.dim() == 2 else hessian.isfinite().all()):
-        raise NumericalError(f"NaN or infinity in its Hessian {tensor.hessian!r}", "calibrate again")
+        raise NumericalError(f"NaN or infinity in its Hessian {name!r}", "calibrate again")
     with timer.stage("factorise"):
         sequential = options.solver == "sequential" and info.kind == "full"
         return prepare(hessian, options.damping, sensitivity=options.omega < 1.0, sequential=sequential)
@@ -297,6 +324,7 @@ def _record(
 ) -> dict[str, Any]:
     """The report's entry for one tensor; one that fine-tuning did not change has nothing to patch."""
     frozen = result is not None and result.figures.zero_delta == result.figures.numel
+    used = [stats.hessians[name] for name in tensor.hessians] if stats else []
     record: dict[str, Any] = {
         "name": tensor.name,
         "status": "patched" if tensor.action == "patch" and not frozen else "base",
@@ -305,11 +333,15 @@ def _record(
         "shape": list(tensor.shape),
         "dtype": tensor.dtype,
         "hessian": tensor.hessian,
-        "kind": stats.hessians[tensor.hessian].kind if tensor.hessian and stats else None,
-        "tokens": stats.hessians[tensor.hessian].tokens if tensor.hessian and stats else None,
+        "kind": used[0].kind if used else None,
+        "tokens": min(info.tokens for info in used) if used else None,
     }
+    if tensor.experts:
+        record["experts"] = list(tensor.experts)
+    if stats is not None and used and stats.tensors[tensor.name].note:
+        record["note"] = stats.tensors[tensor.name].note
     if result is not None and not frozen:
         record |= result.figures.to_dict()
-        used = result.figures.damping
-        record["damped_further"] = used is not None and used > options.damping
+        damping = result.figures.damping
+        record["damped_further"] = damping is not None and damping > options.damping
     return record

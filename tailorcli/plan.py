@@ -31,6 +31,7 @@ class TensorPlan:
     hessian: str | None = None
     role: str = ""
     transposed: bool = False
+    experts: tuple[str, ...] = ()  # a Hessian for each slice of a tensor that fuses experts, instead of one
 
     @property
     def numel(self) -> int:
@@ -39,6 +40,11 @@ class TensorPlan:
         for size in self.shape:
             result *= size
         return result
+
+    @property
+    def hessians(self) -> tuple[str, ...]:
+        """Every Hessian that it uses."""
+        return self.experts or ((self.hessian,) if self.hessian is not None else ())
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ def build_plan(base: Checkpoint, tuned: Checkpoint, stats: Stats | None, options
         write_bytes=layout.nbytes,
         patch_bytes=most_patch_bytes((t, round(options.density * t.numel)) for t in ordered if t.action == "patch"),
         peak_bytes=RUNTIME_BYTES + max(working_set(tensor, tuned, stats, options) for tensor in ordered),
-        largest_hessian=max((stats.hessians[t.hessian].size for t in ordered if stats and t.hessian), default=0),
+        largest_hessian=max((stats.hessians[h].size for t in ordered if stats for h in t.hessians), default=0),
     )
 
 
@@ -129,13 +135,13 @@ def _plan_tensor(info: TensorInfo, changed: bool, stats: Stats | None, options: 
         reason = "it has no entries"
     elif not changed:
         reason = "the adapter leaves it alone"
-    elif options.needs_hessians and entry.hessian is None:
+    elif options.needs_hessians and not entry.hessians:
         reason = f"no statistics: {entry.reason}"
     common = (info.name, info.dtype, info.shape, info.nbytes)
     if reason:
         return TensorPlan(*common, action="base", reason=reason, role=entry.role)
-    hessian = entry.hessian if options.needs_hessians else None
-    return TensorPlan(*common, action="patch", hessian=hessian, role=entry.role, transposed=entry.transposed)
+    hessian, experts = (entry.hessian, tuple(entry.experts)) if options.needs_hessians else (None, ())
+    return TensorPlan(*common, "patch", "", hessian, entry.role, entry.transposed, experts)
 
 
 def group_by_hessian(tensors: list[TensorPlan]) -> list[TensorPlan]:
@@ -150,7 +156,7 @@ def group_by_hessian(tensors: list[TensorPlan]) -> list[TensorPlan]:
 def _bytes_to_read(tensors: list[TensorPlan], tuned: Checkpoint, stats: Stats | None) -> int:
     total = sum(tensor.nbytes for tensor in tensors)
     total += sum(tuned.read_cost(tensor.name) for tensor in tensors if tensor.action == "patch")
-    used = {tensor.hessian for tensor in tensors if tensor.hessian}
+    used = {hessian for tensor in tensors for hessian in tensor.hessians}
     return total + sum(stats.nbytes(name) for name in used if stats is not None)
 
 
@@ -164,8 +170,9 @@ def working_set(tensor: TensorPlan, tuned: Checkpoint, stats: Stats | None, opti
     # result); a result of the tensor before, and its mask, may still wait to be written.
     arrays = max(3 * full, 2 * full + tensor.nbytes) + full // 4 + tensor.nbytes + tensor.numel
     hessian = 0
-    if tensor.hessian and stats is not None and stats.hessians[tensor.hessian].kind == "full":
-        square = 4 * stats.hessians[tensor.hessian].size ** 2
+    sizes = [stats.hessians[h].size for h in tensor.hessians if stats.hessians[h].kind == "full"] if stats else []
+    if sizes:
+        square = 4 * max(sizes) ** 2
         hessian = square // 2 + square + 2 * square  # packed, unpacked, damped copy and factor
     work = min(_WORK_BYTES, 8 * full) if hessian else 0
     return weights + arrays + hessian + work
@@ -265,23 +272,27 @@ def check_stats(base: Checkpoint, tuned: Checkpoint, stats: Stats) -> None:
         entry = stats.tensors.get(name)
         if entry is None:
             raise StatsError(f"{stats.path} does not mention tensor {name!r}", "calibrate again")
-        if entry.hessian is None:
-            continue
-        size = stats.hessians[entry.hessian].size
+        fused = bool(entry.experts)
+        matrix = len(info.shape) == (3 if fused else 2)
+        if (fused and (not matrix or len(entry.experts) != info.shape[0])) or (entry.transposed and not matrix):
+            what = f"{len(entry.experts)} experts" if fused else "a matrix"
+            raise StatsError(
+                f"{stats.path}: tensor {name!r} of shape {list(info.shape)} is not {what}", "calibrate again"
+            )
         inputs = _num_inputs(info, entry)
-        if size != inputs:
-            raise StatsError(
-                f"{stats.path}: tensor {name!r} has {inputs} input channels, its Hessian {size}", "calibrate again"
-            )
-        if len(info.shape) > 2 or (entry.transposed and len(info.shape) != 2):
-            raise StatsError(
-                f"{stats.path}: tensor {name!r} of shape {list(info.shape)} is no matrix", "calibrate again"
-            )
+        for hessian in entry.hessians:
+            size = stats.hessians[hessian].size
+            if size != inputs:
+                raise StatsError(
+                    f"{stats.path}: tensor {name!r} has {inputs} input channels, its Hessian {size}", "calibrate again"
+                )
 
 
 def _num_inputs(info: TensorInfo, entry: TensorStats) -> int:
     if entry.role == "bias":
         return 1
+    if entry.experts:
+        return info.shape[1] if entry.transposed else info.shape[2]
     if len(info.shape) < 2:
         return info.numel
-    return info.shape[0] if entry.transposed else info.shape[-1]
+    return info.shape[0] if entry.transposed else info.numel // max(info.shape[0], 1)

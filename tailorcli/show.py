@@ -91,7 +91,8 @@ def plan_table(plan: Plan) -> Table:
     for tensor in plan.tensors:
         treatment = "patch" if tensor.action == "patch" else f"base: {tensor.reason}"
         shape = "×".join(map(str, tensor.shape)) or "scalar"
-        shared = tensor.hessian or tensor.reason or "salience alone" if tensor.action == "patch" else ""
+        own = f"{len(tensor.experts)} experts" if tensor.experts else tensor.hessian
+        shared = own or tensor.reason or "salience alone" if tensor.action == "patch" else ""
         table.add_row(tensor.name, tensor.dtype, shape, treatment, shared)
     return table
 

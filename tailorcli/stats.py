@@ -9,9 +9,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from tailorcli.checkpoint import Checkpoint, read_header, read_json
 from tailorcli.errors import CheckpointError, OutputError, StatsError
@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 HESSIANS = "hessians.safetensors"
 _AGAIN = "calibrate again"
+_HEADER_ENTRY = 128  # bytes of a header entry beside its name: dtype, shape, two offsets
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,29 @@ class HessianInfo:
 class TensorStats:
     """What a checkpoint tensor is to the layer it belongs to.
 
-    ``hessian`` names its Hessian, or is None with a ``reason``. ``transposed`` says that it is stored as (I, O):
-    Conv1D weights and embedding tables. ``role`` is linear, embedding, norm or bias.
+    ``hessian`` names its Hessian, or is None with a ``reason``; a tensor of three dimensions that fuses experts has
+    one for each of them, in ``experts``, instead. ``transposed`` says that it is stored as (I, O): Conv1D weights and
+    embedding tables. ``role`` is linear, embedding, norm or bias. ``note`` says what a user should know of it.
     """
 
     hessian: str | None
     role: str = ""
     transposed: bool = False
     reason: str = ""
+    experts: list[str] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def hessians(self) -> list[str]:
+        """Every Hessian that it uses; none where it is uncalibrated."""
+        return self.experts or ([self.hessian] if self.hessian is not None else [])
 
     @property
     def is_sound(self) -> bool:
         """Whether every field has its type, as one read from a file may not."""
-        texts = (self.role, self.reason, self.hessian or "")
+        if not isinstance(self.experts, list) or (self.experts and self.hessian is not None):
+            return False
+        texts = (self.role, self.reason, self.note, self.hessian or "", *self.experts)
         named = self.hessian is None or isinstance(self.hessian, str)
         return named and isinstance(self.transposed, bool) and all(isinstance(text, str) for text in texts)
 
@@ -143,8 +154,9 @@ class Stats:
                     _AGAIN,
                 )
         for name, tensor in self.tensors.items():
-            if tensor.hessian is not None and tensor.hessian not in self.hessians:
-                raise StatsError(f"{manifest_path}: {name!r} refers to no Hessian {tensor.hessian!r}", _AGAIN)
+            for hessian in tensor.hessians:
+                if hessian not in self.hessians:
+                    raise StatsError(f"{manifest_path}: {name!r} refers to no Hessian {hessian!r}", _AGAIN)
 
     def load(self, name: str) -> Tensor:
         """The stored numbers of one Hessian, float32: a packed triangle, or a diagonal (I,)."""
@@ -190,36 +202,97 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
         raise as_output_error(folder, error) from error
 
 
+class StatsWriter:
+    """Writes Hessians one at a time, then the manifest: without it the folder is not statistics.
+
+    ``room`` bounds the names that will be written: their header comes first in the file, and is padded.
+    """
+
+    def __init__(self, folder: Path, room: Iterable[str]) -> None:
+        self.folder = folder
+        self._part = folder / (HESSIANS + ".part")
+        self._infos: dict[str, HessianInfo] = {}
+        self._ends: dict[str, tuple[int, int]] = {}
+        self._size = 0
+        header = sum(len(json.dumps(name)) + _HEADER_ENTRY for name in room) + _HEADER_ENTRY
+        self._header = header + -header % 8
+        try:
+            self._file = self._part.open("w+b")
+            self._file.seek(8 + self._header)
+        except OSError as error:
+            raise as_output_error(folder, error) from error
+
+    @property
+    def count(self) -> int:
+        """Hessians written so far."""
+        return len(self._infos)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, name: str, info: HessianInfo, values: Tensor) -> None:
+        """Append one Hessian, already packed, or replace the one of its name. Raises OutputError on a full disk."""
+        import torch
+
+        data = values.to("cpu", torch.float32).contiguous().view(-1)
+        start, stop = self._ends.setdefault(name, (self._size, self._size + 4 * data.numel()))
+        self._size = max(self._size, stop)
+        try:
+            self._file.seek(8 + self._header + start)
+            self._file.write(data.view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise as_output_error(self._part, error) from error
+        self._infos[name] = info
+
+    def read(self, name: str) -> tuple[HessianInfo, Tensor] | None:
+        """A Hessian that was written before, packed."""
+        import torch
+
+        if name not in self._infos:
+            return None
+        start, stop = self._ends[name]
+        self._file.seek(8 + self._header + start)
+        return self._infos[name], torch.frombuffer(bytearray(self._file.read(stop - start)), dtype=torch.float32)
+
+    def finish(self, tensors: dict[str, TensorStats], facts: dict[str, Any]) -> None:
+        """Write the header and the manifest, and give the files their names."""
+        entries = {
+            name: {"dtype": "F32", "shape": [info.stored_numel], "data_offsets": list(self._ends[name])}
+            for name, info in self._infos.items()
+        }
+        header = json.dumps(entries).encode().ljust(self._header)
+        if len(header) > self._header:
+            raise RuntimeError(f"{len(entries)} Hessians, more than room was made for")
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            **facts,
+            "hessians": {name: asdict(info) for name, info in self._infos.items()},
+            "tensors": {name: asdict(entry) for name, entry in tensors.items()},
+        }
+        try:
+            self._file.seek(0)
+            self._file.write(len(header).to_bytes(8, "little") + header)
+            self._file.close()
+            fsync_path(self._part)
+            (self.folder / MANIFEST).unlink(missing_ok=True)  # an old one, which does not fit the new Hessians
+            self._part.replace(self.folder / HESSIANS)
+            write_text_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        except OSError as error:
+            raise as_output_error(self.folder, error) from error
+
+
 def write_stats(
     folder: Path,
     hessians: Iterable[tuple[str, HessianInfo, Tensor]],
     tensors: dict[str, TensorStats],
     facts: dict[str, Any],
 ) -> None:
-    """Write the Hessians (already packed), then the manifest: without it the folder is not statistics."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    infos: dict[str, HessianInfo] = {}
-    packed: dict[str, Tensor] = {}
-    for name, info, values in hessians:
-        infos[name] = info
-        packed[name] = values.to("cpu", torch.float32).contiguous()
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        **facts,
-        "hessians": {name: asdict(info) for name, info in infos.items()},
-        "tensors": {name: asdict(entry) for name, entry in tensors.items()},
-    }
-    part = folder / (HESSIANS + ".part")
-    try:
-        save_file(packed, part)
-        fsync_path(part)
-        (folder / MANIFEST).unlink(missing_ok=True)  # an old one, which does not fit the new Hessians
-        part.replace(folder / HESSIANS)
-        write_text_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    except SafetensorError as error:  # what the library makes of a full disk
-        raise OutputError(f"cannot write {part}: {error}", "free some space or choose another folder for -o") from error
-    except OSError as error:
-        raise as_output_error(folder, error) from error
+    """Write a whole folder of statistics: Hessians already packed, what each tensor uses, and the facts."""
+    ready = list(hessians)
+    with StatsWriter(folder, [name for name, _, _ in ready]) as writer:
+        for name, info, values in ready:
+            writer.write(name, info, values)
+        writer.finish(tensors, facts)

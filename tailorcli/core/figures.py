@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,6 +51,29 @@ class LayerFigures:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a report."""
         return asdict(self)
+
+
+def combine_figures(parts: Sequence[LayerFigures]) -> LayerFigures:
+    """The figures of a tensor from those of its slices: sums, errors over all outputs, quantiles as their means."""
+    first = parts[0]
+    total: dict[str, Any] = {name: sum(getattr(p, name) for p in parts) for name in _SUMMED}
+    for name in _SUMMED_OR_NONE:
+        total[name] = None if getattr(first, name) is None else sum(getattr(p, name) for p in parts)
+    for name in ("salience_quantiles", "sensitivity_quantiles"):
+        levels = getattr(first, name)
+        total[name] = None if levels is None else np.mean([getattr(p, name) for p in parts], axis=0).tolist()
+    energy = total["output_energy"]
+    for name in ("error_before", "error_after"):
+        if getattr(first, name) is not None:
+            weighted = sum(getattr(p, name) * (p.output_energy or 0.0) for p in parts)
+            total[name] = weighted / energy if energy else 0.0
+    damping = None if first.damping is None else max(p.damping or 0.0 for p in parts)
+    iterations, residual = max(p.iterations for p in parts), max(p.residual for p in parts)
+    return LayerFigures(**total, damping=damping, iterations=iterations, residual=residual)
+
+
+_SUMMED = ("numel", "kept", "zero_delta", "delta_sq", "delta_sq_kept", "distance_tuned", "distance_before")
+_SUMMED_OR_NONE = ("distance_after", "sensitivity_sum", "sensitivity_kept", "dead_channels", "output_energy")
 
 
 def part_of(inverse: Tensor, delta: Tensor, rows: slice) -> Tensor:

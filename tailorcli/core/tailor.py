@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tailorcli.core.chunks import map_rows
-from tailorcli.core.figures import LayerFigures, measure, part_of
+from tailorcli.core.figures import LayerFigures, combine_figures, measure, part_of
 from tailorcli.core.hessian import PreparedHessian
 from tailorcli.core.scores import count_kept, fuse, minmax, salience, select_mask, sensitivity
 from tailorcli.core.solvers import Decoration, decorate_joint, decorate_sequential
@@ -59,7 +60,8 @@ def tailor_layer(
     """The whole paper for one tensor: Eq. 9 to 11 choose the mask, Eq. 12 and 13 compensate, Eq. 3 assembles.
 
     ``base`` and ``tuned`` have one shape: (O, I), or (I, O) with ``transposed`` (Conv1D weights, embedding
-    tables), or (I,) for a channel scale, or (O,) for a bias, whose Hessian has one channel. ``prepared`` is the
+    tables), or (O, ...) for a convolution, or (I,) for a channel scale, or any for a bias, whose Hessian has one
+    channel. ``prepared`` is the
     tensor's Hessian; without one only salience counts and nothing is compensated (``omega=1``,
     ``solver="none"``). Outside the mask the result is bit for bit the base. Raises NumericalError on NaN or
     infinity.
@@ -89,6 +91,24 @@ def tailor_layer(
     return LayerResult(None if patched is None else patched.view(base.shape), mask.view(base.shape), figures)
 
 
+def tailor_experts(base: Tensor, tuned: Tensor, prepared: Iterable[PreparedHessian], **options: Any) -> LayerResult:
+    """A tensor (E, ...) of E fused experts: each slice is a layer with a Hessian of its own.
+
+    ``prepared`` gives them in order and may make each as it is asked for. Every expert keeps the same density, so
+    the result is the same whether a checkpoint fuses its experts or stores them one by one.
+    """
+    mask = torch.empty(base.shape, dtype=torch.bool, device=base.device)
+    patched = None if options.get("score_only") else torch.empty_like(base)
+    figures = []
+    for expert, hessian in enumerate(prepared):
+        result = tailor_layer(base[expert], tuned[expert], hessian, **options)
+        mask[expert] = result.mask
+        if patched is not None and result.patched is not None:
+            patched[expert] = result.patched
+        figures.append(result.figures)
+    return LayerResult(patched, mask, combine_figures(figures))
+
+
 def matrix_shape(tensor: Tensor, prepared: PreparedHessian | None) -> tuple[int, int]:
     """The two dimensions under which a tensor is a layer: a bias is (O, 1), a channel scale (1, I)."""
     return layer_shape(tensor, None if prepared is None else prepared.hessian.shape[0])
@@ -98,7 +118,7 @@ def layer_shape(tensor: Tensor, num_inputs: int | None) -> tuple[int, int]:
     """The same, given the channels of the tensor's Hessian, or None without one."""
     if tensor.dim() == 2:
         return tensor.shape[0], tensor.shape[1]
-    if num_inputs is not None and tensor.dim() <= 1:
+    if num_inputs is not None and (tensor.dim() <= 1 or num_inputs == 1):
         return tensor.numel() // num_inputs, num_inputs
     rows = tensor.shape[0] if tensor.dim() > 1 else 1
     return rows, tensor.numel() // max(rows, 1)

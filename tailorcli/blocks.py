@@ -1,0 +1,216 @@
+"""Run a model that does not fit in memory: block by block, all samples through one block before the next is loaded.
+
+Nothing is assumed about the model but that its blocks lie in lists of modules. Each batch runs the model's own
+forward in a thread of its own, a lane, which waits wherever a block is called; once all lanes wait, the block's
+weights are loaded, every lane is taken through it, and the weights are dropped. Hidden states stay in the lanes, and
+every weight is read once, whatever the number of samples. Only one thread runs at a time.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tailorcli.errors import TailorError
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost lists of two or more modules of one class: decoder layers, vision layers, Q-Former layers."""
+    blocks: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{block}.") for block in blocks)
+        if inside or not isinstance(module, nn.ModuleList) or len(module) < 2:
+            continue
+        if len({type(child) for child in module}) == 1 and all(any(True for _ in c.parameters()) for c in module):
+            blocks |= {f"{name}.{number}": child for number, child in enumerate(module)}
+    return blocks
+
+
+class _Stopped(BaseException):
+    """Unwinds a lane whose run was given up."""
+
+
+class Lane:
+    """One batch on its way through the model, in a thread that only runs between ``advance`` and the next block."""
+
+    def __init__(self, run: Callable[[], Any], size: int) -> None:
+        self.size = size  # samples
+        self.wanted: str | None = None  # the block that it waits for; None once it is through
+        self._call: Callable[[], Any] | None = None
+        self._held: list[Tensor] = []  # what it hands to the block
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._go, self._back = threading.Event(), threading.Event()
+        self._stop = False
+        self._run = run
+        self._thread = threading.Thread(target=self._main, daemon=True)
+
+    def _main(self) -> None:
+        self._go.wait()
+        try:
+            if not self._stop:
+                with torch.no_grad():
+                    self._run()
+        except _Stopped:
+            pass
+        except BaseException as error:  # handed to the thread that waits in advance
+            self._error = error
+        self.wanted = None
+        self._back.set()
+
+    def wait_for(self, block: str, call: Callable[[], Any], tensors: list[Tensor]) -> Any:
+        """Called in the lane's own thread where the model calls a block: wait until someone ran it."""
+        context = contextvars.copy_context()
+        self.wanted, self._call, self._held = block, lambda: context.run(call), tensors
+        self._go.clear()
+        self._back.set()
+        self._go.wait()
+        if self._stop:
+            raise _Stopped
+        value, self._value = self._value, None
+        return value
+
+    def advance(self) -> None:
+        """Let it run up to its next block, or to the end. Raises what the model raised."""
+        self._call, self._held = None, []
+        self._back.clear()
+        if not self._thread.is_alive():
+            self._thread.start()
+        self._go.set()
+        self._back.wait()
+        if self._error is not None:
+            raise self._error
+
+    def compute(self) -> None:
+        """Run the block that it waits for, in the thread of the caller; ``advance`` goes on behind it."""
+        assert self._call is not None
+        self._value = self._call()
+
+    def move(self, place: Callable[[Tensor], Tensor]) -> None:
+        """Put the memory of its hidden states elsewhere; whoever holds them sees the same tensors."""
+        for tensor in self._held:
+            tensor.data = place(tensor)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the hidden states that it hands to the block."""
+        return sum(tensor.nbytes for tensor in self._held)
+
+    def stop(self) -> None:
+        """End the thread."""
+        if self._thread.is_alive():
+            self._stop = True
+            self._go.set()
+            self._thread.join()
+
+
+_current = threading.local()
+
+
+class Lockstep:
+    """A model whose blocks wait for one another: ``blocks`` by name, ``batches`` as calls of the model."""
+
+    def __init__(self, blocks: dict[str, nn.Module], batches: Iterable[tuple[Callable[[], Any], int]]) -> None:
+        self._blocks = blocks
+        self._order = {name: position for position, name in enumerate(blocks)}
+        self.lanes = [Lane(self._enter(number, run), size) for number, (run, size) in enumerate(batches)]
+
+    def _enter(self, number: int, run: Callable[[], Any]) -> Callable[[], Any]:
+        def inside() -> Any:
+            _current.lane = self.lanes[number]
+            return run()
+
+        return inside
+
+    @contextmanager
+    def _waiting_blocks(self) -> Iterator[None]:
+        """Within it a call of a block waits; outside lanes (a trial run of the block) it runs at once."""
+
+        def stand_in(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def wait(*args: Any, **kwargs: Any) -> Any:
+                lane = getattr(_current, "lane", None)
+                if lane is None:
+                    return forward(*args, **kwargs)
+                return lane.wait_for(name, lambda: forward(*args, **kwargs), _tensors((args, kwargs)))
+
+            return wait
+
+        for name, block in self._blocks.items():
+            block.forward = stand_in(name, block.forward)
+        try:
+            yield
+        finally:
+            for block in self._blocks.values():
+                del block.forward
+
+    def run(
+        self, start: Callable[[Lane], None], visit: Callable[[str, list[Lane]], None], spill: Spill | None = None
+    ) -> None:
+        """Take all lanes through the model.
+
+        ``start(lane)`` is called before a lane's first step. ``visit(block, lanes)`` gets the lanes that wait for a
+        block and has to ``compute`` and ``advance`` each; a block that the model calls again is visited again.
+        """
+        try:
+            with self._waiting_blocks():
+                for lane in self.lanes:
+                    start(lane)
+                    lane.advance()
+                    if spill is not None:
+                        lane.move(spill.out)
+                while waiting := [lane for lane in self.lanes if lane.wanted is not None]:
+                    block = min((str(lane.wanted) for lane in waiting), key=self._order.__getitem__)
+                    visit(block, [lane for lane in waiting if lane.wanted == block])
+        finally:
+            for lane in self.lanes:
+                lane.stop()
+
+
+class Spill:
+    """Where hidden states wait: in host memory, or in files once they are more than ``limit`` bytes.
+
+    ``back`` brings them to the device before a block is run.
+    """
+
+    def __init__(self, device: torch.device, folder: Path, limit: int) -> None:
+        self._device = device
+        self._folder = folder
+        self._left = limit
+        self._files = 0
+
+    def out(self, tensor: Tensor) -> Tensor:
+        """Memory for a tensor that waits."""
+        if tensor.nbytes <= self._left:
+            self._left -= tensor.nbytes
+            return tensor.cpu()
+        self._files += 1
+        path = self._folder / f"hidden-{self._files}.part"
+        try:
+            mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        except RuntimeError as error:
+            raise TailorError(f"cannot keep hidden states in {path}: {error}", "free some space") from error
+        path.unlink()  # the mapping keeps it until the tensor is gone
+        return mapped.view(tensor.shape).copy_(tensor)
+
+    def back(self, tensor: Tensor) -> Tensor:
+        """Memory for a tensor that is worked on."""
+        self._left += tensor.nbytes
+        return tensor.to(self._device)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The floating-point tensors in nested arguments: the hidden states."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []
