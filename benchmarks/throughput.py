@@ -245,7 +245,7 @@ def batches_of(model: Path, data: Path, options: CalibrateOptions) -> list[dict[
     """The very batches that calibrate runs: token ids (B, T), without padding."""
     from transformers import AutoTokenizer
 
-    encoder = Encoder(AutoTokenizer.from_pretrained(model, local_files_only=True), options.seq_len)
+    encoder = Encoder(AutoTokenizer.from_pretrained(model, local_files_only=True))
     samples = draw_samples(data, read_records(data), encoder.encode, options)
     return list(make_batches(samples.inputs, options.batch_size))
 
@@ -270,18 +270,18 @@ def full_product(hessian: Tensor, inputs: Tensor) -> None:
 
 
 def hessian_products(
-    shape: LlamaShape, batches: list[tuple[Tensor, Tensor]], product: Callable[[Tensor, Tensor], None]
+    shape: LlamaShape, batches: list[dict[str, Tensor]], product: Callable[[Tensor, Tensor], None]
 ) -> Callable[[], None]:
     """A call that does the products of all Hessians over all tokens, on random inputs made beforehand."""
     sizes = [channels for _, channels in hessian_sizes(shape)]
-    largest = max(int(mask.sum()) for _, mask in batches)
+    counts = [batch["input_ids"].numel() for batch in batches]
     hessians = {size: torch.zeros(size, size) for size in set(sizes)}
-    inputs = {size: torch.randn(largest, size) for size in set(sizes)}
+    inputs = {size: torch.randn(max(counts), size) for size in set(sizes)}
 
     def call() -> None:
-        for _, mask in batches:
+        for tokens in counts:
             for size in sizes:
-                product(hessians[size], inputs[size][: int(mask.sum())])
+                product(hessians[size], inputs[size][:tokens])
 
     return call
 

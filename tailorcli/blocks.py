@@ -159,7 +159,7 @@ class Lockstep:
         block and has to ``compute`` and ``advance`` each; a block that the model calls again is visited again.
         """
         try:
-            with self._waiting_blocks():
+            with self._waiting_blocks(), torch.no_grad():  # blocks run in this thread, not in the lanes
                 for lane in self.lanes:
                     start(lane)
                     lane.advance()

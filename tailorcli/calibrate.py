@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from tailorcli.loading import (
 from tailorcli.names import Place, map_names
 from tailorcli.options import CalibrateOptions
 from tailorcli.plan import matches
+from tailorcli.report import format_bytes
 from tailorcli.stats import HESSIANS, HessianInfo, StatsWriter, TensorStats, prepare_folder
 
 if TYPE_CHECKING:
@@ -84,11 +85,17 @@ class _Run:
     writer: StatsWriter
     progress: bool
     places: dict[str, Place] = field(default_factory=dict)
+    buffers: set[str] = field(default_factory=set)  # checkpoint tensors that are no parameters
 
     def chosen(self, tensor: str) -> bool:
         """Whether a checkpoint tensor is to be calibrated."""
         patchable = self.stored.tensors[tensor].dtype in PATCHABLE_DTYPES
         return patchable and matches(tensor, self.options.include, self.options.exclude)
+
+    def note_buffers(self, network: Any, expected: dict[str, str]) -> None:
+        """Remember which tensors are buffers: they take no part in the method."""
+        names = {name for name, _ in network.named_buffers()}
+        self.buffers = {tensor for tensor, name in expected.items() if name in names}
 
     def wanted(self, layers: dict[str, Layer], names: dict[str, str]) -> list[Layer]:
         """Layers whose weight or bias is chosen; ``names`` gives each tensor's parameter."""
@@ -110,13 +117,14 @@ def calibrate_model(
     options: CalibrateOptions = CalibrateOptions(),
     progress: bool = False,
     base: str | os.PathLike[str] | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> CalibrateReport:
     """Run the checkpoint ``model`` over samples of ``data`` and write the statistics folder ``output``.
 
     One Hessian H = (2/N) sum x x^T per distinct layer input, over N tokens; nothing is padded. ``model`` is
     the *fine-tuned* checkpoint: its layer inputs on the new task are what Eq. 5 compares. It may be an adapter on
     ``base``, which defaults to the local folder that the adapter itself names. A model that does not fit the device
-    is streamed through it block by block. Raises TailorError.
+    is streamed through it block by block, which ``announce`` is told. Raises TailorError.
     """
     started = perf_counter()
     folder = Path(output)
@@ -130,7 +138,13 @@ def calibrate_model(
             samples = _draw(Path(data), stored, tokenizer_folder(tuned), config, options)
         writer = stack.enter_context(StatsWriter(folder, _room(stored, config)))
         run = _Run(stored, tuned, samples, options, device, timer, writer, progress)
-        blockwise = options.blockwise if options.blockwise is not None else not _fits(run, config)
+        blockwise = options.blockwise == "always"
+        if options.blockwise == "auto":
+            needed, free = _memory(run, config)
+            blockwise = needed > free * _MARGIN
+            if blockwise and announce is not None:
+                what = f"the model and its Hessians need up to {format_bytes(needed)}, {format_bytes(free)} are free"
+                announce(f"{what}: it goes through {device} block by block")
         with exact_float32(), device_errors():
             layers, dtype = (_collect_blockwise if blockwise else _collect_whole)(run, config)
         tensors = {name: _entry(name, run, layers) for name in stored.tensors}
@@ -140,7 +154,7 @@ def calibrate_model(
             "model": {"path": str(tuned.path), "fingerprint": tuned.fingerprint(), "run_in": dtype}
             | ({} if stored is tuned else {"base": str(stored.path)}),
             "data": samples.facts,
-            "options": options.to_dict() | {"overwrite": False, "blockwise": blockwise},
+            "options": options.to_dict() | {"overwrite": False, "blockwise": "always" if blockwise else "never"},
             "versions": package_versions(),
         }
         with timer.stage("write"):
@@ -192,7 +206,7 @@ def _draw(data: Path, stored: Checkpoint, folder: Path, config: dict[str, Any], 
     has_media = any(record.has_media for record in records)
     seq_len = min(options.seq_len, num_positions(config))
     processor = folder if not has_media or _has_processor(folder) else stored.path
-    encoder = load_encoder(processor, stored.path, has_media, seq_len, options)
+    encoder = load_encoder(processor, stored.path, has_media, options)
     return draw_samples(data, records, encoder.encode, replace(options, seq_len=seq_len))
 
 
@@ -219,13 +233,13 @@ def _values(config: dict[str, Any]) -> Iterator[Any]:
             yield value
 
 
-def _fits(run: _Run, config: dict[str, Any]) -> bool:
-    """Whether the model and its Hessians, taken as if no layers shared one, fit into the free memory."""
+def _memory(run: _Run, config: dict[str, Any]) -> tuple[int, int]:
+    """Bytes that the model and its Hessians need at most, and the bytes that are free on the device."""
     from tailorcli.collect import find_layers, free_memory
 
     free = free_memory(run.device)
     if free is None or run.stored.nbytes * 64 < free:  # float32 doubles bfloat16, and Hessians are a few times more
-        return True
+        return 0, 1
     network = empty_model(run.stored, config, run.options)
     weights = sum(parameter.nbytes for parameter in network.parameters())
     names = expected_names(network, run.stored.tensors)
@@ -234,7 +248,7 @@ def _fits(run: _Run, config: dict[str, Any]) -> bool:
     parameters = dict(network.named_parameters())
     experts = [parameters[layer.name] for layer in layers if parameters[layer.name].dim() == 3 and not layer.modules]
     hessians = sum(4 * size**2 for _, size in shared) + sum(4 * len(p) * max(p.shape[1:]) ** 2 for p in experts)
-    return bool(weights + hessians < free * _MARGIN)
+    return weights + hessians, free
 
 
 def _is_full(layer: Layer) -> bool:
@@ -275,6 +289,7 @@ def _collect_whole(run: _Run, config: dict[str, Any]) -> tuple[dict[str, Layer],
             _adapt(network, run.tuned, run.places)
         network = network.to(run.device)
     _check_ids(run.samples, network)
+    run.note_buffers(network, expected)
     layers = find_layers(network)
     collector = Collector(_some(run.wanted(layers, {})), network, run.device, run.timer)
     with collector.trial():
@@ -344,11 +359,12 @@ def _collect_blockwise(run: _Run, config: dict[str, Any]) -> tuple[dict[str, Lay
     if not blocks:
         raise CheckpointError(
             f"{run.stored.path} has no list of blocks to go through one by one",
-            "pass --no-blockwise, on a device or a machine with more memory",
+            "pass --blockwise never, on a device or a machine with more memory",
         )
     parts = _Parts(run, network, list(blocks))
     layers = find_layers(network)
     _some(run.wanted(layers, parts.expected))
+    run.note_buffers(network, parts.expected)
     parts.load("")
     _check_ids(run.samples, network)
     rest = [layer for layer in run.wanted(layers, {}) if parts.part_of(layer.name) == ""]
@@ -402,7 +418,9 @@ def _go_on(run: _Run, collector: Collector, layers: list[Layer]) -> None:
     """Take up the Hessians of a block that was run before: the model calls it more than once."""
     for layer in layers:
         if layer.experts:
-            raise CheckpointError(f"the experts {layer.name} are called by two blocks in turn", "pass --no-blockwise")
+            raise CheckpointError(
+                f"the experts {layer.name} are called by two blocks in turn", "pass --blockwise never"
+            )
         if layer.group is not None and (found := run.writer.read(layer.group)) is not None:
             collector.resume(layer.group, *found)
 
@@ -476,13 +494,15 @@ def _entry(tensor: str, run: _Run, layers: dict[str, Layer]) -> TensorStats:
         return TensorStats(None, reason=_NO_CHOICE)
     if info.dtype not in PATCHABLE_DTYPES:
         return TensorStats(None, reason=f"{info.dtype} is no floating-point dtype that can be patched")
+    if tensor in run.buffers:
+        return TensorStats(None, reason="it is a buffer, no parameter")
     if place.reason:
         return TensorStats(None, reason=place.reason)
     name = place.parameters[0]
     if name not in layers:
         weight = layers.get(name.removesuffix("bias") + "weight") if name.endswith("bias") else None
         if weight is None:
-            return TensorStats(None, reason="it is a buffer, no parameter")
+            return TensorStats(None, reason="no layer holds it")
         return TensorStats(BIAS_HESSIAN if weight.group else None, "bias", reason=weight.reason)
     layer = layers[name]
     entry = stats_of(layer)

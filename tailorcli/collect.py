@@ -179,7 +179,7 @@ class Collector:
         if free is not None and needed > free:
             raise DeviceError(
                 f"the Hessians need {needed / 1e9:.1f} GB on {self._device}, {free / 1e9:.1f} GB are free",
-                "calibrate fewer tensors at a time with --include, pass --blockwise, or use another --device",
+                "calibrate fewer tensors at a time with --include, pass --blockwise always, or use another --device",
             )
         for layer in self.layers:
             if layer.group is not None:

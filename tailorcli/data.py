@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
     Inputs = dict[str, torch.Tensor]
 
 _FORMATS = ".jsonl, .json or .txt"
-_FIELDS = (
-    'a record needs "text", or "messages", or "prompt" and "response", with "images" or "audio" as the model takes'
-)
+FIELDS = 'a record needs "text", or "messages", or "prompt" and "response", with "images" or "audio" as the model takes'
 _TEXT_FIELDS = ("text", "prompt", "response", "audio")
 
 
@@ -42,6 +41,8 @@ class Record:
     @property
     def has_media(self) -> bool:
         """Whether anything but text is in it."""
+        if "text" in self.fields:  # it wins over messages
+            return bool(self.images)
         parts = [part for message in self.fields.get("messages", ()) for part in content_parts(message)]
         return bool(self.images) or "audio" in self.fields or any(part.get("type") != "text" for part in parts)
 
@@ -90,7 +91,7 @@ def read_records(path: Path, text_mode: str = "line") -> list[Record]:
     else:
         raise DataError(f"{path} has the unknown suffix {path.suffix!r}", f"pass a {_FORMATS} file")
     if not records:
-        raise DataError(f"{path} holds no records", _FIELDS)
+        raise DataError(f"{path} holds no records", FIELDS)
     return records
 
 
@@ -111,7 +112,7 @@ def _json_list(path: Path, text: str) -> Iterator[Record]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}", "a list of objects, or use .jsonl") from error
     if not isinstance(values, list):
-        raise DataError(f"{path} holds a {type(values).__name__}, expected a list of objects", _FIELDS)
+        raise DataError(f"{path} holds a {type(values).__name__}, expected a list of objects", FIELDS)
     for number, value in enumerate(values):
         yield _checked(f"{path}, record {number}", value, path.parent)
 
@@ -119,7 +120,7 @@ def _json_list(path: Path, text: str) -> Iterator[Record]:
 def _checked(where: str, value: Any, folder: Path) -> Record:
     """A record with one of the known sets of fields, each of the right type."""
     if not isinstance(value, dict):
-        raise DataError(f"{where} is a {type(value).__name__}, expected an object", _FIELDS)
+        raise DataError(f"{where} is a {type(value).__name__}, expected an object", FIELDS)
     if "response" not in value and "completion" in value:  # the name that trl uses
         value = {**value, "response": value["completion"]}
     if "images" not in value and "image" in value:
@@ -128,12 +129,12 @@ def _checked(where: str, value: Any, folder: Path) -> Record:
         messages = value["messages"]
         sound = isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages)
         if not sound:
-            raise DataError(f'{where}: "messages" must be a list of objects with "role" and "content"', _FIELDS)
+            raise DataError(f'{where}: "messages" must be a list of objects with "role" and "content"', FIELDS)
     elif not ("text" in value or {"prompt", "response"} <= value.keys() or {"images", "audio"} & value.keys()):
-        raise DataError(f"{where} has the fields {sorted(value)}", _FIELDS)
+        raise DataError(f"{where} has the fields {sorted(value)}", FIELDS)
     for name in _TEXT_FIELDS:
         if name in value and not isinstance(value[name], str):
-            raise DataError(f'{where}: "{name}" is a {type(value[name]).__name__}, expected a string', _FIELDS)
+            raise DataError(f'{where}: "{name}" is a {type(value[name]).__name__}, expected a string', FIELDS)
     images = value.get("images", [])
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         raise DataError(f'{where}: "images" must be a list of file names', "paths are relative to the data file")
@@ -141,7 +142,7 @@ def _checked(where: str, value: Any, folder: Path) -> Record:
 
 
 def draw_samples(
-    path: Path, records: list[Record], encode: Callable[[Record], Inputs | None], options: CalibrateOptions
+    path: Path, records: list[Record], encode: Callable[[Record, int], Inputs | None], options: CalibrateOptions
 ) -> Samples:
     """Draw up to ``num_samples`` of the records of ``path``, in the order of the seed, as ``encode`` makes them.
 
@@ -149,7 +150,7 @@ def draw_samples(
     """
     chosen: list[Inputs] = []
     if options.text_mode == "chunk" and path.suffix == ".txt":
-        pool = _chunks(encode(records[0]), options.seq_len)
+        pool = _chunks(encode(records[0], sys.maxsize), options.seq_len)
         random.Random(options.seed).shuffle(pool)
         chosen = pool[: options.num_samples]
         available = len(pool)
@@ -158,13 +159,13 @@ def draw_samples(
         random.Random(options.seed).shuffle(order)
         available = len(records)
         for position in order:
-            inputs = encode(records[position])
+            inputs = encode(records[position], options.seq_len)
             if inputs is not None:
                 chosen.append(inputs)
             if len(chosen) == options.num_samples:
                 break
     if not chosen:
-        raise DataError(f"{path}: no record gives a single token", _FIELDS)
+        raise DataError(f"{path}: no record gives a single token", FIELDS)
     facts = {
         "file": str(path),
         "blake2b": hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.data import Record, content_parts
+from tailorcli.data import FIELDS, Record, content_parts
 from tailorcli.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ class Encoder:
     """
 
     processor: Any
-    seq_len: int
     start_token: int | None = None
     takes_media: bool = False
 
@@ -37,25 +36,21 @@ class Encoder:
         """What turns text into token ids."""
         return getattr(self.processor, "tokenizer", self.processor)
 
-    def encode(self, record: Record) -> Inputs | None:
-        """The model's inputs for one record; None where it gives no token. Raises DataError."""
+    def encode(self, record: Record, seq_len: int) -> Inputs | None:
+        """The model's inputs for one record, of ``seq_len`` tokens at most; None if it gives none. Raises DataError."""
         if "audio" in record.fields:
-            return self._speech(record)
+            return self._speech(record, seq_len)
         if self.takes_media and record.has_media:
-            return self._with_images(record)
+            return self._with_images(record, seq_len)
         if record.has_media:
             raise DataError(
                 f"{record.where} has images, and the model's folder holds no processor for them",
                 "save it there: processor.save_pretrained(DIR); or give records of text alone",
             )
         if self.start_token is not None:
-            return self._text_to_text(record)
-        return self._ids(self._tokens(record, self._text_of(record), special="messages" not in record.fields))
-
-    def _ids(self, ids: list[int]) -> Inputs | None:
-        import torch
-
-        return {"input_ids": torch.tensor([ids[: self.seq_len]])} if ids else None
+            return self._text_to_text(record, seq_len)
+        plain = "text" in record.fields or "messages" not in record.fields  # a template writes special tokens itself
+        return _as_inputs(self._tokens(record, self._text_of(record), special=plain)[:seq_len])
 
     def _text_of(self, record: Record) -> str:
         """The text of a record without media, messages through the chat template."""
@@ -72,49 +67,52 @@ class Encoder:
         try:
             return str(self.tokenizer.apply_chat_template(fields["messages"], tokenize=False))
         except Exception as error:  # whatever a model's own template raises
-            raise DataError(f"{record.where}: the chat template refuses these messages: {error}", "") from error
+            raise DataError(f"{record.where}: the chat template refuses these messages: {error}", FIELDS) from error
 
     def _tokens(self, record: Record, text: str, special: bool = True) -> list[int]:
         try:
             text.encode("utf-8")  # JSON can escape half a character, of which tokenizers only say it is no string
             return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
         except Exception as error:  # whatever a model's own tokenizer raises
-            raise DataError(f"{record.where}: the tokenizer refuses this text: {error}") from error
+            raise DataError(f"{record.where}: the tokenizer refuses this text: {error}", FIELDS) from error
 
-    def _text_to_text(self, record: Record) -> Inputs | None:
+    def _text_to_text(self, record: Record, seq_len: int) -> Inputs | None:
         """The prompt for the encoder, the response for the decoder."""
         if "prompt" not in record.fields:
             raise DataError(
                 f'{record.where} has no "prompt": this model is an encoder-decoder',
                 'give its records a "prompt", for the encoder, and a "response", for the decoder',
             )
-        inputs = self._ids(self._tokens(record, record.fields["prompt"]))
+        inputs = _as_inputs(self._tokens(record, record.fields["prompt"])[:seq_len])
         if inputs is None:
             return None
-        return inputs | {"decoder_input_ids": self._decoder_ids(self._tokens(record, record.fields["response"]))}
+        response = self._tokens(record, record.fields["response"])
+        return inputs | {"decoder_input_ids": self._decoder_ids(response, seq_len)}
 
-    def _decoder_ids(self, ids: list[int]) -> Any:
+    def _decoder_ids(self, ids: list[int], seq_len: int) -> Any:
         """What the decoder reads while it writes ``ids``: the same, one place later."""
         import torch
 
         assert self.start_token is not None
         shifted = ids[:-1] if ids[:1] == [self.start_token] else [self.start_token, *ids[:-1]]
-        return torch.tensor([shifted[: self.seq_len] or [self.start_token]])
+        return torch.tensor([shifted[:seq_len] or [self.start_token]])
 
-    def _speech(self, record: Record) -> Inputs:
+    def _speech(self, record: Record, seq_len: int) -> Inputs:
         """Sound for the encoder, the response for the decoder, where the model has one."""
         extractor = getattr(self.processor, "feature_extractor", self.processor)
         rate = getattr(extractor, "sampling_rate", None)
         if rate is None:
-            raise DataError(f"{record.where} has audio, and the model's folder holds no feature extractor for it")
+            raise DataError(
+                f"{record.where} has audio, and the model's folder holds no feature extractor for it", FIELDS
+            )
         sound = read_wav(record.folder / record.fields["audio"], rate, record.where)
         inputs = self._call(record, lambda: extractor(sound, sampling_rate=rate, return_tensors="pt"))
         if self.start_token is None:
             return inputs
         response = self._tokens(record, record.fields.get("response", record.fields.get("text", "")))
-        return inputs | {"decoder_input_ids": self._decoder_ids(response)}
+        return inputs | {"decoder_input_ids": self._decoder_ids(response, seq_len)}
 
-    def _with_images(self, record: Record) -> Inputs:
+    def _with_images(self, record: Record, seq_len: int) -> Inputs:
         """Images and text through the model's own processor, which puts in as many image tokens as it needs."""
         if "messages" in record.fields:
             messages = [_with_paths(message, record) for message in record.fields["messages"]]
@@ -125,7 +123,7 @@ class Encoder:
             if not hasattr(self.processor, "tokenizer"):
                 return self._call(record, lambda: self.processor(images=images, return_tensors="pt"))
             inputs = self._call_with_text(record, images)
-        return self._cut(record, inputs)
+        return self._cut(record, inputs, seq_len)
 
     def _call_with_text(self, record: Record, images: list[Any]) -> Inputs:
         """Where neither the text nor the processor names the place of the images, they come first, a line each."""
@@ -136,20 +134,20 @@ class Encoder:
             text = "".join(f"{token}\n" for _ in images) + text
         return self._call(record, lambda: self.processor(images=images, text=text, return_tensors="pt"))
 
-    def _cut(self, record: Record, inputs: Inputs) -> Inputs:
+    def _cut(self, record: Record, inputs: Inputs, seq_len: int) -> Inputs:
         """At most ``seq_len`` tokens, but never fewer than hold all images."""
         length = inputs["input_ids"].shape[1]
-        if length <= self.seq_len:
+        if length <= seq_len:
             return inputs
         token = getattr(self.processor, "image_token_id", None)
         places = (inputs["input_ids"][0] == token).nonzero() if token is not None else None
-        if places is None or (len(places) and int(places[-1]) >= self.seq_len):
+        if places is None or (len(places) and int(places[-1]) >= seq_len):
             raise DataError(
-                f"{record.where} has {length} tokens with its images, more than --seq-len {self.seq_len}",
+                f"{record.where} has {length} tokens with its images, more than --seq-len {seq_len}",
                 "pass a larger --seq-len, or smaller images",
             )
         alike = {name for name, value in inputs.items() if value.shape[:2] == (1, length)}
-        return {name: value[:, : self.seq_len] if name in alike else value for name, value in inputs.items()}
+        return {name: value[:, :seq_len] if name in alike else value for name, value in inputs.items()}
 
     def _call(self, record: Record, call: Callable[[], Any]) -> Inputs:
         """A processor's output as tensors with a batch dimension of one sample."""
@@ -159,9 +157,15 @@ class Encoder:
             made = dict(call())
         except Exception as error:  # whatever a model's own processor raises
             what = str(error).strip().split("\n")[0] or type(error).__name__
-            raise DataError(f"{record.where}: the processor refuses this record: {what}") from error
+            raise DataError(f"{record.where}: the processor refuses this record: {what}", FIELDS) from error
         tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
         return {name: value for name, value in tensors.items() if name not in _DROPPED}
+
+
+def _as_inputs(ids: list[int]) -> Inputs | None:
+    import torch
+
+    return {"input_ids": torch.tensor([ids])} if ids else None
 
 
 def _with_paths(message: dict[str, Any], record: Record) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def num_positions(config: dict[str, Any]) -> int:
     return sys.maxsize
 
 
-def load_encoder(folder: Path, model: Path, has_media: bool, seq_len: int, options: CalibrateOptions) -> Encoder:
+def load_encoder(folder: Path, model: Path, has_media: bool, options: CalibrateOptions) -> Encoder:
     """What turns records into inputs: the tokenizer in ``folder``, or its processor where the data has images or sound.
 
     ``model`` is the folder whose config says whether there is a decoder to feed.
@@ -71,7 +71,7 @@ def load_encoder(folder: Path, model: Path, has_media: bool, seq_len: int, optio
                 problem = problem or error
             else:
                 media = has_media and not isinstance(processor, transformers.PreTrainedTokenizerBase)
-                return Encoder(processor, seq_len, start, media)
+                return Encoder(processor, start, media)
     assert problem is not None
     what = "a processor for images or sound" if has_media else "a tokenizer"
     raise CheckpointError(

@@ -12,6 +12,7 @@ from tailorcli.errors import OptionsError
 Solver = Literal["joint", "sequential", "none"]
 Method = Literal["average", "joint", "patches"]
 TextMode = Literal["line", "chunk"]
+Blockwise = Literal["auto", "always", "never"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -67,13 +68,14 @@ class CalibrateOptions:
     text_mode: TextMode = "line"
     seed: int = 0
     trust_remote_code: bool = False
-    blockwise: bool | None = None  # None: only where the model does not fit the device
+    blockwise: Blockwise = "auto"  # auto: where the model does not fit the device
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "seq_len", "batch_size"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require_choice("dtype", self.dtype, get_args(DTypeName))
+        _require_choice("blockwise", self.blockwise, get_args(Blockwise))
         _require_choice("text-mode", self.text_mode, get_args(TextMode))
 
     def to_dict(self) -> dict[str, Any]:

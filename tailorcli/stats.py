@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -220,7 +221,7 @@ class StatsWriter:
             self._file = self._part.open("w+b")
             self._file.seek(8 + self._header)
         except OSError as error:
-            raise as_output_error(folder, error) from error
+            raise _cannot_write(folder, error) from error
 
     @property
     def count(self) -> int:
@@ -231,7 +232,8 @@ class StatsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # what a full disk refused was told when it was written
+            self._file.close()
 
     def write(self, name: str, info: HessianInfo, values: Tensor) -> None:
         """Append one Hessian, already packed, or replace the one of its name. Raises OutputError on a full disk."""
@@ -244,7 +246,7 @@ class StatsWriter:
             self._file.seek(8 + self._header + start)
             self._file.write(data.view(torch.uint8).numpy().data)
         except OSError as error:
-            raise as_output_error(self._part, error) from error
+            raise _cannot_write(self._part, error) from error
         self._infos[name] = info
 
     def read(self, name: str) -> tuple[HessianInfo, Tensor] | None:
@@ -281,7 +283,12 @@ class StatsWriter:
             self._part.replace(self.folder / HESSIANS)
             write_text_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         except OSError as error:
-            raise as_output_error(self.folder, error) from error
+            raise _cannot_write(self.folder, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    """The error without a word of --resume: a calibration starts again."""
+    return OutputError(as_output_error(path, error).message, "free some space or choose another folder for -o")
 
 
 def write_stats(

@@ -4,11 +4,13 @@ import json
 import random
 
 import pytest
+import torch
 from helpers import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tailorcli.data import draw_samples, make_batches, read_records
+from tailorcli.encoding import Encoder
 from tailorcli.errors import DataError
 from tailorcli.options import CalibrateOptions
 
@@ -49,12 +51,18 @@ def write(tmp_path):
 
 
 def draw(path, tokenizer, **options):
-    return draw_samples(path, tokenizer, CalibrateOptions(**options))
+    options = CalibrateOptions(**options)
+    records = read_records(path, options.text_mode)
+    return draw_samples(path, records, Encoder(tokenizer).encode, options)
+
+
+def drawn_ids(samples):
+    return [sample["input_ids"][0].tolist() for sample in samples.inputs]
 
 
 def texts(path, tokenizer, **options):
     """What was drawn, as sorted text."""
-    return sorted(text_of(sample) for sample in draw(path, tokenizer, **options).token_ids)
+    return sorted(text_of(sample) for sample in drawn_ids(draw(path, tokenizer, **options)))
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------
@@ -100,19 +108,19 @@ def test_only_a_line_feed_ends_a_document(write):
 def test_chunks_cover_the_text_without_overlap(write, tokenizer):
     text = "".join(random.Random(0).choice("abcdefgh \n") for _ in range(997))
     path = write("data.txt", text.replace("\n", "|"))
-    drawn = draw(path, tokenizer, text_mode="chunk", seq_len=100).token_ids
+    drawn = drawn_ids(draw(path, tokenizer, text_mode="chunk", seq_len=100))
     assert sorted(map(len, drawn)) == [97] + [100] * 9
     chunks = [text.replace("\n", "|")[start : start + 100] for start in range(0, 997, 100)]
     assert sorted(map(text_of, drawn)) == sorted(chunks)
     some = draw(path, tokenizer, text_mode="chunk", seq_len=100, num_samples=3)
-    assert [text_of(sample) in chunks for sample in some.token_ids] == [True] * 3
+    assert [text_of(sample) in chunks for sample in drawn_ids(some)] == [True] * 3
     assert some.facts["records"] == 10
     assert some.facts["samples"] == 3
 
 
 def test_chunks_run_across_lines_and_are_for_txt_alone(write, tokenizer):
     path = write("data.txt", "ab\ncd\nef")
-    drawn = draw(path, tokenizer, text_mode="chunk", seq_len=4).token_ids
+    drawn = drawn_ids(draw(path, tokenizer, text_mode="chunk", seq_len=4))
     assert sorted(map(len, drawn)) == [4, 4]
     assert texts(write("data.jsonl", [{"text": "abcdef"}]), tokenizer, text_mode="chunk", seq_len=4) == ["abcd"]
 
@@ -130,14 +138,14 @@ def test_special_tokens_are_added_to_text_and_left_to_the_template(write):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 1)])
     chat = [{"role": "user", "content": "hi"}]
     path = write("data.json", [{"text": "a"}, {"prompt": "b", "response": "c"}, {"messages": chat}])
-    drawn = sorted(draw(path, tokenizer).token_ids)
+    drawn = sorted(drawn_ids(draw(path, tokenizer)))
     assert drawn == sorted([[1, *ids("a")], [1, *ids("bc")], ids("<user>hi")])
 
 
 def test_long_samples_are_cut_on_the_right_and_empty_ones_passed_over(write, tokenizer):
     path = write("data.jsonl", [{"text": ""}, {"text": "abcdefgh"}, {"text": ""}, {"text": "xy"}])
     samples = draw(path, tokenizer, seq_len=5)
-    assert sorted(map(text_of, samples.token_ids)) == ["abcde", "xy"]
+    assert sorted(map(text_of, drawn_ids(samples))) == ["abcde", "xy"]
     assert samples.num_tokens == samples.facts["tokens"] == 7
     assert samples.facts["samples"] == 2
     assert samples.facts["records"] == 4
@@ -149,12 +157,13 @@ def test_long_samples_are_cut_on_the_right_and_empty_ones_passed_over(write, tok
 def test_the_seed_decides_the_samples(write, tokenizer):
     path = write("data.jsonl", [{"text": f"number {i}"} for i in range(100)])
     first = draw(path, tokenizer, num_samples=10, seed=3)
-    assert first == draw(path, tokenizer, num_samples=10, seed=3)
-    assert first.token_ids != draw(path, tokenizer, num_samples=10, seed=4).token_ids
-    assert len({tuple(sample) for sample in first.token_ids}) == 10  # without replacement
-    assert first.token_ids == draw(path, tokenizer, num_samples=20, seed=3).token_ids[:10]
+    assert first.facts == draw(path, tokenizer, num_samples=10, seed=3).facts
+    assert drawn_ids(first) == drawn_ids(draw(path, tokenizer, num_samples=10, seed=3))
+    assert drawn_ids(first) != drawn_ids(draw(path, tokenizer, num_samples=10, seed=4))
+    assert len({tuple(sample) for sample in drawn_ids(first)}) == 10  # without replacement
+    assert drawn_ids(first) == drawn_ids(draw(path, tokenizer, num_samples=20, seed=3))[:10]
     everything = draw(path, tokenizer, num_samples=1000, seed=3)
-    assert sorted(map(text_of, everything.token_ids)) == sorted(f"number {i}" for i in range(100))
+    assert sorted(map(text_of, drawn_ids(everything))) == sorted(f"number {i}" for i in range(100))
 
 
 def test_sampling_leaves_the_global_generator_alone(write, tokenizer):
@@ -181,24 +190,27 @@ def test_the_facts_tell_one_file_from_another(write, tokenizer):
     batch_size=st.integers(1, 7),
 )
 @settings(deadline=None)
-def test_batches_hold_every_sample_once_padded_on_the_right(lengths, batch_size):
+def test_batches_hold_every_sample_once_and_pad_nothing(lengths, batch_size):
     samples = [[100 * i + j + 1 for j in range(length)] for i, length in enumerate(lengths)]
-    found = []
-    for rows, masks in make_batches(samples, batch_size):
-        assert len(rows) == len(masks) <= batch_size
-        assert len({len(row) for row in (*rows, *masks)}) == 1
-        for row, mask in zip(rows, masks, strict=True):
-            length = sum(mask)
-            assert mask == [1] * length + [0] * (len(row) - length)
-            assert not any(row[length:])
-            found.append(row[:length])
-        assert any(all(mask) for mask in masks)  # no wider than its longest sample
-    assert sorted(found) == sorted(samples)
+    batches = list(make_batches([{"input_ids": torch.tensor([ids])} for ids in samples], batch_size))
+    assert all(1 <= len(batch["input_ids"]) <= batch_size for batch in batches)
+    assert sorted(row for batch in batches for row in batch["input_ids"].tolist()) == sorted(samples)
+    assert len(batches) == sum(-(-lengths.count(length) // batch_size) for length in set(lengths))
 
 
-def test_batches_put_like_lengths_together():
-    samples = [[1] * length for length in (1, 50, 2, 49)]
-    assert [len(rows[0]) for rows, _ in make_batches(samples, 2)] == [50, 2]
+def test_batches_put_like_shapes_together_the_largest_first():
+    def sample(length, images=0):
+        media = {"pixel_values": torch.zeros(images, 3, 4, 4)} if images else {}
+        return {"input_ids": torch.ones(1, length, dtype=torch.long), **media}
+
+    batches = list(make_batches([sample(5), sample(9), sample(5, 1), sample(5), sample(5, 1), sample(5, 2)], 8))
+    shapes = [{name: tuple(value.shape) for name, value in batch.items()} for batch in batches]
+    assert shapes == [
+        {"input_ids": (1, 5), "pixel_values": (2, 3, 4, 4)},
+        {"input_ids": (2, 5), "pixel_values": (2, 3, 4, 4)},
+        {"input_ids": (1, 9)},
+        {"input_ids": (2, 5)},
+    ]
 
 
 # --- errors ---------------------------------------------------------------------------------------------------

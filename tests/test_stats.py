@@ -1,5 +1,6 @@
 """Statistics folders: what is sound opens, what is malformed is refused before anything reads it."""
 
+import errno
 import json
 import random
 import shutil
@@ -15,7 +16,16 @@ from tailorcli.errors import OutputError, StatsError, TailorError
 from tailorcli.inspection import inspect_path
 from tailorcli.options import PatchOptions
 from tailorcli.plan import build_plan, check_stats
-from tailorcli.stats import HESSIANS, MANIFEST, HessianInfo, Stats, TensorStats, prepare_folder, write_stats
+from tailorcli.stats import (
+    HESSIANS,
+    MANIFEST,
+    HessianInfo,
+    Stats,
+    StatsWriter,
+    TensorStats,
+    prepare_folder,
+    write_stats,
+)
 
 FACTS = {"model": {"path": "model", "fingerprint": "0123"}, "data": {"file": "data.jsonl"}, "versions": {}}
 
@@ -272,16 +282,40 @@ def test_where_statistics_may_be_written(tmp_path, folder):
     assert (tmp_path / "file").read_text() == "x"
 
 
+def test_hessians_written_one_at_a_time_can_be_read_back_and_replaced(tmp_path):
+    values = {name: torch.rand(count) for name, count in (("a", 6), ("b", 3), ("c", 10))}
+    infos = {"a": HessianInfo(3, "full", 1), "b": HessianInfo(3, "diagonal", 2), "c": HessianInfo(4, "full", 3)}
+    with StatsWriter(tmp_path, values) as writer:
+        assert writer.read("a") is None
+        for name, value in values.items():
+            writer.write(name, infos[name], torch.zeros_like(value) if name == "b" else value)
+        writer.write("b", infos["b"], values["b"])
+        info, found = writer.read("a")
+        assert info == infos["a"]
+        assert torch.equal(found, values["a"])
+        assert writer.count == 3
+        writer.finish({}, FACTS)
+    stats = Stats.open(tmp_path)
+    assert stats.hessians == infos
+    assert all(torch.equal(stats.load(name), value) for name, value in values.items())
+    assert torch.equal(load_file(tmp_path / HESSIANS)["c"], values["c"])
+
+
+def test_more_hessians_than_room_was_made_for_are_not_written_over_each_other(tmp_path):
+    with StatsWriter(tmp_path, ["short"]) as writer:
+        for number in range(20):
+            writer.write(f"a long name {number}", HessianInfo(1, "diagonal", 1), torch.ones(1))
+        with pytest.raises(RuntimeError, match="room"):
+            writer.finish({}, FACTS)
+    refusal(tmp_path, MANIFEST)
+
+
 def test_a_failed_write_leaves_no_statistics(tmp_path, monkeypatch):
-    """The library that writes the Hessians has an exception of its own for a full disk."""
-    import safetensors.torch
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    def full(tensors, path):
-        path.write_bytes(b"half")
-        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OutputError, match="No space left"):
+    monkeypatch.setattr("tailorcli.stats.fsync_path", full)
+    with pytest.raises(OutputError, match="no space left"):
         write_stats(tmp_path, [("h", HessianInfo(1, "diagonal", 1), torch.ones(1))], {}, FACTS)
     refusal(tmp_path, MANIFEST)
     monkeypatch.undo()

@@ -113,7 +113,8 @@ def root(
 def calibrate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of the fine-tuned checkpoint or adapter.")],
     data: Annotated[
-        Path, typer.Option(help="New-task data: .jsonl or .json (text, messages, or prompt and response), or .txt.")
+        Path,
+        typer.Option(help="New-task data: .jsonl, .json (text, messages, prompt and response; images), .txt."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="STATS", help="Folder for the statistics.")],
     base: Annotated[
@@ -129,6 +130,9 @@ def calibrate(
     text_mode: Annotated[str, typer.Option(help=".txt: a document a 'line', or 'chunk's of --seq-len.")] = "line",
     seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    blockwise: Annotated[
+        str, typer.Option(help="Load one block of the model at a time: always, never; auto: if it does not fit.")
+    ] = "auto",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -150,9 +154,18 @@ def calibrate(
         text_mode=text_mode,  # type: ignore[arg-type]
         seed=seed,
         trust_remote_code=trust_remote_code,
+        blockwise=blockwise,  # type: ignore[arg-type]
         overwrite=overwrite,
     )
-    report = calibrate_model(model, data, output, options, progress=not as_json, base=base)
+    report = calibrate_model(
+        model,
+        data,
+        output,
+        options,
+        progress=not as_json,
+        base=base,
+        announce=None if as_json else partial(typer.echo, err=True),
+    )
     if as_json:
         print_json(report.to_dict())
         return
@@ -161,6 +174,7 @@ def calibrate(
         f"tensors in {output} ({format_bytes(report.bytes)}, {report.seconds:.1f} s)"
     )
     show_reasons(report.uncalibrated, "without statistics")
+    show_reasons(report.notes, "note")
     typer.echo(f"next: tailorcli patch {base or 'BASE'} {model} --stats {output} -o OUT", err=True)
 
 
