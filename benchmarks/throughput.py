@@ -44,8 +44,8 @@ from benchmarks.common import (
 from benchmarks.synthetic import DTYPES, Inputs, LlamaShape, parameters, write_inputs, write_pair
 from tailorcli import calibrate_model
 from tailorcli.data import draw_samples, make_batches, read_records
-from tailorcli.encoding import Encoder
 from tailorcli.device import exact_float32
+from tailorcli.encoding import Encoder
 from tailorcli.options import CalibrateOptions
 
 PARTS = ("salience", "stages", "calibrate")

@@ -99,6 +99,7 @@ class PatchOptions:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     allow_dtype_mismatch: bool = False
+    resized_vocab: bool = False  # tuned has more rows than base, which are taken over
     task: str | None = None  # what a patch file says of itself
     license: str | None = None
     resume: bool = False

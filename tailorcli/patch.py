@@ -23,6 +23,7 @@ from tailorcli.plan import Plan, TensorPlan, build_plan, working_set
 from tailorcli.reading import ReadAhead
 from tailorcli.report import PatchReport
 from tailorcli.stats import Stats
+from tailorcli.vocabulary import GrownCheckpoint, grow_vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -42,14 +43,18 @@ class Inputs:
     stats: Stats | None
 
     @classmethod
-    def open(cls, base: PathLike, tuned: PathLike, stats: PathLike | None, stack: ExitStack) -> Inputs:
+    def open(
+        cls, base: PathLike, tuned: PathLike, stats: PathLike | None, options: PatchOptions, stack: ExitStack
+    ) -> Inputs:
         """Open all by their headers; ``stack`` closes them."""
-        opened_base = Checkpoint.open(base)
-        opened = cls(opened_base, open_tuned(tuned, opened_base), Stats.open(stats) if stats is not None else None)
-        for item in (opened.base, opened.tuned, opened.stats):
-            if item is not None:
-                stack.callback(item.close)
-        return opened
+        opened_base = stack.enter_context(Checkpoint.open(base))
+        opened_tuned = stack.enter_context(open_tuned(tuned, opened_base))
+        opened_stats = Stats.open(stats) if stats is not None else None
+        if opened_stats is not None:
+            stack.callback(opened_stats.close)
+        if options.resized_vocab:
+            opened_base = stack.enter_context(grow_vocabulary(opened_base, opened_tuned))
+        return cls(opened_base, opened_tuned, opened_stats)
 
     def describe(self) -> dict[str, dict[str, str]]:
         """Path and fingerprint of each."""
@@ -77,11 +82,20 @@ def plan_patch(
 ) -> Plan:
     """What ``patch_checkpoint`` would do to each tensor and what it would cost, from headers alone."""
     with ExitStack() as stack:
-        inputs = Inputs.open(base, tuned, stats, stack)
+        inputs = Inputs.open(base, tuned, stats, options, stack)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options)
         target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
+        _require_stored_rows(target, options)
         target.check(inputs.paths, plan)
         return plan
+
+
+def _require_stored_rows(target: Target, options: PatchOptions) -> None:
+    if target.patch_file is not None and options.resized_vocab:
+        raise OptionsError(
+            "a patch file holds entries of the base's own tensors, and --resized-vocab gives them new rows",
+            "leave --patch-file out, or give the base the new rows first: resize_token_embeddings",
+        )
 
 
 def score_checkpoint(
@@ -97,7 +111,7 @@ def score_checkpoint(
     """
     started = perf_counter()
     with ExitStack() as stack:
-        inputs = Inputs.open(base, tuned, stats, stack)
+        inputs = Inputs.open(base, tuned, stats, options, stack)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options)
         device = resolve_device(options.device)
         timer = StageTimer(device)
@@ -133,8 +147,9 @@ def patch_checkpoint(
     target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
     if target.folder is None and target.patch_file is None:
         raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
+    _require_stored_rows(target, options)
     with ExitStack() as stack:
-        inputs = Inputs.open(base, tuned, stats, stack)
+        inputs = Inputs.open(base, tuned, stats, options, stack)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options)
         device = resolve_device(options.device)
         target.check(inputs.paths, plan)
@@ -156,6 +171,8 @@ def patch_checkpoint(
         loop = _tailored(todo, inputs, options, device, timer, score_only=False, digests=outputs.wants_digest)
         for tensor, result, digest in loop:
             record = _record(tensor, result, inputs.stats, options)
+            if isinstance(inputs.base, GrownCheckpoint) and tensor.name in inputs.base.grown:
+                record["note"] = f"the last {inputs.base.new_rows(tensor.name)} rows are new, and tuned's own"
             records[tensor.name] = record
             with timer.stage("wait for write"):
                 if result is None or result.patched is None or record["status"] == "base":

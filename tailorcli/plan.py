@@ -232,9 +232,11 @@ def _shape_hint(base: Checkpoint, tuned: Checkpoint, first: TensorInfo, other: T
     rest = all(info.shape[1:] == tuned.tensors[info.name].shape[1:] for info in differing)
     tables = len([info for info in differing if len(info.shape) == 2])  # a head may have a bias besides
     if len(rows) == 1 and rest and len(first.shape) > 0 and 1 <= tables <= 2:
+        if first.shape[0] < other.shape[0]:
+            return "this looks like a resized vocabulary: pass --resized-vocab to take the new rows from tuned"
         return (
-            "this looks like a resized vocabulary: shrink tuned with resize_token_embeddings("
-            f"{first.shape[0]}) or grow base to {other.shape[0]} rows first"
+            "this looks like a resized vocabulary, which tuned's is smaller in: grow tuned with "
+            f"resize_token_embeddings({first.shape[0]}) first"
         )
     return "pass checkpoints of one architecture and size"
 

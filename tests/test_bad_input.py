@@ -246,7 +246,7 @@ MISMATCHES = {
     "a grown vocabulary": (
         lambda t: grow(t, *VOCABULARY),
         [VOCABULARY[1], "[108, 32]"],
-        "resize_token_embeddings(100)",
+        "--resized-vocab",
     ),
     "a grown table": (lambda t: grow(t, VOCABULARY[0]), [VOCABULARY[0], "[108, 32]"], "resized vocabulary"),
     "wider layers": (

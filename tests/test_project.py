@@ -21,7 +21,7 @@ LAYERS = [
     {"writer", "report", "adapter_config"},
     {"adapter_fit"},
     {"stats", "patchfile", "adapter"},
-    {"patchwriter"},
+    {"patchwriter", "vocabulary"},
     {"plan"},
     {"names", "collect", "loading", "outputs", "reading", "mergeplan"},
     {"calibrate", "patch", "apply", "inspection"},

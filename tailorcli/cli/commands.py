@@ -33,6 +33,7 @@ from tailorcli.cli.options import (
     Overwrite,
     PatchIn,
     PatchOut,
+    ResizedVocab,
     Resume,
     StatsIn,
     Task,
@@ -194,6 +195,7 @@ def score(
     include: Include = None,
     exclude: Exclude = None,
     allow_dtype_mismatch: AllowDtype = False,
+    resized_vocab: ResizedVocab = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a mask would capture, tensor by tensor, before patching. Writes no checkpoint."""
@@ -210,6 +212,7 @@ def score(
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         allow_dtype_mismatch=allow_dtype_mismatch,
+        resized_vocab=resized_vocab,
     )
     report = score_checkpoint(base, tuned, stats, options, progress=not as_json)
     if output is not None:
@@ -242,6 +245,7 @@ def patch(
     exclude: Exclude = None,
     max_shard_size: MaxShardSize = None,
     allow_dtype_mismatch: AllowDtype = False,
+    resized_vocab: ResizedVocab = False,
     task: Task = None,
     license_: License = None,
     resume: Resume = False,
@@ -271,6 +275,7 @@ def patch(
         exclude=tuple(exclude or ()),
         max_shard_size=parse_size(max_shard_size) if max_shard_size else None,
         allow_dtype_mismatch=allow_dtype_mismatch,
+        resized_vocab=resized_vocab,
         task=task,
         license=license_,
         resume=resume,

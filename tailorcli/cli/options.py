@@ -26,6 +26,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier
 AllowDtype = Annotated[
     bool, typer.Option("--allow-dtype-mismatch", help="TUNED may be stored in another dtype than BASE.")
 ]
+ResizedVocab = Annotated[
+    bool, typer.Option("--resized-vocab", help="TUNED has more vocabulary rows: take the new ones over.")
+]
 
 OutFolder = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder for the patched checkpoint.")
