@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import wave
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,10 +130,27 @@ class Encoder:
         """Where neither the text nor the processor names the place of the images, they come first, a line each."""
         fields = record.fields
         text = fields["text"] if "text" in fields else fields.get("prompt", "") + fields.get("response", "")
-        token = getattr(self.processor, "image_token", None)
-        if isinstance(token, str) and token not in text and not hasattr(self.processor, "num_query_tokens"):
-            text = "".join(f"{token}\n" for _ in images) + text
+        if not hasattr(self.processor, "num_query_tokens"):  # such a processor puts its query tokens in by itself
+            mark = self.image_mark()
+            known = (mark.strip(), getattr(self.processor, "image_token", None))
+            if not any(isinstance(token, str) and token and token in text for token in known):
+                text = mark * len(images) + text
         return self._call(record, lambda: self.processor(images=images, text=text, return_tensors="pt"))
+
+    def image_mark(self) -> str:
+        """How a text marks an image's place: as the chat template writes it, or the image token on a line."""
+        render = getattr(self.processor, "apply_chat_template", None)
+        if getattr(self.processor, "chat_template", None) and render is not None:
+            words = {"type": "text", "text": "x"}
+            with suppress(Exception):  # whatever a model's own template raises: then there is the token
+                bare, marked = (
+                    render([{"role": "user", "content": parts}], tokenize=False)
+                    for parts in ([words], [{"type": "image"}, words])
+                )
+                start = next((i for i, (a, b) in enumerate(zip(bare, marked, strict=False)) if a != b), len(bare))
+                return str(marked[start : start + len(marked) - len(bare)])
+        token = getattr(self.processor, "boi_token", None) or getattr(self.processor, "image_token", None)
+        return f"{token}\n" if isinstance(token, str) else ""
 
     def _cut(self, record: Record, inputs: Inputs, seq_len: int) -> Inputs:
         """At most ``seq_len`` tokens, but never fewer than hold all images."""
