@@ -19,33 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from tailorcli.core.hessian import accumulate_, accumulate_diagonal_, diagonal_of, pack_triangle, unpack_triangle
-from tailorcli.core.patches import unfold
 from tailorcli.device import StageTimer
 from tailorcli.errors import DeviceError, NumericalError, TailorError
+from tailorcli.layers import (
+    BIAS_HESSIAN,
+    Call,
+    Layer,
+    expert_name,
+    is_convolution,
+    layer_rows,
+    normalised,
+    unsuitable,
+)
 from tailorcli.products import ProductWatch, Use
-from tailorcli.stats import HessianInfo, TensorStats
+from tailorcli.stats import HessianInfo
 
-BIAS_HESSIAN = "bias"  # a bias multiplies the constant 1: H = (2/N) sum 1 = 2 for every one of them
-_EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 _REMEMBERED = 64  # inputs kept alive in the trial run: within so many calls, layers are found to share one
-_UNFOLD_ENTRIES = 1 << 24  # of a convolution's unfolded inputs at a time
-Call = Callable[[], Any]
-
-
-@dataclass
-class Layer:
-    """One weight that can be calibrated: the modules that hold it and how they use it."""
-
-    name: str  # the parameter's name in the model
-    role: str  # linear, embedding or norm; for a bare parameter empty until its first use
-    modules: list[nn.Module]  # none for a bare parameter
-    size: int  # input channels I
-    transposed: bool = False
-    group: str | None = None  # the Hessian that it uses, once known
-    reason: str = ""  # why it has none
-    note: str = ""  # what a user should know of its statistics
-    experts: list[str] = field(default_factory=list)  # the Hessians of a bare parameter of three dimensions
-    checked: bool = False
 
 
 @dataclass
@@ -56,67 +45,6 @@ class Accumulator:
     tokens: int = 0
     layers: list[Layer] = field(default_factory=list)
     last_input: int = 0  # address of the input folded in last, to check that sharing holds
-
-
-def find_layers(model: nn.Module) -> dict[str, Layer]:
-    """Every weight that can be calibrated, by parameter name; biases go with their weights and are left out.
-
-    A tied embedding is found first as an embedding (its input role, docs/method.md) and stays one.
-    """
-    by_parameter: dict[int, Layer] = {}
-    layers: dict[str, Layer] = {}
-    for module_name, module in model.named_modules():
-        for short, parameter in module.named_parameters(recurse=False):
-            name = f"{module_name}.{short}" if module_name else short
-            known = by_parameter.get(id(parameter))
-            role = _role(module)
-            if known is not None:
-                if role and known.role == role:
-                    known.modules.append(module)
-            elif short == "bias" and role in ("linear", "norm"):
-                continue  # handled with its weight: the module is called or it is not
-            elif parameter.is_floating_point():
-                held = short == "weight" and role
-                layer = _make_layer(name, role, module, parameter) if held else Layer(name, "", [], 0)
-                by_parameter[id(parameter)] = layers[name] = layer
-    return layers
-
-
-def _role(module: nn.Module) -> str:
-    """linear, embedding, norm, or nothing."""
-    weight = getattr(module, "weight", None)
-    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-        return "linear" if isinstance(weight, Tensor) and weight.dim() == 2 else ""
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return "linear" if module.groups == 1 and module.padding_mode == "zeros" else ""
-    if isinstance(module, nn.Embedding):  # a subclass may work its rows out inside: its table is watched in use
-        return "embedding" if type(module).forward is nn.Embedding.forward else ""
-    one_dimensional = isinstance(weight, Tensor) and weight.dim() == 1
-    if isinstance(module, nn.LayerNorm) or ("Norm" in type(module).__name__ and _eps(module) is not None):
-        return "norm" if one_dimensional else ""
-    return ""
-
-
-def _eps(module: nn.Module) -> float | None:
-    for name in _EPS_NAMES:
-        value = getattr(module, name, None)
-        if isinstance(value, float):
-            return value
-    return None
-
-
-def _make_layer(name: str, role: str, module: nn.Module, weight: Tensor) -> Layer:
-    transposed = role == "embedding" or type(module).__name__ == "Conv1D"
-    size = weight.shape[0] if transposed or weight.dim() == 1 else weight[0].numel()
-    return Layer(name, role, [module], size, transposed)
-
-
-def normalised(module: nn.Module, inputs: Tensor) -> Tensor:
-    """What a norm multiplies by its scale: x minus its mean, over its deviation; or x over its root mean square."""
-    x = inputs.to(torch.float32)
-    if isinstance(module, nn.LayerNorm):
-        return torch.nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + (_eps(module) or 0.0))
 
 
 class Collector:
@@ -148,7 +76,7 @@ class Collector:
         numbers = count()
 
         def note(layer: Layer, module: nn.Module, inputs: Tensor, call: Call) -> None:
-            layer.reason = layer.reason or _unsuitable(layer, module, inputs, call)
+            layer.reason = layer.reason or unsuitable(layer, module, inputs, call)
             layer.checked = True
             key = _identity(inputs)
             if key not in alive:
@@ -168,7 +96,7 @@ class Collector:
                 layer.reason = layer.reason or _NOT_CALLED
             if layer.reason:
                 continue
-            alone = layer.role != "linear" or _is_convolution(layer.modules[0])
+            alone = layer.role != "linear" or is_convolution(layer.modules[0])
             layer.group = groups.setdefault((layer.name,) if alone else (*seen[layer.name],), layer.name)
 
     def allocate(self) -> None:
@@ -216,7 +144,7 @@ class Collector:
             return
         if not layer.checked:
             layer.checked = True
-            layer.reason = _unsuitable(layer, module, inputs, call)
+            layer.reason = unsuitable(layer, module, inputs, call)
             if layer.reason:
                 layer.group = None
                 return
@@ -236,7 +164,7 @@ class Collector:
     def _add(self, accumulator: Accumulator, layer: Layer, module: nn.Module, inputs: Tensor) -> None:
         """Fold a layer's inputs: rows (..., I), or ids for an embedding."""
         if layer.role == "linear":
-            for rows in _rows(module, inputs):
+            for rows in layer_rows(module, inputs):
                 accumulator.tokens = accumulate_(accumulator.hessian, rows, accumulator.tokens)
             return
         if layer.role == "embedding":
@@ -383,19 +311,9 @@ def _add_channels(accumulator: Accumulator, rows: Tensor) -> None:
     accumulator.tokens = accumulate_diagonal_(accumulator.hessian, squares, rows.shape[0], accumulator.tokens)
 
 
-def expert_name(parameter: str, part: int | None) -> str:
-    """The name of one expert's Hessian, or of the one for those with too few tokens."""
-    return f"{parameter}[{'all' if part is None else part}]"
-
-
 def _listed(numbers: list[int]) -> str:
     shown = ", ".join(map(str, numbers[:8]))
     return shown + (", ..." if len(numbers) > 8 else "")
-
-
-def stats_of(layer: Layer) -> TensorStats:
-    """The manifest's entry for a layer's weight."""
-    return TensorStats(layer.group, layer.role, layer.transposed, layer.reason, list(layer.experts), layer.note)
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -438,49 +356,6 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if isinstance(value, Tensor):
             return value
     raise TypeError("a calibrated module was called without a tensor")
-
-
-def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-
-
-def _rows(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
-    """What a linear layer multiplies, (N, I); a convolution's unfolded inputs come a few samples at a time."""
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        yield inputs.flatten(0, -2) if inputs.dim() > 1 else inputs.unsqueeze(0)
-        return
-    spatial = len(module.kernel_size)
-    batched = inputs if inputs.dim() == spatial + 2 else inputs.unsqueeze(0)
-    grown = 1
-    for size, step in zip(module.kernel_size, module.stride, strict=True):
-        grown *= -(-size // step)
-    step = max(1, _UNFOLD_ENTRIES // max(1, grown * batched[0].numel()))
-    for start in range(0, len(batched), step):
-        part = batched[start : start + step]
-        yield unfold(part, module.kernel_size, module.stride, _padding(module), module.dilation)
-
-
-def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[tuple[int, int]]:
-    """Zeros before and after each spatial dimension; what ``same`` cannot halve comes after."""
-    if module.padding == "valid":
-        return [(0, 0) for _ in module.kernel_size]
-    if module.padding == "same":
-        totals = [spread * (size - 1) for size, spread in zip(module.kernel_size, module.dilation, strict=True)]
-        return [(total // 2, total - total // 2) for total in totals]
-    return [(int(amount), int(amount)) for amount in module.padding]
-
-
-def _unsuitable(layer: Layer, module: nn.Module, inputs: Tensor, call: Call) -> str:
-    """Why a layer's inputs cannot be used, if they cannot: the module is asked, not its name."""
-    if layer.role != "norm" or isinstance(module, nn.LayerNorm):
-        return ""
-    output = call()
-    unscaled, weight = normalised(module, inputs), module.get_parameter("weight").to(torch.float32)
-    for offset in (0.0, 1.0):
-        expected = unscaled * (weight + offset)  # NaN here is told at the end, with the layer's name
-        if torch.allclose(expected, output.to(torch.float32), rtol=2e-2, atol=1e-3, equal_nan=True):
-            return ""
-    return f"{type(module).__name__} is not the root-mean-square norm that its name says"
 
 
 def _identity(tensor: Tensor) -> tuple[int, ...]:

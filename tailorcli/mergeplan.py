@@ -191,6 +191,9 @@ def _plan_tensor(
         if task.stats is not None and entry.hessian is not None
     ]
     alike = len({(entry.transposed, entry.role) for entry in entries}) == 1 and len({i.kind for i in infos}) == 1
+    if any(entry.experts for entry in entries):
+        joint = options.method == "joint"
+        return TensorPlan(*common, "patch", "average: it fuses experts" if joint else options.method, role=first.role)
     if len(names) < len(entries) or not alike:
         missing = [task.patch.name for task, entry in zip(inputs.tasks, entries, strict=True) if entry.hessian is None]
         why = f"no statistics of {', '.join(missing)}" if missing else "the tasks' statistics are of different kinds"

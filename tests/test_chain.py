@@ -180,3 +180,23 @@ def test_expected_names_are_those_of_transformers_tables():
     found = expected_names(network, stored)
     assert found[stored[0]] == "model.layers.0.mlp.experts.down_proj"
     assert found[stored[1]] == "lm_head.weight"
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt-oss", "whisper"])
+@pytest.mark.parametrize("method", ["average", "joint"])
+def test_two_equal_tasks_of_any_layer_kind_merge_to_their_patch(chain, tmp_path, name, method):
+    from tailorcli import MergeOptions, merge_patches
+
+    folder, _ = chain(name)
+    inputs = folder / "base", folder / "tuned"
+    file = tmp_path / "task.safetensors"
+    patch_checkpoint(*inputs, tmp_path / "out", folder / "stats", PatchOptions(density=0.3), patch_file=file)
+    stats = [folder / "stats"] * 2 if method == "joint" else []
+    report = merge_patches(
+        folder / "base", [file] * 2, tmp_path / "merged", [folder / "tuned"] * 2, stats, MergeOptions(method=method)
+    )
+    expected = read_tensors(tmp_path / "out")
+    for tensor, value in read_tensors(tmp_path / "merged").items():
+        torch.testing.assert_close(value, expected[tensor], rtol=1e-5, atol=1e-6)
+    fused = [record for record in report.tensors if "fuses experts" in (record["method"] or "")]
+    assert len(fused) == (4 if (name, method) == ("gpt-oss", "joint") else 0)

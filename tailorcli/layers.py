@@ -1,0 +1,149 @@
+"""What a module is to the method: linear layers, convolutions, embeddings, norms, and what their inputs are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tailorcli.core.patches import unfold
+from tailorcli.stats import TensorStats
+
+BIAS_HESSIAN = "bias"  # a bias multiplies the constant 1: H = (2/N) sum 1 = 2 for every one of them
+_EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
+_UNFOLD_ENTRIES = 1 << 24  # of a convolution's unfolded inputs at a time
+Call = Callable[[], Any]
+
+
+@dataclass
+class Layer:
+    """One weight that can be calibrated: the modules that hold it and how they use it."""
+
+    name: str  # the parameter's name in the model
+    role: str  # linear, embedding or norm; for a bare parameter empty until its first use
+    modules: list[nn.Module]  # none for a bare parameter
+    size: int  # input channels I
+    transposed: bool = False
+    group: str | None = None  # the Hessian that it uses, once known
+    reason: str = ""  # why it has none
+    note: str = ""  # what a user should know of its statistics
+    experts: list[str] = field(default_factory=list)  # the Hessians of a bare parameter of three dimensions
+    checked: bool = False
+
+
+def find_layers(model: nn.Module) -> dict[str, Layer]:
+    """Every weight that can be calibrated, by parameter name; biases go with their weights and are left out.
+
+    A tied embedding is found first as an embedding (its input role, docs/method.md) and stays one.
+    """
+    by_parameter: dict[int, Layer] = {}
+    layers: dict[str, Layer] = {}
+    for module_name, module in model.named_modules():
+        for short, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{short}" if module_name else short
+            known = by_parameter.get(id(parameter))
+            role = _role(module)
+            if known is not None:
+                if role and known.role == role:
+                    known.modules.append(module)
+            elif short == "bias" and role in ("linear", "norm"):
+                continue  # handled with its weight: the module is called or it is not
+            elif parameter.is_floating_point():
+                held = short == "weight" and role
+                layer = _make_layer(name, role, module, parameter) if held else Layer(name, "", [], 0)
+                by_parameter[id(parameter)] = layers[name] = layer
+    return layers
+
+
+def _role(module: nn.Module) -> str:
+    """linear, embedding, norm, or nothing."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        return "linear" if isinstance(weight, Tensor) and weight.dim() == 2 else ""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return "linear" if module.groups == 1 and module.padding_mode == "zeros" else ""
+    if isinstance(module, nn.Embedding):  # a subclass may work its rows out inside: its table is watched in use
+        return "embedding" if type(module).forward is nn.Embedding.forward else ""
+    one_dimensional = isinstance(weight, Tensor) and weight.dim() == 1
+    if isinstance(module, nn.LayerNorm) or ("Norm" in type(module).__name__ and _eps(module) is not None):
+        return "norm" if one_dimensional else ""
+    return ""
+
+
+def _eps(module: nn.Module) -> float | None:
+    for name in _EPS_NAMES:
+        value = getattr(module, name, None)
+        if isinstance(value, float):
+            return value
+    return None
+
+
+def _make_layer(name: str, role: str, module: nn.Module, weight: Tensor) -> Layer:
+    transposed = role == "embedding" or type(module).__name__ == "Conv1D"
+    size = weight.shape[0] if transposed or weight.dim() == 1 else weight[0].numel()
+    return Layer(name, role, [module], size, transposed)
+
+
+def normalised(module: nn.Module, inputs: Tensor) -> Tensor:
+    """What a norm multiplies by its scale: x minus its mean, over its deviation; or x over its root mean square."""
+    x = inputs.to(torch.float32)
+    if isinstance(module, nn.LayerNorm):
+        return torch.nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + (_eps(module) or 0.0))
+
+
+def layer_rows(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
+    """What a linear layer multiplies, (N, I); a convolution's unfolded inputs come a few samples at a time."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        yield inputs.flatten(0, -2) if inputs.dim() > 1 else inputs.unsqueeze(0)
+        return
+    spatial = len(module.kernel_size)
+    batched = inputs if inputs.dim() == spatial + 2 else inputs.unsqueeze(0)
+    grown = 1
+    for size, step in zip(module.kernel_size, module.stride, strict=True):
+        grown *= -(-size // step)
+    step = max(1, _UNFOLD_ENTRIES // max(1, grown * batched[0].numel()))
+    for start in range(0, len(batched), step):
+        part = batched[start : start + step]
+        yield unfold(part, module.kernel_size, module.stride, _padding(module), module.dilation)
+
+
+def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[tuple[int, int]]:
+    """Zeros before and after each spatial dimension; what ``same`` cannot halve comes after."""
+    if module.padding == "valid":
+        return [(0, 0) for _ in module.kernel_size]
+    if module.padding == "same":
+        totals = [spread * (size - 1) for size, spread in zip(module.kernel_size, module.dilation, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(int(amount), int(amount)) for amount in module.padding]
+
+
+def unsuitable(layer: Layer, module: nn.Module, inputs: Tensor, call: Call) -> str:
+    """Why a layer's inputs cannot be used, if they cannot: the module is asked, not its name."""
+    if layer.role != "norm" or isinstance(module, nn.LayerNorm):
+        return ""
+    output = call()
+    unscaled, weight = normalised(module, inputs), module.get_parameter("weight").to(torch.float32)
+    for offset in (0.0, 1.0):
+        expected = unscaled * (weight + offset)  # NaN here is told at the end, with the layer's name
+        if torch.allclose(expected, output.to(torch.float32), rtol=2e-2, atol=1e-3, equal_nan=True):
+            return ""
+    return f"{type(module).__name__} is not the root-mean-square norm that its name says"
+
+
+def expert_name(parameter: str, part: int | None) -> str:
+    """The name of one expert's Hessian, or of the one for those with too few tokens."""
+    return f"{parameter}[{'all' if part is None else part}]"
+
+
+def stats_of(layer: Layer) -> TensorStats:
+    """The manifest's entry for a layer's weight."""
+    return TensorStats(layer.group, layer.role, layer.transposed, layer.reason, list(layer.experts), layer.note)
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a linear layer's inputs have to be unfolded first."""
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))

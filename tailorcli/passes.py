@@ -1,0 +1,311 @@
+"""The two ways in which a model runs over its calibration data: whole, or one block after another."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tailorcli.adapter import AdaptedCheckpoint
+from tailorcli.adapter_config import MERGE_HINT
+from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint
+from tailorcli.data import Samples, count_tokens, make_batches
+from tailorcli.device import StageTimer
+from tailorcli.errors import CheckpointError, DataError, OptionsError
+from tailorcli.loading import aliases, empty_model, expected_names, load_model, load_weights, require_all
+from tailorcli.names import Place, map_names
+from tailorcli.options import CalibrateOptions
+from tailorcli.plan import matches
+from tailorcli.stats import StatsWriter
+
+if TYPE_CHECKING:
+    import torch
+
+    from tailorcli.blocks import Lane
+    from tailorcli.collect import Collector
+    from tailorcli.data import Inputs
+    from tailorcli.layers import Layer
+
+_TRIAL_TOKENS = 8  # a short run that finds out which layers share their inputs
+_HIDDEN_SHARE = 0.25  # of the free memory that waiting hidden states may fill
+
+
+@dataclass
+class Run:
+    """What every step of a calibration needs."""
+
+    stored: Checkpoint  # from which the network is loaded
+    tuned: Checkpoint  # the same, but for an adapter
+    samples: Samples
+    options: CalibrateOptions
+    device: torch.device
+    timer: StageTimer
+    writer: StatsWriter
+    progress: bool
+    places: dict[str, Place] = field(default_factory=dict)
+    buffers: set[str] = field(default_factory=set)  # checkpoint tensors that are no parameters
+
+    def chosen(self, tensor: str) -> bool:
+        """Whether a checkpoint tensor is to be calibrated."""
+        patchable = self.stored.tensors[tensor].dtype in PATCHABLE_DTYPES
+        return patchable and matches(tensor, self.options.include, self.options.exclude)
+
+    def note_buffers(self, network: Any, expected: dict[str, str]) -> None:
+        """Remember which tensors are buffers: they take no part in the method."""
+        names = {name for name, _ in network.named_buffers()}
+        self.buffers = {tensor for tensor, name in expected.items() if name in names}
+
+    def wanted(self, layers: dict[str, Layer], names: dict[str, str]) -> list[Layer]:
+        """Layers whose weight or bias is chosen; ``names`` gives each tensor's parameter."""
+        chosen = {parameter for tensor, parameter in names.items() if self.chosen(tensor)}
+        chosen |= {p for t, place in self.places.items() if self.chosen(t) for p in place.parameters}
+        return [layer for layer in layers.values() if layer.name in chosen or _bias(layer.name) in chosen]
+
+    def write(self, collector: Collector) -> None:
+        """Pack and store all Hessians of a collector."""
+        for name, info, values in collector.results():
+            with self.timer.stage("write"):
+                self.writer.write(name, info, values)
+
+
+def _adapt(network: Any, tuned: AdaptedCheckpoint, places: dict[str, Place]) -> None:
+    """Overwrite each parameter that the adapter changes, in place and in the network's dtype."""
+    import torch
+
+    users = Counter(parameter for place in places.values() for parameter in place.parameters)
+    parameters = dict(network.named_parameters())
+    for name in sorted(tuned.changed & places.keys()):
+        place = places[name]
+        if len(place.parameters) != 1 or parameters[place.parameters[0]].shape != tuned.tensors[name].shape:
+            reason = place.reason or "transformers holds it fused or split"
+            raise CheckpointError(f"the adapter {tuned.path} changes tensor {name!r}, but {reason}", MERGE_HINT)
+        parameter = place.parameters[0]
+        if users[parameter] > 1:
+            other = next(n for n, p in places.items() if parameter in p.parameters and n != name)
+            raise CheckpointError(
+                f"the adapter {tuned.path} changes tensor {name!r}, which the network ties to {other!r}",
+                f"set tie_word_embeddings to false in {tuned.base.path / 'config.json'}, where both are stored",
+            )
+        with torch.no_grad():
+            parameters[parameter].copy_(tuned.read(name))
+
+
+def collect_whole(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer], str]:
+    """The ordinary way: the whole model on the device. Gives its layers and the dtype that it ran in."""
+    from tailorcli.collect import Collector, last_logits_only
+    from tailorcli.layers import find_layers
+
+    with run.timer.stage("load"):
+        network = load_model(run.stored, config, run.options)
+        expected = expected_names(network, run.stored.tensors)
+        run.places = map_names(run.stored, dict(network.named_parameters()), aliases(network), expected)
+        if isinstance(run.tuned, AdaptedCheckpoint):
+            _adapt(network, run.tuned, run.places)
+        network = network.to(run.device)
+    _check_ids(run.samples, network)
+    run.note_buffers(network, expected)
+    layers = find_layers(network)
+    collector = Collector(_some(run.wanted(layers, {})), network, run.device, run.timer)
+    with collector.trial():
+        for inputs in _trial_inputs(run.samples.inputs):
+            _forward(network, _to(inputs, run.device))
+    collector.allocate()
+    bar = _bar(run, run.samples.num_tokens)
+    with bar, run.timer.stage("run"), collector.folding(), last_logits_only(network):
+        for batch in make_batches(run.samples.inputs, run.options.batch_size):
+            collector.batch_size = _batch_size(batch)
+            _forward(network, _to(batch, run.device))
+            bar.update(count_tokens(batch))
+    run.write(collector)
+    return layers, str(next(network.parameters()).dtype).removeprefix("torch.")
+
+
+def _some(layers: list[Layer]) -> list[Layer]:
+    if not layers:
+        raise OptionsError("no tensor of this model can be calibrated", "check --include and --exclude")
+    return layers
+
+
+def _trial_inputs(samples: list[Inputs]) -> list[Inputs]:
+    """One sample of each kind of input, text cut short: enough to see which layers share what."""
+    kinds: dict[tuple[str, ...], Inputs] = {}
+    for inputs in sorted(samples, key=count_tokens, reverse=True):
+        kinds.setdefault(tuple(sorted(inputs)), inputs)
+    text = ("input_ids", "decoder_input_ids")
+    return [
+        {name: value[:, :_TRIAL_TOKENS] for name, value in inputs.items()} if set(inputs) <= set(text) else inputs
+        for inputs in kinds.values()
+    ]
+
+
+def _forward(network: Any, inputs: Inputs) -> None:
+    import torch
+
+    with torch.no_grad():
+        network(**inputs)
+
+
+def _to(inputs: Inputs, device: torch.device) -> Inputs:
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+def _batch_size(batch: Inputs) -> int:
+    """Samples of a batch: those of its text, or else of whatever it holds."""
+    return len(
+        next((batch[name] for name in ("input_ids", "decoder_input_ids") if name in batch), next(iter(batch.values())))
+    )
+
+
+def _bar(run: Run, total: int) -> Any:
+    from tqdm import tqdm
+
+    shown = None if run.progress else True
+    return tqdm(total=total, desc="calibrating", unit="tok", unit_scale=True, disable=shown)
+
+
+def collect_blockwise(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer], str]:
+    """Block by block: one block's weights and Hessians at a time, all samples through it before the next."""
+    from tailorcli.blocks import Lockstep, Spill, find_blocks
+    from tailorcli.collect import Collector, free_memory, last_logits_only
+    from tailorcli.layers import find_layers
+
+    network = empty_model(run.stored, config, run.options)
+    blocks = find_blocks(network)
+    if not blocks:
+        raise CheckpointError(
+            f"{run.stored.path} has no list of blocks to go through one by one",
+            "pass --blockwise never, on a device or a machine with more memory",
+        )
+    parts = _Parts(run, network, list(blocks))
+    layers = find_layers(network)
+    _some(run.wanted(layers, parts.expected))
+    run.note_buffers(network, parts.expected)
+    parts.load("")
+    _check_ids(run.samples, network)
+    rest = [layer for layer in run.wanted(layers, {}) if parts.part_of(layer.name) == ""]
+    around = Collector(rest, network, run.device, run.timer, share=False)
+
+    def runner(batch: Inputs) -> Any:
+        def call() -> None:
+            with around.folding_products():
+                _forward(network, _to(batch, run.device))
+
+        return call
+
+    batches = list(make_batches(run.samples.inputs, run.options.batch_size))
+    lanes = Lockstep(blocks, [(runner(batch), _batch_size(batch)) for batch in batches])
+    tokens = {id(lane): count_tokens(batch) for lane, batch in zip(lanes.lanes, batches, strict=True)}
+    spill = Spill(run.device, Path(run.writer.folder), int((free_memory(run.device) or 1 << 40) * _HIDDEN_SHARE))
+
+    with _bar(run, run.samples.num_tokens * len(blocks)) as bar, run.timer.stage("run"):
+
+        def visit(block: str, waiting: list[Lane]) -> None:
+            parts.load(block)
+            inside = [layer for layer in run.wanted(layers, {}) if parts.part_of(layer.name) == block]
+            collector = Collector(inside, network, run.device, run.timer)
+            waiting[0].move(spill.back)
+            with collector.trial():
+                waiting[0].compute()
+            _go_on(run, collector, inside)
+            collector.allocate()
+            for position, lane in enumerate(waiting):
+                if position:
+                    lane.move(spill.back)
+                collector.batch_size = around.batch_size = lane.size
+                with collector.folding():
+                    lane.compute()
+                lane.advance()
+                lane.move(spill.out)
+                bar.update(tokens[id(lane)])
+            run.write(collector)
+            parts.drop(block)
+
+        def start(lane: Lane) -> None:
+            around.batch_size = lane.size
+
+        with around.folding_layers(), last_logits_only(network):
+            lanes.run(start, visit, spill)
+    run.write(around)
+    return layers, str(next(network.parameters()).dtype).removeprefix("torch.")
+
+
+def _go_on(run: Run, collector: Collector, layers: list[Layer]) -> None:
+    """Take up the Hessians of a block that was run before: the model calls it more than once."""
+    for layer in layers:
+        if layer.experts:
+            raise CheckpointError(
+                f"the experts {layer.name} are called by two blocks in turn", "pass --blockwise never"
+            )
+        if layer.group is not None and (found := run.writer.read(layer.group)) is not None:
+            collector.resume(layer.group, *found)
+
+
+class _Parts:
+    """A model's weights by the part that holds them: each block, and the rest, under the empty name."""
+
+    def __init__(self, run: Run, network: Any, blocks: list[str]) -> None:
+        self._run = run
+        self._network = network
+        self._blocks = blocks
+        self.expected = expected_names(network, run.stored.tensors)
+        self._tied = aliases(network)
+        held = {name: self.part_of(name) for name in dict(network.named_parameters())}
+        self._parameters = {part: [n for n, p in held.items() if p == part] for part in ("", *blocks)}
+        tensors: dict[str, list[str]] = {part: [] for part in ("", *blocks)}
+        for tensor, parameter in self.expected.items():
+            tensors[self.part_of(self._tied.get(parameter, parameter))].append(tensor)
+        self._tensors = tensors
+        for name, buffer in network.named_buffers():
+            owner = network.get_submodule(name.rpartition(".")[0])
+            owner._buffers[name.rpartition(".")[2]] = buffer.to(run.device)
+
+    def part_of(self, parameter: str) -> str:
+        """The block in which a parameter lies."""
+        return next((block for block in self._blocks if parameter.startswith(f"{block}.")), "")
+
+    def load(self, part: str) -> None:
+        """Read the part's weights, prove where each tensor went, and apply an adapter's changes."""
+        run, network = self._run, self._network
+        with run.timer.stage("load"):
+            load_weights(network, {name: run.stored.read(name) for name in self._tensors[part]}, run.device)
+            if part == "":
+                network.tie_weights()
+            every = dict(network.named_parameters())
+            inside = {name: every[name] for name in self._parameters[part] if name in every}
+            require_all(run.stored.path, [name for name, value in inside.items() if value.device.type == "meta"])
+            expected = {name: self.expected[name] for name in self._tensors[part]}
+            found = map_names(run.stored, inside, self._tied, expected)
+            run.places |= found
+            if isinstance(run.tuned, AdaptedCheckpoint):
+                _adapt(network, run.tuned, found)
+
+    def drop(self, part: str) -> None:
+        """Give up the memory of a part's weights."""
+        import torch
+
+        for name in self._parameters[part]:
+            owner, _, short = name.rpartition(".")
+            module = self._network.get_submodule(owner)
+            empty = torch.nn.Parameter(module._parameters[short].to("meta"), requires_grad=False)
+            module._parameters[short] = empty
+
+
+def _bias(name: str) -> str:
+    return name.removesuffix("weight") + "bias"
+
+
+def _check_ids(samples: Samples, network: Any) -> None:
+    """The tokenizer's ids fit the model's embedding: a mismatch would crash far inside the model."""
+    import torch
+
+    table = network.get_input_embeddings()
+    ids = [inputs["input_ids"] for inputs in samples.inputs if "input_ids" in inputs]
+    if not isinstance(table, torch.nn.Embedding) or not ids:
+        return
+    highest = max(int(tensor.max()) for tensor in ids)
+    if highest >= table.num_embeddings:
+        raise DataError(
+            f"the tokenizer gives token id {highest}, the model has {table.num_embeddings} embedding rows",
+            "the model folder holds a tokenizer of another model",
+        )
