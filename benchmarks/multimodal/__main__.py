@@ -73,13 +73,10 @@ def make_pair(cache: Path, items: Items) -> str:
         say("assembling the model")
         start = model.assemble(make_base(default_cache()), model.make_tower(cache), cache / "assembled")
         say(f"making base: {OLD_TASK}")
-        lessons = [
-            (items[OLD_TASK][data.CAPTIONS], model.CAPTION_RECIPE),
-            (items[OLD_TASK]["train"], model.BASE_RECIPE),
-        ]
-        model.train(start, lessons, cache / "base", model.projector_first)
+        old = items[OLD_TASK]
+        model.train(start, old["train"], model.BASE_RECIPE, cache / "base", old[data.CAPTIONS])
     say(f"making tuned: {NEW_TASK}")
-    model.train(cache / "base", [(items[NEW_TASK]["train"], model.TUNED_RECIPE)], cache / "tuned")
+    model.train(cache / "base", items[NEW_TASK]["train"], model.TUNED_RECIPE, cache / "tuned")
     return keys["tuned"]
 
 
@@ -89,9 +86,8 @@ def identities() -> dict[str, str]:
         "weights": [PACKAGE, VERSION, *model.TOWER],
         "data": data.identity(),
         "pixels": model.PIXELS,
-        "captions": asdict(model.CAPTION_RECIPE),
+        "captions": asdict(model.ALIGN_RECIPE),
         "base": asdict(model.BASE_RECIPE),
-        "projector": model.PROJECTOR_PACE,
     }
     return {"base": json.dumps(facts), "tuned": json.dumps({**facts, "tuned": asdict(model.TUNED_RECIPE)})}
 
@@ -107,7 +103,7 @@ def collect_results(
     return {
         "environment": environment(),
         "recipes": {
-            "captions": asdict(model.CAPTION_RECIPE),
+            "captions": asdict(model.ALIGN_RECIPE),
             "base": asdict(model.BASE_RECIPE),
             "tuned": asdict(model.TUNED_RECIPE),
         },

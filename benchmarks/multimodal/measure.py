@@ -54,13 +54,15 @@ def batches(items: list[Item], processor: ProcessorMixin) -> list[Batch]:
 def score_answers(model: PreTrainedModel, questions: list[Batch]) -> dict[str, Any]:
     """Let a model answer questions greedily; the shape of the result is that of benchmarks.real.
 
-    Of the answers the first token is enough: no two right answers of a task share it.
+    Of the answers the first token is enough: no two right answers of a task share it. The passes run in bfloat16,
+    the logits are worked out in float32, because in bfloat16 the best of them often tie.
     """
     correct = [0] * sum(len(batch.places) for batch in questions)
     loss = 0.0
     for batch in questions:
-        hidden = model.model(**batch.inputs).last_hidden_state[:, -1]  # (B, D)
-        logits = model.lm_head(hidden).float()  # (B, V)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.model(**batch.inputs).last_hidden_state[:, -1]  # (B, D)
+        logits = model.lm_head(hidden.float())  # (B, V)
         loss += float((logits.logsumexp(1) - logits.gather(1, batch.wanted[:, None])[:, 0]).sum())
         for place, right in zip(batch.places, (logits.argmax(1) == batch.wanted).tolist(), strict=True):
             correct[place] = int(right)

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.multimodal import steps
 from benchmarks.multimodal.data import COUNTS, EASY_VQA, FASHION_PACKAGE, HELD_BACK, NEW_TASK, OLD_TASK
-from benchmarks.multimodal.model import PATCH, PIXELS, PROJECTOR_PACE, TOWER
+from benchmarks.multimodal.model import PATCH, PIXELS, TOWER
 from benchmarks.multimodal.steps import LAYERS, PAPER, PAPER_LAYERS
 from benchmarks.real.chain import DEFAULT_PATCH, SAMPLES, patch_folder
 from benchmarks.real.measure import h_difference
@@ -52,12 +52,12 @@ def _setting(results: dict[str, Any]) -> str:
 - **The model**: a LLaVA of SmolLM2-135M-Instruct (package {PACKAGE} {VERSION}), a vision tower of the shape of
   DINOv2-small (package {TOWER[0]} {TOWER[1]}) and a new two-layer projector; pictures of {PIXELS} × {PIXELS} pixels,
   which are {(PIXELS // PATCH) ** 2} tokens. float32.
-- **base**: trained on easy-VQA (package {EASY_VQA[0]} {EASY_VQA[1]}): first on captions (shape and colour,
-  {captions}), then on questions ({base}),
-  with {PROJECTOR_PACE:g} times that rate for the projector.
+- **base**: trained on easy-VQA (package {EASY_VQA[0]} {EASY_VQA[1]}): first the projector alone, until its outputs
+  come close to the words of captions (shape and colour; {captions}),
+  then projector and language model on the questions ({base}).
 - **tuned**: base fine-tuned on Fashion-MNIST (Debian's {FASHION_PACKAGE}; {tuned}),
-  chosen so that it forgets visibly. Every time AdamW on projector and language model, the tower frozen, the loss on the
-  answers alone, passes in bfloat16. One seed ({recipes["tuned"]["seed"]}).
+  chosen so that it forgets visibly. AdamW, the tower frozen, the loss on the answers alone, passes in
+  bfloat16. One seed ({recipes["tuned"]["seed"]}).
 - **Old task**: easy-VQA, questions on the shape, on its colour and for yes or no in equal numbers. **New task**:
   "What is this?" on Fashion-MNIST, ten classes. {COUNTS["test"]} test questions of each task, from its own test set,
   and {COUNTS["validation"]} validation questions, on pictures that were not trained on (of easy-VQA {HELD_BACK} held

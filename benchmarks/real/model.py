@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch.nn import Module
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -145,37 +146,17 @@ def fit(model: PreTrainedModel, windows: torch.Tensor, recipe: Recipe) -> None:
     descend(model, loss_of, len(windows), recipe)
 
 
-def descend(
-    model: PreTrainedModel,
-    loss_of: Callable[[list[int]], torch.Tensor],
-    count: int,
-    recipe: Recipe,
-    pace: Callable[[str], float] = lambda name: 1.0,
-) -> None:
-    """Train the parameters of `model` that want a gradient on `count` samples; `loss_of` takes their numbers.
-
-    `pace` says how many times the recipe's learning rate a parameter is given, by its name.
-    """
-    named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    weights = list(named.values())
+def descend(model: Module, loss_of: Callable[[list[int]], torch.Tensor], count: int, recipe: Recipe) -> None:
+    """Train the parameters of `model` that want a gradient on `count` samples; `loss_of` takes their numbers."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     masters = [weight.detach().float() for weight in weights]  # of a float32 model the weights themselves
-    groups: dict[float, list[torch.Tensor]] = {}
-    for name, master in zip(named, masters, strict=True):
-        groups.setdefault(pace(name), []).append(master)
-    optimizer = torch.optim.AdamW(
-        [{"params": group, "pace": factor} for factor, group in groups.items()],
-        lr=recipe.learning_rate,
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-    )
+    optimizer = torch.optim.AdamW(masters, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     for step, chosen in enumerate(batches(count, recipe)):
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * recipe.rate_factor(step) * group["pace"]
+            group["lr"] = recipe.learning_rate * recipe.rate_factor(step)
         loss = loss_of(chosen)
-        torch.autograd.backward(loss)
-        for weight, master in zip(weights, masters, strict=True):
-            master.grad = weight.grad.float()
-            weight.grad = None
+        for master, gradient in zip(masters, torch.autograd.grad(loss, weights), strict=True):
+            master.grad = gradient.float()
         torch.nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.step()
         with torch.no_grad():
