@@ -63,8 +63,9 @@ def _setting(results: dict[str, Any]) -> str:
   and {COUNTS["validation"]} validation questions, on pictures that were not trained on (of easy-VQA {HELD_BACK} held
   back).
 - **Accuracy**: the share of questions whose answer, written greedily from the whole vocabulary, begins with the first
-  token of the right one; no two right answers share it. H is the harmonic mean of old and new (Eq. 32). ± is the
-  standard error over the test questions; other seeds of the fine-tuning would add to it.
+  token of the right one; no two right answers of a task share it. Passes in bfloat16, logits in float32. H is the
+  harmonic mean of old and new (Eq. 32). ± is the standard error over the test questions; other seeds of the fine-tuning
+  would add to it.
 - **interpolation w**: base + w (tuned − base), every entry. **scaled w**: base + w (patched − base), where patched is
   the model made with the default options. **paper's layers**: the sequential solver on the projector and the last
   {PAPER_LAYERS} of {LAYERS} decoder layers only, everything else at base.
