@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-fast test-slow lint bench real stitch clean
+.PHONY: demo test test-fast test-slow lint bench real stitch multimodal clean
 
 # torch comes first and pinned, so that nothing else chooses its build.
 $(BIN)/tailorcli: pyproject.toml constraints.txt
@@ -40,7 +40,8 @@ test: lint
 test-fast: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -x -k "not installed_command and not killed"
 
-# What CI leaves out: the demo in full. `make real`, `make stitch` and `make bench` are the other long ones.
+# What CI leaves out: the demo in full. `make real`, `make stitch`, `make multimodal` and `make bench` are the other
+# long ones.
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
 
@@ -52,6 +53,9 @@ real: $(VENV)/real
 
 stitch: $(VENV)/real
 	$(BIN)/python -m benchmarks.stitch
+
+multimodal: $(VENV)/real
+	$(BIN)/python -m benchmarks.multimodal
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

