@@ -82,7 +82,7 @@ def calibrate_model(
         config = read_config(stored.path)
         with timer.stage("data"):
             samples = _draw(Path(data), stored, tokenizer_folder(tuned), config, options)
-        writer = stack.enter_context(StatsWriter(folder, _room(stored, config)))
+        writer = stack.enter_context(StatsWriter(folder, _room(stored)))
         run = Run(stored, tuned, samples, options, device, timer, writer, progress)
         blockwise = options.blockwise == "always"
         if options.blockwise == "auto":
@@ -160,23 +160,12 @@ def _has_processor(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("processor_config.json", "preprocessor_config.json"))
 
 
-def _room(stored: Checkpoint, config: dict[str, Any]) -> Iterator[str]:
-    """Names that Hessians may get, so many and so long at most."""
-    experts = max((value for value in _values(config) if type(value) is int and 1 < value <= 1 << 12), default=1)
+def _room(stored: Checkpoint) -> Iterator[str]:
+    """Names that Hessians may get, so many and so long at most: parameters' names, which may have a longer prefix."""
     for name, info in stored.tensors.items():
-        yield f"{name} and what a longer prefix of the loaded model adds to it"
+        yield f"{name} and a prefix such as model.language_model [all]"
         if len(info.shape) == 3:
-            yield from (f"{name} and a longer prefix {part}" for part in range(info.shape[0] + 1))
-    if experts > 1:
-        yield from (f"all the tokens of a layer of experts {part}" for part in range(2048))
-
-
-def _values(config: dict[str, Any]) -> Iterator[Any]:
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _values(value)
-        elif "experts" in name:
-            yield value
+            yield from (f"{name} and a prefix such as model.language_model [{part}]" for part in range(info.shape[0]))
 
 
 def _memory(run: Run, config: dict[str, Any]) -> tuple[int, int]:

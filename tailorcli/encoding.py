@@ -211,7 +211,9 @@ def read_image(path: Path, where: str) -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise DataError(f"{where} has images, and Pillow is not installed", "pip install 'tailorcli[images]'") from error
+        raise DataError(
+            f"{where} has images, and Pillow is not installed", "pip install 'tailorcli[images]'"
+        ) from error
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
