@@ -86,8 +86,8 @@ def calibrate_model(
         run = Run(stored, tuned, samples, options, device, timer, writer, progress)
         blockwise = options.blockwise == "always"
         if options.blockwise == "auto":
-            needed, free = _memory(run, config)
-            blockwise = needed > free * _MARGIN
+            needed, free, has_blocks = _memory(run, config)
+            blockwise = has_blocks and needed > free * _MARGIN
             if blockwise and announce is not None:
                 what = f"the model and its Hessians need up to {format_bytes(needed)}, {format_bytes(free)} are free"
                 announce(f"{what}: it goes through {device} block by block")
@@ -168,14 +168,15 @@ def _room(stored: Checkpoint) -> Iterator[str]:
             yield from (f"{name} and a prefix such as model.language_model [{part}]" for part in range(info.shape[0]))
 
 
-def _memory(run: Run, config: dict[str, Any]) -> tuple[int, int]:
-    """Bytes that the model and its Hessians need at most, and the bytes that are free on the device."""
+def _memory(run: Run, config: dict[str, Any]) -> tuple[int, int, bool]:
+    """Bytes that the model and its Hessians need at most, bytes that are free, and whether the model has blocks."""
+    from tailorcli.blocks import find_blocks
     from tailorcli.collect import free_memory
     from tailorcli.layers import find_layers
 
     free = free_memory(run.device)
     if free is None or run.stored.nbytes * 64 < free:  # float32 doubles bfloat16, and Hessians are a few times more
-        return 0, 1
+        return 0, 1, False
     network = empty_model(run.stored, config, run.options)
     weights = sum(parameter.nbytes for parameter in network.parameters())
     names = expected_names(network, run.stored.tensors)
@@ -184,7 +185,7 @@ def _memory(run: Run, config: dict[str, Any]) -> tuple[int, int]:
     parameters = dict(network.named_parameters())
     experts = [parameters[layer.name] for layer in layers if parameters[layer.name].dim() == 3 and not layer.modules]
     hessians = sum(4 * size**2 for _, size in shared) + sum(4 * len(p) * max(p.shape[1:]) ** 2 for p in experts)
-    return weights + hessians, free
+    return weights + hessians, free, bool(find_blocks(network))
 
 
 def _is_full(layer: Layer) -> bool:
