@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.common import markdown
 from benchmarks.real import data, measure, setting
-from benchmarks.real.chain import SAMPLES, SEQ_LEN, load_cached, patch_step, run_chain, store
+from benchmarks.real.chain import SEQ_LEN, load_cached, patch_step, run_chain, store
 from tailorcli.core.hessian import PreparedHessian, prepare
 from tailorcli.core.scores import count_kept, select_mask
 from tailorcli.core.solvers import solve_on_mask
@@ -41,6 +41,7 @@ DENSITIES = (0.1, 0.3)
 WAYS = ("plain", "patched inputs", "unpatched targets")
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 DAMPING, OMEGA = 0.01, 0.5  # the defaults of tailorcli patch
+SAMPLES = 64  # of the fine-tuning data, half of what benchmarks.real takes: each block runs them four times
 
 
 class Products:
@@ -166,13 +167,12 @@ def results(cache: Path, fresh: bool) -> Iterator[dict[str, Any]]:
         for way in WAYS:
             stored = cache / "propagation" / f"{way.replace(' ', '-')}-{density}.json"
             stored.parent.mkdir(exist_ok=True)
-            key = [pair_key, "1"]
+            key = [pair_key, str(SAMPLES)]
             row = None if fresh else load_cached(stored, key)
             if row is None:
                 base, tuned, model = load(cache / "base"), load(cache / "tuned"), load(cache / step.output)
                 propagate(base, tuned, model, batches, density=density, way=way)
                 error = output_error(tuned, model, base, batches)
-                model.to(torch.bfloat16)
                 scores = {task: measure.score_windows(model, rows) for task, rows in windows.items()}
                 row = {"density": density, "way": way, "output_error": error, **measure.summarise(scores)}
                 store(stored, key, row)
