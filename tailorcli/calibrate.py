@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -84,13 +85,7 @@ def calibrate_model(
             samples = _draw(Path(data), stored, tokenizer_folder(tuned), config, options)
         writer = stack.enter_context(StatsWriter(folder, _room(stored)))
         run = Run(stored, tuned, samples, options, device, timer, writer, progress)
-        blockwise = options.blockwise == "always"
-        if options.blockwise == "auto":
-            needed, free, has_blocks = _memory(run, config)
-            blockwise = has_blocks and needed > free * _MARGIN
-            if blockwise and announce is not None:
-                what = f"the model and its Hessians need up to {format_bytes(needed)}, {format_bytes(free)} are free"
-                announce(f"{what}: it goes through {device} block by block")
+        blockwise = _goes_by_blocks(run, config, announce)
         with exact_float32(), device_errors():
             layers, dtype = (collect_blockwise if blockwise else collect_whole)(run, config)
         tensors = {name: _entry(name, run, layers) for name in stored.tensors}
@@ -168,28 +163,47 @@ def _room(stored: Checkpoint) -> Iterator[str]:
             yield from (f"{name} and a prefix such as model.language_model [{part}]" for part in range(info.shape[0]))
 
 
-def _memory(run: Run, config: dict[str, Any]) -> tuple[int, int, bool]:
-    """Bytes that the model and its Hessians need at most, bytes that are free, and whether the model has blocks."""
+def _goes_by_blocks(run: Run, config: dict[str, Any], announce: Callable[[str], None] | None) -> bool:
+    """Whether the model goes block by block: as asked for, or because it does not fit with its Hessians."""
+    import torch
+
     from tailorcli.blocks import find_blocks
     from tailorcli.collect import free_memory
-    from tailorcli.layers import find_layers
 
-    free = free_memory(run.device)
-    if free is None or run.stored.nbytes * 64 < free:  # float32 doubles bfloat16, and Hessians are a few times more
-        return 0, 1, False
+    say = announce or (lambda message: None)
+    free, host = free_memory(run.device), free_memory(torch.device("cpu"))
+    # Small is small without a closer look: float32 doubles bfloat16, and Hessians are a few times more.
+    if free is None or host is None or run.stored.nbytes * 64 < min(free, host):
+        return run.options.blockwise == "always"
     network = empty_model(run.stored, config, run.options)
     weights = sum(parameter.nbytes for parameter in network.parameters())
-    names = expected_names(network, run.stored.tensors)
-    layers = run.wanted(find_layers(network), names)
-    shared = {(layer.name.rpartition(".")[0].rpartition(".")[0], layer.size) for layer in layers if _is_full(layer)}
-    parameters = dict(network.named_parameters())
+    hessians = _hessian_bytes(run, network)
+    disk = shutil.disk_usage(run.writer.folder).free
+    if hessians // 2 > disk:
+        have = f"{format_bytes(disk)} are free in {run.writer.folder}"
+        say(f"the statistics take up to {format_bytes(hessians // 2)} of disk, {have}: --include takes fewer tensors")
+    if run.options.blockwise != "auto":
+        return run.options.blockwise == "always"
+    if not find_blocks(network) or (weights + hessians <= free * _MARGIN and weights <= host * _MARGIN):
+        return False
+    needed = format_bytes(weights + hessians)
+    say(
+        f"the model and its Hessians need up to {needed}, {format_bytes(free)} are free on {run.device}: block by block"
+    )
+    return True
+
+
+def _hessian_bytes(run: Run, network: Any) -> int:
+    """Bytes of all full Hessians at most: layers of one module and as many channels are taken to share one."""
+    from tailorcli.layers import find_layers
+
+    layers = run.wanted(find_layers(network), expected_names(network, run.stored.tensors))
+    parameters: dict[str, torch.Tensor] = dict(network.named_parameters())
+    linear = [layer for layer in layers if layer.role == "linear"]
+    shared = {(layer.name.rpartition(".")[0].rpartition(".")[0], layer.size) for layer in linear}
     experts = [parameters[layer.name] for layer in layers if parameters[layer.name].dim() == 3 and not layer.modules]
-    hessians = sum(4 * size**2 for _, size in shared) + sum(4 * len(p) * max(p.shape[1:]) ** 2 for p in experts)
-    return weights + hessians, free, bool(find_blocks(network))
-
-
-def _is_full(layer: Layer) -> bool:
-    return layer.role == "linear"
+    full = sum(4 * size**2 for _, size in shared)
+    return full + sum(4 * parameter.shape[0] * max(parameter.shape[1:]) ** 2 for parameter in experts)
 
 
 def _write_bias(run: Run) -> None:

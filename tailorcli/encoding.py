@@ -193,9 +193,11 @@ def _with_paths(message: dict[str, Any], record: Record) -> dict[str, Any]:
         return {**message, "content": [{"type": "text", "text": message.get("content", "")}]}
     ready = []
     for part in parts:
-        if part.get("type") != "image":
+        if part.get("type") == "text":
             ready.append(part)
             continue
+        if part.get("type") != "image":
+            raise DataError(f"{record.where}: a part of type {part.get('type')!r} is not read", "text and image are")
         named = next((part[key] for key in ("image", "path", "url") if key in part), None)
         if not isinstance(named, str) or "://" in named:
             raise DataError(

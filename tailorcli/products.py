@@ -41,7 +41,9 @@ class ProductWatch(TorchFunctionMode):
     def __init__(self, parameters: Mapping[str, Tensor], tables: Container[str], note: Callable[[Use], None]) -> None:
         super().__init__()
         self._tables = tables  # parameters of embeddings
-        self._by_storage = {p.untyped_storage().data_ptr(): (name, p) for name, p in parameters.items()}
+        self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+        for name, parameter in parameters.items():
+            self._by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
         self._told = note
         self._handlers: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], None]] = {
             torch.nn.functional.linear: self._linear,
@@ -73,7 +75,10 @@ class ProductWatch(TorchFunctionMode):
         """The watched parameter in whose memory a tensor lies."""
         if not isinstance(value, Tensor) or value.device.type == "meta":
             return None
-        return self._by_storage.get(value.untyped_storage().data_ptr())
+        for name, whole in self._by_storage.get(value.untyped_storage().data_ptr(), ()):
+            if 0 <= value.storage_offset() - whole.storage_offset() < whole.numel():
+                return name, whole
+        return None
 
     def _matrix(self, value: Any) -> tuple[str, int | None, bool] | None:
         """(parameter, part, whether turned) of a matrix that is a parameter or one of its slices, whole."""
