@@ -198,12 +198,12 @@ def _hessian_bytes(run: Run, network: Any) -> int:
     from tailorcli.layers import find_layers
 
     layers = run.wanted(find_layers(network), expected_names(network, run.stored.tensors))
-    parameters: dict[str, torch.Tensor] = dict(network.named_parameters())
+    parameters = dict(network.named_parameters())
     linear = [layer for layer in layers if layer.role == "linear"]
     shared = {(layer.name.rpartition(".")[0].rpartition(".")[0], layer.size) for layer in linear}
     experts = [parameters[layer.name] for layer in layers if parameters[layer.name].dim() == 3 and not layer.modules]
     full = sum(4 * size**2 for _, size in shared)
-    return full + sum(4 * parameter.shape[0] * max(parameter.shape[1:]) ** 2 for parameter in experts)
+    return full + int(sum(4 * parameter.shape[0] * max(parameter.shape[1:]) ** 2 for parameter in experts))
 
 
 def _write_bias(run: Run) -> None:
