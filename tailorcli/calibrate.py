@@ -351,6 +351,8 @@ def _bar(run: _Run, total: int) -> Any:
 
 def _collect_blockwise(run: _Run, config: dict[str, Any]) -> tuple[dict[str, Layer], str]:
     """Block by block: one block's weights and Hessians at a time, all samples through it before the next."""
+    import torch
+
     from tailorcli.blocks import Lockstep, Spill, find_blocks
     from tailorcli.collect import Collector, find_layers, free_memory, last_logits_only
 
@@ -380,7 +382,8 @@ def _collect_blockwise(run: _Run, config: dict[str, Any]) -> tuple[dict[str, Lay
     batches = list(make_batches(run.samples.inputs, run.options.batch_size))
     lanes = Lockstep(blocks, [(runner(batch), _batch_size(batch)) for batch in batches])
     tokens = {id(lane): count_tokens(batch) for lane, batch in zip(lanes.lanes, batches, strict=True)}
-    spill = Spill(run.device, Path(run.writer.folder), int((free_memory(run.device) or 1 << 40) * 0.25))
+    host = free_memory(torch.device("cpu")) or 1 << 40  # hidden states wait there, whatever the device
+    spill = Spill(run.device, Path(run.writer.folder), int(host * 0.25))
 
     with _bar(run, run.samples.num_tokens * len(blocks)) as bar, run.timer.stage("run"):
 

@@ -40,12 +40,15 @@ def exact_float32() -> Iterator[None]:
     """TF32 and other reduced-precision shortcuts off for float32 products; the caller's setting comes back after."""
     import torch
 
-    before = torch.get_float32_matmul_precision()
+    # cuDNN has a switch of its own for convolutions, and it is on by default.
+    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 @contextmanager
@@ -64,7 +67,7 @@ class StageTimer:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.seconds: dict[str, float] = {}
-        self._cuda = device is not None and device.type == "cuda"
+        self._device = device if device is not None and device.type == "cuda" else None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -73,8 +76,8 @@ class StageTimer:
         try:
             yield
         finally:
-            if self._cuda:
+            if self._device is not None:
                 import torch
 
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(self._device)
             self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - started
