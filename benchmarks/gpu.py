@@ -52,6 +52,7 @@ NEEDED = {"correct": 30, "layers": 45, "variants": 30, "patch": 150, "floors": 1
 PAPER_SECONDS_A_PARAMETER = 1260 / 2.7e9  # on one V100
 PATCH_SECONDS, PLAIN_RATIO, PEAK_BYTES, SPEEDUP, CALIBRATE_RATIO = 60.0, 2.0, 8e9, 5.0, 1.5
 DENSITY = 0.1
+DISK_SHARE = 0.45  # of the seconds that are left
 SYSTEM_ENTRIES = 1 << 27  # of small systems factorised together
 Figures = dict[str, Any]
 
@@ -320,7 +321,7 @@ def render_variants(found: Figures) -> str:
 
 
 def fitting_shape(bench: Bench) -> LlamaShape:
-    """As many layers as the disk takes: in bytes, and in a third of the time at the rate at which it writes."""
+    """As many layers as the disk takes: in bytes, and in ``DISK_SHARE`` of the time at the rate at which it writes."""
     probe = 1 << (26 if bench.args.tiny else 30)
     seconds = bench.timed(lambda: plain_write(bench.scratch / "probe", probe), warm=False)
     (bench.scratch / "probe").unlink()
@@ -328,9 +329,8 @@ def fitting_shape(bench: Bench) -> LlamaShape:
     bench.found["disk"] = {"write_rate": probe / seconds, "free": free}
     shape = bench.shape
     pair, stats = 4 * numel(shape), stats_bytes(shape)
-    while shape.layers > 2 and (
-        1.5 * pair + stats + 2e9 > free or pair + stats > bench.left / 3 * max(probe / seconds, 5e8)
-    ):
+    most = bench.left * DISK_SHARE * probe / seconds  # pair and statistics are written twice in all
+    while shape.layers > 2 and (1.5 * pair + stats + 2e9 > free or 2 * (pair + stats) > most):
         shape = replace(shape, layers=shape.layers - 1)
         pair, stats = 4 * numel(shape), stats_bytes(shape)
     progress(f"{shape.layers} layers: a pair of {gb(pair)}, statistics of {gb(stats)}, {gb(free)} of disk are free")
@@ -356,7 +356,6 @@ def write_large(bench: Bench) -> tuple[Path, Path]:
         progress("writing the pair")
         started = perf_counter()
         write_pair(folder, bench.shape, device=str(bench.device))
-        write_tokenizer(folder / "tuned", bench.shape.vocab)
         bench.found["disk"]["pair_seconds"] = perf_counter() - started
     return folder / "base", folder / "tuned"
 
@@ -375,9 +374,11 @@ def measure_patch(bench: Bench) -> Figures:
         plain_read(files)
         plain_write(bench.scratch / "plain", nbytes)
 
+    os.sync()  # what is timed does not wait for what was written before
     progress("plainly reading and writing the same")
     plain_seconds = bench.timed(plain, warm=False)
     (bench.scratch / "plain").unlink()
+    os.sync()
     progress("patch")
     options = PatchOptions(density=DENSITY, device=str(bench.device))
     report = patch_checkpoint(base, tuned, output, stats, options, progress=True)
@@ -475,6 +476,7 @@ def measure_calibrate(bench: Bench) -> Figures:
     logging.disable_progress_bar()
     _, tuned = write_large(bench)
     samples = bench.args.samples if bench.left > 150 else max(8, bench.args.samples // 4)
+    write_tokenizer(tuned, bench.shape.vocab)
     data = bench.scratch / "data.jsonl"
     write_samples(data, bench.shape.vocab, samples, bench.args.seq_len, bench.args.seq_len)
     options = CalibrateOptions(
@@ -610,6 +612,8 @@ def main() -> None:
     out = os.environ.get("OUT")
     target = args.file or (Path(out) / "gpu.md" if out else None)
     device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"this torch ({torch.__version__}) sees no CUDA device; --device cpu --tiny tries the script")
     shape = LlamaShape(args.layers, args.hidden, args.intermediate, args.vocab, head_size=128, sharing=1)
     with TemporaryDirectory(prefix="tailorcli-gpu-", dir=args.dir or gettempdir()) as scratch:
         bench = Bench(args, device, Path(scratch), shape)
