@@ -111,8 +111,10 @@ def solve_on_mask(
 
     All are (R, I) but ``hessian`` (I, I). Returns also the iterations taken and the rows' summed squared residual.
     """
-    solution = torch.zeros_like(target)
     direct = _worth_solving_directly(kept)
+    if not any(direct):  # on a GPU always: no copies of the rows
+        return _conjugate_gradients(target, kept, hessian, amount, tolerance, max_iterations)
+    solution = torch.zeros_like(target)
     failed, direct_sq = _solve_directly_(solution, target, kept, hessian, amount, direct)
     rest = [row for row in range(kept.shape[0]) if not direct[row]] + failed
     part, steps, iterated_sq = _conjugate_gradients(
