@@ -402,7 +402,8 @@ def _collect_blockwise(run: _Run, config: dict[str, Any]) -> tuple[dict[str, Lay
                 collector.batch_size = around.batch_size = lane.size
                 with collector.folding():
                     lane.compute()
-                lane.advance()
+                for tensor in lane.advance():
+                    tensor.data = spill.keep(tensor)
                 lane.move(spill.out)
                 bar.update(tokens[id(lane)])
             run.write(collector)
