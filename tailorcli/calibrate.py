@@ -19,7 +19,7 @@ from tailorcli.adapter import AdaptedCheckpoint, is_adapter, open_tuned, tokeniz
 from tailorcli.adapter_config import CONFIG_FILE, MERGE_HINT, read_settings
 from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint, TensorInfo
 from tailorcli.data import Samples, count_tokens, draw_samples, make_batches, read_records
-from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
+from tailorcli.device import StageTimer, device_errors, exact_float32, give_back_memory, resolve_device
 from tailorcli.errors import CheckpointError, DataError, OptionsError
 from tailorcli.loading import (
     aliases,
@@ -477,6 +477,7 @@ class _Parts:
             module = self._network.get_submodule(owner)
             empty = torch.nn.Parameter(module._parameters[short].to("meta"), requires_grad=False)
             module._parameters[short] = empty
+        give_back_memory()
 
 
 def _write_bias(run: _Run) -> None:
