@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-fast test-slow lint bench real stitch multimodal clean
+.PHONY: demo test test-fast test-slow lint bench bench-large bench-gpu real stitch multimodal clean
 
 # torch comes first and pinned, so that nothing else chooses its build.
 $(BIN)/tailorcli: pyproject.toml constraints.txt
@@ -47,6 +47,14 @@ test-slow: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks --rounds 3
+
+# A pair of 7B checkpoints: 55 GB of disk, half an hour on two cores.
+bench-large: $(VENV)/dev
+	$(BIN)/python -m benchmarks --only large
+
+# For a machine with a CUDA build of torch: PYTHON and VENV choose its environment.
+bench-gpu: $(VENV)/dev
+	$(BIN)/python -m benchmarks.gpu docs/gpu.md
 
 real: $(VENV)/real
 	$(BIN)/python -m benchmarks.real

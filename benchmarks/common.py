@@ -34,11 +34,12 @@ open(sys.argv[1], "w").write(json.dumps(facts))
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that has run: its standard output, seconds from start to end, peak resident memory in bytes."""
+    """A command that has run: what it printed, seconds from start to end, peak resident memory in bytes."""
 
     stdout: str
     seconds: float
     peak_bytes: int
+    stderr: str = ""
 
 
 def run_python(arguments: Sequence[str], scratch: Path) -> Finished:
@@ -50,7 +51,7 @@ def run_python(arguments: Sequence[str], scratch: Path) -> Finished:
     if facts["code"] != 0:
         raise RuntimeError(f"{' '.join(arguments)} exited with {facts['code']}:\n{done.stderr}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return Finished(done.stdout, facts["seconds"], facts["peak"] * unit)
+    return Finished(done.stdout, facts["seconds"], facts["peak"] * unit, done.stderr)
 
 
 def seconds_of(action: Callable[[], object]) -> float:

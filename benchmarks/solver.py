@@ -75,7 +75,7 @@ class Layer:
 
 def make_layer(size: int, density: float, power: float, device: torch.device, rows: int | None = None) -> Layer:
     """A layer with ``rows`` outputs (as many as inputs without it) whose mask keeps ``density`` of its entries."""
-    hessian = correlated_hessian(size, power).to(device)
+    hessian = correlated_hessian(size, power, device=str(device))
     generator = torch.Generator().manual_seed(1)
     delta = 0.002 * torch.randn(rows or size, size, generator=generator).to(device)
     prepared = prepare(hessian, DAMPING, sensitivity=True, sequential=False)

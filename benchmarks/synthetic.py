@@ -9,6 +9,7 @@ with channel scales of its own. The folders are sound: ``tailorcli patch`` takes
 from __future__ import annotations
 
 import json
+import random
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import parser
-from tailorcli.checkpoint import Checkpoint
+from tailorcli.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from tailorcli.core import pack_triangle
 from tailorcli.stats import FORMAT_VERSION, HESSIANS, MANIFEST, HessianInfo, TensorStats
+from tailorcli.writer import split_shards
 
 DTYPES = {"bf16": (torch.bfloat16, "BF16", "bfloat16"), "fp32": (torch.float32, "F32", "float32")}
 HEAD_SIZE = 64
@@ -32,22 +34,24 @@ TOKENS = 100_000  # what the statistics claim to average
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """The dimensions of a Llama; heads have 64 channels, four query heads share a key and value head."""
+    """The dimensions of a Llama; ``sharing`` query heads share a key and value head, where they divide evenly."""
 
     layers: int
     hidden: int
     intermediate: int
     vocab: int
+    head_size: int = HEAD_SIZE
+    sharing: int = 4
 
     @property
     def heads(self) -> int:
         """Query heads."""
-        return max(1, self.hidden // HEAD_SIZE)
+        return max(1, self.hidden // self.head_size)
 
     @property
     def kv_heads(self) -> int:
         """Key and value heads."""
-        return self.heads // 4 if self.heads % 4 == 0 else self.heads
+        return self.heads // self.sharing if self.heads % self.sharing == 0 else self.heads
 
 
 @dataclass(frozen=True)
@@ -138,53 +142,108 @@ def _raw(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def write_pair(folder: Path, shape: LlamaShape, dtype: str = "bf16", seed: int = 0) -> tuple[Path, Path]:
-    """A base and a fine-tuned checkpoint in ``folder``, each in one file."""
+def write_pair(
+    folder: Path,
+    shape: LlamaShape,
+    dtype: str = "bf16",
+    seed: int = 0,
+    max_shard_size: int | None = None,
+    device: str = "cpu",
+) -> tuple[Path, Path]:
+    """A base and a fine-tuned checkpoint in ``folder``, each in one file, or in shards of ``max_shard_size`` bytes.
+
+    The values are drawn on ``device``, and differ between kinds of device.
+    """
     torch_dtype, stored_dtype, _ = DTYPES[dtype]
-    generator = torch.Generator().manual_seed(seed)
-    tensors = parameters(shape)
-    entries = [(p.name, stored_dtype, p.shape, p.numel * torch_dtype.itemsize) for p in tensors]
+    generator = torch.Generator(device).manual_seed(seed)
+    tensors = {parameter.name: parameter for parameter in parameters(shape)}
+    sizes = [(p.name, p.numel * torch_dtype.itemsize) for p in tensors.values()]
+    shards = [list(tensors)] if max_shard_size is None else split_shards(sizes, max_shard_size)
     base, tuned = folder / "base", folder / "tuned"
     for path in (base, tuned):
         path.mkdir(parents=True)
         (path / "config.json").write_text(json.dumps(config(shape, dtype), indent=1) + "\n", encoding="utf-8")
-    with (base / "model.safetensors").open("wb") as first, (tuned / "model.safetensors").open("wb") as second:
-        write_header(first, entries)
-        write_header(second, entries)
-        for parameter in tensors:
-            before, after = _random_weights(parameter, generator)
-            first.write(_raw(before.to(torch_dtype)))
-            second.write(_raw(after.to(torch_dtype)))
+        _write_index(path, shards, sum(nbytes for _, nbytes in sizes))
+    for file, names in zip(_shard_names(len(shards)), shards, strict=True):
+        held = [tensors[name] for name in names]
+        entries = [(p.name, stored_dtype, p.shape, p.numel * torch_dtype.itemsize) for p in held]
+        with (base / file).open("wb") as first, (tuned / file).open("wb") as second:
+            write_header(first, entries)
+            write_header(second, entries)
+            for parameter in held:
+                before, after = _random_weights(parameter, generator)
+                first.write(_raw(before.to(torch_dtype).cpu()))
+                second.write(_raw(after.to(torch_dtype).cpu()))
     return base, tuned
 
 
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return [SINGLE_FILE]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _write_index(path: Path, shards: list[list[str]], nbytes: int) -> None:
+    """The index of a checkpoint of more than one file."""
+    if len(shards) == 1:
+        return
+    files = _shard_names(len(shards))
+    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
+    (path / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
 def _random_weights(parameter: Parameter, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    before = 0.02 * torch.randn(parameter.shape, generator=generator)
+    def normal(deviation: float) -> Tensor:
+        return torch.randn(parameter.shape, generator=generator, device=generator.device).mul_(deviation)
+
+    before = normal(0.02)
     if parameter.role == "norm":
         before += 1.0
-    return before, before + 0.002 * torch.randn(parameter.shape, generator=generator)
+    return before, normal(0.002).add_(before)
+
+
+def write_tokenizer(folder: Path, vocab: int) -> None:
+    """A tokenizer of one token a word: w1, w2, and so on."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, **{f"w{number}": number for number in range(1, vocab)}}
+    tokenizer = Tokenizer(models.WordLevel(vocab=words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+
+
+def write_samples(file: Path, vocab: int, samples: int, shortest: int, longest: int) -> None:
+    """Calibration data: samples of random words."""
+    generator = random.Random(0)
+    with file.open("w", encoding="utf-8") as stream:
+        for _ in range(samples):
+            count = generator.randint(shortest, longest)
+            text = " ".join(f"w{generator.randrange(1, vocab)}" for _ in range(count))
+            stream.write(json.dumps({"text": text}) + "\n")
 
 
 @cache
-def correlated_hessian(size: int, power: float = 1.0, seed: int = 0) -> Tensor:
+def correlated_hessian(size: int, power: float = 1.0, seed: int = 0, device: str = "cpu") -> Tensor:
     """H (I, I), float32, with eigenvalues j^-power in a random orthogonal basis, and mean(diag H) = 2."""
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(size, size, generator=generator)).Q  # (I, I)
-    spectrum = torch.arange(1, size + 1, dtype=torch.float32) ** -power
+    generator = torch.Generator(device).manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator, device=device)).Q  # (I, I)
+    spectrum = torch.arange(1, size + 1, dtype=torch.float32, device=device) ** -power
     hessian = (basis * (2.0 * size * spectrum / spectrum.sum())) @ basis.T
     symmetric: Tensor = (hessian + hessian.T) / 2
     return symmetric
 
 
-def write_stats(folder: Path, shape: LlamaShape, tuned: Path, seed: int = 0) -> Path:
+def write_stats(folder: Path, shape: LlamaShape, tuned: Path, seed: int = 0, device: str = "cpu") -> Path:
     """A statistics folder for ``tuned``, in the format that ``tailorcli calibrate`` writes."""
     folder.mkdir(parents=True)
     hessians, tensors = _stats_of(parameters(shape))
     with (folder / HESSIANS).open("wb") as stream:
         sizes = {name: info.stored_numel for name, info in hessians.items()}
         write_header(stream, [(name, "F32", (numel,), 4 * numel) for name, numel in sizes.items()])
-        for values in _random_hessians(hessians, seed):
-            stream.write(_raw(values))
+        for values in _random_hessians(hessians, seed, device):
+            stream.write(_raw(values.cpu()))
     with Checkpoint.open(tuned) as checkpoint:
         model = {"path": str(tuned), "fingerprint": checkpoint.fingerprint(), "run_in": "nothing: synthetic"}
     manifest = {
@@ -212,13 +271,13 @@ def _stats_of(tensors: Sequence[Parameter]) -> tuple[dict[str, HessianInfo], dic
     return hessians, entries
 
 
-def _random_hessians(hessians: dict[str, HessianInfo], seed: int) -> Iterator[Tensor]:
+def _random_hessians(hessians: dict[str, HessianInfo], seed: int, device: str) -> Iterator[Tensor]:
     """What is stored of each Hessian, in order: a scaled power-law matrix's triangle, or a positive diagonal."""
     generator = torch.Generator().manual_seed(seed)
     for info in hessians.values():
-        scale = (0.3 * torch.randn(info.size, generator=generator)).exp()
+        scale = (0.3 * torch.randn(info.size, generator=generator)).exp().to(device)
         if info.kind == "full":
-            hessian = correlated_hessian(info.size) * scale * scale.unsqueeze(1)
+            hessian = correlated_hessian(info.size, device=device) * scale * scale.unsqueeze(1)
             yield pack_triangle(hessian)
         else:
             yield 2.0 * scale

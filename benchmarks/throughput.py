@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,7 +40,16 @@ from benchmarks.common import (
     verdict,
     write_json,
 )
-from benchmarks.synthetic import DTYPES, Inputs, LlamaShape, parameters, write_inputs, write_pair
+from benchmarks.synthetic import (
+    DTYPES,
+    Inputs,
+    LlamaShape,
+    parameters,
+    write_inputs,
+    write_pair,
+    write_samples,
+    write_tokenizer,
+)
 from tailorcli import calibrate_model
 from tailorcli.data import draw_samples, make_batches, read_records
 from tailorcli.device import exact_float32
@@ -223,21 +231,10 @@ def measure_stages(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 def write_model(folder: Path, shape: LlamaShape, dtype: str, samples: int, length: int) -> tuple[Path, Path]:
     """A random Llama with a tokenizer of one token a word, and data: samples of half to full ``length`` words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     model, _ = write_pair(folder, shape, dtype)
-    words = {"<unk>": 0, **{f"w{number}": number for number in range(1, shape.vocab)}}
-    tokenizer = Tokenizer(models.WordLevel(vocab=words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(model)
+    write_tokenizer(model, shape.vocab)
     data = folder / "data.jsonl"
-    generator = random.Random(0)
-    with data.open("w", encoding="utf-8") as stream:
-        for _ in range(samples):
-            count = generator.randint(length // 2, length)
-            text = " ".join(f"w{generator.randrange(1, shape.vocab)}" for _ in range(count))
-            stream.write(json.dumps({"text": text}) + "\n")
+    write_samples(data, shape.vocab, samples, length // 2, length)
     return model, data
 
 

@@ -68,13 +68,16 @@ class AdaptedCheckpoint(Checkpoint):
         parts = [self.tensors[name]] if formula is None else [formula.weight, *formula.parts]
         return sum(part.nbytes for part in parts)
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, pinned: bool = False) -> torch.Tensor:
         """One tensor on the CPU, in memory of its own: formed in float32 (float64), or as it is stored.
 
         Raises NumericalError for NaN or infinity in the adapter.
         """
         formula = self._formulas.get(name)
-        return super().read(name) if formula is None else self._form(self.tensors[name], formula)
+        if formula is None:
+            return super().read(name, pinned)
+        formed = self._form(self.tensors[name], formula)
+        return formed.pin_memory() if pinned else formed
 
     def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
         """Fill ``buffer`` with the tensor's bytes from ``start`` on; a formed tensor is formed for it as a whole."""

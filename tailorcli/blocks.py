@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,8 +78,13 @@ class Lane:
         value, self._value = self._value, None
         return value
 
-    def advance(self) -> None:
-        """Let it run up to its next block, or to the end. Raises what the model raised."""
+    def advance(self) -> list[Tensor]:
+        """Let it run up to its next block, or to the end. Raises what the model raised.
+
+        Returns what it handed to the block before and the model still holds: often the embeddings, which a model's
+        forward keeps by name.
+        """
+        handed = [weakref.ref(tensor) for tensor in self._held]
         self._call, self._held = None, []
         self._back.clear()
         if not self._thread.is_alive():
@@ -87,6 +93,7 @@ class Lane:
         self._back.wait()
         if self._error is not None:
             raise self._error
+        return [t for ref in handed if (t := ref()) is not None and not any(t is other for other in self._held)]
 
     def compute(self) -> None:
         """Run the block that it waits for, in the thread of the caller; ``advance`` goes on behind it."""
@@ -198,6 +205,10 @@ class Spill:
             raise TailorError(f"cannot keep hidden states in {path}: {error}", "free some space") from error
         path.unlink()  # the mapping keeps it until the tensor is gone
         return mapped.view(tensor.shape).copy_(tensor)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Memory for a tensor that no block waits for, but the model may still use: it stays on its device."""
+        return self.out(tensor) if self._device.type == "cpu" else tensor
 
     def back(self, tensor: Tensor) -> Tensor:
         """Memory for a tensor that is worked on."""

@@ -319,7 +319,9 @@ def _listed(numbers: list[int]) -> str:
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be allocated on a device, where the system tells."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch keeps of tensors that are gone is not free for the system, but it is for the next tensor.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         fields = dict(line.split(":", 1) for line in lines)

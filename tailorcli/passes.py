@@ -11,7 +11,7 @@ from tailorcli.adapter import AdaptedCheckpoint
 from tailorcli.adapter_config import MERGE_HINT
 from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint
 from tailorcli.data import Samples, count_tokens, make_batches
-from tailorcli.device import StageTimer
+from tailorcli.device import StageTimer, give_back_memory
 from tailorcli.errors import CheckpointError, DataError, OptionsError
 from tailorcli.loading import aliases, empty_model, expected_names, load_model, load_weights, require_all
 from tailorcli.names import Place, map_names
@@ -166,6 +166,8 @@ def _bar(run: Run, total: int) -> Any:
 
 def collect_blockwise(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer], str]:
     """Block by block: one block's weights and Hessians at a time, all samples through it before the next."""
+    import torch
+
     from tailorcli.blocks import Lockstep, Spill, find_blocks
     from tailorcli.collect import Collector, free_memory, last_logits_only
     from tailorcli.layers import find_layers
@@ -196,7 +198,8 @@ def collect_blockwise(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer
     batches = list(make_batches(run.samples.inputs, run.options.batch_size))
     lanes = Lockstep(blocks, [(runner(batch), _batch_size(batch)) for batch in batches])
     tokens = {id(lane): count_tokens(batch) for lane, batch in zip(lanes.lanes, batches, strict=True)}
-    spill = Spill(run.device, Path(run.writer.folder), int((free_memory(run.device) or 1 << 40) * _HIDDEN_SHARE))
+    host = free_memory(torch.device("cpu")) or 1 << 40  # hidden states wait there, whatever the device
+    spill = Spill(run.device, Path(run.writer.folder), int(host * _HIDDEN_SHARE))
 
     with _bar(run, run.samples.num_tokens * len(blocks)) as bar, run.timer.stage("run"):
 
@@ -215,7 +218,8 @@ def collect_blockwise(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer
                 collector.batch_size = around.batch_size = lane.size
                 with collector.folding():
                     lane.compute()
-                lane.advance()
+                for tensor in lane.advance():
+                    tensor.data = spill.keep(tensor)
                 lane.move(spill.out)
                 bar.update(tokens[id(lane)])
             run.write(collector)
@@ -289,6 +293,7 @@ class _Parts:
             module = self._network.get_submodule(owner)
             empty = torch.nn.Parameter(module._parameters[short].to("meta"), requires_grad=False)
             module._parameters[short] = empty
+        give_back_memory()
 
 
 def _bias(name: str) -> str:

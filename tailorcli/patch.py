@@ -207,9 +207,12 @@ class _Loaded:
         return packed
 
 
-def _reader(tensors: list[TensorPlan], inputs: Inputs, options: PatchOptions, digests: bool) -> ReadAhead[_Loaded]:
+def _reader(
+    tensors: list[TensorPlan], inputs: Inputs, options: PatchOptions, device: torch.device, digests: bool
+) -> ReadAhead[_Loaded]:
     """Reads what each of ``tensors`` needs; a Hessian only for the first of those that share it."""
     stats = inputs.stats
+    pinned = device.type == "cuda"  # a GPU copies at full speed, and by itself, from pinned memory alone
 
     def needed_hessian(position: int) -> str | None:
         name = tensors[position].hessian
@@ -222,11 +225,11 @@ def _reader(tensors: list[TensorPlan], inputs: Inputs, options: PatchOptions, di
 
     def load(position: int) -> _Loaded:
         name, hessian = tensors[position].name, needed_hessian(position)
-        base = inputs.base.read(name)
+        base = inputs.base.read(name, pinned)
         return _Loaded(
             base,
-            inputs.tuned.read(name),
-            stats.load(hessian) if hessian and stats else None,
+            inputs.tuned.read(name, pinned),
+            stats.load(hessian, pinned) if hessian and stats else None,
             digest_of(raw_bytes(base)) if digests else "",
         )
 
@@ -258,7 +261,7 @@ def _tailored(
         "score_only": score_only,
         "timer": timer,
     }
-    reader = _reader([tensor for tensor in tensors if tensor.action == "patch"], inputs, options, digests)
+    reader = _reader([tensor for tensor in tensors if tensor.action == "patch"], inputs, options, device, digests)
     loads = iter(reader)
     prepared: PreparedHessian | None = None
     prepared_name: str | None = None
@@ -276,7 +279,7 @@ def _tailored(
                         if tensor.hessian is not None:
                             prepared = prepare_next(tensor.hessian, loaded.give_packed())
                     with timer.stage("transfer"):
-                        base, tuned = loaded.base.to(device), loaded.tuned.to(device)
+                        base, tuned = (t.to(device, non_blocking=True) for t in (loaded.base, loaded.tuned))
                     digest = loaded.digest
                     del loaded
                     settings = layer_settings | {"transposed": tensor.transposed}
@@ -327,7 +330,7 @@ def _prepare(
     assert stats is not None
     info = stats.hessians[name]
     with timer.stage("unpack"):
-        packed = packed.to(device)
+        packed = packed.to(device, non_blocking=True)
         hessian = unpack_triangle(packed, info.size) if info.kind == "full" else packed
     if not bool(hessian.diagonal().isfinite().all() if hessian.dim() == 2 else hessian.isfinite().all()):
         raise NumericalError(f"NaN or infinity in its Hessian {name!r}", "calibrate again")

@@ -159,9 +159,9 @@ class Stats:
                 if hessian not in self.hessians:
                     raise StatsError(f"{manifest_path}: {name!r} refers to no Hessian {hessian!r}", _AGAIN)
 
-    def load(self, name: str) -> Tensor:
+    def load(self, name: str, pinned: bool = False) -> Tensor:
         """The stored numbers of one Hessian, float32: a packed triangle, or a diagonal (I,)."""
-        return self._store.read(name)
+        return self._store.read(name, pinned)
 
     def nbytes(self, name: str) -> int:
         """Bytes of one Hessian on disk."""
