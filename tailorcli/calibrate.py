@@ -181,6 +181,7 @@ def _values(config: dict[str, Any]) -> Iterator[Any]:
 
 def _memory(run: Run, config: dict[str, Any]) -> tuple[int, int]:
     """Bytes that the model and its Hessians need at most, and the bytes that are free on the device."""
+    from tailorcli.blocks import find_blocks
     from tailorcli.collect import free_memory
     from tailorcli.layers import find_layers
 
@@ -188,6 +189,8 @@ def _memory(run: Run, config: dict[str, Any]) -> tuple[int, int]:
     if free is None or run.stored.nbytes * 64 < free:  # float32 doubles bfloat16, and Hessians are a few times more
         return 0, 1
     network = empty_model(run.stored, config, run.options)
+    if not find_blocks(network):
+        return 0, 1  # there is but one way
     weights = sum(parameter.nbytes for parameter in network.parameters())
     names = expected_names(network, run.stored.tensors)
     layers = run.wanted(find_layers(network), names)

@@ -102,3 +102,12 @@ def test_positions_that_a_model_works_out_are_filled_in(tmp_path, kind):
     name = "model.decoder.layers.1.fc2.weight"
     expected = theirs.load(theirs.tensors[name].hessian)
     torch.testing.assert_close(ours.load(ours.tensors[name].hessian), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_model_without_blocks_that_does_not_fit_takes_the_ordinary_way(tmp_path, monkeypatch, layers):
+    folder = make_pair(tmp_path, layers=layers)
+    monkeypatch.setattr("tailorcli.collect.free_memory", lambda _: 1 << 20)
+    monkeypatch.setattr("tailorcli.calibrate._MARGIN", 1e-3)
+    report = calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
+    assert report.blockwise == (layers > 1)
