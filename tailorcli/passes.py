@@ -190,9 +190,9 @@ def collect_blockwise(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer
         )
     parts = _Parts(run, network, list(blocks))
     layers = find_layers(network)
-    _some(run.wanted(layers, parts.expected))
     run.note_buffers(network, parts.expected)
-    parts.load("")
+    parts.load("")  # first of all: a checkpoint that lacks what its config asks for is told here
+    _some(run.wanted(layers, parts.expected))
     _check_ids(run.samples, network)
     rest = [layer for layer in run.wanted(layers, {}) if parts.part_of(layer.name) == ""]
     around = Collector(rest, network, run.device, run.timer, share=False)

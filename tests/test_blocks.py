@@ -8,7 +8,7 @@ import torch
 from helpers import make_pair
 from torch import nn
 
-from tailorcli import CalibrateOptions, Stats, calibrate_model
+from tailorcli import CalibrateOptions, Stats, TailorError, calibrate_model
 from tailorcli.blocks import Lockstep, Spill
 from tailorcli.stats import HESSIANS, MANIFEST, prepare_folder
 
@@ -111,3 +111,15 @@ def test_a_model_without_blocks_that_does_not_fit_takes_the_ordinary_way(tmp_pat
     monkeypatch.setattr("tailorcli.calibrate._MARGIN", 1e-3)
     report = calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
     assert report.blockwise == (layers > 1)
+
+
+@pytest.mark.parametrize("way", ["never", "always"])
+def test_a_checkpoint_of_other_names_is_told_by_what_it_lacks(tmp_path, way):
+    from safetensors.torch import load_file, save_file
+
+    folder = make_pair(tmp_path)
+    tensors = load_file(folder / "tuned" / "model.safetensors")
+    renamed = {f"wrapped.{name}": value for name, value in tensors.items()}
+    save_file(renamed, folder / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TailorError, match="it lacks tensor"):
+        calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats", CalibrateOptions(blockwise=way))
