@@ -9,6 +9,7 @@ every weight is read once, whatever the number of samples. Only one thread runs 
 from __future__ import annotations
 
 import contextvars
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -69,8 +70,11 @@ class Lane:
     def wait_for(self, block: str, call: Callable[[], Any], tensors: list[Tensor]) -> Any:
         """Called in the lane's own thread where the model calls a block: wait until someone ran it."""
         context = contextvars.copy_context()
-        self.wanted, self._call, self._held = block, lambda: context.run(call), tensors
+        held = {id(tensor): tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)}
+        self.wanted, self._call, self._held = block, lambda: context.run(call), list(held.values())
         self._go.clear()
+        if self._stop:  # told while it ran, and then the signal was cleared just now
+            raise _Stopped
         self._back.set()
         self._go.wait()
         if self._stop:
@@ -191,6 +195,7 @@ class Spill:
         self._folder = folder
         self._left = limit
         self._files = 0
+        self._in_files: set[int] = set()  # addresses of what waits in files: it takes no part of the limit
 
     def out(self, tensor: Tensor) -> Tensor:
         """Memory for a tensor that waits."""
@@ -200,10 +205,13 @@ class Spill:
         self._files += 1
         path = self._folder / f"hidden-{self._files}.part"
         try:
+            _reserve(path, tensor.nbytes)
             mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             raise TailorError(f"cannot keep hidden states in {path}: {error}", "free some space") from error
-        path.unlink()  # the mapping keeps it until the tensor is gone
+        finally:
+            path.unlink(missing_ok=True)  # the mapping keeps it until the tensor is gone
+        self._in_files.add(mapped.data_ptr())
         return mapped.view(tensor.shape).copy_(tensor)
 
     def keep(self, tensor: Tensor) -> Tensor:
@@ -212,8 +220,18 @@ class Spill:
 
     def back(self, tensor: Tensor) -> Tensor:
         """Memory for a tensor that is worked on."""
-        self._left += tensor.nbytes
+        if tensor.data_ptr() in self._in_files:
+            self._in_files.remove(tensor.data_ptr())
+        else:
+            self._left += tensor.nbytes
         return tensor.to(self._device)
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file with room on the disk: a mapping of one without would kill the process where the disk is full."""
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _tensors(value: Any) -> list[Tensor]:

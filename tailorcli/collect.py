@@ -92,8 +92,9 @@ class Collector:
         self.layers.sort(key=lambda layer: order.get(layer.name, len(order)))
         groups: dict[tuple[Any, ...], str] = {}
         for layer in self.layers:
-            if layer.name not in seen:
-                layer.reason = layer.reason or _NOT_CALLED
+            if layer.name not in seen:  # other samples may reach it, as the experts of a list: it stands alone
+                layer.group = layer.name
+                continue
             if layer.reason:
                 continue
             alone = layer.role != "linear" or is_convolution(layer.modules[0])
@@ -101,7 +102,8 @@ class Collector:
 
     def allocate(self) -> None:
         """Make room for the Hessians of all groups. Raises DeviceError when they do not fit beside the model."""
-        sizes = {layer.group: layer for layer in self.layers if layer.group}
+        called = [layer for layer in self.layers if layer.group is not None and layer.checked]
+        sizes = {layer.group: layer for layer in called}
         needed = sum(4 * layer.size ** (2 if layer.role == "linear" else 1) for layer in sizes.values())
         free = free_memory(self._device)
         if free is not None and needed > free:
@@ -109,9 +111,9 @@ class Collector:
                 f"the Hessians need {needed / 1e9:.1f} GB on {self._device}, {free / 1e9:.1f} GB are free",
                 "calibrate fewer tensors at a time with --include, pass --blockwise always, or use another --device",
             )
-        for layer in self.layers:
-            if layer.group is not None:
-                self._accumulator(layer.group, layer.role == "linear", layer.size).layers.append(layer)
+        for layer in called:
+            assert layer.group is not None
+            self._accumulator(layer.group, layer.role == "linear", layer.size).layers.append(layer)
 
     def _accumulator(self, name: str, full: bool, size: int) -> Accumulator:
         if name not in self.accumulators:
@@ -174,8 +176,9 @@ class Collector:
 
     def _add_ids(self, accumulator: Accumulator, ids: Tensor, size: int) -> None:
         """Fold one-hot inputs, given by the rows that they look up."""
-        # Positions have no batch dimension of their own: they count for every sample.
-        repeats = self.batch_size if ids.dim() == 1 or ids.shape[0] == 1 else 1
+        # Positions, also relative ones, have no batch dimension of their own: they count for every sample.
+        shared = ids.dim() == 1 or ids.shape[0] == 1 or _are_relative(ids)
+        repeats = self.batch_size if shared else 1
         squares = torch.bincount(ids.flatten(), minlength=size) * repeats
         accumulator.tokens = accumulate_diagonal_(
             accumulator.hessian, squares, ids.numel() * repeats, accumulator.tokens
@@ -309,6 +312,11 @@ def _add_channels(accumulator: Accumulator, rows: Tensor) -> None:
     """Fold inputs (N, I) of a scale: each channel stands alone."""
     squares = rows.square().sum(0)
     accumulator.tokens = accumulate_diagonal_(accumulator.hessian, squares, rows.shape[0], accumulator.tokens)
+
+
+def _are_relative(ids: Tensor) -> bool:
+    """Whether ids (places, places) depend on the distance of two places alone, as those of T5's table do."""
+    return ids.dim() == 2 and ids.shape[0] == ids.shape[1] and torch.equal(ids[1:, 1:], ids[:-1, :-1])
 
 
 def _listed(numbers: list[int]) -> str:

@@ -42,7 +42,7 @@ class Record:
     def has_media(self) -> bool:
         """Whether anything but text is in it."""
         if "text" in self.fields:  # it wins over messages
-            return bool(self.images)
+            return bool(self.images) or "audio" in self.fields
         parts = [part for message in self.fields.get("messages", ()) for part in content_parts(message)]
         return bool(self.images) or "audio" in self.fields or any(part.get("type") != "text" for part in parts)
 
@@ -130,7 +130,7 @@ def _checked(where: str, value: Any, folder: Path) -> Record:
         sound = isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages)
         if not sound:
             raise DataError(f'{where}: "messages" must be a list of objects with "role" and "content"', FIELDS)
-    elif not ("text" in value or {"prompt", "response"} <= value.keys() or {"images", "audio"} & value.keys()):
+    elif not ("text" in value or {"prompt", "response"} <= value.keys() or value.get("images") or "audio" in value):
         raise DataError(f"{where} has the fields {sorted(value)}", FIELDS)
     for name in _TEXT_FIELDS:
         if name in value and not isinstance(value[name], str):

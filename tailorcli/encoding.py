@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
     from tailorcli.data import Inputs
 
-_DROPPED = ("attention_mask", "decoder_attention_mask")  # of one sample they hold nothing but ones
+# Masks of one sample hold nothing but ones; labels (PaliGemma's) are for a loss that no one asks for.
+_DROPPED = ("attention_mask", "decoder_attention_mask", "labels")
+
+_IMAGE_HINT = 'write {"type": "image", "path": "FILE"}, relative to the data file; nothing is downloaded'
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,22 @@ class Encoder:
                 f"{record.where} has messages, and the model's tokenizer has no chat template",
                 'give the records a "text" field instead',
             )
-        try:
-            return str(self.tokenizer.apply_chat_template(fields["messages"], tokenize=False))
-        except Exception as error:  # whatever a model's own template raises
-            raise DataError(f"{record.where}: the chat template refuses these messages: {error}", FIELDS) from error
+        problem: Exception | None = None
+        rendered: list[str] = []
+        for messages in (fields["messages"], *_other_forms(fields["messages"])):
+            try:
+                text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+            except Exception as error:  # whatever a model's own template raises
+                problem = problem or error
+            else:
+                whole = all(words.strip() in text for words in _words_of(messages))
+                if whole and not any(str(m["content"]) in text for m in messages if content_parts(m)):
+                    return text
+                rendered.append(text)
+        if not rendered:
+            what = f"{record.where}: the chat template refuses these messages: {problem}"
+            raise DataError(what, FIELDS) from problem
+        return rendered[0]  # it leaves words out whatever their form: thoughts of earlier turns, for example
 
     def _tokens(self, record: Record, text: str, special: bool = True) -> list[int]:
         try:
@@ -115,8 +130,14 @@ class Encoder:
 
     def _with_images(self, record: Record, seq_len: int) -> Inputs:
         """Images and text through the model's own processor, which puts in as many image tokens as it needs."""
-        if "messages" in record.fields:
-            messages = [_with_paths(message, record) for message in record.fields["messages"]]
+        if "messages" in record.fields and "text" not in record.fields:
+            beside = iter(record.images)
+            messages = [_with_paths(message, record, beside) for message in record.fields["messages"]]
+            if (left := next(beside, None)) is not None:
+                raise DataError(
+                    f"{record.where}: no image part of its messages stands for the image {left}",
+                    'mark its place with a part {"type": "image"}',
+                )
             call = self.processor.apply_chat_template
             inputs = self._call(record, lambda: call(messages, tokenize=True, return_dict=True, return_tensors="pt"))
         else:
@@ -186,40 +207,63 @@ def _as_inputs(ids: list[int]) -> Inputs | None:
     return {"input_ids": torch.tensor([ids])} if ids else None
 
 
-def _with_paths(message: dict[str, Any], record: Record) -> dict[str, Any]:
-    """A message whose images are read: a template would look for their paths in the working directory."""
-    parts = content_parts(message)
-    if not parts:
-        return {**message, "content": [{"type": "text", "text": message.get("content", "")}]}
+def _words_of(messages: list[dict[str, Any]]) -> list[str]:
+    """The texts of messages, in either form."""
+    plain = [message["content"] for message in messages if isinstance(message.get("content"), str)]
+    parts = [part for message in messages for part in content_parts(message)]
+    return plain + [part["text"] for part in parts if isinstance(part.get("text"), str)]
+
+
+def _other_forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Messages of text as lists of parts, and as strings: some templates silently drop the form they do not know."""
+    yield [
+        {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
+        for m in messages
+    ]
+    yield [
+        {**m, "content": "".join(str(part.get("text", "")) for part in content_parts(m))} if content_parts(m) else m
+        for m in messages
+    ]
+
+
+def _with_paths(message: dict[str, Any], record: Record, beside: Iterator[Path]) -> dict[str, Any]:
+    """A message whose images are read: a template would look for their paths in the working directory.
+
+    Image parts that name no file take the next of those ``beside`` the messages.
+    """
+    content = message.get("content")
+    if not isinstance(content, list):
+        return {**message, "content": [{"type": "text", "text": content or ""}]}
     ready = []
-    for part in parts:
-        if part.get("type") == "text":
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "image"):  # a template would pass over it
+            raise DataError(f"{record.where}: its messages hold a part of type {kind!r}", _IMAGE_HINT)
+        if kind == "text":
             ready.append(part)
             continue
-        if part.get("type") != "image":
-            raise DataError(f"{record.where}: a part of type {part.get('type')!r} is not read", "text and image are")
         named = next((part[key] for key in ("image", "path", "url") if key in part), None)
+        if named is None and (path := next(beside, None)) is not None:
+            ready.append({"type": "image", "image": read_image(path, record.where)})
+            continue
         if not isinstance(named, str) or "://" in named:
-            raise DataError(
-                f"{record.where}: an image part names {named!r}, expected a file",
-                'write {"type": "image", "path": "FILE"}, relative to the data file; nothing is downloaded',
-            )
+            raise DataError(f"{record.where}: an image part names {named!r}, expected a file", _IMAGE_HINT)
         ready.append({"type": "image", "image": read_image(record.folder / named, record.where)})
     return {**message, "content": ready}
 
 
 def read_image(path: Path, where: str) -> Any:
-    """A picture in RGB. Raises DataError with the record that names it."""
+    """A picture in RGB, upright as its camera noted. Raises DataError with the record that names it."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise DataError(
             f"{where} has images, and Pillow is not installed", "pip install 'tailorcli[images]'"
         ) from error
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError) as error:
+            return ImageOps.exif_transpose(image).convert("RGB")  # as transformers reads images
+    except Exception as error:  # whatever a decoder raises: for a broken file, or one too large to be real
         raise DataError(f"{where}: cannot read the image {path}: {error}", "paths start at the data file") from error
 
 
@@ -232,7 +276,9 @@ def read_wav(path: Path, rate: int, where: str) -> np.ndarray:
             channels, width, found = file.getnchannels(), file.getsampwidth(), file.getframerate()
             raw = file.readframes(file.getnframes())
     except (OSError, EOFError, wave.Error) as error:
-        raise DataError(f"{where}: cannot read the sound {path}: {error}", "convert it to PCM WAV") from error
+        raise DataError(
+            f"{where}: cannot read the sound {path}: {error or 'it ends early'}", "convert it to PCM WAV"
+        ) from error
     if found != rate or width not in (1, 2, 4):
         raise DataError(
             f"{where}: {path} has {found} Hz and {8 * width} bits, the model expects {rate} Hz and 16 bits",

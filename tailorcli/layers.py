@@ -49,8 +49,8 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
             if known is not None:
                 if role and known.role == role:
                     known.modules.append(module)
-            elif short == "bias" and role in ("linear", "norm"):
-                continue  # handled with its weight: the module is called or it is not
+            elif short == "bias" and role in ("linear", "norm") and f"{module_name}.weight" in layers:
+                continue  # handled with its weight, but where that is tied to another
             elif parameter.is_floating_point():
                 held = short == "weight" and role
                 layer = _make_layer(name, role, module, parameter) if held else Layer(name, "", [], 0)
@@ -123,15 +123,20 @@ def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[tuple[int, int]]
 
 def unsuitable(layer: Layer, module: nn.Module, inputs: Tensor, call: Call) -> str:
     """Why a layer's inputs cannot be used, if they cannot: the module is asked, not its name."""
-    if layer.role != "norm" or isinstance(module, nn.LayerNorm):
+    if layer.role != "norm" or type(module).forward is nn.LayerNorm.forward:
         return ""
+    weight, bias = module.get_parameter("weight").to(torch.float32), getattr(module, "bias", None)
     output = call()
-    unscaled, weight = normalised(module, inputs), module.get_parameter("weight").to(torch.float32)
+    if inputs.shape[-1:] != weight.shape or output.shape != inputs.shape:
+        return f"{type(module).__name__} does not normalise the last dimension of its inputs"
+    unscaled = normalised(module, inputs)
     for offset in (0.0, 1.0):
         expected = unscaled * (weight + offset)  # NaN here is told at the end, with the layer's name
+        expected = expected if bias is None else expected + bias.to(torch.float32)
         if torch.allclose(expected, output.to(torch.float32), rtol=2e-2, atol=1e-3, equal_nan=True):
             return ""
-    return f"{type(module).__name__} is not the root-mean-square norm that its name says"
+    kind = "layer norm" if isinstance(module, nn.LayerNorm) else "root-mean-square norm"
+    return f"{type(module).__name__} is not the {kind} that its name says"
 
 
 def expert_name(parameter: str, part: int | None) -> str:

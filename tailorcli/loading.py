@@ -6,6 +6,7 @@ Besides ``evaluate`` and the demo, this is the only place that imports transform
 from __future__ import annotations
 
 import platform
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -212,6 +213,20 @@ def load_weights(network: Any, tensors: dict[str, torch.Tensor], device: torch.d
     if info.conversion_errors or info.mismatched_keys:
         problem = next(iter((*info.conversion_errors.values(), *map(str, info.mismatched_keys))))
         raise CheckpointError(f"transformers cannot convert a tensor of this checkpoint: {problem}")
+
+
+def fill_computed(network: Any, names: Iterable[str], device: torch.device) -> None:
+    """Work out those empty parameters that a model never stores (sinusoidal positions), as it does on loading."""
+    import torch
+
+    patterns = network._keys_to_ignore_on_load_missing or ()
+    for name in names:
+        if any(re.search(pattern, name) for pattern in patterns):
+            module, short = network.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            empty = torch.empty_like(module._parameters[short], device=device)
+            module._parameters[short] = torch.nn.Parameter(empty, requires_grad=False)
+            with torch.no_grad():
+                network._init_weights(module)
 
 
 def expected_names(network: Any, names: Iterable[str]) -> dict[str, str]:

@@ -12,8 +12,8 @@ from tailorcli.adapter_config import MERGE_HINT
 from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint
 from tailorcli.data import Samples, count_tokens, make_batches
 from tailorcli.device import StageTimer, give_back_memory
-from tailorcli.errors import CheckpointError, DataError, OptionsError
-from tailorcli.loading import aliases, empty_model, expected_names, load_model, load_weights, require_all
+from tailorcli.errors import CheckpointError, DataError, OptionsError, TailorError
+from tailorcli.loading import aliases, empty_model, expected_names, fill_computed, load_model, load_weights, require_all
 from tailorcli.names import Place, map_names
 from tailorcli.options import CalibrateOptions
 from tailorcli.plan import matches
@@ -140,10 +140,21 @@ def _trial_inputs(samples: list[Inputs]) -> list[Inputs]:
 
 
 def _forward(network: Any, inputs: Inputs) -> None:
+    """Run the model. Raises DataError where it cannot run on these inputs, as the data may not be what it takes."""
     import torch
 
-    with torch.no_grad():
-        network(**inputs)
+    try:
+        with torch.no_grad():
+            network(**inputs)
+    except (TailorError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"the model cannot run on a sample of this data ({shapes}): {what}",
+            "see that its records hold what the model takes: text, images, or sound",
+        ) from error
 
 
 def _to(inputs: Inputs, device: torch.device) -> Inputs:
@@ -181,9 +192,9 @@ def collect_blockwise(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer
         )
     parts = _Parts(run, network, list(blocks))
     layers = find_layers(network)
-    _some(run.wanted(layers, parts.expected))
     run.note_buffers(network, parts.expected)
-    parts.load("")
+    parts.load("")  # first of all: a checkpoint that lacks what its config asks for is told here
+    _some(run.wanted(layers, parts.expected))
     _check_ids(run.samples, network)
     rest = [layer for layer in run.wanted(layers, {}) if parts.part_of(layer.name) == ""]
     around = Collector(rest, network, run.device, run.timer, share=False)
@@ -277,6 +288,8 @@ class _Parts:
                 network.tie_weights()
             every = dict(network.named_parameters())
             inside = {name: every[name] for name in self._parameters[part] if name in every}
+            fill_computed(network, [name for name, value in inside.items() if value.device.type == "meta"], run.device)
+            inside = {name: network.get_parameter(name) for name in inside}
             require_all(run.stored.path, [name for name, value in inside.items() if value.device.type == "meta"])
             expected = {name: self.expected[name] for name in self._tensors[part]}
             found = map_names(run.stored, inside, self._tied, expected)
@@ -304,7 +317,10 @@ def _check_ids(samples: Samples, network: Any) -> None:
     """The tokenizer's ids fit the model's embedding: a mismatch would crash far inside the model."""
     import torch
 
-    table = network.get_input_embeddings()
+    try:
+        table = network.get_input_embeddings()
+    except NotImplementedError:  # CLIP has two towers, a convolutional network has no table at all
+        return
     ids = [inputs["input_ids"] for inputs in samples.inputs if "input_ids" in inputs]
     if not isinstance(table, torch.nn.Embedding) or not ids:
         return

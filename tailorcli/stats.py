@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -192,7 +193,8 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} exists and is a file", "choose another folder for -o")
     present = [entry.name for entry in folder.iterdir()] if folder.exists() else []
-    foreign = [name for name in present if name not in (MANIFEST, HESSIANS, HESSIANS + ".part", MANIFEST + ".part")]
+    ours = (MANIFEST, HESSIANS, HESSIANS + ".part", MANIFEST + ".part")
+    foreign = [name for name in present if name not in ours and not fnmatchcase(name, "hidden-*.part")]
     if foreign:
         raise OutputError(f"{folder} holds other files ({foreign[0]}, ...)", "choose another folder for -o")
     if MANIFEST in present and not overwrite:
@@ -234,6 +236,8 @@ class StatsWriter:
     def __exit__(self, *_: object) -> None:
         with suppress(OSError):  # what a full disk refused was told when it was written
             self._file.close()
+        with suppress(OSError):  # given up: nothing can go on with it, and it may be large
+            self._part.unlink(missing_ok=True)
 
     def write(self, name: str, info: HessianInfo, values: Tensor) -> None:
         """Append one Hessian, already packed, or replace the one of its name. Raises OutputError on a full disk."""

@@ -237,3 +237,86 @@ def test_encoder_decoders_are_refused_clearly(tmp_path):
     with pytest.raises(TailorError, match="encoder-decoder"):
         calibrate_model(model, tmp_path / "data.jsonl", tmp_path / "stats")
     assert not (tmp_path / "stats" / "manifest.json").exists()
+
+
+def test_the_bias_of_a_head_that_is_tied_to_the_embedding_is_calibrated(tmp_path):
+    from transformers import DistilBertConfig, DistilBertForMaskedLM
+
+    torch.manual_seed(0)
+    config = DistilBertConfig(vocab_size=100, dim=32, n_layers=1, n_heads=4, hidden_dim=48, max_position_embeddings=64)
+    model = save_tiny(tmp_path / "model", DistilBertForMaskedLM(config))
+    report = calibrate_model(model, tmp_path / "data.jsonl", tmp_path / "stats")
+    assert not report.uncalibrated
+    assert load_hessian(Stats.open(tmp_path / "stats"), "vocab_projector.bias").tolist() == [2.0]
+
+
+def seq2seq_model(folder, kind, records, **sizes):
+    """A tiny T5-like encoder-decoder with its data."""
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=100, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, **shape, **sizes
+    )
+    save_tiny(folder / "model", getattr(transformers, f"{kind}ForConditionalGeneration")(config))
+    (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_relative_positions_count_for_every_sample(tmp_path):
+    """A table of them is looked up once a batch: batches of other sizes must not weigh them otherwise."""
+    long = {"prompt": "abc defg hijk lmno pqrst uvw", "response": "xyz"}
+    seq2seq_model(tmp_path, "T5", [{"prompt": "abc d", "response": "efg"}] * 5 + [long])
+    name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    found = []
+    for size in (1, 5):
+        options = CalibrateOptions(batch_size=size, overwrite=True)
+        calibrate_model(tmp_path / "model", tmp_path / "data.jsonl", tmp_path / "stats", options)
+        found.append(load_hessian(Stats.open(tmp_path / "stats"), name))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_experts_in_a_list_need_no_token_of_the_trial_run(tmp_path):
+    """The trial is one short sample: what it does not reach, others may."""
+    records = [{"prompt": 20 * c, "response": 20 * c} for c in "abcdefghijklmnopqrstuvwxyz"]
+    experts = {"num_experts": 8, "expert_capacity": 64, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+    seq2seq_model(tmp_path, "SwitchTransformers", records, num_decoder_layers=2, **experts)
+    left = {}
+    for way in ("never", "always"):
+        options = CalibrateOptions(blockwise=way)
+        report = calibrate_model(tmp_path / "model", tmp_path / "data.jsonl", tmp_path / way, options)
+        left[way] = {name for name in report.uncalibrated if ".expert" in name}
+    assert left["never"] == left["always"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "norm"),
+    [
+        ("ConvNext", {"num_stages": 2, "hidden_sizes": [16, 32], "depths": [1, 1]}, "convnext.embeddings.layernorm"),
+        (
+            "ResNet",
+            {"embedding_size": 16, "hidden_sizes": [16], "depths": [1]},
+            "resnet.embedder.embedder.normalization",
+        ),
+    ],
+)
+def test_norms_of_other_dimensions_stay_at_base_with_a_reason(tmp_path, kind, sizes, norm):
+    """Nor has such a model an embedding that token ids could be too large for."""
+    import transformers
+    from families import save_vit_processor, write_family_data
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_labels=5)
+    getattr(transformers, f"{kind}ForImageClassification")(config).save_pretrained(tmp_path / "model")
+    save_vit_processor(tmp_path / "model")
+    report = calibrate_model(tmp_path / "model", write_family_data(tmp_path, "vit"), tmp_path / "stats")
+    assert "does not normalise the last dimension" in report.uncalibrated[f"{norm}.weight"]
+
+
+def test_inputs_that_the_model_does_not_take_are_an_error_of_the_data(tmp_path):
+    from families import make_family_pair
+
+    folder = make_family_pair(tmp_path, "instructblip")
+    (folder / "data.jsonl").write_text('{"text": "no image"}\n')
+    with pytest.raises(TailorError, match="the model cannot run on a sample of this data"):
+        calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")

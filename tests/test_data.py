@@ -306,3 +306,81 @@ def test_no_data_breaks_the_reader(tmp_path_factory, tokenizer, content, name):
     except DataError:
         return
     assert samples.num_tokens > 0
+
+
+PARTS_TEMPLATE = (  # as LLaVA's own: a message's text is looked for in its parts, and a plain string has none
+    "{% for m in messages %}<{{ m['role'] }}>{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ part['text'] }}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, PARTS_TEMPLATE])
+@pytest.mark.parametrize("content", ["Hi", [{"type": "text", "text": "Hi"}]])
+def test_no_template_drops_the_text_of_a_message(write, template, content):
+    path = write("data.jsonl", [{"messages": [{"role": "user", "content": content}]}])
+    samples = draw(path, make_tokenizer(chat_template=template))
+    assert text_of(drawn_ids(samples)[0]) == "<user>Hi"
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """A folder with images, and what encodes its records."""
+    from families import make_family_pair
+
+    from tailorcli.loading import load_encoder
+
+    folder = make_family_pair(tmp_path_factory.mktemp("llava"), "llava")
+    return folder, load_encoder(folder / "tuned", folder / "tuned", True, CalibrateOptions())
+
+
+def encode(llava, record):
+    folder, encoder = llava
+    (folder / "records.jsonl").write_text(json.dumps(record) + "\n")
+    return encoder.encode(read_records(folder / "records.jsonl")[0], 2048)
+
+
+def user(*parts):
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}]
+
+
+def test_images_beside_messages_go_to_their_parts(llava):
+    named = user({"type": "image", "path": "images/1.png"}, {"type": "image", "path": "images/0.png"})
+    beside = {"messages": user({"type": "image"}, {"type": "image"}), "images": ["images/1.png", "images/0.png"]}
+    expected, found = encode(llava, {"messages": named}), encode(llava, beside)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ({"messages": user(), "images": ["images/0.png"]}, "no image part"),
+        ({"messages": [{"role": "user", "content": "What?"}], "images": ["images/0.png"]}, "no image part"),
+        ({"messages": user({"type": "image"})}, "names None"),
+        ({"messages": user({"type": "image_url", "image_url": {"url": "images/0.png"}})}, "'image_url'"),
+        ({"messages": user({"type": "image", "path": "images/0.png"}, "What?")}, "a part of type None"),
+        ({"images": []}, "has the fields"),
+        ({"prompt": "a", "images": []}, "has the fields"),
+    ],
+)
+def test_no_image_is_silently_left_out(llava, record, says):
+    with pytest.raises(DataError, match=says):
+        encode(llava, record)
+
+
+def test_images_are_turned_as_their_camera_noted(llava):
+    from PIL import Image
+
+    folder, _ = llava
+    with Image.open(folder / "images" / "3.png") as upright:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned clockwise by a quarter
+        upright.transpose(Image.Transpose.ROTATE_90).save(folder / "images" / "turned.png", exif=exif)
+    found, expected = (encode(llava, {"images": [f"images/{name}.png"]}) for name in ("turned", "3"))
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+
+
+def test_an_image_too_large_to_be_real_is_an_error_of_the_data(llava, monkeypatch):
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match="cannot read the image"):
+        encode(llava, {"images": ["images/0.png"]})

@@ -1,0 +1,125 @@
+"""Going block by block: lanes end when they are told to, hidden states take no more memory than they may."""
+
+import threading
+import time
+
+import pytest
+import torch
+from helpers import make_pair
+from torch import nn
+
+from tailorcli import CalibrateOptions, Stats, TailorError, calibrate_model
+from tailorcli.blocks import Lockstep, Spill
+from tailorcli.stats import HESSIANS, MANIFEST, prepare_folder
+
+
+def test_a_lane_that_is_stopped_while_it_runs_ends_at_its_next_block():
+    """As by Ctrl-C: told between two blocks, it must not miss it."""
+    started, going_on = threading.Event(), threading.Event()
+    block = nn.Linear(2, 2)
+
+    def run():
+        started.set()
+        going_on.wait()
+        block(torch.zeros(1, 2))
+
+    lockstep = Lockstep({"0": block}, [(run, 1)])
+    with lockstep._waiting_blocks():
+        lane = lockstep.lanes[0]
+        lane._thread.start()
+        lane._go.set()
+        started.wait()
+        stopper = threading.Thread(target=lane.stop, daemon=True)
+        stopper.start()
+        time.sleep(0.1)
+        going_on.set()
+        stopper.join(timeout=5)
+        assert not stopper.is_alive()
+
+
+def test_hidden_states_in_files_leave_the_limit_as_it_is(tmp_path):
+    spill = Spill(torch.device("cpu"), tmp_path, limit=400)
+    for _ in range(3):  # three blocks
+        tensors = [torch.full((100,), float(number)) for number in range(4)]
+        for tensor in tensors:
+            tensor.data = spill.out(tensor)
+        assert len(spill._in_files) == 3
+        for number, tensor in enumerate(tensors):
+            tensor.data = spill.back(tensor)
+            assert (tensor == number).all()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_waits_in_files_alone_gives_the_same_statistics(llama_pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("tailorcli.passes._HIDDEN_SHARE", 0.0)
+    options = CalibrateOptions(blockwise="always")
+    calibrate_model(llama_pair / "tuned", llama_pair / "data.jsonl", tmp_path / "stats", options)
+    ours, theirs = Stats.open(tmp_path / "stats"), Stats.open(llama_pair / "stats")
+    for name, entry in theirs.tensors.items():
+        expected = theirs.load(entry.hessian)
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(ours.load(ours.tensors[name].hessian), expected, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_a_run_that_was_given_up_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    folder = make_pair(tmp_path)
+    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
+    before = Stats.open(folder / "stats").fingerprint()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tailorcli.blocks.Lane.compute", interrupted)
+    options = CalibrateOptions(blockwise="always", overwrite=True)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats", options)
+    assert {path.name for path in (folder / "stats").iterdir()} == {HESSIANS, MANIFEST}
+    assert Stats.open(folder / "stats").fingerprint() == before
+
+
+def test_hidden_states_of_a_killed_run_are_no_foreign_files(tmp_path):
+    (tmp_path / "hidden-3.part").touch()
+    prepare_folder(tmp_path, overwrite=False)
+
+
+@pytest.mark.parametrize("kind", ["MarianMTModel"])
+def test_positions_that_a_model_works_out_are_filled_in(tmp_path, kind):
+    """Marian stores no sinusoidal positions."""
+    import transformers
+    from families import VOCAB, seq2seq_tokenizer, write_family_data
+
+    torch.manual_seed(0)
+    parts = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64}
+    tokens = {"pad_token_id": 0, "eos_token_id": 98, "decoder_start_token_id": 0, "forced_eos_token_id": None}
+    config = transformers.MarianConfig(vocab_size=VOCAB, decoder_vocab_size=VOCAB, **parts, **sizes, **tokens)
+    getattr(transformers, kind)(config).save_pretrained(tmp_path / "model")
+    seq2seq_tokenizer().save_pretrained(tmp_path / "model")
+    data = write_family_data(tmp_path, "bart")
+    for way in ("never", "always"):
+        calibrate_model(tmp_path / "model", data, tmp_path / way, CalibrateOptions(blockwise=way))
+    ours, theirs = Stats.open(tmp_path / "always"), Stats.open(tmp_path / "never")
+    name = "model.decoder.layers.1.fc2.weight"
+    expected = theirs.load(theirs.tensors[name].hessian)
+    torch.testing.assert_close(ours.load(ours.tensors[name].hessian), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_model_without_blocks_that_does_not_fit_takes_the_ordinary_way(tmp_path, monkeypatch, layers):
+    folder = make_pair(tmp_path, layers=layers)
+    monkeypatch.setattr("tailorcli.collect.free_memory", lambda _: 1 << 20)
+    monkeypatch.setattr("tailorcli.calibrate._MARGIN", 1e-3)
+    report = calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
+    assert report.blockwise == (layers > 1)
+
+
+@pytest.mark.parametrize("way", ["never", "always"])
+def test_a_checkpoint_of_other_names_is_told_by_what_it_lacks(tmp_path, way):
+    from safetensors.torch import load_file, save_file
+
+    folder = make_pair(tmp_path)
+    tensors = load_file(folder / "tuned" / "model.safetensors")
+    renamed = {f"wrapped.{name}": value for name, value in tensors.items()}
+    save_file(renamed, folder / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TailorError, match="it lacks tensor"):
+        calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats", CalibrateOptions(blockwise=way))
