@@ -172,7 +172,7 @@ class Collector:
         if layer.role == "embedding":
             self._add_ids(accumulator, inputs, layer.size)
         else:
-            _add_channels(accumulator, normalised(module, inputs).flatten(0, -2))
+            _add_channels(accumulator, normalised(module, inputs, layer.centred).flatten(0, -2))
 
     def _add_ids(self, accumulator: Accumulator, ids: Tensor, size: int) -> None:
         """Fold one-hot inputs, given by the rows that they look up."""

@@ -53,6 +53,9 @@ class Encoder:
             )
         if self.start_token is not None:
             return self._text_to_text(record, seq_len)
+        token = getattr(self.processor, "image_token", None)
+        if self.takes_media and isinstance(token, str) and any(token in value for value in _texts(record)):
+            raise DataError(f"{record.where} marks an image with {token!r} and names none", _IMAGE_HINT)
         plain = "text" in record.fields or "messages" not in record.fields  # a template writes special tokens itself
         return _as_inputs(self._tokens(record, self._text_of(record), special=plain)[:seq_len])
 
@@ -199,6 +202,11 @@ class Encoder:
             raise DataError(f"{record.where}: the processor refuses this record: {what}", FIELDS) from error
         tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
         return {name: value for name, value in tensors.items() if name not in _DROPPED}
+
+
+def _texts(record: Record) -> list[str]:
+    """The plain texts of a record."""
+    return [value for name in ("text", "prompt", "response") if isinstance(value := record.fields.get(name), str)]
 
 
 def _as_inputs(ids: list[int]) -> Inputs | None:

@@ -37,6 +37,7 @@ class Inspection:
     hessians: dict[str, dict[str, Any]] = field(default_factory=dict)  # of statistics
     tensors: list[dict[str, Any]] = field(default_factory=list)  # of a plain checkpoint
     uncalibrated: dict[str, str] = field(default_factory=dict)  # of statistics
+    notes: dict[str, str] = field(default_factory=dict)  # of statistics, by tensor
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
@@ -140,7 +141,8 @@ def _inspect_stats(folder: Path) -> Inspection:
     }
     users = Counter(hessian for entry in stats.tensors.values() for hessian in entry.hessians)
     hessians = {name: {**asdict(info), "used_by": users[name]} for name, info in stats.hessians.items()}
-    return Inspection(str(folder), "stats", facts, hessians=hessians, uncalibrated=uncalibrated)
+    notes = {name: entry.note for name, entry in stats.tensors.items() if entry.note}
+    return Inspection(str(folder), "stats", facts, hessians=hessians, uncalibrated=uncalibrated, notes=notes)
 
 
 def _inspect_unfinished(folder: Path) -> Inspection:

@@ -32,6 +32,7 @@ class Layer:
     note: str = ""  # what a user should know of its statistics
     experts: list[str] = field(default_factory=list)  # the Hessians of a bare parameter of three dimensions
     checked: bool = False
+    centred: bool = False  # a norm that takes the mean off its inputs
 
 
 def find_layers(model: nn.Module) -> dict[str, Layer]:
@@ -87,11 +88,11 @@ def _make_layer(name: str, role: str, module: nn.Module, weight: Tensor) -> Laye
     return Layer(name, role, [module], size, transposed)
 
 
-def normalised(module: nn.Module, inputs: Tensor) -> Tensor:
-    """What a norm multiplies by its scale: x minus its mean, over its deviation; or x over its root mean square."""
+def normalised(module: nn.Module, inputs: Tensor, centred: bool) -> Tensor:
+    """What a norm multiplies by its scale: x, ``centred`` minus its mean, over its root mean square."""
     x = inputs.to(torch.float32)
-    if isinstance(module, nn.LayerNorm):
-        return torch.nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
+    if centred:
+        x = x - x.mean(-1, keepdim=True)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + (_eps(module) or 0.0))
 
 
@@ -123,20 +124,22 @@ def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[tuple[int, int]]
 
 def unsuitable(layer: Layer, module: nn.Module, inputs: Tensor, call: Call) -> str:
     """Why a layer's inputs cannot be used, if they cannot: the module is asked, not its name."""
-    if layer.role != "norm" or type(module).forward is nn.LayerNorm.forward:
+    if layer.role != "norm":
+        return ""
+    layer.centred = isinstance(module, nn.LayerNorm)
+    if type(module).forward is nn.LayerNorm.forward:
         return ""
     weight, bias = module.get_parameter("weight").to(torch.float32), getattr(module, "bias", None)
     output = call()
     if inputs.shape[-1:] != weight.shape or output.shape != inputs.shape:
         return f"{type(module).__name__} does not normalise the last dimension of its inputs"
-    unscaled = normalised(module, inputs)
-    for offset in (0.0, 1.0):
-        expected = unscaled * (weight + offset)  # NaN here is told at the end, with the layer's name
+    for centred, offset in ((True, 0.0), (False, 0.0), (False, 1.0)):
+        expected = normalised(module, inputs, centred) * (weight + offset)  # NaN is told at the end, with the name
         expected = expected if bias is None else expected + bias.to(torch.float32)
         if torch.allclose(expected, output.to(torch.float32), rtol=2e-2, atol=1e-3, equal_nan=True):
+            layer.centred = centred
             return ""
-    kind = "layer norm" if isinstance(module, nn.LayerNorm) else "root-mean-square norm"
-    return f"{type(module).__name__} is not the {kind} that its name says"
+    return f"{type(module).__name__} is neither a layer norm nor a root-mean-square norm of its inputs"
 
 
 def expert_name(parameter: str, part: int | None) -> str:

@@ -31,6 +31,7 @@ def inspection_parts(inspection: Inspection) -> list[Any]:
     if inspection.hessians:
         parts.append(_hessian_table(inspection.hessians))
     parts += [f"no statistics: {name} ({reason})" for name, reason in inspection.uncalibrated.items()]
+    parts += [f"note: {name} ({note})" for name, note in inspection.notes.items()]
     if inspection.tensors:
         parts.append(_plain_table(inspection.tensors))
     return parts

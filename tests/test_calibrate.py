@@ -217,6 +217,28 @@ def test_projections_called_in_another_order_than_they_are_defined(tmp_path):
     stats.close()
 
 
+def test_a_layer_norm_by_another_name_is_calibrated(tmp_path):
+    """Cohere's takes the mean off, has no bias, and is no subclass of torch's."""
+    from transformers import CohereConfig, CohereForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = CohereConfig(vocab_size=100, num_key_value_heads=2, pad_token_id=0, **sizes)
+    model = save_tiny(tmp_path / "model", CohereForCausalLM(config))
+    assert not calibrate_model(model, tmp_path / "data.jsonl", tmp_path / "stats").uncalibrated
+    norm = CohereForCausalLM.from_pretrained(model).model.norm
+    seen = []
+    norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().double()[0]))
+    network = CohereForCausalLM.from_pretrained(model)
+    network.model.norm = norm
+    for line in (tmp_path / "data.jsonl").read_text().splitlines():
+        network(input_ids=torch.tensor([make_tokenizer()(json.loads(line)["text"])["input_ids"]]))
+    x = torch.cat(seen)
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    found = load_hessian(Stats.open(tmp_path / "stats"), "model.norm.weight").double()
+    torch.testing.assert_close(found, 2.0 * x.square().mean(0), rtol=1e-4, atol=1e-5)
+
+
 def test_an_embedding_that_scales_its_rows_is_calibrated(tmp_path):
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 

@@ -300,6 +300,7 @@ def patch(
         print_report(report, output, patch_file)
         return
     show_summary(report.to_dict())
+    show_reasons({record["name"]: record["note"] for record in report.tensors if "note" in record}, "note")
     show_written(output, patch_file, report.seconds)
 
 
