@@ -42,6 +42,7 @@ WAYS = ("plain", "patched inputs", "unpatched targets")
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 DAMPING, OMEGA = 0.01, 0.5  # the defaults of tailorcli patch
 SAMPLES = 64  # of the fine-tuning data, half of what benchmarks.real takes: each block runs them four times
+WINDOWS = 32  # of test text of each task, half as well
 
 
 class Products:
@@ -156,7 +157,7 @@ def results(cache: Path, fresh: bool) -> Iterator[dict[str, Any]]:
     texts = data.load_texts(setting.SEED)
     pair_key = setting.make_pair(cache, texts)
     tokenizer = setting.tokenizer_of(cache / "tuned")
-    windows = data.held_out(texts, tokenizer, setting.COUNTS)["test"]
+    windows = data.held_out(texts, tokenizer, {"test": WINDOWS})["test"]
     options = CalibrateOptions(num_samples=SAMPLES, seq_len=SEQ_LEN)
     file = cache / "train.jsonl"
     samples = draw_samples(file, read_records(file), Encoder(tokenizer).encode, options)
@@ -167,7 +168,7 @@ def results(cache: Path, fresh: bool) -> Iterator[dict[str, Any]]:
         for way in WAYS:
             stored = cache / "propagation" / f"{way.replace(' ', '-')}-{density}.json"
             stored.parent.mkdir(exist_ok=True)
-            key = [pair_key, str(SAMPLES)]
+            key = [pair_key, str(SAMPLES), str(WINDOWS)]
             row = None if fresh else load_cached(stored, key)
             if row is None:
                 base, tuned, model = load(cache / "base"), load(cache / "tuned"), load(cache / step.output)
