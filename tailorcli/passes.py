@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from tailorcli.stats import StatsWriter
 if TYPE_CHECKING:
     import torch
 
-    from tailorcli.blocks import Lane
+    from tailorcli.blocks import Lane, Spill
     from tailorcli.collect import Collector
     from tailorcli.data import Inputs
     from tailorcli.layers import Layer
@@ -212,37 +213,45 @@ def collect_blockwise(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer
     host = free_memory(torch.device("cpu")) or 1 << 40  # hidden states wait there, whatever the device
     spill = Spill(run.device, Path(run.writer.folder), int(host * _HIDDEN_SHARE))
 
-    with _bar(run, run.samples.num_tokens * len(blocks)) as bar, run.timer.stage("run"):
+    bar = _bar(run, run.samples.num_tokens * len(blocks))
 
-        def visit(block: str, waiting: list[Lane]) -> None:
-            parts.load(block)
-            inside = [layer for layer in run.wanted(layers, {}) if parts.part_of(layer.name) == block]
-            collector = Collector(inside, network, run.device, run.timer)
-            waiting[0].move(spill.back)
-            with collector.trial():
-                waiting[0].compute()
-            _go_on(run, collector, inside)
-            collector.allocate()
-            for position, lane in enumerate(waiting):
-                if position:
-                    lane.move(spill.back)
-                collector.batch_size = around.batch_size = lane.size
-                with collector.folding():
-                    lane.compute()
-                for tensor in lane.advance():
-                    tensor.data = spill.keep(tensor)
-                lane.move(spill.out)
-                bar.update(tokens[id(lane)])
-            run.write(collector)
-            parts.drop(block)
+    def visit(block: str, waiting: list[Lane]) -> None:
+        parts.load(block)
+        inside = [layer for layer in run.wanted(layers, {}) if parts.part_of(layer.name) == block]
+        collector = Collector(inside, network, run.device, run.timer)
+        for lane in _through_block(run, collector, inside, around, waiting, spill):
+            bar.update(tokens[id(lane)])
+        run.write(collector)
+        parts.drop(block)
 
-        def start(lane: Lane) -> None:
-            around.batch_size = lane.size
+    def start(lane: Lane) -> None:
+        around.batch_size = lane.size
 
-        with around.folding_layers(), last_logits_only(network):
-            lanes.run(start, visit, spill)
+    with bar, run.timer.stage("run"), around.folding_layers(), last_logits_only(network):
+        lanes.run(start, visit, spill)
     run.write(around)
     return layers, str(next(network.parameters()).dtype).removeprefix("torch.")
+
+
+def _through_block(
+    run: Run, collector: Collector, layers: list[Layer], around: Collector, waiting: list[Lane], spill: Spill
+) -> Iterator[Lane]:
+    """Take every waiting lane through the block that is loaded and up to its next; yields each that is done."""
+    waiting[0].move(spill.back)
+    with collector.trial():
+        waiting[0].compute()
+    _go_on(run, collector, layers)
+    collector.allocate()
+    for position, lane in enumerate(waiting):
+        if position:
+            lane.move(spill.back)
+        collector.batch_size = around.batch_size = lane.size
+        with collector.folding():
+            lane.compute()
+        for tensor in lane.advance():
+            tensor.data = spill.keep(tensor)
+        lane.move(spill.out)
+        yield lane
 
 
 def _go_on(run: Run, collector: Collector, layers: list[Layer]) -> None:
