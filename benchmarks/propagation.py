@@ -37,8 +37,8 @@ from tailorcli.encoding import Encoder
 from tailorcli.options import CalibrateOptions
 
 DOCUMENT = Path("docs/propagation.md")
-DENSITIES = (0.1, 0.3)
-WAYS = ("plain", "patched inputs", "unpatched targets")
+RUNS = [(0.1, way) for way in ("plain", "patched inputs", "unpatched targets")]
+RUNS += [(0.3, way) for way in ("plain", "unpatched targets")]
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 DAMPING, OMEGA = 0.01, 0.5  # the defaults of tailorcli patch
 SAMPLES = 64  # of the fine-tuning data, half of what benchmarks.real takes: each block runs them four times
@@ -46,22 +46,26 @@ WINDOWS = 32  # of test text of each task, half as well
 
 
 class Products:
-    """H = (2/N) X X^T, H' = (2/N) X' X'^T and C = (2/N) X X'^T of one layer input."""
+    """H = (2/N) X X^T, H' = (2/N) X' X'^T and D = (2/N) (X - X') X'^T of one layer input.
+
+    D is C - H' with C = (2/N) X X'^T, but without the cancellation: a few channels are so large that rounding would
+    drown the rest.
+    """
 
     def __init__(self, size: int) -> None:
-        self.plain, self.patched, self.cross = (torch.zeros(size, size) for _ in range(3))
+        self.plain, self.patched, self.drift = (torch.zeros(size, size) for _ in range(3))
         self.tokens = 0
 
     def add(self, x: Tensor, patched: Tensor) -> None:
         """Fold rows (N, I) of both models' inputs."""
         self.plain.addmm_(x.T, x, alpha=2.0)
         self.patched.addmm_(patched.T, patched, alpha=2.0)
-        self.cross.addmm_(x.T, patched, alpha=2.0)
+        self.drift.addmm_((x - patched).T, patched, alpha=2.0)
         self.tokens += len(x)
 
     def mean(self) -> None:
         """Turn the sums into means."""
-        for matrix in (self.plain, self.patched, self.cross):
+        for matrix in (self.plain, self.patched, self.drift):
             matrix.div_(self.tokens)
 
 
@@ -75,7 +79,7 @@ def fit(base: Tensor, tuned: Tensor, products: Products, prepared: PreparedHessi
     hessian = products.plain if way == "plain" else products.patched
     target = delta @ hessian
     if way == "unpatched targets":
-        target += tuned @ (products.cross - products.patched)
+        target += tuned @ products.drift
     amount = DAMPING * float(hessian.diagonal().mean())
     target += amount * delta  # damping pulls towards delta, as in the plain way
     change, _, _ = solve_on_mask(target.masked_fill_(~mask, 0.0), mask, hessian, amount, 1e-4, 300)
@@ -162,22 +166,21 @@ def results(cache: Path, fresh: bool) -> Iterator[dict[str, Any]]:
     file = cache / "train.jsonl"
     samples = draw_samples(file, read_records(file), Encoder(tokenizer).encode, options)
     batches = [batch["input_ids"] for batch in make_batches(samples.inputs, 8)]
-    for density in DENSITIES:
+    for density, way in RUNS:
         step = patch_step("joint", str(density), pair_key)
         run_chain(cache, [step], fresh=False)
-        for way in WAYS:
-            stored = cache / "propagation" / f"{way.replace(' ', '-')}-{density}.json"
-            stored.parent.mkdir(exist_ok=True)
-            key = [pair_key, str(SAMPLES), str(WINDOWS)]
-            row = None if fresh else load_cached(stored, key)
-            if row is None:
-                base, tuned, model = load(cache / "base"), load(cache / "tuned"), load(cache / step.output)
-                propagate(base, tuned, model, batches, density=density, way=way)
-                error = output_error(tuned, model, base, batches)
-                scores = {task: measure.score_windows(model, rows) for task, rows in windows.items()}
-                row = {"density": density, "way": way, "output_error": error, **measure.summarise(scores)}
-                store(stored, key, row)
-            yield row
+        stored = cache / "propagation" / f"{way.replace(' ', '-')}-{density}.json"
+        stored.parent.mkdir(exist_ok=True)
+        key = [pair_key, str(SAMPLES), str(WINDOWS)]
+        row = None if fresh else load_cached(stored, key)
+        if row is None:
+            base, tuned, model = load(cache / "base"), load(cache / "tuned"), load(cache / step.output)
+            propagate(base, tuned, model, batches, density=density, way=way)
+            error = output_error(tuned, model, base, batches)
+            scores = {task: measure.score_windows(model, rows) for task, rows in windows.items()}
+            row = {"density": density, "way": way, "output_error": error, **measure.summarise(scores)}
+            store(stored, key, row)
+        yield row
 
 
 def main() -> None:
