@@ -47,27 +47,27 @@ WINDOWS = 32  # of test text of each task, half as well
 
 PAGE = """# Propagation: tried, and left out
 
-Written by `python -m benchmarks.propagation` but for the last paragraph. `patch` solves every layer against the inputs
-that it has in the fine-tuned model. In the patched model a layer's inputs X' are a little different, as the blocks before
-it are patched, too. Calibrating and patching in one pass over the blocks could take that into account:
+Written by `python -m benchmarks.propagation` but for the last paragraph. `patch` solves every layer against the
+inputs that it has in the fine-tuned model. In the patched model a layer's inputs X' are a little different, as the
+blocks before it are patched, too. Calibrating and patching in one pass over the blocks could take that into account:
 
 - **plain**: minimise ‖(W − W_tuned) X‖², what `patch` does;
 - **patched inputs**: minimise ‖(W − W_tuned) X'‖²;
 - **unpatched targets**: minimise ‖W X' − W_tuned X‖², the layer's outputs in the unpatched model as targets.
 
-SmolLM2-135M and its fine-tune of [real-model.md](real-model.md), 64 samples, the same masks, damping 0.01; tensors that
-are no linear layers of a block are those of `patch` at the same density. Output error: squared distance of the last hidden
-states from the tuned model's on the calibration samples, relative to the base's. Accuracies on 32 windows of test text a
-task. At density 1 all three are the tuned model: every entry is kept, and X' = X.
+SmolLM2-135M and its fine-tune of [real-model.md](real-model.md), 64 samples, the same masks, damping 0.01; tensors
+that are no linear layers of a block are those of `patch` at the same density. Output error: squared distance of the
+last hidden states from the tuned model's on the calibration samples, relative to the base's. Accuracies on 32 windows
+of test text a task. At density 1 all three are the tuned model: every entry is kept, and X' = X.
 
 {table}
 
 So `patch` has no `--propagate`. Patched inputs change nothing. Unpatched targets ask the kept entries to undo a drift
-that comes from W, not from the fine-tune's delta: each layer's own objective falls by half, but its entries move several
-times as far from the base as fine-tuning moved the whole layer (3 to 11 times in the first three blocks, at density 0.1),
-and what that breaks on all other inputs adds up from block to block. Damping pulls towards delta, and 0.01 of the mean
-diagonal is too little for that; stronger damping was not tried. With a retain term, which holds the weights near the base
-where it matters, this may look different.
+that comes from W, not from the fine-tune's delta: each layer's own objective falls by half, but its entries move
+several times as far from the base as fine-tuning moved the whole layer (3 to 11 times in the first three blocks, at
+density 0.1), and what that breaks on all other inputs adds up from block to block. Damping pulls towards delta, and
+0.01 of the mean diagonal is too little for that; stronger damping was not tried. With a retain term, which holds the
+weights near the base where it matters, this may look different.
 """
 
 
