@@ -109,11 +109,6 @@ class Lane:
         for tensor in self._held:
             tensor.data = place(tensor)
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the hidden states that it hands to the block."""
-        return sum(tensor.nbytes for tensor in self._held)
-
     def stop(self) -> None:
         """End the thread."""
         if self._thread.is_alive():

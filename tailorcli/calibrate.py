@@ -21,10 +21,18 @@ from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint, TensorInfo
 from tailorcli.data import Samples, draw_samples, read_records
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import CheckpointError, OptionsError
-from tailorcli.loading import empty_model, expected_names, load_encoder, num_positions, package_versions, read_config
+from tailorcli.loading import (
+    check_shapes,
+    empty_model,
+    expected_names,
+    load_encoder,
+    num_positions,
+    package_versions,
+    read_config,
+)
 from tailorcli.names import Place
 from tailorcli.options import CalibrateOptions
-from tailorcli.passes import Run, collect_blockwise, collect_whole
+from tailorcli.passes import Run, collect_blockwise, collect_whole, guessed_places
 from tailorcli.plan import matches
 from tailorcli.report import format_bytes
 from tailorcli.stats import HESSIANS, HessianInfo, StatsWriter, TensorStats, prepare_folder
@@ -85,9 +93,12 @@ def calibrate_model(
             samples = _draw(Path(data), stored, tokenizer_folder(tuned), config, options)
         writer = stack.enter_context(StatsWriter(folder, _room(stored)))
         run = Run(stored, tuned, samples, options, device, timer, writer, progress)
-        blockwise = _goes_by_blocks(run, config, announce)
+        with timer.stage("load"):
+            check_shapes(stored, config, options)
+            skeleton = _skeleton_for_blocks(run, config, announce)
+        blockwise = skeleton is not None
         with exact_float32(), device_errors():
-            layers, dtype = (collect_blockwise if blockwise else collect_whole)(run, config)
+            layers, dtype = collect_blockwise(run, skeleton) if blockwise else collect_whole(run, config)
         tensors = {name: _entry(name, run, layers) for name in stored.tensors}
         if any("bias" in entry.hessians for entry in tensors.values()):
             _write_bias(run)
@@ -163,8 +174,8 @@ def _room(stored: Checkpoint) -> Iterator[str]:
             yield from (f"{name} and a prefix such as model.language_model [{part}]" for part in range(info.shape[0]))
 
 
-def _goes_by_blocks(run: Run, config: dict[str, Any], announce: Callable[[str], None] | None) -> bool:
-    """Whether the model goes block by block: as asked for, or because it does not fit with its Hessians."""
+def _skeleton_for_blocks(run: Run, config: dict[str, Any], announce: Callable[[str], None] | None) -> Any:
+    """The model without its weights if it goes block by block: as asked for, or as it does not fit; else None."""
     import torch
 
     from tailorcli.blocks import find_blocks
@@ -173,9 +184,14 @@ def _goes_by_blocks(run: Run, config: dict[str, Any], announce: Callable[[str], 
     say = announce or (lambda message: None)
     free, host = free_memory(run.device), free_memory(torch.device("cpu"))
     # Small is small without a closer look: float32 doubles bfloat16, and Hessians are a few times more.
-    if free is None or host is None or run.stored.nbytes * 64 < min(free, host):
-        return run.options.blockwise == "always"
+    small = free is None or host is None or run.stored.nbytes * 64 < min(free, host)
+    if small and run.options.blockwise != "always":
+        return None
     network = empty_model(run.stored, config, run.options)
+    if small:
+        return network
+    assert free is not None
+    assert host is not None
     weights = sum(parameter.nbytes for parameter in network.parameters())
     hessians = _hessian_bytes(run, network)
     disk = shutil.disk_usage(run.writer.folder).free
@@ -183,21 +199,22 @@ def _goes_by_blocks(run: Run, config: dict[str, Any], announce: Callable[[str], 
         have = f"{format_bytes(disk)} are free in {run.writer.folder}"
         say(f"the statistics take up to {format_bytes(hessians // 2)} of disk, {have}: --include takes fewer tensors")
     if run.options.blockwise != "auto":
-        return run.options.blockwise == "always"
+        return network if run.options.blockwise == "always" else None
     if not find_blocks(network) or (weights + hessians <= free * _MARGIN and weights <= host * _MARGIN):
-        return False
+        return None
     needed = format_bytes(weights + hessians)
     say(
         f"the model and its Hessians need up to {needed}, {format_bytes(free)} are free on {run.device}: block by block"
     )
-    return True
+    return network
 
 
 def _hessian_bytes(run: Run, network: Any) -> int:
     """Bytes of all full Hessians at most: layers of one module and as many channels are taken to share one."""
     from tailorcli.layers import find_layers
 
-    layers = run.wanted(find_layers(network), expected_names(network, run.stored.tensors))
+    places = guessed_places(expected_names(network, run.stored.tensors))
+    layers = run.wanted(find_layers(network).values(), places)
     parameters = dict(network.named_parameters())
     linear = [layer for layer in layers if layer.role == "linear"]
     shared = {(layer.name.rpartition(".")[0].rpartition(".")[0], layer.size) for layer in linear}

@@ -6,11 +6,12 @@ import wave
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.data import FIELDS, Record, content_parts
-from tailorcli.errors import DataError
+from tailorcli.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -155,12 +156,13 @@ class Encoder:
         fields = record.fields
         text = fields["text"] if "text" in fields else fields.get("prompt", "") + fields.get("response", "")
         if not hasattr(self.processor, "num_query_tokens"):  # such a processor puts its query tokens in by itself
-            mark = self.image_mark()
+            mark = self.image_mark
             known = (mark.strip(), getattr(self.processor, "image_token", None))
             if not any(isinstance(token, str) and token and token in text for token in known):
                 text = mark * len(images) + text
         return self._call(record, lambda: self.processor(images=images, text=text, return_tensors="pt"))
 
+    @cached_property
     def image_mark(self) -> str:
         """How a text marks an image's place: as the chat template writes it, or the image token on a line."""
         render = getattr(self.processor, "apply_chat_template", None)
@@ -198,8 +200,8 @@ class Encoder:
         try:
             made = dict(call())
         except Exception as error:  # whatever a model's own processor raises
-            what = str(error).strip().split("\n")[0] or type(error).__name__
-            raise DataError(f"{record.where}: the processor refuses this record: {what}", FIELDS) from error
+            what = f"{record.where}: the processor refuses this record: {first_line(error)}"
+            raise DataError(what, FIELDS) from error
         tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
         return {name: value for name, value in tensors.items() if name not in _DROPPED}
 

@@ -19,6 +19,11 @@ class TailorError(Exception):
         return f"{self.message}\n{self.hint}" if self.hint else self.message
 
 
+def first_line(error: Exception) -> str:
+    """What an exception of another library says in its first line, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class OptionsError(TailorError):
     """An option is out of its range or contradicts another one."""
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tailorcli import __version__
 from tailorcli.checkpoint import Checkpoint, read_json
 from tailorcli.encoding import Encoder
-from tailorcli.errors import CheckpointError
+from tailorcli.errors import CheckpointError, first_line
 from tailorcli.options import CalibrateOptions
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def load_encoder(folder: Path, model: Path, has_media: bool, options: CalibrateO
     assert problem is not None
     what = "a processor for images or sound" if has_media else "a tokenizer"
     raise CheckpointError(
-        f"transformers cannot load {what} from {folder}: {_first_line(problem)}",
+        f"transformers cannot load {what} from {folder}: {first_line(problem)}",
         f"save it there: {'processor' if has_media else 'tokenizer'}.save_pretrained(DIR)",
     ) from problem
 
@@ -101,7 +101,6 @@ def load_model(checkpoint: Checkpoint, config: dict[str, Any], options: Calibrat
     dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
     with quiet_transformers():
         try:
-            check_shapes(checkpoint, model_class, options)
             network, info = model_class.from_pretrained(
                 path,
                 dtype=dtype,
@@ -109,8 +108,6 @@ def load_model(checkpoint: Checkpoint, config: dict[str, Any], options: Calibrat
                 trust_remote_code=options.trust_remote_code,
                 output_loading_info=True,
             )
-        except CheckpointError:
-            raise
         except Exception as error:  # transformers raises whatever its parts raise
             raise _cannot_load(path, config, error) from error
     require_all(path, info.get("missing_keys") or ())
@@ -150,7 +147,6 @@ def empty_model(checkpoint: Checkpoint, config: dict[str, Any], options: Calibra
     model_class = model_class_of(config, options)
     with quiet_transformers():
         try:
-            check_shapes(checkpoint, model_class, options)
             trust = {"trust_remote_code": options.trust_remote_code}
             described = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, **trust)
             dtype = run_dtype(checkpoint, described, options)
@@ -158,8 +154,6 @@ def empty_model(checkpoint: Checkpoint, config: dict[str, Any], options: Calibra
                 if issubclass(model_class, transformers.PreTrainedModel):
                     return prepared(model_class._from_config(described, dtype=dtype))
                 return prepared(model_class.from_config(described, dtype=dtype, **trust))
-        except CheckpointError:
-            raise
         except Exception as error:  # transformers raises whatever its parts raise
             raise _cannot_load(checkpoint.path, config, error) from error
 
@@ -263,7 +257,7 @@ def aliases(network: Any) -> dict[str, str]:
     return {name: first[id(value)] for name, value in every.items() if name not in parameters}
 
 
-def check_shapes(checkpoint: Checkpoint, model_class: Any, options: CalibrateOptions) -> None:
+def check_shapes(checkpoint: Checkpoint, config: dict[str, Any], options: CalibrateOptions) -> None:
     """The config describes a model of these weights' shapes and size: asked of a model without memory.
 
     transformers would fill what is missing with random numbers before it says so, however large it is.
@@ -272,12 +266,17 @@ def check_shapes(checkpoint: Checkpoint, model_class: Any, options: CalibrateOpt
     import transformers
 
     path, trust = checkpoint.path, {"trust_remote_code": options.trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **trust)
-    if getattr(config, "quantization_config", None) is not None:
-        return  # stored in other shapes on purpose
-    with torch.device("meta"):
-        automatic = not issubclass(model_class, transformers.PreTrainedModel)
-        empty = model_class.from_config(config, **trust) if automatic else model_class(config)
+    model_class = model_class_of(config, options)
+    with quiet_transformers():
+        try:
+            described = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **trust)
+            if getattr(described, "quantization_config", None) is not None:
+                return  # stored in other shapes on purpose
+            with torch.device("meta"):
+                automatic = not issubclass(model_class, transformers.PreTrainedModel)
+                empty = model_class.from_config(described, **trust) if automatic else model_class(described)
+        except Exception as error:  # transformers raises whatever its parts raise
+            raise _cannot_load(path, config, error) from error
     hint = "save model and config again, together"
     for name, parameter in empty.named_parameters(remove_duplicate=False):
         info = checkpoint.tensors.get(name)
@@ -294,11 +293,7 @@ def _cannot_load(path: Path, config: dict[str, Any], error: Exception) -> Checkp
     hint = "see that its config.json belongs to these weights and names an architecture of transformers"
     if "auto_map" in config:
         hint = "pass --trust-remote-code if you trust its code"
-    return CheckpointError(f"transformers cannot load {path}: {_first_line(error)}", hint)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return CheckpointError(f"transformers cannot load {path}: {first_line(error)}", hint)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,8 @@ from tailorcli.adapter_config import MERGE_HINT
 from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint
 from tailorcli.data import Samples, count_tokens, make_batches
 from tailorcli.device import StageTimer, give_back_memory
-from tailorcli.errors import CheckpointError, DataError, OptionsError, TailorError
-from tailorcli.loading import aliases, empty_model, expected_names, fill_computed, load_model, load_weights, require_all
+from tailorcli.errors import CheckpointError, DataError, OptionsError, TailorError, first_line
+from tailorcli.loading import aliases, expected_names, fill_computed, load_model, load_weights, require_all
 from tailorcli.names import Place, map_names
 from tailorcli.options import CalibrateOptions
 from tailorcli.plan import matches
@@ -57,17 +57,21 @@ class Run:
         names = {name for name, _ in network.named_buffers()}
         self.buffers = {tensor for tensor, name in expected.items() if name in names}
 
-    def wanted(self, layers: dict[str, Layer], names: dict[str, str]) -> list[Layer]:
-        """Layers whose weight or bias is chosen; ``names`` gives each tensor's parameter."""
-        chosen = {parameter for tensor, parameter in names.items() if self.chosen(tensor)}
-        chosen |= {p for t, place in self.places.items() if self.chosen(t) for p in place.parameters}
-        return [layer for layer in layers.values() if layer.name in chosen or _bias(layer.name) in chosen]
+    def wanted(self, layers: Iterable[Layer], places: dict[str, Place]) -> list[Layer]:
+        """Those of ``layers`` whose weight or bias is chosen; ``places`` are those of the checkpoint tensors."""
+        chosen = {parameter for t, place in places.items() if self.chosen(t) for parameter in place.parameters}
+        return [layer for layer in layers if layer.name in chosen or _bias(layer.name) in chosen]
 
     def write(self, collector: Collector) -> None:
         """Pack and store all Hessians of a collector."""
         for name, info, values in collector.results():
             with self.timer.stage("write"):
                 self.writer.write(name, info, values)
+
+
+def guessed_places(expected: dict[str, str]) -> dict[str, Place]:
+    """The places that transformers' tables give, before any weight is loaded."""
+    return {tensor: Place((parameter,)) for tensor, parameter in expected.items()}
 
 
 def _adapt(network: Any, tuned: AdaptedCheckpoint, places: dict[str, Place]) -> None:
@@ -107,7 +111,7 @@ def collect_whole(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer], s
     _check_ids(run.samples, network)
     run.note_buffers(network, expected)
     layers = find_layers(network)
-    collector = Collector(_some(run.wanted(layers, {})), network, run.device, run.timer)
+    collector = Collector(_some(run.wanted(layers.values(), run.places)), network, run.device, run.timer)
     with collector.trial():
         for inputs in _trial_inputs(run.samples.inputs):
             _forward(network, _to(inputs, run.device))
@@ -151,9 +155,8 @@ def _forward(network: Any, inputs: Inputs) -> None:
         raise
     except Exception as error:  # whatever a model's own code raises
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
-        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"the model cannot run on a sample of this data ({shapes}): {what}",
+            f"the model cannot run on a sample of this data ({shapes}): {first_line(error)}",
             "see that its records hold what the model takes: text, images, or sound",
         ) from error
 
@@ -176,15 +179,17 @@ def _bar(run: Run, total: int) -> Any:
     return tqdm(total=total, desc="calibrating", unit="tok", unit_scale=True, disable=shown)
 
 
-def collect_blockwise(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer], str]:
-    """Block by block: one block's weights and Hessians at a time, all samples through it before the next."""
+def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
+    """Block by block: one block's weights and Hessians at a time, all samples through it before the next.
+
+    ``network`` is the model without its weights.
+    """
     import torch
 
     from tailorcli.blocks import Lockstep, Spill, find_blocks
     from tailorcli.collect import Collector, free_memory, last_logits_only
     from tailorcli.layers import find_layers
 
-    network = empty_model(run.stored, config, run.options)
     blocks = find_blocks(network)
     if not blocks:
         raise CheckpointError(
@@ -194,11 +199,13 @@ def collect_blockwise(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer
     parts = _Parts(run, network, list(blocks))
     layers = find_layers(network)
     run.note_buffers(network, parts.expected)
-    parts.load("")  # first of all: a checkpoint that lacks what its config asks for is told here
-    _some(run.wanted(layers, parts.expected))
+    places = parts.load("")  # first of all: a checkpoint that lacks what its config asks for is told here
+    _some(run.wanted(layers.values(), guessed_places(parts.expected)))
     _check_ids(run.samples, network)
-    rest = [layer for layer in run.wanted(layers, {}) if parts.part_of(layer.name) == ""]
-    around = Collector(rest, network, run.device, run.timer, share=False)
+    held: dict[str, list[Layer]] = {part: [] for part in ("", *blocks)}
+    for layer in layers.values():
+        held[parts.part_of(layer.name)].append(layer)
+    around = Collector(run.wanted(held[""], places), network, run.device, run.timer, share=False)
 
     def runner(batch: Inputs) -> Any:
         def call() -> None:
@@ -216,8 +223,7 @@ def collect_blockwise(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer
     bar = _bar(run, run.samples.num_tokens * len(blocks))
 
     def visit(block: str, waiting: list[Lane]) -> None:
-        parts.load(block)
-        inside = [layer for layer in run.wanted(layers, {}) if parts.part_of(layer.name) == block]
+        inside = run.wanted(held[block], parts.load(block))
         collector = Collector(inside, network, run.device, run.timer)
         for lane in _through_block(run, collector, inside, around, waiting, spill):
             bar.update(tokens[id(lane)])
@@ -288,8 +294,8 @@ class _Parts:
         """The block in which a parameter lies."""
         return next((block for block in self._blocks if parameter.startswith(f"{block}.")), "")
 
-    def load(self, part: str) -> None:
-        """Read the part's weights, prove where each tensor went, and apply an adapter's changes."""
+    def load(self, part: str) -> dict[str, Place]:
+        """Read the part's weights, prove and give where each tensor went, and apply an adapter's changes."""
         run, network = self._run, self._network
         with run.timer.stage("load"):
             load_weights(network, {name: run.stored.read(name) for name in self._tensors[part]}, run.device)
@@ -305,6 +311,7 @@ class _Parts:
             run.places |= found
             if isinstance(run.tuned, AdaptedCheckpoint):
                 _adapt(network, run.tuned, found)
+        return found
 
     def drop(self, part: str) -> None:
         """Give up the memory of a part's weights."""
