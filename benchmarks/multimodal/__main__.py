@@ -17,7 +17,7 @@ from transformers import AutoProcessor
 
 from benchmarks.multimodal import data, measure, model, render, steps
 from benchmarks.multimodal.data import COUNTS, NEW_TASK, OLD_TASK
-from benchmarks.real.chain import run_chain
+from benchmarks.real.chain import report_totals, run_chain
 from benchmarks.real.measure import TaskScores, evaluate_all
 from benchmarks.real.model import PACKAGE, VERSION, discard_other, make_base
 from benchmarks.real.setting import default_cache, environment, parse, say
@@ -96,10 +96,7 @@ def collect_results(
     cache: Path, figures: list[dict[str, Any]], scores: dict[str, dict[str, TaskScores]]
 ) -> dict[str, Any]:
     """Put everything that the document says into one JSON object."""
-    totals = {
-        folder: json.loads((cache / folder / "tailor_report.json").read_text(encoding="utf-8"))["totals"]
-        for folder in steps.patched_folders()
-    }
+    totals = report_totals(cache, steps.patched_folders())
     return {
         "environment": environment(),
         "recipes": {

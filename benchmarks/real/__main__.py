@@ -74,10 +74,7 @@ def collect_results(
     cache: Path, steps: list[dict[str, Any]], models: dict[str, dict[str, measure.TaskScores]]
 ) -> dict[str, Any]:
     """Put everything that the document says into one JSON object."""
-    totals = {
-        folder: json.loads((cache / folder / "tailor_report.json").read_text(encoding="utf-8"))["totals"]
-        for folder in (chain.patch_folder(*patch) for patch in chain.patches())
-    }
+    totals = chain.report_totals(cache, (chain.patch_folder(*patch) for patch in chain.patches()))
     return {
         "environment": environment(),
         "weights": f"{model.PACKAGE} {model.VERSION}",

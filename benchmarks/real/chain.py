@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,12 @@ def patches() -> list[tuple[str, str]]:
 def patch_folder(solver: str, density: str) -> str:
     """Return the folder of a patched model inside the cache."""
     return f"patched-{solver}-{density}"
+
+
+def report_totals(cache: Path, folders: Iterable[str]) -> dict[str, Any]:
+    """Return the totals of each patched model's report, by folder."""
+    files = {folder: cache / folder / "tailor_report.json" for folder in folders}
+    return {folder: json.loads(file.read_text(encoding="utf-8"))["totals"] for folder, file in files.items()}
 
 
 def run_chain(cache: Path, chain: list[Step], fresh: bool) -> list[dict[str, Any]]:
