@@ -26,6 +26,7 @@ from tailorcli.loading import (
     empty_model,
     expected_names,
     load_encoder,
+    load_model,
     num_positions,
     package_versions,
     read_config,
@@ -38,6 +39,8 @@ from tailorcli.report import format_bytes
 from tailorcli.stats import HESSIANS, HessianInfo, StatsWriter, TensorStats, prepare_folder
 
 if TYPE_CHECKING:
+    import torch
+
     from tailorcli.layers import Layer
 
 _MARGIN = 0.8  # of the free memory that a model and its Hessians may fill before it goes block by block
@@ -67,7 +70,7 @@ class CalibrateReport:
 
 def calibrate_model(
     model: str | os.PathLike[str],
-    data: str | os.PathLike[str],
+    data: str | os.PathLike[str] | None,
     output: str | os.PathLike[str],
     options: CalibrateOptions = CalibrateOptions(),
     progress: bool = False,
@@ -76,6 +79,8 @@ def calibrate_model(
 ) -> CalibrateReport:
     """Run the checkpoint ``model`` over samples of ``data`` and write the statistics folder ``output``.
 
+    Without ``data``, and with ``options.synthetic``, the model writes the samples itself.
+
     One Hessian H = (2/N) sum x x^T per distinct layer input, over N tokens; nothing is padded. ``model`` is
     the *fine-tuned* checkpoint: its layer inputs on the new task are what Eq. 5 compares. It may be an adapter on
     ``base``, which defaults to the local folder that the adapter itself names. A model that does not fit the device
@@ -83,6 +88,7 @@ def calibrate_model(
     """
     started = perf_counter()
     folder = Path(output)
+    _check_source(data, options)
     with ExitStack() as stack:
         stored, tuned = _open(Path(model), base, stack)
         device = resolve_device(options.device)
@@ -90,7 +96,10 @@ def calibrate_model(
         timer = StageTimer(device)
         config = read_config(stored.path)
         with timer.stage("data"):
-            samples = _draw(Path(data), stored, tokenizer_folder(tuned), config, options)
+            if data is None:
+                samples = _self_written(stored, tuned, config, options, device, progress)
+            else:
+                samples = _draw(Path(data), stored, tokenizer_folder(tuned), config, options)
         writer = stack.enter_context(StatsWriter(folder, _room(stored)))
         run = Run(stored, tuned, samples, options, device, timer, writer, progress)
         with timer.stage("load"):
@@ -156,10 +165,50 @@ def _draw(data: Path, stored: Checkpoint, folder: Path, config: dict[str, Any], 
     """The samples, as the model's own tokenizer or processor makes them; a tokenizer may lie with an adapter."""
     records = read_records(data, options.text_mode)
     has_media = any(record.has_media for record in records)
-    seq_len = min(options.seq_len, num_positions(config))
+    seq_len = min(options.length, num_positions(config))
     processor = folder if not has_media or _has_processor(folder) else stored.path
     encoder = load_encoder(processor, stored.path, has_media, options)
     return draw_samples(data, records, encoder.encode, replace(options, seq_len=seq_len))
+
+
+def _check_source(data: str | os.PathLike[str] | None, options: CalibrateOptions) -> None:
+    if data is None and not options.synthetic:
+        raise OptionsError("no calibration data given", "pass --data FILE, or --synthetic to let the model write its own")
+    if data is not None and options.synthetic:
+        raise OptionsError("--data and --synthetic exclude each other", "pass the one that you mean")
+
+
+def _self_written(
+    stored: Checkpoint,
+    tuned: Checkpoint,
+    config: dict[str, Any],
+    options: CalibrateOptions,
+    device: torch.device,
+    progress: bool,
+) -> Samples:
+    """Samples that the model writes itself; it is loaded for that alone, and freed again."""
+    from tqdm import tqdm
+
+    from tailorcli.collect import free_memory
+    from tailorcli.synthetic import write_samples
+
+    if stored is not tuned:
+        raise OptionsError(
+            "--synthetic is for the model that must not forget, and this is an adapter", "calibrate its base"
+        )
+    free = free_memory(device)
+    if free is not None and stored.nbytes > free:
+        raise OptionsError(
+            f"{stored.path} takes {format_bytes(stored.nbytes)}, {format_bytes(free)} are free on {device}: it cannot "
+            "write samples there",
+            "pass --data FILE, which goes block by block",
+        )
+    options = replace(options, seq_len=min(options.length, num_positions(config)))
+    encoder = load_encoder(stored.path, stored.path, False, options)
+    network = load_model(stored, config, options).to(device)
+    total = options.num_samples * (options.length - 1)
+    with device_errors(), tqdm(total=total, desc="writing", unit="tok", disable=None if progress else True) as bar:
+        return write_samples(network, encoder.tokenizer, options, device, bar)
 
 
 def _has_processor(folder: Path) -> bool:

@@ -150,7 +150,7 @@ def draw_samples(
     """
     chosen: list[Inputs] = []
     if options.text_mode == "chunk" and path.suffix == ".txt":
-        pool = _chunks(encode(records[0], sys.maxsize), options.seq_len)
+        pool = _chunks(encode(records[0], sys.maxsize), options.length)
         random.Random(options.seed).shuffle(pool)
         chosen = pool[: options.num_samples]
         available = len(pool)
@@ -159,7 +159,7 @@ def draw_samples(
         random.Random(options.seed).shuffle(order)
         available = len(records)
         for position in order:
-            inputs = encode(records[position], options.seq_len)
+            inputs = encode(records[position], options.length)
             if inputs is not None:
                 chosen.append(inputs)
             if len(chosen) == options.num_samples:
@@ -173,7 +173,7 @@ def draw_samples(
         "samples": len(chosen),
         "tokens": sum(count_tokens(inputs) for inputs in chosen),
         "seed": options.seed,
-        "seq_len": options.seq_len,
+        "seq_len": options.length,
         "text_mode": options.text_mode,
     }
     return Samples(chosen, facts)

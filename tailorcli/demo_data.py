@@ -68,7 +68,7 @@ def build_tasks() -> dict[str, TaskText]:
         "english": _english_documents(),
         "unicode": _unicode_documents(),
     }
-    return {name: _split(name, documents[name]) for name in TASKS}
+    return {name: split_documents(name, documents[name]) for name in TASKS}
 
 
 def samples(text: str, length: int, count: int) -> list[str]:
@@ -118,7 +118,7 @@ def encode(texts: list[str]) -> Tensor:
     return torch.frombuffer(data, dtype=torch.uint8).view(len(texts), -1).long()
 
 
-def _split(name: str, documents: Iterable[tuple[str, str]]) -> TaskText:
+def split_documents(name: str, documents: Iterable[tuple[str, str]]) -> TaskText:
     """Divide (key, text) documents by characters: a tenth for validation, 15% for test, the rest to train on."""
     # In the order of their names' hashes: any stretch of it is a fair draw, the same one on every machine.
     ordered = sorted(documents, key=lambda document: hashlib.sha256(document[0].encode()).digest())
@@ -131,7 +131,7 @@ def _split(name: str, documents: Iterable[tuple[str, str]]) -> TaskText:
         position += len(text)
     if total < _MIN_CHARS:
         raise DataError(
-            f"not enough text for the demo task {name!r} ({SOURCES[name]}): {total} characters, {_MIN_CHARS} needed",
+            f"not enough text for the demo task {name!r} ({SOURCES.get(name, name)}): {total} characters, {_MIN_CHARS} needed",
             "run the demo with a Python that has its standard library as .py files",
         )
     return TaskText(name, **{split: "".join(texts) for split, texts in parts.items()})

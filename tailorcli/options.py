@@ -59,7 +59,7 @@ class CalibrateOptions:
     """What ``calibrate`` runs over the model: how many samples, how long, chosen with which seed."""
 
     num_samples: int = 128
-    seq_len: int = 2048
+    seq_len: int | None = None  # tokens; None: 2048, of samples that the model writes itself 256
     batch_size: int = 8
     device: str = "auto"
     dtype: DTypeName = "auto"
@@ -70,17 +70,24 @@ class CalibrateOptions:
     trust_remote_code: bool = False
     blockwise: Blockwise = "auto"  # auto: where the model does not fit the device
     overwrite: bool = False
+    synthetic: bool = False  # the model writes its own samples
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "seq_len", "batch_size"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("num_samples", "length", "batch_size"):
+            shown = "seq_len" if name == "length" else name
+            _require(getattr(self, name) >= 1, f"{shown} must be at least 1, got {getattr(self, name)}")
         _require_choice("dtype", self.dtype, get_args(DTypeName))
         _require_choice("blockwise", self.blockwise, get_args(Blockwise))
         _require_choice("text-mode", self.text_mode, get_args(TextMode))
 
+    @property
+    def length(self) -> int:
+        """Tokens of a sample at most."""
+        return self.seq_len if self.seq_len is not None else 256 if self.synthetic else 2048
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
-        return asdict(self)
+        return asdict(self) | {"seq_len": self.length}
 
 
 @dataclass(frozen=True)

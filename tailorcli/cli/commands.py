@@ -113,16 +113,21 @@ def root(
 @friendly_errors
 def calibrate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of the fine-tuned checkpoint or adapter.")],
-    data: Annotated[
-        Path,
-        typer.Option(help="New-task data: .jsonl, .json (text, messages, prompt and response; images), .txt."),
-    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="STATS", help="Folder for the statistics.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="New-task data: .jsonl, .json (text, messages, prompt and response; images), .txt."),
+    ] = None,
+    synthetic: Annotated[
+        bool, typer.Option("--synthetic", help="MODEL writes its own samples: for patch --retain, of the base.")
+    ] = False,
     base: Annotated[
         Path | None, typer.Option(help="Folder of the pre-trained checkpoint, where MODEL is a LoRA adapter.")
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Samples to draw from the data.")] = 128,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a sample at most; longer ones are cut.")] = 2048,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of a sample at most: 2048, with --synthetic 256.", show_default=False)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples in a forward pass: memory and speed, not the result.")] = 8,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Run the model in float32, bfloat16, float16; auto: as stored.")] = "auto",
@@ -157,6 +162,7 @@ def calibrate(
         trust_remote_code=trust_remote_code,
         blockwise=blockwise,  # type: ignore[arg-type]
         overwrite=overwrite,
+        synthetic=synthetic,
     )
     report = calibrate_model(
         model,
@@ -176,7 +182,10 @@ def calibrate(
     )
     show_reasons(report.uncalibrated, "without statistics")
     show_reasons(report.notes, "note")
-    typer.echo(f"next: tailorcli patch {base or 'BASE'} {model} --stats {output} -o OUT", err=True)
+    if synthetic:
+        typer.echo(f"next: tailorcli patch {model} TUNED --stats STATS --retain {output} -o OUT", err=True)
+    else:
+        typer.echo(f"next: tailorcli patch {base or 'BASE'} {model} --stats {output} -o OUT", err=True)
 
 
 @app.command()

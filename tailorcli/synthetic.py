@@ -1,0 +1,92 @@
+"""Samples that a model writes itself: for what it must not forget, where its training data are not at hand.
+
+Each starts from a random token of the vocabulary and is continued by the model's own sampling (Model-Dowser, "Synthetic
+Prompt Generation").
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tailorcli.data import Samples
+from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
+from tailorcli.options import CalibrateOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from tailorcli.data import Inputs
+
+_TOGETHER = 32  # samples written at a time, whatever the batch size: the random numbers follow it
+_HINT = "calibrate on data of your own that stand for what it must not forget: --data FILE"
+
+
+def write_samples(network: Any, tokenizer: Any, options: CalibrateOptions, device: torch.device, bar: Any) -> Samples:
+    """Let ``network`` write ``num_samples`` texts of ``seq_len`` tokens each, the first of them drawn at random.
+
+    Sampled at temperature 1 from the whole vocabulary. The token that ends a text ends no sample: what the model
+    goes on with is a new text, as in its training. The same seed, device and versions give the same samples.
+    Raises CheckpointError for a model that writes no text, NumericalError where it cannot be sampled from.
+    """
+    import torch
+
+    if not getattr(network, "can_generate", lambda: False)() or network.config.is_encoder_decoder:
+        name = type(network).__name__
+        raise CheckpointError(f"{name} continues no text, so that it cannot write its own samples", _HINT)
+    first = _plain_tokens(tokenizer, network.get_input_embeddings().weight.shape[0])
+    samples: list[Inputs] = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
+        torch.manual_seed(options.seed)
+        chosen = first[torch.randint(len(first), (options.num_samples, 1))]  # (B, 1)
+        for starts in chosen.split(_TOGETHER):
+            samples += [{"input_ids": ids.clone().unsqueeze(0)} for ids in _continued(network, starts, options, device)]
+            bar.update(len(starts) * (options.length - 1))
+    facts = {
+        "file": None,
+        "synthetic": True,
+        "samples": len(samples),
+        "tokens": len(samples) * options.length,
+        "seed": options.seed,
+        "seq_len": options.length,
+    }
+    return Samples(samples, facts)
+
+
+def _plain_tokens(tokenizer: Any, rows: int) -> torch.Tensor:
+    """The ids of the vocabulary that are no special tokens and have an embedding."""
+    import torch
+
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    ids = sorted(set(tokenizer.get_vocab().values()) - special)
+    plain = [token for token in ids if token < rows]
+    if not plain:
+        raise DataError("the tokenizer has no ordinary tokens to start samples from", _HINT)
+    return torch.tensor(plain)
+
+
+def _continued(network: Any, starts: torch.Tensor, options: CalibrateOptions, device: torch.device) -> torch.Tensor:
+    """Token ids (B, T) on the CPU: the first tokens (B, 1), continued to ``seq_len``."""
+    from transformers import GenerationConfig
+
+    if options.length == 1:
+        return starts
+    ids = starts.to(device)
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=options.length - 1,
+        use_cache=True,
+        eos_token_id=None,
+        pad_token_id=0,  # never used: no sample ends before the others
+    )
+    own, network.generation_config = network.generation_config, settings  # which a call's own would be mixed with
+    try:
+        written: torch.Tensor = network.generate(input_ids=ids, attention_mask=ids.new_ones(ids.shape))
+    except (RuntimeError, ValueError, IndexError) as error:
+        what = f"the model cannot be sampled from: {first_line(error)}"
+        raise NumericalError(what, f"pass --dtype float32, or {_HINT}") from error
+    finally:
+        network.generation_config = own
+    return written.cpu()
