@@ -12,7 +12,7 @@ from typing import Any
 from tailorcli.checkpoint import Checkpoint, read_json
 from tailorcli.errors import CheckpointError, TailorError
 from tailorcli.patchfile import SUFFIX, PatchFile
-from tailorcli.report import OPTIONS_SHOWN, REPORT_FILE, RUN_FILE, load_report
+from tailorcli.report import REPORT_FILE, RUN_FILE, load_report, options_shown
 from tailorcli.stats import MANIFEST, Stats
 from tailorcli.writer import JOURNAL, WORK_FOLDER
 
@@ -99,8 +99,7 @@ def _inspect_report(target: Path, file: Path, kind: str, facts: dict[str, Any]) 
 
 def _with_report(target: Path, report: dict[str, Any], kind: str, facts: dict[str, Any]) -> Inspection:
     inputs = {role: entry["path"] for role, entry in report["inputs"].items()}
-    options = {key: report["options"][key] for key in OPTIONS_SHOWN[report["command"]]}
-    facts = {**facts, "command": report["command"], **inputs, **options}
+    facts = {**facts, "command": report["command"], **inputs, **options_shown(report)}
     facts |= {key: value for key, value in report["totals"].items() if value is not None and value != []}
     return Inspection(str(target), kind, facts, report=report)
 

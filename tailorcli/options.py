@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 from tailorcli.errors import OptionsError
 
 Solver = Literal["joint", "sequential", "none"]
+PatchMethod = Literal["tailor", "interpolate", "dare", "magnitude", "tailor-released"]
+Threshold = Literal["tensor", "global"]
 Method = Literal["average", "joint", "patches"]
 TextMode = Literal["line", "chunk"]
 Blockwise = Literal["auto", "always", "never"]
@@ -35,6 +37,15 @@ def _require_solver(damping: float, tolerance: float, max_iterations: int) -> No
     _require(ok, f"damping must be zero or positive, got {damping}", "the usual range is 0.001 to 0.1")
     _require(0.0 < tolerance < 1.0, f"tolerance must lie between 0 and 1, got {tolerance}")
     _require(max_iterations >= 1, f"max-iterations must be at least 1, got {max_iterations}")
+
+
+def _require_weight(method: str, weight: float | None) -> None:
+    if weight is None:
+        return
+    low, high = (0.0, 1.0) if method == "interpolate" else (0.0, 2.0)
+    ok = isinstance(weight, (int, float)) and low <= weight <= high and (weight > 0.0 or method == "interpolate")
+    allowed = "lie between 0 and 1" if method == "interpolate" else "be positive and at most 2"
+    _require(ok, f"weight must {allowed} with method {method}, got {weight}", "1 takes the entries over as they are")
 
 
 def _require_labels(*labels: str | None) -> None:
@@ -101,6 +112,10 @@ class PatchOptions:
     block_size: int = 128
     tolerance: float = 1e-4
     max_iterations: int = 300
+    method: PatchMethod = "tailor"
+    weight: float | None = None  # the share of the way that the kept entries go; None: the method's own
+    seed: int = 0  # of dare's draws
+    threshold: Threshold = "tensor"  # of magnitude: one for each tensor, or one for all
     device: str = "auto"
     max_shard_size: int | None = None
     include: tuple[str, ...] = ()
@@ -116,6 +131,10 @@ class PatchOptions:
         _require_fraction("density", self.density)
         _require_fraction("omega", self.omega)
         _require_choice("solver", self.solver, get_args(Solver))
+        _require_choice("method", self.method, get_args(PatchMethod))
+        _require_choice("threshold", self.threshold, get_args(Threshold))
+        _require_weight(self.method, self.weight)
+        _require(self.seed >= 0, f"seed must be zero or positive, got {self.seed}")
         _require(self.block_size >= 1, f"block-size must be at least 1, got {self.block_size}")
         _require_solver(self.damping, self.tolerance, self.max_iterations)
         _require_output(self.max_shard_size, self.resume, self.overwrite)
@@ -124,11 +143,30 @@ class PatchOptions:
     @property
     def needs_hessians(self) -> bool:
         """Whether any step reads a Hessian: sensitivity scores do, and so does every compensation."""
-        return self.solver != "none" or self.omega < 1.0
+        if self.method == "tailor":
+            return self.solver != "none" or self.omega < 1.0
+        return self.method == "tailor-released"
+
+    @property
+    def needs_factor(self) -> bool:
+        """Whether columns are swept with the factor of H^-1."""
+        return self.method == "tailor-released" or (self.method == "tailor" and self.solver == "sequential")
+
+    @property
+    def effective_weight(self) -> float:
+        """The share of the way from base that the kept entries go: 1, and 0.5 for ``interpolate``."""
+        if self.weight is not None:
+            return float(self.weight)
+        return 0.5 if self.method == "interpolate" else 1.0
+
+    @property
+    def counts_first(self) -> bool:
+        """Whether one threshold for all tensors has to be found before any tensor is patched."""
+        return self.method == "magnitude" and self.threshold == "global" and 0.0 < self.density < 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the run record: only what decides the bytes of the output."""
-        values = asdict(self)
+        values = asdict(self) | {"weight": self.effective_weight}
         del values["resume"], values["overwrite"]
         return values
 

@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapter import open_tuned, tuned_side_files
+from tailorcli.baselines import GlobalCut, find_cut, patch_by_method
 from tailorcli.checkpoint import Checkpoint
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import NumericalError, OptionsError
@@ -137,8 +138,8 @@ def patch_checkpoint(
 ) -> PatchReport:
     """Patch ``base`` with the best ``density`` of ``tuned``; write the checkpoint ``output``, a ``patch_file`` or both.
 
-    ``stats`` is a folder that ``calibrate_model`` wrote for ``tuned``; it may be missing only with
-    ``solver="none"`` and ``omega=1``. The output has the base's tensor names, dtypes and (without
+    ``stats`` is a folder that ``calibrate_model`` wrote for ``tuned``; it may be missing where
+    ``options.needs_hessians`` is false. The output has the base's tensor names, dtypes and (without
     ``max_shard_size``) sharding, and the tuned model's side files; a report and a run record lie beside them.
     ``announce`` is called with the plan before the work starts.
     Raises TailorError for everything that a user can put right; nothing that looks finished is left then.
@@ -168,7 +169,8 @@ def patch_checkpoint(
         bar = stack.enter_context(progress_bar(plan.tensors, "patching", progress))
         bar.update(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
         todo = [tensor for tensor in plan.tensors if tensor.name not in records]
-        loop = _tailored(todo, inputs, options, device, timer, score_only=False, digests=outputs.wants_digest)
+        cut = _find_cut(plan, records, inputs, options, device, timer)
+        loop = _tailored(todo, inputs, options, device, timer, score_only=False, digests=outputs.wants_digest, cut=cut)
         for tensor, result, digest in loop:
             record = _record(tensor, result, inputs.stats, options)
             if isinstance(inputs.base, GrownCheckpoint) and tensor.name in inputs.base.grown:
@@ -189,6 +191,16 @@ def patch_checkpoint(
         report = PatchReport("patch", options.to_dict(), described, ordered, dict(timer.seconds), seconds)
         outputs.finish(report)
         return report
+
+
+def _find_cut(
+    plan: Plan, done: dict[str, Any], inputs: Inputs, options: PatchOptions, device: torch.device, timer: StageTimer
+) -> GlobalCut | None:
+    """The one threshold of all tensors, where there is one."""
+    if not options.counts_first:
+        return None
+    with timer.stage("count"), exact_float32(), device_errors():
+        return find_cut(plan.patched, done.keys(), inputs.base, inputs.tuned, options.density, device)
 
 
 @dataclass
@@ -246,6 +258,7 @@ def _tailored(
     *,
     score_only: bool,
     digests: bool = False,
+    cut: GlobalCut | None = None,
 ) -> Iterator[tuple[TensorPlan, LayerResult | None, str]]:
     """Each tensor with its result and its base's digest, in order; no result for a tensor that stays at base."""
     from tailorcli.core.tailor import tailor_experts, tailor_layer
@@ -258,6 +271,7 @@ def _tailored(
         "block_size": options.block_size,
         "tolerance": options.tolerance,
         "max_iterations": options.max_iterations,
+        "weight": options.effective_weight,
         "score_only": score_only,
         "timer": timer,
     }
@@ -283,7 +297,9 @@ def _tailored(
                     digest = loaded.digest
                     del loaded
                     settings = layer_settings | {"transposed": tensor.transposed}
-                    if tensor.experts:
+                    if options.method != "tailor":
+                        result = patch_by_method(tensor, base, tuned, prepared, options, cut, timer)
+                    elif tensor.experts:
                         each = _prepare_each(tensor.experts, inputs.stats, prepare_next, timer)
                         result = tailor_experts(base, tuned, each, **settings)
                     else:
@@ -335,7 +351,7 @@ def _prepare(
     if not bool(hessian.diagonal().isfinite().all() if hessian.dim() == 2 else hessian.isfinite().all()):
         raise NumericalError(f"NaN or infinity in its Hessian {name!r}", "calibrate again")
     with timer.stage("factorise"):
-        sequential = options.solver == "sequential" and info.kind == "full"
+        sequential = options.needs_factor and info.kind == "full"
         return prepare(hessian, options.damping, sensitivity=options.omega < 1.0, sequential=sequential)
 
 

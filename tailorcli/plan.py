@@ -91,7 +91,7 @@ def build_plan(base: Checkpoint, tuned: Checkpoint, stats: Stats | None, options
     """Check that the inputs belong together and decide every tensor's treatment.
 
     Raises CheckpointError, StatsError or OptionsError for anything that would only show up in the middle of the
-    work. ``stats`` may be None only where no Hessian is needed (``solver="none"`` and ``omega=1``).
+    work. ``stats`` may be None only where no Hessian is needed (``options.needs_hessians``).
     """
     if stats is None and options.needs_hessians:
         raise OptionsError(
@@ -107,15 +107,30 @@ def build_plan(base: Checkpoint, tuned: Checkpoint, stats: Stats | None, options
         raise OptionsError("no tensor would be patched", "check --include and --exclude, and those of calibrate")
     ordered = group_by_hessian(tensors)
     layout = plan_layout(base, options.max_shard_size)
+    passes = 2 if options.counts_first else 0  # over both checkpoints before the work
     return Plan(
         tensors=tuple(ordered),
         layout=layout,
-        read_bytes=_bytes_to_read(ordered, tuned, stats),
+        read_bytes=_bytes_to_read(ordered, tuned, stats) + passes * _pair_bytes(ordered, tuned),
         write_bytes=layout.nbytes,
-        patch_bytes=most_patch_bytes((t, round(options.density * t.numel)) for t in ordered if t.action == "patch"),
+        patch_bytes=most_patch_bytes(_most_kept([t for t in ordered if t.action == "patch"], options)),
         peak_bytes=RUNTIME_BYTES + max(working_set(tensor, tuned, stats, options) for tensor in ordered),
         largest_hessian=max((stats.hessians[h].size for t in ordered if stats for h in t.hessians), default=0),
     )
+
+
+def _most_kept(tensors: list[TensorPlan], options: PatchOptions) -> list[tuple[TensorPlan, int]]:
+    """How many entries of each tensor are kept, at most; of a draw, all but surely: six deviations above its mean."""
+    if options.method == "interpolate":
+        return [(tensor, tensor.numel) for tensor in tensors]
+    if options.counts_first:  # the widest entries first
+        left, most = round(options.density * sum(tensor.numel for tensor in tensors)), []
+        for tensor in sorted(tensors, key=lambda t: t.nbytes / t.numel, reverse=True):
+            most.append((tensor, min(left, tensor.numel)))
+            left -= most[-1][1]
+        return most
+    spread = 6.0 * (options.density * (1.0 - options.density)) ** 0.5 if options.method == "dare" else 0.0
+    return [(t, min(t.numel, round(options.density * t.numel + spread * t.numel**0.5))) for t in tensors]
 
 
 def most_patch_bytes(tensors: Iterable[tuple[TensorPlan, int]]) -> int:
@@ -137,11 +152,17 @@ def _plan_tensor(info: TensorInfo, changed: bool, stats: Stats | None, options: 
         reason = "the adapter leaves it alone"
     elif options.needs_hessians and not entry.hessians:
         reason = f"no statistics: {entry.reason}"
+    elif options.method == "tailor-released" and not _is_linear(entry, stats):
+        reason = "the released code patches linear layers alone"
     common = (info.name, info.dtype, info.shape, info.nbytes)
     if reason:
         return TensorPlan(*common, action="base", reason=reason, role=entry.role)
     hessian, experts = (entry.hessian, tuple(entry.experts)) if options.needs_hessians else (None, ())
     return TensorPlan(*common, "patch", "", hessian, entry.role, entry.transposed, experts)
+
+
+def _is_linear(entry: TensorStats, stats: Stats | None) -> bool:
+    return stats is not None and entry.hessian is not None and stats.hessians[entry.hessian].kind == "full"
 
 
 def group_by_hessian(tensors: list[TensorPlan]) -> list[TensorPlan]:
@@ -151,6 +172,10 @@ def group_by_hessian(tensors: list[TensorPlan]) -> list[TensorPlan]:
         key = f"hessian {tensor.hessian}" if tensor.hessian else f"tensor {tensor.name}"
         groups.setdefault(key, []).append(tensor)
     return [tensor for group in groups.values() for tensor in group]
+
+
+def _pair_bytes(tensors: list[TensorPlan], tuned: Checkpoint) -> int:
+    return sum(tensor.nbytes + tuned.read_cost(tensor.name) for tensor in tensors if tensor.action == "patch")
 
 
 def _bytes_to_read(tensors: list[TensorPlan], tuned: Checkpoint, stats: Stats | None) -> int:

@@ -169,8 +169,8 @@ def check_report(report: dict[str, Any], path: Path) -> dict[str, Any]:
         tensor_table(report, errors=report["command"] == "patch")
         for entry in report["inputs"].values():
             str(entry["path"]), str(entry["fingerprint"])
-        for key in OPTIONS_SHOWN[report["command"]]:
-            str(report["options"][key])
+        for value in options_shown(report).values():
+            str(value)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         what = ascii(error)  # it may quote what cannot be printed
         raise CheckpointError(f"{path} is malformed: {what[:200]}", _MAKE_AGAIN) from error
@@ -214,9 +214,7 @@ def tensor_table(report: dict[str, Any], *, errors: bool) -> Table:
     if report["command"] == MERGE:
         return _merge_table(report)
 
-    table = Table(
-        title=f"{report['command']}: density {report['options']['density']:g}, omega {report['options']['omega']:g}"
-    )
+    table = Table(title=f"{report['command']}: {_choice(report['options'])}")
     for column in (*_COLUMNS, *(("error before", "after") if errors else ())):
         table.add_column(column, justify="left" if column == "tensor" else "right", overflow="fold")
     for tensor in report["tensors"]:
@@ -239,6 +237,30 @@ def tensor_table(report: dict[str, Any], *, errors: bool) -> Table:
     table.add_section()
     table.add_row(*last, style="bold")
     return table
+
+
+def _choice(options: dict[str, Any]) -> str:
+    """How the entries were chosen, for a title."""
+    method, weight = options.get("method", "tailor"), options.get("weight", 1.0)  # earlier reports have neither
+    scaled = f", weight {weight:g}" if weight != 1.0 else ""
+    if method == "tailor":
+        return f"density {options['density']:g}, omega {options['omega']:g}{scaled}"
+    return f"{method}{scaled}" if method == "interpolate" else f"{method}, density {options['density']:g}{scaled}"
+
+
+def options_shown(report: dict[str, Any]) -> dict[str, Any]:
+    """The options of a report that matter to its reader."""
+    options, method = report["options"], report["options"].get("method", "tailor")
+    if report["command"] != "patch" or method == "tailor":
+        shown: tuple[str, ...] = OPTIONS_SHOWN[report["command"]]
+    else:
+        shown = {
+            "interpolate": ("method",),
+            "dare": ("method", "density", "seed"),
+            "magnitude": ("method", "density", "threshold"),
+        }.get(method, ("method", "density", "damping"))
+    weight = ("weight",) if options.get("weight", 1.0) != 1.0 else ()
+    return {key: options[key] for key in (*shown, *weight)}
 
 
 def _tensor_row(tensor: dict[str, Any], errors: bool) -> list[str]:

@@ -23,7 +23,7 @@ LAYERS = [
     {"stats", "patchfile", "adapter"},
     {"patchwriter", "vocabulary"},
     {"plan"},
-    {"names", "layers", "loading", "outputs", "reading", "mergeplan"},
+    {"names", "layers", "loading", "outputs", "reading", "mergeplan", "baselines"},
     {"collect"},
     {"passes"},
     {"calibrate", "patch", "apply", "inspection"},

@@ -249,6 +249,18 @@ def patch(
     block_size: Annotated[int, typer.Option(help="Columns per block of the sequential solver.")] = 128,
     tolerance: Tolerance = 1e-4,
     max_iterations: MaxIterations = 300,
+    method: Annotated[
+        str,
+        typer.Option(help="tailor, or to compare with: interpolate (WiSE-FT), dare, magnitude (TIES' trimming)."),
+    ] = "tailor",
+    weight: Annotated[
+        float | None,
+        typer.Option(help="Share of the way from BASE that the kept entries go. [default: 1; interpolate: 0.5]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which entries dare draws.")] = 0,
+    threshold: Annotated[
+        str, typer.Option(help="magnitude: the top of each 'tensor', or of all ('global').")
+    ] = "tensor",
     device: Device = "auto",
     include: Include = None,
     exclude: Exclude = None,
@@ -279,6 +291,10 @@ def patch(
         block_size=block_size,
         tolerance=tolerance,
         max_iterations=max_iterations,
+        method=method,  # type: ignore[arg-type]
+        weight=weight,
+        seed=seed,
+        threshold=threshold,  # type: ignore[arg-type]
         device=device,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),

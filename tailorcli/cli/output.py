@@ -117,9 +117,10 @@ def show_summary(report: dict[str, Any]) -> None:
         f"{format_share(totals['delta_share_kept'])} of the squared change"
     )
     if totals["error_before"] is not None:
+        how = report["options"]["solver"] if report["options"]["method"] == "tailor" else report["options"]["method"]
         typer.echo(
             f"mean layer error against the tuned model: {format_share(totals['error_before'])} before compensation, "
-            f"{format_share(totals['error_after'])} after ({report['options']['solver']})"
+            f"{format_share(totals['error_after'])} after ({how})"
         )
     if totals["damped_further"]:
         typer.echo(f"damped further than asked: {', '.join(totals['damped_further'])}", err=True)

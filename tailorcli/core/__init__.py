@@ -5,6 +5,7 @@ Trailing comments give shapes: O output rows, I input columns, N calibration tok
 from the fine-tuned weights.
 """
 
+from tailorcli.core.baselines import baseline_layer, drop_and_rescale, interpolate, random_mask, released_layer
 from tailorcli.core.hessian import (
     accumulate_,
     accumulate_diagonal_,
@@ -33,18 +34,23 @@ __all__ = [
     "LayerResult",
     "accumulate_",
     "accumulate_diagonal_",
+    "baseline_layer",
     "combine_hessians",
     "count_kept",
     "dampen",
     "dead_channels",
     "decorate_joint",
     "decorate_sequential",
+    "drop_and_rescale",
     "fuse",
+    "interpolate",
     "inverse_diagonal",
     "inverse_factor",
     "minmax",
     "overlap_figures",
     "pack_triangle",
+    "random_mask",
+    "released_layer",
     "salience",
     "select_mask",
     "sensitivity",

@@ -91,18 +91,23 @@ def measure(
     prepared: PreparedHessian | None,
     transposed: bool,
     decoration: Decoration | None,
+    moved: bool = False,
 ) -> LayerFigures:
-    """All figures of one tensor, chunk by chunk; matrices are in the stored orientation."""
+    """All figures of one tensor, chunk by chunk; matrices are in the stored orientation.
+
+    ``moved`` says that kept entries may differ from tuned's for another reason than a decoration.
+    """
+    moved = moved or decoration is not None
     sums = _mask_sums(delta, mask)
     scores = _sensitivity_sums(delta, mask, inverse) if inverse is not None else {}
     errors: dict[str, Any] = {}
     distance_after = None
     if patched is not None:
         distance_after = sums["distance_before"]
-        if decoration is not None:
+        if moved:
             distance_after = _distance(patched, tuned, delta)
         if prepared is not None:
-            errors = layer_errors(delta, mask, patched, tuned, prepared.hessian, transposed, decoration)
+            errors = layer_errors(delta, mask, patched, tuned, prepared.hessian, transposed, decoration, moved)
     if decoration is not None:
         errors.update(iterations=decoration.iterations, residual=decoration.residual)
     if prepared is not None:
@@ -188,6 +193,7 @@ def layer_errors(
     hessian: Tensor,
     transposed: bool,
     decoration: Decoration | None,
+    moved: bool,
 ) -> dict[str, float]:
     """Relative layer errors (Eq. 5) with the undamped Hessian, before and after compensation."""
     if transposed:
@@ -198,12 +204,12 @@ def layer_errors(
         energy += quadratic_form(d, hessian)
         if decoration is None or decoration.energy_before is None:
             before += quadratic_form(torch.where(mask[rows], 0.0, d), hessian)
-        if decoration is not None:
+        if moved:
             after += quadratic_form(patched[rows].to(torch.float32) - tuned[rows].to(torch.float32), hessian)
-    if decoration is None:
-        after = before
-    elif decoration.energy_before is not None:
+    if decoration is not None and decoration.energy_before is not None:
         before = decoration.energy_before
+    if not moved:
+        after = before
     if energy <= 0.0:
         return {"output_energy": 0.0, "error_before": 0.0, "error_after": 0.0}
     return {"output_energy": energy, "error_before": before / energy, "error_after": after / energy}

@@ -54,6 +54,7 @@ def tailor_layer(
     block_size: int = 128,
     tolerance: float = 1e-4,
     max_iterations: int = 300,
+    weight: float = 1.0,
     score_only: bool = False,
     timer: Timer | None = None,
 ) -> LayerResult:
@@ -63,7 +64,8 @@ def tailor_layer(
     tables), or (O, ...) for a convolution, or (I,) for a channel scale, or any for a bias, whose Hessian has one
     channel. ``prepared`` is the
     tensor's Hessian; without one only salience counts and nothing is compensated (``omega=1``,
-    ``solver="none"``). Outside the mask the result is bit for bit the base. Raises NumericalError on NaN or
+    ``solver="none"``). The kept entries go the share ``weight`` of the way from base to their final values.
+    Outside the mask the result is bit for bit the base. Raises NumericalError on NaN or
     infinity.
     """
     timer = timer or NoTimer()
@@ -71,7 +73,7 @@ def tailor_layer(
     base_2d, tuned_2d = base.reshape(shape), tuned.reshape(shape)
     with timer.stage("score"):
         delta = difference(tuned_2d, base_2d)
-        _require_finite(delta, base_2d, tuned_2d)
+        require_finite_inputs(delta, base_2d, tuned_2d)
         inverse = _along_inputs(prepared, transposed)
         score = fused_score(delta, inverse, omega)
     with timer.stage("select"):
@@ -82,12 +84,12 @@ def tailor_layer(
         with timer.stage("solve"):
             decoration = _decorate(delta, mask, prepared, solver, transposed, block_size, tolerance, max_iterations)
         with timer.stage("assemble"):
-            patched = assemble(base_2d, tuned_2d, mask, decoration.decorator if decoration else None)
+            patched = assemble(base_2d, tuned_2d, mask, decoration.decorator if decoration else None, weight)
             del base_2d
             if not _is_finite(patched):
                 raise NumericalError(f"a compensated value overflows {patched.dtype}", "pass --solver none")
     with timer.stage("measure"):
-        figures = measure(delta, mask, inverse, patched, tuned_2d, prepared, transposed, decoration)
+        figures = measure(delta, mask, inverse, patched, tuned_2d, prepared, transposed, decoration, weight != 1.0)
     return LayerResult(None if patched is None else patched.view(base.shape), mask.view(base.shape), figures)
 
 
@@ -172,13 +174,20 @@ def fused_score(delta: Tensor, inverse: Tensor | None, omega: float) -> Tensor:
     return score
 
 
-def assemble(base: Tensor, tuned: Tensor, mask: Tensor, decorator: Tensor | None) -> Tensor:
-    """Eq. 3: mask * (tuned + C) + (1 - mask) * base, in the base's dtype; where C is zero, tuned to the bit."""
+def assemble(base: Tensor, tuned: Tensor, mask: Tensor, decorator: Tensor | None, weight: float = 1.0) -> Tensor:
+    """Eq. 3: mask * (tuned + C) + (1 - mask) * base, in the base's dtype; where C is zero, tuned to the bit.
+
+    With another ``weight`` than 1 a kept entry is base + weight * (tuned + C - base), rounded once.
+    """
     patched = torch.empty_like(base)
 
     def fill(rows: slice) -> None:
         kept = tuned[rows].to(base.dtype)
-        if decorator is not None:
+        if weight != 1.0:
+            start, change = base[rows].to(torch.float32), tuned[rows].to(torch.float32)
+            change = change + decorator[rows] - start if decorator is not None else change - start
+            kept = torch.add(start, change, alpha=weight).to(base.dtype)
+        elif decorator is not None:
             compensation = decorator[rows]
             moved = (tuned[rows].to(torch.float32) + compensation).to(base.dtype)
             kept = torch.where(compensation != 0, moved, kept)
@@ -251,7 +260,8 @@ def require_finite(tensor: Tensor) -> None:
         raise NumericalError("NaN or infinity", "check the checkpoints")
 
 
-def _require_finite(delta: Tensor, base: Tensor, tuned: Tensor) -> None:
+def require_finite_inputs(delta: Tensor, base: Tensor, tuned: Tensor) -> None:
+    """Raises NumericalError that names the input with NaN or infinity, if ``delta`` is not finite."""
     if _is_finite(delta):
         return
     for tensor, where in ((base, "base"), (tuned, "tuned")):

@@ -1,0 +1,133 @@
+"""What ``patch --method`` offers besides the paper: each tensor by its method, and one threshold over all tensors.
+
+The threshold (``--method magnitude --threshold global``) takes two passes before the work. It is exact, in the
+memory of one tensor: the passes count the upper and then the lower 16 bits of |delta|.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tailorcli.checkpoint import Checkpoint
+from tailorcli.device import StageTimer
+from tailorcli.errors import NumericalError
+from tailorcli.options import PatchOptions
+from tailorcli.plan import TensorPlan
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from tailorcli.core.hessian import PreparedHessian
+    from tailorcli.core.tailor import LayerResult
+
+
+def patch_by_method(
+    tensor: TensorPlan,
+    base: Tensor,
+    tuned: Tensor,
+    prepared: PreparedHessian | None,
+    options: PatchOptions,
+    cut: GlobalCut | None,
+    timer: StageTimer,
+) -> LayerResult:
+    """One tensor by another method than the paper's; what it takes of ``cut`` is taken off."""
+    from tailorcli.core.baselines import baseline_layer, released_layer
+
+    density, weight = options.density, options.effective_weight
+    if options.method == "tailor-released":
+        assert prepared is not None
+        size, transposed = options.block_size, tensor.transposed
+        return released_layer(
+            base, tuned, prepared, density=density, transposed=transposed, block_size=size, weight=weight, timer=timer
+        )
+    with timer.stage("select"):
+        mask = cut.mask(base, tuned) if cut is not None else None
+    seed = tensor_seed(options.seed, tensor.name)
+    return baseline_layer(
+        base, tuned, method=options.method, density=density, weight=weight, seed=seed, mask=mask, timer=timer
+    )
+
+
+def tensor_seed(seed: int, name: str) -> int:
+    """A tensor's own seed: its draws depend neither on the tensors before it nor on where a run was resumed."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest(), "big")
+
+
+@dataclass
+class GlobalCut:
+    """The threshold, and how many of the entries that equal it are still to be kept, in the order of the tensors."""
+
+    threshold: float
+    ties_left: int
+
+    def mask(self, base: Tensor, tuned: Tensor) -> Tensor:
+        """The mask of the next tensor."""
+        from tailorcli.core.baselines import mask_above
+
+        mask, self.ties_left = mask_above(_delta(base, tuned), self.threshold, self.ties_left)
+        return mask.view(base.shape)
+
+    def skip(self, delta: Tensor) -> None:
+        """Take off what a tensor has taken that was patched earlier."""
+        from tailorcli.core.baselines import count_ties
+
+        self.ties_left -= min(self.ties_left, count_ties(delta, self.threshold))
+
+
+def find_cut(
+    tensors: Sequence[TensorPlan],
+    done: Collection[str],
+    base: Checkpoint,
+    tuned: Checkpoint,
+    density: float,
+    device: torch.device,
+) -> GlobalCut:
+    """The threshold above which round(density * all entries) lie, counting those that equal it as far as needed.
+
+    ``done`` are the first of ``tensors``, which an earlier run has patched: their share of the equal entries is
+    taken off, for which they are read once more. ``density`` must lie between 0 and 1, and not at the ends.
+    """
+    from tailorcli.core.baselines import digit_counts, digit_of_rank, no_counts, value_of_digits
+    from tailorcli.core.scores import count_kept
+
+    count = count_kept(density, sum(tensor.numel for tensor in tensors))
+    if count == 0:
+        return GlobalCut(float("inf"), 0)
+    digits: list[int] = []  # the upper half of the threshold's bits, then the lower
+    for _ in range(2):
+        counts = no_counts()
+        for delta in _deltas(tensors, base, tuned, device):
+            counts += digit_counts(delta, *digits)
+        digit, count = digit_of_rank(counts, count)
+        digits.append(digit)
+    cut = GlobalCut(value_of_digits(*digits), count)
+    for delta in _deltas([tensor for tensor in tensors if tensor.name in done], base, tuned, device):
+        cut.skip(delta)
+    return cut
+
+
+def _deltas(
+    tensors: Sequence[TensorPlan], base: Checkpoint, tuned: Checkpoint, device: torch.device
+) -> Iterator[Tensor]:
+    """Tuned minus base, tensor by tensor."""
+    for tensor in tensors:
+        before, after = (checkpoint.read(tensor.name).to(device) for checkpoint in (base, tuned))
+        try:
+            yield _delta(before, after)
+        except NumericalError as error:
+            raise NumericalError(f"tensor {tensor.name!r}: {error.message}", error.hint) from error
+
+
+def _delta(base: Tensor, tuned: Tensor) -> Tensor:
+    """Tuned minus base as a matrix, finite."""
+    from tailorcli.core.tailor import difference, matrix_shape, require_finite_inputs
+
+    shape = matrix_shape(base, None)
+    base_2d, tuned_2d = base.reshape(shape), tuned.reshape(shape)
+    delta = difference(tuned_2d, base_2d)
+    require_finite_inputs(delta, base_2d, tuned_2d)
+    return delta
