@@ -173,7 +173,9 @@ def _draw(data: Path, stored: Checkpoint, folder: Path, config: dict[str, Any], 
 
 def _check_source(data: str | os.PathLike[str] | None, options: CalibrateOptions) -> None:
     if data is None and not options.synthetic:
-        raise OptionsError("no calibration data given", "pass --data FILE, or --synthetic to let the model write its own")
+        raise OptionsError(
+            "no calibration data given", "pass --data FILE, or --synthetic to let the model write its own"
+        )
     if data is not None and options.synthetic:
         raise OptionsError("--data and --synthetic exclude each other", "pass the one that you mean")
 

@@ -131,7 +131,8 @@ def split_documents(name: str, documents: Iterable[tuple[str, str]]) -> TaskText
         position += len(text)
     if total < _MIN_CHARS:
         raise DataError(
-            f"not enough text for the demo task {name!r} ({SOURCES.get(name, name)}): {total} characters, {_MIN_CHARS} needed",
+            f"not enough text for the task {name!r} ({SOURCES.get(name, name)}): {total} characters, "
+            f"{_MIN_CHARS} needed",
             "run the demo with a Python that has its standard library as .py files",
         )
     return TaskText(name, **{split: "".join(texts) for split, texts in parts.items()})

@@ -252,8 +252,7 @@ def _prepare(
     timer: StageTimer,
 ) -> tuple[list[Tensor], PreparedHessian | None]:
     """Unpack the tasks' Hessians, and combine and factorise them where the joint solver will use them."""
-    from tailorcli.core.hessian import prepare, unpack_triangle
-    from tailorcli.core.stitch import combine_hessians
+    from tailorcli.core.hessian import combine_hessians, prepare, unpack_triangle
 
     opened = []
     with timer.stage("unpack"):

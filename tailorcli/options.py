@@ -113,6 +113,7 @@ class PatchOptions:
     tolerance: float = 1e-4
     max_iterations: int = 300
     method: PatchMethod = "tailor"
+    retain_weight: float = 1.0  # beta of the retain term, where there are retained statistics
     weight: float | None = None  # the share of the way that the kept entries go; None: the method's own
     seed: int = 0  # of dare's draws
     threshold: Threshold = "tensor"  # of magnitude: one for each tensor, or one for all
@@ -131,6 +132,8 @@ class PatchOptions:
         _require_fraction("density", self.density)
         _require_fraction("omega", self.omega)
         _require_choice("solver", self.solver, get_args(Solver))
+        ok = math.isfinite(self.retain_weight) and self.retain_weight >= 0.0
+        _require(ok, f"retain-weight must be zero or positive, got {self.retain_weight}", "the usual range is 0.1 to 3")
         _require_choice("method", self.method, get_args(PatchMethod))
         _require_choice("threshold", self.threshold, get_args(Threshold))
         _require_weight(self.method, self.weight)

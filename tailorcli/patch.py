@@ -42,20 +42,26 @@ class Inputs:
     base: Checkpoint
     tuned: Checkpoint
     stats: Stats | None
+    retain: Stats | None = None
 
     @classmethod
     def open(
-        cls, base: PathLike, tuned: PathLike, stats: PathLike | None, options: PatchOptions, stack: ExitStack
+        cls,
+        base: PathLike,
+        tuned: PathLike,
+        stats: PathLike | None,
+        options: PatchOptions,
+        stack: ExitStack,
+        retain: PathLike | None = None,
     ) -> Inputs:
         """Open all by their headers; ``stack`` closes them."""
         opened_base = stack.enter_context(Checkpoint.open(base))
         opened_tuned = stack.enter_context(open_tuned(tuned, opened_base))
-        opened_stats = Stats.open(stats) if stats is not None else None
-        if opened_stats is not None:
-            stack.callback(opened_stats.close)
+        opened_stats = _open_stats(stats, stack)
+        opened_retain = _open_stats(retain, stack)
         if options.resized_vocab:
             opened_base = stack.enter_context(grow_vocabulary(opened_base, opened_tuned))
-        return cls(opened_base, opened_tuned, opened_stats)
+        return cls(opened_base, opened_tuned, opened_stats, opened_retain)
 
     def describe(self) -> dict[str, dict[str, str]]:
         """Path and fingerprint of each."""
@@ -63,14 +69,15 @@ class Inputs:
             "base": {"path": str(self.base.path), "fingerprint": self.base.fingerprint()},
             "tuned": {"path": str(self.tuned.path), "fingerprint": self.tuned.fingerprint()},
         }
-        if self.stats is not None:
-            facts["stats"] = {"path": str(self.stats.path), "fingerprint": self.stats.fingerprint()}
+        for name, stats in (("stats", self.stats), ("retain", self.retain)):
+            if stats is not None:
+                facts[name] = {"path": str(stats.path), "fingerprint": stats.fingerprint()}
         return facts
 
     @property
     def paths(self) -> list[Path]:
         """Where they lie: no output may."""
-        return [item.path for item in (self.base, self.tuned, self.stats) if item is not None]
+        return [item.path for item in (self.base, self.tuned, self.stats, self.retain) if item is not None]
 
 
 def plan_patch(
@@ -80,11 +87,12 @@ def plan_patch(
     stats: PathLike | None = None,
     options: PatchOptions = PatchOptions(),
     patch_file: PathLike | None = None,
+    retain: PathLike | None = None,
 ) -> Plan:
     """What ``patch_checkpoint`` would do to each tensor and what it would cost, from headers alone."""
     with ExitStack() as stack:
-        inputs = Inputs.open(base, tuned, stats, options, stack)
-        plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options)
+        inputs = Inputs.open(base, tuned, stats, options, stack, retain)
+        plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
         target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
         _require_stored_rows(target, options)
         target.check(inputs.paths, plan)
@@ -105,6 +113,7 @@ def score_checkpoint(
     stats: PathLike | None = None,
     options: PatchOptions = PatchOptions(),
     progress: bool = False,
+    retain: PathLike | None = None,
 ) -> PatchReport:
     """The mask statistics of every tensor (Eq. 9 to 11), without solving for or writing anything.
 
@@ -112,8 +121,8 @@ def score_checkpoint(
     """
     started = perf_counter()
     with ExitStack() as stack:
-        inputs = Inputs.open(base, tuned, stats, options, stack)
-        plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options)
+        inputs = Inputs.open(base, tuned, stats, options, stack, retain)
+        plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
         device = resolve_device(options.device)
         timer = StageTimer(device)
         records = {t.name: _record(t, None, inputs.stats, options) for t in plan.left_at_base}
@@ -135,12 +144,15 @@ def patch_checkpoint(
     progress: bool = False,
     patch_file: PathLike | None = None,
     announce: Callable[[Plan], None] | None = None,
+    retain: PathLike | None = None,
 ) -> PatchReport:
     """Patch ``base`` with the best ``density`` of ``tuned``; write the checkpoint ``output``, a ``patch_file`` or both.
 
     ``stats`` is a folder that ``calibrate_model`` wrote for ``tuned``; it may be missing where
     ``options.needs_hessians`` is false. The output has the base's tensor names, dtypes and (without
     ``max_shard_size``) sharding, and the tuned model's side files; a report and a run record lie beside them.
+    ``retain`` is a folder that ``calibrate_model`` wrote for ``base``, on data that stand for what it must not forget
+    or that it wrote itself: the retain term, weighed by ``options.retain_weight``.
     ``announce`` is called with the plan before the work starts.
     Raises TailorError for everything that a user can put right; nothing that looks finished is left then.
     """
@@ -150,8 +162,8 @@ def patch_checkpoint(
         raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
     _require_stored_rows(target, options)
     with ExitStack() as stack:
-        inputs = Inputs.open(base, tuned, stats, options, stack)
-        plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options)
+        inputs = Inputs.open(base, tuned, stats, options, stack, retain)
+        plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
         device = resolve_device(options.device)
         target.check(inputs.paths, plan)
         described = inputs.describe()
@@ -209,13 +221,12 @@ class _Loaded:
 
     base: torch.Tensor
     tuned: torch.Tensor
-    packed: torch.Tensor | None  # its Hessian, where the tensor before did not use the same
+    packed: list[torch.Tensor]  # its Hessian and that of the retained data, where the tensor before had others
     digest: str  # of the base's bytes, where it is wanted
 
-    def give_packed(self) -> torch.Tensor:
-        """The Hessian, which is not kept here any longer."""
-        assert self.packed is not None
-        packed, self.packed = self.packed, None
+    def give_packed(self) -> list[torch.Tensor]:
+        """The Hessians, which are not kept here any longer."""
+        packed, self.packed = self.packed, []
         return packed
 
 
@@ -223,25 +234,27 @@ def _reader(
     tensors: list[TensorPlan], inputs: Inputs, options: PatchOptions, device: torch.device, digests: bool
 ) -> ReadAhead[_Loaded]:
     """Reads what each of ``tensors`` needs; a Hessian only for the first of those that share it."""
-    stats = inputs.stats
+    stats, retain = inputs.stats, inputs.retain
     pinned = device.type == "cuda"  # a GPU copies at full speed, and by itself, from pinned memory alone
 
-    def needed_hessian(position: int) -> str | None:
-        name = tensors[position].hessian
-        return None if position and tensors[position - 1].hessian == name else name
+    def needed(position: int) -> list[tuple[Stats, str]]:
+        tensor = tensors[position]
+        if tensor.hessian is None or stats is None or (position and tensors[position - 1].shares(tensor)):
+            return []
+        return [(stats, tensor.hessian), *((retain, name) for name in tensor.retain if retain is not None)]
 
     def nbytes(position: int) -> int:
-        tensor, hessian = tensors[position], needed_hessian(position)
+        tensor = tensors[position]
         both = tensor.nbytes + inputs.tuned.tensors[tensor.name].nbytes
-        return both + (stats.nbytes(hessian) if hessian and stats else 0)
+        return both + sum(source.nbytes(name) for source, name in needed(position))
 
     def load(position: int) -> _Loaded:
-        name, hessian = tensors[position].name, needed_hessian(position)
+        name = tensors[position].name
         base = inputs.base.read(name, pinned)
         return _Loaded(
             base,
             inputs.tuned.read(name, pinned),
-            stats.load(hessian, pinned) if hessian and stats else None,
+            [source.load(name, pinned) for source, name in needed(position)],
             digest_of(raw_bytes(base)) if digests else "",
         )
 
@@ -263,7 +276,7 @@ def _tailored(
     """Each tensor with its result and its base's digest, in order; no result for a tensor that stays at base."""
     from tailorcli.core.tailor import tailor_experts, tailor_layer
 
-    prepare_next = partial(_prepare, stats=inputs.stats, options=options, device=device, timer=timer)
+    prepare_next = partial(_prepare, inputs=inputs, options=options, device=device, timer=timer)
     layer_settings: dict[str, Any] = {
         "density": options.density,
         "omega": options.omega,
@@ -278,7 +291,7 @@ def _tailored(
     reader = _reader([tensor for tensor in tensors if tensor.action == "patch"], inputs, options, device, digests)
     loads = iter(reader)
     prepared: PreparedHessian | None = None
-    prepared_name: str | None = None
+    prepared_for: TensorPlan | None = None
     try:
         with exact_float32(), device_errors():
             for tensor in tensors:
@@ -288,10 +301,10 @@ def _tailored(
                 with timer.stage("wait for read"):
                     loaded = next(loads)
                 try:
-                    if tensor.hessian != prepared_name:
-                        prepared, prepared_name = None, tensor.hessian  # freed before the next one is unpacked
+                    if prepared_for is None or not tensor.shares(prepared_for):
+                        prepared, prepared_for = None, tensor  # freed before the next one is unpacked
                         if tensor.hessian is not None:
-                            prepared = prepare_next(tensor.hessian, loaded.give_packed())
+                            prepared = prepare_next((tensor.hessian, *tensor.retain), loaded.give_packed())
                     with timer.stage("transfer"):
                         base, tuned = (t.to(device, non_blocking=True) for t in (loaded.base, loaded.tuned))
                     digest = loaded.digest
@@ -300,7 +313,7 @@ def _tailored(
                     if options.method != "tailor":
                         result = patch_by_method(tensor, base, tuned, prepared, options, cut, timer)
                     elif tensor.experts:
-                        each = _prepare_each(tensor.experts, inputs.stats, prepare_next, timer)
+                        each = _prepare_each(tensor, inputs, prepare_next, timer)
                         result = tailor_experts(base, tuned, each, **settings)
                     else:
                         result = tailor_layer(base, tuned, prepared, **settings)
@@ -315,17 +328,19 @@ def _tailored(
 
 
 def _prepare_each(
-    experts: tuple[str, ...],
-    stats: Stats | None,
-    prepare_next: Callable[[str, torch.Tensor], PreparedHessian],
+    tensor: TensorPlan,
+    inputs: Inputs,
+    prepare_next: Callable[[tuple[str, ...], list[torch.Tensor]], PreparedHessian],
     timer: StageTimer,
 ) -> Iterator[PreparedHessian]:
     """The Hessians of fused experts, one at a time; one that serves several in a row is prepared once."""
-    assert stats is not None
-    for name, same in groupby(experts):
+    assert inputs.stats is not None
+    sources = (inputs.stats, inputs.retain)
+    each = zip(tensor.experts, tensor.retain, strict=True) if tensor.retain else ((name,) for name in tensor.experts)
+    for names, same in groupby(each):
         with timer.stage("wait for read"):
-            packed = stats.load(name)
-        prepared = prepare_next(name, packed)
+            packed = [source.load(name) for source, name in zip(sources, names, strict=False) if source is not None]
+        prepared = prepare_next(names, packed)
         del packed
         for _ in same:
             yield prepared
@@ -333,26 +348,43 @@ def _prepare_each(
 
 
 def _prepare(
-    name: str,
-    packed: torch.Tensor,
-    stats: Stats | None,
+    names: tuple[str, ...],
+    packed: list[torch.Tensor],
+    inputs: Inputs,
     options: PatchOptions,
     device: torch.device,
     timer: StageTimer,
 ) -> PreparedHessian:
-    """Unpack and factorise a Hessian for the tensors that share it."""
+    """Unpack and factorise a Hessian for the tensors that share it, and with it that of the retained data, if any."""
     from tailorcli.core.hessian import prepare, unpack_triangle
+    from tailorcli.core.retain import prepare_retaining
 
-    assert stats is not None
-    info = stats.hessians[name]
-    with timer.stage("unpack"):
-        packed = packed.to(device, non_blocking=True)
-        hessian = unpack_triangle(packed, info.size) if info.kind == "full" else packed
-    if not bool(hessian.diagonal().isfinite().all() if hessian.dim() == 2 else hessian.isfinite().all()):
-        raise NumericalError(f"NaN or infinity in its Hessian {name!r}", "calibrate again")
+    unpacked = []
+    for stats, name in zip((inputs.stats, inputs.retain), names, strict=False):
+        assert stats is not None
+        info = stats.hessians[name]
+        with timer.stage("unpack"):
+            values = packed.pop(0).to(device, non_blocking=True)
+            hessian = unpack_triangle(values, info.size) if info.kind == "full" else values
+        if not bool(hessian.diagonal().isfinite().all() if hessian.dim() == 2 else hessian.isfinite().all()):
+            raise NumericalError(f"NaN or infinity in its Hessian {name!r} of {stats.path}", "calibrate again")
+        unpacked.append(hessian)
+        del values, hessian
     with timer.stage("factorise"):
-        sequential = options.needs_factor and info.kind == "full"
-        return prepare(hessian, options.damping, sensitivity=options.omega < 1.0, sequential=sequential)
+        full = unpacked[0].dim() == 2
+        wanted = {"sensitivity": options.omega < 1.0, "sequential": options.needs_factor and full}
+        if len(unpacked) == 2:
+            new, retained = unpacked
+            return prepare_retaining(new, retained, options.retain_weight, options.damping, **wanted)
+        return prepare(unpacked[0], options.damping, **wanted)
+
+
+def _open_stats(path: PathLike | None, stack: ExitStack) -> Stats | None:
+    if path is None:
+        return None
+    stats = Stats.open(path)
+    stack.callback(stats.close)
+    return stats
 
 
 def _record(
@@ -376,6 +408,8 @@ def _record(
         record["experts"] = list(tensor.experts)
     if stats is not None and used and stats.tensors[tensor.name].note:
         record["note"] = stats.tensors[tensor.name].note
+    if tensor.retain:
+        record["retain"] = tensor.retain[0] if len(tensor.retain) == 1 else list(tensor.retain)
     if result is not None and not frozen:
         record |= result.figures.to_dict()
         damping = result.figures.damping

@@ -32,6 +32,7 @@ class TensorPlan:
     role: str = ""
     transposed: bool = False
     experts: tuple[str, ...] = ()  # a Hessian for each slice of a tensor that fuses experts, instead of one
+    retain: tuple[str, ...] = ()  # of the retained statistics, as many; none: without a retain term
 
     @property
     def numel(self) -> int:
@@ -40,6 +41,10 @@ class TensorPlan:
         for size in self.shape:
             result *= size
         return result
+
+    def shares(self, other: TensorPlan) -> bool:
+        """Whether both use the same Hessians."""
+        return (self.hessian, self.retain) == (other.hessian, other.retain)
 
     @property
     def hessians(self) -> tuple[str, ...]:
@@ -87,7 +92,9 @@ def matches(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
     return chosen and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
 
 
-def build_plan(base: Checkpoint, tuned: Checkpoint, stats: Stats | None, options: PatchOptions) -> Plan:
+def build_plan(
+    base: Checkpoint, tuned: Checkpoint, stats: Stats | None, options: PatchOptions, retain: Stats | None = None
+) -> Plan:
     """Check that the inputs belong together and decide every tensor's treatment.
 
     Raises CheckpointError, StatsError or OptionsError for anything that would only show up in the middle of the
@@ -101,8 +108,10 @@ def build_plan(base: Checkpoint, tuned: Checkpoint, stats: Stats | None, options
     check_pair(base, tuned, options.allow_dtype_mismatch)
     if stats is not None:
         check_stats(base, tuned, stats)
+    if retain is not None:
+        check_retain(base, tuned, retain, options)
     changed = tuned.changed if isinstance(tuned, AdaptedCheckpoint) else base.tensors.keys()
-    tensors = [_plan_tensor(info, info.name in changed, stats, options) for info in base.tensors.values()]
+    tensors = [_plan_tensor(info, info.name in changed, stats, options, retain) for info in base.tensors.values()]
     if not any(tensor.action == "patch" for tensor in tensors):
         raise OptionsError("no tensor would be patched", "check --include and --exclude, and those of calibrate")
     ordered = group_by_hessian(tensors)
@@ -111,7 +120,7 @@ def build_plan(base: Checkpoint, tuned: Checkpoint, stats: Stats | None, options
     return Plan(
         tensors=tuple(ordered),
         layout=layout,
-        read_bytes=_bytes_to_read(ordered, tuned, stats) + passes * _pair_bytes(ordered, tuned),
+        read_bytes=_bytes_to_read(ordered, tuned, stats, retain) + passes * _pair_bytes(ordered, tuned),
         write_bytes=layout.nbytes,
         patch_bytes=most_patch_bytes(_most_kept([t for t in ordered if t.action == "patch"], options)),
         peak_bytes=RUNTIME_BYTES + max(working_set(tensor, tuned, stats, options) for tensor in ordered),
@@ -139,7 +148,9 @@ def most_patch_bytes(tensors: Iterable[tuple[TensorPlan, int]]) -> int:
     return header + sum(n * t.nbytes // max(t.numel, 1) + t.numel // 8 + 2048 for t, n in tensors)
 
 
-def _plan_tensor(info: TensorInfo, changed: bool, stats: Stats | None, options: PatchOptions) -> TensorPlan:
+def _plan_tensor(
+    info: TensorInfo, changed: bool, stats: Stats | None, options: PatchOptions, retain: Stats | None
+) -> TensorPlan:
     entry = stats.tensors[info.name] if stats is not None else TensorStats(None)
     reason = ""
     if not matches(info.name, options.include, options.exclude):
@@ -158,7 +169,21 @@ def _plan_tensor(info: TensorInfo, changed: bool, stats: Stats | None, options: 
     if reason:
         return TensorPlan(*common, action="base", reason=reason, role=entry.role)
     hessian, experts = (entry.hessian, tuple(entry.experts)) if options.needs_hessians else (None, ())
-    return TensorPlan(*common, "patch", "", hessian, entry.role, entry.transposed, experts)
+    retained = () if retain is None else _retained(entry, retain.tensors[info.name], stats, retain, options)
+    return TensorPlan(*common, "patch", "", hessian, entry.role, entry.transposed, experts, retained)
+
+
+def _retained(
+    entry: TensorStats, other: TensorStats, stats: Stats | None, retain: Stats, options: PatchOptions
+) -> tuple[str, ...]:
+    """The Hessians of the retained data for a tensor, if there are such of the same kind as those of the new task."""
+    names = tuple(other.hessians)
+    if stats is None or options.retain_weight == 0.0 or len(names) != len(entry.hessians):
+        return ()
+    alike = all(
+        stats.hessians[new].kind == retain.hessians[old].kind for new, old in zip(entry.hessians, names, strict=True)
+    )
+    return names if alike and entry.transposed == other.transposed else ()
 
 
 def _is_linear(entry: TensorStats, stats: Stats | None) -> bool:
@@ -169,7 +194,7 @@ def group_by_hessian(tensors: list[TensorPlan]) -> list[TensorPlan]:
     """File order, but tensors that share a Hessian follow the first of them."""
     groups: dict[str, list[TensorPlan]] = {}
     for tensor in tensors:
-        key = f"hessian {tensor.hessian}" if tensor.hessian else f"tensor {tensor.name}"
+        key = f"hessian {tensor.hessian} {tensor.retain}" if tensor.hessian else f"tensor {tensor.name}"
         groups.setdefault(key, []).append(tensor)
     return [tensor for group in groups.values() for tensor in group]
 
@@ -178,11 +203,12 @@ def _pair_bytes(tensors: list[TensorPlan], tuned: Checkpoint) -> int:
     return sum(tensor.nbytes + tuned.read_cost(tensor.name) for tensor in tensors if tensor.action == "patch")
 
 
-def _bytes_to_read(tensors: list[TensorPlan], tuned: Checkpoint, stats: Stats | None) -> int:
+def _bytes_to_read(tensors: list[TensorPlan], tuned: Checkpoint, stats: Stats | None, retain: Stats | None) -> int:
     total = sum(tensor.nbytes for tensor in tensors)
     total += sum(tuned.read_cost(tensor.name) for tensor in tensors if tensor.action == "patch")
     used = {hessian for tensor in tensors for hessian in tensor.hessians}
-    return total + sum(stats.nbytes(name) for name in used if stats is not None)
+    total += sum(stats.nbytes(name) for name in used if stats is not None)
+    return total + sum(retain.nbytes(name) for name in {h for t in tensors for h in t.retain} if retain is not None)
 
 
 def working_set(tensor: TensorPlan, tuned: Checkpoint, stats: Stats | None, options: PatchOptions) -> int:
@@ -199,6 +225,9 @@ def working_set(tensor: TensorPlan, tuned: Checkpoint, stats: Stats | None, opti
     if sizes:
         square = 4 * max(sizes) ** 2
         hessian = square // 2 + square + 2 * square  # packed, unpacked, damped copy and factor
+        if tensor.retain:  # another of each, their sum; the goal and the target values of every entry
+            hessian += square // 2 + 2 * square
+            arrays += 2 * full
     work = min(_WORK_BYTES, 8 * full) if hessian else 0
     return weights + arrays + hessian + work
 
@@ -281,6 +310,28 @@ def _equal_bytes(base: Checkpoint, tuned: Checkpoint) -> bool:
     return True
 
 
+def check_retain(base: Checkpoint, tuned: Checkpoint, retain: Stats, options: PatchOptions) -> None:
+    """The retained statistics were made on this very base, know all its tensors, and fit their shapes."""
+    if not options.needs_hessians or options.method != "tailor":
+        raise OptionsError("--retain is for the method tailor with statistics", "leave --retain out")
+    if options.resized_vocab:
+        raise OptionsError(
+            "--retain does not go with --resized-vocab: the base's statistics know nothing of the new rows",
+            "give the base the new rows first (resize_token_embeddings) and calibrate that",
+        )
+    if retain.model_fingerprint != base.fingerprint():
+        whose = (
+            f"on the model given as TUNED ({tuned.path})"
+            if retain.model_fingerprint == tuned.fingerprint()
+            else (f"from another model ({retain.manifest['model'].get('path', 'unknown')}) than base ({base.path})")
+        )
+        raise StatsError(
+            f"{retain.path} was calibrated {whose}; --retain takes statistics of the base",
+            f"make them: tailorcli calibrate {base.path} --synthetic -o NEW_STATS",
+        )
+    check_shapes(base, retain)
+
+
 def check_stats(base: Checkpoint, tuned: Checkpoint, stats: Stats) -> None:
     """The statistics were made on this very tuned model, know all its tensors, and fit their shapes."""
     if stats.model_fingerprint != tuned.fingerprint():
@@ -295,7 +346,12 @@ def check_stats(base: Checkpoint, tuned: Checkpoint, stats: Stats) -> None:
             f"{stats.path} was made from another model ({made_from}) than tuned ({tuned.path})",
             f"calibrate it: tailorcli calibrate {tuned.path}{option} --data FILE -o NEW_STATS",
         )
-    for name, info in tuned.tensors.items():
+    check_shapes(tuned, stats)
+
+
+def check_shapes(model: Checkpoint, stats: Stats) -> None:
+    """The statistics know all tensors of the model, and fit their shapes."""
+    for name, info in model.tensors.items():
         entry = stats.tensors.get(name)
         if entry is None:
             raise StatsError(f"{stats.path} does not mention tensor {name!r}", "calibrate again")

@@ -35,10 +35,10 @@ def write_samples(network: Any, tokenizer: Any, options: CalibrateOptions, devic
         raise CheckpointError(f"{name} continues no text, so that it cannot write its own samples", _HINT)
     first = _plain_tokens(tokenizer, network.get_input_embeddings().weight.shape[0])
     samples: list[Inputs] = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(options.seed)
         chosen = first[torch.randint(len(first), (options.num_samples, 1))]  # (B, 1)
-        for starts in chosen.split(_TOGETHER):
+        for starts in torch.split(chosen, _TOGETHER):
             samples += [{"input_ids": ids.clone().unsqueeze(0)} for ids in _continued(network, starts, options, device)]
             bar.update(len(starts) * (options.length - 1))
     facts = {

@@ -35,6 +35,8 @@ from tailorcli.cli.options import (
     PatchOut,
     ResizedVocab,
     Resume,
+    RetainIn,
+    RetainWeight,
     StatsIn,
     Task,
     Tolerance,
@@ -194,6 +196,8 @@ def score(
     base: Base,
     tuned: Tuned,
     stats: StatsIn = None,
+    retain: RetainIn = None,
+    retain_weight: RetainWeight = 1.0,
     density: Density = 0.1,
     omega: Omega = 0.5,
     damping: Damping = 0.01,
@@ -215,6 +219,7 @@ def score(
     options = PatchOptions(
         density=density,
         omega=omega,
+        retain_weight=retain_weight,
         solver="none",
         damping=damping,
         device=device,
@@ -223,7 +228,7 @@ def score(
         allow_dtype_mismatch=allow_dtype_mismatch,
         resized_vocab=resized_vocab,
     )
-    report = score_checkpoint(base, tuned, stats, options, progress=not as_json)
+    report = score_checkpoint(base, tuned, stats, options, progress=not as_json, retain=retain)
     if output is not None:
         write_report(report, output)
     if as_json:
@@ -242,6 +247,8 @@ def patch(
     output: OutFolder = None,
     patch_file: PatchOut = None,
     stats: StatsIn = None,
+    retain: RetainIn = None,
+    retain_weight: RetainWeight = 1.0,
     density: Density = 0.1,
     omega: Omega = 0.5,
     solver: Annotated[str, typer.Option(help="joint (exact), sequential (the paper's sweep) or none.")] = "joint",
@@ -286,6 +293,7 @@ def patch(
     options = PatchOptions(
         density=density,
         omega=omega,
+        retain_weight=retain_weight,
         solver=solver,  # type: ignore[arg-type]  # checked by the dataclass
         damping=damping,
         block_size=block_size,
@@ -307,7 +315,7 @@ def patch(
         overwrite=overwrite,
     )
     if dry_run:
-        show_plan(plan_patch(base, tuned, output, stats, options, patch_file), output, patch_file, as_json)
+        show_plan(plan_patch(base, tuned, output, stats, options, patch_file, retain), output, patch_file, as_json)
         return
     if output is not None and not ((base if is_adapter(tuned) else tuned) / "config.json").exists():
         typer.echo(f"note: {tuned} has no config.json, so {output} will not load with from_pretrained", err=True)
@@ -320,6 +328,7 @@ def patch(
         progress=not as_json,
         patch_file=patch_file,
         announce=None if as_json else partial(show_cost, output=output, patch_file=patch_file),
+        retain=retain,
     )
     if as_json:
         print_report(report, output, patch_file)

@@ -13,6 +13,11 @@ StatsIn = Annotated[
     Path | None,
     typer.Option("--stats", help="Folder made by calibrate; may be left out with --omega 1 (and --solver none)."),
 ]
+RetainIn = Annotated[
+    Path | None,
+    typer.Option("--retain", metavar="STATS", help="Statistics of BASE (calibrate BASE --synthetic): what to keep."),
+]
+RetainWeight = Annotated[float, typer.Option(help="Weight of what --retain keeps against the new task.")]
 Density = Annotated[float, typer.Option(help="Fraction of each tensor's entries to keep from TUNED, 0 to 1.")]
 Omega = Annotated[float, typer.Option(help="Weight of salience |dW| against sensitivity in the score, 0 to 1.")]
 Damping = Annotated[float, typer.Option(help="Added to the Hessian's diagonal, as a multiple of its mean.")]

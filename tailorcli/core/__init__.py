@@ -9,6 +9,7 @@ from tailorcli.core.baselines import baseline_layer, drop_and_rescale, interpola
 from tailorcli.core.hessian import (
     accumulate_,
     accumulate_diagonal_,
+    combine_hessians,
     dampen,
     dead_channels,
     inverse_diagonal,
@@ -16,10 +17,10 @@ from tailorcli.core.hessian import (
     pack_triangle,
     unpack_triangle,
 )
+from tailorcli.core.retain import prepare_retaining, retained_goal
 from tailorcli.core.scores import count_kept, fuse, minmax, salience, select_mask, sensitivity
 from tailorcli.core.solvers import Decoration, decorate_joint, decorate_sequential
 from tailorcli.core.stitch import (
-    combine_hessians,
     overlap_figures,
     stitch_average,
     stitch_joint,
@@ -49,8 +50,10 @@ __all__ = [
     "minmax",
     "overlap_figures",
     "pack_triangle",
+    "prepare_retaining",
     "random_mask",
     "released_layer",
+    "retained_goal",
     "salience",
     "select_mask",
     "sensitivity",

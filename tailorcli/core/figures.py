@@ -46,6 +46,8 @@ class LayerFigures:
     output_energy: float | None = None  # (2/N) ||delta X||^2, the denominator of the errors
     error_before: float | None = None
     error_after: float | None = None
+    drift_energy: float | None = None  # (2/N) ||delta X_r||^2 over the retained tokens
+    drift: float | None = None  # ||(W - W_base) X_r||^2 / ||delta X_r||^2, of the values that are stored
     iterations: int = 0
     residual: float = 0.0
 
@@ -68,13 +70,18 @@ def combine_figures(parts: Sequence[LayerFigures]) -> LayerFigures:
         if getattr(first, name) is not None:
             weighted = sum(getattr(p, name) * (p.output_energy or 0.0) for p in parts)
             total[name] = weighted / energy if energy else 0.0
+    if first.drift is not None:
+        moved = sum((p.drift or 0.0) * (p.drift_energy or 0.0) for p in parts)
+        total["drift"] = moved / total["drift_energy"] if total["drift_energy"] else 0.0
     damping = None if first.damping is None else max(p.damping or 0.0 for p in parts)
     iterations, residual = max(p.iterations for p in parts), max(p.residual for p in parts)
     return LayerFigures(**total, damping=damping, iterations=iterations, residual=residual)
 
 
 _SUMMED = ("numel", "kept", "zero_delta", "delta_sq", "delta_sq_kept", "distance_tuned", "distance_before")
-_SUMMED_OR_NONE = ("distance_after", "sensitivity_sum", "sensitivity_kept", "dead_channels", "output_energy")
+_SUMMED_OR_NONE = (
+    *("distance_after", "sensitivity_sum", "sensitivity_kept", "dead_channels", "output_energy", "drift_energy"),
+)
 
 
 def part_of(inverse: Tensor, delta: Tensor, rows: slice) -> Tensor:
@@ -92,11 +99,14 @@ def measure(
     transposed: bool,
     decoration: Decoration | None,
     moved: bool = False,
+    goal: Tensor | None = None,
 ) -> LayerFigures:
     """All figures of one tensor, chunk by chunk; matrices are in the stored orientation.
 
-    ``moved`` says that kept entries may differ from tuned's for another reason than a decoration.
+    ``moved`` says that kept entries may differ from tuned's for another reason than a decoration; ``goal`` is what
+    the kept ones change by before it, where that is not ``delta``.
     """
+    retain = prepared.retain if prepared is not None else None
     moved = moved or decoration is not None
     sums = _mask_sums(delta, mask)
     scores = _sensitivity_sums(delta, mask, inverse) if inverse is not None else {}
@@ -107,7 +117,11 @@ def measure(
         if moved:
             distance_after = _distance(patched, tuned, delta)
         if prepared is not None:
-            errors = layer_errors(delta, mask, patched, tuned, prepared.hessian, transposed, decoration, moved)
+            hessian = prepared.hessian if retain is None else retain.hessian
+            goal = None if retain is None else goal
+            errors = layer_errors(delta, mask, patched, tuned, hessian, transposed, decoration, moved, goal)
+        if retain is not None:
+            errors |= drift(delta, patched, tuned, retain.retained, transposed)
     if decoration is not None:
         errors.update(iterations=decoration.iterations, residual=decoration.residual)
     if prepared is not None:
@@ -194,25 +208,41 @@ def layer_errors(
     transposed: bool,
     decoration: Decoration | None,
     moved: bool,
+    goal: Tensor | None,
 ) -> dict[str, float]:
     """Relative layer errors (Eq. 5) with the undamped Hessian, before and after compensation."""
     if transposed:
         delta, mask, patched, tuned = delta.T, mask.T, patched.T, tuned.T
+        goal = goal.T if goal is not None else None
     energy, before, after = 0.0, 0.0, 0.0
     for rows in row_chunks(*delta.shape):
         d = delta[rows]  # (R, I)
         energy += quadratic_form(d, hessian)
-        if decoration is None or decoration.energy_before is None:
+        if goal is not None:
+            before += quadratic_form(torch.where(mask[rows], d - goal[rows], d), hessian)
+        elif decoration is None or decoration.energy_before is None:
             before += quadratic_form(torch.where(mask[rows], 0.0, d), hessian)
         if moved:
             after += quadratic_form(patched[rows].to(torch.float32) - tuned[rows].to(torch.float32), hessian)
-    if decoration is not None and decoration.energy_before is not None:
+    if goal is None and decoration is not None and decoration.energy_before is not None:
         before = decoration.energy_before
     if not moved:
         after = before
     if energy <= 0.0:
         return {"output_energy": 0.0, "error_before": 0.0, "error_after": 0.0}
     return {"output_energy": energy, "error_before": before / energy, "error_after": after / energy}
+
+
+def drift(delta: Tensor, patched: Tensor, tuned: Tensor, retained: Tensor, transposed: bool) -> dict[str, float]:
+    """How much of fine-tuning's change to the outputs on retained data is left: 0 is the base, 1 the tuned model."""
+    if transposed:
+        delta, patched, tuned = delta.T, patched.T, tuned.T
+    left, whole = 0.0, 0.0
+    for rows in row_chunks(*delta.shape):
+        d = delta[rows]  # (R, I)
+        whole += quadratic_form(d, retained)
+        left += quadratic_form(patched[rows].to(torch.float32) - (tuned[rows].to(torch.float32) - d), retained)
+    return {"drift_energy": whole, "drift": left / whole if whole > 0 else 0.0}
 
 
 def quadratic_form(rows: Tensor, hessian: Tensor) -> float:

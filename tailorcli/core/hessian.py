@@ -7,7 +7,7 @@ channel-wise (embedding, norm scale, bias) has a diagonal H, held as a vector.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -168,12 +168,35 @@ def inverse_factor(factor: Factor) -> Tensor:
     return inverse.flip(0, 1)
 
 
+def combine_hessians(hessians: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Sum w_i H_i, the Hessian of a weighted sum of objectives; all (I, I), or all diagonals (I,)."""
+    combined = hessians[0] * weights[0]
+    for hessian, weight in zip(hessians[1:], weights[1:], strict=True):
+        combined.add_(hessian, alpha=weight)
+    return combined
+
+
+@dataclass(frozen=True)
+class Retained:
+    """What a retain term adds to a prepared Hessian A = H + beta s H_r (``core.retain``).
+
+    ``hessian`` is H and ``retained`` H_r, both (I, I) or (I,); ``amount`` is what damping adds to H alone; ``factor``
+    is that of A, None where it is diagonal.
+    """
+
+    hessian: Tensor
+    retained: Tensor
+    amount: float
+    factor: Factor | None
+
+
 @dataclass(frozen=True)
 class PreparedHessian:
     """A Hessian with all that the tensors which share it need, worked out once.
 
     ``hessian`` is (I, I), or (I,) for a diagonal one; ``inverse_diagonal`` is [(H + amount I)^-1]_jj;
-    ``inverse_factor`` is there only for the sequential solver.
+    ``inverse_factor`` is there only for the sequential solver, ``retain`` only with a retain term, whose combined
+    Hessian all the others are of.
     """
 
     hessian: Tensor
@@ -182,6 +205,7 @@ class PreparedHessian:
     damping: float
     amount: float
     num_dead: int
+    retain: Retained | None = None
 
     @property
     def is_diagonal(self) -> bool:

@@ -15,34 +15,69 @@ import torch
 from torch import Tensor
 
 from tailorcli.core.chunks import row_slices
-from tailorcli.core.hessian import Factor, diagonal_of
+from tailorcli.core.hessian import (
+    Factor,
+    PreparedHessian,
+    Retained,
+    combine_hessians,
+    dead_channels,
+    diagonal_of,
+    factorise,
+    inverse_diagonal,
+    inverse_factor,
+)
 
 _CHUNK_ENTRIES = 1 << 24  # 64 MiB a float32 work array
 
 
 def retain_scale(hessian: Tensor, retained: Tensor, weight: float) -> float:
-    """beta s: what ``retained`` H_r is multiplied by beside H; zero where the retained data never reach the layer."""
+    """Beta s: what H_r is multiplied by beside H; zero where the retained data never reach the layer."""
     mean = float(diagonal_of(retained).mean())
     return weight * float(diagonal_of(hessian).mean()) / mean if mean > 0 else 0.0
 
 
-def combined_hessian(hessian: Tensor, retained: Tensor, scale: float) -> Tensor:
-    """A = H + scale H_r, both (I, I) or both diagonals (I,)."""
-    return torch.add(hessian, retained, alpha=scale)
+def prepare_retaining(
+    hessian: Tensor, retained: Tensor, weight: float, damping: float, *, sensitivity: bool, sequential: bool
+) -> PreparedHessian:
+    """``prepare`` for A = H + beta s H_r, with what the goal and the figures need of H and H_r beside it."""
+    system = combine_hessians((hessian, retained), (1.0, retain_scale(hessian, retained, weight)))
+    mean, mean_new = float(diagonal_of(system).mean()), float(diagonal_of(hessian).mean())
+    dead = dead_channels(system)
+    diagonal: Tensor | None
+    upper: Tensor | None = None
+    factor: Factor | None = None
+    used = damping
+    if system.dim() == 1:
+        diagonal = (1.0 / (system + damping * mean)).masked_fill(dead, torch.inf)
+    else:
+        factor = factorise(system, damping)
+        used = factor.damping
+        diagonal = inverse_diagonal(factor) if sensitivity else None
+        upper = inverse_factor(factor) if sequential else None
+    kept = Retained(hessian, retained, used * mean_new, factor)
+    return PreparedHessian(system, diagonal, upper, used, used * mean, int(dead.sum()), kept)
 
 
-def retained_goal_(delta: Tensor, hessian: Tensor, amount: float, system: Factor | Tensor) -> Tensor:
-    """goal = delta (H + amount I) A^-1, in place of ``delta`` (O, I): where the retain term wants every entry.
+def retained_goal(delta: Tensor, prepared: PreparedHessian) -> Tensor:
+    """Goal = delta (H + a I) (A + b I)^-1 for rows (O, I): where the retain term wants every entry, were there no mask.
 
-    ``system`` is the Cholesky factor of the damped A, or the damped diagonal (I,) itself. ``amount`` is what damping
-    adds to H alone, so that with weight zero the goal is delta.
+    ``a`` and ``b`` are what damping adds, so that weight zero gives delta. A channel that no data reach goes as far as
+    a diagonal H and H_r that are alike would take it.
     """
-    if isinstance(system, Tensor):
-        return delta.mul_((hessian + amount) / system)
-    for rows in row_slices(*delta.shape, _CHUNK_ENTRIES):
-        target = delta[rows] @ hessian
-        target.add_(delta[rows], alpha=amount)  # (R, I)
-        # The factor is that of A with its channels reversed (``factorise``).
-        solved = torch.cholesky_solve(target.flip(1).T, system.chol)  # (I, R)
-        delta[rows] = solved.T.flip(1)
-    return delta
+    of_new = prepared.retain
+    assert of_new is not None
+    if of_new.factor is None:
+        # Nothing at all where damping is zero and no data reach a channel.
+        return delta * ((of_new.hessian + of_new.amount) / (prepared.hessian + prepared.amount)).nan_to_num(0.0)
+    goal = torch.empty_like(delta)
+    for rows in row_slices(delta.shape[0], delta.shape[1], _CHUNK_ENTRIES):
+        target = delta[rows] @ of_new.hessian
+        target.add_(delta[rows], alpha=of_new.amount)  # (R, I)
+        # The factor is that of A with its channels reversed.
+        solved = torch.cholesky_solve(target.flip(1).T, of_new.factor.chol)  # (I, R)
+        goal[rows] = solved.T.flip(1)
+    dead = dead_channels(prepared.hessian)
+    if bool(dead.any()):
+        share = of_new.amount / prepared.amount if prepared.amount > 0 else 0.0
+        goal[:, dead] = share * delta[:, dead]
+    return goal

@@ -82,14 +82,6 @@ def stitch_patches(
     return assemble(base, mean, union, None)
 
 
-def combine_hessians(hessians: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """A = sum w_i H_i, the Hessian of the joint objective; all (I, I), or all diagonals (I,)."""
-    combined = hessians[0] * weights[0]
-    for hessian, weight in zip(hessians[1:], weights[1:], strict=True):
-        combined.add_(hessian, alpha=weight)
-    return combined
-
-
 @dataclass(frozen=True)
 class Stitched:
     """The stitched tensor in the base's dtype, and how well the joint equations were solved."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from tailorcli.core.chunks import map_rows
 from tailorcli.core.figures import LayerFigures, combine_figures, measure, part_of
 from tailorcli.core.hessian import PreparedHessian
+from tailorcli.core.retain import retained_goal
 from tailorcli.core.scores import count_kept, fuse, minmax, salience, select_mask, sensitivity
 from tailorcli.core.solvers import Decoration, decorate_joint, decorate_sequential
 from tailorcli.errors import NumericalError
@@ -64,7 +65,8 @@ def tailor_layer(
     tables), or (O, ...) for a convolution, or (I,) for a channel scale, or any for a bias, whose Hessian has one
     channel. ``prepared`` is the
     tensor's Hessian; without one only salience counts and nothing is compensated (``omega=1``,
-    ``solver="none"``). The kept entries go the share ``weight`` of the way from base to their final values.
+    ``solver="none"``). With a retain term in ``prepared`` the goal of every entry is not tuned's value but that of
+    ``core.retain``. The kept entries go the share ``weight`` of the way from base to their final values.
     Outside the mask the result is bit for bit the base. Raises NumericalError on NaN or
     infinity.
     """
@@ -75,21 +77,24 @@ def tailor_layer(
         delta = difference(tuned_2d, base_2d)
         require_finite_inputs(delta, base_2d, tuned_2d)
         inverse = _along_inputs(prepared, transposed)
-        score = fused_score(delta, inverse, omega)
+        goal = _goal(delta, prepared, transposed)
+        score = fused_score(goal, inverse, omega)
     with timer.stage("select"):
         mask = select_mask(score, count_kept(density, delta.numel()))
         del score
     patched, decoration = None, None
     if not score_only:
         with timer.stage("solve"):
-            decoration = _decorate(delta, mask, prepared, solver, transposed, block_size, tolerance, max_iterations)
+            decoration = _decorate(goal, mask, prepared, solver, transposed, block_size, tolerance, max_iterations)
         with timer.stage("assemble"):
-            patched = assemble(base_2d, tuned_2d, mask, decoration.decorator if decoration else None, weight)
-            del base_2d
+            wanted = tuned_2d if goal is delta else base_2d.to(torch.float32).add_(goal)
+            patched = assemble(base_2d, wanted, mask, decoration.decorator if decoration else None, weight)
+            del base_2d, wanted
             if not _is_finite(patched):
                 raise NumericalError(f"a compensated value overflows {patched.dtype}", "pass --solver none")
     with timer.stage("measure"):
-        figures = measure(delta, mask, inverse, patched, tuned_2d, prepared, transposed, decoration, weight != 1.0)
+        moved = weight != 1.0 or goal is not delta
+        figures = measure(delta, mask, inverse, patched, tuned_2d, prepared, transposed, decoration, moved, goal)
     return LayerResult(None if patched is None else patched.view(base.shape), mask.view(base.shape), figures)
 
 
@@ -240,6 +245,14 @@ def _decorate(
             max_iterations=max_iterations,
         )
     return replace(found, decorator=found.decorator.T) if transposed else found
+
+
+def _goal(delta: Tensor, prepared: PreparedHessian | None, transposed: bool) -> Tensor:
+    """What every entry is to change by, in the stored orientation: delta itself, unless there is a retain term."""
+    if prepared is None or prepared.retain is None:
+        return delta
+    goal = retained_goal(delta.T if transposed else delta, prepared)
+    return goal.T.contiguous() if transposed else goal
 
 
 def _along_inputs(prepared: PreparedHessian | None, transposed: bool) -> Tensor | None:
