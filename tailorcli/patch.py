@@ -17,7 +17,7 @@ from tailorcli.baselines import find_cut, patch_by_method
 from tailorcli.checkpoint import Checkpoint
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import NumericalError, OptionsError
-from tailorcli.graft import check_graft, trained_masks
+from tailorcli.graft import MaskFile, check_graft, trained_masks
 from tailorcli.options import PatchOptions
 from tailorcli.outputs import Target, identity_of, progress_bar
 from tailorcli.patchfile import digest_of, raw_bytes
@@ -184,14 +184,8 @@ def patch_checkpoint(
         bar = stack.enter_context(progress_bar(plan.tensors, "patching", progress))
         bar.update(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
         todo = [tensor for tensor in plan.tensors if tensor.name not in records]
-        trained, masks = None, None
         with timer.stage("masks"), exact_float32(), device_errors():
-            both = (inputs.base, inputs.tuned)
-            if inputs.data is not None:
-                trained = trained_masks(target.place, plan, *both, inputs.data, options, identity, device, progress)
-                masks = trained.mask_of
-            elif options.counts_first:
-                masks = find_cut(plan.patched, records, *both, options.density, device).mask
+            trained, masks = _masks_first(target, plan, records, inputs, options, identity, device, progress)
         loop = _tailored(
             todo, inputs, options, device, timer, score_only=False, digests=outputs.wants_digest, masks=masks
         )
@@ -217,6 +211,26 @@ def patch_checkpoint(
         if trained is not None:
             trained.remove()
         return report
+
+
+def _masks_first(
+    target: Target,
+    plan: Plan,
+    done: dict[str, Any],
+    inputs: Inputs,
+    options: PatchOptions,
+    identity: dict[str, Any],
+    device: torch.device,
+    progress: bool,
+) -> tuple[MaskFile | None, MaskOf | None]:
+    """What has to look at all tensors before the first is patched: trained masks, or one threshold for all."""
+    both = (inputs.base, inputs.tuned)
+    if inputs.data is not None:
+        trained = trained_masks(target.place, plan, *both, inputs.data, options, identity, device, progress)
+        return trained, trained.mask_of
+    if options.counts_first:
+        return None, find_cut(plan.patched, done, *both, options.density, device).mask
+    return None, None
 
 
 @dataclass
