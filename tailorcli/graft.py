@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".graft"  # after the output's name: the trained masks, until the run has finished
 _METADATA = "tailorcli_graft"
-_START = 5.0  # sigmoid(5) = 0.993: the authors' own
+_START = 5.0  # sigmoid(5) = 0.993
 _BY_SIZE = 0.01  # how far |delta| moves the start: it decides between entries that training has left alone
 _SEQ_LEN = 2048
 
