@@ -1,6 +1,7 @@
 """Run all benchmarks but the real models' and write what they print into docs/benchmarks.md.
 
-``large`` needs much disk and time, and runs only when it is named.
+``large`` needs much disk and time, ``dare`` the pair of ``benchmarks.real`` and mergekit from PyPI: they run only when
+they are named.
 """
 
 from __future__ import annotations
@@ -42,6 +43,14 @@ PARTS = {
         "`patch` by salience alone against reading both checkpoints and writing one; the default `patch` by stage, "
         "each against its floor; `calibrate` against a bare forward pass and the Hessians' multiply-adds.",
     ),
+    "dare": (
+        "DARE beside mergekit",
+        "`patch --method dare` against mergekit's `dare_linear` on SmolLM2-135M and the fine-tune of `benchmarks.real` "
+        "(`python -m benchmarks --only dare`), each a process of its own, turn by turn. *Changed* is the share of the "
+        "entries that the fine-tune moved. *Scale* is the slope of the change over the fine-tune's on the kept "
+        "entries, 1 / density by DARE; *change² / delta²* is that, too, on average. mergekit divides by the share of "
+        "|delta| that its draw has kept, and computes in bfloat16.",
+    ),
     "large": (
         "A pair larger than memory",
         "Two random checkpoints in the shapes of Llama-2-7B (`make bench-large`: 55 GB of disk). Peak is the kernel's "
@@ -50,7 +59,7 @@ PARTS = {
         "of `patch` is the plan's own estimate.",
     ),
 }
-ON_REQUEST = ("large",)
+ON_REQUEST = ("dare", "large")
 
 
 def section(name: str, text: str) -> str:

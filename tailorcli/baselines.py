@@ -7,7 +7,7 @@ memory of one tensor: the passes count the upper and then the lower 16 bits of |
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from tailorcli.core.hessian import PreparedHessian
     from tailorcli.core.tailor import LayerResult
 
+    MaskOf = Callable[[TensorPlan, Tensor, Tensor], Tensor]  # of a tensor, its base and its tuned values
+
 
 def patch_by_method(
     tensor: TensorPlan,
@@ -31,10 +33,10 @@ def patch_by_method(
     tuned: Tensor,
     prepared: PreparedHessian | None,
     options: PatchOptions,
-    cut: GlobalCut | None,
+    given: MaskOf | None,
     timer: StageTimer,
 ) -> LayerResult:
-    """One tensor by another method than the paper's; what it takes of ``cut`` is taken off."""
+    """One tensor by another method than the paper's, with the mask that is ``given`` where there is one."""
     from tailorcli.core.baselines import baseline_layer, released_layer
 
     density, weight = options.density, options.effective_weight
@@ -45,7 +47,7 @@ def patch_by_method(
             base, tuned, prepared, density=density, transposed=transposed, block_size=size, weight=weight, timer=timer
         )
     with timer.stage("select"):
-        mask = cut.mask(base, tuned) if cut is not None else None
+        mask = given(tensor, base, tuned).to(base.device) if given is not None else None
     seed = tensor_seed(options.seed, tensor.name)
     return baseline_layer(
         base, tuned, method=options.method, density=density, weight=weight, seed=seed, mask=mask, timer=timer
@@ -64,7 +66,7 @@ class GlobalCut:
     threshold: float
     ties_left: int
 
-    def mask(self, base: Tensor, tuned: Tensor) -> Tensor:
+    def mask(self, tensor: TensorPlan, base: Tensor, tuned: Tensor) -> Tensor:
         """The mask of the next tensor."""
         from tailorcli.core.baselines import mask_above
 

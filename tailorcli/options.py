@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from tailorcli.errors import OptionsError
 
 Solver = Literal["joint", "sequential", "none"]
-PatchMethod = Literal["tailor", "interpolate", "dare", "magnitude", "tailor-released"]
+PatchMethod = Literal["tailor", "interpolate", "dare", "magnitude", "graft", "tailor-released"]
 Threshold = Literal["tensor", "global"]
 Method = Literal["average", "joint", "patches"]
 TextMode = Literal["line", "chunk"]
@@ -115,8 +115,11 @@ class PatchOptions:
     method: PatchMethod = "tailor"
     retain_weight: float = 1.0  # beta of the retain term, where there are retained statistics
     weight: float | None = None  # the share of the way that the kept entries go; None: the method's own
-    seed: int = 0  # of dare's draws
-    threshold: Threshold = "tensor"  # of magnitude: one for each tensor, or one for all
+    seed: int = 0  # of dare's draws and of graft's samples
+    threshold: Threshold = "tensor"  # of magnitude and graft: one for each tensor, or one for all
+    graft_steps: int = 100
+    graft_rate: float = 0.1
+    batch_size: int = 8  # samples of a step of graft
     device: str = "auto"
     max_shard_size: int | None = None
     include: tuple[str, ...] = ()
@@ -134,9 +137,14 @@ class PatchOptions:
         _require_choice("solver", self.solver, get_args(Solver))
         ok = math.isfinite(self.retain_weight) and self.retain_weight >= 0.0
         _require(ok, f"retain-weight must be zero or positive, got {self.retain_weight}", "the usual range is 0.1 to 3")
-        _require_choice("method", self.method, get_args(PatchMethod))
+        offered = ", ".join(name for name in get_args(PatchMethod) if name != "tailor-released")
+        _require(self.method in get_args(PatchMethod), f"method must be one of {offered}, got {self.method!r}")
         _require_choice("threshold", self.threshold, get_args(Threshold))
         _require_weight(self.method, self.weight)
+        _require(self.graft_steps >= 0, f"graft-steps must be zero or positive, got {self.graft_steps}")
+        _require(self.batch_size >= 1, f"batch-size must be at least 1, got {self.batch_size}")
+        sound = math.isfinite(self.graft_rate) and self.graft_rate > 0
+        _require(sound, f"graft-rate must be positive, got {self.graft_rate}")
         _require(self.seed >= 0, f"seed must be zero or positive, got {self.seed}")
         _require(self.block_size >= 1, f"block-size must be at least 1, got {self.block_size}")
         _require_solver(self.damping, self.tolerance, self.max_iterations)

@@ -48,6 +48,13 @@ class Target:
             overwrite,
         )
 
+    @property
+    def place(self) -> Path:
+        """The folder, or else the patch file."""
+        place = self.folder or self.patch_file
+        assert place is not None
+        return place
+
     def check(self, inputs: Sequence[Path], plan: Plan) -> None:
         """Nothing that is there would be lost, and the disk has room. Raises OutputError."""
         if self.folder is not None:

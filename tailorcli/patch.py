@@ -13,10 +13,11 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapter import open_tuned, tuned_side_files
-from tailorcli.baselines import GlobalCut, find_cut, patch_by_method
+from tailorcli.baselines import find_cut, patch_by_method
 from tailorcli.checkpoint import Checkpoint
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import NumericalError, OptionsError
+from tailorcli.graft import MaskFile, check_graft, trained_masks
 from tailorcli.options import PatchOptions
 from tailorcli.outputs import Target, identity_of, progress_bar
 from tailorcli.patchfile import digest_of, raw_bytes
@@ -29,6 +30,7 @@ from tailorcli.vocabulary import GrownCheckpoint, grow_vocabulary
 if TYPE_CHECKING:
     import torch
 
+    from tailorcli.baselines import MaskOf
     from tailorcli.core.hessian import PreparedHessian
     from tailorcli.core.tailor import LayerResult
 
@@ -43,6 +45,7 @@ class Inputs:
     tuned: Checkpoint
     stats: Stats | None
     retain: Stats | None = None
+    data: Path | None = None  # what graft trains on
 
     @classmethod
     def open(
@@ -53,15 +56,19 @@ class Inputs:
         options: PatchOptions,
         stack: ExitStack,
         retain: PathLike | None = None,
+        data: PathLike | None = None,
     ) -> Inputs:
         """Open all by their headers; ``stack`` closes them."""
+        if options.method == "graft":
+            check_graft(data, options)
         opened_base = stack.enter_context(Checkpoint.open(base))
         opened_tuned = stack.enter_context(open_tuned(tuned, opened_base))
         opened_stats = _open_stats(stats, stack)
         opened_retain = _open_stats(retain, stack)
         if options.resized_vocab:
             opened_base = stack.enter_context(grow_vocabulary(opened_base, opened_tuned))
-        return cls(opened_base, opened_tuned, opened_stats, opened_retain)
+        chosen = Path(data) if data and options.method == "graft" else None
+        return cls(opened_base, opened_tuned, opened_stats, opened_retain, chosen)
 
     def describe(self) -> dict[str, dict[str, str]]:
         """Path and fingerprint of each."""
@@ -72,6 +79,8 @@ class Inputs:
         for name, stats in (("stats", self.stats), ("retain", self.retain)):
             if stats is not None:
                 facts[name] = {"path": str(stats.path), "fingerprint": stats.fingerprint()}
+        if self.data is not None:
+            facts["data"] = {"path": str(self.data), "fingerprint": digest_of(self.data.read_bytes())}
         return facts
 
     @property
@@ -88,10 +97,11 @@ def plan_patch(
     options: PatchOptions = PatchOptions(),
     patch_file: PathLike | None = None,
     retain: PathLike | None = None,
+    data: PathLike | None = None,
 ) -> Plan:
     """What ``patch_checkpoint`` would do to each tensor and what it would cost, from headers alone."""
     with ExitStack() as stack:
-        inputs = Inputs.open(base, tuned, stats, options, stack, retain)
+        inputs = Inputs.open(base, tuned, stats, options, stack, retain, data)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
         target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
         _require_stored_rows(target, options)
@@ -145,6 +155,7 @@ def patch_checkpoint(
     patch_file: PathLike | None = None,
     announce: Callable[[Plan], None] | None = None,
     retain: PathLike | None = None,
+    data: PathLike | None = None,
 ) -> PatchReport:
     """Patch ``base`` with the best ``density`` of ``tuned``; write the checkpoint ``output``, a ``patch_file`` or both.
 
@@ -153,7 +164,7 @@ def patch_checkpoint(
     ``max_shard_size``) sharding, and the tuned model's side files; a report and a run record lie beside them.
     ``retain`` is a folder that ``calibrate_model`` wrote for ``base``, on data that stand for what it must not forget
     or that it wrote itself: the retain term, weighed by ``options.retain_weight``.
-    ``announce`` is called with the plan before the work starts.
+    ``announce`` is called with the plan before the work starts; ``data`` is what ``method="graft"`` trains on.
     Raises TailorError for everything that a user can put right; nothing that looks finished is left then.
     """
     started = perf_counter()
@@ -162,7 +173,7 @@ def patch_checkpoint(
         raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
     _require_stored_rows(target, options)
     with ExitStack() as stack:
-        inputs = Inputs.open(base, tuned, stats, options, stack, retain)
+        inputs = Inputs.open(base, tuned, stats, options, stack, retain, data)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
         device = resolve_device(options.device)
         target.check(inputs.paths, plan)
@@ -181,8 +192,11 @@ def patch_checkpoint(
         bar = stack.enter_context(progress_bar(plan.tensors, "patching", progress))
         bar.update(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
         todo = [tensor for tensor in plan.tensors if tensor.name not in records]
-        cut = _find_cut(plan, records, inputs, options, device, timer)
-        loop = _tailored(todo, inputs, options, device, timer, score_only=False, digests=outputs.wants_digest, cut=cut)
+        with timer.stage("masks"), exact_float32(), device_errors():
+            trained, masks = _masks_first(target, plan, records, inputs, options, identity, device, progress)
+        loop = _tailored(
+            todo, inputs, options, device, timer, score_only=False, digests=outputs.wants_digest, masks=masks
+        )
         for tensor, result, digest in loop:
             record = _record(tensor, result, inputs.stats, options)
             if isinstance(inputs.base, GrownCheckpoint) and tensor.name in inputs.base.grown:
@@ -202,17 +216,29 @@ def patch_checkpoint(
         seconds = perf_counter() - started
         report = PatchReport("patch", options.to_dict(), described, ordered, dict(timer.seconds), seconds)
         outputs.finish(report)
+        if trained is not None:
+            trained.remove()
         return report
 
 
-def _find_cut(
-    plan: Plan, done: dict[str, Any], inputs: Inputs, options: PatchOptions, device: torch.device, timer: StageTimer
-) -> GlobalCut | None:
-    """The one threshold of all tensors, where there is one."""
-    if not options.counts_first:
-        return None
-    with timer.stage("count"), exact_float32(), device_errors():
-        return find_cut(plan.patched, done.keys(), inputs.base, inputs.tuned, options.density, device)
+def _masks_first(
+    target: Target,
+    plan: Plan,
+    done: dict[str, Any],
+    inputs: Inputs,
+    options: PatchOptions,
+    identity: dict[str, Any],
+    device: torch.device,
+    progress: bool,
+) -> tuple[MaskFile | None, MaskOf | None]:
+    """What has to look at all tensors before the first is patched: trained masks, or one threshold for all."""
+    both = (inputs.base, inputs.tuned)
+    if inputs.data is not None:
+        trained = trained_masks(target.place, plan, *both, inputs.data, options, identity, device, progress)
+        return trained, trained.mask_of
+    if options.counts_first:
+        return None, find_cut(plan.patched, done, *both, options.density, device).mask
+    return None, None
 
 
 @dataclass
@@ -271,7 +297,7 @@ def _tailored(
     *,
     score_only: bool,
     digests: bool = False,
-    cut: GlobalCut | None = None,
+    masks: MaskOf | None = None,
 ) -> Iterator[tuple[TensorPlan, LayerResult | None, str]]:
     """Each tensor with its result and its base's digest, in order; no result for a tensor that stays at base."""
     from tailorcli.core.tailor import tailor_experts, tailor_layer
@@ -311,7 +337,7 @@ def _tailored(
                     del loaded
                     settings = layer_settings | {"transposed": tensor.transposed}
                     if options.method != "tailor":
-                        result = patch_by_method(tensor, base, tuned, prepared, options, cut, timer)
+                        result = patch_by_method(tensor, base, tuned, prepared, options, masks, timer)
                     elif tensor.experts:
                         each = _prepare_each(tensor, inputs, prepare_next, timer)
                         result = tailor_experts(base, tuned, each, **settings)

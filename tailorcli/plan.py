@@ -16,6 +16,7 @@ from tailorcli.writer import ShardLayout, plan_layout
 
 _WORK_BYTES = 8 * (64 << 20)  # the solver's work arrays, bounded by the row chunks in core.solvers
 RUNTIME_BYTES = 400 << 20  # the interpreter with torch loaded
+_TRANSFORMERS_BYTES = 300 << 20  # and what graft needs besides
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,16 @@ def build_plan(
         raise OptionsError("no tensor would be patched", "check --include and --exclude, and those of calibrate")
     ordered = group_by_hessian(tensors)
     layout = plan_layout(base, options.max_shard_size)
-    passes = 2 if options.counts_first else 0  # over both checkpoints before the work
+    passes = {"graft": 1, "magnitude": 2 * options.counts_first}.get(options.method, 0)  # over both before the work
+    held = [working_set(tensor, tuned, stats, options) for tensor in ordered]
+    held.append(_training_bytes(ordered, base, tuned, options))
     return Plan(
         tensors=tuple(ordered),
         layout=layout,
         read_bytes=_bytes_to_read(ordered, tuned, stats, retain) + passes * _pair_bytes(ordered, tuned),
         write_bytes=layout.nbytes,
         patch_bytes=most_patch_bytes(_most_kept([t for t in ordered if t.action == "patch"], options)),
-        peak_bytes=RUNTIME_BYTES + max(working_set(tensor, tuned, stats, options) for tensor in ordered),
+        peak_bytes=RUNTIME_BYTES + max(held),
         largest_hessian=max((stats.hessians[h].size for t in ordered if stats for h in t.hessians), default=0),
     )
 
@@ -197,6 +200,17 @@ def group_by_hessian(tensors: list[TensorPlan]) -> list[TensorPlan]:
         key = f"hessian {tensor.hessian} {tensor.retain}" if tensor.hessian else f"tensor {tensor.name}"
         groups.setdefault(key, []).append(tensor)
     return [tensor for group in groups.values() for tensor in group]
+
+
+def _training_bytes(tensors: list[TensorPlan], base: Checkpoint, tuned: Checkpoint, options: PatchOptions) -> int:
+    """Bytes that graft holds at its fullest, but for a batch's activations: the model, both weights, gradients, S."""
+    if options.method != "graft":
+        return 0
+    patched = [tensor for tensor in tensors if tensor.action == "patch"]
+    held = sum(2 * tensor.nbytes + tuned.tensors[tensor.name].nbytes + 4 * tensor.numel for tensor in patched)
+    work = [4 * tensor.numel for tensor in patched]
+    chosen = 4 * (sum(work) if options.threshold == "global" else max(work))  # S again, its copies, the mask
+    return _TRANSFORMERS_BYTES + base.nbytes + held + max(chosen, 4 * max(work))
 
 
 def _pair_bytes(tensors: list[TensorPlan], tuned: Checkpoint) -> int:

@@ -258,6 +258,7 @@ def options_shown(report: dict[str, Any]) -> dict[str, Any]:
             "interpolate": ("method",),
             "dare": ("method", "density", "seed"),
             "magnitude": ("method", "density", "threshold"),
+            "graft": ("method", "density", "threshold", "graft_steps", "graft_rate"),
         }.get(method, ("method", "density", "damping"))
     weight = ("weight",) if options.get("weight", 1.0) != 1.0 else ()
     return {key: options[key] for key in (*shown, *weight)}

@@ -258,16 +258,20 @@ def patch(
     max_iterations: MaxIterations = 300,
     method: Annotated[
         str,
-        typer.Option(help="tailor, or to compare with: interpolate (WiSE-FT), dare, magnitude (TIES' trimming)."),
+        typer.Option(help="tailor, or to compare with: interpolate (WiSE-FT), dare, magnitude (TIES), graft."),
     ] = "tailor",
     weight: Annotated[
         float | None,
         typer.Option(help="Share of the way from BASE that the kept entries go. [default: 1; interpolate: 0.5]"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Which entries dare draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Which entries dare draws, and samples graft.")] = 0,
     threshold: Annotated[
-        str, typer.Option(help="magnitude: the top of each 'tensor', or of all ('global').")
+        str, typer.Option(help="magnitude, graft: the top of each 'tensor', or of all ('global').")
     ] = "tensor",
+    data: Annotated[Path | None, typer.Option(help="What graft trains its mask on: the fine-tuning data.")] = None,
+    graft_steps: Annotated[int, typer.Option(help="Steps of graft's training.")] = 100,
+    graft_rate: Annotated[float, typer.Option(help="How far a step moves a mask's logits, root mean square.")] = 0.1,
+    batch_size: Annotated[int, typer.Option(help="Samples in a step of graft.")] = 8,
     device: Device = "auto",
     include: Include = None,
     exclude: Exclude = None,
@@ -303,6 +307,9 @@ def patch(
         weight=weight,
         seed=seed,
         threshold=threshold,  # type: ignore[arg-type]
+        graft_steps=graft_steps,
+        graft_rate=graft_rate,
+        batch_size=batch_size,
         device=device,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
@@ -315,7 +322,9 @@ def patch(
         overwrite=overwrite,
     )
     if dry_run:
-        show_plan(plan_patch(base, tuned, output, stats, options, patch_file, retain), output, patch_file, as_json)
+        show_plan(
+            plan_patch(base, tuned, output, stats, options, patch_file, retain, data), output, patch_file, as_json
+        )
         return
     if output is not None and not ((base if is_adapter(tuned) else tuned) / "config.json").exists():
         typer.echo(f"note: {tuned} has no config.json, so {output} will not load with from_pretrained", err=True)
@@ -329,6 +338,7 @@ def patch(
         patch_file=patch_file,
         announce=None if as_json else partial(show_cost, output=output, patch_file=patch_file),
         retain=retain,
+        data=data,
     )
     if as_json:
         print_report(report, output, patch_file)

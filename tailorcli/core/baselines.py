@@ -49,16 +49,17 @@ def interpolate(base: Tensor, tuned: Tensor, weight: float) -> Tensor:
 def random_mask(num_entries: int, density: float, seed: int) -> Tensor:
     """A bool mask (num_entries,) on the CPU, each entry True with probability ``density``: DARE's, without its scale.
 
-    The draws are NumPy's PCG64 with this ``seed`` (any number of bits), 32 bits an entry, so the probability is right
-    to 2^-32.
+    The draws are the raw bits of NumPy's PCG64 with this ``seed`` (any number of bits), which stay the same from
+    version to version; 32 of them an entry, so the probability is right to 2^-32.
     """
-    generator = np.random.Generator(np.random.PCG64(seed))
+    generator = np.random.PCG64(seed)
     mask = np.empty(num_entries, dtype=bool)
     limit = round(density * 2**32)
     for start in range(0, num_entries, _CHUNK):
         part = mask[start : start + _CHUNK]
-        draws = generator.integers(0, 2**32, size=part.size, dtype=np.uint32)
-        part[:] = limit == 2**32 or draws < np.uint32(limit)
+        draws = generator.random_raw((part.size + 1) // 2).astype("<u8").view("<u4")[: part.size]
+        np.less(draws, np.uint32(min(limit, 2**32 - 1)), out=part)
+        part |= limit == 2**32
     return torch.from_numpy(mask)
 
 

@@ -1,0 +1,321 @@
+"""A mask trained on the task: ``patch --method graft`` (Panigrahi et al. 2023, arXiv 2302.06600).
+
+The values are base + sigmoid(S) * (tuned - base). S starts high on the largest changes and low elsewhere, gradient
+descent on the task's loss moves it (and nothing else), and the highest S make the mask. The whole model is in memory
+for that; the masks then lie packed in a file, from which the streaming loop takes one tensor's at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tailorcli.adapter import tokenizer_folder
+from tailorcli.checkpoint import Checkpoint
+from tailorcli.data import count_tokens, draw_samples, make_batches, read_records
+from tailorcli.errors import CheckpointError, DataError, NumericalError, OptionsError, OutputError, first_line
+from tailorcli.loading import (
+    aliases,
+    check_shapes,
+    expected_names,
+    load_encoder,
+    load_model,
+    num_positions,
+    read_config,
+)
+from tailorcli.names import Place, map_names
+from tailorcli.options import CalibrateOptions, PatchOptions
+from tailorcli.plan import Plan, TensorPlan
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from tailorcli.data import Inputs
+
+SUFFIX = ".graft"  # after the output's name: the trained masks, until the run has finished
+_METADATA = "tailorcli_graft"
+_START = 5.0  # sigmoid(5) = 0.993
+_BY_SIZE = 0.01  # how far |delta| moves the start: it decides between entries that training has left alone
+_SEQ_LEN = 2048
+
+
+class MaskFile:
+    """Trained masks as packed bits, read tensor by tensor."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def beside(cls, output: Path) -> MaskFile:
+        """The one that belongs to an output folder or a patch file. Raises OutputError if it is something else."""
+        file = cls(output.with_name(output.name + SUFFIX))
+        if file.path.exists() and file.identity() is None:
+            raise OutputError(f"{file.path} exists and holds no masks of tailorcli", "move it away")
+        return file
+
+    def identity(self) -> dict[str, Any] | None:
+        """Of which run its masks are; None if it is no file of masks."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, framework="pt") as opened:
+                return dict(json.loads((opened.metadata() or {})[_METADATA]))
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+            return None
+
+    def write(self, masks: dict[str, Tensor], identity: dict[str, Any]) -> None:
+        """Store the masks whole or not at all."""
+        import numpy as np
+        import torch
+        from safetensors.torch import save_file
+
+        packed = {n: torch.from_numpy(np.packbits(mask.reshape(-1).numpy())) for n, mask in masks.items()}
+        part = self.path.with_name(self.path.name + ".part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(packed, part, {_METADATA: json.dumps(identity)})
+            part.replace(self.path)
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error.strerror or error}", "free some disk") from error
+
+    def read(self, name: str, shape: Sequence[int]) -> Tensor:
+        """One tensor's mask."""
+        import numpy as np
+        import torch
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="pt") as opened:
+            bits = np.unpackbits(opened.get_tensor(name).numpy())
+        mask = torch.empty(tuple(shape), dtype=torch.bool)
+        mask.view(-1)[:] = torch.from_numpy(bits[: mask.numel()]).view(torch.bool)
+        return mask
+
+    def mask_of(self, tensor: TensorPlan, base: Tensor, tuned: Tensor) -> Tensor:
+        """The same for the streaming loop."""
+        return self.read(tensor.name, tensor.shape)
+
+    def remove(self) -> None:
+        """Take it away once the run has finished."""
+        self.path.unlink(missing_ok=True)
+
+
+def check_graft(data: str | os.PathLike[str] | None, options: PatchOptions) -> None:
+    """There is something to train on. Raises OptionsError."""
+    if data is None or not Path(data).is_file():
+        what = "--method graft trains its mask on the task" if data is None else f"{data} is no file"
+        raise OptionsError(what, "pass the fine-tuning data: --data FILE.jsonl")
+    if options.resized_vocab:
+        raise OptionsError("--method graft does not train the masks of new rows", "leave --resized-vocab out")
+
+
+def trained_masks(
+    output: Path,
+    plan: Plan,
+    base: Checkpoint,
+    tuned: Checkpoint,
+    data: Path,
+    options: PatchOptions,
+    identity: dict[str, Any],
+    device: torch.device,
+    progress: bool,
+) -> MaskFile:
+    """The masks beside ``output``: trained now, or before this very run (``identity``) was interrupted."""
+    masks = MaskFile.beside(output)
+    if not options.resume or masks.identity() != identity:
+        masks.write(train_masks(plan.patched, base, tuned, data, options, device, progress), identity)
+    return masks
+
+
+@dataclass
+class _Trained:
+    """One tensor in training: ``logits`` is S, float32; the others are as stored."""
+
+    tensor: TensorPlan
+    parameter: torch.nn.Parameter
+    base: Tensor
+    tuned: Tensor
+    logits: Tensor
+
+    def delta(self) -> Tensor:
+        """Tuned minus base, float32."""
+        import torch
+
+        return self.tuned.to(torch.float32) - self.base.to(torch.float32)
+
+
+def train_masks(
+    tensors: Sequence[TensorPlan],
+    base: Checkpoint,
+    tuned: Checkpoint,
+    data: Path,
+    options: PatchOptions,
+    device: torch.device,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """The trained masks of ``tensors`` by name, on the CPU.
+
+    ``graft_steps`` steps of gradient descent, each on ``batch_size`` samples of ``data`` with the causal-LM loss on all
+    tokens; the gradient of S is divided by its root mean square over all entries, so that ``graft_rate`` has no unit.
+    With ``threshold`` "tensor" each tensor keeps exactly round(density * numel) entries, with "global" all together.
+    """
+    import torch
+    from tqdm import trange
+
+    settings = CalibrateOptions(
+        num_samples=options.graft_steps * options.batch_size or 1, seq_len=_SEQ_LEN, seed=options.seed
+    )
+    config = read_config(base.path)
+    samples = _samples(data, base, tuned, config, settings)
+    check_shapes(base, config, settings)
+    network = load_model(base, config, settings)
+    expected = expected_names(network, base.tensors)
+    places = map_names(base, dict(network.named_parameters()), aliases(network), expected)
+    network.to(device).requires_grad_(False)
+    trained = _start(tensors, places, network, base, tuned, options, device)
+    batches = _batches(samples, options.batch_size)
+    for _ in trange(options.graft_steps, desc="grafting", disable=None if progress else True, leave=False):
+        _mix(trained)
+        _backward(network, next(batches), device)
+        _step(trained, options.graft_rate)
+    with torch.no_grad():
+        return _top(trained, options)
+
+
+def _samples(
+    data: Path, base: Checkpoint, tuned: Checkpoint, config: dict[str, Any], settings: CalibrateOptions
+) -> list[Inputs]:
+    """Text of more than one token, as the tuned model's tokenizer makes it."""
+    records = read_records(data)
+    if any(record.has_media for record in records):
+        raise DataError(f"{data} has images or sound, and graft trains on text alone", "give it records of text")
+    encoder = load_encoder(tokenizer_folder(tuned), base.path, False, settings)
+    if encoder.start_token is not None:
+        raise OptionsError(f"{base.path} is an encoder-decoder, and graft trains causal language models", "")
+    length = min(settings.seq_len, num_positions(config))
+
+    def encode(record: Any, seq_len: int) -> Inputs | None:
+        inputs = encoder.encode(record, min(seq_len, length))
+        return inputs if inputs is not None and count_tokens(inputs) > 1 else None
+
+    return draw_samples(data, records, encode, settings).inputs
+
+
+def _batches(samples: list[Inputs], size: int) -> Iterator[list[Inputs]]:
+    """So many samples a step, round and round."""
+    position = 0
+    while True:
+        yield [samples[(position + i) % len(samples)] for i in range(size)]
+        position += size
+
+
+def _start(
+    tensors: Sequence[TensorPlan],
+    places: dict[str, Place],
+    network: Any,
+    base: Checkpoint,
+    tuned: Checkpoint,
+    options: PatchOptions,
+    device: torch.device,
+) -> list[_Trained]:
+    """Every tensor with its parameter and the S that it starts from: high on the largest changes."""
+    import torch
+
+    parameters = dict(network.named_parameters())
+    trained, taken = [], set[str]()
+    for tensor in tensors:
+        place = places.get(tensor.name, Place(reason="transformers does not load it"))
+        name = place.parameters[0] if len(place.parameters) == 1 and place.part is None else ""
+        if not name or name in taken or tuple(parameters[name].shape) != tensor.shape:
+            reason = place.reason or "the model holds it tied, fused or split"
+            raise CheckpointError(
+                f"graft cannot train the mask of tensor {tensor.name!r}: {reason}",
+                f"leave it at base: --exclude '{tensor.name}'",
+            )
+        taken.add(name)
+        values = [checkpoint.read(tensor.name).to(device) for checkpoint in (base, tuned)]
+        part = _Trained(tensor, parameters[name].requires_grad_(True), values[0], values[1], torch.empty(0))
+        part.logits = part.delta().abs()
+        if not bool(part.logits.isfinite().all()):
+            raise NumericalError(f"tensor {tensor.name!r}: NaN or infinity in base or tuned", "check the checkpoints")
+        trained.append(part)
+    masks = _top(trained, options)  # of |delta|
+    for part in trained:
+        high = masks[part.tensor.name].to(device)
+        part.logits.mul_(_BY_SIZE / max(float(part.logits.max()), 1e-30)).add_(torch.where(high, _START, -_START))
+    return trained
+
+
+def _mix(trained: list[_Trained]) -> None:
+    """Every parameter becomes base + sigmoid(S) * delta."""
+    import torch
+
+    with torch.no_grad():
+        for part in trained:
+            change = part.delta().mul_(part.logits.sigmoid())
+            part.parameter.copy_(change.add_(part.base.to(torch.float32)))
+            part.parameter.grad = None
+
+
+def _backward(network: Any, samples: list[Inputs], device: torch.device) -> None:
+    """The gradient of the mean loss over the samples' tokens; nothing is padded."""
+    import torch
+
+    tokens = sum(count_tokens(inputs) - 1 for inputs in samples)  # the first of each is not predicted
+    for batch in make_batches(samples, len(samples)):
+        ids = batch["input_ids"].to(device)
+        try:
+            loss = network(input_ids=ids, labels=ids).loss
+            (loss * (ids.shape[0] * (ids.shape[1] - 1) / tokens)).backward()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model's own code raises
+            what = f"the model has no causal-LM loss on a sample {list(ids.shape)}: {first_line(error)}"
+            raise DataError(what, "graft is for causal language models") from error
+
+
+def _step(trained: list[_Trained], rate: float) -> None:
+    """S moves against the gradient: that of the weight, times delta, times the slope of the sigmoid."""
+    import torch
+
+    with torch.no_grad():
+        square, count = 0.0, 0
+        for part in trained:
+            gradient = _gradient(part)
+            square += float(gradient.square().sum(dtype=torch.float64))
+            count += gradient.numel()
+        scale = (square / count) ** 0.5
+        if scale > 0.0:  # NaN, too: let the loss's overflow show
+            for part in trained:
+                part.logits.add_(_gradient(part), alpha=-rate / scale)
+        elif scale != scale:
+            raise NumericalError("the gradient of graft's loss is NaN", "check the data and the checkpoints")
+
+
+def _gradient(part: _Trained) -> Tensor:
+    import torch
+
+    share = part.logits.sigmoid()
+    slope = part.delta().mul_(share * (1.0 - share))
+    gradient = part.parameter.grad
+    return torch.zeros_like(slope) if gradient is None else slope.mul_(gradient.to(torch.float32))
+
+
+def _top(trained: list[_Trained], options: PatchOptions) -> dict[str, Tensor]:
+    """The masks of the highest ``logits``: so many of each tensor, or of all together; on the CPU."""
+    import torch
+
+    from tailorcli.core.scores import count_kept, select_mask
+
+    def chosen(logits: Tensor) -> Tensor:
+        return select_mask(logits - logits.min(), count_kept(options.density, logits.numel())).cpu()
+
+    if options.threshold == "tensor":
+        return {part.tensor.name: chosen(part.logits) for part in trained}
+    every = chosen(torch.cat([part.logits.reshape(-1) for part in trained]))
+    masks = torch.split(every, [part.logits.numel() for part in trained])
+    return {part.tensor.name: mask.view(part.tensor.shape) for part, mask in zip(trained, masks, strict=True)}

@@ -1,0 +1,173 @@
+"""``patch --method graft``: a mask trained on the task's loss, kept beside the output until the run has finished."""
+
+import json
+
+import pytest
+import torch
+from helpers import bits, broken_off, folder_digest, make_model, make_pair, make_tokenizer, read_tensors
+from test_bad_input import run
+
+from tailorcli import PatchOptions, TailorError, apply_patch, patch_checkpoint, plan_patch
+from tailorcli.graft import MaskFile
+from tailorcli.writer import CheckpointWriter
+
+PHRASES = ["the cat sat", "a dog ran off", "hello world", "tailor the coat", "stitch by stitch"]
+FAST = {"method": "graft", "graft_steps": 30, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def task_pair(tmp_path_factory):
+    """A tiny pair whose tuned model has really learned what lies in its data; read only."""
+    folder = make_pair(tmp_path_factory.mktemp("task"))
+    texts = [" ".join(PHRASES[i * k % 5] for k in range(1, 4)) for i in range(20)]
+    (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    network = make_model()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    for _ in range(4):
+        for text in texts:
+            optimizer.zero_grad()
+            loss_of(network, [text]).backward()
+            optimizer.step()
+    network.save_pretrained(folder / "tuned")
+    return folder
+
+
+def loss_of(network, texts):
+    tokenizer = make_tokenizer()
+    ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in texts]
+    return sum(network(input_ids=x, labels=x).loss for x in ids) / len(ids)
+
+
+def task_loss(folder, data):
+    from transformers import AutoModelForCausalLM
+
+    texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
+    with torch.no_grad():
+        return float(loss_of(AutoModelForCausalLM.from_pretrained(folder), texts))
+
+
+def graft(folder, out, **changes):
+    """Graft ``folder``'s pair; gives the report."""
+    options = PatchOptions(**(FAST | changes))
+    return patch_checkpoint(folder / "base", folder / "tuned", out, None, options, data=folder / "data.jsonl")
+
+
+@pytest.mark.parametrize("threshold", ["tensor", "global"])
+def test_the_trained_mask_does_the_task_better_than_the_largest_changes(task_pair, tmp_path, threshold):
+    report = graft(task_pair, tmp_path / "graft", threshold=threshold)
+    graft(task_pair, tmp_path / "start", threshold=threshold, graft_steps=0)
+    options = PatchOptions(method="magnitude", threshold=threshold)
+    magnitude = patch_checkpoint(task_pair / "base", task_pair / "tuned", tmp_path / "top", None, options)
+    base, tuned, out, start, top = (
+        read_tensors(f)
+        for f in (*(task_pair / n for n in ("base", "tuned")), *(tmp_path / n for n in ("graft", "start", "top")))
+    )
+    assert {n: bits(t) for n, t in start.items()} == {n: bits(t) for n, t in top.items()}  # untrained: the same mask
+    before, after = (task_loss(tmp_path / n, task_pair / "data.jsonl") for n in ("top", "graft"))
+    assert after < before - 0.2
+    assert report.totals["kept"] == magnitude.totals["kept"]
+    if threshold == "global":
+        assert report.totals["kept"] == round(0.1 * report.totals["numel"])
+    for record in report.tensors:
+        n = record["name"]
+        if threshold == "tensor":
+            assert record["kept"] == round(0.1 * base[n].numel())
+        changed = out[n] != base[n]
+        assert changed.sum() <= record["kept"]
+        assert bits(out[n][changed]) == bits(tuned[n][changed])
+    assert not list(tmp_path.glob("*.graft"))
+
+
+def test_it_repeats_to_the_bit_and_other_data_gives_another(task_pair, tmp_path):
+    graft(task_pair, tmp_path / "one")
+    graft(task_pair, tmp_path / "two")
+    assert folder_digest(tmp_path / "one") == folder_digest(tmp_path / "two")
+    lines = (task_pair / "data.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "half.jsonl").write_text("".join(lines[:3]))
+    arguments = (task_pair / "base", task_pair / "tuned", tmp_path / "three", None, PatchOptions(**FAST))
+    report = patch_checkpoint(*arguments, data=tmp_path / "half.jsonl")
+    assert read_tensors(tmp_path / "three")["lm_head.weight"].ne(read_tensors(tmp_path / "one")["lm_head.weight"]).any()
+    assert report.inputs["data"]["path"] == str(tmp_path / "half.jsonl")
+
+
+@pytest.mark.parametrize("masks", ["there", "lost", "of another run"])
+def test_a_run_broken_off_trains_again_only_where_it_must(task_pair, tmp_path, monkeypatch, masks):
+    import tailorcli.graft
+
+    graft(task_pair, tmp_path / "whole")
+    out = tmp_path / "out"
+    with broken_off(CheckpointWriter, 4):
+        graft(task_pair, out)
+    kept = tmp_path / "out.graft"
+    assert MaskFile(kept).identity()["method"] == "graft"
+    if masks == "lost":
+        kept.unlink()
+    elif masks == "of another run":
+        MaskFile(kept).write({"lm_head.weight": torch.zeros(100, 32, dtype=torch.bool)}, {"method": "other"})
+    else:
+        monkeypatch.setattr(tailorcli.graft, "train_masks", lambda *_: pytest.fail("it trains again"))
+    graft(task_pair, out, resume=True)
+    assert folder_digest(out) == folder_digest(tmp_path / "whole")
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("llama", torch.bfloat16), ("gpt2", torch.float32)])
+def test_through_the_command_and_a_patch_file(tmp_path, kind, dtype):
+    folder = make_pair(tmp_path, kind, dtype=dtype, tied=kind == "llama")
+    file = tmp_path / "patch.safetensors"
+    arguments = ("--method", "graft", "--data", folder / "data.jsonl", "--graft-steps", "2", "--batch-size", "3")
+    pair = (folder / "base", folder / "tuned")
+    planned = run("patch", *pair, "-o", tmp_path / "out", "--patch-file", file, *arguments, "--dry-run", "--json")
+    assert json.loads(planned.stdout)["peak_memory_bytes"] > 700 << 20
+    shown = run("patch", *pair, "-o", tmp_path / "out", "--patch-file", file, *arguments)
+    assert shown.exit_code == 0, shown.output
+    apply_patch(folder / "base", file, tmp_path / "applied")
+    assert folder_digest(tmp_path / "applied") == folder_digest(tmp_path / "out")
+    assert "graft" in run("inspect", tmp_path / "out").stdout
+
+
+def test_what_it_reads_is_announced(llama_pair):
+    pair, data = (llama_pair / "base", llama_pair / "tuned"), llama_pair / "data.jsonl"
+    one = plan_patch(*pair, options=PatchOptions(method="magnitude"))
+    assert plan_patch(*pair, options=PatchOptions(**FAST), data=data).read_bytes == 2 * one.read_bytes
+
+
+def refusal(folder, tmp_path, data=None, **changes):
+    arguments = (folder / "base", folder / "tuned", tmp_path / "out", None, PatchOptions(**(FAST | changes)))
+    with pytest.raises(TailorError) as caught:
+        patch_checkpoint(*arguments, data=data)
+    assert not (tmp_path / "out" / "config.json").exists()
+    return caught.value.message
+
+
+def test_what_it_cannot_train_on_is_refused(llama_pair, tmp_path):
+    data = llama_pair / "data.jsonl"
+    assert "trains its mask" in refusal(llama_pair, tmp_path)
+    assert "is no file" in refusal(llama_pair, tmp_path, tmp_path / "none.jsonl")
+    assert "new rows" in refusal(llama_pair, tmp_path, data, resized_vocab=True)
+    (tmp_path / "images.jsonl").write_text('{"text": "a", "images": ["a.png"]}\n')
+    assert "images or sound" in refusal(llama_pair, tmp_path, tmp_path / "images.jsonl")
+    (tmp_path / "short.jsonl").write_text('{"text": "a"}\n')
+    assert "no record" in refusal(llama_pair, tmp_path / "second", tmp_path / "short.jsonl")
+    (tmp_path / "out.graft").write_text("mine")
+    assert "no masks of tailorcli" in refusal(llama_pair, tmp_path, data, overwrite=True)
+    assert (tmp_path / "out.graft").read_text() == "mine"
+
+
+@pytest.mark.parametrize("change", [{"graft_steps": -1}, {"graft_rate": 0.0}, {"batch_size": 0}])
+def test_wrong_options_are_refused(change):
+    with pytest.raises(TailorError, match=next(iter(change)).replace("_", "-")):
+        PatchOptions(method="graft", **change)
+
+
+def test_a_tensor_that_the_model_holds_otherwise_is_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = make_pair(tmp_path)
+    for name in ("base", "tuned"):
+        tensors = load_file(folder / name / "model.safetensors")
+        extra = torch.randn(3, 3, generator=torch.Generator().manual_seed(len(name)))
+        save_file(tensors | {"extra.weight": extra}, folder / name / "model.safetensors", {"format": "pt"})
+    assert "extra.weight" in refusal(folder, tmp_path, folder / "data.jsonl")
+    report = graft(folder, tmp_path / "rest", exclude=("extra.*",), graft_steps=1)
+    assert report.totals["tensors_at_base"] == 1
