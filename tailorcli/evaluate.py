@@ -8,17 +8,16 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint import Checkpoint, side_files
 from tailorcli.device import device_errors, give_back_memory, resolve_device
-from tailorcli.encoding import Encoder
-from tailorcli.errors import CheckpointError, DataError, OptionsError, OutputError
+from tailorcli.errors import CheckpointError, DataError, OptionsError
 from tailorcli.loading import check_shapes, load_encoder, load_model, num_positions, package_versions, read_config
-from tailorcli.merit import LEVEL, Estimate, Roles, TaskScores, compare
+from tailorcli.merit import LEVEL, Estimate, Roles, TaskScores, check_roles, compare
 from tailorcli.options import EvaluateOptions
 from tailorcli.tasks import EncodedTask, Task, encode_task, read_tasks
 from tailorcli.writer import as_output_error, write_text_atomically
@@ -152,28 +151,6 @@ def _which(path: PathLike | None, names: dict[str, Path]) -> str | None:
         if str(path) == name or Path(path).resolve() == own.resolve():
             return name
     raise OptionsError(f"{path} is not among the models", f"name one of them: {', '.join(map(str, names.values()))}")
-
-
-def check_roles(
-    tasks: Sequence[str], origin: Sequence[str], target: Sequence[str], base: str | None = None, tuned: str | None = None
-) -> Roles:
-    """The roles of tasks and models, checked. Raises OptionsError."""
-    for option, named in (("origin", origin), ("target", target)):
-        for name in named:
-            if name not in tasks:
-                raise OptionsError(f"--{option} {name!r} names no task", f"the tasks are {', '.join(tasks)}")
-        if len(set(named)) < len(named):
-            raise OptionsError(f"--{option} names a task twice", "name every task once")
-    if both := set(origin) & set(target):
-        raise OptionsError(f"task {min(both)!r} is named both old and new", "pass it to --origin or to --target")
-    if bool(origin) != bool(target):
-        missing = "target" if origin else "origin"
-        raise OptionsError(f"no task is named --{missing}", "the H-score needs old tasks (--origin) and new (--target)")
-    if base is not None and base == tuned:
-        raise OptionsError(f"{base} is named both --base and --tuned", "name two models, or leave one out")
-    if (base or tuned) and not origin:
-        raise OptionsError("--base and --tuned need old and new tasks", "name them by --origin and --target")
-    return Roles(tuple(origin), tuple(target), base, tuned)
 
 
 def encode_for_all(

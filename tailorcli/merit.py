@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tailorcli.errors import OptionsError
+
 Array: TypeAlias = NDArray[np.float64]
 
 LEVEL = 0.95  # of the intervals
@@ -123,6 +125,32 @@ class Roles:
     target: tuple[str, ...] = ()
     base: str | None = None
     tuned: str | None = None
+
+
+def check_roles(
+    tasks: Sequence[str],
+    origin: Sequence[str],
+    target: Sequence[str],
+    base: str | None = None,
+    tuned: str | None = None,
+) -> Roles:
+    """The roles of tasks and models, checked. Raises OptionsError."""
+    for option, named in (("origin", origin), ("target", target)):
+        for name in named:
+            if name not in tasks:
+                raise OptionsError(f"--{option} {name!r} names no task", f"the tasks are {', '.join(tasks)}")
+        if len(set(named)) < len(named):
+            raise OptionsError(f"--{option} names a task twice", "name every task once")
+    if both := set(origin) & set(target):
+        raise OptionsError(f"task {min(both)!r} is named both old and new", "pass it to --origin or to --target")
+    if bool(origin) != bool(target):
+        missing = "target" if origin else "origin"
+        raise OptionsError(f"no task is named --{missing}", "the H-score needs old tasks (--origin) and new (--target)")
+    if base is not None and base == tuned:
+        raise OptionsError(f"{base} is named both --base and --tuned", "name two models, or leave one out")
+    if (base or tuned) and not origin:
+        raise OptionsError("--base and --tuned need old and new tasks", "name them by --origin and --target")
+    return Roles(tuple(origin), tuple(target), base, tuned)
 
 
 def compare(

@@ -274,7 +274,7 @@ def _replaced(head: nn.Linear, function: Callable[[Tensor], Tensor]) -> Iterator
     finally:
         del head.forward
         if own is not None:
-            head.forward = own
+            head.forward = own  # type: ignore[method-assign]
 
 
 @contextmanager
