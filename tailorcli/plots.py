@@ -260,8 +260,8 @@ def plot_evaluation(report: dict[str, Any], file: Path) -> None:
     sides = [np.linspace(start, stop, 200) for start, stop in (axes.get_xlim(), axes.get_ylim())]
     x, y = np.meshgrid(*sides)
     total = x + y
-    equal = axes.contour(x, y, np.divide(2 * x * y, total, out=np.zeros_like(x), where=total > 0), 9)
-    equal.set(colors="#bbbbbb", linewidths=0.8, zorder=0)
+    h = np.divide(2 * x * y, total, out=np.zeros_like(x), where=total > 0)
+    equal = axes.contour(x, y, h, 9, colors="#bbbbbb", linewidths=0.8, zorder=0)
     axes.clabel(equal, fmt="H %g", fontsize=8)
     axes.set(
         title="Old against new performance, with lines of equal H",
