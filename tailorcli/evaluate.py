@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint import Checkpoint, side_files
 from tailorcli.device import device_errors, give_back_memory, resolve_device
-from tailorcli.errors import CheckpointError, DataError, OptionsError
+from tailorcli.errors import CheckpointError, DataError, OptionsError, TailorError
 from tailorcli.loading import check_shapes, load_encoder, load_model, num_positions, package_versions, read_config
 from tailorcli.merit import LEVEL, Estimate, Roles, TaskScores, check_roles, compare
 from tailorcli.options import EvaluateOptions
@@ -208,8 +208,8 @@ def _evaluate(
     with tqdm(total=rows, desc=f"evaluating {name}", unit="row", disable=None if progress else True) as bar:
         try:
             scores = evaluate_network(network, tasks, options, advance=bar.update)
-        except DataError as error:
-            raise DataError(f"{name}: {error.message}", error.hint) from error
+        except TailorError as error:
+            raise type(error)(f"{name}: {error.message}", error.hint) from error
     ran_in = str(network.dtype).removeprefix("torch.")
     del network
     gc.collect()

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from tailorcli.data import batch_places, count_tokens, join
 from tailorcli.device import exact_float32
-from tailorcli.errors import CheckpointError, DataError, first_line
+from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
 from tailorcli.loading import greedy_generation, quiet_transformers
 from tailorcli.merit import TaskScores
 from tailorcli.options import EvaluateOptions
@@ -39,7 +39,8 @@ def evaluate_network(
 ) -> dict[str, TaskScores]:
     """Score a loaded network, on the device where it is, on every task; ``advance`` is told of finished rows.
 
-    Raises DataError where it cannot run on the items, CheckpointError for a network that writes no text.
+    Raises DataError where it cannot run on the items, CheckpointError for a network that writes no text, NumericalError
+    for outputs that are not finite.
     """
     if hasattr(network, "can_generate") and not network.can_generate():
         what = f"{type(network).__name__} predicts no next token"
@@ -244,6 +245,10 @@ def _until(ids: list[int], ends: list[int | None]) -> list[int]:
 
 def _predictions(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     losses = logits.logsumexp(1, keepdim=True) - logits.gather(1, wanted)
+    if not bool(losses.isfinite().all()):
+        raise NumericalError(
+            "the model's outputs are not finite", "look for NaN in its weights, or pass --dtype float32"
+        )
     return logits.argmax(1).cpu(), losses.double().cpu()
 
 

@@ -293,8 +293,10 @@ def _continuation(encoder: Encoder, record: Record, prompt: str, response: str, 
         whole = inputs["input_ids"][0]
         start = max(1, _common_prefix(whole, alone["input_ids"][0]) if alone is not None else 0)
         places, wanted = torch.arange(start - 1, len(whole) - 1), whole[start:]
-        # InstructBLIP's Q-Former reads the text, too, to pick what it sees; it must not read the response.
-        inputs |= {name: value for name, value in (alone or {}).items() if name.startswith("qformer")}
+        # InstructBLIP's Q-Former reads the text, too, to pick what it sees; it must not read the response. Pixels are
+        # the prompt's own, so that an item's choices hold them once.
+        given = (alone or {}).items()
+        inputs |= {name: value for name, value in given if name.startswith("qformer") or value.is_floating_point()}
     if inputs is None or not len(places):
         raise DataError(f"{record.where}: {response!r} gives no token to score after its prompt", _CHOICE)
     return Row(inputs, places, wanted[None])

@@ -16,6 +16,7 @@ from tailorcli.cli import app
 from tailorcli.encoding import Encoder
 from tailorcli.loading import load_encoder, load_model, read_config
 from tailorcli.merit import Roles, bootstrap, compare, estimate, summarise
+from tailorcli.predict import _Reader
 from tailorcli.tasks import normalise, parse_task, read_tasks
 
 
@@ -188,13 +189,22 @@ def test_what_stands_behind_the_output_layer_counts(text_file, make, dtype):
     assert scores.loss[0] == pytest.approx(-float(likely.sum()), rel=1e-5 if dtype == torch.float32 else 3e-3)
 
 
-@pytest.mark.parametrize(("make", "alone"), [(make_model, True), (make_scaled, False), (make_capped, False)])
-def test_only_scored_places_go_through_an_output_layer_that_ends_the_network(text_file, make, alone):
-    network, sizes = make().eval(), []
-    network.lm_head.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[:-1].numel()))
-    scores, _ = evaluate(network, f"t={text_file}:text")
-    calls = len(sizes)
-    assert calls <= 3 if alone else calls > 3  # those of the first look, then those of every batch
+@pytest.mark.parametrize(("make", "ends"), [(make_model, True), (make_scaled, False), (make_capped, False)])
+def test_a_look_at_the_network_tells_whether_its_output_layer_ends_it(text_file, make, ends):
+    network = make().eval()
+    _, encoded = evaluate(network, f"t={text_file}:text")
+    reader = _Reader(network)
+    with torch.inference_mode():
+        reader.check(encoded.items[0].rows[0], torch.tensor([5, 6]))
+    assert (reader.head is network.lm_head) == ends
+
+
+def test_outputs_that_are_no_numbers_stop_the_run(text_file):
+    network = make_model()
+    with torch.no_grad():
+        network.model.norm.weight[3] = math.nan
+    with pytest.raises(TailorError, match="not finite"):
+        evaluate(network, f"t={text_file}:text")
 
 
 def test_bfloat16_logits_do_not_tie(text_file):
@@ -268,6 +278,15 @@ def _processed(encoder, folder, record, text):
 
     image = Image.open(folder / record["images"][0]).convert("RGB")
     return dict(encoder.processor(images=[image], text=text, return_tensors="pt"))
+
+
+def test_the_choices_of_an_item_share_its_image(tmp_path):
+    pytest.importorskip("PIL")
+    folder, records = family(tmp_path, "llava")
+    picks = [records[0] | {"choices": ["one of", "another"], "answer": 0}]
+    (task,) = read_tasks([f"c={write(folder / 'c.jsonl', picks)}:choice"])
+    first, second = encode_task(task, _loaded(folder / "base")[1], EvaluateOptions()).items[0].rows
+    assert first.inputs["pixel_values"] is second.inputs["pixel_values"]
 
 
 def test_places_of_an_image_are_not_scored(tmp_path):
