@@ -1,6 +1,6 @@
 """Models, tokenizers and processors through transformers, from local folders alone, with errors that a user can read.
 
-Besides ``evaluate`` and the demo, this is the only place that imports transformers.
+Besides the demo, this is the only place that imports transformers.
 """
 
 from __future__ import annotations

@@ -237,6 +237,7 @@ def plot_evaluation(report: dict[str, Any], file: Path) -> None:
     figure = _figure(8, 6.5)
     axes = figure.subplots()
     ends: list[tuple[float, float]] = []  # of the error bars: what must be seen
+    labels: list[tuple[str, str, float, float]] = []
     colors = {report["base"]: _BEFORE, report["tuned"]: _TUNED}
     for number, model in enumerate(report["models"]):
         old, new = model["summary"]["origin"], model["summary"]["target"]
@@ -252,16 +253,19 @@ def plot_evaluation(report: dict[str, Any], file: Path) -> None:
         bars = {"xerr": [[left], [right]], "yerr": [[below], [above]], "capsize": 3, "lw": 1.2}
         axes.errorbar(old["value"], new["value"], fmt="o", ms=7, color=color, **bars)
         label = f"{model['name']}, H {model['summary']['h_score']['value']:.1f}".replace("$", r"\$")
-        axes.annotate(label, (old["value"], new["value"]), (6, 6), textcoords="offset points", color=color)
+        labels.append((label, color, old["value"], new["value"]))
     (left, below), (right, above) = np.min(ends, axis=0), np.max(ends, axis=0)
     width, height = max(right - left, 2.0), max(above - below, 2.0)
-    axes.set_xlim(max(0.0, left - 0.1 * width), right + 0.35 * width)  # room for the names on the right
-    axes.set_ylim(max(0.0, below - 0.15 * height), above + 0.15 * height)
+    axes.set_xlim(max(0.0, left - 0.15 * width), min(102.0, right + 0.15 * width))
+    axes.set_ylim(max(0.0, below - 0.15 * height), min(102.0, above + 0.15 * height))
+    for label, color, x, y in labels:  # towards the middle, where there is room
+        side = {"xytext": (6, 6), "ha": "left"} if x < (left + right) / 2 else {"xytext": (-6, 6), "ha": "right"}
+        axes.annotate(label, (x, y), textcoords="offset points", color=color, **side)
     sides = [np.linspace(start, stop, 200) for start, stop in (axes.get_xlim(), axes.get_ylim())]
-    x, y = np.meshgrid(*sides)
-    total = x + y
-    h = np.divide(2 * x * y, total, out=np.zeros_like(x), where=total > 0)
-    equal = axes.contour(x, y, h, 9, colors="#bbbbbb", linewidths=0.8, zorder=0)
+    grid_old, grid_new = np.meshgrid(*sides)
+    total = grid_old + grid_new
+    h = np.divide(2 * grid_old * grid_new, total, out=np.zeros_like(total), where=total > 0)
+    equal = axes.contour(grid_old, grid_new, h, 9, colors="#bbbbbb", linewidths=0.8, zorder=0)
     axes.clabel(equal, fmt="H %g", fontsize=8)
     axes.set(
         title="Old against new performance, with lines of equal H",

@@ -104,6 +104,9 @@ def _asked(
 
 def _score_answers(reader: _Reader, task: EncodedTask, options: EvaluateOptions, advance: Advance) -> TaskScores:
     """Right where the first line that is written greedily is an accepted answer, both normalised."""
+    if not hasattr(reader.network, "generate"):
+        what = f"{type(reader.network).__name__} has no way to generate text"
+        raise CheckpointError(what, "score its responses with kind text instead")
     outputs = [""] * len(task.items)
     rows = [item.rows[0].inputs for item in task.items]
     for batch in batch_places(rows, options.batch_size):

@@ -298,7 +298,7 @@ def _continuation(encoder: Encoder, record: Record, prompt: str, response: str, 
         given = (alone or {}).items()
         inputs |= {name: value for name, value in given if name.startswith("qformer") or value.is_floating_point()}
     if inputs is None or not len(places):
-        raise DataError(f"{record.where}: {response!r} gives no token to score after its prompt", _CHOICE)
+        raise DataError(f"{record.where}: {response!r} gives no token to score after its prompt", "give it a prompt")
     return Row(inputs, places, wanted[None])
 
 
