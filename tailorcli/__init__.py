@@ -24,11 +24,21 @@ _HOMES = {
     "PatchFile": "tailorcli.patchfile",
     "PatchReport": "tailorcli.report",
     "inspect_path": "tailorcli.inspection",
+    "evaluate_models": "tailorcli.evaluate",
+    "EvaluateReport": "tailorcli.evaluate",
+    "read_tasks": "tailorcli.tasks",
+    "encode_task": "tailorcli.tasks",
+    "evaluate_network": "tailorcli.predict",
+    "TaskScores": "tailorcli.merit",
+    "h_score": "tailorcli.merit",
+    "read_results": "tailorcli.harness",
+    "HarnessReport": "tailorcli.harness",
     "Checkpoint": "tailorcli.checkpoint",
     "Stats": "tailorcli.stats",
     "CalibrateOptions": "tailorcli.options",
     "PatchOptions": "tailorcli.options",
     "MergeOptions": "tailorcli.options",
+    "EvaluateOptions": "tailorcli.options",
     "TailorError": "tailorcli.errors",
 }
 
@@ -36,21 +46,31 @@ __all__ = [
     "CalibrateOptions",
     "CalibrateReport",
     "Checkpoint",
+    "EvaluateOptions",
+    "EvaluateReport",
+    "HarnessReport",
     "MergeOptions",
     "PatchFile",
     "PatchOptions",
     "PatchReport",
     "Stats",
     "TailorError",
+    "TaskScores",
     "VerifyReport",
     "__version__",
     "apply_patch",
     "calibrate_model",
+    "encode_task",
+    "evaluate_models",
+    "evaluate_network",
+    "h_score",
     "inspect_path",
     "merge_patches",
     "patch_checkpoint",
     "plan_merge",
     "plan_patch",
+    "read_results",
+    "read_tasks",
     "score_checkpoint",
     "verify_checkpoint",
 ]
@@ -60,13 +80,18 @@ if TYPE_CHECKING:
     from tailorcli.calibrate import CalibrateReport, calibrate_model
     from tailorcli.checkpoint import Checkpoint
     from tailorcli.errors import TailorError
+    from tailorcli.evaluate import EvaluateReport, evaluate_models
+    from tailorcli.harness import HarnessReport, read_results
     from tailorcli.inspection import inspect_path
     from tailorcli.merge import merge_patches, plan_merge
-    from tailorcli.options import CalibrateOptions, MergeOptions, PatchOptions
+    from tailorcli.merit import TaskScores, h_score
+    from tailorcli.options import CalibrateOptions, EvaluateOptions, MergeOptions, PatchOptions
     from tailorcli.patch import patch_checkpoint, plan_patch, score_checkpoint
     from tailorcli.patchfile import PatchFile
+    from tailorcli.predict import evaluate_network
     from tailorcli.report import PatchReport
     from tailorcli.stats import Stats
+    from tailorcli.tasks import encode_task, read_tasks
 
 
 def __getattr__(name: str) -> Any:

@@ -72,8 +72,16 @@ def count_tokens(inputs: Inputs) -> int:
     return sum(counts) or max((len(value) for value in inputs.values()), default=0)
 
 
-def read_records(path: Path, text_mode: str = "line") -> list[Record]:
-    """Every record of a .jsonl, .json or .txt file. Raises DataError with file and line."""
+# Gives a record of the place, value and folder of a JSON value, or refuses it.
+Check = Callable[[str, Any, Path], Record]
+
+
+def read_records(path: Path, text_mode: str = "line", check: Check | None = None) -> list[Record]:
+    """Every record of a .jsonl, .json or .txt file. Raises DataError with file and line.
+
+    ``check`` is for records of other fields than calibration takes.
+    """
+    check = check or check_record
     try:
         text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except OSError as error:
@@ -81,9 +89,9 @@ def read_records(path: Path, text_mode: str = "line") -> list[Record]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start})", f"pass a {_FORMATS} file") from error
     if path.suffix == ".jsonl":
-        records = list(_json_lines(path, text))
+        records = list(_json_lines(path, text, check))
     elif path.suffix == ".json":
-        records = list(_json_list(path, text))
+        records = list(_json_list(path, text, check))
     elif path.suffix == ".txt":
         documents = [text] if text_mode == "chunk" else text.split("\n")
         lines = ((i + 1, line) for i, line in enumerate(documents) if line.strip())
@@ -95,7 +103,7 @@ def read_records(path: Path, text_mode: str = "line") -> list[Record]:
     return records
 
 
-def _json_lines(path: Path, text: str) -> Iterator[Record]:
+def _json_lines(path: Path, text: str, check: Check) -> Iterator[Record]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -103,10 +111,10 @@ def _json_lines(path: Path, text: str) -> Iterator[Record]:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number} is not JSON: {error}", "one JSON object a line") from error
-        yield _checked(f"{path}:{number}", value, path.parent)
+        yield check(f"{path}:{number}", value, path.parent)
 
 
-def _json_list(path: Path, text: str) -> Iterator[Record]:
+def _json_list(path: Path, text: str, check: Check) -> Iterator[Record]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -114,10 +122,10 @@ def _json_list(path: Path, text: str) -> Iterator[Record]:
     if not isinstance(values, list):
         raise DataError(f"{path} holds a {type(values).__name__}, expected a list of objects", FIELDS)
     for number, value in enumerate(values):
-        yield _checked(f"{path}, record {number}", value, path.parent)
+        yield check(f"{path}, record {number}", value, path.parent)
 
 
-def _checked(where: str, value: Any, folder: Path) -> Record:
+def check_record(where: str, value: Any, folder: Path) -> Record:
     """A record with one of the known sets of fields, each of the right type."""
     if not isinstance(value, dict):
         raise DataError(f"{where} is a {type(value).__name__}, expected an object", FIELDS)
@@ -192,12 +200,22 @@ def make_batches(samples: list[Inputs], batch_size: int) -> Iterator[Inputs]:
 
     So nothing is ever padded, and no padding can count, whatever a model makes of its inputs inside.
     """
+    for places in batch_places(samples, batch_size):
+        yield join([samples[place] for place in places])
+
+
+def batch_places(samples: list[Inputs], batch_size: int) -> Iterator[list[int]]:
+    """Which samples go into each batch: their positions."""
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for place, inputs in enumerate(samples):
+        alike.setdefault(tuple((name, value.shape) for name, value in sorted(inputs.items())), []).append(place)
+    for group in sorted(alike.values(), key=lambda group: -sum(v.numel() for v in samples[group[0]].values())):
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+def join(samples: list[Inputs]) -> Inputs:
+    """One batch of samples whose inputs have equal shapes."""
     import torch
 
-    alike: dict[tuple[Any, ...], list[Inputs]] = {}
-    for inputs in samples:
-        alike.setdefault(tuple((name, value.shape) for name, value in sorted(inputs.items())), []).append(inputs)
-    for group in sorted(alike.values(), key=lambda group: -sum(value.numel() for value in group[0].values())):
-        for start in range(0, len(group), batch_size):
-            batch = group[start : start + batch_size]
-            yield {name: torch.cat([inputs[name] for inputs in batch]) for name in batch[0]}
+    return {name: torch.cat([inputs[name] for inputs in samples]) for name in samples[0]}

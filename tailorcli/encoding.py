@@ -58,7 +58,7 @@ class Encoder:
         if self.takes_media and isinstance(token, str) and any(token in value for value in _texts(record)):
             raise DataError(f"{record.where} marks an image with {token!r} and names none", _IMAGE_HINT)
         plain = "text" in record.fields or "messages" not in record.fields  # a template writes special tokens itself
-        return _as_inputs(self._tokens(record, self._text_of(record), special=plain)[:seq_len])
+        return _as_inputs(self.tokens(record, self._text_of(record), special=plain)[:seq_len])
 
     def _text_of(self, record: Record) -> str:
         """The text of a record without media, messages through the chat template."""
@@ -89,7 +89,8 @@ class Encoder:
             raise DataError(what, FIELDS) from problem
         return rendered[0]  # it leaves words out whatever their form: thoughts of earlier turns, for example
 
-    def _tokens(self, record: Record, text: str, special: bool = True) -> list[int]:
+    def tokens(self, record: Record, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text of ``record``. Raises DataError."""
         try:
             text.encode("utf-8")  # JSON can escape half a character, of which tokenizers only say it is no string
             return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
@@ -103,10 +104,10 @@ class Encoder:
                 f'{record.where} has no "prompt": this model is an encoder-decoder',
                 'give its records a "prompt", for the encoder, and a "response", for the decoder',
             )
-        inputs = _as_inputs(self._tokens(record, record.fields["prompt"])[:seq_len])
+        inputs = _as_inputs(self.tokens(record, record.fields["prompt"])[:seq_len])
         if inputs is None:
             return None
-        response = self._tokens(record, record.fields["response"])
+        response = self.tokens(record, record.fields["response"])
         return inputs | {"decoder_input_ids": self._decoder_ids(response, seq_len)}
 
     def _decoder_ids(self, ids: list[int], seq_len: int) -> Any:
@@ -129,7 +130,7 @@ class Encoder:
         inputs = self._call(record, lambda: extractor(sound, sampling_rate=rate, return_tensors="pt"))
         if self.start_token is None:
             return inputs
-        response = self._tokens(record, record.fields.get("response", record.fields.get("text", "")))
+        response = self.tokens(record, record.fields.get("response", record.fields.get("text", "")))
         return inputs | {"decoder_input_ids": self._decoder_ids(response, seq_len)}
 
     def _with_images(self, record: Record, seq_len: int) -> Inputs:

@@ -1,6 +1,6 @@
 """Models, tokenizers and processors through transformers, from local folders alone, with errors that a user can read.
 
-Besides ``evaluate`` and the demo, this is the only place that imports transformers.
+Besides the demo, this is the only place that imports transformers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tailorcli import __version__
 from tailorcli.checkpoint import Checkpoint, read_json
 from tailorcli.encoding import Encoder
 from tailorcli.errors import CheckpointError, first_line
-from tailorcli.options import CalibrateOptions
+from tailorcli.options import LoadOptions
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def num_positions(config: dict[str, Any]) -> int:
     return sys.maxsize
 
 
-def load_encoder(folder: Path, model: Path, has_media: bool, options: CalibrateOptions) -> Encoder:
+def load_encoder(folder: Path, model: Path, has_media: bool, options: LoadOptions) -> Encoder:
     """What turns records into inputs: the tokenizer in ``folder``, or its processor where the data has images or sound.
 
     ``model`` is the folder whose config says whether there is a decoder to feed.
@@ -81,7 +81,7 @@ def load_encoder(folder: Path, model: Path, has_media: bool, options: CalibrateO
     ) from problem
 
 
-def model_class_of(config: dict[str, Any], options: CalibrateOptions) -> Any:
+def model_class_of(config: dict[str, Any], options: LoadOptions) -> Any:
     """The class that a config names, or the automatic one for code of the model's own."""
     import transformers
 
@@ -92,7 +92,7 @@ def model_class_of(config: dict[str, Any], options: CalibrateOptions) -> Any:
     return getattr(transformers, str(name), transformers.AutoModelForCausalLM)
 
 
-def load_model(checkpoint: Checkpoint, config: dict[str, Any], options: CalibrateOptions) -> Any:
+def load_model(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions) -> Any:
     """The model in its own class, with every weight from the checkpoint."""
     import torch
 
@@ -139,7 +139,7 @@ def _has_fused_experts(network: Any) -> bool:
     return any(parameter.dim() == 3 for parameter in network.parameters())
 
 
-def empty_model(checkpoint: Checkpoint, config: dict[str, Any], options: CalibrateOptions) -> Any:
+def empty_model(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions) -> Any:
     """The model without its weights: parameters take no memory, buffers are real."""
     import torch
     import transformers
@@ -158,7 +158,7 @@ def empty_model(checkpoint: Checkpoint, config: dict[str, Any], options: Calibra
             raise _cannot_load(checkpoint.path, config, error) from error
 
 
-def run_dtype(checkpoint: Checkpoint, config: Any, options: CalibrateOptions) -> torch.dtype:
+def run_dtype(checkpoint: Checkpoint, config: Any, options: LoadOptions) -> torch.dtype:
     """The dtype in which the model runs: as asked for, as its config says, or as it is stored."""
     import torch
 
@@ -257,7 +257,7 @@ def aliases(network: Any) -> dict[str, str]:
     return {name: first[id(value)] for name, value in every.items() if name not in parameters}
 
 
-def check_shapes(checkpoint: Checkpoint, config: dict[str, Any], options: CalibrateOptions) -> None:
+def check_shapes(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions) -> None:
     """The config describes a model of these weights' shapes and size: asked of a model without memory.
 
     transformers would fill what is missing with random numbers before it says so, however large it is.
@@ -294,6 +294,24 @@ def _cannot_load(path: Path, config: dict[str, Any], error: Exception) -> Checkp
     if "auto_map" in config:
         hint = "pass --trust-remote-code if you trust its code"
     return CheckpointError(f"transformers cannot load {path}: {first_line(error)}", hint)
+
+
+@contextmanager
+def greedy_generation(network: Any, max_new_tokens: int) -> Iterator[Any]:
+    """A configuration to generate with: always the likeliest token, whatever the model's own settings ask for."""
+    import transformers
+
+    own = network.generation_config
+    tokens = {name: value for name, value in own.to_dict().items() if name.endswith("_token_id")}
+    config = transformers.GenerationConfig(**tokens, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
+    if config.pad_token_id is None:
+        ends = config.eos_token_id
+        config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+    network.generation_config = config  # what a call leaves open would come from here
+    try:
+        yield config
+    finally:
+        network.generation_config = own
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from tailorcli.errors import OptionsError
 
@@ -99,6 +99,43 @@ class CalibrateOptions:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
         return asdict(self) | {"seq_len": self.length}
+
+
+class LoadOptions(Protocol):
+    """What loading a model asks of a command's options."""
+
+    @property
+    def dtype(self) -> DTypeName:
+        """What the model runs in."""
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether the model's own code may run."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """How ``evaluate`` runs models over the items of tasks, and how its intervals are drawn."""
+
+    batch_size: int = 8
+    seq_len: int = 2048  # longer texts are cut, other items left out
+    limit: int | None = None  # of a file's records, the first so many
+    max_new_tokens: int = 32
+    device: str = "auto"
+    dtype: DTypeName = "auto"
+    trust_remote_code: bool = False
+    resamples: int = 2000
+    seed: int = 0  # of the resamplings
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "seq_len", "max_new_tokens", "resamples"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require(self.limit is None or self.limit >= 1, f"limit must be at least 1, got {self.limit}")
+        _require_choice("dtype", self.dtype, get_args(DTypeName))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the report."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)

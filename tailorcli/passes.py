@@ -108,19 +108,19 @@ def collect_whole(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer], s
         if isinstance(run.tuned, AdaptedCheckpoint):
             _adapt(network, run.tuned, run.places)
         network = network.to(run.device)
-    _check_ids(run.samples, network)
+    check_ids(run.samples.inputs, network)
     run.note_buffers(network, expected)
     layers = find_layers(network)
     collector = Collector(_some(run.wanted(layers.values(), run.places)), network, run.device, run.timer)
     with collector.trial():
         for inputs in _trial_inputs(run.samples.inputs):
-            _forward(network, _to(inputs, run.device))
+            forward(network, to_device(inputs, run.device))
     collector.allocate()
     bar = _bar(run, run.samples.num_tokens)
     with bar, run.timer.stage("run"), collector.folding(), last_logits_only(network):
         for batch in make_batches(run.samples.inputs, run.options.batch_size):
             collector.batch_size = _batch_size(batch)
-            _forward(network, _to(batch, run.device))
+            forward(network, to_device(batch, run.device))
             bar.update(count_tokens(batch))
     run.write(collector)
     return layers, str(next(network.parameters()).dtype).removeprefix("torch.")
@@ -144,13 +144,16 @@ def _trial_inputs(samples: list[Inputs]) -> list[Inputs]:
     ]
 
 
-def _forward(network: Any, inputs: Inputs) -> None:
-    """Run the model. Raises DataError where it cannot run on these inputs, as the data may not be what it takes."""
+def forward(network: Any, inputs: Inputs) -> Any:
+    """Run the model and give its outputs.
+
+    Raises DataError where it cannot run on these inputs, as the data may not be what it takes.
+    """
     import torch
 
     try:
         with torch.no_grad():
-            network(**inputs)
+            return network(**inputs)
     except (TailorError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model's own code raises
@@ -161,7 +164,8 @@ def _forward(network: Any, inputs: Inputs) -> None:
         ) from error
 
 
-def _to(inputs: Inputs, device: torch.device) -> Inputs:
+def to_device(inputs: Inputs, device: torch.device) -> Inputs:
+    """The same inputs on a device."""
     return {name: value.to(device) for name, value in inputs.items()}
 
 
@@ -201,7 +205,7 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
     run.note_buffers(network, parts.expected)
     places = parts.load("")  # first of all: a checkpoint that lacks what its config asks for is told here
     _some(run.wanted(layers.values(), guessed_places(parts.expected)))
-    _check_ids(run.samples, network)
+    check_ids(run.samples.inputs, network)
     held: dict[str, list[Layer]] = {part: [] for part in ("", *blocks)}
     for layer in layers.values():
         held[parts.part_of(layer.name)].append(layer)
@@ -210,7 +214,7 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
     def runner(batch: Inputs) -> Any:
         def call() -> None:
             with around.folding_products():
-                _forward(network, _to(batch, run.device))
+                forward(network, to_device(batch, run.device))
 
         return call
 
@@ -329,7 +333,7 @@ def _bias(name: str) -> str:
     return name.removesuffix("weight") + "bias"
 
 
-def _check_ids(samples: Samples, network: Any) -> None:
+def check_ids(samples: list[Inputs], network: Any) -> None:
     """The tokenizer's ids fit the model's embedding: a mismatch would crash far inside the model."""
     import torch
 
@@ -337,7 +341,7 @@ def _check_ids(samples: Samples, network: Any) -> None:
         table = network.get_input_embeddings()
     except NotImplementedError:  # CLIP has two towers, a convolutional network has no table at all
         return
-    ids = [inputs["input_ids"] for inputs in samples.inputs if "input_ids" in inputs]
+    ids = [inputs["input_ids"] for inputs in samples if "input_ids" in inputs]
     if not isinstance(table, torch.nn.Embedding) or not ids:
         return
     highest = max(int(tensor.max()) for tensor in ids)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from tailorcli.errors import OutputError, TailorError
+from tailorcli.errors import OptionsError, OutputError, TailorError
 from tailorcli.inspection import Inspection
 from tailorcli.report import MERGE, share, split_name
 
@@ -19,21 +19,30 @@ def plot_inspection(inspection: Inspection, file: Path) -> None:
 
     Raises TailorError without matplotlib, or for something that has no picture.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise TailorError("--plot needs matplotlib", "pip install 'tailorcli[plot]'") from error
     if inspection.report is not None:
-        figure = Figure(figsize=(13, 8.5), layout="constrained")
+        figure = _figure(13, 8.5)
         _draw_report(figure, inspection.report)
     elif inspection.hessians:
-        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        figure = _figure(11, 4.5)
         _draw_stats(figure, inspection.hessians)
     else:
         raise TailorError(
             f"{inspection.path} has nothing to plot", "plot a stats folder, a report or a patched checkpoint"
         )
     figure.suptitle(f"{inspection.kind}: {Path(inspection.path).name}", fontsize=13)
+    _save(figure, file)
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches. Raises TailorError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise TailorError("--plot needs matplotlib", "pip install 'tailorcli[plot]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, file: Path) -> None:
     try:
         figure.savefig(file, dpi=110)
     except (OSError, ValueError) as error:
@@ -210,6 +219,66 @@ def _draw_stats(figure: Any, hessians: dict[str, dict[str, Any]]) -> None:
     left.set(title="Mean of diag(H): twice the mean square of an input", xlabel="layer", yscale="log")
     right.set(title="Dead input channels", xlabel="layer", ylabel="%")
     left.legend(fontsize=8)
+
+
+def check_plot(file: Path, has_roles: bool) -> None:
+    """Whether an evaluation can be drawn into ``file``, asked before hours of work. Raises TailorError."""
+    _figure(1, 1)
+    if not has_roles:
+        raise OptionsError("--plot draws old against new tasks", "name them by --origin and --target")
+    if file.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise OutputError(f"cannot write the plot {file}", "use a path that ends in .png, .pdf or .svg")
+
+
+def plot_evaluation(report: dict[str, Any], file: Path) -> None:
+    """Draw every model of an evaluation by its old and new performance, over lines of equal H."""
+    import numpy as np
+
+    figure = _figure(8, 6.5)
+    axes = figure.subplots()
+    ends: list[tuple[float, float]] = []  # of the error bars: what must be seen
+    labels: list[tuple[str, str, float, float]] = []
+    colors = {report["base"]: _BEFORE, report["tuned"]: _TUNED}
+    for number, model in enumerate(report["models"]):
+        old, new = model["summary"]["origin"], model["summary"]["target"]
+        reach = [estimate["interval"] or [estimate["value"]] * 2 for estimate in (old, new)]
+        ends += list(zip(*reach, strict=True))
+        # A percentile interval need not hold the value itself where there are very few items.
+        (left, right), (below, above) = (
+            (max(0.0, e["value"] - low), max(0.0, high - e["value"]))
+            for e, (low, high) in zip((old, new), reach, strict=True)
+        )
+        others = [color for color in _PALETTE if color != _BEFORE]
+        color = colors.get(model["name"], others[number % len(others)])
+        bars = {"xerr": [[left], [right]], "yerr": [[below], [above]], "capsize": 3, "lw": 1.2}
+        axes.errorbar(old["value"], new["value"], fmt="o", ms=7, color=color, **bars)
+        label = f"{model['name']}, H {model['summary']['h_score']['value']:.1f}".replace("$", r"\$")
+        labels.append((label, color, old["value"], new["value"]))
+    (left, below), (right, above) = np.min(ends, axis=0), np.max(ends, axis=0)
+    width, height = max(right - left, 2.0), max(above - below, 2.0)
+    axes.set_xlim(max(0.0, left - 0.15 * width), min(102.0, right + 0.15 * width))
+    axes.set_ylim(max(0.0, below - 0.15 * height), min(102.0, above + 0.15 * height))
+    for label, color, x, y in labels:  # towards the middle, where there is room
+        side = {"xytext": (6, 6), "ha": "left"} if x < (left + right) / 2 else {"xytext": (-6, 6), "ha": "right"}
+        axes.annotate(label, (x, y), textcoords="offset points", color=color, **side)
+    sides = [np.linspace(start, stop, 200) for start, stop in (axes.get_xlim(), axes.get_ylim())]
+    grid_old, grid_new = np.meshgrid(*sides)
+    total = grid_old + grid_new
+    h = np.divide(2 * grid_old * grid_new, total, out=np.zeros_like(total), where=total > 0)
+    equal = axes.contour(grid_old, grid_new, h, 9, colors="#bbbbbb", linewidths=0.8, zorder=0)
+    axes.clabel(equal, fmt="H %g", fontsize=8)
+    axes.set(
+        title="Old against new performance, with lines of equal H",
+        xlabel=f"old tasks, % ({_tasks_of(report, 'origin')})",
+        ylabel=f"new tasks, % ({_tasks_of(report, 'target')})",
+    )
+    _save(figure, file)
+
+
+def _tasks_of(report: dict[str, Any], role: str) -> str:
+    names = [name for name, facts in report["tasks"].items() if facts["role"] == role]
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return shown.replace("$", r"\$")
 
 
 def _name_positions(axes: Any, labels: list[str]) -> None:

@@ -124,3 +124,83 @@ def problem_table(problems: list[dict[str, Any]]) -> Table:
         place = [str(problem[key]) if key in problem else "" for key in ("index", "expected", "found")]
         table.add_row(problem["tensor"], problem["problem"], *place)
     return table
+
+
+_SUMMARY = {"origin": "old", "target": "new", "average": "Avg", "arithmetic_mean": "(old + new) / 2", "h_score": "H"}
+_COMPARED = {
+    "origin_kept": "old kept, % of base",
+    "target_kept": "new kept, % of tuned",
+    "gain_kept": "gain kept, % of tuned",
+    "h_minus_tuned": "H - tuned's H",
+}
+
+
+def evaluation_parts(report: dict[str, Any]) -> list[Any]:
+    """What to print for an evaluation: a table of the tasks, then one of averages and H where tasks are old and new."""
+    models, tasks = report["models"], report["tasks"]
+    table = Table(title="percent right [95% interval over the items]")
+    table.add_column("model", overflow="fold")
+    for name, facts in tasks.items():
+        role = {"origin": ", old", "target": ", new", None: ""}[facts["role"]]
+        table.add_column(f"{name} ({facts['kind']}{role}, {facts['items']:,})", justify="right")
+        if facts["kind"] == "text":
+            table.add_column("loss", justify="right")
+    for model in models:
+        row = [_model_title(model["name"], report)]
+        for name, facts in tasks.items():
+            figures = model["tasks"][name]
+            row += [_show_estimate(figures), *([f"{figures['loss']:.3f}"] if facts["kind"] == "text" else [])]
+        table.add_row(*row)
+    parts: list[Any] = [table]
+    if models[0]["summary"]:
+        parts.append(_figures_table("old and new tasks, their H-score", _SUMMARY, report))
+        compared = {key: title for key, title in _COMPARED.items() if key in models[0]["summary"]}
+        if compared:
+            parts.append(_figures_table("beside base and tuned", compared, report))
+    return parts
+
+
+def _figures_table(title: str, columns: dict[str, str], report: dict[str, Any]) -> Table:
+    table = Table(title=title)
+    table.add_column("model", overflow="fold")
+    for column in columns.values():
+        table.add_column(column, justify="right")
+    for model in report["models"]:
+        cells = [_show_estimate(model["summary"][key], signed=key == "h_minus_tuned") for key in columns]
+        table.add_row(_model_title(model["name"], report), *cells)
+    return table
+
+
+def _model_title(name: str, report: dict[str, Any]) -> str:
+    role = next((role for role in ("base", "tuned") if report[role] == name and role != name), None)
+    return f"{name} ({role})" if role else name
+
+
+def _show_estimate(estimate: dict[str, Any], signed: bool = False) -> str:
+    if estimate["value"] is None:
+        return "-"
+    sign = "+" if signed else ""
+    shown = f"{estimate['value']:{sign}.2f}"
+    if estimate["interval"] is None:
+        return shown
+    low, high = estimate["interval"]
+    return f"{shown} [{low:{sign}.2f}, {high:{sign}.2f}]"
+
+
+def results_table(report: dict[str, Any]) -> Table:
+    """One row a result file of lm-evaluation-harness."""
+    rows, roles = report["results"], {"origin": "old", "target": "new"}
+    table = Table(title="percent ± standard error")
+    table.add_column("file", overflow="fold")
+    table.add_column("model", overflow="fold")
+    for role, title in roles.items():
+        for name in report[role]:
+            metrics = dict.fromkeys(row["tasks"][name]["metric"].removesuffix(",none") for row in rows)
+            table.add_column(f"{name} ({title}, {' or '.join(metrics)})", justify="right")
+    for title in _SUMMARY.values():
+        table.add_column(title, justify="right")
+    for row in rows:
+        figures = [*(row["tasks"][name] for role in roles for name in report[role]), *row["summary"].values()]
+        cells = (f"{f['value']:.2f}" + (f" ± {f['stderr']:.2f}" if f["stderr"] is not None else "") for f in figures)
+        table.add_row(row["file"], row["model"], *cells)
+    return table

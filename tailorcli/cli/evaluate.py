@@ -1,0 +1,119 @@
+"""The commands that measure whole models: ``evaluate`` and ``hscore``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tailorcli.cli.commands import app, friendly_errors
+from tailorcli.cli.options import AsJson, Device
+from tailorcli.cli.output import print_json, print_rich
+from tailorcli.options import EvaluateOptions
+
+Origin = Annotated[list[str] | None, typer.Option(metavar="NAME", help="An old task, by its name; repeatable.")]
+Target = Annotated[list[str] | None, typer.Option(metavar="NAME", help="A new task, by its name; repeatable.")]
+
+
+@app.command()
+@friendly_errors
+def evaluate(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Folders of checkpoints.")],
+    task: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=FILE:KIND", help="A task: kind text, choice, choice-raw, generate; repeatable."),
+    ],
+    origin: Origin = None,
+    target: Target = None,
+    base: Annotated[Path | None, typer.Option(metavar="MODEL", help="Which MODEL is the pre-trained one.")] = None,
+    tuned: Annotated[Path | None, typer.Option(metavar="MODEL", help="Which MODEL is the fine-tuned one.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="REPORT.json", help="Write all figures here, down to single items."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw old against new (needs matplotlib).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Of each file, only the first so many records.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens that kind generate writes at most.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Texts are cut to so many tokens, longer items left out.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass: memory and speed.")] = 8,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Run the models in float32, bfloat16, float16; auto: as stored.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the models' own code.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what each MODEL kept of the old tasks and gained on the new: accuracies, averages, H-score.
+
+    One model at a time is loaded; every figure comes with a 95% interval over the items, paired between models.
+    """
+    from tailorcli.evaluate import evaluate_models
+
+    options = EvaluateOptions(
+        batch_size=batch_size,
+        seq_len=seq_len,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        dtype=dtype,  # type: ignore[arg-type]  # checked by the dataclass
+        trust_remote_code=trust_remote_code,
+    )
+    if plot is not None:
+        from tailorcli.plots import check_plot
+
+        check_plot(plot, bool(origin and target))
+    report = evaluate_models(
+        models,
+        task,
+        options,
+        origin=origin or (),
+        target=target or (),
+        base=base,
+        tuned=tuned,
+        progress=not as_json,
+    )
+    if output is not None:
+        report.write(output)
+        typer.echo(f"wrote {output}", err=True)
+    if plot is not None:
+        from tailorcli.plots import plot_evaluation
+
+        plot_evaluation(report.to_dict(), plot)
+        typer.echo(f"drew {plot}", err=True)
+    for name, facts in report.tasks.items():
+        if facts["left_out"]:
+            count = f"{len(facts['left_out'])} of {facts['items'] + len(facts['left_out'])} items"
+            typer.echo(f"left out of task {name}: {count} (too long, or nothing in them to score)", err=True)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    from tailorcli.show import evaluation_parts
+
+    print_rich(*evaluation_parts(report.to_dict()))
+    typer.echo(f"{report.seconds:.1f} s", err=True)
+
+
+@app.command()
+@friendly_errors
+def hscore(
+    results: Annotated[
+        list[Path], typer.Argument(metavar="RESULTS.json...", help="Result files of lm-evaluation-harness.")
+    ],
+    origin: Annotated[list[str], typer.Option(metavar="NAME", help="An old task or group; repeatable.")],
+    target: Annotated[list[str], typer.Option(metavar="NAME", help="A new task or group; repeatable.")],
+    metric: Annotated[
+        list[str] | None, typer.Option(metavar="METRIC", help="Metric to take, or TASK=METRIC; repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The averages and the H-score of results that lm-evaluation-harness wrote, a row a file."""
+    from tailorcli.harness import read_results
+
+    report = read_results(results, origin, target, metric or ())
+    if as_json:
+        print_json(report.to_dict())
+        return
+    from tailorcli.show import results_table
+
+    print_rich(results_table(report.to_dict()))

@@ -1,0 +1,240 @@
+"""Run models over tasks, one model after another, and say what each kept of the old ones and gained on the new."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from tailorcli.checkpoint import Checkpoint, side_files
+from tailorcli.device import device_errors, give_back_memory, resolve_device
+from tailorcli.errors import CheckpointError, DataError, OptionsError, TailorError
+from tailorcli.loading import check_shapes, load_encoder, load_model, num_positions, package_versions, read_config
+from tailorcli.merit import LEVEL, Estimate, Roles, TaskScores, check_roles, compare
+from tailorcli.options import EvaluateOptions
+from tailorcli.tasks import EncodedTask, Task, encode_task, read_tasks
+from tailorcli.writer import as_output_error, write_text_atomically
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT_VERSION = 1
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class EvaluateReport:
+    """What an evaluation found: for each model its figures with intervals, and what it did on every single item."""
+
+    options: dict[str, Any]
+    versions: dict[str, str]
+    tasks: dict[str, dict[str, Any]]  # name -> file, kind, role, and the numbers of the scored records
+    models: dict[str, dict[str, Any]]  # name -> path, fingerprint, what it ran in
+    roles: Roles
+    scores: dict[str, dict[str, TaskScores]]  # model -> task
+    figures: dict[str, dict[str, dict[str, Estimate]]]  # model -> "tasks" and "summary"
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: of a task what each model did on its items, in the order of the task's ``records``."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "command": "evaluate",
+            "options": self.options,
+            "versions": self.versions,
+            "level": LEVEL,
+            "tasks": self.tasks,
+            "base": self.roles.base,
+            "tuned": self.roles.tuned,
+            "models": [self._model(name) for name in self.models],
+            "seconds": self.seconds,
+        }
+
+    def _model(self, name: str) -> dict[str, Any]:
+        figures = self.figures[name]
+        tasks = {}
+        for task, scores in self.scores[name].items():
+            loss = scores.mean_loss
+            tasks[task] = {
+                **figures["tasks"][task].to_dict(),
+                "loss": loss,
+                "correct": [int(value) for value in scores.correct],
+                "count": [int(value) for value in scores.count],
+                **({} if loss is None else {"losses": [float(value) for value in scores.loss]}),
+                **({"outputs": list(scores.outputs)} if scores.outputs else {}),
+            }
+        summary = {key: value.to_dict() for key, value in figures["summary"].items()}
+        return {"name": name, **self.models[name], "summary": summary, "tasks": tasks}
+
+    def write(self, path: PathLike) -> None:
+        """Write the report as JSON, whole or not at all. Raises OutputError."""
+        target = Path(path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(target, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        except OSError as error:
+            raise as_output_error(target, error) from error
+
+
+def evaluate_models(
+    models: Sequence[PathLike],
+    tasks: Sequence[str],
+    options: EvaluateOptions = EvaluateOptions(),
+    *,
+    origin: Sequence[str] = (),
+    target: Sequence[str] = (),
+    base: PathLike | None = None,
+    tuned: PathLike | None = None,
+    progress: bool = False,
+) -> EvaluateReport:
+    """Evaluate checkpoint folders on tasks written as NAME=FILE:KIND (``tasks.KINDS``), loading one model at a time.
+
+    ``origin`` and ``target`` name the old and the new tasks, from which H comes (Eq. 32); ``base`` and ``tuned`` say
+    which of the models are the one before fine-tuning and the one after. Every item is scored for every model: one
+    that is too long for one of them is left out for all. Everything is checked before a model is loaded.
+    Raises TailorError.
+    """
+    started = perf_counter()
+    read = read_tasks(tasks, options.limit)
+    device = resolve_device(options.device)
+    names = _names([Path(model) for model in models])
+    roles = check_roles([task.name for task in read], origin, target, _which(base, names), _which(tuned, names))
+    with ExitStack() as stack:
+        checkpoints = {name: stack.enter_context(Checkpoint.open(path)) for name, path in names.items()}
+        for checkpoint in checkpoints.values():
+            check_shapes(checkpoint, read_config(checkpoint.path), options)
+        encoded = encode_for_all(read, checkpoints, options)
+        scores, facts = {}, {}
+        for name, checkpoint in checkpoints.items():
+            with device_errors():
+                scores[name], ran_in = _evaluate(name, checkpoint, encoded[name], options, device, progress)
+            facts[name] = {"path": str(names[name]), "fingerprint": checkpoint.fingerprint(), "run_in": ran_in}
+    return EvaluateReport(
+        options=options.to_dict(),
+        versions=package_versions(),
+        tasks={task.name: _task_facts(task, next(iter(encoded.values()))[task.name], roles) for task in read},
+        models=facts,
+        roles=roles,
+        scores=scores,
+        figures=compare(scores, roles, options.resamples, options.seed),
+        seconds=perf_counter() - started,
+    )
+
+
+def _names(paths: list[Path]) -> dict[str, Path]:
+    """A short name for each model: its folder's, or the whole path where folders have the same."""
+    if not paths:
+        raise OptionsError("there is no model to evaluate", "pass one or more MODEL folders")
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise CheckpointError(f"there is no model folder {path}", "pass the folder that save_pretrained wrote")
+        if path.resolve() in seen:
+            raise OptionsError(f"{path} is given twice", "pass every model once")
+        seen[path.resolve()] = path
+    short = [path.name for path in seen]
+    return {name if short.count(name) == 1 else str(path): path for name, path in zip(short, paths, strict=True)}
+
+
+def _which(path: PathLike | None, names: dict[str, Path]) -> str | None:
+    """The name of the model that a path, or a name, stands for."""
+    if path is None:
+        return None
+    for name, own in names.items():
+        if str(path) == name or Path(path).resolve() == own.resolve():
+            return name
+    raise OptionsError(f"{path} is not among the models", f"name one of them: {', '.join(map(str, names.values()))}")
+
+
+def encode_for_all(
+    tasks: list[Task], checkpoints: dict[str, Checkpoint], options: EvaluateOptions
+) -> dict[str, dict[str, EncodedTask]]:
+    """Model -> task -> the same items, by each model's own tokenizer; models with the same one share the result."""
+    has_media = any(record.has_media for task in tasks for record in task.records)
+    made: dict[tuple[str, int, int | None], dict[str, EncodedTask]] = {}
+    keys = {}
+    for name, checkpoint in checkpoints.items():
+        encoder = load_encoder(checkpoint.path, checkpoint.path, has_media, options)
+        positions = num_positions(read_config(checkpoint.path))
+        keys[name] = (_tokenizer_digest(checkpoint.path), positions, encoder.start_token)
+        if keys[name] not in made:
+            made[keys[name]] = {task.name: encode_task(task, encoder, options, positions) for task in tasks}
+    for task in tasks:
+        out = {number for encoded in made.values() for number in encoded[task.name].left_out}
+        for encoded in made.values():
+            encoded[task.name] = encoded[task.name].without(out)
+            if not encoded[task.name].items:
+                what = f"task {task.name!r}: every item is too long for one of the models"
+                raise DataError(what, "pass a larger --seq-len, or models alike in a run")
+    return {name: made[key] for name, key in keys.items()}
+
+
+_NO_TOKENIZER = ("config.json", "generation_config.json", "README.md", "training_args.bin", ".gitattributes")
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    """A hash of all that can decide how a folder's model encodes: every side file but a few that do not."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in side_files(folder):
+        if str(name) not in _NO_TOKENIZER:
+            digest.update(f"{name}\0".encode())
+            digest.update(hashlib.blake2b((folder / name).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _evaluate(
+    name: str,
+    checkpoint: Checkpoint,
+    tasks: dict[str, EncodedTask],
+    options: EvaluateOptions,
+    device: torch.device,
+    progress: bool,
+) -> tuple[dict[str, TaskScores], str]:
+    """One model's scores and the dtype that it ran in; nothing of it stays in memory."""
+    import torch
+    from tqdm import tqdm
+
+    from tailorcli.predict import evaluate_network
+
+    network = load_model(checkpoint, read_config(checkpoint.path), options).to(device)
+    rows = sum(len(item.rows) for task in tasks.values() for item in task.items)
+    with tqdm(total=rows, desc=f"evaluating {name}", unit="row", disable=None if progress else True) as bar:
+        try:
+            scores = evaluate_network(network, tasks, options, advance=bar.update)
+        except TailorError as error:
+            raise type(error)(f"{name}: {error.message}", error.hint) from error
+    ran_in = str(network.dtype).removeprefix("torch.")
+    del network
+    gc.collect()
+    give_back_memory()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return scores, ran_in
+
+
+_METRICS = {
+    "text": "right next tokens of all scored tokens",
+    "choice": "items whose right choice has the highest log-likelihood a character",
+    "choice-raw": "items whose right choice has the highest log-likelihood",
+    "generate": "items answered with an accepted answer",
+}
+
+
+def _task_facts(task: Task, encoded: EncodedTask, roles: Roles) -> dict[str, Any]:
+    return {
+        "file": str(task.path),
+        "blake2b": task.digest,
+        "kind": task.kind,
+        "percent_of": _METRICS[task.kind],
+        "role": "origin" if task.name in roles.origin else "target" if task.name in roles.target else None,
+        "items": len(encoded.items),
+        "records": [item.number for item in encoded.items],
+        "left_out": list(encoded.left_out),
+    }
