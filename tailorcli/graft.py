@@ -196,7 +196,7 @@ def _samples(
     encoder = load_encoder(tokenizer_folder(tuned), base.path, False, settings)
     if encoder.start_token is not None:
         raise OptionsError(f"{base.path} is an encoder-decoder, and graft trains causal language models", "")
-    length = min(settings.seq_len, num_positions(config))
+    length = min(settings.length, num_positions(config))
 
     def encode(record: Any, seq_len: int) -> Inputs | None:
         inputs = encoder.encode(record, min(seq_len, length))
