@@ -48,6 +48,7 @@ from tailorcli.cli.output import (
     print_rich,
     reasons,
     require_output,
+    require_source,
     show_cost,
     show_merge,
     show_plan,
@@ -148,6 +149,7 @@ def calibrate(
 
     The Hessians say which inputs matter to each layer; score and patch read them. Needs no old data.
     """
+    require_source(data, synthetic)
     from tailorcli.calibrate import calibrate_model
     from tailorcli.report import format_bytes
 
@@ -197,7 +199,7 @@ def score(
     tuned: Tuned,
     stats: StatsIn = None,
     retain: RetainIn = None,
-    retain_weight: RetainWeight = 1.0,
+    retain_weight: RetainWeight = 0.3,
     density: Density = 0.1,
     omega: Omega = 0.5,
     damping: Damping = 0.01,
@@ -248,7 +250,7 @@ def patch(
     patch_file: PatchOut = None,
     stats: StatsIn = None,
     retain: RetainIn = None,
-    retain_weight: RetainWeight = 1.0,
+    retain_weight: RetainWeight = 0.3,
     density: Density = 0.1,
     omega: Omega = 0.5,
     solver: Annotated[str, typer.Option(help="joint (exact), sequential (the paper's sweep) or none.")] = "joint",
