@@ -219,6 +219,19 @@ class PatchOptions:
         return values
 
 
+# Table 1's setting of the paper: its sweep, a tenth of the entries, both scores alike, no retain term.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"density": 0.1, "omega": 0.5, "solver": "sequential", "damping": 0.01, "block_size": 128},
+}
+
+
+def with_preset(preset: str | None, **given: Any) -> dict[str, Any]:
+    """The options given (not None), then those of a preset; what neither says keeps the default of PatchOptions."""
+    if preset is not None:
+        _require_choice("preset", preset, tuple(PRESETS))
+    return PRESETS.get(preset or "", {}) | {name: value for name, value in given.items() if value is not None}
+
+
 @dataclass(frozen=True)
 class MergeOptions:
     """How ``merge-multi`` stitches the patches of several tasks (Eq. 14, 15)."""

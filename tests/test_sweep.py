@@ -12,7 +12,7 @@ import tailorcli.sweep as sweep_module
 from tailorcli import EvaluateOptions, PatchOptions, TailorError, calibrate_model, evaluate_models, patch_checkpoint
 from tailorcli.cli import app
 from tailorcli.merit import frontier, frontier_area
-from tailorcli.options import CalibrateOptions
+from tailorcli.options import PRESETS, CalibrateOptions
 from tailorcli.sweep import run_sweep, settings_of
 
 ENDS = ((60.0, 20.0), (10.0, 50.0))  # old and new of base and tuned
@@ -209,3 +209,26 @@ def test_command_line(pair, tmp_path):
 
 def test_default_evaluation_options_are_those_of_evaluate():
     assert run_sweep.__kwdefaults__["options"] == EvaluateOptions()
+
+
+def test_preset_paper_is_the_papers_own_setting(pair, tmp_path):
+    """Its sweep with the true diagonal of the inverse, a tenth of the entries, both scores alike, no retain term."""
+    assert PRESETS["paper"] == {
+        **{"density": 0.1, "omega": 0.5, "solver": "sequential"},
+        **{"damping": 0.01, "block_size": 128},
+    }
+    inputs = ["patch", str(pair / "base"), str(pair / "tuned"), "--stats", str(pair / "stats")]
+    written = {}
+    for name, extra in {
+        "preset": ["--preset", "paper"],
+        "spelt": ["--solver", "sequential", "--density", "0.1", "--omega", "0.5"],
+        "denser": ["--preset", "paper", "--density", "0.2"],
+    }.items():
+        result = CliRunner().invoke(app, [*inputs, "-o", str(tmp_path / name), *extra])
+        assert result.exit_code == 0, result.output
+        written[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert written["preset"] == written["spelt"] != written["denser"]
+    for extra in (["--preset", "papier"], ["--preset", "paper", "--retain", str(pair / "stats")]):
+        result = CliRunner().invoke(app, [*inputs, "-o", str(tmp_path / "x"), *extra])
+        assert result.exit_code in (1, 2)
+        assert not (tmp_path / "x").exists()

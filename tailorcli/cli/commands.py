@@ -31,6 +31,8 @@ from tailorcli.cli.options import (
     Omega,
     OutFolder,
     Overwrite,
+    OwnDensity,
+    OwnOmega,
     PatchIn,
     PatchOut,
     ResizedVocab,
@@ -58,7 +60,7 @@ from tailorcli.cli.output import (
     show_written,
 )
 from tailorcli.errors import TailorError
-from tailorcli.options import CalibrateOptions, MergeOptions, PatchOptions, parse_size
+from tailorcli.options import CalibrateOptions, MergeOptions, PatchOptions, parse_size, with_preset
 
 if TYPE_CHECKING:
     pass
@@ -251,11 +253,20 @@ def patch(
     stats: StatsIn = None,
     retain: RetainIn = None,
     retain_weight: RetainWeight = 0.3,
-    density: Density = 0.1,
-    omega: Omega = 0.5,
-    solver: Annotated[str, typer.Option(help="joint (exact), sequential (the paper's sweep) or none.")] = "joint",
-    damping: Damping = 0.01,
-    block_size: Annotated[int, typer.Option(help="Columns per block of the sequential solver.")] = 128,
+    density: OwnDensity = None,
+    omega: OwnOmega = None,
+    solver: Annotated[
+        str | None, typer.Option(help="joint (exact), sequential (the paper's sweep) or none. Default joint.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="paper: density, omega, solver, damping and block size of the paper.")
+    ] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="Added to the Hessian's diagonal, times its mean. Default 0.01.")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Columns per block of the sequential solver. Default 128.")
+    ] = None,
     tolerance: Tolerance = 1e-4,
     max_iterations: MaxIterations = 300,
     method: Annotated[
@@ -296,13 +307,12 @@ def patch(
     from tailorcli.adapter import is_adapter
     from tailorcli.patch import patch_checkpoint, plan_patch
 
+    if preset is not None and retain is not None:
+        raise typer.BadParameter("--preset paper has no retain term: leave --retain out")
+    own = {"density": density, "omega": omega, "solver": solver, "damping": damping, "block_size": block_size}
     options = PatchOptions(
-        density=density,
-        omega=omega,
+        **with_preset(preset, **own),
         retain_weight=retain_weight,
-        solver=solver,  # type: ignore[arg-type]  # checked by the dataclass
-        damping=damping,
-        block_size=block_size,
         tolerance=tolerance,
         max_iterations=max_iterations,
         method=method,  # type: ignore[arg-type]
