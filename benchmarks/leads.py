@@ -201,10 +201,6 @@ def main() -> None:
             h = [h_score(*pair) for pair in pairs]
             old, new = pairs.mean(0)
             cells += [f"{old:.1f}", f"{new:.1f}", f"{np.mean(h):.1f} ± {np.std(h, ddof=1):.1f}"]
-                f"{pairs[:, 0].mean():.1f}",
-                f"{pairs[:, 1].mean():.1f}",
-                f"{np.mean(h):.1f} ± {np.std(h, ddof=1):.1f}",
-            ]
         rows.append(cells)
     header = ["variant", *(f"{name}: {column}" for name in results for column in ("old", "new", "H"))]
     document = DOCUMENT.read_text(encoding="utf-8")
