@@ -81,6 +81,11 @@ def merge_patches(
             announce(plan)
         timer = StageTimer(device)
         side, notes = _side_files(inputs)
+        if options.method == "joint":  # which starts from the tuned models again
+            made = [task.patch.name for task in inputs.tasks if task.patch.input_fingerprint("retain") is not None]
+            notes += tuple(
+                f"{name} was made with a retain term, which joint leaves out; average keeps it" for name in made
+            )
         outputs = stack.enter_context(target.open(plan, inputs.base, identity, _manifest(inputs, facts, options), side))
         records = dict(outputs.done)
         bar = stack.enter_context(progress_bar(plan.tensors, "merging", progress))

@@ -432,8 +432,9 @@ def _record(
     }
     if tensor.experts:
         record["experts"] = list(tensor.experts)
-    if stats is not None and used and stats.tensors[tensor.name].note:
-        record["note"] = stats.tensors[tensor.name].note
+    notes = [stats.tensors[tensor.name].note if stats is not None and used else "", tensor.note]
+    if any(notes):
+        record["note"] = "; ".join(note for note in notes if note)
     if tensor.retain:
         record["retain"] = tensor.retain[0] if len(tensor.retain) == 1 else list(tensor.retain)
     if result is not None and not frozen:

@@ -34,6 +34,7 @@ class TensorPlan:
     transposed: bool = False
     experts: tuple[str, ...] = ()  # a Hessian for each slice of a tensor that fuses experts, instead of one
     retain: tuple[str, ...] = ()  # of the retained statistics, as many; none: without a retain term
+    note: str = ""  # why it has none, where others do
 
     @property
     def numel(self) -> int:
@@ -115,6 +116,11 @@ def build_plan(
     tensors = [_plan_tensor(info, info.name in changed, stats, options, retain) for info in base.tensors.values()]
     if not any(tensor.action == "patch" for tensor in tensors):
         raise OptionsError("no tensor would be patched", "check --include and --exclude, and those of calibrate")
+    if retain is not None and options.retain_weight > 0.0 and not any(tensor.retain for tensor in tensors):
+        raise StatsError(
+            f"{retain.path} has statistics for none of the tensors that would be patched",
+            "check --include and --exclude, and those of calibrate",
+        )
     ordered = group_by_hessian(tensors)
     layout = plan_layout(base, options.max_shard_size)
     passes = {"graft": 1, "magnitude": 2 * options.counts_first}.get(options.method, 0)  # over both before the work
@@ -172,21 +178,31 @@ def _plan_tensor(
     if reason:
         return TensorPlan(*common, action="base", reason=reason, role=entry.role)
     hessian, experts = (entry.hessian, tuple(entry.experts)) if options.needs_hessians else (None, ())
-    retained = () if retain is None else _retained(entry, retain.tensors[info.name], stats, retain, options)
-    return TensorPlan(*common, "patch", "", hessian, entry.role, entry.transposed, experts, retained)
+    retained: tuple[str, ...] = ()
+    note = ""
+    if retain is not None and options.retain_weight > 0.0:
+        retained, note = _retained(entry, retain.tensors[info.name], stats, retain)
+    return TensorPlan(*common, "patch", "", hessian, entry.role, entry.transposed, experts, retained, note)
 
 
 def _retained(
-    entry: TensorStats, other: TensorStats, stats: Stats | None, retain: Stats, options: PatchOptions
-) -> tuple[str, ...]:
-    """The Hessians of the retained data for a tensor, if there are such of the same kind as those of the new task."""
+    entry: TensorStats, other: TensorStats, stats: Stats | None, retain: Stats
+) -> tuple[tuple[str, ...], str]:
+    """The retained data's Hessians for a tensor, of the same kind as those of the new task; or why there are none."""
     names = tuple(other.hessians)
-    if stats is None or options.retain_weight == 0.0 or len(names) != len(entry.hessians):
-        return ()
-    alike = all(
-        stats.hessians[new].kind == retain.hessians[old].kind for new, old in zip(entry.hessians, names, strict=True)
-    )
-    return names if alike and entry.transposed == other.transposed else ()
+    if not names:
+        return (), f"without the retain term: no retained statistics: {other.reason}"
+    alike = stats is not None and len(names) == len(entry.hessians) and entry.transposed == other.transposed
+    if (
+        stats is None
+        or not alike
+        or any(
+            stats.hessians[new].kind != retain.hessians[old].kind
+            for new, old in zip(entry.hessians, names, strict=True)
+        )
+    ):
+        return (), "without the retain term: its retained statistics are of another kind than those of the new task"
+    return names, ""
 
 
 def _is_linear(entry: TensorStats, stats: Stats | None) -> bool:

@@ -85,6 +85,7 @@ def total_figures(tensors: list[dict[str, Any]]) -> dict[str, Any]:
 
     numel, kept = int(total("numel")), int(total("kept"))
     scored = [t for t in patched if t.get("sensitivity_sum") is not None]
+    drift = mean("drift")
     sensitivity = sum(t["sensitivity_sum"] for t in scored)
     return {
         "tensors_patched": len(patched),
@@ -98,6 +99,7 @@ def total_figures(tensors: list[dict[str, Any]]) -> dict[str, Any]:
         "sensitivity_share_kept": share(sum(t["sensitivity_kept"] for t in scored), sensitivity),
         "error_before": mean("error_before"),
         "error_after": mean("error_after"),
+        **({"drift": drift} if drift is not None else {}),  # with a retain term alone
         "largest_residual": max((t.get("residual", 0.0) for t in patched), default=0.0),
         "damped_further": [t["name"] for t in patched if t.get("damped_further")],
     }
@@ -214,12 +216,17 @@ def tensor_table(report: dict[str, Any], *, errors: bool) -> Table:
     if report["command"] == MERGE:
         return _merge_table(report)
 
-    table = Table(title=f"{report['command']}: {_choice(report['options'])}")
-    for column in (*_COLUMNS, *(("error before", "after") if errors else ())):
+    title = f"{report['command']}: {_choice(report['options'])}"
+    if "retain" in report["inputs"]:
+        title += f", retain weight {report['options']['retain_weight']:g}"
+    drifts = errors and "drift" in report["totals"]
+    table = Table(title=title)
+    for column in (*_COLUMNS, *(("error before", "after") if errors else ()), *(("drift",) if drifts else ())):
         table.add_column(column, justify="left" if column == "tensor" else "right", overflow="fold")
     for tensor in report["tensors"]:
         if tensor["status"] == "patched":
-            table.add_row(*_tensor_row(tensor, errors))
+            drift = [format_share(tensor.get("drift"))] if drifts else []
+            table.add_row(*_tensor_row(tensor, errors), *drift)
     totals = report["totals"]
     last = [
         f"total: {totals['tensors_patched']} patched, {totals['tensors_at_base']} left at base",
@@ -234,6 +241,8 @@ def tensor_table(report: dict[str, Any], *, errors: bool) -> Table:
     ]
     if errors:
         last += [format_share(totals["error_before"]), format_share(totals["error_after"])]
+    if drifts:
+        last.append(format_share(totals["drift"]))
     table.add_section()
     table.add_row(*last, style="bold")
     return table
@@ -261,7 +270,8 @@ def options_shown(report: dict[str, Any]) -> dict[str, Any]:
             "graft": ("method", "density", "threshold", "graft_steps", "graft_rate"),
         }.get(method, ("method", "density", "damping"))
     weight = ("weight",) if options.get("weight", 1.0) != 1.0 else ()
-    return {key: options[key] for key in (*shown, *weight)}
+    retained = ("retain_weight",) if "retain" in report["inputs"] else ()
+    return {key: options[key] for key in (*shown, *retained, *weight)}
 
 
 def _tensor_row(tensor: dict[str, Any], errors: bool) -> list[str]:

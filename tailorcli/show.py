@@ -46,7 +46,9 @@ def _show_fact(key: str, value: Any) -> str:
         return str(value)
     if key == "bytes" or key.endswith("_bytes"):
         return format_bytes(value)
-    if isinstance(value, float) and ("share" in key or key.startswith("error") or key in ("jaccard", "density")):
+    if isinstance(value, float) and (
+        "share" in key or key.startswith("error") or key in ("jaccard", "density", "drift")
+    ):
         return format_share(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
@@ -94,6 +96,7 @@ def plan_table(plan: Plan) -> Table:
         shape = "×".join(map(str, tensor.shape)) or "scalar"
         own = f"{len(tensor.experts)} experts" if tensor.experts else tensor.hessian
         shared = own or tensor.reason or "salience alone" if tensor.action == "patch" else ""
+        shared += ", retained" if tensor.retain else ""
         table.add_row(tensor.name, tensor.dtype, shape, treatment, shared)
     return table
 

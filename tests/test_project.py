@@ -24,7 +24,7 @@ LAYERS = [
     {"patchwriter", "vocabulary"},
     {"plan"},
     {"names", "layers", "loading", "outputs", "reading", "mergeplan", "baselines"},
-    {"collect", "graft"},
+    {"collect", "graft", "synthetic"},
     {"passes"},
     {"calibrate", "patch", "apply", "inspection"},
     {"merge", "predict"},

@@ -67,8 +67,10 @@ def cost(plan: Plan, output: Path | None, patch_file: Path | None) -> str:
         writes.append(f"{format_bytes(plan.write_bytes)} to {output} ({format_bytes(free_bytes(output))} free)")
     if patch_file is not None:
         writes.append(f"at most {format_bytes(plan.patch_bytes)} to {patch_file}")
+    retained = sum(bool(tensor.retain) for tensor in plan.patched)
+    term = f" ({retained} with the retain term)" if retained else ""
     return (
-        f"patching {len(plan.patched)} tensors, leaving {len(plan.left_at_base)} at base: "
+        f"patching {len(plan.patched)} tensors{term}, leaving {len(plan.left_at_base)} at base: "
         f"{format_bytes(plan.read_bytes)} to read, to write {' and '.join(writes)}, "
         f"about {format_bytes(plan.peak_bytes)} of memory at the peak"
     )
@@ -91,6 +93,7 @@ def show_plan(plan: Plan, output: Path | None, patch_file: Path | None, as_json:
 
     print_rich(plan_table(plan))
     typer.echo(cost(plan, output, patch_file))
+    show_reasons({tensor.name: tensor.note for tensor in plan.patched if tensor.note}, "note")
     typer.echo("dry run: nothing was written", err=True)
 
 
@@ -127,6 +130,11 @@ def show_summary(report: dict[str, Any]) -> None:
         typer.echo(
             f"mean layer error against the tuned model: {format_share(totals['error_before'])} before compensation, "
             f"{format_share(totals['error_after'])} after ({how})"
+        )
+    if "drift" in totals:
+        typer.echo(
+            f"mean drift on the retained data: {format_share(totals['drift'])} of the tuned model's (0% is the base; "
+            f"retain weight {report['options']['retain_weight']:g})"
         )
     if totals["damped_further"]:
         typer.echo(f"damped further than asked: {', '.join(totals['damped_further'])}", err=True)

@@ -104,12 +104,15 @@ def measure(
     """All figures of one tensor, chunk by chunk; matrices are in the stored orientation.
 
     ``moved`` says that kept entries may differ from tuned's for another reason than a decoration; ``goal`` is what
-    the kept ones change by before it, where that is not ``delta``.
+    the kept ones change by before it, and what is scored, where that is not ``delta``.
     """
     retain = prepared.retain if prepared is not None else None
     moved = moved or decoration is not None
+    scored = delta if retain is None or goal is None else goal
     sums = _mask_sums(delta, mask)
-    scores = _sensitivity_sums(delta, mask, inverse) if inverse is not None else {}
+    if scored is not delta:
+        sums["distance_before"] = _kept_distance(scored, mask)
+    scores = _sensitivity_sums(scored, mask, inverse) if inverse is not None else {}
     errors: dict[str, Any] = {}
     distance_after = None
     if patched is not None:
@@ -130,7 +133,7 @@ def measure(
         numel=delta.numel(),
         distance_after=distance_after,
         **sums,
-        **_quantiles(delta, inverse),
+        **_quantiles(scored, inverse),
         **scores,
         **errors,
     )
@@ -156,6 +159,13 @@ def _mask_sums(delta: Tensor, mask: Tensor) -> dict[str, Any]:
         "distance_tuned": distance,
         "distance_before": distance_kept,
     }
+
+
+def _kept_distance(change: Tensor, mask: Tensor) -> float:
+    def distance(rows: slice) -> float:
+        return float((change[rows] * mask[rows].view(torch.uint8)).abs().sum())
+
+    return sum(map_rows(change, distance))
 
 
 def _sensitivity_sums(delta: Tensor, mask: Tensor, inverse: Tensor) -> dict[str, Any]:

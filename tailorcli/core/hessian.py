@@ -180,13 +180,15 @@ def combine_hessians(hessians: Sequence[Tensor], weights: Sequence[float]) -> Te
 class Retained:
     """What a retain term adds to a prepared Hessian A = H + beta s H_r (``core.retain``).
 
-    ``hessian`` is H and ``retained`` H_r, both (I, I) or (I,); ``amount`` is what damping adds to H alone; ``factor``
-    is that of A, None where it is diagonal.
+    ``hessian`` is H and ``retained`` H_r, both (I, I) or (I,); ``amount`` is what damping adds to H alone; ``share``
+    is mean(diag H) / mean(diag A), what is left of a change that no data reach; ``factor`` is that of A, None where
+    it is diagonal.
     """
 
     hessian: Tensor
     retained: Tensor
     amount: float
+    share: float
     factor: Factor | None
 
 

@@ -54,7 +54,8 @@ def prepare_retaining(
         used = factor.damping
         diagonal = inverse_diagonal(factor) if sensitivity else None
         upper = inverse_factor(factor) if sequential else None
-    kept = Retained(hessian, retained, used * mean_new, factor)
+    share = mean_new / mean if mean > 0 else 1.0
+    kept = Retained(hessian, retained, used * mean_new, share, factor)
     return PreparedHessian(system, diagonal, upper, used, used * mean, int(dead.sum()), kept)
 
 
@@ -62,13 +63,14 @@ def retained_goal(delta: Tensor, prepared: PreparedHessian) -> Tensor:
     """Goal = delta (H + a I) (A + b I)^-1 for rows (O, I): where the retain term wants every entry, were there no mask.
 
     ``a`` and ``b`` are what damping adds, so that weight zero gives delta. A channel that no data reach goes as far as
-    a diagonal H and H_r that are alike would take it.
+    a diagonal H and H_r that are alike would take it, 1 / (1 + beta), which is what damping alone says of it.
     """
     of_new = prepared.retain
     assert of_new is not None
+    dead = dead_channels(prepared.hessian)
     if of_new.factor is None:
-        # Nothing at all where damping is zero and no data reach a channel.
-        return delta * ((of_new.hessian + of_new.amount) / (prepared.hessian + prepared.amount)).nan_to_num(0.0)
+        left = (of_new.hessian + of_new.amount) / (prepared.hessian + prepared.amount)  # (I,)
+        return delta * left.masked_fill(dead, of_new.share)
     goal = torch.empty_like(delta)
     for rows in row_slices(delta.shape[0], delta.shape[1], _CHUNK_ENTRIES):
         target = delta[rows] @ of_new.hessian
@@ -76,8 +78,6 @@ def retained_goal(delta: Tensor, prepared: PreparedHessian) -> Tensor:
         # The factor is that of A with its channels reversed.
         solved = torch.cholesky_solve(target.flip(1).T, of_new.factor.chol)  # (I, R)
         goal[rows] = solved.T.flip(1)
-    dead = dead_channels(prepared.hessian)
     if bool(dead.any()):
-        share = of_new.amount / prepared.amount if prepared.amount > 0 else 0.0
-        goal[:, dead] = share * delta[:, dead]
+        goal[:, dead] = of_new.share * delta[:, dead]
     return goal

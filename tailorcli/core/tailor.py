@@ -87,7 +87,7 @@ def tailor_layer(
         with timer.stage("solve"):
             decoration = _decorate(goal, mask, prepared, solver, transposed, block_size, tolerance, max_iterations)
         with timer.stage("assemble"):
-            wanted = tuned_2d if goal is delta else base_2d.to(torch.float32).add_(goal)
+            wanted = tuned_2d if goal is delta else torch.add(goal, base_2d)
             patched = assemble(base_2d, wanted, mask, decoration.decorator if decoration else None, weight)
             del base_2d, wanted
             if not _is_finite(patched):
