@@ -192,7 +192,7 @@ def _self_written(
     from tqdm import tqdm
 
     from tailorcli.collect import free_memory
-    from tailorcli.synthetic import write_samples
+    from tailorcli.synthetic import require_writer, write_samples
 
     if stored is not tuned:
         raise OptionsError(
@@ -206,8 +206,10 @@ def _self_written(
             "pass --data FILE, which goes block by block",
         )
     options = replace(options, seq_len=min(options.length, num_positions(config)))
+    network = load_model(stored, config, options)
+    require_writer(network)  # before its tokenizer, which a vision model has none of
     encoder = load_encoder(stored.path, stored.path, False, options)
-    network = load_model(stored, config, options).to(device)
+    network.to(device)
     total = options.num_samples * (options.length - 1)
     with device_errors(), tqdm(total=total, desc="writing", unit="tok", disable=None if progress else True) as bar:
         return write_samples(network, encoder.tokenizer, options, device, bar)

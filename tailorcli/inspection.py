@@ -127,11 +127,15 @@ def _inspect_stats(folder: Path) -> Inspection:
     stats = Stats.open(folder)
     stats.close()
     uncalibrated = {name: entry.reason for name, entry in stats.tensors.items() if not entry.hessians}
+    data = {key: value for key, value in stats.manifest.get("data", {}).items() if key != "blake2b"}
+    if data.get("synthetic"):
+        del data["synthetic"]
+        data["file"] = "none: the model wrote the samples itself"
     facts: dict[str, Any] = {
         "calibrated model": stats.manifest["model"].get("path"),
         "fingerprint": stats.model_fingerprint,
         "run in": stats.manifest["model"].get("run_in"),
-        **{f"data {key}": value for key, value in stats.manifest.get("data", {}).items() if key != "blake2b"},
+        **{f"data {key}": value for key, value in data.items()},
         "hessians": len(stats.hessians),
         "bytes": sum(stats.nbytes(name) for name in stats.hessians),
         "tensors calibrated": len(stats.tensors) - len(uncalibrated),

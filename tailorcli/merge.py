@@ -84,7 +84,8 @@ def merge_patches(
         if options.method == "joint":  # which starts from the tuned models again
             made = [task.patch.name for task in inputs.tasks if task.patch.input_fingerprint("retain") is not None]
             notes += tuple(
-                f"{name} was made with a retain term, which joint leaves out; average keeps it" for name in made
+                f"{name} was made with a retain term, which joint leaves out; --method patches keeps it"
+                for name in made
             )
         outputs = stack.enter_context(target.open(plan, inputs.base, identity, _manifest(inputs, facts, options), side))
         records = dict(outputs.done)

@@ -26,13 +26,10 @@ def write_samples(network: Any, tokenizer: Any, options: CalibrateOptions, devic
 
     Sampled at temperature 1 from the whole vocabulary. The token that ends a text ends no sample: what the model
     goes on with is a new text, as in its training. The same seed, device and versions give the same samples.
-    Raises CheckpointError for a model that writes no text, NumericalError where it cannot be sampled from.
+    Raises DataError for a tokenizer of special tokens alone, NumericalError where the model cannot be sampled from.
     """
     import torch
 
-    if not getattr(network, "can_generate", lambda: False)() or network.config.is_encoder_decoder:
-        name = type(network).__name__
-        raise CheckpointError(f"{name} continues no text, so that it cannot write its own samples", _HINT)
     first = _plain_tokens(tokenizer, network.get_input_embeddings().weight.shape[0])
     samples: list[Inputs] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
@@ -50,6 +47,13 @@ def write_samples(network: Any, tokenizer: Any, options: CalibrateOptions, devic
         "seq_len": options.length,
     }
     return Samples(samples, facts)
+
+
+def require_writer(network: Any) -> None:
+    """Raises CheckpointError for a model that continues no text."""
+    if not getattr(network, "can_generate", lambda: False)() or getattr(network.config, "is_encoder_decoder", False):
+        name = type(network).__name__
+        raise CheckpointError(f"{name} continues no text, so that it cannot write its own samples", _HINT)
 
 
 def _plain_tokens(tokenizer: Any, rows: int) -> torch.Tensor:

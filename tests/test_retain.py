@@ -462,7 +462,7 @@ def test_the_job_through_the_commands(llama_pair, tmp_path):
     """Calibrate, a dry run, patch, inspect and its picture; the report says what was retained and how far it went."""
     base, tuned, stats = (llama_pair / name for name in ("base", "tuned", "stats"))
     made = run("calibrate", base, "--synthetic", "--num-samples", 6, "--seq-len", 12, "-o", tmp_path / "retained")
-    assert made.stdout.startswith("6 samples, 72 tokens")
+    assert made.stdout.startswith("6 samples that the model wrote itself, 72 tokens")
     assert f"next: tailorcli patch {base} TUNED --stats STATS --retain {tmp_path / 'retained'} -o OUT" in made.stderr
     arguments = (base, tuned, "--stats", stats, "--retain", tmp_path / "retained", "--retain-weight", "0.5")
     plan = json.loads(run("patch", *arguments, "-o", tmp_path / "out", "--dry-run", "--json").stdout)
@@ -530,6 +530,29 @@ def test_what_does_not_go_together(llama_pair, retained, tmp_path, extra, messag
     pair = (llama_pair / "base", llama_pair / "tuned", "--stats", llama_pair / "stats", "--retain", retained)
     assert message in one_error("patch", *pair, "-o", tmp_path / "out", *extra)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_resized_vocabulary_is_refused(llama_pair, retained, tmp_path):
+    from helpers import make_model, make_tokenizer, perturb
+
+    model = perturb(make_model())
+    model.resize_token_embeddings(107)
+    model.save_pretrained(tmp_path / "tuned")
+    make_tokenizer().save_pretrained(tmp_path / "tuned")
+    calibrate_model(tmp_path / "tuned", llama_pair / "data.jsonl", tmp_path / "stats", CalibrateOptions(num_samples=4))
+    pair = (llama_pair / "base", tmp_path / "tuned", "--stats", tmp_path / "stats", "--retain", retained)
+    message = one_error("patch", *pair, "-o", tmp_path / "out", "--resized-vocab")
+    assert "--retain does not go with --resized-vocab" in message
+
+
+def test_a_joint_merge_says_that_it_leaves_the_term_out(llama_pair, retained, tmp_path):
+    pair = (llama_pair / "base", llama_pair / "tuned")
+    file = tmp_path / "p.safetensors"
+    patch_checkpoint(*pair, None, llama_pair / "stats", PatchOptions(task="one"), patch_file=file, retain=retained)
+    for method, said in (("joint", True), ("average", False)):
+        inputs = ("--tuned", pair[1], "--stats", llama_pair / "stats", "-o", tmp_path / method)
+        done = run("merge-multi", pair[0], file, *inputs, "--method", method)
+        assert ("one was made with a retain term" in done.stderr) == said
 
 
 def test_retained_statistics_of_another_model_are_refused(llama_pair, gpt2_retained, tmp_path):

@@ -149,7 +149,8 @@ def calibrate(
 ) -> None:
     """Run the fine-tuned model over new-task data and store a Hessian for every parameter.
 
-    The Hessians say which inputs matter to each layer; score and patch read them. Needs no old data.
+    The Hessians say which inputs matter to each layer; score and patch read them. Needs no old data. Of the base, with
+    --synthetic or data that stand for what it must not forget, they are what patch --retain takes.
     """
     require_source(data, synthetic)
     from tailorcli.calibrate import calibrate_model
@@ -182,9 +183,10 @@ def calibrate(
     if as_json:
         print_json(report.to_dict())
         return
+    whose = " that the model wrote itself" if synthetic else ""
     typer.echo(
-        f"{report.samples} samples, {report.tokens:,} tokens: {report.hessians} Hessians for {report.calibrated} "
-        f"tensors in {output} ({format_bytes(report.bytes)}, {report.seconds:.1f} s)"
+        f"{report.samples} samples{whose}, {report.tokens:,} tokens: {report.hessians} Hessians for "
+        f"{report.calibrated} tensors in {output} ({format_bytes(report.bytes)}, {report.seconds:.1f} s)"
     )
     show_reasons(report.uncalibrated, "without statistics")
     show_reasons(report.notes, "note")

@@ -1,0 +1,242 @@
+"""Samples that a model writes itself: calibrate --synthetic."""
+
+import json
+
+import pytest
+import torch
+from families import make_family_pair
+from helpers import make_model, make_tokenizer, read_tensors
+from typer.testing import CliRunner
+
+from tailorcli import TailorError, calibrate_model, patch_checkpoint
+from tailorcli.cli import app
+from tailorcli.options import CalibrateOptions
+from tailorcli.stats import Stats
+from tailorcli.synthetic import write_samples
+
+
+def run(*arguments, expect=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == expect, result.output + repr(result.exception)
+    return result
+
+
+def options(**chosen):
+    return CalibrateOptions(**{"synthetic": True, "num_samples": 6, "seq_len": 10, **chosen})
+
+
+class NoBar:
+    def __init__(self):
+        self.count = 0
+
+    def update(self, count):
+        self.count += count
+
+
+def write(kind="llama", tokenizer=None, **chosen):
+    bar = NoBar()
+    network = make_model(kind).eval()
+    found = write_samples(network, tokenizer or make_tokenizer(), options(**chosen), torch.device("cpu"), bar)
+    assert bar.count == sum(sample["input_ids"].numel() - 1 for sample in found.inputs)
+    return torch.cat([sample["input_ids"] for sample in found.inputs])  # (N, T): all are equally long
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_seed_decides_the_samples(kind):
+    first = write(kind)
+    assert first.shape == (6, 10)
+    assert torch.equal(write(kind), first)
+    assert not torch.equal(write(kind, seed=1), first)
+
+
+@pytest.mark.parametrize(("num_samples", "seq_len"), [(1, 1), (5, 1), (40, 3), (33, 2)])
+def test_number_and_length_of_the_samples(num_samples, seq_len):
+    assert write(num_samples=num_samples, seq_len=seq_len).shape == (num_samples, seq_len)
+
+
+def test_no_sample_starts_with_a_special_token():
+    """Nor with a token that has no row in the embedding; every ordinary one comes up."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "a", "additional_special_tokens": ["b"]})
+    tokenizer.add_tokens(["beyond"] + [f"beyond{i}" for i in range(10)])  # of which the model has no rows
+    starts = set(write(tokenizer=tokenizer, num_samples=3000, seq_len=1).reshape(-1).tolist())
+    special = set(tokenizer.convert_tokens_to_ids(["<pad>", "<unk>", "a", "b"]))
+    assert starts == set(range(97)) - special
+
+
+def test_a_sample_goes_on_behind_the_end_of_a_text():
+    network = make_model().eval()
+    network.generation_config.eos_token_id = list(range(2, 100))
+    network.generation_config.max_length = 3
+    network.generation_config.temperature = 1e-3
+    own = network.generation_config
+    found = write_samples(network, make_tokenizer(), options(), torch.device("cpu"), NoBar())
+    assert torch.equal(torch.cat([sample["input_ids"] for sample in found.inputs]), write())
+    assert network.generation_config is own
+
+
+def test_samples_are_drawn_from_the_models_own_distribution():
+    """The second tokens' frequencies against the probabilities that the model gives them."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [chr(code) for code in range(33, 127)]})  # but " "
+    network = make_model().eval()
+    with torch.no_grad():
+        network.lm_head.weight.mul_(40.0)  # far from uniform
+        expected = network(input_ids=torch.tensor([[2]])).logits[0, -1].softmax(-1)
+    chosen = options(num_samples=2000, seq_len=2)
+    found = write_samples(network, tokenizer, chosen, torch.device("cpu"), NoBar())
+    ids = torch.cat([sample["input_ids"] for sample in found.inputs])
+    assert (ids[:, 0] == 2).all()
+    counts = torch.bincount(ids[:, 1], minlength=100) / 2000
+    assert float((counts - expected).abs().sum()) < 0.3  # of 2 at most
+    assert float(expected.max()) > 0.05
+
+
+def test_the_state_of_the_random_numbers_is_left_alone(llama_pair, tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    calibrate_model(llama_pair / "base", None, tmp_path / "stats", options())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_every_tensor_gets_statistics_whatever_the_batch_size(kind, request, tmp_path):
+    pair = request.getfixturevalue(f"{kind}_pair")
+    found = []
+    for size in (1, 4):
+        report = calibrate_model(pair / "base", None, tmp_path / str(size), options(batch_size=size))
+        assert (report.samples, report.tokens, report.uncalibrated) == (6, 60, {})
+        found.append(Stats.open(tmp_path / str(size)))
+    one, four = found
+    assert one.tensors == four.tensors
+    for name in one.hessians:
+        expected = one.load(name)
+        torch.testing.assert_close(four.load(name), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_the_manifest_says_that_the_samples_are_the_models_own(llama_pair, tmp_path):
+    calibrate_model(llama_pair / "base", None, tmp_path / "stats", options(seed=3))
+    manifest = Stats.open(tmp_path / "stats").manifest
+    assert manifest["data"] == {
+        "file": None,
+        "synthetic": True,
+        "samples": 6,
+        "tokens": 60,
+        "seed": 3,
+        "seq_len": 10,
+    }
+    assert manifest["options"]["synthetic"] is True
+    shown = run("inspect", tmp_path / "stats").stdout
+    assert "None" not in shown
+    assert "wrote the samples itself" in shown
+
+
+def test_samples_are_no_longer_than_the_positions_that_the_model_knows(gpt2_pair, tmp_path):
+    report = calibrate_model(
+        gpt2_pair / "base", None, tmp_path / "stats", CalibrateOptions(synthetic=True, num_samples=3)
+    )
+    assert report.tokens == 3 * 64
+    assert Stats.open(tmp_path / "stats").manifest["data"]["seq_len"] == 64
+
+
+def test_block_by_block_is_the_same(llama_pair, tmp_path):
+    calibrate_model(llama_pair / "base", None, tmp_path / "whole", options())
+    calibrate_model(llama_pair / "base", None, tmp_path / "blocks", options(blockwise="always"))
+    whole, blocks = Stats.open(tmp_path / "whole"), Stats.open(tmp_path / "blocks")
+    for name in whole.hessians:
+        expected = whole.load(name)
+        torch.testing.assert_close(blocks.load(name), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_half_precision_models_write_samples(llama_pair, tmp_path):
+    report = calibrate_model(llama_pair / "base", None, tmp_path / "stats", options(dtype="bfloat16"))
+    assert report.tokens == 60
+
+
+def test_what_the_terminal_says(llama_pair, tmp_path):
+    base = llama_pair / "base"
+    done = run("calibrate", base, "--synthetic", "--num-samples", 4, "--seq-len", 8, "-o", tmp_path / "stats")
+    assert done.stdout.startswith("4 samples that the model wrote itself, 32 tokens: ")
+    assert f"--retain {tmp_path / 'stats'}" in done.stderr
+    report = json.loads(
+        run("calibrate", base, "--synthetic", "--num-samples", 2, "-o", tmp_path / "s", "--json").stdout
+    )
+    assert report["tokens"] == 512  # 256 each, unless asked for otherwise
+
+
+# --- What is refused ----------------------------------------------------------------------------------------------
+
+
+def one_error(*arguments):
+    """The message and the hint of a command that fails."""
+    result = run(*arguments, expect=1)
+    assert result.stderr.count("error:") == 1
+    return " ".join(result.stderr.split())
+
+
+def test_data_or_synthetic(llama_pair, tmp_path):
+    base, stats = llama_pair / "base", tmp_path / "stats"
+    message = one_error("calibrate", base, "-o", stats)
+    assert "no calibration data given" in message
+    assert "--synthetic" in message
+    message = one_error("calibrate", base, "--data", llama_pair / "data.jsonl", "--synthetic", "-o", stats)
+    assert "--data and --synthetic exclude each other" in message
+    assert "num_samples must be at least 1" in one_error(
+        "calibrate", base, "--synthetic", "--num-samples", 0, "-o", stats
+    )
+    assert not stats.exists()
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "vit", "dinov2", "whisper"])
+def test_models_that_continue_no_text(family, tmp_path):
+    folder = make_family_pair(tmp_path, family)
+    message = one_error("calibrate", folder / "base", "--synthetic", "-o", folder / "stats")
+    assert "cannot write its own samples" in message
+    assert "--data FILE" in message
+    assert not (folder / "stats" / "manifest.json").exists()
+
+
+def test_a_model_that_cannot_be_sampled_from(tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    message = one_error("calibrate", tmp_path / "base", "--synthetic", "--seq-len", 5, "-o", tmp_path / "stats")
+    assert "cannot be sampled from" in message
+
+
+def test_a_tokenizer_without_ordinary_tokens():
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [chr(code) for code in range(32, 127)]})
+    with pytest.raises(TailorError, match="no ordinary tokens"):
+        write(tokenizer=tokenizer)
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    make_model().save_pretrained(tmp_path / "base")
+    assert "tokenizer" in one_error("calibrate", tmp_path / "base", "--synthetic", "-o", tmp_path / "stats")
+
+
+# --- Multimodal models --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "gemma3"])
+def test_a_multimodal_model_writes_text_alone(family, tmp_path):
+    """Its vision tower is not reached: listed, and patched without the retain term."""
+    folder = make_family_pair(tmp_path, family)
+    report = calibrate_model(folder / "base", None, folder / "retained", options())
+    names = set(read_tensors(folder / "base"))
+    vision = {name for name in names if "vision" in name or "visual" in name or "projector" in name}
+    assert vision
+    assert vision <= set(report.uncalibrated)
+    assert all(report.uncalibrated.values())
+    assert any("layers.0.self_attn.q_proj" in name for name in names - set(report.uncalibrated))
+    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
+    patched = patch_checkpoint(
+        folder / "base", folder / "tuned", folder / "out", folder / "stats", retain=folder / "retained"
+    )
+    for record in patched.tensors:
+        if record["status"] == "patched" and record["name"] in report.uncalibrated:
+            assert "without the retain term: no retained statistics" in record["note"]
+            assert record["drift"] is None
