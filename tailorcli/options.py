@@ -150,7 +150,7 @@ class PatchOptions:
     tolerance: float = 1e-4
     max_iterations: int = 300
     method: PatchMethod = "tailor"
-    retain_weight: float = 0.3  # beta of the retain term, where there are retained statistics
+    retain_weight: float = 0.1  # beta of the retain term, where there are retained statistics
     weight: float | None = None  # the share of the way that the kept entries go; None: the method's own
     seed: int = 0  # of dare's draws and of graft's samples
     threshold: Threshold = "tensor"  # of magnitude and graft: one for each tensor, or one for all

@@ -14,7 +14,7 @@ from tailorcli.sweep import Point, Setting, SweepReport, run_sweep
 SAMPLES = 128
 SEQ_LEN = 256
 OWN_DATA = "retained on old samples"  # the family that a user has who kept some of the old data
-_OPTIONS = PatchOptions(overwrite=True)
+_OPTIONS = PatchOptions(overwrite=True, retain_weight=0.3)  # beta where a grid says none
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Grid:
     plain: tuple[tuple[str, float, float], ...]  # solver, density, weight: the paper's method
     retained: tuple[tuple[float, float], ...]  # density and beta
     own_data: tuple[tuple[float, float], ...]  # likewise, with samples of the old tasks
-    omegas: tuple[float, ...] = ()  # with the retain term, at its defaults
+    omegas: tuple[float, ...] = ()  # with the retain term, density 0.1, beta 0.3
 
     def settings(self) -> list[Setting]:
         """All but those of ``own_data``."""

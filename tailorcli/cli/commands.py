@@ -203,7 +203,7 @@ def score(
     tuned: Tuned,
     stats: StatsIn = None,
     retain: RetainIn = None,
-    retain_weight: RetainWeight = 0.3,
+    retain_weight: RetainWeight = 0.1,
     density: Density = 0.1,
     omega: Omega = 0.5,
     damping: Damping = 0.01,
@@ -254,7 +254,7 @@ def patch(
     patch_file: PatchOut = None,
     stats: StatsIn = None,
     retain: RetainIn = None,
-    retain_weight: RetainWeight = 0.3,
+    retain_weight: RetainWeight = 0.1,
     density: OwnDensity = None,
     omega: OwnOmega = None,
     solver: Annotated[
