@@ -189,6 +189,13 @@ def _tokenizer_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def score_model(path: PathLike, tasks: dict[str, EncodedTask], options: EvaluateOptions) -> dict[str, TaskScores]:
+    """One checkpoint folder's scores on tasks that are encoded already; nothing of it stays in memory."""
+    with Checkpoint.open(path) as checkpoint, device_errors():
+        device = resolve_device(options.device)
+        return _evaluate(Path(path).name, checkpoint, tasks, options, device, progress=False)[0]
+
+
 def _evaluate(
     name: str,
     checkpoint: Checkpoint,

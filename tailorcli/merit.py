@@ -199,3 +199,49 @@ def _compare_to(summaries: dict[str, dict[str, Array]], roles: Roles) -> None:
 def _share(part: Array, whole: Array) -> Array:
     """Percent of a whole; NaN where the whole is not positive and a share of it means nothing."""
     return 100 * np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which of some (old, new) points no other beats in both, in the order of old from low to high."""
+    order = sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1]))
+    best, kept = -math.inf, []
+    for i in order:
+        if points[i][1] > best:
+            best = points[i][1]
+            kept.append(i)
+    return kept[::-1]
+
+
+def frontier_area(
+    old: ArrayLike, new: ArrayLike, old_ends: Sequence[float] | Array, new_ends: Sequence[float] | Array
+) -> float:
+    """The area under the frontier of points (old, new): 0.5 is the straight line from the base to the tuned model.
+
+    The frontier's upper hull is taken: a straight line joins two points where none between them lies above it, so that
+    a poor setting more never takes from the area.
+
+    Both axes are scaled: old from the tuned model's (0) to the base's (1), new from the base's to the tuned model's;
+    ``old_ends`` and ``new_ends`` hold the figures of base and tuned. Left of the first point the new performance stays
+    what it is there. More than both, to the right of the base or above the tuned model, counts. NaN where fine-tuning
+    forgot or learnt nothing.
+    """
+    (old_base, old_tuned), (new_base, new_tuned) = old_ends, new_ends
+    if not (old_base > old_tuned and new_tuned > new_base):
+        return math.nan
+    x = (np.asarray(old, float) - old_tuned) / (old_base - old_tuned)
+    y = (np.asarray(new, float) - new_base) / (new_tuned - new_base)
+    kept = frontier(list(zip(x.tolist(), y.tolist(), strict=True)))
+    hull: list[tuple[float, float]] = []
+    for here in zip(np.maximum(x[kept], 0.0).tolist(), np.maximum(y[kept], 0.0).tolist(), strict=True):
+        while len(hull) > 1 and _turns_left(hull[-2], hull[-1], here):
+            hull.pop()
+        hull.append(here)
+    xs, ys = np.array(hull).T
+    widths = np.diff(xs)
+    return float(xs[0] * ys[0] + (widths * (ys[:-1] + ys[1:]) / 2).sum())
+
+
+def _turns_left(first: tuple[float, float], second: tuple[float, float], third: tuple[float, float]) -> bool:
+    """Whether the second point lies on or below the line from the first to the third."""
+    (x1, y1), (x2, y2), (x3, y3) = first, second, third
+    return (x2 - x1) * (y3 - y1) - (y2 - y1) * (x3 - x1) >= 0

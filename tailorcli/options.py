@@ -150,7 +150,7 @@ class PatchOptions:
     tolerance: float = 1e-4
     max_iterations: int = 300
     method: PatchMethod = "tailor"
-    retain_weight: float = 1.0  # beta of the retain term, where there are retained statistics
+    retain_weight: float = 0.1  # beta of the retain term, where there are retained statistics
     weight: float | None = None  # the share of the way that the kept entries go; None: the method's own
     seed: int = 0  # of dare's draws and of graft's samples
     threshold: Threshold = "tensor"  # of magnitude and graft: one for each tensor, or one for all
@@ -217,6 +217,19 @@ class PatchOptions:
         values = asdict(self) | {"weight": self.effective_weight}
         del values["resume"], values["overwrite"]
         return values
+
+
+# Table 1's setting of the paper: its sweep, a tenth of the entries, both scores alike, no retain term.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"density": 0.1, "omega": 0.5, "solver": "sequential", "damping": 0.01, "block_size": 128},
+}
+
+
+def with_preset(preset: str | None, **given: Any) -> dict[str, Any]:
+    """The options given (not None), then those of a preset; what neither says keeps the default of PatchOptions."""
+    if preset is not None:
+        _require_choice("preset", preset, tuple(PRESETS))
+    return PRESETS.get(preset or "", {}) | {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -261,18 +261,63 @@ def plot_evaluation(report: dict[str, Any], file: Path) -> None:
     for label, color, x, y in labels:  # towards the middle, where there is room
         side = {"xytext": (6, 6), "ha": "left"} if x < (left + right) / 2 else {"xytext": (-6, 6), "ha": "right"}
         axes.annotate(label, (x, y), textcoords="offset points", color=color, **side)
-    sides = [np.linspace(start, stop, 200) for start, stop in (axes.get_xlim(), axes.get_ylim())]
-    grid_old, grid_new = np.meshgrid(*sides)
-    total = grid_old + grid_new
-    h = np.divide(2 * grid_old * grid_new, total, out=np.zeros_like(total), where=total > 0)
-    equal = axes.contour(grid_old, grid_new, h, 9, colors="#bbbbbb", linewidths=0.8, zorder=0)
-    axes.clabel(equal, fmt="H %g", fontsize=8)
+    _draw_equal_h(axes)
     axes.set(
         title="Old against new performance, with lines of equal H",
         xlabel=f"old tasks, % ({_tasks_of(report, 'origin')})",
         ylabel=f"new tasks, % ({_tasks_of(report, 'target')})",
     )
     _save(figure, file)
+
+
+def plot_frontiers(report: dict[str, Any], file: Path) -> None:
+    """Draw a sweep: every setting by its performance on the test tasks, each family's frontier as a line."""
+    figure = _figure(9, 7)
+    axes = figure.subplots()
+    points = [(point, *(point["test"][name]["value"] for name in ("origin", "target"))) for point in report["points"]]
+    ends = [(old, new) for point, old, new in points if point["options"] is None]
+    families = list(dict.fromkeys(point["family"] for point, _, _ in points if point["options"] is not None))
+    picked = set(report["picked"].values())
+    for number, family in enumerate(families):
+        color = _PALETTE[number % len(_PALETTE)]
+        style = {"color": color, "ls": ("-", "--", ":")[number // len(_PALETTE) % 3]}
+        own = [(point, old, new) for point, old, new in points if point["family"] == family]
+        kept = [(old, new) for point, old, new in own if point["on_frontier"]["test"]]
+        line = sorted({*kept, *(end for end in ends if not _is_beaten(end, kept))})
+        area = report["areas"]["test"][family]["value"]
+        label = family + (f", area {area:.2f}" if area is not None else "")
+        axes.plot(*zip(*line, strict=True), lw=1.4, alpha=0.8, **style)
+        axes.plot([], [], marker="o", label=label.replace("$", r"\$"), **style)
+        for point, old, new in own:
+            chosen = point["label"] in picked
+            axes.plot(old, new, "*" if chosen else "o", ms=13 if chosen else 5, color=color)
+    for (old, new), name, color in zip(ends, ("base", "tuned"), (_BEFORE, _TUNED), strict=True):
+        axes.plot(old, new, "s", ms=8, color=color)
+        axes.annotate(name, (old, new), textcoords="offset points", xytext=(6, 6), color=color)
+    _draw_equal_h(axes)
+    axes.legend(title="star: picked " + report["rule"], fontsize=8, title_fontsize=8)
+    axes.set(
+        title="Old against new performance, every setting",
+        xlabel=f"old tasks, % ({', '.join(report['origin'])})".replace("$", r"\$"),
+        ylabel=f"new tasks, % ({', '.join(report['target'])})".replace("$", r"\$"),
+    )
+    _save(figure, file)
+
+
+def _is_beaten(point: tuple[float, float], others: list[tuple[float, float]]) -> bool:
+    return any(old >= point[0] and new >= point[1] and (old, new) != point for old, new in others)
+
+
+def _draw_equal_h(axes: Any) -> None:
+    """Lines of equal H over the axes as they are."""
+    import numpy as np
+
+    sides = [np.linspace(start, stop, 200) for start, stop in (axes.get_xlim(), axes.get_ylim())]
+    grid_old, grid_new = np.meshgrid(*sides)
+    total = grid_old + grid_new
+    h = np.divide(2 * grid_old * grid_new, total, out=np.zeros_like(total), where=total > 0)
+    equal = axes.contour(grid_old, grid_new, h, 9, colors="#bbbbbb", linewidths=0.8, zorder=0)
+    axes.clabel(equal, fmt="H %g", fontsize=8)
 
 
 def _tasks_of(report: dict[str, Any], role: str) -> str:

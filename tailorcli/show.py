@@ -207,3 +207,24 @@ def results_table(report: dict[str, Any]) -> Table:
         cells = (f"{f['value']:.2f}" + (f" ± {f['stderr']:.2f}" if f["stderr"] is not None else "") for f in figures)
         table.add_row(row["file"], row["model"], *cells)
     return table
+
+
+def sweep_parts(report: dict[str, Any]) -> list[Any]:
+    """What to print for a sweep: each family's picked setting with its figures on the test tasks, and its area."""
+    table = Table(title=f"picked {report['rule']}; percent on the test tasks [95% interval over the items]")
+    table.add_column("family")
+    table.add_column("setting", overflow="fold")
+    for column in ("old", "new", "H", "area under the frontier"):
+        table.add_column(column, justify="right")
+    points = {point["label"]: point for point in report["points"]}
+    ends = {name: name for name in ("base", "tuned")}
+    for family, label in {**ends, **report["picked"]}.items():
+        figures = points[label]["test"]
+        shown = [_show_estimate(figures[name]) for name in ("origin", "target", "h_score")]
+        area = report["areas"]["test"].get(family)
+        setting = "" if label == family else label.removeprefix(f"{family}, ").removeprefix(f"{family} ")
+        table.add_row(family, setting, *shown, _show_estimate(area) if area else "")
+    return [
+        table,
+        "area 0.5: the straight line from base to tuned; 1 and more: all of the old and all of the new at once",
+    ]

@@ -17,16 +17,16 @@ from tailorcli.demo_data import TaskText, build_tasks, samples, split_documents,
 OLD_TASKS = ("python", "english")
 NEW_TASKS = ("cpp", "unicode")
 WINDOW = 128  # bytes of a sample
-COUNTS = {"validation": 120, "test": 480}  # samples of a task
+COUNTS = {"validation": 80, "test": 240}  # samples of a task
 HEADERS = ("c10", "torch/csrc")  # folders of torch's headers
 
 
 def load_tasks() -> dict[str, TaskText]:
     """Return every task's text in its three parts; the same versions of Python and torch give the same."""
-    return {**build_tasks(), "cpp": split_documents("cpp", _headers())}
+    return {**build_tasks(), "cpp": split_documents("cpp", headers())}
 
 
-def _headers() -> Iterator[tuple[str, str]]:
+def headers() -> Iterator[tuple[str, str]]:
     """Read torch's C++ headers, a document a file, without the licence lines that many of them share."""
     root = Path(torch.__file__).with_name("include")
     for path in sorted(path for folder in HEADERS for path in (root / folder).rglob("*.h")):
@@ -41,6 +41,8 @@ def write_parts(tasks: dict[str, TaskText], folder: Path) -> None:
         for part, count in COUNTS.items():
             write_jsonl(folder / f"{name}-{part}.jsonl", samples(getattr(task, part), WINDOW, count))
         write_jsonl(folder / f"{name}-train.jsonl", samples(task.train, WINDOW, 4096))
+    old = [text for name in OLD_TASKS for text in samples(tasks[name].train, WINDOW, 256)]
+    write_jsonl(folder / "old-train.jsonl", old)
 
 
 def read_texts(file: Path) -> list[str]:

@@ -31,6 +31,8 @@ from tailorcli.cli.options import (
     Omega,
     OutFolder,
     Overwrite,
+    OwnDensity,
+    OwnOmega,
     PatchIn,
     PatchOut,
     ResizedVocab,
@@ -48,6 +50,7 @@ from tailorcli.cli.output import (
     print_rich,
     reasons,
     require_output,
+    require_source,
     show_cost,
     show_merge,
     show_plan,
@@ -57,7 +60,7 @@ from tailorcli.cli.output import (
     show_written,
 )
 from tailorcli.errors import TailorError
-from tailorcli.options import CalibrateOptions, MergeOptions, PatchOptions, parse_size
+from tailorcli.options import CalibrateOptions, MergeOptions, PatchOptions, parse_size, with_preset
 
 if TYPE_CHECKING:
     pass
@@ -149,6 +152,7 @@ def calibrate(
     The Hessians say which inputs matter to each layer; score and patch read them. Needs no old data. Of the base, with
     --synthetic or data that stand for what it must not forget, they are what patch --retain takes.
     """
+    require_source(data, synthetic)
     from tailorcli.calibrate import calibrate_model
     from tailorcli.report import format_bytes
 
@@ -199,7 +203,7 @@ def score(
     tuned: Tuned,
     stats: StatsIn = None,
     retain: RetainIn = None,
-    retain_weight: RetainWeight = 1.0,
+    retain_weight: RetainWeight = 0.1,
     density: Density = 0.1,
     omega: Omega = 0.5,
     damping: Damping = 0.01,
@@ -250,12 +254,21 @@ def patch(
     patch_file: PatchOut = None,
     stats: StatsIn = None,
     retain: RetainIn = None,
-    retain_weight: RetainWeight = 1.0,
-    density: Density = 0.1,
-    omega: Omega = 0.5,
-    solver: Annotated[str, typer.Option(help="joint (exact), sequential (the paper's sweep) or none.")] = "joint",
-    damping: Damping = 0.01,
-    block_size: Annotated[int, typer.Option(help="Columns per block of the sequential solver.")] = 128,
+    retain_weight: RetainWeight = 0.1,
+    density: OwnDensity = None,
+    omega: OwnOmega = None,
+    solver: Annotated[
+        str | None, typer.Option(help="joint (exact), sequential (the paper's sweep) or none. Default joint.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="paper: density, omega, solver, damping and block size of the paper.")
+    ] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="Added to the Hessian's diagonal, times its mean. Default 0.01.")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Columns per block of the sequential solver. Default 128.")
+    ] = None,
     tolerance: Tolerance = 1e-4,
     max_iterations: MaxIterations = 300,
     method: Annotated[
@@ -296,13 +309,12 @@ def patch(
     from tailorcli.adapter import is_adapter
     from tailorcli.patch import patch_checkpoint, plan_patch
 
+    if preset is not None and retain is not None:
+        raise typer.BadParameter("--preset paper has no retain term: leave --retain out")
+    own = {"density": density, "omega": omega, "solver": solver, "damping": damping, "block_size": block_size}
     options = PatchOptions(
-        density=density,
-        omega=omega,
+        **with_preset(preset, **own),
         retain_weight=retain_weight,
-        solver=solver,  # type: ignore[arg-type]  # checked by the dataclass
-        damping=damping,
-        block_size=block_size,
         tolerance=tolerance,
         max_iterations=max_iterations,
         method=method,  # type: ignore[arg-type]

@@ -1,16 +1,17 @@
-"""The commands that measure whole models: ``evaluate`` and ``hscore``."""
+"""The commands that measure whole models: ``evaluate``, ``hscore`` and ``sweep``."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tailorcli.cli.commands import app, friendly_errors
-from tailorcli.cli.options import AsJson, Device
+from tailorcli.cli.options import AsJson, Base, Device, RetainIn, StatsIn, Tuned
 from tailorcli.cli.output import print_json, print_rich
-from tailorcli.options import EvaluateOptions
+from tailorcli.options import EvaluateOptions, PatchOptions
 
 Origin = Annotated[list[str] | None, typer.Option(metavar="NAME", help="An old task, by its name; repeatable.")]
 Target = Annotated[list[str] | None, typer.Option(metavar="NAME", help="A new task, by its name; repeatable.")]
@@ -117,3 +118,101 @@ def hscore(
     from tailorcli.show import results_table
 
     print_rich(results_table(report.to_dict()))
+
+
+@app.command()
+@friendly_errors
+def sweep(
+    base: Base,
+    tuned: Tuned,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for results; kept for reruns.")],
+    task: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=FILE:KIND", help="A task, as for evaluate; repeatable."),
+    ],
+    origin: Annotated[list[str], typer.Option(metavar="NAME", help="An old task, by its name; repeatable.")],
+    target: Annotated[list[str], typer.Option(metavar="NAME", help="A new task, by its name; repeatable.")],
+    validation: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE:KIND", help="The same tasks on other data, to pick the settings on."),
+    ] = None,
+    stats: StatsIn = None,
+    retain: RetainIn = None,
+    data: Annotated[Path | None, typer.Option(help="What --method graft trains on.")] = None,
+    density: Annotated[list[float] | None, typer.Option(help="Repeatable; 0.1 without.")] = None,
+    omega: Annotated[list[float] | None, typer.Option(help="Repeatable; the default of patch without.")] = None,
+    solver: Annotated[list[str] | None, typer.Option(help="Repeatable; joint without.")] = None,
+    retain_weight: Annotated[
+        list[float] | None, typer.Option(help="Of --retain, repeatable; 0 is without it; the default of patch without.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another method to compare with, at each --density; interpolate at each --weight; repeatable."
+        ),
+    ] = None,
+    weight: Annotated[list[float] | None, typer.Option(help="Of interpolate, repeatable; 0.3 to 0.7 without.")] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(help="Pick the most of the new with this percentage of the old kept; else the best H."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the frontiers (needs matplotlib).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Of each task's file, only the first so many records.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Texts are cut to so many tokens, longer items left out.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass: memory and speed.")] = 8,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Patch in many ways, evaluate each, and draw the frontier of old against new performance.
+
+    Statistics are reused, never made; every setting that is done is kept in DIR, and a rerun goes on from there.
+    """
+    from tailorcli.sweep import run_sweep, settings_of
+
+    if retain_weight and any(retain_weight) and retain is None:
+        raise typer.BadParameter("--retain-weight needs --retain STATS")
+    defaults = PatchOptions()
+    betas = retain_weight if retain_weight else [defaults.retain_weight] if retain is not None else []
+    settings = settings_of(
+        PatchOptions(device=device, overwrite=True),
+        densities=density or [defaults.density],
+        omegas=omega or [defaults.omega],
+        solvers=solver or [defaults.solver],  # type: ignore[arg-type]  # checked by the dataclass
+        retain_weights=betas,
+        methods=method or [],  # type: ignore[arg-type]
+        weights=weight or [],
+    )
+    if plot is not None:
+        from tailorcli.plots import check_plot
+
+        check_plot(plot, has_roles=True)
+    report = run_sweep(
+        base,
+        tuned,
+        settings,
+        task,
+        output,
+        origin=origin,
+        target=target,
+        validation=validation or (),
+        stats=stats,
+        retain=retain,
+        data=data,
+        keep=keep,
+        options=EvaluateOptions(batch_size=batch_size, seq_len=seq_len, limit=limit, device=device),
+        announce=None if as_json else partial(typer.echo, err=True),
+    )
+    if plot is not None:
+        from tailorcli.plots import plot_frontiers
+
+        plot_frontiers(report.to_dict(), plot)
+        typer.echo(f"drew {plot}", err=True)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    from tailorcli.show import sweep_parts
+
+    print_rich(*sweep_parts(report.to_dict()))
+    typer.echo(f"{report.seconds:.1f} s; everything is in {output}", err=True)

@@ -20,6 +20,12 @@ RetainIn = Annotated[
 RetainWeight = Annotated[float, typer.Option(help="Weight of what --retain keeps against the new task.")]
 Density = Annotated[float, typer.Option(help="Fraction of each tensor's entries to keep from TUNED, 0 to 1.")]
 Omega = Annotated[float, typer.Option(help="Weight of salience |dW| against sensitivity in the score, 0 to 1.")]
+OwnDensity = Annotated[
+    float | None, typer.Option(help="Fraction of each tensor's entries to keep from TUNED, 0 to 1. Default 0.1.")
+]
+OwnOmega = Annotated[
+    float | None, typer.Option(help="Weight of salience |dW| against sensitivity in the score. Default 0.5.")
+]
 Damping = Annotated[float, typer.Option(help="Added to the Hessian's diagonal, as a multiple of its mean.")]
 Tolerance = Annotated[float, typer.Option(help="Relative residual at which the joint solver stops.")]
 MaxIterations = Annotated[int, typer.Option(help="Cap on the joint solver's iterations.")]

@@ -51,6 +51,12 @@ def require_output(output: Path | None, patch_file: Path | None) -> None:
         raise typer.BadParameter("pass --output OUT, --patch-file FILE.safetensors, or both")
 
 
+def require_source(data: Path | None, synthetic: bool) -> None:
+    """A usage error (exit code 2) where there is nothing to calibrate on."""
+    if data is None and not synthetic:
+        raise typer.BadParameter("pass --data FILE, or --synthetic to let the model write its own samples")
+
+
 def cost(plan: Plan, output: Path | None, patch_file: Path | None) -> str:
     """One line before the work starts."""
     from tailorcli.outputs import free_bytes

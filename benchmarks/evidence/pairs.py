@@ -1,0 +1,81 @@
+"""The pairs of each benchmark: base and tuned checkpoints for several seeds, their data and their tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.evidence import text_data
+from benchmarks.quick import data as quick_data
+from benchmarks.quick import model as quick_model
+from benchmarks.real import data as real_data
+from benchmarks.real import model as real_model
+from benchmarks.real.setting import TRAIN_RECORDS, default_cache, say, tokenizer_of
+
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One fine-tune: where its models and its data lie, and the tasks that tell what it forgot and learnt."""
+
+    name: str  # of the new task
+    seed: int
+    base: Path
+    tuned: Path
+    train: Path  # what it was fine-tuned on, for calibration and for graft
+    old_train: Path  # samples of the old tasks, for a user who has some
+    tasks: Path  # folder of TASK-PART.jsonl
+    kinds: dict[str, str]  # task -> kind
+    origin: tuple[str, ...]
+    target: tuple[str, ...]
+    retain_length: int  # tokens of a sample that the base writes itself
+
+    def specs(self, part: str) -> list[str]:
+        """The tasks of a part as ``tailorcli evaluate`` takes them."""
+        return [f"{name}={self.tasks / f'{name}-{part}.jsonl'}:{kind}" for name, kind in self.kinds.items()]
+
+
+def quick(cache: Path) -> list[Pair]:
+    """Byte-level Llamas of 3 million parameters, trained here; two new tasks for every seed."""
+    tasks = quick_data.load_tasks()
+    folder = cache / "data"
+    quick_data.write_parts(tasks, folder)
+    pairs = []
+    for seed in SEEDS:
+        say(f"quick: models of seed {seed}")
+        models = quick_model.make_pairs(tasks, seed, cache / f"seed{seed}")
+        for new in quick_data.NEW_TASKS:
+            kinds = dict.fromkeys((*quick_data.OLD_TASKS, new), "text")
+            train, old = folder / f"{new}-train.jsonl", folder / "old-train.jsonl"
+            pairs.append(
+                Pair(
+                    *(new, seed, models["base"], models[new], train, old, folder),
+                    *(kinds, quick_data.OLD_TASKS, (new,), quick_data.WINDOW),
+                )
+            )
+    return pairs
+
+
+def text(cache: Path) -> list[Pair]:
+    """SmolLM2-135M-Instruct, and a fine-tune of it on Unicode character records for every seed."""
+    texts = text_data.load_texts()
+    base = real_model.make_base(default_cache())
+    tokenizer = tokenizer_of(base)
+    folder = cache / "data"
+    text_data.write_tasks(texts, tokenizer, folder)
+    text_data.write_old_training(texts, tokenizer, folder / "old-train.jsonl")
+    real_data.write_jsonl(texts[text_data.NEW_TASK]["train"], folder / "train.jsonl")
+    windows = real_data.windows(texts[text_data.NEW_TASK]["train"], tokenizer, TRAIN_RECORDS)
+    kinds = {name: "choice" if name == "cities" else "text" for name in (*text_data.OLD_TASKS, text_data.NEW_TASK)}
+    pairs = []
+    for seed in SEEDS:
+        say(f"text: fine-tune of seed {seed}")
+        tuned = real_model.make_tuned(base, windows, real_model.Recipe(seed=seed), cache / f"tuned{seed}")
+        pairs.append(
+            Pair(
+                *(text_data.NEW_TASK, seed, base, tuned, folder / "train.jsonl", folder / "old-train.jsonl", folder),
+                *(kinds, text_data.OLD_TASKS, (text_data.NEW_TASK,), 128),
+            )
+        )
+    return pairs

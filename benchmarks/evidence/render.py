@@ -1,0 +1,147 @@
+"""docs/evidence.md and the README's table; every figure and every verdict comes from the sweeps."""
+
+from __future__ import annotations
+
+from benchmarks.evidence.run import OWN_DATA
+from benchmarks.evidence.summary import BASELINES, DEFAULT, PAPER, RETAINED, Group, lines_of
+from benchmarks.real.render import table
+from tailorcli.merit import Estimate, estimate
+
+OURS = (RETAINED, DEFAULT)
+
+
+def section(name: str, group: Group, setting: str, picture: str) -> str:
+    """One benchmark's part of the document for one new task."""
+    pair = group.outcomes[0].pair
+    seeds = len(group.outcomes)
+    return "\n\n".join(
+        part.strip()
+        for part in (
+            f"## {name}: {group.name}",
+            setting,
+            f"Old tasks: {', '.join(pair.origin)}. New task: {', '.join(pair.target)}. {_seeds(seeds)}.",
+            main_table(group),
+            f"![Old against new performance of every setting, mean of the seeds]({picture})",
+            "### The default against each other method at its best",
+            difference_table(group),
+            verdict(group),
+            "### Area under the frontier",
+            area_table(group),
+            "### Density, beta and omega",
+            grid_table(group),
+        )
+    )
+
+
+def _seeds(count: int) -> str:
+    return f"Mean over {count} seeds of the fine-tuning" if count > 1 else "One seed"
+
+
+def main_table(group: Group, columns: int = 7) -> str:
+    """What each method keeps and gains."""
+    rows = []
+    best = max(float(group.mean(family, label, "h_score")[0]) for _, family, label in lines_of(group))
+    for title, family, label in lines_of(group):
+        h = estimate(group.mean(family, label, "h_score"))
+        cells = [
+            title,
+            *(f"{group.value(family, label, key):.1f}" for key in ("origin", "target")),
+            f"{h.value:.1f}",
+            _interval(h),
+            f"{group.share(family, label, 'origin')[0]:.1f}",
+            f"{group.share(family, label, 'target')[0]:.1f}",
+            "–" if family == label else f"{group.seconds(family, label):.0f}",
+        ]
+        bold = h.value is not None and h.value >= best
+        rows.append([f"**{cell}**" if bold and cell != "–" else cell for cell in cells[: columns + 1]])
+    header = ["model", "old", "new", "H", "95%", "old kept, %", "gain kept, %", "patch, s"]
+    return table(header[: columns + 1], rows)
+
+
+def _interval(found: Estimate) -> str:
+    return "–" if found.interval is None else f"{found.interval[0]:.1f} to {found.interval[1]:.1f}"
+
+
+def rivals(group: Group) -> list[tuple[str, str]]:
+    """(family, label) of what the default is compared with: each other method at its best, and the paper."""
+    found = [(family, label) for family in BASELINES if (label := group.best(family)) is not None]
+    found += [(family, label) for family in ("none", "sequential", "joint") if (label := group.best(family))]
+    if ("sequential", PAPER) in group.labels and ("sequential", PAPER) not in found:
+        found.append(("sequential", PAPER))
+    return found
+
+
+def difference_table(group: Group) -> str:
+    """H of the default minus H of each rival, paired."""
+    rows = []
+    for family, label in rivals(group):
+        difference, seeds = group.difference(OURS, (family, label))
+        assert difference.value is not None
+        low, high = difference.interval or (float("nan"), float("nan"))
+        each = ", ".join(f"{value:+.2f}" for value in seeds)
+        rows.append([label, f"{difference.value:+.2f}", f"{low:+.2f} to {high:+.2f}", each])
+    text = table(["default minus", "H", "95% over the items", "each seed"], rows)
+    return f"{text}\n\nEach method's setting is the one with the best mean H on validation; intervals are paired."
+
+
+def outcome_of(group: Group, rival: tuple[str, str]) -> str:
+    """Ahead, behind or level: beyond the interval, and in every seed."""
+    difference, seeds = group.difference(OURS, rival)
+    low, high = difference.interval or (0.0, 0.0)
+    if low > 0 and all(value > 0 for value in seeds):
+        return "ahead of"
+    return "behind" if high < 0 and all(value < 0 for value in seeds) else "level with"
+
+
+def verdict(group: Group) -> str:
+    """Where the default wins and loses, and how near the frontier comes to keeping both."""
+    words: dict[str, list[str]] = {}
+    for rival in rivals(group):
+        words.setdefault(outcome_of(group, rival), []).append(f"*{rival[1]}*")
+    ranking = "; ".join(f"{word} {', '.join(names)}" for word, names in words.items())
+    near = []
+    for family in (RETAINED, OWN_DATA):
+        points = [
+            (label, group.share(family, label, "origin")[0], group.share(family, label, "target")[0])
+            for of, label in group.labels
+            if of == family and not label.startswith(f"{RETAINED}, density 1,")
+        ]
+        enough = [point for point in points if point[1] >= 99.0]
+        if enough:
+            label, old, new = max(enough, key=lambda point: point[2])
+            near.append(
+                f"With at least 99% of the base's old performance, *{family}* keeps at most {new:.1f}% of the gain "
+                f"({label.removeprefix(RETAINED + ', ')}; old {old:.1f}%)."
+            )
+        else:
+            label, old, new = max(points, key=lambda point: point[1])
+            near.append(
+                f"No setting of *{family}* below density 1 keeps 99% of the old; {label.removeprefix(RETAINED + ', ')} "
+                f"keeps {old:.1f}% and {new:.1f}% of the gain."
+            )
+    return f"The default is {ranking}.\n" + "\n".join(near)
+
+
+def area_table(group: Group) -> str:
+    """Each family's area, and how many settings it was given."""
+    rows = []
+    for family in group.families():
+        area = group.area(family)
+        count = sum(1 for of, _ in group.labels if of == family)
+        rows.append([family, str(count), "–" if area.value is None else f"{area.value:.3f}", _area_interval(area)])
+    return table(["family", "settings", "area", "95%"], sorted(rows, key=lambda row: row[2], reverse=True))
+
+
+def _area_interval(found: Estimate) -> str:
+    return "–" if found.interval is None else f"{found.interval[0]:.3f} to {found.interval[1]:.3f}"
+
+
+def grid_table(group: Group) -> str:
+    """Every setting of the paper's method and of ours."""
+    rows = []
+    for family, label in group.labels:
+        if family in BASELINES or family == label:
+            continue
+        values = [f"{group.value(family, label, name):.1f}" for name in ("origin", "target", "h_score")]
+        rows.append([label.replace(RETAINED, family), *values])
+    return table(["setting", "old", "new", "H"], rows)

@@ -1,0 +1,157 @@
+"""Seeds put together: every setting's mean figures, what is picked on validation, differences with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.evidence.run import OWN_DATA, Outcome
+from tailorcli.merit import Array, Estimate, estimate, frontier
+from tailorcli.options import PatchOptions
+from tailorcli.sweep import Point, Setting, area_figure, members_of
+
+RETAINED = "joint, retained"
+DEFAULT = Setting(PatchOptions(overwrite=True), retained=True).label
+PAPER = "sequential, density 0.1"
+BASELINES = ("interpolate", "dare", "magnitude", "graft", "tailor-released")
+
+
+@dataclass(frozen=True)
+class Group:
+    """All seeds of one new task."""
+
+    name: str
+    outcomes: tuple[Outcome, ...]
+
+    def points(self, outcome: Outcome) -> list[Point]:
+        """A seed's points, those of the retain term on old samples last."""
+        return [*outcome.report.points, *outcome.own]
+
+    @property
+    def labels(self) -> list[tuple[str, str]]:
+        """(family, label) of every point, in order."""
+        return [(point.family, point.label) for point in self.points(self.outcomes[0])]
+
+    def find(self, outcome: Outcome, family: str, label: str) -> Point:
+        """One seed's point."""
+        return next(p for p in self.points(outcome) if (p.family, p.label) == (family, label))
+
+    def each(self, family: str, label: str, figure: Callable[[Point, Outcome], Array]) -> list[Array]:
+        """A figure for every seed."""
+        return [figure(self.find(outcome, family, label), outcome) for outcome in self.outcomes]
+
+    def mean(self, family: str, label: str, name: str, part: str = "test") -> Array:
+        """The mean over the seeds as a figure; all saw the same items, which are resampled alike."""
+        return np.asarray(np.mean(self.each(family, label, lambda point, _: point.figures[part][name]), axis=0))
+
+    def value(self, family: str, label: str, name: str, part: str = "test") -> float:
+        """The mean over the seeds."""
+        return float(self.mean(family, label, name, part)[0])
+
+    def best(self, family: str, allowed: Callable[[str], bool] = lambda label: True) -> str | None:
+        """The family's setting with the highest mean H on validation."""
+        labels = [label for of, label in self.labels if of == family and allowed(label)]
+        return max(labels, key=lambda label: self.value(family, label, "h_score", "validation"), default=None)
+
+    def share(self, family: str, label: str, name: str) -> Array:
+        """Percent of the base's old performance, or of the tuned model's gain on the new task, as a mean over seeds."""
+
+        def figure(point: Point, outcome: Outcome) -> Array:
+            base, tuned = (p.figures["test"] for p in outcome.report.points[:2])
+            own = point.figures["test"]
+            if name == "origin":
+                return np.asarray(100 * own["origin"] / base["origin"])
+            return np.asarray(100 * (own["target"] - base["target"]) / (tuned["target"] - base["target"]))
+
+        return np.asarray(np.mean(self.each(family, label, figure), axis=0))
+
+    def area(self, family: str) -> Estimate:
+        """The mean area under the family's frontier on the test tasks."""
+        areas = [area_figure(self.points(outcome), family, "test") for outcome in self.outcomes]
+        return estimate(np.mean(areas, axis=0))
+
+    def difference(self, first: tuple[str, str], second: tuple[str, str]) -> tuple[Estimate, list[float]]:
+        """H of one setting minus that of another: the mean with its interval over the items, and every seed's value."""
+        pairs = zip(
+            *(self.each(*one, lambda p, _: p.figures["test"]["h_score"]) for one in (first, second)), strict=True
+        )
+        differences = [a - b for a, b in pairs]
+        return estimate(np.mean(differences, axis=0)), [float(d[0]) for d in differences]
+
+    def seconds(self, family: str, label: str) -> float:
+        """The median over the seeds of what the patch took."""
+        return float(np.median([self.find(outcome, family, label).seconds for outcome in self.outcomes]))
+
+    def families(self) -> list[str]:
+        """All families but base and tuned."""
+        return list(dict.fromkeys(family for family, label in self.labels if family != label))
+
+
+def groups_of(outcomes: Sequence[Outcome]) -> list[Group]:
+    """One group for every new task."""
+    names = dict.fromkeys(outcome.pair.name for outcome in outcomes)
+    return [Group(name, tuple(o for o in outcomes if o.pair.name == name)) for name in names]
+
+
+def lines_of(group: Group) -> list[tuple[str, str, str]]:
+    """(title, family, label) of the table's lines; what is picked is picked on validation."""
+
+    def at_tenth(label: str) -> bool:
+        return "density 0.1," in f"{label},"
+
+    lines = [("base", "base", "base"), ("tuned", "tuned", "tuned")]
+    for family in BASELINES:
+        label = group.best(family)
+        if label is not None:
+            lines.append((label, family, label))
+    for family in ("none", "sequential", "joint"):
+        label = f"{family}, density 0.1"
+        if (family, label) in group.labels:
+            lines.append((f"{label} (the paper)" if label == PAPER else label, family, label))
+    for family in ("sequential", "joint"):
+        label = group.best(family)
+        if label is not None and label != f"{family}, density 0.1":
+            lines.append((label, family, label))
+    lines.append((f"{DEFAULT} (default)", RETAINED, DEFAULT))
+    for family in (RETAINED, OWN_DATA):
+        for rule in (at_tenth, lambda label: True):
+            label = group.best(family, rule)
+            if label is not None and all(line[1:] != (family, label) for line in lines):
+                lines.append((label.replace(RETAINED, family), family, label))
+    return lines
+
+
+def averaged(group: Group) -> dict[str, Any]:
+    """The points' means over the seeds in the form of a sweep's report, for its picture."""
+    families = group.families()
+    on = {family: _on_frontier(group, family) for family in families}
+    points = []
+    for family, label in group.labels:
+        means = {name: {"value": group.value(family, label, name)} for name in ("origin", "target", "h_score")}
+        options: dict[str, Any] | None = None if family == label else {}
+        points.append(
+            {"label": label, "family": family, "options": options, "test": means}
+            | {"on_frontier": {"test": label in on.get(family, ())}}
+        )
+    pair = group.outcomes[0].pair
+    return {
+        "points": points,
+        "areas": {"test": {family: group.area(family).to_dict() for family in families}},
+        "picked": {family: group.best(family) for family in families},
+        "rule": "on validation: the best H",
+        "origin": list(pair.origin),
+        "target": list(pair.target),
+    }
+
+
+def _on_frontier(group: Group, family: str) -> list[str]:
+    labels = [p.label for p in members_of(group.points(group.outcomes[0]), family)]
+    kinds = [family if label not in ("base", "tuned") else label for label in labels]
+    where = [
+        (group.value(kind, label, "origin"), group.value(kind, label, "target"))
+        for kind, label in zip(kinds, labels, strict=True)
+    ]
+    return [labels[i] for i in frontier(where)]

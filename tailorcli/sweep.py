@@ -1,0 +1,393 @@
+"""Patch one pair in many ways, evaluate each result, and see which settings no other beats: the frontier.
+
+Statistics are made once, by ``calibrate``; a sweep only patches and evaluates. Every setting that is done is kept, so
+that a sweep goes on where it was interrupted, and a wider one reuses a narrower one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tailorcli.checkpoint import Checkpoint, read_json
+from tailorcli.errors import OptionsError, OutputError, TailorError
+from tailorcli.evaluate import encode_for_all, score_model
+from tailorcli.merit import (
+    Array,
+    Estimate,
+    Roles,
+    TaskScores,
+    bootstrap,
+    check_roles,
+    estimate,
+    frontier,
+    frontier_area,
+    summarise,
+)
+from tailorcli.options import EvaluateOptions, PatchMethod, PatchOptions, Solver
+from tailorcli.patch import patch_checkpoint
+from tailorcli.stats import Stats
+from tailorcli.tasks import Task, read_tasks
+from tailorcli.writer import as_output_error, write_text_atomically
+
+if TYPE_CHECKING:
+    from tailorcli.tasks import EncodedTask
+
+FORMAT_VERSION = 1
+REPORT_FILE = "sweep.json"
+PARTS = ("test", "validation")
+PathLike = str | os.PathLike[str]
+_POINTS, _WORK = "settings", "work"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to patch: the options, and whether the retained statistics are used."""
+
+    options: PatchOptions
+    retained: bool = False
+
+    @property
+    def family(self) -> str:
+        """What it is compared as; the settings of a family make one frontier."""
+        if self.options.method != "tailor":
+            return self.options.method
+        return f"{self.options.solver}{', retained' if self.retained else ''}"
+
+    @property
+    def label(self) -> str:
+        """The family with what distinguishes its settings."""
+        o = self.options
+        if o.method == "interpolate":
+            return f"interpolate {o.effective_weight:g}"
+        parts = [self.family, f"density {o.density:g}"]
+        if self.retained:
+            parts.append(f"beta {o.retain_weight:g}")
+        if o.method == "tailor" and o.omega != PatchOptions().omega:
+            parts.append(f"omega {o.omega:g}")
+        if o.effective_weight != 1.0:
+            parts.append(f"weight {o.effective_weight:g}")
+        return ", ".join(parts)
+
+
+def settings_of(
+    options: PatchOptions,
+    *,
+    densities: Sequence[float] = (0.1,),
+    omegas: Sequence[float] = (0.5,),
+    solvers: Sequence[Solver] = ("joint",),
+    retain_weights: Sequence[float] = (),
+    methods: Sequence[PatchMethod] = (),
+    weights: Sequence[float] = (),
+) -> list[Setting]:
+    """Every combination of the values for the method tailor, and of those that ``methods`` have for each of them.
+
+    ``retain_weights`` are for the retained statistics; zero is without them. ``weights`` are the interpolation's.
+    """
+    found: list[Setting] = []
+    for density, omega, solver, beta in product(densities, omegas, solvers, retain_weights or (0.0,)):
+        changed = replace(options, density=density, omega=omega, solver=solver, retain_weight=beta)
+        found.append(Setting(changed, retained=beta > 0))
+    for method in methods:
+        if method == "interpolate":
+            found += [Setting(replace(options, method=method, weight=weight)) for weight in weights or (0.3, 0.5, 0.7)]
+        elif method != "tailor":
+            found += [Setting(replace(options, method=method, density=density)) for density in densities]
+    return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluated model: a setting, or an end of the way from base to tuned; part -> figure (1 + R,) by name."""
+
+    label: str
+    family: str
+    options: dict[str, Any] | None  # None: base or tuned
+    figures: dict[str, dict[str, Array]]
+    scores: dict[str, dict[str, TaskScores]]  # part -> task
+    seconds: float  # that the patch took
+
+    def at(self, part: str, name: str) -> float:
+        """A figure's value."""
+        return float(self.figures[part][name][0])
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """All points of a sweep, base and tuned first; each family's area under its frontier, and the setting picked."""
+
+    points: list[Point]
+    roles: Roles
+    parts: tuple[str, ...]
+    areas: dict[str, dict[str, Estimate]]  # part -> family
+    picked: dict[str, str]  # family -> label, by the last of the parts
+    rule: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "command": "sweep",
+            "origin": list(self.roles.origin),
+            "target": list(self.roles.target),
+            "rule": self.rule,
+            "points": [
+                {
+                    "label": point.label,
+                    "family": point.family,
+                    "options": point.options,
+                    "seconds": point.seconds,
+                    "on_frontier": {part: point.label in self.frontier_of(point.family, part) for part in self.parts},
+                    **{
+                        part: {name: estimate(figure).to_dict() for name, figure in point.figures[part].items()}
+                        for part in self.parts
+                    },
+                }
+                for point in self.points
+            ],
+            "areas": {part: {f: e.to_dict() for f, e in found.items()} for part, found in self.areas.items()},
+            "picked": self.picked,
+        }
+
+    def frontier_of(self, family: str, part: str) -> list[str]:
+        """The labels of a family's points, and of base and tuned, that none of them beats, in the order of old."""
+        members = members_of(self.points, family)
+        order = frontier([(p.at(part, "origin"), p.at(part, "target")) for p in members])
+        return [members[i].label for i in order]
+
+
+def members_of(points: Sequence[Point], family: str) -> list[Point]:
+    """A family's points with base and tuned, which every family can reach."""
+    return [point for point in points if point.options is None or point.family == family]
+
+
+def run_sweep(
+    base: PathLike,
+    tuned: PathLike,
+    settings: Sequence[Setting],
+    tasks: Sequence[str],
+    output: PathLike,
+    *,
+    origin: Sequence[str],
+    target: Sequence[str],
+    validation: Sequence[str] = (),
+    stats: PathLike | None = None,
+    retain: PathLike | None = None,
+    data: PathLike | None = None,
+    keep: float | None = None,
+    options: EvaluateOptions = EvaluateOptions(),
+    announce: Callable[[str], object] | None = None,
+) -> SweepReport:
+    """Evaluate base, tuned and every setting on ``tasks`` (NAME=FILE:KIND), and on ``validation`` of the same names.
+
+    The setting of each family is picked on the validation tasks, where there are any: the best H, or, with ``keep``,
+    the most of the new among those that keep that percentage of the base's old performance. The folder ``output``
+    takes a file for each setting that is done, which a rerun reuses, and ``sweep.json``. Raises TailorError.
+    """
+    started = perf_counter()
+    say = announce or (lambda message: None)
+    read = _read_parts(tasks, validation, options)
+    roles = check_roles([task.name for task in read["test"]], origin, target)
+    if not roles.origin:
+        raise OptionsError("a sweep needs old and new tasks", "name them: --origin NAME --target NAME")
+    folder = _prepare(Path(output))
+    with ExitStack() as stack:
+        opened = {name: stack.enter_context(Checkpoint.open(path)) for name, path in (("base", base), ("tuned", tuned))}
+        encoded = {part: encode_for_all(of_part, {"base": opened["base"]}, options) for part, of_part in read.items()}
+        known = _identity(opened, stats, retain, data, read, options)
+    scorer = _Scorer(folder, {part: of_part["base"] for part, of_part in encoded.items()}, options, known)
+    results = [scorer.end("base", Path(base)), scorer.end("tuned", Path(tuned))]
+    for number, setting in enumerate(settings, 1):
+        say(f"{number} of {len(settings)}: {setting.label}")
+        inputs = {
+            "stats": stats if setting.options.needs_hessians else None,
+            "retain": retain if setting.retained else None,
+            "data": data if setting.options.method == "graft" else None,
+        }
+        results.append(scorer.patched(setting, base, tuned, inputs))
+    points = _with_figures(results, roles, options)
+    parts = tuple(read)
+    report = SweepReport(
+        points=points,
+        roles=roles,
+        parts=parts,
+        areas={part: _areas(points, part) for part in parts},
+        picked=_pick(points, parts[-1], keep),
+        rule=f"on {parts[-1]}: " + ("the best H" if keep is None else f"most of the new with {keep:g}% of the old"),
+        seconds=perf_counter() - started,
+    )
+    write_text_atomically(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
+    return report
+
+
+def _read_parts(tasks: Sequence[str], validation: Sequence[str], options: EvaluateOptions) -> dict[str, list[Task]]:
+    read = {"test": read_tasks(tasks, options.limit)}
+    if validation:
+        read["validation"] = read_tasks(validation, options.limit)
+        names = [sorted(task.name for task in part) for part in read.values()]
+        if names[0] != names[1]:
+            raise OptionsError(
+                f"--validation has the tasks {', '.join(names[1])}, --task {', '.join(names[0])}",
+                "give every task a validation file under the same name",
+            )
+    return read
+
+
+def _prepare(folder: Path) -> Path:
+    """The output folder: empty, or with an earlier sweep in it."""
+    try:
+        present = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+        foreign = [name for name in present if name not in (_POINTS, _WORK, REPORT_FILE) and not name.endswith(".png")]
+        if foreign:
+            raise OutputError(f"{folder} holds other files ({foreign[0]}, ...)", "choose another folder for -o")
+        (folder / _POINTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise as_output_error(folder, error) from error
+    return folder
+
+
+def _identity(
+    opened: Mapping[str, Checkpoint],
+    stats: PathLike | None,
+    retain: PathLike | None,
+    data: PathLike | None,
+    read: Mapping[str, list[Task]],
+    options: EvaluateOptions,
+) -> dict[str, Any]:
+    """What the result of every setting depends on besides the setting."""
+    facts: dict[str, Any] = {name: checkpoint.fingerprint() for name, checkpoint in opened.items()}
+    for name, path in (("stats", stats), ("retain", retain)):
+        if path is not None:
+            found = Stats.open(path)
+            facts[name] = found.fingerprint()
+            found.close()
+    if data is not None:
+        facts["data"] = hashlib.blake2b(Path(data).read_bytes(), digest_size=16).hexdigest()
+    facts["tasks"] = {part: [(t.name, t.kind, t.digest) for t in of_part] for part, of_part in read.items()}
+    ignored = ("batch_size", "resamples", "seed")
+    facts["options"] = {key: value for key, value in options.to_dict().items() if key not in ignored}
+    return facts
+
+
+_Result = tuple[str, str, dict[str, Any] | None, dict[str, dict[str, TaskScores]], float]
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """Scores models on all parts' tasks, each once: results lie in files."""
+
+    folder: Path
+    tasks: dict[str, dict[str, EncodedTask]]
+    options: EvaluateOptions
+    known: dict[str, Any]
+
+    def end(self, name: str, path: Path) -> _Result:
+        """Base or tuned."""
+        return name, name, None, *self._scores(name, {}, (), lambda: (path, 0.0))
+
+    def patched(self, setting: Setting, base: PathLike, tuned: PathLike, inputs: dict[str, PathLike | None]) -> _Result:
+        """A setting's model, which is written, evaluated and removed."""
+        work = self.folder / _WORK
+        options = setting.options
+
+        def make() -> tuple[Path, float]:
+            shutil.rmtree(work, ignore_errors=True)
+            report = patch_checkpoint(base, tuned, work, options=options, **inputs)  # type: ignore[arg-type]
+            return work, report.seconds
+
+        try:
+            chosen = options.to_dict() | {"retained": setting.retained}
+            used = [name for name, path in inputs.items() if path is not None]
+            found = self._scores(setting.label, chosen, used, make)
+        except TailorError as error:
+            raise type(error)(f"{setting.label}: {error.message}", error.hint) from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        return setting.label, setting.family, options.to_dict(), *found
+
+    def _scores(
+        self, label: str, options: dict[str, Any], used: Sequence[str], make: Callable[[], tuple[Path, float]]
+    ) -> tuple[dict[str, dict[str, TaskScores]], float]:
+        unused = {"stats", "retain", "data"}.difference(used)
+        known = {name: fact for name, fact in self.known.items() if name not in unused}
+        key = json.dumps([label, options, known], sort_keys=True)
+        file = self.folder / _POINTS / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.json"
+        if not file.exists():
+            path, seconds = make()
+            flat = {f"{part}/{name}": task for part, of_part in self.tasks.items() for name, task in of_part.items()}
+            scores = score_model(path, flat, self.options)
+            values = {"label": label, "options": options, "seconds": seconds}
+            values["scores"] = {name: _plain(one) for name, one in scores.items()}
+            write_text_atomically(file, json.dumps(values) + "\n")
+        stored = read_json(file)
+        found: dict[str, dict[str, TaskScores]] = {part: {} for part in self.tasks}
+        for name, values in stored["scores"].items():
+            part, _, task = name.partition("/")
+            correct, count, loss = (np.array(values[key], float) for key in ("correct", "count", "loss"))
+            found[part][task] = TaskScores(correct, count, loss)
+        return found, float(stored["seconds"])
+
+
+def _plain(scores: TaskScores) -> dict[str, list[float]]:
+    return {key: [float(x) for x in value] for key, value in asdict(scores).items() if key != "outputs"}
+
+
+def _with_figures(results: list[_Result], roles: Roles, options: EvaluateOptions) -> list[Point]:
+    """The points with their averages and H, resampled alike, so that differences between them are paired."""
+    parts = list(results[0][3])
+    figures: list[dict[str, dict[str, Array]]] = [{part: {} for part in parts} for _ in results]
+    for part in parts:
+        for task in results[0][3][part]:
+            scores = [result[3][part][task] for result in results]
+            for found, figure in zip(figures, bootstrap(scores, task, options.resamples, options.seed), strict=True):
+                found[part][task] = figure
+        for found in figures:
+            found[part] |= summarise(found[part], roles.origin, roles.target)
+    return [
+        Point(label, family, chosen, found, scores, seconds)
+        for (label, family, chosen, scores, seconds), found in zip(results, figures, strict=True)
+    ]
+
+
+def families_of(points: Iterable[Point]) -> list[str]:
+    """The families that were swept, in their order."""
+    return list(dict.fromkeys(point.family for point in points if point.options is not None))
+
+
+def _areas(points: list[Point], part: str) -> dict[str, Estimate]:
+    return {family: estimate(area_figure(points, family, part)) for family in families_of(points)}
+
+
+def area_figure(points: Sequence[Point], family: str, part: str) -> Array:
+    """The area under a family's frontier as a figure (1 + R,)."""
+    members = members_of(points, family)
+    old, new = (np.stack([p.figures[part][name] for p in members]) for name in ("origin", "target"))  # (P, 1 + R)
+    return np.array([frontier_area(old[:, r], new[:, r], old[:2, r], new[:2, r]) for r in range(old.shape[1])])
+
+
+def _pick(points: list[Point], part: str, keep: float | None) -> dict[str, str]:
+    """Each family's setting by the rule; without one that keeps enough, the one that keeps the most."""
+    floor = None if keep is None else keep / 100 * points[0].at(part, "origin")
+    picked = {}
+    for family in families_of(points):
+        members = [point for point in points if point.options is not None and point.family == family]
+        if floor is None:
+            best = max(members, key=lambda point: point.at(part, "h_score"))
+        elif enough := [point for point in members if point.at(part, "origin") >= floor]:
+            best = max(enough, key=lambda point: point.at(part, "target"))
+        else:
+            best = max(members, key=lambda point: point.at(part, "origin"))
+        picked[family] = best.label
+    return picked

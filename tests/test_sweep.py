@@ -1,0 +1,234 @@
+"""The frontier and its area, and a sweep over a tiny pair: every setting once, picked by the rule, taken up again."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from helpers import make_pair, write_data
+from typer.testing import CliRunner
+
+import tailorcli.sweep as sweep_module
+from tailorcli import EvaluateOptions, PatchOptions, TailorError, calibrate_model, evaluate_models, patch_checkpoint
+from tailorcli.cli import app
+from tailorcli.merit import frontier, frontier_area
+from tailorcli.options import PRESETS, CalibrateOptions
+from tailorcli.sweep import run_sweep, settings_of
+
+ENDS = ((60.0, 20.0), (10.0, 50.0))  # old and new of base and tuned
+
+
+def test_frontier_keeps_what_nothing_beats():
+    points = [(1, 5), (2, 4), (2, 5), (3, 1), (0, 9), (3, 0.5), (2, 5)]
+    assert [points[i] for i in frontier(points)] == [(0, 9), (2, 5), (3, 1)]
+
+
+def area(*points):
+    (base, tuned), (new_base, new_tuned) = ENDS
+    old = [base, tuned, *(p[0] for p in points)]
+    new = [new_base, new_tuned, *(p[1] for p in points)]
+    return frontier_area(old, new, *ENDS)
+
+
+def test_area_of_the_straight_line_is_a_half():
+    assert area() == pytest.approx(0.5)
+    assert area((40.0, 30.0)) == pytest.approx(0.5)  # a point on it
+    assert area((30.0, 15.0)) == pytest.approx(0.5)  # one below is no part of the frontier
+
+
+def test_area_of_known_shapes():
+    assert area((60.0, 50.0)) == pytest.approx(1.0)  # all of both
+    assert area((40.0, 50.0)) == pytest.approx(0.5 + 0.5 / 2)
+    assert area((80.0, 50.0)) == pytest.approx(1.5)  # more of the old than the base had
+    assert area((60.0, 90.0)) == pytest.approx(2.0)
+
+
+def test_area_against_sums_over_fine_strips():
+    rng = np.random.default_rng(0)
+    points = [(float(a), float(b)) for a, b in rng.uniform((20, 10), (60, 50), (9, 2))]
+    everything = [(60.0, 10.0), (20.0, 50.0), *points]
+    old = np.linspace(20, 60, 4001)
+    new = np.zeros_like(old)
+    for a in everything:  # the highest of all straight lines between two points: the upper hull
+        for b in everything:
+            if a[0] < b[0]:
+                new = np.maximum(
+                    new, np.where((old >= a[0]) & (old <= b[0]), np.interp(old, *zip(a, b, strict=True)), 0)
+                )
+    highest = max(everything, key=lambda p: p[1])
+    new = np.where(old < highest[0], highest[1], new)
+    assert area(*points) == pytest.approx(float(((new - 10) / 40).mean()), abs=1e-3)
+
+
+def test_no_area_where_nothing_was_forgotten():
+    assert math.isnan(frontier_area([1, 2], [1, 2], (1, 2), (1, 2)))
+
+
+def test_settings_are_every_combination_once():
+    found = settings_of(
+        PatchOptions(), densities=[0.1, 0.2], retain_weights=[0.0, 0.3], methods=["interpolate", "dare"], weights=[0.5]
+    )
+    assert [s.label for s in found] == [
+        *("joint, density 0.1", "joint, retained, density 0.1, beta 0.3"),
+        *("joint, density 0.2", "joint, retained, density 0.2, beta 0.3"),
+        *("interpolate 0.5", "dare, density 0.1", "dare, density 0.2"),
+    ]
+    assert len({s.family for s in found}) == 4
+    assert len(settings_of(PatchOptions(), densities=[0.1, 0.1])) == 1
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = make_pair(tmp_path_factory.mktemp("sweep"))
+    for name, seed in (("old", 1), ("new", 2), ("old-val", 3), ("new-val", 4)):
+        write_data(folder / f"{name}.jsonl", count=6, seed=seed)
+    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats", CalibrateOptions(num_samples=8))
+    options = CalibrateOptions(num_samples=4, seq_len=16, synthetic=True)
+    calibrate_model(folder / "base", None, folder / "retain", options)
+    return folder
+
+
+def tasks(pair, suffix=""):
+    return [f"{name}={pair / f'{name}{suffix}.jsonl'}:text" for name in ("old", "new")]
+
+
+def run(pair, output, settings, **more):
+    inputs = {"origin": ["old"], "target": ["new"], "stats": pair / "stats", "retain": pair / "retain"}
+    return run_sweep(pair / "base", pair / "tuned", settings, tasks(pair), output, **inputs, **more)
+
+
+SETTINGS = settings_of(
+    PatchOptions(), densities=[0.1, 0.5], retain_weights=[0.0, 0.3], methods=["interpolate"], weights=[0.3, 0.7]
+)
+
+
+def test_every_point_is_what_patch_and_evaluate_give(pair, tmp_path):
+    report = run(pair, tmp_path / "out", SETTINGS, validation=tasks(pair, "-val"))
+    assert [p.label for p in report.points] == ["base", "tuned", *(s.label for s in SETTINGS)]
+    setting = SETTINGS[1]
+    patch_checkpoint(
+        pair / "base", pair / "tuned", tmp_path / "p", pair / "stats", setting.options, retain=pair / "retain"
+    )
+    for part, suffix in (("test", ""), ("validation", "-val")):
+        alone = evaluate_models([tmp_path / "p"], tasks(pair, suffix), origin=["old"], target=["new"])
+        point = next(p for p in report.points if p.label == setting.label)
+        summary = alone.figures["p"]["summary"]
+        for name in ("origin", "target", "h_score"):
+            assert point.at(part, name) == summary[name].value
+    assert not (tmp_path / "out" / "work").exists()
+    written = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert set(written["picked"]) == {"joint", "joint, retained", "interpolate"}
+    for family, label in written["picked"].items():
+        members = [p for p in report.points if p.family == family]
+        assert label == max(members, key=lambda p: p.at("validation", "h_score")).label
+
+
+def test_keep_picks_the_most_of_the_new_that_keeps_enough(pair, tmp_path):
+    report = run(pair, tmp_path, SETTINGS, keep=95.0)
+    floor = 0.95 * report.points[0].at("test", "origin")
+    for family, label in report.picked.items():
+        members = [p for p in report.points if p.family == family]
+        enough = [p for p in members if p.at("test", "origin") >= floor]
+        if enough:
+            assert label == max(enough, key=lambda p: p.at("test", "target")).label
+        else:
+            assert label == max(members, key=lambda p: p.at("test", "origin")).label
+
+
+def test_a_rerun_evaluates_only_what_is_new(pair, tmp_path, monkeypatch):
+    first = run(pair, tmp_path, SETTINGS[:2])
+    seen = []
+    real = sweep_module.score_model
+    monkeypatch.setattr(sweep_module, "score_model", lambda *args: seen.append(args[0]) or real(*args))
+    again = run(pair, tmp_path, SETTINGS[:3])
+    assert len(seen) == 1
+    assert [p.at("test", "h_score") for p in again.points[:4]] == [p.at("test", "h_score") for p in first.points]
+    (pair / "old.jsonl").write_text((pair / "old.jsonl").read_text() * 2)  # other data: nothing may be reused
+    run(pair, tmp_path, SETTINGS[:1])
+    assert len(seen) == 4
+
+
+def test_an_interrupted_sweep_leaves_no_half_written_point(pair, tmp_path, monkeypatch):
+    real = sweep_module.score_model
+
+    def fail(path, *rest):
+        if path.name == "work":
+            raise KeyboardInterrupt
+        return real(path, *rest)
+
+    monkeypatch.setattr(sweep_module, "score_model", fail)
+    with pytest.raises(KeyboardInterrupt):
+        run(pair, tmp_path, SETTINGS)
+    assert len(list((tmp_path / "settings").iterdir())) == 2  # base and tuned
+    assert not (tmp_path / "work").exists()
+    assert not (tmp_path / "sweep.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"validation": ["old=x.jsonl:text"]}, "no file"),
+        ({"origin": ["elder"]}, "names no task"),
+        ({"origin": [], "target": []}, "needs old and new"),
+    ],
+)
+def test_errors(pair, tmp_path, change, words):
+    inputs = {"origin": ["old"], "target": ["new"], "stats": pair / "stats"} | change
+    with pytest.raises(TailorError, match=words):
+        run_sweep(pair / "base", pair / "tuned", SETTINGS[:1], tasks(pair), tmp_path, **inputs)
+
+
+def test_a_foreign_folder_is_refused(pair, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(TailorError, match="other files"):
+        run(pair, tmp_path, SETTINGS[:1])
+
+
+def test_different_validation_tasks_are_refused(pair, tmp_path):
+    with pytest.raises(TailorError, match="validation file"):
+        run(pair, tmp_path, SETTINGS[:1], validation=tasks(pair, "-val")[:1])
+
+
+def test_command_line(pair, tmp_path):
+    specs = [part for spec in tasks(pair) for part in ("--task", spec)]
+    arguments = ["sweep", pair / "base", pair / "tuned", "--stats", pair / "stats", "--retain", pair / "retain"]
+    arguments += [*specs, "--origin", "old", "--target", "new", "-o", tmp_path / "o", "--density", 0.2, "--limit", 4]
+    arguments += ["--method", "interpolate", "--method", "magnitude", "--weight", 0.5]
+    arguments += ["--plot", tmp_path / "f.png"]
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    assert "area" in result.output
+    assert (tmp_path / "f.png").stat().st_size > 10_000
+    result = CliRunner().invoke(app, [str(a) for a in (*arguments[:-2], "--json")])
+    report = json.loads(result.stdout)
+    assert [p["family"] for p in report["points"][2:]] == ["joint, retained", "interpolate", "magnitude"]
+    without = [a for a in arguments[:-2] if a not in ("--retain", pair / "retain")]
+    result = CliRunner().invoke(app, [str(a) for a in (*without, "--retain-weight", 0.3)])
+    assert result.exit_code == 2
+
+
+def test_default_evaluation_options_are_those_of_evaluate():
+    assert run_sweep.__kwdefaults__["options"] == EvaluateOptions()
+
+
+def test_preset_paper_is_the_papers_own_setting(pair, tmp_path):
+    """Its sweep with the true diagonal of the inverse, a tenth of the entries, both scores alike, no retain term."""
+    assert PRESETS["paper"] == {
+        **{"density": 0.1, "omega": 0.5, "solver": "sequential"},
+        **{"damping": 0.01, "block_size": 128},
+    }
+    inputs = ["patch", str(pair / "base"), str(pair / "tuned"), "--stats", str(pair / "stats")]
+    written = {}
+    for name, extra in {
+        "preset": ["--preset", "paper"],
+        "spelt": ["--solver", "sequential", "--density", "0.1", "--omega", "0.5"],
+        "denser": ["--preset", "paper", "--density", "0.2"],
+    }.items():
+        result = CliRunner().invoke(app, [*inputs, "-o", str(tmp_path / name), *extra])
+        assert result.exit_code == 0, result.output
+        written[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert written["preset"] == written["spelt"] != written["denser"]
+    for extra in (["--preset", "papier"], ["--preset", "paper", "--retain", str(pair / "stats")]):
+        result = CliRunner().invoke(app, [*inputs, "-o", str(tmp_path / "x"), *extra])
+        assert result.exit_code in (1, 2)
+        assert not (tmp_path / "x").exists()
