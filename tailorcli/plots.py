@@ -12,6 +12,7 @@ from tailorcli.report import MERGE, share, split_name
 
 _BEFORE, _AFTER, _TUNED, _NEUTRAL = "#d08a3c", "#2f6f9f", "#8a8a8a", "#4d8f57"
 _PALETTE = ("#2f6f9f", "#d08a3c", "#4d8f57", "#8f4d7f", "#7a6a3a", "#3a8f8f")
+_MANY = (*_PALETTE, "#b03a3a", "#5b5bb5", "#111111", "#c2a200", "#7fb03a", "#d46fb0")
 
 
 def plot_inspection(inspection: Inspection, file: Path) -> None:
@@ -279,8 +280,8 @@ def plot_frontiers(report: dict[str, Any], file: Path) -> None:
     families = list(dict.fromkeys(point["family"] for point, _, _ in points if point["options"] is not None))
     picked = set(report["picked"].values())
     for number, family in enumerate(families):
-        color = _PALETTE[number % len(_PALETTE)]
-        style = {"color": color, "ls": ("-", "--", ":")[number // len(_PALETTE) % 3]}
+        style = {"color": _MANY[number % len(_MANY)], "ls": ("-", "--")[number // len(_MANY) % 2]}
+        color = style["color"]
         own = [(point, old, new) for point, old, new in points if point["family"] == family]
         kept = [(old, new) for point, old, new in own if point["on_frontier"]["test"]]
         line = sorted({*kept, *(end for end in ends if not _is_beaten(end, kept))})

@@ -176,9 +176,10 @@ def one_error(*arguments):
 
 def test_data_or_synthetic(llama_pair, tmp_path):
     base, stats = llama_pair / "base", tmp_path / "stats"
-    message = one_error("calibrate", base, "-o", stats)
-    assert "no calibration data given" in message
-    assert "--synthetic" in message
+    usage = run("calibrate", base, "-o", stats, expect=2)
+    assert "--synthetic" in usage.stderr
+    with pytest.raises(TailorError, match="no calibration data given"):
+        calibrate_model(base, None, stats)
     message = one_error("calibrate", base, "--data", llama_pair / "data.jsonl", "--synthetic", "-o", stats)
     assert "--data and --synthetic exclude each other" in message
     assert "num_samples must be at least 1" in one_error(
