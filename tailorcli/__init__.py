@@ -29,6 +29,9 @@ _HOMES = {
     "read_tasks": "tailorcli.tasks",
     "encode_task": "tailorcli.tasks",
     "evaluate_network": "tailorcli.predict",
+    "run_sweep": "tailorcli.sweep",
+    "settings_of": "tailorcli.sweep",
+    "SweepReport": "tailorcli.sweep",
     "TaskScores": "tailorcli.merit",
     "h_score": "tailorcli.merit",
     "read_results": "tailorcli.harness",
@@ -54,6 +57,7 @@ __all__ = [
     "PatchOptions",
     "PatchReport",
     "Stats",
+    "SweepReport",
     "TailorError",
     "TaskScores",
     "VerifyReport",
@@ -71,7 +75,9 @@ __all__ = [
     "plan_patch",
     "read_results",
     "read_tasks",
+    "run_sweep",
     "score_checkpoint",
+    "settings_of",
     "verify_checkpoint",
 ]
 
@@ -91,6 +97,7 @@ if TYPE_CHECKING:
     from tailorcli.predict import evaluate_network
     from tailorcli.report import PatchReport
     from tailorcli.stats import Stats
+    from tailorcli.sweep import SweepReport, run_sweep, settings_of
     from tailorcli.tasks import encode_task, read_tasks
 
 
