@@ -431,9 +431,8 @@ def test_experts_have_retained_hessians_of_their_own(family, tmp_path):
     folder = make_family_pair(tmp_path, family)
     calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
     calibrate_model(folder / "base", None, folder / "retained", SYNTHETIC)
-    options = PatchOptions(retain_weight=1.0)
     report = patch_checkpoint(
-        folder / "base", folder / "tuned", folder / "out", folder / "stats", options, retain=folder / "retained"
+        folder / "base", folder / "tuned", folder / "out", folder / "stats", retain=folder / "retained"
     )
     fused = [record for record in report.tensors if record.get("experts")]
     base, out = read_tensors(folder / "base"), read_tensors(folder / "out")
