@@ -14,7 +14,7 @@ from tailorcli.options import PatchOptions
 from tailorcli.stats import Stats, TensorStats
 from tailorcli.writer import ShardLayout, plan_layout
 
-_WORK_BYTES = 8 * (64 << 20)  # the solver's work arrays, bounded by the row chunks in core.solvers
+_WORK_BYTES = 12 * (64 << 20)  # the solver's work arrays, bounded by the row chunks in core.solvers
 RUNTIME_BYTES = 400 << 20  # the interpreter with torch loaded
 _TRANSFORMERS_BYTES = 300 << 20  # and what graft needs besides
 
@@ -258,7 +258,7 @@ def working_set(tensor: TensorPlan, tuned: Checkpoint, stats: Stats | None, opti
         if tensor.retain:  # another of each, their sum; the goal and the target values of every entry
             hessian += square // 2 + 2 * square
             arrays += 2 * full
-    work = min(_WORK_BYTES, 8 * full) if hessian else 0
+    work = min(_WORK_BYTES, 12 * full) if hessian else 0
     return weights + arrays + hessian + work
 
 
