@@ -247,6 +247,8 @@ def test_killed_at_any_moment_and_resumed_to_the_same_bytes(deep_pair, tmp_path)
                 Checkpoint.open(out)
             with pytest.raises((OSError, ValueError)):
                 AutoModelForCausalLM.from_pretrained(out)
+        else:
+            duration *= 0.9  # the machine is less busy than during the first run
         options, file = PatchOptions(max_shard_size=30_000, resume=True), tmp_path / f"killed{attempts}.safetensors"
         patch_checkpoint(*arguments, out, deep_pair / "stats", options, patch_file=file)
         assert folder_digest(out) == expected
