@@ -133,18 +133,23 @@ def averaged(group: Group) -> dict[str, Any]:
         means = {name: {"value": group.value(family, label, name)} for name in ("origin", "target", "h_score")}
         options: dict[str, Any] | None = None if family == label else {}
         points.append(
-            {"label": label, "family": family, "options": options, "test": means}
+            {"label": _shown(family, label), "family": family, "options": options, "test": means}
             | {"on_frontier": {"test": label in on.get(family, ())}}
         )
     pair = group.outcomes[0].pair
     return {
         "points": points,
         "areas": {"test": {family: group.area(family).to_dict() for family in families}},
-        "picked": {family: group.best(family) for family in families},
+        "picked": {family: _shown(family, group.best(family) or "") for family in families},
         "rule": "on validation: the best H",
         "origin": list(pair.origin),
         "target": list(pair.target),
     }
+
+
+def _shown(family: str, label: str) -> str:
+    """A label that no other family has."""
+    return label.replace(RETAINED, OWN_DATA) if family == OWN_DATA else label
 
 
 def _on_frontier(group: Group, family: str) -> list[str]:
