@@ -93,8 +93,8 @@ def find_cut(
     ``done`` are the first of ``tensors``, which an earlier run has patched: their share of the equal entries is
     taken off, for which they are read once more. ``density`` must lie between 0 and 1, and not at the ends.
     """
-    from tailorcli.core.baselines import digit_counts, digit_of_rank, no_counts, value_of_digits
-    from tailorcli.core.scores import count_kept
+    from tailorcli.core.baselines import digit_counts, no_counts, value_of_digits
+    from tailorcli.core.scores import count_kept, digit_of_rank
 
     count = count_kept(density, sum(tensor.numel for tensor in tensors))
     if count == 0:

@@ -27,8 +27,9 @@ from tailorcli.core import (
     select_mask,
     tailor_layer,
 )
-from tailorcli.core.baselines import digit_counts, digit_of_rank, mask_above, value_of_digits
+from tailorcli.core.baselines import digit_counts, mask_above, value_of_digits
 from tailorcli.core.hessian import prepare
+from tailorcli.core.scores import digit_of_rank
 from tailorcli.patchwriter import PatchWriter
 from tailorcli.writer import CheckpointWriter
 

@@ -145,13 +145,6 @@ def digit_counts(delta: Tensor, upper: int | None = None) -> Tensor:
     return total.cpu()
 
 
-def digit_of_rank(counts: Tensor, rank: int) -> tuple[int, int]:
-    """The digit of the ``rank``-th largest entry (from 1), and its rank among the entries of that digit."""
-    at_least = counts.flip(0).cumsum(0).flip(0)
-    digit = int((at_least >= rank).nonzero()[-1])
-    return digit, rank - int(at_least[digit] - counts[digit])
-
-
 def value_of_digits(upper: int, lower: int) -> float:
     """The float32 whose bit pattern these digits are."""
     return float(np.array(upper << 16 | lower, dtype=np.uint32).view(np.float32))

@@ -217,12 +217,19 @@ class PreparedHessian:
 
 def prepare(hessian: Tensor, damping: float, *, sensitivity: bool, sequential: bool) -> PreparedHessian:
     """Damp and factorise ``hessian`` as far as the scores and the solver need it."""
+    return prepare_with_factor(hessian, damping, sensitivity=sensitivity, sequential=sequential)[0]
+
+
+def prepare_with_factor(
+    hessian: Tensor, damping: float, *, sensitivity: bool, sequential: bool
+) -> tuple[PreparedHessian, Factor | None]:
+    """The same with the Cholesky factor, None of a diagonal Hessian, for what solves with all of H."""
     num_dead = int(dead_channels(hessian).sum())
     if hessian.dim() == 1:
         amount = dampen(hessian, damping)
         inverse = (1.0 / (hessian + amount)).masked_fill(dead_channels(hessian), torch.inf)
-        return PreparedHessian(hessian, inverse, None, damping, amount, num_dead)
+        return PreparedHessian(hessian, inverse, None, damping, amount, num_dead), None
     factor = factorise(hessian, damping)  # also where only the joint solver follows: it needs H positive definite
     upper = inverse_factor(factor) if sequential else None
     diagonal = inverse_diagonal(factor) if sensitivity else None
-    return PreparedHessian(hessian, diagonal, upper, factor.damping, factor.amount, num_dead)
+    return PreparedHessian(hessian, diagonal, upper, factor.damping, factor.amount, num_dead), factor

@@ -11,20 +11,19 @@ mask and solvers stay what they are.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from tailorcli.core.chunks import row_slices
 from tailorcli.core.hessian import (
-    Factor,
     PreparedHessian,
     Retained,
     combine_hessians,
     dead_channels,
     diagonal_of,
-    factorise,
-    inverse_diagonal,
-    inverse_factor,
+    prepare_with_factor,
 )
 
 _CHUNK_ENTRIES = 1 << 24  # 64 MiB a float32 work array
@@ -41,22 +40,10 @@ def prepare_retaining(
 ) -> PreparedHessian:
     """``prepare`` for A = H + beta s H_r, with what the goal and the figures need of H and H_r beside it."""
     system = combine_hessians((hessian, retained), (1.0, retain_scale(hessian, retained, weight)))
+    prepared, factor = prepare_with_factor(system, damping, sensitivity=sensitivity, sequential=sequential)
     mean, mean_new = float(diagonal_of(system).mean()), float(diagonal_of(hessian).mean())
-    dead = dead_channels(system)
-    diagonal: Tensor | None
-    upper: Tensor | None = None
-    factor: Factor | None = None
-    used = damping
-    if system.dim() == 1:
-        diagonal = (1.0 / (system + damping * mean)).masked_fill(dead, torch.inf)
-    else:
-        factor = factorise(system, damping)
-        used = factor.damping
-        diagonal = inverse_diagonal(factor) if sensitivity else None
-        upper = inverse_factor(factor) if sequential else None
     share = mean_new / mean if mean > 0 else 1.0
-    kept = Retained(hessian, retained, used * mean_new, share, factor)
-    return PreparedHessian(system, diagonal, upper, used, used * mean, int(dead.sum()), kept)
+    return replace(prepared, retain=Retained(hessian, retained, prepared.damping * mean_new, share, factor))
 
 
 def retained_goal(delta: Tensor, prepared: PreparedHessian) -> Tensor:

@@ -82,8 +82,13 @@ def _kth_largest_by_radix(flat: Tensor, count: int) -> Tensor:
     for shift, bits in ((21, 11), (10, 11), (0, 10)):
         digits = (candidates >> shift) & ((1 << bits) - 1)
         counts = torch.bincount(digits, minlength=1 << bits)
-        at_least = counts.flip(0).cumsum(0).flip(0)  # entries whose digit is this one or higher
-        digit = int((at_least >= count).nonzero()[-1])
-        count -= int(at_least[digit] - counts[digit])
+        digit, count = digit_of_rank(counts, count)
         candidates = candidates[digits == digit]
     return candidates[0].view(torch.float32)
+
+
+def digit_of_rank(counts: Tensor, rank: int) -> tuple[int, int]:
+    """The digit of the ``rank``-th largest entry (from 1), and its rank among the entries of that digit."""
+    at_least = counts.flip(0).cumsum(0).flip(0)  # entries whose digit is this one or higher
+    digit = int((at_least >= rank).nonzero()[-1])
+    return digit, rank - int(at_least[digit] - counts[digit])
