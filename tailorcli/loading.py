@@ -307,9 +307,35 @@ def greedy_generation(network: Any, max_new_tokens: int) -> Iterator[Any]:
     if config.pad_token_id is None:
         ends = config.eos_token_id
         config.pad_token_id = ends[0] if isinstance(ends, list) else ends
-    network.generation_config = config  # what a call leaves open would come from here
-    try:
+    with _generating_by(network, config):
         yield config
+
+
+@contextmanager
+def sampling_generation(network: Any, new_tokens: int) -> Iterator[Any]:
+    """A configuration to sample so many tokens with, at temperature 1 from the whole vocabulary; no token ends it."""
+    import transformers
+
+    config = transformers.GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=new_tokens,
+        use_cache=True,
+        eos_token_id=None,
+        pad_token_id=0,  # never used: no sample ends before the others
+    )
+    with _generating_by(network, config):
+        yield config
+
+
+@contextmanager
+def _generating_by(network: Any, config: Any) -> Iterator[None]:
+    """The network's own configuration, from which comes what a call leaves open, is this one within."""
+    own, network.generation_config = network.generation_config, config
+    try:
+        yield
     finally:
         network.generation_config = own
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.data import Samples
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
+from tailorcli.loading import sampling_generation
 from tailorcli.options import CalibrateOptions
 
 if TYPE_CHECKING:
@@ -70,27 +71,15 @@ def _plain_tokens(tokenizer: Any, rows: int) -> torch.Tensor:
 
 def _continued(network: Any, starts: torch.Tensor, options: CalibrateOptions, device: torch.device) -> torch.Tensor:
     """Token ids (B, T) on the CPU: the first tokens (B, 1), continued to ``seq_len``."""
-    from transformers import GenerationConfig
-
     if options.length == 1:
         return starts
     ids = starts.to(device)
-    settings = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=options.length - 1,
-        use_cache=True,
-        eos_token_id=None,
-        pad_token_id=0,  # never used: no sample ends before the others
-    )
-    own, network.generation_config = network.generation_config, settings  # which a call's own would be mixed with
     try:
-        written: torch.Tensor = network.generate(input_ids=ids, attention_mask=ids.new_ones(ids.shape))
+        with sampling_generation(network, options.length - 1) as settings:
+            written: torch.Tensor = network.generate(
+                input_ids=ids, attention_mask=ids.new_ones(ids.shape), generation_config=settings
+            )
     except (RuntimeError, ValueError, IndexError) as error:
         what = f"the model cannot be sampled from: {first_line(error)}"
         raise NumericalError(what, f"pass --dtype float32, or {_HINT}") from error
-    finally:
-        network.generation_config = own
     return written.cpu()

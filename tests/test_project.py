@@ -17,7 +17,7 @@ LAYERS = [
     {"options"},
     {"device"},
     {"checkpoint", "maskcode", "data", "products", "blocks", "merit"},
-    {"encoding", "synthetic"},
+    {"encoding"},
     {"writer", "report", "adapter_config", "tasks"},
     {"adapter_fit"},
     {"stats", "patchfile", "adapter"},
