@@ -79,7 +79,8 @@ def calibrate_model(
 ) -> CalibrateReport:
     """Run the checkpoint ``model`` over samples of ``data`` and write the statistics folder ``output``.
 
-    Without ``data``, and with ``options.synthetic``, the model writes the samples itself.
+    With ``options.synthetic`` the model writes the samples itself: from random tokens, or, where there are ``data``,
+    from the images and prompts of these.
 
     One Hessian H = (2/N) sum x x^T per distinct layer input, over N tokens; nothing is padded. ``model`` is
     the *fine-tuned* checkpoint: its layer inputs on the new task are what Eq. 5 compares. It may be an adapter on
@@ -96,9 +97,11 @@ def calibrate_model(
         timer = StageTimer(device)
         config = read_config(stored.path)
         with timer.stage("data"):
-            if data is None:
-                samples = _self_written(stored, tuned, config, options, device, progress)
+            if options.synthetic:
+                starts = None if data is None else Path(data)
+                samples = _self_written(stored, tuned, config, starts, options, device, progress)
             else:
+                assert data is not None
                 samples = _draw(Path(data), stored, tokenizer_folder(tuned), config, options)
         writer = stack.enter_context(StatsWriter(folder, _room(stored)))
         run = Run(stored, tuned, samples, options, device, timer, writer, progress)
@@ -176,14 +179,13 @@ def _check_source(data: str | os.PathLike[str] | None, options: CalibrateOptions
         raise OptionsError(
             "no calibration data given", "pass --data FILE, or --synthetic to let the model write its own"
         )
-    if data is not None and options.synthetic:
-        raise OptionsError("--data and --synthetic exclude each other", "pass the one that you mean")
 
 
 def _self_written(
     stored: Checkpoint,
     tuned: Checkpoint,
     config: dict[str, Any],
+    data: Path | None,
     options: CalibrateOptions,
     device: torch.device,
     progress: bool,
@@ -192,7 +194,7 @@ def _self_written(
     from tqdm import tqdm
 
     from tailorcli.collect import free_memory
-    from tailorcli.synthetic import require_writer, write_samples
+    from tailorcli.synthetic import encode_starts, read_starts, require_writer, with_source, write_samples
 
     if stored is not tuned:
         raise OptionsError(
@@ -206,13 +208,16 @@ def _self_written(
             "pass --data FILE, which goes block by block",
         )
     options = replace(options, seq_len=min(options.length, num_positions(config)))
+    records = [] if data is None else read_starts(data)
     network = load_model(stored, config, options)
     require_writer(network)  # before its tokenizer, which a vision model has none of
-    encoder = load_encoder(stored.path, stored.path, False, options)
+    encoder = load_encoder(stored.path, stored.path, any(record.has_media for record in records), options)
+    starts = encode_starts(records, encoder, options) if records else []
     network.to(device)
     total = options.num_samples * (options.length - 1)
     with device_errors(), tqdm(total=total, desc="writing", unit="tok", disable=None if progress else True) as bar:
-        return write_samples(network, encoder.tokenizer, options, device, bar)
+        samples = write_samples(network, encoder.tokenizer, options, device, bar, starts, encoder.media_ids)
+    return samples if data is None else with_source(samples, data, len(records))
 
 
 def _has_processor(folder: Path) -> bool:

@@ -41,6 +41,17 @@ class Encoder:
         """What turns text into token ids."""
         return getattr(self.processor, "tokenizer", self.processor)
 
+    @cached_property
+    def media_ids(self) -> list[int]:
+        """The ids of tokens that stand for a part of an image, which no model writes."""
+        if not self.takes_media:
+            return []
+        ids = [getattr(self.processor, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
+        token = getattr(self.processor, "image_token", None)
+        if token is not None:
+            ids.append(self.tokenizer.convert_tokens_to_ids(str(token)))
+        return [number for number in ids if isinstance(number, int)]
+
     def encode(self, record: Record, seq_len: int) -> Inputs | None:
         """The model's inputs for one record, of ``seq_len`` tokens at most; None if it gives none. Raises DataError."""
         if "audio" in record.fields:
@@ -204,6 +215,8 @@ class Encoder:
             what = f"{record.where}: the processor refuses this record: {first_line(error)}"
             raise DataError(what, FIELDS) from error
         tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+        # An empty text has no tokens from which their dtype could be told.
+        tensors |= {name: value.long() for name, value in tensors.items() if not value.numel()}
         return {name: value for name, value in tensors.items() if name not in _DROPPED}
 
 

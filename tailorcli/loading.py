@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -312,8 +312,11 @@ def greedy_generation(network: Any, max_new_tokens: int) -> Iterator[Any]:
 
 
 @contextmanager
-def sampling_generation(network: Any, new_tokens: int) -> Iterator[Any]:
-    """A configuration to sample so many tokens with, at temperature 1 from the whole vocabulary; no token ends it."""
+def sampling_generation(network: Any, new_tokens: int, barred: Sequence[int] = ()) -> Iterator[Any]:
+    """A configuration to sample so many tokens with, at temperature 1 from the whole vocabulary; no token ends it.
+
+    The ``barred`` token ids are never drawn.
+    """
     import transformers
 
     config = transformers.GenerationConfig(
@@ -325,6 +328,7 @@ def sampling_generation(network: Any, new_tokens: int) -> Iterator[Any]:
         use_cache=True,
         eos_token_id=None,
         pad_token_id=0,  # never used: no sample ends before the others
+        suppress_tokens=list(barred) or None,
     )
     with _generating_by(network, config):
         yield config

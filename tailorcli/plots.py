@@ -10,7 +10,7 @@ from tailorcli.errors import OptionsError, OutputError, TailorError
 from tailorcli.inspection import Inspection
 from tailorcli.report import MERGE, share, split_name
 
-_BEFORE, _AFTER, _TUNED, _NEUTRAL = "#d08a3c", "#2f6f9f", "#8a8a8a", "#4d8f57"
+BEFORE, AFTER, TUNED, _NEUTRAL = "#d08a3c", "#2f6f9f", "#8a8a8a", "#4d8f57"
 _PALETTE = ("#2f6f9f", "#d08a3c", "#4d8f57", "#8f4d7f", "#7a6a3a", "#3a8f8f")
 _MANY = (*_PALETTE, "#b03a3a", "#5b5bb5", "#111111", "#c2a200", "#7fb03a", "#d46fb0")
 
@@ -21,20 +21,20 @@ def plot_inspection(inspection: Inspection, file: Path) -> None:
     Raises TailorError without matplotlib, or for something that has no picture.
     """
     if inspection.report is not None:
-        figure = _figure(13, 8.5)
+        figure = new_figure(13, 8.5)
         _draw_report(figure, inspection.report)
     elif inspection.hessians:
-        figure = _figure(11, 4.5)
+        figure = new_figure(11, 4.5)
         _draw_stats(figure, inspection.hessians)
     else:
         raise TailorError(
             f"{inspection.path} has nothing to plot", "plot a stats folder, a report or a patched checkpoint"
         )
     figure.suptitle(f"{inspection.kind}: {Path(inspection.path).name}", fontsize=13)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """An empty figure of so many inches. Raises TailorError without matplotlib."""
     try:
         from matplotlib.figure import Figure
@@ -43,7 +43,8 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, file: Path) -> None:
+def save_figure(figure: Any, file: Path) -> None:
+    """Write a figure into ``file``. Raises OutputError."""
     try:
         figure.savefig(file, dpi=110)
     except (OSError, ValueError) as error:
@@ -67,7 +68,7 @@ def _draw_report(figure: Any, report: dict[str, Any]) -> None:
 def _draw_merge(figure: Any, tensors: list[dict[str, Any]], tasks: list[str]) -> None:
     """How the tasks' masks overlap, where they disagree, and how far each task's layers are, by layer."""
     top = figure.subplots(2, 2)
-    labels, groups = _by_layer(tensors)
+    labels, groups = layers_of(tensors)
     positions = list(range(len(labels)))
     colors = [_PALETTE[i % len(_PALETTE)] for i in range(len(tasks))]
 
@@ -88,7 +89,7 @@ def _draw_merge(figure: Any, tensors: list[dict[str, Any]], tasks: list[str]) ->
     kept.set_ylim(0, 1.3 * kept.get_ylim()[1])
     kept.legend(loc="upper left", ncols=2)
     jaccard = [100 * (share(_sum(group, "kept_by_all"), _sum(group, "kept")) or 0.0) for group in groups]
-    overlap.bar(positions, jaccard, color=_AFTER, label="kept by all tasks / kept by any (Jaccard)")
+    overlap.bar(positions, jaccard, color=AFTER, label="kept by all tasks / kept by any (Jaccard)")
     by_chance = [100 * (_overlap_by_chance(group, len(tasks)) or 0.0) for group in groups]
     overlap.plot(positions, by_chance, "_", color="black", ms=12, label="if the masks were drawn at random")
     overlap.set(
@@ -96,7 +97,7 @@ def _draw_merge(figure: Any, tensors: list[dict[str, Any]], tasks: list[str]) ->
     )
     overlap.legend(loc="upper left")
     conflicts = [100 * (share(_sum(group, "sign_conflicts"), _sum(group, "shared")) or 0.0) for group in groups]
-    signs.bar(positions, conflicts, color=_BEFORE)
+    signs.bar(positions, conflicts, color=BEFORE)
     signs.axhline(50, color="black", lw=0.8, ls="--")
     signs.set(title="Shared entries whose changes differ in sign, by layer", ylabel="% of those kept by several")
     if any(t["errors"] is not None and t["kind"] == "full" for t in tensors):
@@ -124,7 +125,7 @@ def _overlap_by_chance(group: list[dict[str, Any]], num_tasks: int) -> float | N
     return share(common, union)
 
 
-def _by_layer(tensors: list[dict[str, Any]]) -> tuple[list[str], list[list[dict[str, Any]]]]:
+def layers_of(tensors: list[dict[str, Any]]) -> tuple[list[str], list[list[dict[str, Any]]]]:
     """Tensors gathered by layer number; those outside any layer come last as "other"."""
     groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for tensor in tensors:
@@ -143,17 +144,17 @@ def _by_kind(tensors: list[dict[str, Any]]) -> tuple[list[str], list[list[dict[s
 
 
 def _captured_by_layer(axes: Any, tensors: list[dict[str, Any]]) -> None:
-    labels, groups = _by_layer(tensors)
+    labels, groups = layers_of(tensors)
 
     def shares(part: str, whole: str) -> list[float]:
         return [100 * (share(_sum(group, part), _sum(group, whole)) or 0.0) for group in groups]
 
     positions = range(len(labels))
-    axes.plot(positions, shares("delta_sq_kept", "delta_sq"), "o-", color=_AFTER, label="of the squared change ‖ΔW‖²")
+    axes.plot(positions, shares("delta_sq_kept", "delta_sq"), "o-", color=AFTER, label="of the squared change ‖ΔW‖²")
     if any(t.get("sensitivity_sum") for t in tensors):
         values = shares("sensitivity_kept", "sensitivity_sum")
-        axes.plot(positions, values, "s-", color=_BEFORE, label="of the summed sensitivity")
-    axes.plot(positions, shares("kept", "numel"), "--", color=_TUNED, label="of the entries (density)")
+        axes.plot(positions, values, "s-", color=BEFORE, label="of the summed sensitivity")
+    axes.plot(positions, shares("kept", "numel"), "--", color=TUNED, label="of the entries (density)")
     axes.set(title="What the mask captures, by layer", ylabel="%", ylim=(0, 1.3 * axes.get_ylim()[1]))
     _name_positions(axes, labels)
     axes.legend(loc="upper left")
@@ -170,7 +171,7 @@ def _errors(axes: Any, tensors: list[dict[str, Any]], *, by_layer: bool) -> None
     if not measured:
         axes.text(0.5, 0.5, "not measured: no compensation was solved for", ha="center", transform=axes.transAxes)
         return
-    labels, groups = _by_layer(measured) if by_layer else _by_kind(measured)
+    labels, groups = layers_of(measured) if by_layer else _by_kind(measured)
     _paired_bars(axes, labels, groups, "error_before", "error_after", scale=100.0, mean=True)
     axes.set_ylim(0, 1.25 * axes.get_ylim()[1])  # room for the legend
     axes.legend(loc="upper right", ncols=2)
@@ -178,7 +179,7 @@ def _errors(axes: Any, tensors: list[dict[str, Any]], *, by_layer: bool) -> None
 
 def _distances(axes: Any, tensors: list[dict[str, Any]]) -> None:
     """The paper's Fig. 6: the distance from base before and after the decorator."""
-    labels, groups = _by_layer(tensors)
+    labels, groups = layers_of(tensors)
     axes.set(title="Distance from base, Σ|W − W_base| (the paper's Fig. 6)", ylabel="")
     after = "distance_after" if any(t.get("distance_after") is not None for t in tensors) else "distance_before"
     _paired_bars(axes, labels, groups, "distance_before", after, scale=1.0, mean=False)
@@ -197,12 +198,20 @@ def _paired_bars(
     scale: float,
     mean: bool,
 ) -> None:
-    for offset, key, color, label in (
-        (-0.2, before, _BEFORE, "before compensation"),
-        (0.2, after, _AFTER, "after compensation"),
-    ):
-        values = [scale * _sum(group, key) / (len(group) if mean else 1) for group in groups]
-        axes.bar([i + offset for i in range(len(labels))], values, width=0.4, color=color, label=label)
+    def values(key: str) -> list[float]:
+        return [scale * _sum(group, key) / (len(group) if mean else 1) for group in groups]
+
+    draw_bars(
+        axes, labels, [("before compensation", BEFORE, values(before)), ("after compensation", AFTER, values(after))]
+    )
+
+
+def draw_bars(axes: Any, labels: list[str], kinds: list[tuple[str, str, list[float]]]) -> None:
+    """Bars side by side at every label: the name, the colour and the values of each kind."""
+    width = 0.8 / len(kinds)
+    for number, (name, color, values) in enumerate(kinds):
+        offset = (number - (len(kinds) - 1) / 2) * width
+        axes.bar([i + offset for i in range(len(labels))], values, width=width, color=color, label=name)
     _name_positions(axes, labels)
 
 
@@ -224,7 +233,7 @@ def _draw_stats(figure: Any, hessians: dict[str, dict[str, Any]]) -> None:
 
 def check_plot(file: Path, has_roles: bool) -> None:
     """Whether an evaluation can be drawn into ``file``, asked before hours of work. Raises TailorError."""
-    _figure(1, 1)
+    new_figure(1, 1)
     if not has_roles:
         raise OptionsError("--plot draws old against new tasks", "name them by --origin and --target")
     if file.suffix.lower() not in (".png", ".pdf", ".svg"):
@@ -235,11 +244,11 @@ def plot_evaluation(report: dict[str, Any], file: Path) -> None:
     """Draw every model of an evaluation by its old and new performance, over lines of equal H."""
     import numpy as np
 
-    figure = _figure(8, 6.5)
+    figure = new_figure(8, 6.5)
     axes = figure.subplots()
     ends: list[tuple[float, float]] = []  # of the error bars: what must be seen
     labels: list[tuple[str, str, float, float]] = []
-    colors = {report["base"]: _BEFORE, report["tuned"]: _TUNED}
+    colors = {report["base"]: BEFORE, report["tuned"]: TUNED}
     for number, model in enumerate(report["models"]):
         old, new = model["summary"]["origin"], model["summary"]["target"]
         reach = [estimate["interval"] or [estimate["value"]] * 2 for estimate in (old, new)]
@@ -249,7 +258,7 @@ def plot_evaluation(report: dict[str, Any], file: Path) -> None:
             (max(0.0, e["value"] - low), max(0.0, high - e["value"]))
             for e, (low, high) in zip((old, new), reach, strict=True)
         )
-        others = [color for color in _PALETTE if color != _BEFORE]
+        others = [color for color in _PALETTE if color != BEFORE]
         color = colors.get(model["name"], others[number % len(others)])
         bars = {"xerr": [[left], [right]], "yerr": [[below], [above]], "capsize": 3, "lw": 1.2}
         axes.errorbar(old["value"], new["value"], fmt="o", ms=7, color=color, **bars)
@@ -268,12 +277,12 @@ def plot_evaluation(report: dict[str, Any], file: Path) -> None:
         xlabel=f"old tasks, % ({_tasks_of(report, 'origin')})",
         ylabel=f"new tasks, % ({_tasks_of(report, 'target')})",
     )
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def plot_frontiers(report: dict[str, Any], file: Path) -> None:
     """Draw a sweep: every setting by its performance on the test tasks, each family's frontier as a line."""
-    figure = _figure(9, 7)
+    figure = new_figure(9, 7)
     axes = figure.subplots()
     points = [(point, *(point["test"][name]["value"] for name in ("origin", "target"))) for point in report["points"]]
     ends = [(old, new) for point, old, new in points if point["options"] is None]
@@ -292,7 +301,7 @@ def plot_frontiers(report: dict[str, Any], file: Path) -> None:
         for point, old, new in own:
             chosen = point["label"] in picked
             axes.plot(old, new, "*" if chosen else "o", ms=13 if chosen else 5, color=color)
-    for (old, new), name, color in zip(ends, ("base", "tuned"), (_BEFORE, _TUNED), strict=True):
+    for (old, new), name, color in zip(ends, ("base", "tuned"), (BEFORE, TUNED), strict=True):
         axes.plot(old, new, "s", ms=8, color=color)
         axes.annotate(name, (old, new), textcoords="offset points", xytext=(6, 6), color=color)
     _draw_equal_h(axes)
@@ -302,7 +311,7 @@ def plot_frontiers(report: dict[str, Any], file: Path) -> None:
         xlabel=f"old tasks, % ({', '.join(report['origin'])})".replace("$", r"\$"),
         ylabel=f"new tasks, % ({', '.join(report['target'])})".replace("$", r"\$"),
     )
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def _is_beaten(point: tuple[float, float], others: list[tuple[float, float]]) -> bool:

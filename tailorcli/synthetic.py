@@ -1,14 +1,19 @@
 """Samples that a model writes itself: for what it must not forget, where its training data are not at hand.
 
 Each starts from a random token of the vocabulary and is continued by the model's own sampling (Model-Dowser, "Synthetic
-Prompt Generation").
+Prompt Generation"); or from a record's pictures or prompt, for what the model does with such.
 """
 
 from __future__ import annotations
 
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.data import Samples
+from tailorcli.data import Record, Samples, batch_places, check_record, join, read_records
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
 from tailorcli.loading import sampling_generation
 from tailorcli.options import CalibrateOptions
@@ -17,37 +22,115 @@ if TYPE_CHECKING:
     import torch
 
     from tailorcli.data import Inputs
+    from tailorcli.encoding import Encoder
+
+    Start = tuple[Inputs, bool]  # what a sample begins with, and whether its text has begun
 
 _TOGETHER = 32  # samples written at a time, whatever the batch size: the random numbers follow it
 _HINT = "calibrate on data of your own that stand for what it must not forget: --data FILE"
 
 
-def write_samples(network: Any, tokenizer: Any, options: CalibrateOptions, device: torch.device, bar: Any) -> Samples:
+def read_starts(path: Path) -> list[Record]:
+    """Records of what samples shall begin with: images, a prompt (its response is left out), or both.
+
+    Raises DataError with file and line.
+    """
+    return read_records(path, check=_check_start)
+
+
+def _check_start(where: str, value: Any, folder: Path) -> Record:
+    hint = 'give it "images", "prompt" or "text"; put a chat model\'s marks into the prompt'
+    if isinstance(value, dict) and "prompt" in value:
+        value = {name: entry for name, entry in value.items() if name not in ("response", "completion")}
+        value["response"] = ""
+    record = check_record(where, value, folder)
+    for name in ("messages", "audio"):
+        if name in record.fields and "text" not in record.fields:
+            raise DataError(f"{where} has {name}, from which no sample of the model's own can begin", hint)
+    return record
+
+
+def encode_starts(records: list[Record], encoder: Encoder, options: CalibrateOptions) -> list[Start]:
+    """The starts of as many samples as are asked for, in the order of the seed; each leaves room for a token."""
+    order = list(records)
+    random.Random(options.seed).shuffle(order)
+    starts: list[Start] = []
+    for record in order[: options.num_samples]:
+        inputs = encoder.encode(record, max(1, options.length - 1))
+        if inputs is not None:
+            starts.append((inputs, any(record.fields.get(name) for name in ("text", "prompt"))))
+    if not starts:
+        raise DataError(f"{records[0].where}: no record gives a single token to start from", "see --data")
+    return starts
+
+
+def with_source(samples: Samples, path: Path, records: int) -> Samples:
+    """The samples, with the file of their starts among their facts."""
+    digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    return replace(samples, facts=samples.facts | {"file": str(path), "blake2b": digest, "records": records})
+
+
+def write_samples(
+    network: Any,
+    tokenizer: Any,
+    options: CalibrateOptions,
+    device: torch.device,
+    bar: Any,
+    starts: Sequence[Start] = (),
+    media_ids: Sequence[int] = (),
+) -> Samples:
     """Let ``network`` write ``num_samples`` texts of ``seq_len`` tokens each, the first of them drawn at random.
 
-    Sampled at temperature 1 from the whole vocabulary. The token that ends a text ends no sample: what the model
+    With ``starts`` the samples begin with these, in turns; one that holds a prompt needs no first token. Sampled at
+    temperature 1 from the whole vocabulary, behind ``starts`` without the tokens that stand for parts of an image
+    (``media_ids`` and those that the model's config names). The token that ends a text ends no sample: what the model
     goes on with is a new text, as in its training. The same seed, device and versions give the same samples.
     Raises DataError for a tokenizer of special tokens alone, NumericalError where the model cannot be sampled from.
     """
     import torch
 
+    barred = sorted({*media_ids, *_media_ids(network)}) if starts else []
     first = _plain_tokens(tokenizer, network.get_input_embeddings().weight.shape[0])
-    samples: list[Inputs] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(options.seed)
         chosen = first[torch.randint(len(first), (options.num_samples, 1))]  # (B, 1)
-        for starts in torch.split(chosen, _TOGETHER):
-            samples += [{"input_ids": ids.clone().unsqueeze(0)} for ids in _continued(network, starts, options, device)]
-            bar.update(len(starts) * (options.length - 1))
+        begun = [_begun(starts, number, token) for number, token in enumerate(chosen)]
+        samples: list[Inputs] = [{}] * len(begun)
+        for places in batch_places(begun, _TOGETHER):
+            batch = join([begun[place] for place in places])
+            bar.update(len(places) * max(0, options.length - batch["input_ids"].shape[1]))
+            written = _continued(network, batch, options, device, barred)
+            for row, place in enumerate(places):
+                samples[place] = _lengthened(begun[place], written[row : row + 1])
     facts = {
         "file": None,
         "synthetic": True,
         "samples": len(samples),
-        "tokens": len(samples) * options.length,
+        "tokens": sum(sample["input_ids"].numel() for sample in samples),
         "seed": options.seed,
         "seq_len": options.length,
     }
     return Samples(samples, facts)
+
+
+def _begun(starts: Sequence[Start], number: int, token: torch.Tensor) -> Inputs:
+    """What the sample of a number begins with: a start, a random token (1,) or both."""
+    import torch
+
+    ids = token.clone().unsqueeze(0)
+    if not starts:
+        return {"input_ids": ids}
+    inputs, has_text = starts[number % len(starts)]
+    return inputs if has_text else _lengthened(inputs, torch.cat([inputs["input_ids"], ids], 1))
+
+
+def _lengthened(inputs: Inputs, ids: torch.Tensor) -> Inputs:
+    """The same inputs with further tokens (1, T): what goes with the tokens says that they are text (0)."""
+    from torch.nn.functional import pad
+
+    more = ids.shape[1] - inputs["input_ids"].shape[1]
+    kinds = {name: pad(value, (0, more)) for name, value in inputs.items() if name.endswith("token_type_ids")}
+    return inputs | kinds | {"input_ids": ids}
 
 
 def require_writer(network: Any) -> None:
@@ -69,15 +152,26 @@ def _plain_tokens(tokenizer: Any, rows: int) -> torch.Tensor:
     return torch.tensor(plain)
 
 
-def _continued(network: Any, starts: torch.Tensor, options: CalibrateOptions, device: torch.device) -> torch.Tensor:
-    """Token ids (B, T) on the CPU: the first tokens (B, 1), continued to ``seq_len``."""
-    if options.length == 1:
-        return starts
-    ids = starts.to(device)
+def _media_ids(network: Any) -> list[int]:
+    """The ids that the model itself takes for places of images, which its processor need not know by this name."""
+    names = [f"{kind}_token_{what}" for kind in ("image", "video", "audio") for what in ("id", "index")]
+    return [value for name in names if isinstance(value := getattr(network.config, name, None), int)]
+
+
+def _continued(
+    network: Any, inputs: Inputs, options: CalibrateOptions, device: torch.device, barred: Sequence[int]
+) -> torch.Tensor:
+    """Token ids (B, T) on the CPU: the first tokens (B, S), with all that goes with them, continued to ``seq_len``."""
+    import torch
+
+    missing = options.length - inputs["input_ids"].shape[1]
+    if missing <= 0:
+        return inputs["input_ids"]
+    given = {name: value.to(device) for name, value in inputs.items()}
     try:
-        with sampling_generation(network, options.length - 1) as settings:
+        with sampling_generation(network, missing, barred) as settings:
             written: torch.Tensor = network.generate(
-                input_ids=ids, attention_mask=ids.new_ones(ids.shape), generation_config=settings
+                **given, attention_mask=torch.ones_like(given["input_ids"]), generation_config=settings
             )
     except (RuntimeError, ValueError, IndexError) as error:
         what = f"the model cannot be sampled from: {first_line(error)}"

@@ -218,7 +218,7 @@ def _text_item(number: int, record: Record, encoder: Encoder, limit: int) -> Ite
     if inputs is None or inputs["input_ids"].shape[1] < 2:
         return None
     following = inputs["input_ids"][0, 1:]
-    scored = ~torch.isin(following, torch.tensor(_media_ids(encoder), dtype=following.dtype))
+    scored = ~torch.isin(following, torch.tensor(encoder.media_ids, dtype=following.dtype))
     places = scored.nonzero()[:, 0]
     return Item(number, (Row(inputs, places, following[places][None]),)) if len(places) else None
 
@@ -312,18 +312,6 @@ def _num_tokens(inputs: Inputs) -> int:
     """Tokens of one sample, of the encoder or of the decoder, whichever has more."""
     names = ("input_ids", "decoder_input_ids")
     return max(inputs[name].shape[1] for name in names if name in inputs)
-
-
-def _media_ids(encoder: Encoder) -> list[int]:
-    """The ids of tokens that stand for a part of an image, which no model writes."""
-    if not encoder.takes_media:
-        return []
-    processor = encoder.processor
-    ids = [getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
-    token = getattr(processor, "image_token", None)
-    if token is not None:
-        ids.append(encoder.tokenizer.convert_tokens_to_ids(str(token)))
-    return [number for number in ids if isinstance(number, int)]
 
 
 def normalise(text: str) -> str:

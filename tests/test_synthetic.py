@@ -8,11 +8,12 @@ from families import make_family_pair
 from helpers import make_model, make_tokenizer, read_tensors
 from typer.testing import CliRunner
 
-from tailorcli import TailorError, calibrate_model, patch_checkpoint
+from tailorcli import Checkpoint, TailorError, calibrate_model, patch_checkpoint
 from tailorcli.cli import app
+from tailorcli.loading import load_encoder, load_model, read_config
 from tailorcli.options import CalibrateOptions
 from tailorcli.stats import Stats
-from tailorcli.synthetic import write_samples
+from tailorcli.synthetic import encode_starts, read_starts, write_samples
 
 
 def run(*arguments, expect=0):
@@ -164,6 +165,104 @@ def test_what_the_terminal_says(llama_pair, tmp_path):
     assert report["tokens"] == 512  # 256 each, unless asked for otherwise
 
 
+# --- Samples that begin with records ------------------------------------------------------------------------------
+
+
+def write_lines(file, *records):
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def begun_with(folder, records, **chosen):
+    """The samples that the model of ``folder`` writes behind the records."""
+    chosen = options(**chosen)
+    path = write_lines(folder / "starts.jsonl", *records)
+    encoder = load_encoder(folder, folder, any("images" in record for record in records), chosen)
+    starts = encode_starts(read_starts(path), encoder, chosen)
+    network = load_model(Checkpoint.open(folder), read_config(folder), chosen)
+    bar = NoBar()
+    found = write_samples(network, encoder.tokenizer, chosen, torch.device("cpu"), bar, starts, encoder.media_ids)
+    return found.inputs, encoder, bar.count
+
+
+def test_a_sample_goes_on_behind_its_prompt(llama_pair):
+    records = [
+        {"prompt": "ab", "response": "never read"},
+        {"text": "xyz"},
+        {"prompt": "cdef", "completion": "nor this"},
+    ]
+    samples, encoder, written = begun_with(llama_pair / "base", records, num_samples=7)
+    assert [sample["input_ids"].shape for sample in samples] == [(1, 10)] * 7
+    texts = [encoder.tokenizer.convert_ids_to_tokens(sample["input_ids"][0].tolist()) for sample in samples]
+    prompts = [list("ab"), list("xyz"), list("cdef")]
+    begins = [next(i for i, prompt in enumerate(prompts) if text[: len(prompt)] == prompt) for text in texts]
+    assert sorted(begins[:3]) == [0, 1, 2]  # every record before any comes again
+    assert begins[3:] == [*begins[:3], begins[0]]
+    assert written == sum(10 - len(prompts[i]) for i in begins)
+    assert not torch.equal(samples[0]["input_ids"], samples[3]["input_ids"])  # the same prompt, another draw
+
+
+def test_a_prompt_longer_than_the_sample_is_cut_to_leave_a_token(llama_pair):
+    samples, encoder, written = begun_with(llama_pair / "base", [{"prompt": "abcdefghijklmnop"}], num_samples=2)
+    assert written == 2
+    start = encoder.tokenizer("abcdefghi", add_special_tokens=False)["input_ids"]
+    assert samples[0]["input_ids"][0, :9].tolist() == start
+
+
+def write_pictures(folder):
+    """The pictures of a family's data, a record each, and how many these are."""
+    records = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    pictures = [{"images": record["images"]} for record in records if "images" in record]
+    return write_lines(folder / "starts.jsonl", *pictures), len(pictures)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "gemma3", "instructblip"])
+def test_a_model_writes_behind_pictures(family, tmp_path):
+    """Its vision tower is reached; no token that stands for an image is written; the manifest names the file."""
+    folder = make_family_pair(tmp_path, family)
+    file, count = write_pictures(folder)
+    report = calibrate_model(folder / "base", file, folder / "retained", options(seq_len=60, num_samples=9))
+    assert (report.samples, report.tokens) == (9, 9 * 60)
+    vision = [name for name in read_tensors(folder / "base") if "vision" in name or "visual" in name]
+    assert not set(vision) & set(report.uncalibrated)
+    facts = Stats.open(folder / "retained").manifest["data"]
+    assert (facts["file"], facts["records"], facts["synthetic"]) == (str(file), count, True)
+    again = calibrate_model(folder / "base", file, folder / "again", options(seq_len=60, num_samples=9))
+    assert again.hessians == report.hessians
+    one, two = (Stats.open(folder / name) for name in ("retained", "again"))
+    assert all(torch.equal(one.load(name), two.load(name)) for name in one.hessians)
+
+
+def test_the_retain_term_reaches_the_vision_tower(tmp_path):
+    folder = make_family_pair(tmp_path, "llava")
+    file, _ = write_pictures(folder)
+    run("calibrate", folder / "base", "--synthetic", "--data", file, "--seq-len", 60, "-o", folder / "retained")
+    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
+    patched = patch_checkpoint(
+        folder / "base", folder / "tuned", folder / "out", folder / "stats", retain=folder / "retained"
+    )
+    drifts = [
+        record["drift"] for record in patched.tensors if "vision" in record["name"] and record["drift"] is not None
+    ]
+    assert drifts
+
+
+def test_starts_that_are_none(llama_pair, tmp_path):
+    base, stats = llama_pair / "base", tmp_path / "stats"
+
+    def refused(*records):
+        file = write_lines(tmp_path / "starts.jsonl", *records)
+        return one_error("calibrate", base, "--synthetic", "--data", file, "-o", stats)
+
+    assert "starts.jsonl:1 has messages" in refused({"messages": [{"role": "user", "content": "x"}]})
+    assert "starts.jsonl:2 has audio" in refused({"text": "x"}, {"audio": "sound.wav"})
+    assert "has the fields ['answer']" in refused({"answer": "x"})
+    assert '"prompt" is a int' in refused({"prompt": 3})
+    assert "processor" in refused({"images": ["none.png"]})
+    assert "no record gives a single token" in refused({"text": ""})
+    assert not (stats / "manifest.json").exists()
+
+
 # --- What is refused ----------------------------------------------------------------------------------------------
 
 
@@ -180,8 +279,6 @@ def test_data_or_synthetic(llama_pair, tmp_path):
     assert "--synthetic" in usage.stderr
     with pytest.raises(TailorError, match="no calibration data given"):
         calibrate_model(base, None, stats)
-    message = one_error("calibrate", base, "--data", llama_pair / "data.jsonl", "--synthetic", "-o", stats)
-    assert "--data and --synthetic exclude each other" in message
     assert "num_samples must be at least 1" in one_error(
         "calibrate", base, "--synthetic", "--num-samples", 0, "-o", stats
     )
