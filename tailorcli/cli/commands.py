@@ -124,7 +124,7 @@ def calibrate(
         typer.Option(help="New-task data: .jsonl, .json (text, messages, prompt and response; images), .txt."),
     ] = None,
     synthetic: Annotated[
-        bool, typer.Option("--synthetic", help="MODEL writes its own samples: for patch --retain, of the base.")
+        bool, typer.Option("--synthetic", help="MODEL writes its own samples, going on from --data where given.")
     ] = False,
     base: Annotated[
         Path | None, typer.Option(help="Folder of the pre-trained checkpoint, where MODEL is a LoRA adapter.")
