@@ -1,0 +1,51 @@
+"""`python -m benchmarks.leads [LEAD]...`: measure what is not measured yet, and write the tables of docs/research.md.
+
+On the pairs of the benchmark `quick`; all figures are of validation data: they chose what `patch` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from benchmarks.evidence.pairs import quick
+from benchmarks.evidence.run import GRIDS, run_pair
+from benchmarks.leads import entries, frontiers, propagation, rule
+from benchmarks.leads.bench import Bench
+from benchmarks.real.render import between
+from benchmarks.real.setting import say
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "research.md"
+LEADS = {"leads": entries.report, "rule": rule.report, "propagation": propagation.report, "frontiers": frontiers.report}
+
+
+def main() -> None:
+    """Measure the chosen leads on every pair and write their tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.leads", description=(__doc__ or "").split("\n")[0])
+    root = Path(os.environ.get("TAILORCLI_CACHE") or Path.home() / ".cache" / "tailorcli")
+    parser.add_argument("leads", nargs="*", help=f"which of {', '.join(LEADS)} (all)")
+    parser.add_argument("--cache", type=Path, default=root, help="folder for weights and results (%(default)s)")
+    options = parser.parse_args()
+    if unknown := set(options.leads) - set(LEADS):
+        parser.error(f"there is no lead {', '.join(sorted(unknown))}")
+    cache = options.cache / "quick"
+    benches: dict[str, list[Bench]] = {}
+    for pair in quick(cache):
+        folder = cache / f"{pair.name}-{pair.seed}"
+        if not (folder / "stats-written" / "manifest.json").exists():
+            run_pair(pair, GRIDS["quick"], folder)
+        benches.setdefault(pair.name, []).append(Bench(pair, folder))
+    for lead in options.leads or LEADS:
+        say(lead)
+        with torch.no_grad():
+            text = LEADS[lead](benches)
+        document = DOCUMENT.read_text(encoding="utf-8")
+        DOCUMENT.write_text(between(document, lead, text), encoding="utf-8")
+    say(f"wrote {DOCUMENT}")
+
+
+if __name__ == "__main__":
+    main()
