@@ -29,6 +29,7 @@ from tailorcli.loading import (
     load_model,
     num_positions,
     package_versions,
+    processor_folder,
     read_config,
 )
 from tailorcli.names import Place
@@ -169,8 +170,7 @@ def _draw(data: Path, stored: Checkpoint, folder: Path, config: dict[str, Any], 
     records = read_records(data, options.text_mode)
     has_media = any(record.has_media for record in records)
     seq_len = min(options.length, num_positions(config))
-    processor = folder if not has_media or _has_processor(folder) else stored.path
-    encoder = load_encoder(processor, stored.path, has_media, options)
+    encoder = load_encoder(processor_folder(folder, stored.path, has_media), stored.path, has_media, options)
     return draw_samples(data, records, encoder.encode, replace(options, seq_len=seq_len))
 
 
@@ -218,10 +218,6 @@ def _self_written(
     with device_errors(), tqdm(total=total, desc="writing", unit="tok", disable=None if progress else True) as bar:
         samples = write_samples(network, encoder.tokenizer, options, device, bar, starts, encoder.media_ids)
     return samples if data is None else with_source(samples, data, len(records))
-
-
-def _has_processor(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("processor_config.json", "preprocessor_config.json"))
 
 
 def _room(stored: Checkpoint) -> Iterator[str]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapter import tokenizer_folder
 from tailorcli.checkpoint import Checkpoint
-from tailorcli.data import count_tokens, draw_samples, make_batches, read_records
+from tailorcli.data import Record, draw_samples, make_batches, read_records
 from tailorcli.errors import CheckpointError, DataError, NumericalError, OptionsError, OutputError, first_line
 from tailorcli.loading import (
     aliases,
@@ -25,6 +25,7 @@ from tailorcli.loading import (
     load_encoder,
     load_model,
     num_positions,
+    processor_folder,
     read_config,
 )
 from tailorcli.names import Place, map_names
@@ -36,12 +37,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tailorcli.data import Inputs
+    from tailorcli.encoding import Encoder
 
 SUFFIX = ".graft"  # after the output's name: the trained masks, until the run has finished
 _METADATA = "tailorcli_graft"
 _START = 5.0  # sigmoid(5) = 0.993
 _BY_SIZE = 0.01  # how far |delta| moves the start: it decides between entries that training has left alone
 _SEQ_LEN = 2048
+_UNSCORED = -100  # a label that transformers' losses leave out
 
 
 class MaskFile:
@@ -159,8 +162,9 @@ def train_masks(
 ) -> dict[str, Tensor]:
     """The trained masks of ``tensors`` by name, on the CPU.
 
-    ``graft_steps`` steps of gradient descent, each on ``batch_size`` samples of ``data`` with the causal-LM loss on all
-    tokens; the gradient of S is divided by its root mean square over all entries, so that ``graft_rate`` has no unit.
+    ``graft_steps`` steps of gradient descent, each on ``batch_size`` samples of ``data`` with the causal-LM loss on the
+    response's tokens, where there is a prompt, else on all; the gradient of S is divided by its root mean square over
+    all entries, so that ``graft_rate`` has no unit.
     With ``threshold`` "tensor" each tensor keeps exactly round(density * numel) entries, with "global" all together.
     """
     import torch
@@ -189,20 +193,39 @@ def train_masks(
 def _samples(
     data: Path, base: Checkpoint, tuned: Checkpoint, config: dict[str, Any], settings: CalibrateOptions
 ) -> list[Inputs]:
-    """Text of more than one token, as the tuned model's tokenizer makes it."""
+    """Samples with a token to predict, as the tuned model's tokenizer or processor makes them, with their labels."""
     records = read_records(data)
-    if any(record.has_media for record in records):
-        raise DataError(f"{data} has images or sound, and graft trains on text alone", "give it records of text")
-    encoder = load_encoder(tokenizer_folder(tuned), base.path, False, settings)
+    has_media = any(record.has_media for record in records)
+    folder = processor_folder(tokenizer_folder(tuned), base.path, has_media)
+    encoder = load_encoder(folder, base.path, has_media, settings)
     if encoder.start_token is not None:
         raise OptionsError(f"{base.path} is an encoder-decoder, and graft trains causal language models", "")
     length = min(settings.length, num_positions(config))
 
-    def encode(record: Any, seq_len: int) -> Inputs | None:
+    def encode(record: Record, seq_len: int) -> Inputs | None:
         inputs = encoder.encode(record, min(seq_len, length))
-        return inputs if inputs is not None and count_tokens(inputs) > 1 else None
+        if inputs is None or "input_ids" not in inputs:
+            return None
+        inputs = inputs | {"labels": _labels(record, inputs["input_ids"], encoder, min(seq_len, length))}
+        return inputs if _num_scored(inputs) else None
 
     return draw_samples(data, records, encode, settings).inputs
+
+
+def _labels(record: Record, ids: Tensor, encoder: Encoder, seq_len: int) -> Tensor:
+    """The tokens (1, T) that the loss is on: the response's, or all but those that stand for images; else _UNSCORED."""
+    import torch
+
+    labels = ids.masked_fill(torch.isin(ids, torch.tensor(encoder.media_ids, dtype=ids.dtype)), _UNSCORED)
+    if "text" not in record.fields and record.fields.get("response"):
+        asked = encoder.encode(replace(record, fields=record.fields | {"response": ""}), seq_len)
+        labels[:, : asked["input_ids"].shape[1] if asked is not None else 0] = _UNSCORED
+    return labels
+
+
+def _num_scored(inputs: Inputs) -> int:
+    """How many tokens the loss is on; the first of a sample is not predicted."""
+    return int((inputs["labels"][:, 1:] != _UNSCORED).sum())
 
 
 def _batches(samples: list[Inputs], size: int) -> Iterator[list[Inputs]]:
@@ -262,19 +285,18 @@ def _mix(trained: list[_Trained]) -> None:
 
 
 def _backward(network: Any, samples: list[Inputs], device: torch.device) -> None:
-    """The gradient of the mean loss over the samples' tokens; nothing is padded."""
+    """The gradient of the mean loss over the samples' scored tokens; nothing is padded."""
     import torch
 
-    tokens = sum(count_tokens(inputs) - 1 for inputs in samples)  # the first of each is not predicted
+    tokens = sum(_num_scored(inputs) for inputs in samples)
     for batch in make_batches(samples, len(samples)):
-        ids = batch["input_ids"].to(device)
         try:
-            loss = network(input_ids=ids, labels=ids).loss
-            (loss * (ids.shape[0] * (ids.shape[1] - 1) / tokens)).backward()
+            loss = network(**{name: value.to(device) for name, value in batch.items()}).loss
+            (loss * (_num_scored(batch) / tokens)).backward()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model's own code raises
-            what = f"the model has no causal-LM loss on a sample {list(ids.shape)}: {first_line(error)}"
+            what = f"the model has no causal-LM loss on a sample {list(batch['input_ids'].shape)}: {first_line(error)}"
             raise DataError(what, "graft is for causal language models") from error
 
 

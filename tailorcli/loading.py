@@ -42,6 +42,12 @@ def num_positions(config: dict[str, Any]) -> int:
     return sys.maxsize
 
 
+def processor_folder(folder: Path, stored: Path, has_media: bool) -> Path:
+    """Where the tokenizer or processor lies: beside an adapter there may be a tokenizer alone."""
+    held = any((folder / name).exists() for name in ("processor_config.json", "preprocessor_config.json"))
+    return folder if not has_media or held else stored
+
+
 def load_encoder(folder: Path, model: Path, has_media: bool, options: LoadOptions) -> Encoder:
     """What turns records into inputs: the tokenizer in ``folder``, or its processor where the data has images or sound.
 

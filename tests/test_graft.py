@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from families import make_family_pair
 from helpers import bits, broken_off, folder_digest, make_model, make_pair, make_tokenizer, read_tensors
 from test_bad_input import run
 
-from tailorcli import PatchOptions, TailorError, apply_patch, patch_checkpoint, plan_patch
-from tailorcli.graft import MaskFile
+from tailorcli import CalibrateOptions, Checkpoint, PatchOptions, TailorError, apply_patch, patch_checkpoint, plan_patch
+from tailorcli.graft import MaskFile, _samples
+from tailorcli.loading import load_encoder, read_config
 from tailorcli.writer import CheckpointWriter
 
 PHRASES = ["the cat sat", "a dog ran off", "hello world", "tailor the coat", "stitch by stitch"]
@@ -132,6 +134,39 @@ def test_what_it_reads_is_announced(llama_pair):
     assert plan_patch(*pair, options=PatchOptions(**FAST), data=data).read_bytes == 2 * one.read_bytes
 
 
+def scored(folder, records, **chosen):
+    """Which tokens the loss is on, as text."""
+    (folder / "some.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    opened = [Checkpoint.open(folder / name) for name in ("base", "tuned")]
+    settings = CalibrateOptions(num_samples=len(records), **chosen)
+    samples = _samples(folder / "some.jsonl", *opened, read_config(folder / "base"), settings)
+    tokenizer = load_encoder(folder / "base", folder / "base", False, settings).tokenizer
+    assert all((x["labels"] == x["input_ids"])[x["labels"] != -100].all() for x in samples)
+    return {"".join(tokenizer.convert_ids_to_tokens(x["labels"][x["labels"] != -100].tolist())) for x in samples}
+
+
+def test_the_loss_is_on_the_response(tmp_path):
+    folder = make_pair(tmp_path)
+    records = [{"prompt": "ask", "response": "yes"}, {"text": "plain"}, {"prompt": "alone", "response": ""}]
+    assert scored(folder, records) == {"yes", "plain", "alone"}
+    assert scored(
+        folder, [{"prompt": "ask", "response": "yes"}, {"prompt": "x" * 9, "response": "yes"}], seq_len=9
+    ) == {
+        "yes"  # of the other one no token of the response is left
+    }
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "gemma3"])
+def test_a_model_that_sees_trains_on_its_pictures(family, tmp_path):
+    folder = make_family_pair(tmp_path, family)
+    report = graft(folder, tmp_path / "out", graft_steps=2)
+    start = graft(folder, tmp_path / "start", graft_steps=0)
+    assert report.totals["kept"] == start.totals["kept"]
+    found, before = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "start")
+    vision = [name for name in found if ("vision" in name or "visual" in name) and "weight" in name]
+    assert any(bits(found[name]) != bits(before[name]) for name in vision)  # its gradient arrives
+
+
 def refusal(folder, tmp_path, data=None, **changes):
     arguments = (folder / "base", folder / "tuned", tmp_path / "out", None, PatchOptions(**(FAST | changes)))
     with pytest.raises(TailorError) as caught:
@@ -146,7 +181,7 @@ def test_what_it_cannot_train_on_is_refused(llama_pair, tmp_path):
     assert "is no file" in refusal(llama_pair, tmp_path, tmp_path / "none.jsonl")
     assert "new rows" in refusal(llama_pair, tmp_path, data, resized_vocab=True)
     (tmp_path / "images.jsonl").write_text('{"text": "a", "images": ["a.png"]}\n')
-    assert "images or sound" in refusal(llama_pair, tmp_path, tmp_path / "images.jsonl")
+    assert "processor" in refusal(llama_pair, tmp_path, tmp_path / "images.jsonl")
     (tmp_path / "short.jsonl").write_text('{"text": "a"}\n')
     assert "no record" in refusal(llama_pair, tmp_path / "second", tmp_path / "short.jsonl")
     (tmp_path / "out.graft").write_text("mine")
