@@ -5,6 +5,7 @@ In the ordinary way the whole model is in memory; a model that does not fit goes
 
 from __future__ import annotations
 
+import json
 import os
 import reprlib
 import shutil
@@ -38,6 +39,7 @@ from tailorcli.passes import Run, collect_blockwise, collect_whole, guessed_plac
 from tailorcli.plan import matches
 from tailorcli.report import format_bytes
 from tailorcli.stats import HESSIANS, HessianInfo, StatsWriter, TensorStats, prepare_folder
+from tailorcli.writer import as_output_error, write_text_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -77,11 +79,12 @@ def calibrate_model(
     progress: bool = False,
     base: str | os.PathLike[str] | None = None,
     announce: Callable[[str], None] | None = None,
+    save_samples: str | os.PathLike[str] | None = None,
 ) -> CalibrateReport:
     """Run the checkpoint ``model`` over samples of ``data`` and write the statistics folder ``output``.
 
     With ``options.synthetic`` the model writes the samples itself: from random tokens, or, where there are ``data``,
-    from the images and prompts of these.
+    from the images and prompts of these; ``save_samples`` names a .jsonl file that takes them.
 
     One Hessian H = (2/N) sum x x^T per distinct layer input, over N tokens; nothing is padded. ``model`` is
     the *fine-tuned* checkpoint: its layer inputs on the new task are what Eq. 5 compares. It may be an adapter on
@@ -90,7 +93,7 @@ def calibrate_model(
     """
     started = perf_counter()
     folder = Path(output)
-    _check_source(data, options)
+    _check_source(data, options, save_samples)
     with ExitStack() as stack:
         stored, tuned = _open(Path(model), base, stack)
         device = resolve_device(options.device)
@@ -100,7 +103,8 @@ def calibrate_model(
         with timer.stage("data"):
             if options.synthetic:
                 starts = None if data is None else Path(data)
-                samples = _self_written(stored, tuned, config, starts, options, device, progress)
+                kept = None if save_samples is None else Path(save_samples)
+                samples = _self_written(stored, tuned, config, starts, kept, options, device, progress)
             else:
                 assert data is not None
                 samples = _draw(Path(data), stored, tokenizer_folder(tuned), config, options)
@@ -174,11 +178,20 @@ def _draw(data: Path, stored: Checkpoint, folder: Path, config: dict[str, Any], 
     return draw_samples(data, records, encoder.encode, replace(options, seq_len=seq_len))
 
 
-def _check_source(data: str | os.PathLike[str] | None, options: CalibrateOptions) -> None:
+def _check_source(
+    data: str | os.PathLike[str] | None, options: CalibrateOptions, save_samples: str | os.PathLike[str] | None
+) -> None:
     if data is None and not options.synthetic:
         raise OptionsError(
             "no calibration data given", "pass --data FILE, or --synthetic to let the model write its own"
         )
+    if save_samples is not None:
+        if not options.synthetic:
+            raise OptionsError(
+                "--save-samples is for samples that the model writes", "pass --synthetic, or leave it out"
+            )
+        if Path(save_samples).suffix != ".jsonl":
+            raise OptionsError(f"--save-samples must name a .jsonl file, got {save_samples}", "")
 
 
 def _self_written(
@@ -186,6 +199,7 @@ def _self_written(
     tuned: Checkpoint,
     config: dict[str, Any],
     data: Path | None,
+    save: Path | None,
     options: CalibrateOptions,
     device: torch.device,
     progress: bool,
@@ -194,7 +208,7 @@ def _self_written(
     from tqdm import tqdm
 
     from tailorcli.collect import free_memory
-    from tailorcli.synthetic import encode_starts, read_starts, require_writer, with_source, write_samples
+    from tailorcli.synthetic import encode_starts, read_starts, require_writer, to_records, with_source, write_samples
 
     if stored is not tuned:
         raise OptionsError(
@@ -217,6 +231,12 @@ def _self_written(
     total = options.num_samples * (options.length - 1)
     with device_errors(), tqdm(total=total, desc="writing", unit="tok", disable=None if progress else True) as bar:
         samples = write_samples(network, encoder.tokenizer, options, device, bar, starts, encoder.media_ids)
+    if save is not None:
+        lines = [json.dumps(record) + "\n" for record in to_records(samples, starts, encoder.tokenizer)]
+        try:
+            write_text_atomically(save, "".join(lines))
+        except OSError as error:
+            raise as_output_error(save, error) from error
     return samples if data is None else with_source(samples, data, len(records))
 
 

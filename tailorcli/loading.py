@@ -318,10 +318,12 @@ def greedy_generation(network: Any, max_new_tokens: int) -> Iterator[Any]:
 
 
 @contextmanager
-def sampling_generation(network: Any, new_tokens: int, barred: Sequence[int] = ()) -> Iterator[Any]:
-    """A configuration to sample so many tokens with, at temperature 1 from the whole vocabulary; no token ends it.
+def sampling_generation(
+    network: Any, new_tokens: int, barred: Sequence[int] = (), ends: Sequence[int] = ()
+) -> Iterator[Any]:
+    """A configuration to sample so many tokens with, at temperature 1 from the whole vocabulary.
 
-    The ``barred`` token ids are never drawn.
+    The ``barred`` token ids are never drawn; one of the ``ends`` ends a row, which is then filled with zeros.
     """
     import transformers
 
@@ -332,8 +334,8 @@ def sampling_generation(network: Any, new_tokens: int, barred: Sequence[int] = (
         top_p=1.0,
         max_new_tokens=new_tokens,
         use_cache=True,
-        eos_token_id=None,
-        pad_token_id=0,  # never used: no sample ends before the others
+        eos_token_id=list(ends) or None,
+        pad_token_id=0,
         suppress_tokens=list(barred) or None,
     )
     with _generating_by(network, config):

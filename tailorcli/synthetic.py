@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,24 @@ if TYPE_CHECKING:
     from tailorcli.data import Inputs
     from tailorcli.encoding import Encoder
 
-    Start = tuple[Inputs, bool]  # what a sample begins with, and whether its text has begun
+
+@dataclass(frozen=True)
+class Start:
+    """What a sample begins with: a record, and the model's inputs for it."""
+
+    record: Record
+    inputs: Inputs
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether it is a prompt, which the model answers to its end of text."""
+        return "text" not in self.record.fields and bool(self.record.fields.get("prompt"))
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the sample's text has begun; behind images alone it begins with a random token."""
+        return self.is_asked or bool(self.record.fields.get("text"))
+
 
 _TOGETHER = 32  # samples written at a time, whatever the batch size: the random numbers follow it
 _HINT = "calibrate on data of your own that stand for what it must not forget: --data FILE"
@@ -58,7 +75,7 @@ def encode_starts(records: list[Record], encoder: Encoder, options: CalibrateOpt
     for record in order[: options.num_samples]:
         inputs = encoder.encode(record, max(1, options.length - 1))
         if inputs is not None:
-            starts.append((inputs, any(record.fields.get(name) for name in ("text", "prompt"))))
+            starts.append(Start(record, inputs))
     if not starts:
         raise DataError(f"{records[0].where}: no record gives a single token to start from", "see --data")
     return starts
@@ -81,10 +98,11 @@ def write_samples(
 ) -> Samples:
     """Let ``network`` write ``num_samples`` texts of ``seq_len`` tokens each, the first of them drawn at random.
 
-    With ``starts`` the samples begin with these, in turns; one that holds a prompt needs no first token. Sampled at
-    temperature 1 from the whole vocabulary, behind ``starts`` without the tokens that stand for parts of an image
-    (``media_ids`` and those that the model's config names). The token that ends a text ends no sample: what the model
-    goes on with is a new text, as in its training. The same seed, device and versions give the same samples.
+    With ``starts`` the samples begin with these, in turns; one that holds text needs no first token, and a prompt is
+    answered to the model's end of text. Elsewhere the token that ends a text ends no sample: what the model goes on
+    with is a new text, as in its training. Sampled at temperature 1 from the whole vocabulary, behind ``starts``
+    without the tokens that stand for parts of an image (``media_ids`` and those that the model's config names).
+    The same seed, device and versions give the same samples.
     Raises DataError for a tokenizer of special tokens alone, NumericalError where the model cannot be sampled from.
     """
     import torch
@@ -95,13 +113,17 @@ def write_samples(
         torch.manual_seed(options.seed)
         chosen = first[torch.randint(len(first), (options.num_samples, 1))]  # (B, 1)
         begun = [_begun(starts, number, token) for number, token in enumerate(chosen)]
+        asked = [number for number in range(len(begun)) if starts and starts[number % len(starts)].is_asked]
+        others = sorted(set(range(len(begun))).difference(asked))
         samples: list[Inputs] = [{}] * len(begun)
-        for places in batch_places(begun, _TOGETHER):
-            batch = join([begun[place] for place in places])
-            bar.update(len(places) * max(0, options.length - batch["input_ids"].shape[1]))
-            written = _continued(network, batch, options, device, barred)
-            for row, place in enumerate(places):
-                samples[place] = _lengthened(begun[place], written[row : row + 1])
+        for numbers, ends in ((others, []), (asked, _end_ids(network))):
+            for places in batch_places([begun[number] for number in numbers], _TOGETHER):
+                batch = join([begun[numbers[place]] for place in places])
+                length = batch["input_ids"].shape[1]
+                written = _continued(network, batch, options, device, barred, ends)
+                for place, ids in zip(places, written, strict=True):
+                    samples[numbers[place]] = _lengthened(begun[numbers[place]], _ended(ids, length, ends))
+                bar.update(len(places) * max(0, options.length - length))
     facts = {
         "file": None,
         "synthetic": True,
@@ -120,8 +142,8 @@ def _begun(starts: Sequence[Start], number: int, token: torch.Tensor) -> Inputs:
     ids = token.clone().unsqueeze(0)
     if not starts:
         return {"input_ids": ids}
-    inputs, has_text = starts[number % len(starts)]
-    return inputs if has_text else _lengthened(inputs, torch.cat([inputs["input_ids"], ids], 1))
+    start = starts[number % len(starts)]
+    return start.inputs if start.has_text else _lengthened(start.inputs, torch.cat([start.inputs["input_ids"], ids], 1))
 
 
 def _lengthened(inputs: Inputs, ids: torch.Tensor) -> Inputs:
@@ -131,6 +153,33 @@ def _lengthened(inputs: Inputs, ids: torch.Tensor) -> Inputs:
     more = ids.shape[1] - inputs["input_ids"].shape[1]
     kinds = {name: pad(value, (0, more)) for name, value in inputs.items() if name.endswith("token_type_ids")}
     return inputs | kinds | {"input_ids": ids}
+
+
+def _ended(ids: torch.Tensor, length: int, ends: Sequence[int]) -> torch.Tensor:
+    """The token ids (T,) of one sample as (1, T'), to the first end of text behind its first ``length`` tokens."""
+    import torch
+
+    found = torch.isin(ids[length:], torch.tensor(ends, dtype=ids.dtype)).nonzero()
+    return ids[: length + int(found[0]) + 1 if len(found) else len(ids)].unsqueeze(0)
+
+
+def to_records(samples: Samples, starts: Sequence[Start], tokenizer: Any) -> list[dict[str, Any]]:
+    """The samples as records of data files: what was asked or shown, and what was written."""
+    records: list[dict[str, Any]] = []
+    for number, inputs in enumerate(samples.inputs):
+        start = starts[number % len(starts)] if starts else None
+        begun = start.inputs["input_ids"].shape[1] if start is not None else 0
+        written = tokenizer.decode(inputs["input_ids"][0, begun:].tolist(), clean_up_tokenization_spaces=False)
+        if start is None:
+            records.append({"text": written})
+            continue
+        fields = start.record.fields
+        record = {"images": [str(path.resolve()) for path in start.record.images]} if start.record.images else {}
+        if start.is_asked:
+            records.append(record | {"prompt": fields["prompt"], "response": written})
+        else:
+            records.append(record | {"text": fields.get("text", "") + written})
+    return records
 
 
 def require_writer(network: Any) -> None:
@@ -158,10 +207,24 @@ def _media_ids(network: Any) -> list[int]:
     return [value for name in names if isinstance(value := getattr(network.config, name, None), int)]
 
 
+def _end_ids(network: Any) -> list[int]:
+    """The ids of the tokens with which the model ends a text."""
+    ends = network.generation_config.eos_token_id
+    return [ends] if isinstance(ends, int) else list(ends or ())
+
+
 def _continued(
-    network: Any, inputs: Inputs, options: CalibrateOptions, device: torch.device, barred: Sequence[int]
+    network: Any,
+    inputs: Inputs,
+    options: CalibrateOptions,
+    device: torch.device,
+    barred: Sequence[int],
+    ends: Sequence[int],
 ) -> torch.Tensor:
-    """Token ids (B, T) on the CPU: the first tokens (B, S), with all that goes with them, continued to ``seq_len``."""
+    """Token ids (B, T) on the CPU: the first tokens (B, S), with all that goes with them, continued to ``seq_len``.
+
+    Behind one of the ``ends`` a row holds filling.
+    """
     import torch
 
     missing = options.length - inputs["input_ids"].shape[1]
@@ -169,7 +232,7 @@ def _continued(
         return inputs["input_ids"]
     given = {name: value.to(device) for name, value in inputs.items()}
     try:
-        with sampling_generation(network, missing, barred) as settings:
+        with sampling_generation(network, missing, barred, ends) as settings:
             written: torch.Tensor = network.generate(
                 **given, attention_mask=torch.ones_like(given["input_ids"]), generation_config=settings
             )

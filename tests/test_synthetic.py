@@ -1,6 +1,7 @@
 """Samples that a model writes itself: calibrate --synthetic."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from families import make_family_pair
 from helpers import make_model, make_tokenizer, read_tensors
 from typer.testing import CliRunner
 
-from tailorcli import Checkpoint, TailorError, calibrate_model, patch_checkpoint
+from tailorcli import Checkpoint, TailorError, calibrate_model, evaluate_models, patch_checkpoint
 from tailorcli.cli import app
 from tailorcli.loading import load_encoder, load_model, read_config
 from tailorcli.options import CalibrateOptions
@@ -173,16 +174,74 @@ def write_lines(file, *records):
     return file
 
 
-def begun_with(folder, records, **chosen):
-    """The samples that the model of ``folder`` writes behind the records."""
+def begun_with(folder, records, ends=(), **chosen):
+    """The samples that the model of ``folder``, which ends a text with ``ends``, writes behind the records."""
     chosen = options(**chosen)
     path = write_lines(folder / "starts.jsonl", *records)
     encoder = load_encoder(folder, folder, any("images" in record for record in records), chosen)
     starts = encode_starts(read_starts(path), encoder, chosen)
     network = load_model(Checkpoint.open(folder), read_config(folder), chosen)
+    network.generation_config.eos_token_id = list(ends) or None
     bar = NoBar()
     found = write_samples(network, encoder.tokenizer, chosen, torch.device("cpu"), bar, starts, encoder.media_ids)
+    assert found.facts["tokens"] == found.num_tokens
     return found.inputs, encoder, bar.count
+
+
+def test_a_prompt_is_answered_to_the_end_of_text_and_a_text_goes_on_behind_it(llama_pair):
+    ends = set(range(4, 60))
+    records = [{"prompt": "ab", "response": "x"}, {"text": "yz"}]
+    samples, encoder, _ = begun_with(llama_pair / "base", records, ends, num_samples=20, seq_len=40)
+    lengths = set()
+    for sample in samples:
+        ids = sample["input_ids"][0].tolist()
+        if encoder.tokenizer.convert_ids_to_tokens(ids[:2]) == ["y", "z"]:
+            assert len(ids) == 40
+            assert ends & set(ids[2:-1])
+        else:
+            assert ids[-1] in ends or len(ids) == 40
+            assert not ends & set(ids[2:-1])
+            lengths.add(len(ids))
+    assert len(lengths) > 1
+
+
+def test_the_samples_are_kept_as_a_task(llama_pair, tmp_path):
+    """What the base wrote is what it was calibrated on, and evaluate reads it."""
+    base, file = llama_pair / "base", tmp_path / "written.jsonl"
+    common = ("--synthetic", "--num-samples", 5, "--seq-len", 12, "--save-samples", file)
+    run("calibrate", base, *common, "-o", tmp_path / "stats")
+    texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    ids = write(num_samples=5, seq_len=12)  # a model of the same weights
+    assert texts == [make_tokenizer().decode(row, clean_up_tokenization_spaces=False) for row in ids.tolist()]
+    starts = write_lines(tmp_path / "starts.jsonl", {"prompt": "ab"}, {"text": "yz"})
+    run("calibrate", base, *common, "--data", starts, "-o", tmp_path / "more")
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(records) == 5
+    assert {record["prompt"] for record in records if "prompt" in record} == {"ab"}
+    assert all(record["text"].startswith("yz") for record in records if "text" in record)
+    assert "written" in run("evaluate", base, "--task", f"written={file}:text").stdout
+
+
+def test_saved_samples_name_their_pictures(tmp_path):
+    folder = make_family_pair(tmp_path, "llava")
+    starts, _ = write_pictures(folder)
+    file = tmp_path / "written.jsonl"
+    calibrate_model(folder / "base", starts, tmp_path / "s", options(seq_len=60), save_samples=file)
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert all(Path(path).is_file() for record in records for path in record["images"])
+    report = evaluate_models([folder / "base"], [f"written={file}:text"])
+    assert len(report.scores["base"]["written"].count) == 6
+
+
+def test_only_written_samples_are_saved(llama_pair, tmp_path):
+    base, data = llama_pair / "base", llama_pair / "data.jsonl"
+    stats = tmp_path / "stats"
+    assert "--synthetic" in one_error("calibrate", base, "--data", data, "--save-samples", "a.jsonl", "-o", stats)
+    assert ".jsonl" in one_error("calibrate", base, "--synthetic", "--save-samples", tmp_path / "a.txt", "-o", stats)
+    missing = tmp_path / "none" / "a.jsonl"
+    message = one_error("calibrate", base, "--synthetic", "--seq-len", 4, "--save-samples", missing, "-o", stats)
+    assert "cannot write" in message
+    assert not (stats / "manifest.json").exists()
 
 
 def test_a_sample_goes_on_behind_its_prompt(llama_pair):

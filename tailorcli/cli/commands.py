@@ -126,6 +126,9 @@ def calibrate(
     synthetic: Annotated[
         bool, typer.Option("--synthetic", help="MODEL writes its own samples, going on from --data where given.")
     ] = False,
+    save_samples: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Keep the samples that MODEL wrote, as a task for sweep.")
+    ] = None,
     base: Annotated[
         Path | None, typer.Option(help="Folder of the pre-trained checkpoint, where MODEL is a LoRA adapter.")
     ] = None,
@@ -179,6 +182,7 @@ def calibrate(
         progress=not as_json,
         base=base,
         announce=None if as_json else partial(typer.echo, err=True),
+        save_samples=save_samples,
     )
     if as_json:
         print_json(report.to_dict())
