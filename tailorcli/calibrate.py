@@ -79,12 +79,13 @@ def calibrate_model(
     progress: bool = False,
     base: str | os.PathLike[str] | None = None,
     announce: Callable[[str], None] | None = None,
-    save_samples: str | os.PathLike[str] | None = None,
+    held_out: str | os.PathLike[str] | None = None,
 ) -> CalibrateReport:
     """Run the checkpoint ``model`` over samples of ``data`` and write the statistics folder ``output``.
 
     With ``options.synthetic`` the model writes the samples itself: from random tokens, or, where there are ``data``,
-    from the images and prompts of these; ``save_samples`` names a .jsonl file that takes them.
+    from the images and prompts of these; half as many further ones, those of the next seed, go to the .jsonl file
+    ``held_out``, as a task for evaluate and sweep.
 
     One Hessian H = (2/N) sum x x^T per distinct layer input, over N tokens; nothing is padded. ``model`` is
     the *fine-tuned* checkpoint: its layer inputs on the new task are what Eq. 5 compares. It may be an adapter on
@@ -93,7 +94,7 @@ def calibrate_model(
     """
     started = perf_counter()
     folder = Path(output)
-    _check_source(data, options, save_samples)
+    _check_source(data, options, held_out)
     with ExitStack() as stack:
         stored, tuned = _open(Path(model), base, stack)
         device = resolve_device(options.device)
@@ -103,7 +104,7 @@ def calibrate_model(
         with timer.stage("data"):
             if options.synthetic:
                 starts = None if data is None else Path(data)
-                kept = None if save_samples is None else Path(save_samples)
+                kept = None if held_out is None else Path(held_out)
                 samples = _self_written(stored, tuned, config, starts, kept, options, device, progress)
             else:
                 assert data is not None
@@ -179,19 +180,17 @@ def _draw(data: Path, stored: Checkpoint, folder: Path, config: dict[str, Any], 
 
 
 def _check_source(
-    data: str | os.PathLike[str] | None, options: CalibrateOptions, save_samples: str | os.PathLike[str] | None
+    data: str | os.PathLike[str] | None, options: CalibrateOptions, held_out: str | os.PathLike[str] | None
 ) -> None:
     if data is None and not options.synthetic:
         raise OptionsError(
             "no calibration data given", "pass --data FILE, or --synthetic to let the model write its own"
         )
-    if save_samples is not None:
+    if held_out is not None:
         if not options.synthetic:
-            raise OptionsError(
-                "--save-samples is for samples that the model writes", "pass --synthetic, or leave it out"
-            )
-        if Path(save_samples).suffix != ".jsonl":
-            raise OptionsError(f"--save-samples must name a .jsonl file, got {save_samples}", "")
+            raise OptionsError("--held-out is for samples that the model writes", "pass --synthetic, or leave it out")
+        if Path(held_out).suffix != ".jsonl":
+            raise OptionsError(f"--held-out must name a .jsonl file, got {held_out}", "")
 
 
 def _self_written(
@@ -199,7 +198,7 @@ def _self_written(
     tuned: Checkpoint,
     config: dict[str, Any],
     data: Path | None,
-    save: Path | None,
+    held_out: Path | None,
     options: CalibrateOptions,
     device: torch.device,
     progress: bool,
@@ -226,18 +225,26 @@ def _self_written(
     network = load_model(stored, config, options)
     require_writer(network)  # before its tokenizer, which a vision model has none of
     encoder = load_encoder(stored.path, stored.path, any(record.has_media for record in records), options)
-    starts = encode_starts(records, encoder, options) if records else []
     network.to(device)
-    total = options.num_samples * (options.length - 1)
+    further = replace(options, seed=options.seed + 1, num_samples=(options.num_samples + 1) // 2)
+    runs = [options] if held_out is None else [options, further]
+    total = sum(run.num_samples for run in runs) * (options.length - 1)
     with device_errors(), tqdm(total=total, desc="writing", unit="tok", disable=None if progress else True) as bar:
-        samples = write_samples(network, encoder.tokenizer, options, device, bar, starts, encoder.media_ids)
-    if save is not None:
-        lines = [json.dumps(record) + "\n" for record in to_records(samples, starts, encoder.tokenizer)]
-        try:
-            write_text_atomically(save, "".join(lines))
-        except OSError as error:
-            raise as_output_error(save, error) from error
+        for run in runs:
+            starts = encode_starts(records, encoder, run) if records else []
+            found = write_samples(network, encoder.tokenizer, run, device, bar, starts, encoder.media_ids)
+            if run is options:
+                samples = found
+            elif held_out is not None:
+                _keep(to_records(found, starts, encoder.tokenizer), held_out)
     return samples if data is None else with_source(samples, data, len(records))
+
+
+def _keep(records: list[dict[str, Any]], file: Path) -> None:
+    try:
+        write_text_atomically(file, "".join(json.dumps(record) + "\n" for record in records))
+    except OSError as error:
+        raise as_output_error(file, error) from error
 
 
 def _room(stored: Checkpoint) -> Iterator[str]:

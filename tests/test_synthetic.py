@@ -205,14 +205,17 @@ def test_a_prompt_is_answered_to_the_end_of_text_and_a_text_goes_on_behind_it(ll
     assert len(lengths) > 1
 
 
-def test_the_samples_are_kept_as_a_task(llama_pair, tmp_path):
-    """What the base wrote is what it was calibrated on, and evaluate reads it."""
+def test_further_samples_are_a_task(llama_pair, tmp_path):
+    """Half as many, of the next seed; those that are calibrated on stay the same; evaluate reads them."""
     base, file = llama_pair / "base", tmp_path / "written.jsonl"
-    common = ("--synthetic", "--num-samples", 5, "--seq-len", 12, "--save-samples", file)
+    common = ("--synthetic", "--num-samples", 9, "--seq-len", 12, "--held-out", file)
+    calibrate_model(base, None, tmp_path / "alone", options(num_samples=9, seq_len=12))
     run("calibrate", base, *common, "-o", tmp_path / "stats")
     texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
-    ids = write(num_samples=5, seq_len=12)  # a model of the same weights
+    ids = write(num_samples=5, seq_len=12, seed=1)  # a model of the same weights
     assert texts == [make_tokenizer().decode(row, clean_up_tokenization_spaces=False) for row in ids.tolist()]
+    one, two = (Stats.open(tmp_path / name) for name in ("alone", "stats"))
+    assert all(torch.equal(one.load(name), two.load(name)) for name in one.hessians)
     starts = write_lines(tmp_path / "starts.jsonl", {"prompt": "ab"}, {"text": "yz"})
     run("calibrate", base, *common, "--data", starts, "-o", tmp_path / "more")
     records = [json.loads(line) for line in file.read_text().splitlines()]
@@ -222,24 +225,24 @@ def test_the_samples_are_kept_as_a_task(llama_pair, tmp_path):
     assert "written" in run("evaluate", base, "--task", f"written={file}:text").stdout
 
 
-def test_saved_samples_name_their_pictures(tmp_path):
+def test_held_out_samples_name_their_pictures(tmp_path):
     folder = make_family_pair(tmp_path, "llava")
     starts, _ = write_pictures(folder)
     file = tmp_path / "written.jsonl"
-    calibrate_model(folder / "base", starts, tmp_path / "s", options(seq_len=60), save_samples=file)
+    calibrate_model(folder / "base", starts, tmp_path / "s", options(seq_len=60), held_out=file)
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert all(Path(path).is_file() for record in records for path in record["images"])
     report = evaluate_models([folder / "base"], [f"written={file}:text"])
-    assert len(report.scores["base"]["written"].count) == 6
+    assert len(report.scores["base"]["written"].count) == 3
 
 
-def test_only_written_samples_are_saved(llama_pair, tmp_path):
+def test_only_written_samples_are_held_out(llama_pair, tmp_path):
     base, data = llama_pair / "base", llama_pair / "data.jsonl"
     stats = tmp_path / "stats"
-    assert "--synthetic" in one_error("calibrate", base, "--data", data, "--save-samples", "a.jsonl", "-o", stats)
-    assert ".jsonl" in one_error("calibrate", base, "--synthetic", "--save-samples", tmp_path / "a.txt", "-o", stats)
+    assert "--synthetic" in one_error("calibrate", base, "--data", data, "--held-out", "a.jsonl", "-o", stats)
+    assert ".jsonl" in one_error("calibrate", base, "--synthetic", "--held-out", tmp_path / "a.txt", "-o", stats)
     missing = tmp_path / "none" / "a.jsonl"
-    message = one_error("calibrate", base, "--synthetic", "--seq-len", 4, "--save-samples", missing, "-o", stats)
+    message = one_error("calibrate", base, "--synthetic", "--seq-len", 4, "--held-out", missing, "-o", stats)
     assert "cannot write" in message
     assert not (stats / "manifest.json").exists()
 

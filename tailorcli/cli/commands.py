@@ -126,8 +126,9 @@ def calibrate(
     synthetic: Annotated[
         bool, typer.Option("--synthetic", help="MODEL writes its own samples, going on from --data where given.")
     ] = False,
-    save_samples: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Keep the samples that MODEL wrote, as a task for sweep.")
+    held_out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", help="With --synthetic: half as many more samples, as a task for sweep."),
     ] = None,
     base: Annotated[
         Path | None, typer.Option(help="Folder of the pre-trained checkpoint, where MODEL is a LoRA adapter.")
@@ -182,7 +183,7 @@ def calibrate(
         progress=not as_json,
         base=base,
         announce=None if as_json else partial(typer.echo, err=True),
-        save_samples=save_samples,
+        held_out=held_out,
     )
     if as_json:
         print_json(report.to_dict())
