@@ -10,7 +10,7 @@ import argparse
 import os
 from pathlib import Path
 
-from benchmarks.evidence import pairs, render, summary
+from benchmarks.evidence import pairs, pictures, render, summary
 from benchmarks.evidence.run import SAMPLES, run_all
 from benchmarks.real.render import between
 from benchmarks.real.setting import environment, say
@@ -48,7 +48,12 @@ def main() -> None:
         for group in summary.groups_of(outcomes):
             picture = f"frontier-{part}-{group.name}.png"
             plot_frontiers(summary.averaged(group), DOCS / picture)
-            texts.append(render.section(part, group, SETTINGS[part], picture))
+            first = group.outcomes[0].pair
+            drawn = (
+                pictures.curves_part(part, group, DOCS),
+                pictures.decorations_part(part, group, cache / f"{first.name}-{first.seed}", DOCS),
+            )
+            texts.append(render.section(part, group, SETTINGS[part], picture, *drawn))
             short.append(f"**{part}, {group.name}**\n\n{render.main_table(group, columns=6)}")
             short.append(render.verdict(group))
         file.write_text("\n\n".join(texts) + "\n", encoding="utf-8")

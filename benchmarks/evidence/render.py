@@ -10,8 +10,8 @@ from tailorcli.merit import Estimate, estimate
 OURS = (RETAINED, DEFAULT)
 
 
-def section(name: str, group: Group, setting: str, picture: str) -> str:
-    """One benchmark's part of the document for one new task."""
+def section(name: str, group: Group, setting: str, picture: str, curves: str = "", decorations: str = "") -> str:
+    """One benchmark's part of the document for one new task; ``curves`` and ``decorations`` are of Fig. 5 and 6."""
     pair = group.outcomes[0].pair
     seeds = len(group.outcomes)
     return "\n\n".join(
@@ -29,7 +29,11 @@ def section(name: str, group: Group, setting: str, picture: str) -> str:
             area_table(group),
             "### Density, beta and omega",
             grid_table(group),
+            curves,
+            "### What compensation moves" if decorations else "",
+            decorations,
         )
+        if part
     )
 
 

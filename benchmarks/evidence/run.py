@@ -29,7 +29,7 @@ class Grid:
     plain: tuple[tuple[str, float, float], ...]  # solver, density, weight: the paper's method
     retained: tuple[tuple[float, float], ...]  # density and beta
     own_data: tuple[tuple[float, float], ...]  # likewise, with samples of the old tasks
-    omegas: tuple[float, ...] = ()  # with the retain term, density 0.1, beta 0.3
+    omegas: tuple[float, ...] = ()  # of the paper's sweep and of the default, density 0.1
 
     def settings(self) -> list[Setting]:
         """All but those of ``own_data``."""
@@ -43,7 +43,9 @@ class Grid:
             for solver, density, weight in self.plain
         ]
         found += [_retained(*one) for one in self.retained]
-        found += [Setting(replace(_OPTIONS, omega=omega), retained=True) for omega in self.omegas]
+        found += [Setting(replace(_OPTIONS, solver="sequential", omega=omega)) for omega in self.omegas]
+        beta = PatchOptions().retain_weight
+        found += [Setting(replace(_OPTIONS, omega=omega, retain_weight=beta), retained=True) for omega in self.omegas]
         return list(dict.fromkeys(found))
 
 
@@ -63,15 +65,17 @@ GRIDS = {
         graft=(0.1,),
         graft_steps=50,
         plain=(
-            *(("none", 0.1, 1.0), ("sequential", 0.1, 1.0), ("sequential", 0.2, 1.0)),
+            ("none", 0.1, 1.0),
+            *(("sequential", density, 1.0) for density in (0.02, 0.05, 0.1, 0.2, 0.5)),
             *(("joint", 0.05, 1.0), ("joint", 0.1, 1.0)),
         ),
         retained=(
             *((0.1, beta) for beta in (0.03, 0.1, 0.3, 1.0)),
-            *((0.3, 0.1), (0.3, 0.3), (1.0, 0.1), (1.0, 0.3), (1.0, 1.0)),
+            *((density, 0.1) for density in (0.02, 0.05, 0.2, 0.3, 0.5, 1.0)),
+            *((0.3, 0.3), (1.0, 0.3), (1.0, 1.0)),
         ),
         own_data=((0.1, 0.1), (0.1, 0.3), (0.3, 0.3)),
-        omegas=(0.0, 1.0),
+        omegas=(0.0, 0.25, 0.75, 1.0),  # 0.5 is there already
     ),
     "text": Grid(
         weights=(0.4, 0.5, 0.6, 0.7),

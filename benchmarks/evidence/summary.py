@@ -17,6 +17,9 @@ RETAINED = "joint, retained"
 DEFAULT = Setting(PatchOptions(overwrite=True), retained=True).label
 PAPER = "sequential, density 0.1"
 BASELINES = ("interpolate", "dare", "magnitude", "graft", "tailor-released")
+# What a curve over one option holds fixed of the others, at the values of the default and of the paper.
+HELD = {"sequential": ("density", "omega", "weight"), RETAINED: ("density", "omega", "weight", "retain_weight")}
+SHORTEST = 3  # points of a curve
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,40 @@ def lines_of(group: Group) -> list[tuple[str, str, str]]:
             if label is not None and all(line[1:] != (family, label) for line in lines):
                 lines.append((label.replace(RETAINED, family), family, label))
     return lines
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A family's figures along one option, the others at their defaults (Fig. 5): the means over the seeds, on test."""
+
+    family: str
+    option: str  # density or omega
+    values: tuple[float, ...]  # of the option, ascending
+    figures: dict[str, tuple[float, ...]]  # origin, target and h_score at each value
+
+    @property
+    def best(self) -> int:
+        """The position of the highest H."""
+        return max(range(len(self.values)), key=lambda i: self.figures["h_score"][i])
+
+
+def curves_of(group: Group) -> list[Curve]:
+    """The curves of the paper's sweep and of the default that have at least three points."""
+    defaults = PatchOptions().to_dict()
+    curves = []
+    for option in ("density", "omega"):
+        for family, held in HELD.items():
+            fixed = {name: defaults[name] for name in held if name != option}
+            found = sorted(
+                (float(p.options[option]), p.label)
+                for p in group.points(group.outcomes[0])
+                if p.family == family and p.options and all(p.options[name] == fixed[name] for name in fixed)
+            )
+            if len(found) >= SHORTEST:
+                names = ("origin", "target", "h_score")
+                figures = {name: tuple(group.value(family, label, name) for _, label in found) for name in names}
+                curves.append(Curve(family, option, tuple(value for value, _ in found), figures))
+    return curves
 
 
 def averaged(group: Group) -> dict[str, Any]:
