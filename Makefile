@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-fast test-slow lint bench bench-large bench-gpu real stitch multimodal evidence clean
+.PHONY: demo test test-fast test-slow lint bench bench-large bench-gpu real stitch evidence clean
 
 # torch comes first and pinned, so that nothing else chooses its build.
 $(BIN)/tailorcli: pyproject.toml constraints.txt
@@ -40,7 +40,7 @@ test: lint
 test-fast: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -x -k "not installed_command and not killed"
 
-# What CI leaves out: the demo in full. `make real`, `make stitch`, `make multimodal` and `make bench` are the other
+# What CI leaves out: the demo in full. `make real`, `make stitch`, `make evidence` and `make bench` are the other
 # long ones.
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
@@ -62,10 +62,7 @@ real: $(VENV)/real
 stitch: $(VENV)/real
 	$(BIN)/python -m benchmarks.stitch
 
-multimodal: $(VENV)/real
-	$(BIN)/python -m benchmarks.multimodal
-
-# What each method brings back, on small models of several seeds and on SmolLM2: two hours on two cores.
+# What each method brings back, on small models, SmolLM2 and a LLaVA of several seeds: four hours on two cores.
 evidence: $(VENV)/real
 	$(BIN)/python -m benchmarks.evidence
 

@@ -1,13 +1,10 @@
 """The benchmark of the evidence: its curves and pictures on points made by hand, and `quick` in a reduced form."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are no part of what is installed
 
 from benchmarks.evidence import pairs, pictures, run, summary
 from benchmarks.quick import data as quick_data

@@ -1,7 +1,7 @@
-"""Measure what each method gives back: `python -m benchmarks.evidence [quick] [text]`.
+"""Measure what each method gives back: `python -m benchmarks.evidence [quick] [text] [multimodal]`.
 
 Trains or fetches the models of several seeds, calibrates, sweeps over the settings of every method and writes
-docs/evidence.md with its pictures and the README's table. Everything lies in a cache; a rerun goes on from there.
+docs/evidence-PART.md with its pictures and the README's table. Everything lies in a cache; a rerun goes on from there.
 """
 
 from __future__ import annotations
@@ -12,26 +12,43 @@ from pathlib import Path
 
 from benchmarks.evidence import pairs, pictures, render, summary
 from benchmarks.evidence.run import SAMPLES, run_all
+from benchmarks.multimodal.data import COUNTS
+from benchmarks.multimodal.model import BASE_RECIPE, PATCH, PIXELS, TUNED_RECIPE
+from benchmarks.real.model import Recipe
 from benchmarks.real.render import between
 from benchmarks.real.setting import environment, say
 from tailorcli.plots import plot_frontiers
 
+
+def recipe_of(recipe: Recipe) -> str:
+    """How long and how fast a model was trained, in words."""
+    return f"{recipe.steps} steps of {recipe.batch}, learning rate {recipe.learning_rate:g}"
+
+
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 README = DOCS.parent / "README.md"
-PARTS = {"quick": pairs.quick, "text": pairs.text}
+PARTS = {"quick": pairs.quick, "text": pairs.text, "multimodal": pairs.multimodal}
 SETTINGS = {
     "quick": """Byte-level Llamas of 3 million parameters, trained 700 steps on Python source and English prose, then
 200 steps on the new task; accuracy is the share of next bytes guessed right.""",
     "text": """SmolLM2-135M-Instruct in bfloat16, fine-tuned for 60 steps on records of Unicode characters. Accuracy is
 the share of next tokens guessed right (texts of 32 tokens, 300 a task), and of 300 cities put on the right one of four
 continents.""",
+    "multimodal": f"""A LLaVA in bfloat16 of SmolLM2-135M-Instruct, a vision tower of the shape of DINOv2-small and a
+new projector, on pictures of {PIXELS} by {PIXELS} pixels ({(PIXELS // PATCH) ** 2} tokens). Base: first the projector
+alone on captions, then projector and language model ({recipe_of(BASE_RECIPE)}; half of
+them questions on coloured shapes (easy-VQA, its three kinds in equal numbers), half what a photo shows (CIFAR-10)).
+Tuned: {recipe_of(TUNED_RECIPE)} on "What is this?" of Fashion-MNIST. Accuracy is the share of
+{COUNTS["test"]} questions a task that are answered exactly, greedily from the whole vocabulary. The base wrote its own
+samples behind questions of the old tasks' kind on pictures of something else (emoji): neither the right answers nor the
+old tasks' pictures were used.""",
 }
 
 
 def main() -> None:
     """Run the benchmarks that are asked for, and write the document from all that the cache holds."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="quick, text; both without")
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="quick, text, multimodal; all without")
     root = Path(os.environ.get("TAILORCLI_CACHE") or Path.home() / ".cache" / "tailorcli")
     parser.add_argument("--cache", type=Path, default=root, help="folder for weights and results (%(default)s)")
     options = parser.parse_args()
@@ -54,11 +71,10 @@ def main() -> None:
                 pictures.decorations_part(part, group, cache / f"{first.name}-{first.seed}", DOCS),
             )
             texts.append(render.section(part, group, SETTINGS[part], picture, *drawn))
-            short.append(f"**{part}, {group.name}**\n\n{render.main_table(group, columns=6)}")
-            short.append(render.verdict(group))
+            short.append(f"**{part}, {group.name}**\n\n{render.short_table(group)}")
         file.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
         sections.append(file.name)
-        text = "\n\n".join(short[-2 * len(summary.groups_of(outcomes)) :])
+        text = "\n\n".join(short[-len(summary.groups_of(outcomes)) :])
         README.write_text(between(README.read_text(encoding="utf-8"), f"evidence-{part}", text), encoding="utf-8")
     say(f"wrote {', '.join(sections)}, their pictures and the README's tables")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.evidence import text_data
+from benchmarks.multimodal import data as picture_data
+from benchmarks.multimodal import model as picture_model
 from benchmarks.quick import data as quick_data
 from benchmarks.quick import model as quick_model
 from benchmarks.real import data as real_data
@@ -25,15 +27,19 @@ class Pair:
     tuned: Path
     train: Path  # what it was fine-tuned on, for calibration and for graft
     old_train: Path  # samples of the old tasks, for a user who has some
-    tasks: Path  # folder of TASK-PART.jsonl
+    tasks: Path  # folder of the files of the tasks
     kinds: dict[str, str]  # task -> kind
     origin: tuple[str, ...]
     target: tuple[str, ...]
     retain_length: int  # tokens of a sample that the base writes itself
+    retain_starts: Path | None = None  # what such samples begin with
+    answer_length: int = 32  # tokens that a model may answer
+    task_file: str = "{task}-{part}.jsonl"
 
     def specs(self, part: str) -> list[str]:
         """The tasks of a part as ``tailorcli evaluate`` takes them."""
-        return [f"{name}={self.tasks / f'{name}-{part}.jsonl'}:{kind}" for name, kind in self.kinds.items()]
+        files = {name: self.tasks / self.task_file.format(task=name, part=part) for name in self.kinds}
+        return [f"{name}={files[name]}:{kind}" for name, kind in self.kinds.items()]
 
 
 def quick(cache: Path) -> list[Pair]:
@@ -76,6 +82,36 @@ def text(cache: Path) -> list[Pair]:
             Pair(
                 *(text_data.NEW_TASK, seed, base, tuned, folder / "train.jsonl", folder / "old-train.jsonl", folder),
                 *(kinds, text_data.OLD_TASKS, (text_data.NEW_TASK,), 128),
+            )
+        )
+    return pairs
+
+
+def multimodal(cache: Path) -> list[Pair]:
+    """A LLaVA that answers questions on shapes and photos, and a fine-tune of it on clothes for every seed."""
+    folders = picture_data.load(cache)
+    new, old = folders[picture_data.NEW_TASK], [folders[name] for name in picture_data.OLD_TASKS]
+    base = cache / "base"
+    if not base.exists():
+        say("multimodal: the base")
+        start = picture_model.assemble(
+            real_model.make_base(default_cache()), picture_model.make_tower(cache), cache / "assembled"
+        )
+        captions = zip(*(picture_data.read(folder / f"{picture_data.CAPTIONS}.jsonl") for folder in old), strict=False)
+        questions = [picture_data.read(folder / "train.jsonl") for folder in old]
+        picture_model.make_base(start, questions, [caption for pair in captions for caption in pair], base)
+    kinds = dict.fromkeys(folders, "generate")
+    picture_data.write_mixture(old, picture_data.OLD_TRAIN_COUNT, cache / "old-train.jsonl")
+    starts = picture_data.write_starts(old, cache)
+    pairs = []
+    for seed in SEEDS:
+        say(f"multimodal: fine-tune of seed {seed}")
+        recipe = replace(picture_model.TUNED_RECIPE, seed=seed)
+        tuned = picture_model.make_tuned(base, picture_data.read(new / "train.jsonl"), recipe, cache / f"tuned{seed}")
+        pairs.append(
+            Pair(
+                *(picture_data.NEW_TASK, seed, base, tuned, new / "train.jsonl", cache / "old-train.jsonl", cache),
+                *(kinds, picture_data.OLD_TASKS, (picture_data.NEW_TASK,), 48, starts, 4, "{task}/{part}.jsonl"),
             )
         )
     return pairs

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from benchmarks.evidence.run import OWN_DATA
-from benchmarks.evidence.summary import BASELINES, DEFAULT, PAPER, RETAINED, Group, lines_of
+from benchmarks.evidence.summary import BASELINES, PAPER, RETAINED, Group, lines_of
 from benchmarks.real.render import table
 from tailorcli.merit import Estimate, estimate
 
-OURS = (RETAINED, DEFAULT)
+_SHORT_FAMILIES = ("base", "tuned", "interpolate", "dare", "magnitude", "graft")  # of README
 
 
 def section(name: str, group: Group, setting: str, picture: str, curves: str = "", decorations: str = "") -> str:
@@ -22,7 +22,7 @@ def section(name: str, group: Group, setting: str, picture: str, curves: str = "
             f"Old tasks: {', '.join(pair.origin)}. New task: {', '.join(pair.target)}. {_seeds(seeds)}.",
             main_table(group),
             f"![Old against new performance of every setting, mean of the seeds]({picture})",
-            "### The default against each other method at its best",
+            "### Density 0.1 with the retain term against each other method at its best",
             difference_table(group),
             verdict(group),
             "### Area under the frontier",
@@ -62,8 +62,8 @@ def main_table(group: Group, columns: int = 7) -> str:
     return table(header[: columns + 1], rows)
 
 
-def _interval(found: Estimate) -> str:
-    return "–" if found.interval is None else f"{found.interval[0]:.1f} to {found.interval[1]:.1f}"
+def _interval(found: Estimate, digits: str = ".1f") -> str:
+    return "–" if found.interval is None else f"{found.interval[0]:{digits}} to {found.interval[1]:{digits}}"
 
 
 def rivals(group: Group) -> list[tuple[str, str]]:
@@ -76,21 +76,28 @@ def rivals(group: Group) -> list[tuple[str, str]]:
 
 
 def difference_table(group: Group) -> str:
-    """H of the default minus H of each rival, paired."""
+    """H of each of our settings minus H of each rival, paired."""
+    ours = group.ours()
     rows = []
-    for family, label in rivals(group):
-        difference, seeds = group.difference(OURS, (family, label))
-        assert difference.value is not None
-        low, high = difference.interval or (float("nan"), float("nan"))
-        each = ", ".join(f"{value:+.2f}" for value in seeds)
-        rows.append([label, f"{difference.value:+.2f}", f"{low:+.2f} to {high:+.2f}", each])
-    text = table(["default minus", "H", "95% over the items", "each seed"], rows)
-    return f"{text}\n\nEach method's setting is the one with the best mean H on validation; intervals are paired."
+    for rival in rivals(group):
+        cells = [rival[1]]
+        for _, *setting in ours:
+            difference, seeds = group.difference((setting[0], setting[1]), rival)
+            each = ", ".join(f"{value:+.1f}" for value in seeds)
+            cells += [f"{difference.value:+.2f}", _interval(difference, ".2f"), each]
+        rows.append(cells)
+    header = ["minus"]
+    for title, *_ in ours:
+        header += [title, "95%", "each seed"]
+    return f"""{table(header, rows)}
+
+H of the columns' settings minus H of the rows'; intervals are over the items, and paired. Each method of a row has
+the setting with the best mean H on validation data."""
 
 
-def outcome_of(group: Group, rival: tuple[str, str]) -> str:
+def outcome_of(group: Group, ours: tuple[str, str], rival: tuple[str, str]) -> str:
     """Ahead, behind or level: beyond the interval, and in every seed."""
-    difference, seeds = group.difference(OURS, rival)
+    difference, seeds = group.difference(ours, rival)
     low, high = difference.interval or (0.0, 0.0)
     if low > 0 and all(value > 0 for value in seeds):
         return "ahead of"
@@ -98,11 +105,22 @@ def outcome_of(group: Group, rival: tuple[str, str]) -> str:
 
 
 def verdict(group: Group) -> str:
-    """Where the default wins and loses, and how near the frontier comes to keeping both."""
+    """Where our settings win and lose, and how near the frontier comes to keeping both."""
+    return "\n".join([*(_ranking(group, *one) for one in group.ours()), *_nearest(group)])
+
+
+def _ranking(group: Group, title: str, family: str, label: str) -> str:
     words: dict[str, list[str]] = {}
     for rival in rivals(group):
-        words.setdefault(outcome_of(group, rival), []).append(f"*{rival[1]}*")
+        if rival != (family, label):
+            words.setdefault(outcome_of(group, (family, label), rival), []).append(f"*{rival[1]}*")
     ranking = "; ".join(f"{word} {', '.join(names)}" for word, names in words.items())
+    picked = f" ({_beta(label)})" if title.endswith("validation data") else ""
+    return f"{'The default' if title == 'default' else f'With {title}{picked} it'} is {ranking}."
+
+
+def _nearest(group: Group) -> list[str]:
+    """How much of the gain comes with 99% of the old, at densities below 1."""
     near = []
     for family in (RETAINED, OWN_DATA):
         points = [
@@ -117,13 +135,34 @@ def verdict(group: Group) -> str:
                 f"With at least 99% of the base's old performance, *{family}* keeps at most {new:.1f}% of the gain "
                 f"({label.removeprefix(RETAINED + ', ')}; old {old:.1f}%)."
             )
-        else:
+        elif points:
             label, old, new = max(points, key=lambda point: point[1])
             near.append(
                 f"No setting of *{family}* below density 1 keeps 99% of the old; {label.removeprefix(RETAINED + ', ')} "
                 f"keeps {old:.1f}% and {new:.1f}% of the gain."
             )
-    return f"The default is {ranking}.\n" + "\n".join(near)
+    return near
+
+
+def short_table(group: Group) -> str:
+    """README's lines: the ends, the baselines, the paper, ours at density 0.1, and our best at any density."""
+    ours = {(family, label): title for title, family, label in group.ours()}
+    rows = []
+    for title, family, label in lines_of(group):
+        shown = family in _SHORT_FAMILIES or label == PAPER or (family, label) in ours
+        if not shown and not (family == RETAINED and label == group.best(RETAINED)):
+            continue
+        name = title
+        if (family, label) in ours:
+            name = f"**density 0.1: {ours[family, label]}{'' if family != RETAINED else f' ({_beta(label)})'}**"
+        h = estimate(group.mean(family, label, "h_score"))
+        values = [f"{group.value(family, label, key):.1f}" for key in ("origin", "target")]
+        rows.append([name, *values, f"{h.value:.1f}", _interval(h)])
+    return table(["model", "old", "new", "H", "95%"], rows)
+
+
+def _beta(label: str) -> str:
+    return label.rpartition(", ")[2]
 
 
 def area_table(group: Group) -> str:
@@ -132,12 +171,8 @@ def area_table(group: Group) -> str:
     for family in group.families():
         area = group.area(family)
         count = sum(1 for of, _ in group.labels if of == family)
-        rows.append([family, str(count), "–" if area.value is None else f"{area.value:.3f}", _area_interval(area)])
+        rows.append([family, str(count), "–" if area.value is None else f"{area.value:.3f}", _interval(area, ".3f")])
     return table(["family", "settings", "area", "95%"], sorted(rows, key=lambda row: row[2], reverse=True))
-
-
-def _area_interval(found: Estimate) -> str:
-    return "–" if found.interval is None else f"{found.interval[0]:.3f} to {found.interval[1]:.3f}"
 
 
 def grid_table(group: Group) -> str:

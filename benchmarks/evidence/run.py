@@ -9,10 +9,13 @@ from pathlib import Path
 from benchmarks.evidence.pairs import Pair
 from benchmarks.real.setting import say
 from tailorcli import CalibrateOptions, Checkpoint, EvaluateOptions, PatchOptions, Stats, TailorError, calibrate_model
+from tailorcli.merit import h_score
 from tailorcli.sweep import Point, Setting, SweepReport, run_sweep
 
 SAMPLES = 128
 SEQ_LEN = 256
+WRITTEN = "written"  # the task of going on as the base did
+PICKED = "joint, retained, density 0.1, beta picked on written samples"  # family and label
 OWN_DATA = "retained on old samples"  # the family that a user has who kept some of the old data
 _OPTIONS = PatchOptions(overwrite=True, retain_weight=0.3)  # beta where a grid says none
 
@@ -87,12 +90,22 @@ GRIDS = {
         retained=((0.1, 0.1), (0.1, 0.3), (0.1, 1.0), (0.3, 0.3), (1.0, 1.0)),
         own_data=((0.1, 0.3),),
     ),
+    "multimodal": Grid(
+        weights=(0.3, 0.4, 0.5, 0.6, 0.7),
+        dare=((0.1, 1.0), (0.5, 0.5), (0.5, 0.6)),
+        magnitude=((0.1, 1.0), (0.2, 1.0), (0.3, 1.0)),
+        graft=(0.1,),
+        graft_steps=40,
+        plain=(("none", 0.1, 1.0), ("sequential", 0.1, 1.0), ("joint", 0.1, 1.0), ("joint", 0.02, 1.0)),
+        retained=(*((0.1, beta) for beta in (0.1, 0.3, 1.0, 3.0)), (0.3, 1.0), (0.3, 3.0)),
+        own_data=((0.1, 0.3), (0.1, 1.0)),
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the sweep of one pair found; ``own`` are the points of the retain term on old samples."""
+    """What the sweep of one pair found; ``own`` are the points of the retain term on old samples and the picked one."""
 
     pair: Pair
     report: SweepReport
@@ -102,28 +115,57 @@ class Outcome:
 def run_pair(pair: Pair, grid: Grid, folder: Path) -> Outcome:
     """Calibrate what is not calibrated yet, then sweep."""
     new = _stats(folder / "stats", pair.tuned, pair.train)
-    written = _stats(folder / "stats-written", pair.base, None, pair.retain_length)
+    held_out = folder / "written.jsonl"
+    written = _stats(folder / "stats-written", pair.base, pair.retain_starts, pair.retain_length, held_out)
     own = _stats(folder / "stats-own", pair.base, pair.old_train)
-    common = {
-        "origin": pair.origin,
-        "target": pair.target,
-        "validation": pair.specs("validation"),
-        "stats": new,
-        "data": pair.train,
-        "options": EvaluateOptions(batch_size=32),
-        "announce": say,
-    }
-    inputs = (pair.base, pair.tuned)
-    # One folder for both, where base and tuned are scored once; the report that stays in it is that of the whole grid.
-    settings = [_retained(*one) for one in grid.own_data]
-    other = run_sweep(*inputs, settings, pair.specs("test"), folder / "sweep", retain=own, **common)  # type: ignore[arg-type]
-    report = run_sweep(*inputs, grid.settings(), pair.specs("test"), folder / "sweep", retain=written, **common)  # type: ignore[arg-type]
-    points = tuple(replace(point, family=OWN_DATA) for point in other.points[2:])
-    return Outcome(pair, report, points)
+    specs = {part: pair.specs(part) for part in ("test", "validation")}
+    with_written = {part: [*of_part, f"{WRITTEN}={held_out}:text"] for part, of_part in specs.items()}
+
+    def sweep(settings: list[Setting], tasks: dict[str, list[str]], retain: Path | None) -> SweepReport:
+        # One folder for all, where base and tuned are scored once for the same tasks.
+        return run_sweep(
+            *(pair.base, pair.tuned, settings, tasks["test"], folder / "sweep"),
+            origin=pair.origin,
+            target=pair.target,
+            validation=tasks["validation"],
+            stats=new,
+            retain=retain,
+            data=pair.train,
+            options=EvaluateOptions(batch_size=32, max_new_tokens=pair.answer_length),
+            announce=say,
+        )
+
+    settings = grid.settings()
+    others = sweep([one for one in settings if not one.retained], specs, None)
+    of_old = sweep([_retained(*one) for one in grid.own_data], specs, own)
+    ours = sweep([one for one in settings if one.retained], with_written, written)
+    points = [*others.points, *ours.points[2:]]
+    extra = [replace(point, family=OWN_DATA) for point in of_old.points[2:]]
+    return Outcome(pair, replace(others, points=points), (*extra, *_picked(ours.points[2:])))
 
 
-def _stats(folder: Path, model: Path, data: Path | None, length: int = SEQ_LEN) -> Path:
-    """The statistics of a model in ``folder``, made unless they are there: on data, or on what it writes itself."""
+def _picked(points: Sequence[Point]) -> list[Point]:
+    """The point at density 0.1 with the best H of the new task's validation data and of what the base wrote itself.
+
+    So beta is picked without any data of the old tasks.
+    """
+    default = PatchOptions()
+    found = [
+        point
+        for point in points
+        if point.options and (point.options["density"], point.options["omega"]) == (default.density, default.omega)
+    ]
+    if not found:
+        return []
+    best = max(found, key=lambda point: h_score(point.at("test", WRITTEN), point.at("validation", "target")))
+    return [replace(best, family=PICKED, label=PICKED)]
+
+
+def _stats(folder: Path, model: Path, data: Path | None, length: int = SEQ_LEN, held_out: Path | None = None) -> Path:
+    """The statistics of a model in ``folder``, made unless they are there: on data, or on what it writes itself.
+
+    With ``held_out`` it writes itself, and the file takes samples that it was not calibrated on.
+    """
     try:
         found = Stats.open(folder)
         found.close()
@@ -131,13 +173,13 @@ def _stats(folder: Path, model: Path, data: Path | None, length: int = SEQ_LEN) 
             fits = found.model_fingerprint == checkpoint.fingerprint()
     except TailorError:
         fits = False
-    if not fits:
+    if not fits or (held_out is not None and not held_out.exists()):
         say(f"calibrating {model.name} for {folder}")
         options = CalibrateOptions(
-            num_samples=SAMPLES, seq_len=length, batch_size=16, synthetic=data is None, overwrite=True
+            num_samples=SAMPLES, seq_len=length, batch_size=16, synthetic=held_out is not None, overwrite=True
         )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        calibrate_model(model, data, folder, options)
+        calibrate_model(model, data, folder, options, held_out=held_out)
     return folder
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence.run import OWN_DATA, Outcome
+from benchmarks.evidence.run import OWN_DATA, PICKED, Outcome
 from tailorcli.merit import Array, Estimate, estimate, frontier
 from tailorcli.options import PatchOptions
 from tailorcli.sweep import Point, Setting, area_figure, members_of
@@ -89,8 +89,18 @@ class Group:
         return float(np.median([self.find(outcome, family, label).seconds for outcome in self.outcomes]))
 
     def families(self) -> list[str]:
-        """All families but base and tuned."""
+        """All families but base and tuned, and but what is picked among another's settings."""
         return list(dict.fromkeys(family for family, label in self.labels if family != label))
+
+    def ours(self) -> list[tuple[str, str, str]]:
+        """(title, family, label) of our settings at density 0.1: the default, and beta picked in two ways."""
+        found = [("default", RETAINED, DEFAULT)]
+        if (PICKED, PICKED) in self.labels:
+            found.append(("beta picked on written samples", PICKED, PICKED))
+        label = self.best(RETAINED, at_tenth)
+        if label is not None and label != DEFAULT:
+            found.append(("beta picked on validation data", RETAINED, label))
+        return found
 
 
 def groups_of(outcomes: Sequence[Outcome]) -> list[Group]:
@@ -99,12 +109,13 @@ def groups_of(outcomes: Sequence[Outcome]) -> list[Group]:
     return [Group(name, tuple(o for o in outcomes if o.pair.name == name)) for name in names]
 
 
+def at_tenth(label: str) -> bool:
+    """Whether a label is of a setting at the default density."""
+    return "density 0.1," in f"{label},"
+
+
 def lines_of(group: Group) -> list[tuple[str, str, str]]:
     """(title, family, label) of the table's lines; what is picked is picked on validation."""
-
-    def at_tenth(label: str) -> bool:
-        return "density 0.1," in f"{label},"
-
     lines = [("base", "base", "base"), ("tuned", "tuned", "tuned")]
     for family in BASELINES:
         label = group.best(family)
@@ -119,6 +130,8 @@ def lines_of(group: Group) -> list[tuple[str, str, str]]:
         if label is not None and label != f"{family}, density 0.1":
             lines.append((label, family, label))
     lines.append((f"{DEFAULT} (default)", RETAINED, DEFAULT))
+    if (PICKED, PICKED) in group.labels:
+        lines.append((PICKED, PICKED, PICKED))
     for family in (RETAINED, OWN_DATA):
         for rule in (at_tenth, lambda label: True):
             label = group.best(family, rule)

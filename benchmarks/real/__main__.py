@@ -19,7 +19,6 @@ from benchmarks.real.setting import COUNTS, SEED, environment, make_pair, parse,
 INTERPOLATION_WEIGHTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # from base to tuned
 SCALES = (0.5, 0.6, 0.7, 0.8)  # from base to the model patched with the default options
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "real-model.md"
-README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def main() -> None:
@@ -44,8 +43,7 @@ def main() -> None:
     (cache / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     options.document.parent.mkdir(exist_ok=True)
     options.document.write_text(render.render(results), encoding="utf-8")
-    README.write_text(render.update_readme(README.read_text(encoding="utf-8"), results), encoding="utf-8")
-    say(f"wrote {cache / 'results.json'}, {options.document} and the table in {README.name}")
+    say(f"wrote {cache / 'results.json'} and {options.document}")
 
 
 def all_candidates(cache: Path, pair_key: str) -> dict[str, measure.Candidate]:

@@ -85,11 +85,6 @@ Relative layer error ‖(W − W_tuned)X‖² / ‖delta X‖² over the calibra
 """
 
 
-def update_readme(readme: str, results: dict[str, Any]) -> str:
-    """Return the README's text with the short table of this run in its place."""
-    return between(readme, "real", _short(results))
-
-
 def between(readme: str, mark: str, text: str) -> str:
     """Return a README with ``text`` between the comments ``mark:begin`` and ``mark:end``."""
     begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
@@ -98,40 +93,6 @@ def between(readme: str, mark: str, text: str) -> str:
     if not after:
         raise ValueError(f"the README lacks {begin} and {end}")
     return f"{before}{begin}\n{text.strip()}\n{end}{after}"
-
-
-def _short(results: dict[str, Any]) -> str:
-    """Return the README's paragraph and table: every model that was tested, and where the best H is."""
-    summary, steps = results["summary"], {step["label"]: step for step in results["steps"]}
-    tested = {label: parts["test"] for label, parts in summary.items() if "test" in parts}
-    winner = max(tested, key=lambda label: float(tested[label]["h"]))
-    rows = []
-    for label, figures in tested.items():
-        cells = [_title(label), *(f"{figures[key]:.1f}" for key in ("old", "new", "h"))]
-        error = "–"
-        if label in results["totals"]:
-            error = f"{results['totals'][label]['error_after']:.2f}"
-        rows.append([f"**{cell}**" if label == winner else cell for cell in (*cells, error)])
-    default, sparse = patch_folder(*DEFAULT_PATCH), ("joint", "0.02")
-    sparse_h, sweep_h = (tested[patch_folder(*which)]["h"] for which in (sparse, ("sequential", "0.1")))
-    old_base, old_tuned = summary["base"]["test"]["old"], summary["tuned"]["test"]["old"]
-    return f"""
-SmolLM2-135M-Instruct, fine-tuned for {results["recipe"]["steps"]} steps on Unicode character records until it lost
-{old_base - old_tuned:.1f} of its {old_base:.1f} points on English and Python text.
-Next-token accuracy in percent on held-out text; H is the harmonic mean of old and new; *layer error* is how far the
-linear layers' outputs are from the tuned model's (1 is base, 0 is tuned).
-On two CPU cores, `calibrate` took {steps["calibrate"]["seconds"]:.0f} s and `patch`
-{steps[default]["seconds"]:.0f} s. One seed; written by `make real`.
-
-{table(["model", "old tasks", "new task", "H", "layer error"], rows)}
-
-The best H here is that of {_title(winner)}. Interpolation and scaling were given their best weight on validation text;
-*scaled w* is base + w · (patched − base), the default patch taken part of the way (no option yet). The mask decides how
-much of the new task comes along, the compensation how faithfully: `joint` at density {sparse[1]} has H {sparse_h:.1f},
-the paper's sweep at 0.1, with five times the entries, {sweep_h:.1f}. What follows the tuned model more closely also
-forgets more like it; without data of the old tasks nothing in the method can tell the two apart, and plain
-interpolation is the one to beat.
-"""
 
 
 def _scores_table(results: dict[str, Any]) -> str:
