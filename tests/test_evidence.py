@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.evidence import pairs, pictures, run, summary
+from benchmarks.evidence import pairs, pictures, render, run, summary
 from benchmarks.quick import data as quick_data
 from benchmarks.quick import model as quick_model
 from benchmarks.real.model import Recipe
@@ -35,6 +35,46 @@ def group_of(*seeds, own=()):
     ends = [point(None, 60.0, 20.0, "base"), point(None, 30.0, 60.0, "tuned")]
     reports = [SweepReport([*ends, *points], Roles(("old",), ("new",)), (), {}, {}, "", 0.0) for points in seeds]
     return summary.Group("new", tuple(run.Outcome(pair, report, tuple(own)) for report in reports))
+
+
+def labelled(setting, old, new):
+    """A point under its setting's own label."""
+    return replace(point(setting, old, new), label=setting.label)
+
+
+def test_our_settings_stand_against_each_method_at_its_best():
+    settings = {
+        setting_of(method="interpolate", weight=0.5): (50.0, 50.0),
+        setting_of(method="interpolate", weight=0.7): (40.0, 55.0),
+        setting_of(method="graft"): (56.0, 52.0),
+        setting_of(solver="sequential"): (55.0, 45.0),
+        setting_of(True, retain_weight=0.1): (45.0, 55.0),
+        setting_of(True, retain_weight=1.0): (58.0, 53.0),
+        setting_of(True, retain_weight=1.0, density=0.5): (59.0, 58.0),
+    }
+    points = [labelled(setting, *figures) for setting, figures in settings.items()]
+    picked = replace(points[-2], family=run.PICKED, label=run.PICKED)
+    group = group_of(points, points, own=[picked])
+    assert [title for title, *_ in group.ours()] == [
+        *("default", "beta picked on written samples", "beta picked on validation data")
+    ]
+    assert run.PICKED not in group.families()
+    all_of_them = "ahead of *interpolate 0.5*, *graft, density 0.1*, *sequential, density 0.1*."
+    assert render.verdict(group).splitlines()[:3] == [
+        "The default is behind *interpolate 0.5*, *graft, density 0.1*; level with *sequential, density 0.1*.",
+        f"With beta picked on written samples it is {all_of_them}",
+        f"With beta picked on validation data (beta 1) it is {all_of_them}",
+    ]
+    short = render.short_table(group)
+    lines = [line.split(" | ")[0].removeprefix("| ") for line in short.splitlines()[2:]]
+    assert lines == [
+        *("base", "tuned", "interpolate 0.5", "graft, density 0.1", "sequential, density 0.1 (the paper)"),
+        "**density 0.1: default (beta 0.1)**",
+        "**density 0.1: beta picked on written samples**",
+        "**density 0.1: beta picked on validation data (beta 1)**",
+        "joint, retained, density 0.5, beta 1",
+    ]
+    assert "minus | default | 95% | each seed | beta picked on written samples" in render.difference_table(group)
 
 
 DENSITIES = [setting_of(solver="sequential", density=d) for d in (0.5, 0.02, 0.1)]
