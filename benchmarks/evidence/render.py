@@ -54,7 +54,7 @@ def main_table(group: Group, columns: int = 7) -> str:
             _interval(h),
             f"{group.share(family, label, 'origin')[0]:.1f}",
             f"{group.share(family, label, 'target')[0]:.1f}",
-            "–" if family == label else f"{group.seconds(family, label):.0f}",
+            "–" if family in ("base", "tuned") else f"{group.seconds(family, label):.0f}",
         ]
         bold = h.value is not None and h.value >= best
         rows.append([f"**{cell}**" if bold and cell != "–" else cell for cell in cells[: columns + 1]])

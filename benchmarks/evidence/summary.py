@@ -180,6 +180,8 @@ def averaged(group: Group) -> dict[str, Any]:
     on = {family: _on_frontier(group, family) for family in families}
     points = []
     for family, label in group.labels:
+        if family == PICKED:  # one of another family's
+            continue
         means = {name: {"value": group.value(family, label, name)} for name in ("origin", "target", "h_score")}
         options: dict[str, Any] | None = None if family == label else {}
         points.append(

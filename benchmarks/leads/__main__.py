@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.evidence.pairs import quick
+from benchmarks.evidence.pairs import SEEDS, quick
 from benchmarks.evidence.run import GRIDS, run_pair
 from benchmarks.leads import entries, frontiers, propagation, rule
 from benchmarks.leads.bench import Bench
@@ -27,13 +27,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.leads", description=(__doc__ or "").split("\n")[0])
     root = Path(os.environ.get("TAILORCLI_CACHE") or Path.home() / ".cache" / "tailorcli")
     parser.add_argument("leads", nargs="*", help=f"which of {', '.join(LEADS)} (all)")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="only the first so many (%(default)s)")
     parser.add_argument("--cache", type=Path, default=root, help="folder for weights and results (%(default)s)")
     options = parser.parse_args()
     if unknown := set(options.leads) - set(LEADS):
         parser.error(f"there is no lead {', '.join(sorted(unknown))}")
     cache = options.cache / "quick"
     benches: dict[str, list[Bench]] = {}
-    for pair in quick(cache):
+    for pair in quick(cache, SEEDS[: options.seeds]):
         folder = cache / f"{pair.name}-{pair.seed}"
         if not (folder / "stats-written" / "manifest.json").exists():
             run_pair(pair, GRIDS["quick"], folder)
