@@ -76,6 +76,8 @@ class Setting:
             parts.append(f"beta {o.retain_weight:g}")
         if o.method == "tailor" and o.omega != PatchOptions().omega:
             parts.append(f"omega {o.omega:g}")
+        if o.method == "tailor" and o.damping != PatchOptions().damping:
+            parts.append(f"damping {o.damping:g}")
         if o.effective_weight != 1.0:
             parts.append(f"weight {o.effective_weight:g}")
         return ", ".join(parts)

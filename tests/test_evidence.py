@@ -56,14 +56,14 @@ def test_our_settings_stand_against_each_method_at_its_best():
     picked = replace(points[-2], family=run.PICKED, label=run.PICKED)
     group = group_of(points, points, own=[picked])
     assert [title for title, *_ in group.ours()] == [
-        *("default", "beta picked on written samples", "beta picked on validation data")
+        *("default", "beta picked on written samples", "picked on validation data")
     ]
     assert run.PICKED not in group.families()
     all_of_them = "ahead of *interpolate 0.5*, *graft, density 0.1*, *sequential, density 0.1*."
     assert render.verdict(group).splitlines()[:3] == [
         "The default is behind *interpolate 0.5*, *graft, density 0.1*; level with *sequential, density 0.1*.",
         f"With beta picked on written samples it is {all_of_them}",
-        f"With beta picked on validation data (beta 1) it is {all_of_them}",
+        f"With picked on validation data (beta 1) it is {all_of_them}",
     ]
     short = render.short_table(group)
     lines = [line.split(" | ")[0].removeprefix("| ") for line in short.splitlines()[2:]]
@@ -71,7 +71,7 @@ def test_our_settings_stand_against_each_method_at_its_best():
         *("base", "tuned", "interpolate 0.5", "graft, density 0.1", "sequential, density 0.1 (the paper)"),
         "**density 0.1: default (beta 0.1)**",
         "**density 0.1: beta picked on written samples**",
-        "**density 0.1: beta picked on validation data (beta 1)**",
+        "**density 0.1: picked on validation data (beta 1)**",
         "joint, retained, density 0.5, beta 1",
     ]
     assert "minus | default | 95% | each seed | beta picked on written samples" in render.difference_table(group)

@@ -13,9 +13,21 @@ from tailorcli import EvaluateOptions, PatchOptions, TailorError, calibrate_mode
 from tailorcli.cli import app
 from tailorcli.merit import frontier, frontier_area
 from tailorcli.options import PRESETS, CalibrateOptions
-from tailorcli.sweep import run_sweep, settings_of
+from tailorcli.sweep import Setting, run_sweep, settings_of
 
 ENDS = ((60.0, 20.0), (10.0, 50.0))  # old and new of base and tuned
+
+
+def test_labels_tell_settings_apart():
+    settings = [
+        Setting(PatchOptions(), retained=True),
+        *(Setting(PatchOptions(**{name: value}), retained=True) for name, value in DIFFERENT.items()),
+    ]
+    assert len({setting.label for setting in settings}) == len(settings)
+    assert settings[0].label == "joint, retained, density 0.1, beta 0.1"
+
+
+DIFFERENT = {"density": 0.2, "retain_weight": 0.3, "omega": 0.0, "damping": 0.1, "weight": 0.8, "solver": "none"}
 
 
 def test_frontier_keeps_what_nothing_beats():

@@ -162,7 +162,7 @@ def short_table(group: Group) -> str:
 
 
 def _beta(label: str) -> str:
-    return label.rpartition(", ")[2]
+    return label.removeprefix(f"{RETAINED}, density 0.1, ")
 
 
 def area_table(group: Group) -> str:

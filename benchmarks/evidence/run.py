@@ -33,6 +33,7 @@ class Grid:
     retained: tuple[tuple[float, float], ...]  # density and beta
     own_data: tuple[tuple[float, float], ...]  # likewise, with samples of the old tasks
     omegas: tuple[float, ...] = ()  # of the paper's sweep and of the default, density 0.1
+    damped: tuple[tuple[float, float], ...] = ()  # beta and damping, density 0.1
 
     def settings(self) -> list[Setting]:
         """All but those of ``own_data``."""
@@ -46,6 +47,10 @@ class Grid:
             for solver, density, weight in self.plain
         ]
         found += [_retained(*one) for one in self.retained]
+        found += [
+            Setting(replace(_OPTIONS, retain_weight=beta, damping=damping), retained=True)
+            for beta, damping in self.damped
+        ]
         found += [Setting(replace(_OPTIONS, solver="sequential", omega=omega)) for omega in self.omegas]
         beta = PatchOptions().retain_weight
         found += [Setting(replace(_OPTIONS, omega=omega, retain_weight=beta), retained=True) for omega in self.omegas]
@@ -79,6 +84,7 @@ GRIDS = {
         ),
         own_data=((0.1, 0.1), (0.1, 0.3), (0.3, 0.3)),
         omegas=(0.0, 0.25, 0.75, 1.0),  # 0.5 is there already
+        damped=((0.1, 0.3), (0.3, 0.3)),
     ),
     "text": Grid(
         weights=(0.4, 0.5, 0.6, 0.7),
@@ -99,6 +105,7 @@ GRIDS = {
         plain=(("none", 0.1, 1.0), ("sequential", 0.1, 1.0), ("joint", 0.1, 1.0), ("joint", 0.02, 1.0)),
         retained=(*((0.1, beta) for beta in (0.1, 0.3, 1.0, 3.0, 10.0)), (0.3, 1.0), (0.3, 3.0)),
         own_data=((0.1, 0.3), (0.1, 1.0), (0.1, 3.0)),
+        damped=((3.0, 0.3),),
     ),
 }
 
@@ -149,12 +156,9 @@ def _picked(points: Sequence[Point]) -> list[Point]:
 
     So beta is picked without any data of the old tasks.
     """
-    default = PatchOptions()
-    found = [
-        point
-        for point in points
-        if point.options and (point.options["density"], point.options["omega"]) == (default.density, default.omega)
-    ]
+    default = PatchOptions().to_dict()
+    held = ("density", "omega", "damping")
+    found = [p for p in points if p.options and all(p.options[name] == default[name] for name in held)]
     if not found:
         return []
     best = max(found, key=lambda point: h_score(point.at("test", WRITTEN), point.at("validation", "target")))

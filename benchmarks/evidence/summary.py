@@ -18,7 +18,8 @@ DEFAULT = Setting(PatchOptions(overwrite=True), retained=True).label
 PAPER = "sequential, density 0.1"
 BASELINES = ("interpolate", "dare", "magnitude", "graft", "tailor-released")
 # What a curve over one option holds fixed of the others, at the values of the default and of the paper.
-HELD = {"sequential": ("density", "omega", "weight"), RETAINED: ("density", "omega", "weight", "retain_weight")}
+_ALIKE = ("density", "omega", "weight", "damping")
+HELD = {"sequential": _ALIKE, RETAINED: (*_ALIKE, "retain_weight")}
 SHORTEST = 3  # points of a curve
 
 
@@ -99,7 +100,7 @@ class Group:
             found.append(("beta picked on written samples", PICKED, PICKED))
         label = self.best(RETAINED, at_tenth)
         if label is not None and label != DEFAULT:
-            found.append(("beta picked on validation data", RETAINED, label))
+            found.append(("picked on validation data", RETAINED, label))
         return found
 
 

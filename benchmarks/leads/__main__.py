@@ -13,13 +13,19 @@ import torch
 
 from benchmarks.evidence.pairs import SEEDS, quick
 from benchmarks.evidence.run import GRIDS, run_pair
-from benchmarks.leads import entries, frontiers, propagation, rule
+from benchmarks.leads import damping, entries, frontiers, propagation, rule
 from benchmarks.leads.bench import Bench
 from benchmarks.real.render import between
 from benchmarks.real.setting import say
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "research.md"
-LEADS = {"leads": entries.report, "rule": rule.report, "propagation": propagation.report, "frontiers": frontiers.report}
+LEADS = {
+    "leads": entries.report,
+    "rule": rule.report,
+    "propagation": propagation.report,
+    "frontiers": frontiers.report,
+    "damping": damping.report,
+}
 
 
 def main() -> None:

@@ -79,9 +79,14 @@ def area(bench: Bench, points: Mapping[float, Figures]) -> float:
 
 
 def report(benches: Mapping[str, Sequence[Bench]]) -> str:
+    """The table of all variants."""
+    return compare(benches, VARIANTS)
+
+
+def compare(benches: Mapping[str, Sequence[Bench]], variants: Sequence[Variant]) -> str:
     """For every variant and new task: H at each beta, the best of them, and the area."""
     rows = []
-    for variant in VARIANTS:
+    for variant in variants:
         cells = [variant.name]
         for seeds in benches.values():
             found = [frontier_of(bench, variant) for bench in seeds]
