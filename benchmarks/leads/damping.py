@@ -8,7 +8,7 @@ from benchmarks.leads.bench import Bench
 from benchmarks.leads.frontiers import compare
 from benchmarks.leads.layers import Variant
 
-DAMPINGS = (0.01, 0.03, 0.1, 0.3)
+DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def report(benches: Mapping[str, Sequence[Bench]]) -> str:
