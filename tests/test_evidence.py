@@ -63,7 +63,7 @@ def test_our_settings_stand_against_each_method_at_its_best():
     assert render.verdict(group).splitlines()[:3] == [
         "The default is behind *interpolate 0.5*, *graft, density 0.1*; level with *sequential, density 0.1*.",
         f"With beta picked on written samples it is {all_of_them}",
-        f"With picked on validation data (beta 1) it is {all_of_them}",
+        f"The setting picked on validation data (beta 1) is {all_of_them}",
     ]
     short = render.short_table(group)
     lines = [line.split(" | ")[0].removeprefix("| ") for line in short.splitlines()[2:]]

@@ -115,8 +115,11 @@ def _ranking(group: Group, title: str, family: str, label: str) -> str:
         if rival != (family, label):
             words.setdefault(outcome_of(group, (family, label), rival), []).append(f"*{rival[1]}*")
     ranking = "; ".join(f"{word} {', '.join(names)}" for word, names in words.items())
-    picked = f" ({_beta(label)})" if title.endswith("validation data") else ""
-    return f"{'The default' if title == 'default' else f'With {title}{picked} it'} is {ranking}."
+    names = {
+        "default": "The default is",
+        "picked on validation data": f"The setting picked on validation data ({_beta(label)}) is",
+    }
+    return f"{names.get(title, f'With {title} it is')} {ranking}."
 
 
 def _nearest(group: Group) -> list[str]:
