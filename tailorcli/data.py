@@ -149,6 +149,11 @@ def check_record(where: str, value: Any, folder: Path) -> Record:
     return Record(where, value, folder)
 
 
+def file_digest(path: Path) -> str:
+    """A hash of a data file's bytes, by which a manifest or a report names it."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
 def draw_samples(
     path: Path, records: list[Record], encode: Callable[[Record, int], Inputs | None], options: CalibrateOptions
 ) -> Samples:
@@ -176,7 +181,7 @@ def draw_samples(
         raise DataError(f"{path}: no record gives a single token", FIELDS)
     facts = {
         "file": str(path),
-        "blake2b": hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(),
+        "blake2b": file_digest(path),
         "records": available,
         "samples": len(chosen),
         "tokens": sum(count_tokens(inputs) for inputs in chosen),

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tailorcli.checkpoint import Checkpoint, read_json
+from tailorcli.data import file_digest
 from tailorcli.errors import OptionsError, OutputError, TailorError
 from tailorcli.evaluate import encode_for_all, score_model
 from tailorcli.merit import (
@@ -276,7 +277,7 @@ def _identity(
             facts[name] = found.fingerprint()
             found.close()
     if data is not None:
-        facts["data"] = hashlib.blake2b(Path(data).read_bytes(), digest_size=16).hexdigest()
+        facts["data"] = file_digest(Path(data))
     facts["tasks"] = {part: [(t.name, t.kind, t.digest) for t in of_part] for part, of_part in read.items()}
     ignored = ("batch_size", "resamples", "seed")
     facts["options"] = {key: value for key, value in options.to_dict().items() if key not in ignored}

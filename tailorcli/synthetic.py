@@ -6,14 +6,13 @@ Prompt Generation"); or from a record's pictures or prompt, for what the model d
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.data import Record, Samples, batch_places, check_record, join, read_records
+from tailorcli.data import Record, Samples, batch_places, check_record, file_digest, join, read_records
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
 from tailorcli.loading import sampling_generation
 from tailorcli.options import CalibrateOptions
@@ -83,8 +82,8 @@ def encode_starts(records: list[Record], encoder: Encoder, options: CalibrateOpt
 
 def with_source(samples: Samples, path: Path, records: int) -> Samples:
     """The samples, with the file of their starts among their facts."""
-    digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-    return replace(samples, facts=samples.facts | {"file": str(path), "blake2b": digest, "records": records})
+    facts = {"file": str(path), "blake2b": file_digest(path), "records": records}
+    return replace(samples, facts=samples.facts | facts)
 
 
 def write_samples(

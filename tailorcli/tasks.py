@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from tailorcli.data import Check, Record, check_record, read_records
+from tailorcli.data import Check, Record, check_record, file_digest, read_records
 from tailorcli.encoding import Encoder
 from tailorcli.errors import DataError, OptionsError
 from tailorcli.options import EvaluateOptions, is_label
@@ -113,7 +112,7 @@ def read_tasks(specs: Sequence[str], limit: int | None = None) -> list[Task]:
             raise DataError(
                 f"{path} is plain text, which task {name!r} of kind {kind} cannot use", "pass a .jsonl file"
             )
-        digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        digest = file_digest(path)
         tasks.append(Task(name, path, kind, tuple(records[:limit]), digest))
     return tasks
 

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=root, help="folder for weights and results (%(default)s)")
     options = parser.parse_args()
     parts = options.parts or list(PARTS)
-    sections, short = [], []
+    sections = []
     for part in PARTS:
         file = DOCS / f"evidence-{part}.md"
         if part not in parts:
@@ -61,7 +61,7 @@ def main() -> None:
         cache = options.cache.expanduser().resolve() / part
         cache.mkdir(parents=True, exist_ok=True)
         outcomes = run_all(part, PARTS[part](cache), cache)
-        texts = [_head(part)]
+        texts, short = [_head(part)], []
         for group in summary.groups_of(outcomes):
             picture = f"frontier-{part}-{group.name}.png"
             plot_frontiers(summary.averaged(group), DOCS / picture)
@@ -74,8 +74,8 @@ def main() -> None:
             short.append(f"**{part}, {group.name}**\n\n{render.short_table(group)}")
         file.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
         sections.append(file.name)
-        text = "\n\n".join(short[-len(summary.groups_of(outcomes)) :])
-        README.write_text(between(README.read_text(encoding="utf-8"), f"evidence-{part}", text), encoding="utf-8")
+        readme = between(README.read_text(encoding="utf-8"), f"evidence-{part}", "\n\n".join(short))
+        README.write_text(readme, encoding="utf-8")
     say(f"wrote {', '.join(sections)}, their pictures and the README's tables")
 
 

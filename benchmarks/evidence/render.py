@@ -41,7 +41,7 @@ def _seeds(count: int) -> str:
     return f"Mean over {count} seeds of the fine-tuning" if count > 1 else "One seed"
 
 
-def main_table(group: Group, columns: int = 7) -> str:
+def main_table(group: Group) -> str:
     """What each method keeps and gains."""
     rows = []
     best = max(float(group.mean(family, label, "h_score")[0]) for _, family, label in lines_of(group))
@@ -57,9 +57,9 @@ def main_table(group: Group, columns: int = 7) -> str:
             "–" if family in ("base", "tuned") else f"{group.seconds(family, label):.0f}",
         ]
         bold = h.value is not None and h.value >= best
-        rows.append([f"**{cell}**" if bold and cell != "–" else cell for cell in cells[: columns + 1]])
+        rows.append([f"**{cell}**" if bold and cell != "–" else cell for cell in cells])
     header = ["model", "old", "new", "H", "95%", "old kept, %", "gain kept, %", "patch, s"]
-    return table(header[: columns + 1], rows)
+    return table(header, rows)
 
 
 def _interval(found: Estimate, digits: str = ".1f") -> str:

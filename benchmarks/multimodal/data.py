@@ -37,8 +37,7 @@ EASY_VQA = ("easy-vqa", "1.0")
 BIGBENCH = ("bigbench", "1.0.0")
 CIFAR_MEMBER = "bigbench/benchmark_tasks/cifar10_classification/base64/task.json"
 CIFAR_QUESTION = "what is in the photo?"
-# The names in CIFAR-10 that are several words elsewhere or no everyday words.
-CIFAR_NAMES = {"automobile": "car"}
+CIFAR_NAMES = {"automobile": "car"}  # CIFAR-10's name, and the answer
 EMOJI = "emoji-datasource-google@16.0.0"  # of npm: pictures of no task
 FASHION_PACKAGE = "dataset-fashion-mnist"  # of Debian
 HELD_BACK = 400  # training pictures of easy-VQA that are kept for validation

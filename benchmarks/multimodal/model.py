@@ -214,8 +214,8 @@ def train(
     model.to(torch.bfloat16).train()
     model.model.vision_tower.requires_grad_(False)
     share = recipe.batch // len(tasks)
-    shares = [list(batches(len(items), replace(recipe, batch=share))) for items in tasks]
-    turns = iter(list(zip(*shares, strict=True)))
+    shares = [batches(len(items), replace(recipe, batch=share)) for items in tasks]
+    turns = zip(*shares, strict=True)
 
     def loss_of(_: list[int]) -> torch.Tensor:
         chosen = [items[i] for items, of_task in zip(tasks, next(turns), strict=True) for i in of_task]
