@@ -190,7 +190,7 @@ def _check_source(
         if not options.synthetic:
             raise OptionsError("--held-out is for samples that the model writes", "pass --synthetic, or leave it out")
         if Path(held_out).suffix != ".jsonl":
-            raise OptionsError(f"--held-out must name a .jsonl file, got {held_out}", "")
+            raise OptionsError(f"--held-out must name a .jsonl file, got {held_out}", "name it written.jsonl")
 
 
 def _self_written(
