@@ -104,6 +104,15 @@ class Lane:
         assert self._call is not None
         self._value = self._call()
 
+    def answer(self, value: Any) -> None:
+        """What the block gives, worked out elsewhere, instead of ``compute``."""
+        self._value = value
+
+    @property
+    def held(self) -> list[Tensor]:
+        """What it hands to the block that it waits for."""
+        return list(self._held)
+
     def move(self, place: Callable[[Tensor], Tensor]) -> None:
         """Put the memory of its hidden states elsewhere; whoever holds them sees the same tensors."""
         for tensor in self._held:
@@ -121,10 +130,18 @@ _current = threading.local()
 
 
 class Lockstep:
-    """A model whose blocks wait for one another: ``blocks`` by name, ``batches`` as calls of the model."""
+    """A model whose blocks wait for one another: ``blocks`` by name, ``batches`` as calls of the model.
 
-    def __init__(self, blocks: dict[str, nn.Module], batches: Iterable[tuple[Callable[[], Any], int]]) -> None:
-        self._blocks = blocks
+    ``others`` are the same blocks of further models that go in step with it.
+    """
+
+    def __init__(
+        self,
+        blocks: dict[str, nn.Module],
+        batches: Iterable[tuple[Callable[[], Any], int]],
+        others: Iterable[dict[str, nn.Module]] = (),
+    ) -> None:
+        self._blocks = [(name, block) for of_model in (blocks, *others) for name, block in of_model.items()]
         self._order = {name: position for position, name in enumerate(blocks)}
         self.lanes = [Lane(self._enter(number, run), size) for number, (run, size) in enumerate(batches)]
 
@@ -148,12 +165,12 @@ class Lockstep:
 
             return wait
 
-        for name, block in self._blocks.items():
+        for name, block in self._blocks:
             block.forward = stand_in(name, block.forward)
         try:
             yield
         finally:
-            for block in self._blocks.values():
+            for _, block in self._blocks:
                 del block.forward
 
     def run(

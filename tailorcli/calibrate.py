@@ -120,7 +120,7 @@ def calibrate_model(
         tensors = {name: _entry(name, run, layers) for name in stored.tensors}
         if any("bias" in entry.hessians for entry in tensors.values()):
             _write_bias(run)
-        facts = {
+        facts: dict[str, Any] = {
             "model": {"path": str(tuned.path), "fingerprint": tuned.fingerprint(), "run_in": dtype}
             | ({} if stored is tuned else {"base": str(stored.path)}),
             "data": samples.facts,
@@ -128,6 +128,8 @@ def calibrate_model(
             "versions": package_versions(),
         }
         with timer.stage("write"):
+            if options.keep_samples:
+                facts["samples"] = writer.keep(samples.inputs)
             writer.finish(tensors, facts)
     uncalibrated = {name: entry.reason for name, entry in tensors.items() if not entry.hessians}
     return CalibrateReport(

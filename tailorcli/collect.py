@@ -78,7 +78,7 @@ class Collector:
         def note(layer: Layer, module: nn.Module, inputs: Tensor, call: Call) -> None:
             layer.reason = layer.reason or unsuitable(layer, module, inputs, call)
             layer.checked = True
-            key = _identity(inputs)
+            key = identity_of_input(inputs)
             if key not in alive:
                 alive[key] = (next(numbers), inputs)
                 if len(alive) > _REMEMBERED:
@@ -220,7 +220,7 @@ class Collector:
 
         def make_hook(layer: Layer) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                before(layer, module, _first_tensor(args, kwargs), lambda: module.forward(*args, **kwargs))
+                before(layer, module, first_tensor(args, kwargs), lambda: module.forward(*args, **kwargs))
 
             return hook
 
@@ -360,7 +360,7 @@ def _last_position(_: nn.Module, args: tuple[Any, ...]) -> Any:
     return None
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The module's input: its first tensor argument."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
@@ -368,6 +368,6 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     raise TypeError("a calibrated module was called without a tensor")
 
 
-def _identity(tensor: Tensor) -> tuple[int, ...]:
+def identity_of_input(tensor: Tensor) -> tuple[int, ...]:
     """What tells one live tensor from another, and from itself after a change in place."""
     return (tensor.data_ptr(), *tensor.shape, *tensor.stride(), tensor._version)

@@ -82,6 +82,7 @@ class CalibrateOptions:
     blockwise: Blockwise = "auto"  # auto: where the model does not fit the device
     overwrite: bool = False
     synthetic: bool = False  # the model writes its own samples
+    keep_samples: bool = True  # beside the statistics, for a patch that propagates
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "length", "batch_size"):
@@ -151,6 +152,7 @@ class PatchOptions:
     max_iterations: int = 300
     method: PatchMethod = "tailor"
     retain_weight: float = 0.1  # beta of the retain term, where there are retained statistics
+    propagate: bool = False  # fit each layer from the inputs that it has behind the patched ones
     weight: float | None = None  # the share of the way that the kept entries go; None: the method's own
     seed: int = 0  # of dare's draws and of graft's samples
     threshold: Threshold = "tensor"  # of magnitude and graft: one for each tensor, or one for all
@@ -178,6 +180,9 @@ class PatchOptions:
         _require(self.method in get_args(PatchMethod), f"method must be one of {offered}, got {self.method!r}")
         _require_choice("threshold", self.threshold, get_args(Threshold))
         _require_weight(self.method, self.weight)
+        plain = self.method == "tailor" and self.solver == "joint" and self.effective_weight == 1.0
+        what = "propagate is for the method tailor with the solver joint and weight 1"
+        _require(plain or not self.propagate, what, "pass --no-propagate")
         _require(self.graft_steps >= 0, f"graft-steps must be zero or positive, got {self.graft_steps}")
         _require(self.batch_size >= 1, f"batch-size must be at least 1, got {self.batch_size}")
         sound = math.isfinite(self.graft_rate) and self.graft_rate > 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli import __version__
-from tailorcli.checkpoint import INDEX_FILE, WEIGHT_SUFFIXES, Checkpoint, read_json
+from tailorcli.checkpoint import INDEX_FILE, WEIGHT_SUFFIXES, Checkpoint, TensorInfo, read_json
 from tailorcli.errors import CheckpointError, OutputError, PatchError
 from tailorcli.patchfile import SUFFIX, PatchFile, digest_of
 from tailorcli.patchwriter import PatchWriter
@@ -222,6 +222,10 @@ class Outputs:
             self._folder.copy(name, base, record, digest)
         if self._patch is not None:
             self._patch.note(name, record)
+
+    def read(self, name: str, like: TensorInfo) -> Tensor | None:
+        """The value of a tensor of ``done`` from the checkpoint that is being written; None where none is."""
+        return None if self._folder is None else self._folder.read(name, like)
 
     def drain(self) -> None:
         """Wait until everything is written."""

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapter import AdaptedCheckpoint
-from tailorcli.adapter_config import MERGE_HINT
 from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint
 from tailorcli.data import Samples, count_tokens, make_batches
-from tailorcli.device import StageTimer, give_back_memory
+from tailorcli.device import StageTimer
 from tailorcli.errors import CheckpointError, DataError, OptionsError, TailorError, first_line
-from tailorcli.loading import aliases, expected_names, fill_computed, load_model, load_weights, require_all
+from tailorcli.loading import aliases, expected_names, load_model
 from tailorcli.names import Place, map_names
 from tailorcli.options import CalibrateOptions
+from tailorcli.parts import Parts, adapt
 from tailorcli.plan import matches
 from tailorcli.stats import StatsWriter
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from tailorcli.layers import Layer
 
 _TRIAL_TOKENS = 8  # a short run that finds out which layers share their inputs
-_HIDDEN_SHARE = 0.25  # of the free memory that waiting hidden states may fill
+HIDDEN_SHARE = 0.25  # of the free memory that waiting hidden states may fill
 
 
 @dataclass
@@ -74,28 +73,6 @@ def guessed_places(expected: dict[str, str]) -> dict[str, Place]:
     return {tensor: Place((parameter,)) for tensor, parameter in expected.items()}
 
 
-def _adapt(network: Any, tuned: AdaptedCheckpoint, places: dict[str, Place]) -> None:
-    """Overwrite each parameter that the adapter changes, in place and in the network's dtype."""
-    import torch
-
-    users = Counter(parameter for place in places.values() for parameter in place.parameters)
-    parameters = dict(network.named_parameters())
-    for name in sorted(tuned.changed & places.keys()):
-        place = places[name]
-        if len(place.parameters) != 1 or parameters[place.parameters[0]].shape != tuned.tensors[name].shape:
-            reason = place.reason or "transformers holds it fused or split"
-            raise CheckpointError(f"the adapter {tuned.path} changes tensor {name!r}, but {reason}", MERGE_HINT)
-        parameter = place.parameters[0]
-        if users[parameter] > 1:
-            other = next(n for n, p in places.items() if parameter in p.parameters and n != name)
-            raise CheckpointError(
-                f"the adapter {tuned.path} changes tensor {name!r}, which the network ties to {other!r}",
-                f"set tie_word_embeddings to false in {tuned.base.path / 'config.json'}, where both are stored",
-            )
-        with torch.no_grad():
-            parameters[parameter].copy_(tuned.read(name))
-
-
 def collect_whole(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer], str]:
     """The ordinary way: the whole model on the device. Gives its layers and the dtype that it ran in."""
     from tailorcli.collect import Collector, last_logits_only
@@ -106,7 +83,7 @@ def collect_whole(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer], s
         expected = expected_names(network, run.stored.tensors)
         run.places = map_names(run.stored, dict(network.named_parameters()), aliases(network), expected)
         if isinstance(run.tuned, AdaptedCheckpoint):
-            _adapt(network, run.tuned, run.places)
+            adapt(network, run.tuned, run.places)
         network = network.to(run.device)
     check_ids(run.samples.inputs, network)
     run.note_buffers(network, expected)
@@ -119,7 +96,7 @@ def collect_whole(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer], s
     bar = _bar(run, run.samples.num_tokens)
     with bar, run.timer.stage("run"), collector.folding(), last_logits_only(network):
         for batch in make_batches(run.samples.inputs, run.options.batch_size):
-            collector.batch_size = _batch_size(batch)
+            collector.batch_size = samples_in(batch)
             forward(network, to_device(batch, run.device))
             bar.update(count_tokens(batch))
     run.write(collector)
@@ -169,7 +146,7 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     return {name: value.to(device) for name, value in inputs.items()}
 
 
-def _batch_size(batch: Inputs) -> int:
+def samples_in(batch: Inputs) -> int:
     """Samples of a batch: those of its text, or else of whatever it holds."""
     return len(
         next((batch[name] for name in ("input_ids", "decoder_input_ids") if name in batch), next(iter(batch.values())))
@@ -200,10 +177,10 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
             f"{run.stored.path} has no list of blocks to go through one by one",
             "pass --blockwise never, on a device or a machine with more memory",
         )
-    parts = _Parts(run, network, list(blocks))
+    parts = Parts(network, list(blocks), run.stored, run.tuned, run.device, run.timer)
     layers = find_layers(network)
     run.note_buffers(network, parts.expected)
-    places = parts.load("")  # first of all: a checkpoint that lacks what its config asks for is told here
+    run.places = places = parts.load("")  # first of all: a checkpoint that lacks what its config asks for is told here
     _some(run.wanted(layers.values(), guessed_places(parts.expected)))
     check_ids(run.samples.inputs, network)
     held: dict[str, list[Layer]] = {part: [] for part in ("", *blocks)}
@@ -219,15 +196,17 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
         return call
 
     batches = list(make_batches(run.samples.inputs, run.options.batch_size))
-    lanes = Lockstep(blocks, [(runner(batch), _batch_size(batch)) for batch in batches])
+    lanes = Lockstep(blocks, [(runner(batch), samples_in(batch)) for batch in batches])
     tokens = {id(lane): count_tokens(batch) for lane, batch in zip(lanes.lanes, batches, strict=True)}
     host = free_memory(torch.device("cpu")) or 1 << 40  # hidden states wait there, whatever the device
-    spill = Spill(run.device, Path(run.writer.folder), int(host * _HIDDEN_SHARE))
+    spill = Spill(run.device, Path(run.writer.folder), int(host * HIDDEN_SHARE))
 
     bar = _bar(run, run.samples.num_tokens * len(blocks))
 
     def visit(block: str, waiting: list[Lane]) -> None:
-        inside = run.wanted(held[block], parts.load(block))
+        found = parts.load(block)
+        run.places |= found
+        inside = run.wanted(held[block], found)
         collector = Collector(inside, network, run.device, run.timer)
         for lane in _through_block(run, collector, inside, around, waiting, spill):
             bar.update(tokens[id(lane)])
@@ -273,60 +252,6 @@ def _go_on(run: Run, collector: Collector, layers: list[Layer]) -> None:
             )
         if layer.group is not None and (found := run.writer.read(layer.group)) is not None:
             collector.resume(layer.group, *found)
-
-
-class _Parts:
-    """A model's weights by the part that holds them: each block, and the rest, under the empty name."""
-
-    def __init__(self, run: Run, network: Any, blocks: list[str]) -> None:
-        self._run = run
-        self._network = network
-        self._blocks = blocks
-        self.expected = expected_names(network, run.stored.tensors)
-        self._tied = aliases(network)
-        held = {name: self.part_of(name) for name in dict(network.named_parameters())}
-        self._parameters = {part: [n for n, p in held.items() if p == part] for part in ("", *blocks)}
-        tensors: dict[str, list[str]] = {part: [] for part in ("", *blocks)}
-        for tensor, parameter in self.expected.items():
-            tensors[self.part_of(self._tied.get(parameter, parameter))].append(tensor)
-        self._tensors = tensors
-        for name, buffer in network.named_buffers():
-            owner = network.get_submodule(name.rpartition(".")[0])
-            owner._buffers[name.rpartition(".")[2]] = buffer.to(run.device)
-
-    def part_of(self, parameter: str) -> str:
-        """The block in which a parameter lies."""
-        return next((block for block in self._blocks if parameter.startswith(f"{block}.")), "")
-
-    def load(self, part: str) -> dict[str, Place]:
-        """Read the part's weights, prove and give where each tensor went, and apply an adapter's changes."""
-        run, network = self._run, self._network
-        with run.timer.stage("load"):
-            load_weights(network, {name: run.stored.read(name) for name in self._tensors[part]}, run.device)
-            if part == "":
-                network.tie_weights()
-            every = dict(network.named_parameters())
-            inside = {name: every[name] for name in self._parameters[part] if name in every}
-            fill_computed(network, [name for name, value in inside.items() if value.device.type == "meta"], run.device)
-            inside = {name: network.get_parameter(name) for name in inside}
-            require_all(run.stored.path, [name for name, value in inside.items() if value.device.type == "meta"])
-            expected = {name: self.expected[name] for name in self._tensors[part]}
-            found = map_names(run.stored, inside, self._tied, expected)
-            run.places |= found
-            if isinstance(run.tuned, AdaptedCheckpoint):
-                _adapt(network, run.tuned, found)
-        return found
-
-    def drop(self, part: str) -> None:
-        """Give up the memory of a part's weights."""
-        import torch
-
-        for name in self._parameters[part]:
-            owner, _, short = name.rpartition(".")
-            module = self._network.get_submodule(owner)
-            empty = torch.nn.Parameter(module._parameters[short].to("meta"), requires_grad=False)
-            module._parameters[short] = empty
-        give_back_memory()
 
 
 def _bias(name: str) -> str:

@@ -19,7 +19,7 @@ from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_d
 from tailorcli.errors import NumericalError, OptionsError
 from tailorcli.graft import MaskFile, check_graft, trained_masks
 from tailorcli.options import PatchOptions
-from tailorcli.outputs import Target, identity_of, progress_bar
+from tailorcli.outputs import Outputs, Target, identity_of, progress_bar
 from tailorcli.patchfile import digest_of, raw_bytes
 from tailorcli.plan import Plan, TensorPlan, build_plan, working_set
 from tailorcli.reading import ReadAhead
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tailorcli.baselines import MaskOf
     from tailorcli.core.hessian import PreparedHessian
     from tailorcli.core.tailor import LayerResult
+    from tailorcli.propagate import Propagation
 
 PathLike = str | os.PathLike[str]
 
@@ -194,11 +195,9 @@ def patch_checkpoint(
         todo = [tensor for tensor in plan.tensors if tensor.name not in records]
         with timer.stage("masks"), exact_float32(), device_errors():
             trained, masks = _masks_first(target, plan, records, inputs, options, identity, device, progress)
-        loop = _tailored(
-            todo, inputs, options, device, timer, score_only=False, digests=outputs.wants_digest, masks=masks
-        )
-        for tensor, result, digest in loop:
-            record = _record(tensor, result, inputs.stats, options)
+
+        def write(tensor: TensorPlan, result: LayerResult | None, digest: str, facts: dict[str, Any]) -> None:
+            record = _record(tensor, result, inputs.stats, options) | facts
             if isinstance(inputs.base, GrownCheckpoint) and tensor.name in inputs.base.grown:
                 record["note"] = f"the last {inputs.base.new_rows(tensor.name)} rows are new, and tuned's own"
             records[tensor.name] = record
@@ -207,8 +206,19 @@ def patch_checkpoint(
                     outputs.copy(tensor.name, inputs.base, record)
                 else:
                     outputs.write(tensor.name, result.patched, result.mask, record, digest)
-            del result
             bar.update(tensor.nbytes)
+
+        def plain(tensors: list[TensorPlan]) -> Iterator[tuple[TensorPlan, LayerResult | None, str]]:
+            wanted: dict[str, Any] = {"score_only": False, "digests": outputs.wants_digest, "masks": masks}
+            return _tailored(tensors, inputs, options, device, timer, **wanted)
+
+        if options.propagate:
+            with exact_float32(), device_errors():
+                _propagation(inputs, options, device, timer, target, outputs, plain, write).run(plan.tensors)
+        else:
+            for tensor, result, digest in plain(todo):
+                write(tensor, result, digest, {})
+                del result
         with timer.stage("wait for write"):
             outputs.drain()
         timer.seconds["write"] = outputs.seconds
@@ -239,6 +249,31 @@ def _masks_first(
     if options.counts_first:
         return None, find_cut(plan.patched, done, *both, options.density, device).mask
     return None, None
+
+
+def _propagation(
+    inputs: Inputs,
+    options: PatchOptions,
+    device: torch.device,
+    timer: StageTimer,
+    target: Target,
+    outputs: Outputs,
+    plain: Callable[[list[TensorPlan]], Iterator[tuple[TensorPlan, LayerResult | None, str]]],
+    write: Callable[[TensorPlan, LayerResult | None, str, dict[str, Any]], None],
+) -> Propagation:
+    from tailorcli.propagate import Propagation
+
+    assert inputs.stats is not None
+    assert inputs.retain is not None
+    done = frozenset(outputs.done)
+    return Propagation(
+        *(inputs.base, inputs.tuned, inputs.stats, inputs.retain, options, device, timer),
+        scratch=target.folder if target.folder is not None else target.place.parent,
+        plain=plain,
+        write=write,
+        stored=lambda name: outputs.read(name, inputs.base.tensors[name]),
+        done=done,
+    )
 
 
 @dataclass
@@ -350,7 +385,7 @@ def _tailored(
                 del result
     finally:
         reader.close()
-        timer.seconds["read"] = reader.seconds
+        timer.seconds["read"] = timer.seconds.get("read", 0.0) + reader.seconds
 
 
 def _prepare_each(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from tailorcli.adapter import AdaptedCheckpoint
 from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint, TensorInfo
 from tailorcli.errors import CheckpointError, OptionsError, StatsError
 from tailorcli.options import PatchOptions
-from tailorcli.stats import Stats, TensorStats
+from tailorcli.stats import Stats, TensorStats, no_samples
 from tailorcli.writer import ShardLayout, plan_layout
 
 _WORK_BYTES = 12 * (64 << 20)  # the solver's work arrays, bounded by the row chunks in core.solvers
@@ -112,6 +113,8 @@ def build_plan(
         check_stats(base, tuned, stats)
     if retain is not None:
         check_retain(base, tuned, retain, options)
+    if options.propagate:
+        check_propagate(stats, retain, options)
     changed = tuned.changed if isinstance(tuned, AdaptedCheckpoint) else base.tensors.keys()
     tensors = [_plan_tensor(info, info.name in changed, stats, options, retain) for info in base.tensors.values()]
     if not any(tensor.action == "patch" for tensor in tensors):
@@ -126,13 +129,16 @@ def build_plan(
     passes = {"graft": 1, "magnitude": 2 * options.counts_first}.get(options.method, 0)  # over both before the work
     held = [working_set(tensor, tuned, stats, options) for tensor in ordered]
     held.append(_training_bytes(ordered, base, tuned, options))
+    propagated = _propagation_bytes(ordered, base, stats, retain) if options.propagate else 0
     return Plan(
         tensors=tuple(ordered),
         layout=layout,
-        read_bytes=_bytes_to_read(ordered, tuned, stats, retain) + passes * _pair_bytes(ordered, tuned),
+        read_bytes=_bytes_to_read(ordered, tuned, stats, retain)
+        + passes * _pair_bytes(ordered, tuned)
+        + (3 * base.nbytes if options.propagate else 0),  # the three models' weights, to run them
         write_bytes=layout.nbytes,
         patch_bytes=most_patch_bytes(_most_kept([t for t in ordered if t.action == "patch"], options)),
-        peak_bytes=RUNTIME_BYTES + max(held),
+        peak_bytes=RUNTIME_BYTES + max(held) + propagated,
         largest_hessian=max((stats.hessians[h].size for t in ordered if stats for h in t.hessians), default=0),
     )
 
@@ -227,6 +233,21 @@ def _training_bytes(tensors: list[TensorPlan], base: Checkpoint, tuned: Checkpoi
     work = [4 * tensor.numel for tensor in patched]
     chosen = 4 * (sum(work) if options.threshold == "global" else max(work))  # S again, its copies, the mask
     return _TRANSFORMERS_BYTES + base.nbytes + held + max(chosen, 4 * max(work))
+
+
+def _propagation_bytes(tensors: list[TensorPlan], base: Checkpoint, stats: Stats | None, retain: Stats | None) -> int:
+    """Bytes that propagation holds besides: a block of three models and its patch, moments, hidden states."""
+    blocks: dict[str, int] = {}
+    for info in base.tensors.values():
+        block = re.split(r"(?<=\.\d)\.|(?<=\.\d\d)\.|(?<=\.\d\d\d)\.", info.name)[0]
+        blocks[block] = blocks.get(block, 0) + info.nbytes
+    known = [source for source in (stats, retain) if source is not None]
+    sizes = {h: source.hessians[h] for source in known for t in tensors for h in t.hessians if h in source.hessians}
+    moments = [4 * info.size**2 for info in sizes.values() if info.kind == "full"]
+    widths = [t.shape[-1] for t in tensors if t.role == "embedding" and len(t.shape) == 2]
+    tokens = sum(int(source.manifest["data"].get("tokens", 0)) for source in known)
+    hidden = 2 * tokens * max(widths, default=0) * 4
+    return _TRANSFORMERS_BYTES + 5 * max(blocks.values()) + 8 * max(moments, default=0) + hidden
 
 
 def _pair_bytes(tensors: list[TensorPlan], tuned: Checkpoint) -> int:
@@ -360,6 +381,18 @@ def check_retain(base: Checkpoint, tuned: Checkpoint, retain: Stats, options: Pa
             f"make them: tailorcli calibrate {base.path} --synthetic -o NEW_STATS",
         )
     check_shapes(base, retain)
+
+
+def check_propagate(stats: Stats | None, retain: Stats | None, options: PatchOptions) -> None:
+    """There is a retain term, without which propagation ruins a patch, and the samples to run the models over."""
+    if stats is None or retain is None or options.retain_weight <= 0.0:
+        raise OptionsError(
+            "propagation needs the retain term: without it nothing holds the patched weights near the base",
+            "pass --retain STATS (tailorcli calibrate BASE --synthetic -o STATS) and a positive --retain-weight",
+        )
+    for source in (stats, retain):
+        if not source.has_samples:
+            raise no_samples(source.path)
 
 
 def check_stats(base: Checkpoint, tuned: Checkpoint, stats: Stats) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -16,15 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from tailorcli.checkpoint import Checkpoint, read_header, read_json
+from tailorcli.data import file_digest
 from tailorcli.errors import CheckpointError, OutputError, StatsError
 from tailorcli.writer import as_output_error, fsync_path, write_text_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tailorcli.data import Inputs
+
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 HESSIANS = "hessians.safetensors"
+SAMPLES = "samples.safetensors"
 _AGAIN = "calibrate again"
 _HEADER_ENTRY = 128  # bytes of a header entry beside its name: dtype, shape, two offsets
 
@@ -175,6 +179,31 @@ class Stats:
         digest.update(self._store.fingerprint().encode())
         return digest.hexdigest()
 
+    def samples(self) -> list[Inputs]:
+        """The model's inputs of every sample that was calibrated on. Raises StatsError where they were not kept."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        kept = self.manifest.get("samples")
+        file = self.path / SAMPLES
+        if kept is None:
+            raise no_samples(self.path)
+        try:
+            if file_digest(file) != kept["blake2b"]:
+                raise StatsError(f"{file} is not the one that {MANIFEST} names", _AGAIN)
+            found: list[Inputs] = [{} for _ in range(kept["count"])]
+            for name, value in load_file(file).items():
+                position, _, field_name = name.partition(" ")
+                found[int(position)][field_name] = value
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise StatsError(f"cannot read the samples in {file}: {error}", _AGAIN) from error
+        return found
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether the samples were kept."""
+        return self.manifest.get("samples") is not None
+
     @property
     def model_fingerprint(self) -> str:
         """The fingerprint of the checkpoint that was calibrated."""
@@ -185,6 +214,14 @@ class Stats:
         self._store.close()
 
 
+def no_samples(path: Path) -> StatsError:
+    """The error for statistics without the samples that they were made on."""
+    return StatsError(
+        f"{path} holds no samples, which propagation runs the models over",
+        "calibrate again, without --no-keep-samples; or pass --no-propagate",
+    )
+
+
 def prepare_folder(folder: Path, overwrite: bool) -> None:
     """See that ``folder`` may take new statistics: it is made, empty, or holds old ones that ``overwrite`` gives up.
 
@@ -193,7 +230,7 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} exists and is a file", "choose another folder for -o")
     present = [entry.name for entry in folder.iterdir()] if folder.exists() else []
-    ours = (MANIFEST, HESSIANS, HESSIANS + ".part", MANIFEST + ".part")
+    ours = (MANIFEST, *(name + end for name in (HESSIANS, SAMPLES) for end in ("", ".part")), MANIFEST + ".part")
     foreign = [name for name in present if name not in ours and not fnmatchcase(name, "hidden-*.part")]
     if foreign:
         raise OutputError(f"{folder} holds other files ({foreign[0]}, ...)", "choose another folder for -o")
@@ -238,6 +275,7 @@ class StatsWriter:
             self._file.close()
         with suppress(OSError):  # given up: nothing can go on with it, and it may be large
             self._part.unlink(missing_ok=True)
+            (self.folder / f"{SAMPLES}.part").unlink(missing_ok=True)
 
     def write(self, name: str, info: HessianInfo, values: Tensor) -> None:
         """Append one Hessian, already packed, or replace the one of its name. Raises OutputError on a full disk."""
@@ -263,6 +301,19 @@ class StatsWriter:
         self._file.seek(8 + self._header + start)
         return self._infos[name], torch.frombuffer(bytearray(self._file.read(stop - start)), dtype=torch.float32)
 
+    def keep(self, samples: Sequence[Inputs]) -> dict[str, Any]:
+        """Store the samples, and give what the manifest says of them."""
+        from safetensors.torch import save_file
+
+        part = self.folder / f"{SAMPLES}.part"
+        named = {f"{position} {name}": value for position, s in enumerate(samples) for name, value in s.items()}
+        try:
+            save_file({name: value.cpu().clone().contiguous() for name, value in named.items()}, part)
+            fsync_path(part)
+            return {"count": len(samples), "blake2b": file_digest(part)}
+        except OSError as error:
+            raise _cannot_write(part, error) from error
+
     def finish(self, tensors: dict[str, TensorStats], facts: dict[str, Any]) -> None:
         """Write the header and the manifest, and give the files their names."""
         entries = {
@@ -285,6 +336,10 @@ class StatsWriter:
             fsync_path(self._part)
             (self.folder / MANIFEST).unlink(missing_ok=True)  # an old one, which does not fit the new Hessians
             self._part.replace(self.folder / HESSIANS)
+            if facts.get("samples") is None:
+                (self.folder / SAMPLES).unlink(missing_ok=True)
+            else:
+                (self.folder / f"{SAMPLES}.part").replace(self.folder / SAMPLES)
             write_text_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         except OSError as error:
             raise _cannot_write(self.folder, error) from error

@@ -79,6 +79,8 @@ class Setting:
             parts.append(f"omega {o.omega:g}")
         if o.method == "tailor" and o.damping != PatchOptions().damping:
             parts.append(f"damping {o.damping:g}")
+        if o.propagate:
+            parts.append("propagated")
         if o.effective_weight != 1.0:
             parts.append(f"weight {o.effective_weight:g}")
         return ", ".join(parts)

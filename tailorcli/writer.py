@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -297,6 +297,15 @@ class CheckpointWriter:
         except OSError as error:
             raise as_output_error(self._part(slot.shard), error) from error
         self.done[name] = record
+
+    def read(self, name: str, like: TensorInfo) -> Tensor:
+        """The value of a tensor that was written, of the dtype and shape of ``like``."""
+        slot = self.layout.slots[name]
+        part = self._part(slot.shard)
+        path = part if part.exists() else self.folder / slot.shard  # a run killed while finishing has named some
+        placed = replace(like, file=path, offset=slot.offset)
+        with Checkpoint(self.folder, {name: placed}, [path]) as written:
+            return written.read(name)
 
     def drain(self) -> None:
         """Wait until everything queued is written and journaled."""

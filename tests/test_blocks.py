@@ -83,7 +83,7 @@ def test_hidden_states_can_wait_in_files(pair, tmp_path, monkeypatch):
         return original(name, **options)
 
     monkeypatch.setattr(torch, "from_file", counting)
-    monkeypatch.setattr("tailorcli.passes._HIDDEN_SHARE", 0.0)
+    monkeypatch.setattr("tailorcli.passes.HIDDEN_SHARE", 0.0)
     calibrate_model(pair / "tuned", pair / "data.jsonl", tmp_path / "stats", STREAMED)
     assert len(files) >= 4 * 10  # blocks, lanes
     assert sorted(path.name for path in (tmp_path / "stats").iterdir()) == ["hessians.safetensors", "manifest.json"]

@@ -17,6 +17,7 @@ from tailorcli.core.hessian import (
     pack_triangle,
     unpack_triangle,
 )
+from tailorcli.core.propagation import accumulate_moments_, refit
 from tailorcli.core.retain import prepare_retaining, retained_goal
 from tailorcli.core.scores import count_kept, fuse, minmax, salience, select_mask, sensitivity
 from tailorcli.core.solvers import Decoration, decorate_joint, decorate_sequential
@@ -35,6 +36,7 @@ __all__ = [
     "LayerResult",
     "accumulate_",
     "accumulate_diagonal_",
+    "accumulate_moments_",
     "baseline_layer",
     "combine_hessians",
     "count_kept",
@@ -52,6 +54,7 @@ __all__ = [
     "pack_triangle",
     "prepare_retaining",
     "random_mask",
+    "refit",
     "released_layer",
     "retained_goal",
     "salience",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -253,6 +253,38 @@ def drift(delta: Tensor, patched: Tensor, tuned: Tensor, retained: Tensor, trans
         whole += quadratic_form(d, retained)
         left += quadratic_form(patched[rows].to(torch.float32) - (tuned[rows].to(torch.float32) - d), retained)
     return {"drift_energy": whole, "drift": left / whole if whole > 0 else 0.0}
+
+
+def refit_figures(
+    plain: LayerFigures,
+    base: Tensor,
+    tuned: Tensor,
+    patched: Tensor,
+    hessian: Tensor,
+    retained: Tensor,
+    transposed: bool,
+    iterations: int,
+    residual: float,
+) -> LayerFigures:
+    """The figures of a plain patch after its kept entries were fitted again; tensors are in the stored orientation.
+
+    ``hessian`` and ``retained`` (I, I) are those of the unpatched models' inputs, by which every report measures.
+    """
+    base, tuned, patched = (t.T if transposed else t for t in (base, tuned, patched))
+    after, left, distance = 0.0, 0.0, 0.0
+    for rows in row_chunks(*base.shape):
+        w_base, w_tuned, w_patched = (t[rows].to(torch.float32) for t in (base, tuned, patched))  # (R, I)
+        after += quadratic_form(w_patched - w_tuned, hessian)
+        left += quadratic_form(w_patched - w_base, retained)
+        distance += float((w_patched - w_base).abs().sum())
+    return replace(
+        plain,
+        error_after=after / plain.output_energy if plain.output_energy else 0.0,
+        drift=left / plain.drift_energy if plain.drift_energy else 0.0,
+        distance_after=distance,
+        iterations=iterations,
+        residual=residual,
+    )
 
 
 def quadratic_form(rows: Tensor, hessian: Tensor) -> float:

@@ -1,0 +1,122 @@
+"""Propagation: fit a layer to the unpatched models' outputs, from the inputs that it has in the patched model.
+
+With X the inputs of a layer in the tuned model on the new task and X' those in the model whose earlier layers are
+patched already, X_r and X'_r likewise of the base on retained data, the kept entries minimise, row by row,
+
+    ||W X' - W_tuned X||^2 + beta s ||W X'_r - W_base X_r||^2   subject to   W = W_base where the mask is False.
+
+With X' = X and X'_r = X_r that is the retain term's problem (``core.retain``). From a plain patch W_0 on, the change C
+of its kept entries solves A_SS C_S = b_S with
+
+    A = H' + beta s H'_r + amount I,
+    b = (W_tuned - W_0) H' + W_tuned D + beta s ((W_base - W_0) H'_r + W_base D_r),
+
+H' = (2/N) X' X'^T and D = (2/N) (X - X') X'^T. Damping pulls towards the plain patch, not towards zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tailorcli.core.hessian import accumulate_, combine_hessians, dampen
+from tailorcli.core.retain import retain_scale
+from tailorcli.core.solvers import row_chunks, solve_on_mask, sum_of_squares
+from tailorcli.core.tailor import assemble, require_finite
+
+
+@dataclass
+class Moments:
+    """Of a layer's inputs X' in the patched model, beside X in the unpatched one, over ``tokens`` tokens.
+
+    ``hessian`` is H' (I, I), only its lower triangle before ``complete_``; ``drift`` is D (I, I); ``moved`` and
+    ``whole`` are the sums of (x - x')^2 and of x^2.
+    """
+
+    hessian: Tensor
+    drift: Tensor
+    tokens: int = 0
+    moved: float = 0.0
+    whole: float = 0.0
+
+    @property
+    def shift(self) -> float:
+        """||X - X'||^2 / ||X||^2: how far patching has moved the inputs."""
+        return self.moved / self.whole if self.whole > 0 else 0.0
+
+
+def no_moments(size: int, device: torch.device) -> Moments:
+    """Moments of no token yet."""
+    hessian = torch.zeros(size, size, dtype=torch.float32, device=device)
+    return Moments(hessian, torch.zeros_like(hessian))
+
+
+def accumulate_moments_(moments: Moments, patched: Tensor, unpatched: Tensor) -> None:
+    """Fold inputs X' and X, (N, I) in any float dtype, row for row of the same tokens, into the means, in place."""
+    x = patched.to(torch.float32)
+    gap = unpatched.to(torch.float32) - x
+    before = moments.tokens
+    moments.tokens = accumulate_(moments.hessian, x, before)
+    if moments.tokens > before:
+        moments.drift.addmm_(gap.T, x, beta=before / moments.tokens, alpha=2.0 / moments.tokens)
+        moments.moved += float(gap.square().sum(dtype=torch.float64))
+        moments.whole += float(unpatched.square().sum(dtype=torch.float64))
+
+
+def complete_(moments: Moments) -> None:
+    """Mirror the lower triangle of H' into the upper, in place."""
+    lower = moments.hessian.tril_()
+    lower += lower.tril(-1).T
+
+
+@dataclass(frozen=True)
+class Refit:
+    """A propagated tensor in the base's dtype and stored shape, and how well its equations are solved."""
+
+    patched: Tensor
+    iterations: int
+    residual: float  # ||A_SS C - b|| / ||b||, Frobenius over all rows
+
+
+def refit(
+    base: Tensor,
+    tuned: Tensor,
+    plain: Tensor,
+    mask: Tensor,
+    new: Moments,
+    retained: Moments,
+    *,
+    retain_weight: float,
+    damping: float,
+    transposed: bool = False,
+    tolerance: float = 1e-4,
+    max_iterations: int = 300,
+) -> Refit:
+    """Change the kept entries of ``plain`` so that the layer's outputs are the unpatched models', both terms together.
+
+    The four tensors are in the stored orientation, (O, I), or (I, O) with ``transposed``; outside the mask the result
+    is the base to the bit.
+    """
+    share = retain_scale(new.hessian, retained.hessian, retain_weight)
+    system = combine_hessians((new.hessian, retained.hessian), (1.0, share))
+    amount = dampen(system, damping)
+    matrices = [t.T if transposed else t for t in (base, tuned, plain)]  # (O, I) each
+    kept = mask.T if transposed else mask
+    change = torch.zeros(kept.shape, dtype=torch.float32, device=base.device)
+    iterations, residual_sq, target_sq = 0, 0.0, 0.0
+    for rows in row_chunks(*kept.shape):
+        w_base, w_tuned, w_plain = (matrix[rows].to(torch.float32) for matrix in matrices)
+        target = (w_tuned - w_plain) @ new.hessian + w_tuned @ new.drift
+        target.add_((w_base - w_plain) @ retained.hessian + w_base @ retained.drift, alpha=share)
+        target.masked_fill_(~kept[rows], 0.0)
+        del w_base, w_tuned, w_plain
+        change[rows], steps, squares = solve_on_mask(target, kept[rows], system, amount, tolerance, max_iterations)
+        iterations = max(iterations, steps)
+        residual_sq += squares
+        target_sq += sum_of_squares(target)
+    decorator = change.T.contiguous() if transposed else change
+    patched = assemble(base, plain, mask, decorator)
+    require_finite(patched)
+    return Refit(patched, iterations, (residual_sq / target_sq) ** 0.5 if target_sq > 0 else 0.0)

@@ -1,0 +1,107 @@
+"""A model's weights part by part: each of its blocks, and the rest; one part at a time is in memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tailorcli.adapter import AdaptedCheckpoint
+from tailorcli.adapter_config import MERGE_HINT
+from tailorcli.checkpoint import Checkpoint
+from tailorcli.device import StageTimer, give_back_memory
+from tailorcli.errors import CheckpointError
+from tailorcli.loading import aliases, expected_names, fill_computed, load_weights, require_all
+from tailorcli.names import Place, map_names
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Parts:
+    """The weights of an empty ``network`` by the part that holds them: each of ``blocks``, and the rest, under "".
+
+    ``stored`` is the checkpoint that they come from, ``tuned`` the same, or an adapter on it.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        blocks: Sequence[str],
+        stored: Checkpoint,
+        tuned: Checkpoint,
+        device: torch.device,
+        timer: StageTimer,
+    ) -> None:
+        self._network = network
+        self._blocks = blocks
+        self._stored = stored
+        self._tuned = tuned
+        self._device = device
+        self._timer = timer
+        self.expected = expected_names(network, stored.tensors)
+        self._tied = aliases(network)
+        held = {name: self.part_of(name) for name in dict(network.named_parameters())}
+        self._parameters = {part: [n for n, p in held.items() if p == part] for part in ("", *blocks)}
+        self.tensors: dict[str, list[str]] = {part: [] for part in ("", *blocks)}  # of the checkpoint
+        for tensor, parameter in self.expected.items():
+            self.tensors[self.part_of(self._tied.get(parameter, parameter))].append(tensor)
+        for name, buffer in network.named_buffers():
+            owner = network.get_submodule(name.rpartition(".")[0])
+            owner._buffers[name.rpartition(".")[2]] = buffer.to(device)
+
+    def part_of(self, parameter: str) -> str:
+        """The block in which a parameter lies."""
+        return next((block for block in self._blocks if parameter.startswith(f"{block}.")), "")
+
+    def load(self, part: str) -> dict[str, Place]:
+        """Read the part's weights, prove and give where each tensor went, and apply an adapter's changes."""
+        network, stored = self._network, self._stored
+        with self._timer.stage("load"):
+            load_weights(network, {name: stored.read(name) for name in self.tensors[part]}, self._device)
+            if part == "":
+                network.tie_weights()
+            every = dict(network.named_parameters())
+            inside = {name: every[name] for name in self._parameters[part] if name in every}
+            empty = [name for name, value in inside.items() if value.device.type == "meta"]
+            fill_computed(network, empty, self._device)
+            inside = {name: network.get_parameter(name) for name in inside}
+            require_all(stored.path, [name for name, value in inside.items() if value.device.type == "meta"])
+            expected = {name: self.expected[name] for name in self.tensors[part]}
+            found = map_names(stored, inside, self._tied, expected)
+            if isinstance(self._tuned, AdaptedCheckpoint):
+                adapt(network, self._tuned, found)
+        return found
+
+    def drop(self, part: str) -> None:
+        """Give up the memory of a part's weights."""
+        import torch
+
+        for name in self._parameters[part]:
+            owner, _, short = name.rpartition(".")
+            module = self._network.get_submodule(owner)
+            empty = torch.nn.Parameter(module._parameters[short].to("meta"), requires_grad=False)
+            module._parameters[short] = empty
+        give_back_memory()
+
+
+def adapt(network: Any, tuned: AdaptedCheckpoint, places: dict[str, Place]) -> None:
+    """Overwrite each parameter that the adapter changes, in place and in the network's dtype."""
+    import torch
+
+    users = Counter(parameter for place in places.values() for parameter in place.parameters)
+    parameters = dict(network.named_parameters())
+    for name in sorted(tuned.changed & places.keys()):
+        place = places[name]
+        if len(place.parameters) != 1 or parameters[place.parameters[0]].shape != tuned.tensors[name].shape:
+            reason = place.reason or "transformers holds it fused or split"
+            raise CheckpointError(f"the adapter {tuned.path} changes tensor {name!r}, but {reason}", MERGE_HINT)
+        parameter = place.parameters[0]
+        if users[parameter] > 1:
+            other = next(n for n, p in places.items() if parameter in p.parameters and n != name)
+            raise CheckpointError(
+                f"the adapter {tuned.path} changes tensor {name!r}, which the network ties to {other!r}",
+                f"set tie_word_embeddings to false in {tuned.base.path / 'config.json'}, where both are stored",
+            )
+        with torch.no_grad():
+            parameters[parameter].copy_(tuned.read(name))

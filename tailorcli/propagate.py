@@ -1,0 +1,408 @@
+"""Patch a model in the order in which it runs: each layer is fitted from the inputs that the patched model gives it.
+
+Three models go in step, block by block (``blocks``): the tuned one on the samples of its statistics, the base on those
+that it retains, and on both the model that is being patched. A block is first patched by itself, as without
+propagation; then its linear layers are fitted to the outputs of the unpatched models (``core.propagation``), all of
+them from one run, and the patched model goes on through the result. What is no linear layer, and what a layer's inputs
+cannot be told of, keeps its plain patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tailorcli.adapter import AdaptedCheckpoint
+from tailorcli.blocks import Lane, Lockstep, Spill, find_blocks
+from tailorcli.checkpoint import Checkpoint, TensorInfo
+from tailorcli.collect import first_tensor, free_memory, identity_of_input, last_logits_only
+from tailorcli.core.figures import LayerFigures, refit_figures
+from tailorcli.core.hessian import unpack_triangle
+from tailorcli.core.propagation import Moments, accumulate_moments_, complete_, no_moments, refit
+from tailorcli.core.tailor import LayerResult
+from tailorcli.data import make_batches
+from tailorcli.device import StageTimer
+from tailorcli.errors import NumericalError, TailorError
+from tailorcli.layers import Layer, find_layers, is_convolution
+from tailorcli.loading import empty_model, read_config
+from tailorcli.names import Place
+from tailorcli.options import CalibrateOptions, PatchOptions
+from tailorcli.parts import Parts
+from tailorcli.passes import HIDDEN_SHARE, forward, samples_in, to_device
+from tailorcli.plan import TensorPlan
+from tailorcli.stats import Stats
+
+if TYPE_CHECKING:
+    from tailorcli.data import Inputs
+
+    Result = tuple[TensorPlan, LayerResult | None, str]
+
+NEW, RETAINED = "new", "retained"
+Seen = dict[str, list[tuple[Tensor, int]]]  # module -> its inputs, and their versions when it was called
+
+
+@dataclass
+class _Model:
+    """One of the three models, without its weights but those of the parts that are loaded."""
+
+    network: Any
+    stations: dict[str, nn.Module]  # where its batches wait: blocks, and linear layers between them
+    parts: Parts
+
+    @property
+    def head(self) -> nn.Module | None:
+        """Its output layer."""
+        get_head = getattr(self.network, "get_output_embeddings", None)
+        found = get_head() if callable(get_head) else None
+        return found if isinstance(found, nn.Linear) else None
+
+
+class _PatchedView(Checkpoint):
+    """The base, but with the ``values`` of tensors that are patched in their place."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        super().__init__(base.path, base.tensors, base.shards)
+        self.values: dict[str, Tensor] = {}
+
+    def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
+        """Fill ``buffer`` with the tensor's bytes from ``start`` on."""
+        value = self.values.get(info.name)
+        if value is None:
+            super().read_into(info, buffer, start)
+        else:
+            raw = value.reshape(-1).view(torch.uint8).numpy()
+            buffer[:] = raw[start : start + len(buffer)].data
+
+
+@dataclass
+class _Pending:
+    """A linear layer that has its plain patch and waits to be fitted again."""
+
+    layer: Layer
+    tensor: TensorPlan
+    result: LayerResult
+    digest: str
+    moments: dict[str, Moments] = field(default_factory=dict)  # by kind of data; one object for a shared input
+    plain: bool = False  # its inputs cannot be told: it stays as it is
+
+
+@dataclass
+class Propagation:
+    """What a propagating patch needs; ``run`` patches and writes every tensor once.
+
+    ``plain`` patches tensors by themselves; ``write`` takes each final result with further facts for its record;
+    ``stored`` gives the value of a tensor that an interrupted run has written (None where it cannot), ``done`` says
+    which ones those are. Hidden states wait in ``scratch`` where they outgrow the memory.
+    """
+
+    base: Checkpoint
+    tuned: Checkpoint
+    stats: Stats
+    retain: Stats
+    options: PatchOptions
+    device: torch.device
+    timer: StageTimer
+    scratch: Path
+    plain: Callable[[list[TensorPlan]], Iterable[Result]]
+    write: Callable[[TensorPlan, LayerResult | None, str, dict[str, Any]], None]
+    stored: Callable[[str], Tensor | None]
+    done: Container[str]
+
+    def run(self, tensors: Iterable[TensorPlan]) -> None:
+        """Patch all of ``tensors``. Raises TailorError."""
+        self._tensors = {tensor.name: tensor for tensor in tensors}
+        samples = {NEW: self.stats.samples(), RETAINED: self.retain.samples()}
+        with ExitStack() as stack:
+            self._view = _PatchedView(self.base)
+            stack.callback(self._view.close)
+            stored = self.base if isinstance(self.tuned, AdaptedCheckpoint) else self.tuned
+            of_new, of_retained = _options_of(self.stats), _options_of(self.retain)
+            with self.timer.stage("load"):
+                self._tuned = self._model(stored, self.tuned, of_new)
+                self._base = self._model(self.base, self.base, of_retained)
+                self._patched = self._model(self._view, self._view, of_new)
+            self._layers = {layer.name: layer for layer in find_layers(self._patched.network).values()}
+            models = (self._tuned, self._base, self._patched)
+            for model in models[:2]:
+                model.parts.load("")
+            self._outside = self._load("")
+            batches = {
+                kind: list(make_batches(samples[kind], options.batch_size))
+                for kind, options in ((NEW, of_new), (RETAINED, of_retained))
+            }
+            calls = [
+                (self._call(model.network, batch), samples_in(batch))
+                for kind, reference in ((NEW, self._tuned), (RETAINED, self._base))
+                for batch in batches[kind]
+                for model in (reference, self._patched)
+            ]
+            others = [model.stations for model in models[1:]]
+            lockstep = Lockstep(self._tuned.stations, calls, others)
+            lanes = lockstep.lanes
+            self._mates = {id(lane): mate for lane, mate in zip(lanes[::2], lanes[1::2], strict=True)}
+            self._kinds = {id(lane): NEW if i < len(batches[NEW]) else RETAINED for i, lane in enumerate(lanes[::2])}
+            host = free_memory(torch.device("cpu")) or 1 << 40
+            self._spill = Spill(self.device, self.scratch, int(host * HIDDEN_SHARE))
+            for model in models:
+                if model.head not in model.stations.values():  # else what it sees is wanted whole
+                    stack.enter_context(last_logits_only(model.network))
+            lockstep.run(lambda lane: None, self._visit, self._spill)
+        for pending in self._outside.values():  # layers that this data never reaches
+            self._write_plain(pending)
+        left = [tensor for tensor in self._tensors.values() if tensor.name not in self._seen]
+        for tensor, result, digest in self.plain(left):
+            if tensor.name not in self.done:
+                self.write(tensor, result, digest, {})
+
+    def __post_init__(self) -> None:
+        self._seen: set[str] = set()  # tensors of the parts that were loaded
+
+    def _model(self, stored: Checkpoint, tuned: Checkpoint, options: CalibrateOptions) -> _Model:
+        network = empty_model(stored, read_config(stored.path), options)
+        blocks = find_blocks(network)
+        parts = Parts(network, list(blocks), stored, tuned, self.device, self.timer)
+        return _Model(network, _stations(network, blocks), parts)
+
+    def _call(self, network: Any, batch: Inputs) -> Callable[[], Any]:
+        return lambda: forward(network, to_device(batch, self.device))
+
+    def _load(self, part: str) -> dict[str, _Pending]:
+        """Patch a part's tensors by themselves, load them, and write those that stay so; gives the others by module."""
+        names = [name for name in self._patched.parts.tensors[part] if name in self._tensors]
+        chosen = [tensor for tensor in self._tensors.values() if tensor.name in set(names)]  # in the plan's order
+        self._seen.update(names)
+        results: list[Result] = []
+        if not self._restore(chosen):
+            for tensor, result, digest in self.plain(chosen):
+                if result is not None and result.patched is not None and not _is_frozen(result):
+                    self._view.values[tensor.name] = result.patched.cpu()
+                results.append((tensor, result, digest))
+        places = self._patched.parts.load(part)
+        self._view.values.clear()
+        pending: dict[str, _Pending] = {}
+        for tensor, result, digest in results:
+            layer = self._layer_of(tensor, places.get(tensor.name))
+            if layer is not None and result is not None and not _is_frozen(result):
+                pending[layer.name.removesuffix(".weight")] = _Pending(layer, tensor, result, digest)
+            elif tensor.name not in self.done:
+                self.write(tensor, result, digest, {})
+        return pending
+
+    def _restore(self, chosen: list[TensorPlan]) -> bool:
+        """Take the values of a part that an interrupted run has written whole; a part of it is worked out again."""
+        if not all(tensor.name in self.done for tensor in chosen):
+            return False
+        values = {tensor.name: self.stored(tensor.name) for tensor in chosen if tensor.action == "patch"}
+        self._view.values |= {name: value for name, value in values.items() if value is not None}
+        return all(value is not None for value in values.values())
+
+    def _layer_of(self, tensor: TensorPlan, place: Place | None) -> Layer | None:
+        """The linear layer whose weight a tensor is, whole, if it can be fitted again."""
+        if place is None or len(place.parameters) != 1 or place.part is not None or place.turned:
+            return None
+        layer = self._layers.get(place.parameters[0])
+        if layer is None or not _is_linear(layer) or not tensor.retain or tensor.experts or tensor.role != "linear":
+            return None
+        return layer if tuple(self._parameter(layer).shape) == tensor.shape else None
+
+    def _parameter(self, layer: Layer) -> Tensor:
+        parameter: Tensor = self._patched.network.get_parameter(layer.name)
+        return parameter
+
+    def _visit(self, station: str, waiting: list[Lane]) -> None:
+        """Take all batches that wait at a block, or at a linear layer between blocks, through it."""
+        pairs = [(lane, self._mates[id(lane)]) for lane in waiting if id(lane) in self._mates]
+        if len(waiting) != 2 * len(pairs) or any(mate not in waiting for _, mate in pairs):
+            what = f"the patched model and the unpatched ones take different ways at {station}"
+            raise TailorError(what, "pass --no-propagate")
+        inside = station in self._patched.parts.tensors
+        if inside:
+            if not self._seen.isdisjoint(self._patched.parts.tensors[station]):
+                raise TailorError(f"the model calls its block {station} more than once", "pass --no-propagate")
+            pending = self._load(station)
+            for model in (self._tuned, self._base):
+                model.parts.load(station)
+        else:
+            found = self._outside.pop(station, None)
+            pending = {} if found is None else {station: found}
+        for lane, mate in pairs:
+            self._compare(station, lane, mate, pending, inside)
+        for model in (self._tuned, self._base) if inside else ():
+            model.parts.drop(station)
+        self._refit(pending)
+        for _, mate in pairs:
+            mate.move(self._spill.back)
+            self._pass(station, self._patched, mate, inside)
+        if inside:
+            self._patched.parts.drop(station)
+
+    def _compare(self, station: str, lane: Lane, mate: Lane, pending: dict[str, _Pending], inside: bool) -> None:
+        """Take a batch of an unpatched model through, and fold its layers' inputs beside those of the patched model."""
+        kind = self._kinds[id(lane)]
+        reference = self._tuned if kind == NEW else self._base
+        lane.move(self._spill.back)
+        mate.move(self._spill.back)
+        hidden = lane.held[0]
+        tokens = hidden.numel() // hidden.shape[-1]
+        unpatched: Seen = {name: [] for name in pending}
+        patched: Seen = {name: [] for name in pending}
+        with self.timer.stage("run"):
+            if inside:
+                with _watching(reference.network, unpatched):
+                    lane.compute()
+                with _watching(self._patched.network, patched):
+                    mate.compute()
+            elif pending:
+                unpatched[station], patched[station] = ([(x, x._version) for x in one.held] for one in (lane, mate))
+        with self.timer.stage("moments"):
+            self._fold(kind, pending, unpatched, patched, tokens)
+        self._pass(station, reference, lane, inside, computed=inside)
+        mate.move(self._spill.out)
+
+    def _fold(
+        self,
+        kind: str,
+        pending: dict[str, _Pending],
+        unpatched: Seen,
+        patched: Seen,
+        tokens: int,
+    ) -> None:
+        """Fold each distinct input once; layers that share one share its moments."""
+        leaders: dict[tuple[int, ...], _Pending] = {}
+        for name, layer in pending.items():
+            if layer.plain or not patched[name]:
+                continue
+            calls = (*patched[name], *unpatched[name])
+            value, other = calls[0][0], calls[-1][0]
+            # Rows of tokens that were routed here in one model may be of others in the other model.
+            aligned = value.shape == other.shape and (value.dim() > 2 or value.numel() // value.shape[-1] == tokens)
+            changed = any(tensor._version != version for tensor, version in calls)
+            if len(calls) != 2 or not aligned or changed:
+                layer.plain = True
+                continue
+            key = identity_of_input(value)
+            leader = leaders.setdefault(key, layer)
+            if leader is not layer:
+                if layer.moments.setdefault(kind, leader.moments[kind]) is not leader.moments[kind]:
+                    layer.plain = True  # it shared its input with another layer before
+                continue
+            if kind not in layer.moments:
+                layer.moments[kind] = no_moments(value.shape[-1], self.device)
+            accumulate_moments_(layer.moments[kind], value.flatten(0, -2), other.flatten(0, -2))
+
+    def _pass(self, station: str, model: _Model, lane: Lane, inside: bool, computed: bool = False) -> None:
+        """Run a lane through and on to where it waits next."""
+        with self.timer.stage("run"):
+            module = model.stations[station]
+            if module is model.head and not inside:  # no one reads its logits
+                assert isinstance(module, nn.Linear)
+                lane.answer(nn.functional.linear(lane.held[0][..., -1:, :], module.weight, module.bias))
+            elif not computed:
+                lane.compute()
+            for tensor in lane.advance():
+                tensor.data = self._spill.keep(tensor)
+        lane.move(self._spill.out)
+
+    def _refit(self, pending: dict[str, _Pending]) -> None:
+        """Fit the layers again, put them into the patched model, and write them."""
+        completed: set[int] = set()
+        for layer in pending.values():
+            if layer.plain or {*layer.moments} != {NEW, RETAINED}:
+                self._write_plain(layer)
+                continue
+            for moments in layer.moments.values():
+                if id(moments) not in completed:
+                    complete_(moments)
+                    completed.add(id(moments))
+            try:
+                result, facts = self._refitted(layer)
+            except NumericalError as error:
+                raise NumericalError(f"tensor {layer.tensor.name!r}: {error.message}", error.hint) from error
+            assert result.patched is not None
+            with torch.no_grad():
+                self._parameter(layer.layer).copy_(result.patched)
+            if layer.tensor.name not in self.done:
+                self.write(layer.tensor, result, layer.digest, facts)
+
+    def _refitted(self, layer: _Pending) -> tuple[LayerResult, dict[str, Any]]:
+        tensor, new, retained = layer.tensor, layer.moments[NEW], layer.moments[RETAINED]
+        base, tuned = (source.read(tensor.name).to(self.device) for source in (self.base, self.tuned))
+        assert layer.result.patched is not None
+        with self.timer.stage("solve"):
+            found = refit(
+                *(base, tuned, layer.result.patched, layer.result.mask, new, retained),
+                retain_weight=self.options.retain_weight,
+                damping=self.options.damping,
+                transposed=tensor.transposed,
+                tolerance=self.options.tolerance,
+                max_iterations=self.options.max_iterations,
+            )
+        with self.timer.stage("measure"):
+            figures = self._figures(layer, base, tuned, found.patched, found.iterations, found.residual)
+        facts = {"propagated": True, "input_shift": new.shift, "retained_input_shift": retained.shift}
+        return LayerResult(found.patched, layer.result.mask, figures), facts
+
+    def _figures(
+        self, layer: _Pending, base: Tensor, tuned: Tensor, patched: Tensor, iterations: int, residual: float
+    ) -> LayerFigures:
+        """The figures of the plain patch, with what the fit has changed: on the unpatched inputs, as all reports."""
+        tensor = layer.tensor
+        assert tensor.hessian is not None
+        sources = ((self.stats, tensor.hessian), (self.retain, tensor.retain[0]))
+        hessians = [unpack_triangle(s.load(name).to(self.device), s.hessians[name].size) for s, name in sources]
+        how = (tensor.transposed, iterations, residual)
+        return refit_figures(layer.result.figures, base, tuned, patched, hessians[0], hessians[1], *how)
+
+    def _write_plain(self, layer: _Pending) -> None:
+        if layer.tensor.name not in self.done:
+            self.write(layer.tensor, layer.result, layer.digest, {})
+
+
+def _options_of(stats: Stats) -> CalibrateOptions:
+    """How a model ran when it was calibrated: its dtype and its batches."""
+    saved = stats.manifest["options"]
+    return CalibrateOptions(dtype=saved["dtype"], batch_size=saved["batch_size"])
+
+
+def _stations(network: Any, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Where batches wait for one another: blocks, and linear layers outside of them, in the order of the modules."""
+    outside = {
+        layer.name.removesuffix(".weight")
+        for layer in find_layers(network).values()
+        if _is_linear(layer) and not any(layer.name.startswith(f"{block}.") for block in blocks)
+    }
+    return {name: module for name, module in network.named_modules() if name in blocks or name in outside}
+
+
+def _is_linear(layer: Layer) -> bool:
+    """Whether one module alone holds a layer, as a matrix that multiplies its inputs, whole."""
+    return layer.role == "linear" and len(layer.modules) == 1 and not is_convolution(layer.modules[0])
+
+
+def _is_frozen(result: LayerResult) -> bool:
+    return result.figures.zero_delta == result.figures.numel
+
+
+@contextmanager
+def _watching(network: Any, seen: Seen) -> Iterator[None]:
+    """Note the inputs of the modules that ``seen`` names while this lasts, and whether they are written over later."""
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensor = first_tensor(args, kwargs)
+            seen[name].append((tensor, tensor._version))
+
+        return hook
+
+    handles = [network.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in seen]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
