@@ -57,7 +57,7 @@ from tailorcli.device import exact_float32
 from tailorcli.options import PatchOptions
 
 _DEFAULTS = PatchOptions()
-DAMPING, OMEGA, BLOCK = _DEFAULTS.damping, _DEFAULTS.omega, _DEFAULTS.block_size
+DAMPING, OMEGA, BLOCK = _DEFAULTS.effective_damping, _DEFAULTS.omega, _DEFAULTS.block_size
 TOLERANCE, MAX_ITERATIONS = _DEFAULTS.tolerance, _DEFAULTS.max_iterations
 SPEEDUP_TARGET, ERROR_TARGET = 3.0, 0.75
 CROSSOVER_DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)

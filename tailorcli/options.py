@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
 from tailorcli.errors import OptionsError
 
 Solver = Literal["joint", "sequential", "none"]
+DAMPING = 0.01  # SparseGPT's
+RETAINED_DAMPING = 0.1  # with a retain term: docs/research.md
 PatchMethod = Literal["tailor", "interpolate", "dare", "magnitude", "graft", "tailor-released"]
 Threshold = Literal["tensor", "global"]
 Method = Literal["average", "joint", "patches"]
@@ -146,13 +148,13 @@ class PatchOptions:
     density: float = 0.1
     omega: float = 0.5
     solver: Solver = "joint"
-    damping: float = 0.01
+    damping: float | None = None  # None: 0.1 with a retain term, 0.01 without
     block_size: int = 128
     tolerance: float = 1e-4
     max_iterations: int = 300
     method: PatchMethod = "tailor"
-    retain_weight: float = 0.1  # beta of the retain term, where there are retained statistics
-    propagate: bool = False  # fit each layer from the inputs that it has behind the patched ones
+    retain_weight: float = 0.3  # beta of the retain term, where there are retained statistics
+    propagate: bool | None = None  # fit layers from the patched model's inputs; None: where there is a retain term
     weight: float | None = None  # the share of the way that the kept entries go; None: the method's own
     seed: int = 0  # of dare's draws and of graft's samples
     threshold: Threshold = "tensor"  # of magnitude and graft: one for each tensor, or one for all
@@ -180,18 +182,33 @@ class PatchOptions:
         _require(self.method in get_args(PatchMethod), f"method must be one of {offered}, got {self.method!r}")
         _require_choice("threshold", self.threshold, get_args(Threshold))
         _require_weight(self.method, self.weight)
-        plain = self.method == "tailor" and self.solver == "joint" and self.effective_weight == 1.0
         what = "propagate is for the method tailor with the solver joint and weight 1"
-        _require(plain or not self.propagate, what, "pass --no-propagate")
+        _require(self._can_propagate or not self.propagate, what, "pass --no-propagate")
         _require(self.graft_steps >= 0, f"graft-steps must be zero or positive, got {self.graft_steps}")
         _require(self.batch_size >= 1, f"batch-size must be at least 1, got {self.batch_size}")
         sound = math.isfinite(self.graft_rate) and self.graft_rate > 0
         _require(sound, f"graft-rate must be positive, got {self.graft_rate}")
         _require(self.seed >= 0, f"seed must be zero or positive, got {self.seed}")
         _require(self.block_size >= 1, f"block-size must be at least 1, got {self.block_size}")
-        _require_solver(self.damping, self.tolerance, self.max_iterations)
+        _require_solver(self.effective_damping, self.tolerance, self.max_iterations)
         _require_output(self.max_shard_size, self.resume, self.overwrite)
         _require_labels(self.task, self.license)
+
+    def resolved(self, retained: bool) -> PatchOptions:
+        """The same with a value for what depends on whether there are ``retained`` statistics."""
+        has_term = retained and self.retain_weight > 0.0 and self.method == "tailor"
+        damping = self.damping if self.damping is not None else RETAINED_DAMPING if has_term else DAMPING
+        propagate = self.propagate if self.propagate is not None else has_term and self._can_propagate
+        return replace(self, damping=damping, propagate=propagate)
+
+    @property
+    def _can_propagate(self) -> bool:
+        return self.method == "tailor" and self.solver == "joint" and self.effective_weight == 1.0
+
+    @property
+    def effective_damping(self) -> float:
+        """Lambda; before ``resolved`` as without a retain term."""
+        return DAMPING if self.damping is None else self.damping
 
     @property
     def needs_hessians(self) -> bool:
@@ -219,7 +236,8 @@ class PatchOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the run record: only what decides the bytes of the output."""
-        values = asdict(self) | {"weight": self.effective_weight}
+        values = asdict(self) | {"weight": self.effective_weight, "damping": self.effective_damping}
+        values["propagate"] = bool(self.propagate)
         del values["resume"], values["overwrite"]
         return values
 

@@ -101,6 +101,7 @@ def plan_patch(
     data: PathLike | None = None,
 ) -> Plan:
     """What ``patch_checkpoint`` would do to each tensor and what it would cost, from headers alone."""
+    options = options.resolved(retain is not None)
     with ExitStack() as stack:
         inputs = Inputs.open(base, tuned, stats, options, stack, retain, data)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
@@ -131,6 +132,7 @@ def score_checkpoint(
     Raises the same errors as ``patch_checkpoint``.
     """
     started = perf_counter()
+    options = options.resolved(retain is not None)
     with ExitStack() as stack:
         inputs = Inputs.open(base, tuned, stats, options, stack, retain)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
@@ -169,6 +171,7 @@ def patch_checkpoint(
     Raises TailorError for everything that a user can put right; nothing that looks finished is left then.
     """
     started = perf_counter()
+    options = options.resolved(retain is not None)
     target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
     if target.folder is None and target.patch_file is None:
         raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
@@ -436,8 +439,8 @@ def _prepare(
         wanted = {"sensitivity": options.omega < 1.0, "sequential": options.needs_factor and full}
         if len(unpacked) == 2:
             new, retained = unpacked
-            return prepare_retaining(new, retained, options.retain_weight, options.damping, **wanted)
-        return prepare(unpacked[0], options.damping, **wanted)
+            return prepare_retaining(new, retained, options.retain_weight, options.effective_damping, **wanted)
+        return prepare(unpacked[0], options.effective_damping, **wanted)
 
 
 def _open_stats(path: PathLike | None, stack: ExitStack) -> Stats | None:
@@ -475,5 +478,5 @@ def _record(
     if result is not None and not frozen:
         record |= result.figures.to_dict()
         damping = result.figures.damping
-        record["damped_further"] = damping is not None and damping > options.damping
+        record["damped_further"] = damping is not None and damping > options.effective_damping
     return record

@@ -12,7 +12,7 @@ from tailorcli.adapter import AdaptedCheckpoint
 from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint, TensorInfo
 from tailorcli.errors import CheckpointError, OptionsError, StatsError
 from tailorcli.options import PatchOptions
-from tailorcli.stats import Stats, TensorStats, no_samples
+from tailorcli.stats import Stats, TensorStats
 from tailorcli.writer import ShardLayout, plan_layout
 
 _WORK_BYTES = 12 * (64 << 20)  # the solver's work arrays, bounded by the row chunks in core.solvers
@@ -66,6 +66,7 @@ class Plan:
     patch_bytes: int  # of a patch file, at most
     peak_bytes: int
     largest_hessian: int
+    propagates: bool = False  # the models are run over the statistics' samples
 
     @property
     def patched(self) -> list[TensorPlan]:
@@ -86,6 +87,7 @@ class Plan:
             "write_bytes": self.write_bytes,
             "patch_bytes": self.patch_bytes,
             "peak_memory_bytes": self.peak_bytes,
+            "propagates": self.propagates,
         }
 
 
@@ -139,6 +141,7 @@ def build_plan(
         write_bytes=layout.nbytes,
         patch_bytes=most_patch_bytes(_most_kept([t for t in ordered if t.action == "patch"], options)),
         peak_bytes=RUNTIME_BYTES + max(held) + propagated,
+        propagates=bool(options.propagate),
         largest_hessian=max((stats.hessians[h].size for t in ordered if stats for h in t.hessians), default=0),
     )
 
@@ -391,8 +394,7 @@ def check_propagate(stats: Stats | None, retain: Stats | None, options: PatchOpt
             "pass --retain STATS (tailorcli calibrate BASE --synthetic -o STATS) and a positive --retain-weight",
         )
     for source in (stats, retain):
-        if not source.has_samples:
-            raise no_samples(source.path)
+        source.samples()
 
 
 def check_stats(base: Checkpoint, tuned: Checkpoint, stats: Stats) -> None:

@@ -2,15 +2,16 @@
 
 Three models go in step, block by block (``blocks``): the tuned one on the samples of its statistics, the base on those
 that it retains, and on both the model that is being patched. A block is first patched by itself, as without
-propagation; then its linear layers are fitted to the outputs of the unpatched models (``core.propagation``), all of
-them from one run, and the patched model goes on through the result. What is no linear layer, and what a layer's inputs
-cannot be told of, keeps its plain patch.
+propagation. Then its linear layers are fitted to the outputs of the unpatched models (``core.propagation``) in the
+order in which they are called, those that share their input together, and the patched model goes on through the result.
+What is no linear layer, and a layer whose inputs in two models cannot be told to be of the same tokens, keeps its plain
+patch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     Result = tuple[TensorPlan, LayerResult | None, str]
 
 NEW, RETAINED = "new", "retained"
-Seen = dict[str, list[tuple[Tensor, int]]]  # module -> its inputs, and their versions when it was called
+Seen = dict[str, list[Tensor]]  # module -> its inputs, one a call
 
 
 @dataclass
@@ -88,8 +89,19 @@ class _Pending:
     tensor: TensorPlan
     result: LayerResult
     digest: str
-    moments: dict[str, Moments] = field(default_factory=dict)  # by kind of data; one object for a shared input
-    plain: bool = False  # its inputs cannot be told: it stays as it is
+
+
+@dataclass
+class _Group:
+    """Linear layers that see the very same input, by the names of their modules."""
+
+    layers: dict[str, _Pending]
+    moments: dict[str, Moments] = field(default_factory=dict)  # by kind of data
+    aligned: bool = True  # the two models' inputs are of the same tokens
+
+
+class _Enough(BaseException):
+    """Ends a run of a block behind the layer that was waited for."""
 
 
 @dataclass
@@ -223,105 +235,102 @@ class Propagation:
             raise TailorError(what, "pass --no-propagate")
         inside = station in self._patched.parts.tensors
         if inside:
-            if not self._seen.isdisjoint(self._patched.parts.tensors[station]):
-                raise TailorError(f"the model calls its block {station} more than once", "pass --no-propagate")
-            pending = self._load(station)
-            for model in (self._tuned, self._base):
-                model.parts.load(station)
+            groups = self._enter(station, pairs[0][1])
         else:
             found = self._outside.pop(station, None)
-            pending = {} if found is None else {station: found}
+            groups = [] if found is None else [_Group({station: found})]
+        for group in groups:
+            for lane, mate in pairs:
+                self._compare(lane, mate, group, inside)
+            self._refit(group)
         for lane, mate in pairs:
-            self._compare(station, lane, mate, pending, inside)
-        for model in (self._tuned, self._base) if inside else ():
-            model.parts.drop(station)
-        self._refit(pending)
-        for _, mate in pairs:
-            mate.move(self._spill.back)
+            self._pass(station, self._unpatched(lane), lane, inside)
             self._pass(station, self._patched, mate, inside)
-        if inside:
-            self._patched.parts.drop(station)
+        for model in (self._tuned, self._base, self._patched) if inside else ():
+            model.parts.drop(station)
 
-    def _compare(self, station: str, lane: Lane, mate: Lane, pending: dict[str, _Pending], inside: bool) -> None:
-        """Take a batch of an unpatched model through, and fold its layers' inputs beside those of the patched model."""
+    def _unpatched(self, lane: Lane) -> _Model:
+        return self._tuned if self._kinds[id(lane)] == NEW else self._base
+
+    def _enter(self, block: str, mate: Lane) -> list[_Group]:
+        """Load a block, and tell by a run of one batch in which order its layers are called, and which together."""
+        if not self._seen.isdisjoint(self._patched.parts.tensors[block]):
+            raise TailorError(f"the model calls its block {block} more than once", "pass --no-propagate")
+        pending = self._load(block)
+        for model in (self._tuned, self._base):
+            model.parts.load(block)
+        if not pending:
+            return []
+        seen: Seen = {}
+        with self._moved(mate), self.timer.stage("run"), _watching(self._patched.network, list(pending), seen):
+            mate.compute()
+        groups: dict[tuple[int, ...], _Group] = {}
+        for name, inputs in seen.items():  # in the order of the calls
+            if len(inputs) == 1:
+                groups.setdefault(identity_of_input(inputs[0]), _Group({})).layers[name] = pending.pop(name)
+        for layer in pending.values():
+            self._write_plain(layer)
+        return list(groups.values())
+
+    @contextmanager
+    def _moved(self, *lanes: Lane) -> Iterator[None]:
+        """The hidden states of lanes are on the device within."""
+        for lane in lanes:
+            lane.move(self._spill.back)
+        yield
+        for lane in lanes:
+            lane.move(self._spill.out)
+
+    def _compare(self, lane: Lane, mate: Lane, group: _Group, inside: bool) -> None:
+        """Fold what goes into a group's layers in the patched model, beside the same in the unpatched one."""
+        if not group.aligned:
+            return
         kind = self._kinds[id(lane)]
-        reference = self._tuned if kind == NEW else self._base
-        lane.move(self._spill.back)
-        mate.move(self._spill.back)
-        hidden = lane.held[0]
-        tokens = hidden.numel() // hidden.shape[-1]
-        unpatched: Seen = {name: [] for name in pending}
-        patched: Seen = {name: [] for name in pending}
-        with self.timer.stage("run"):
-            if inside:
-                with _watching(reference.network, unpatched):
-                    lane.compute()
-                with _watching(self._patched.network, patched):
-                    mate.compute()
-            elif pending:
-                unpatched[station], patched[station] = ([(x, x._version) for x in one.held] for one in (lane, mate))
-        with self.timer.stage("moments"):
-            self._fold(kind, pending, unpatched, patched, tokens)
-        self._pass(station, reference, lane, inside, computed=inside)
-        mate.move(self._spill.out)
-
-    def _fold(
-        self,
-        kind: str,
-        pending: dict[str, _Pending],
-        unpatched: Seen,
-        patched: Seen,
-        tokens: int,
-    ) -> None:
-        """Fold each distinct input once; layers that share one share its moments."""
-        leaders: dict[tuple[int, ...], _Pending] = {}
-        for name, layer in pending.items():
-            if layer.plain or not patched[name]:
-                continue
-            calls = (*patched[name], *unpatched[name])
-            value, other = calls[0][0], calls[-1][0]
+        with self._moved(lane, mate):
+            with self.timer.stage("run"):
+                unpatched = _input(self._unpatched(lane).network, lane, list(group.layers), inside)
+                patched = _input(self._patched.network, mate, list(group.layers), inside)
+            if unpatched is None and patched is None:
+                return  # a layer that not all batches reach
             # Rows of tokens that were routed here in one model may be of others in the other model.
-            aligned = value.shape == other.shape and (value.dim() > 2 or value.numel() // value.shape[-1] == tokens)
-            changed = any(tensor._version != version for tensor, version in calls)
-            if len(calls) != 2 or not aligned or changed:
-                layer.plain = True
-                continue
-            key = identity_of_input(value)
-            leader = leaders.setdefault(key, layer)
-            if leader is not layer:
-                if layer.moments.setdefault(kind, leader.moments[kind]) is not leader.moments[kind]:
-                    layer.plain = True  # it shared its input with another layer before
-                continue
-            if kind not in layer.moments:
-                layer.moments[kind] = no_moments(value.shape[-1], self.device)
-            accumulate_moments_(layer.moments[kind], value.flatten(0, -2), other.flatten(0, -2))
+            hidden = lane.held[0]
+            group.aligned = (
+                unpatched is not None
+                and patched is not None
+                and unpatched.shape == patched.shape
+                and (patched.dim() > 2 or patched.shape[0] == hidden.numel() // hidden.shape[-1])
+            )
+            if not group.aligned or unpatched is None or patched is None:
+                return
+            with self.timer.stage("moments"):
+                found = group.moments.setdefault(kind, no_moments(patched.shape[-1], self.device))
+                accumulate_moments_(found, patched.flatten(0, -2), unpatched.flatten(0, -2))
 
-    def _pass(self, station: str, model: _Model, lane: Lane, inside: bool, computed: bool = False) -> None:
-        """Run a lane through and on to where it waits next."""
+    def _pass(self, station: str, model: _Model, lane: Lane, inside: bool) -> None:
+        """Run a lane through a station and on to where it waits next."""
+        lane.move(self._spill.back)
         with self.timer.stage("run"):
             module = model.stations[station]
             if module is model.head and not inside:  # no one reads its logits
                 assert isinstance(module, nn.Linear)
                 lane.answer(nn.functional.linear(lane.held[0][..., -1:, :], module.weight, module.bias))
-            elif not computed:
+            else:
                 lane.compute()
             for tensor in lane.advance():
                 tensor.data = self._spill.keep(tensor)
         lane.move(self._spill.out)
 
-    def _refit(self, pending: dict[str, _Pending]) -> None:
-        """Fit the layers again, put them into the patched model, and write them."""
-        completed: set[int] = set()
-        for layer in pending.values():
-            if layer.plain or {*layer.moments} != {NEW, RETAINED}:
+    def _refit(self, group: _Group) -> None:
+        """Fit layers again, put them into the patched model, and write them."""
+        sound = group.aligned and {*group.moments} == {NEW, RETAINED}
+        for moments in group.moments.values():
+            complete_(moments)
+        for layer in group.layers.values():
+            if not sound:
                 self._write_plain(layer)
                 continue
-            for moments in layer.moments.values():
-                if id(moments) not in completed:
-                    complete_(moments)
-                    completed.add(id(moments))
             try:
-                result, facts = self._refitted(layer)
+                result, facts = self._refitted(layer, group.moments[NEW], group.moments[RETAINED])
             except NumericalError as error:
                 raise NumericalError(f"tensor {layer.tensor.name!r}: {error.message}", error.hint) from error
             assert result.patched is not None
@@ -329,16 +338,17 @@ class Propagation:
                 self._parameter(layer.layer).copy_(result.patched)
             if layer.tensor.name not in self.done:
                 self.write(layer.tensor, result, layer.digest, facts)
+        group.moments.clear()
 
-    def _refitted(self, layer: _Pending) -> tuple[LayerResult, dict[str, Any]]:
-        tensor, new, retained = layer.tensor, layer.moments[NEW], layer.moments[RETAINED]
+    def _refitted(self, layer: _Pending, new: Moments, retained: Moments) -> tuple[LayerResult, dict[str, Any]]:
+        tensor = layer.tensor
         base, tuned = (source.read(tensor.name).to(self.device) for source in (self.base, self.tuned))
         assert layer.result.patched is not None
         with self.timer.stage("solve"):
             found = refit(
                 *(base, tuned, layer.result.patched, layer.result.mask, new, retained),
                 retain_weight=self.options.retain_weight,
-                damping=self.options.damping,
+                damping=self.options.effective_damping,
                 transposed=tensor.transposed,
                 tolerance=self.options.tolerance,
                 max_iterations=self.options.max_iterations,
@@ -389,18 +399,34 @@ def _is_frozen(result: LayerResult) -> bool:
     return result.figures.zero_delta == result.figures.numel
 
 
+def _input(network: Any, lane: Lane, names: list[str], inside: bool) -> Tensor | None:
+    """What goes into the named modules, which share it, of the block that a lane waits for; None where none is called.
+
+    Outside blocks the lane waits for the very module.
+    """
+    if not inside:
+        return lane.held[0]
+    seen: Seen = {}
+    with _watching(network, names, seen, stop=True), suppress(_Enough):
+        lane.compute()
+    return seen[names[0]][0] if names[0] in seen else None
+
+
 @contextmanager
-def _watching(network: Any, seen: Seen) -> Iterator[None]:
-    """Note the inputs of the modules that ``seen`` names while this lasts, and whether they are written over later."""
+def _watching(network: Any, names: list[str], seen: Seen, stop: bool = False) -> Iterator[None]:
+    """Note the inputs of the named modules while this lasts; with ``stop`` _Enough is raised once all were called."""
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tensor = first_tensor(args, kwargs)
-            seen[name].append((tensor, tensor._version))
+            seen.setdefault(name, []).append(first_tensor(args, kwargs))
+            if stop and len(seen) == len(names):
+                raise _Enough
 
         return hook
 
-    handles = [network.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in seen]
+    handles = [
+        network.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in names
+    ]
     try:
         yield
     finally:

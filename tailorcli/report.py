@@ -67,6 +67,9 @@ def totals_of(command: str, tensors: list[dict[str, Any]]) -> dict[str, Any]:
     return total_merge_figures(tensors) if command == MERGE else total_figures(tensors)
 
 
+_SHIFTS = ("input_shift", "retained_input_shift")  # how far patching moves a propagated layer's inputs
+
+
 def total_figures(tensors: list[dict[str, Any]]) -> dict[str, Any]:
     """Entries, shares and errors over the patched tensors.
 
@@ -86,6 +89,7 @@ def total_figures(tensors: list[dict[str, Any]]) -> dict[str, Any]:
     numel, kept = int(total("numel")), int(total("kept"))
     scored = [t for t in patched if t.get("sensitivity_sum") is not None]
     drift = mean("drift")
+    propagated = [t for t in patched if t.get("propagated")]
     sensitivity = sum(t["sensitivity_sum"] for t in scored)
     return {
         "tensors_patched": len(patched),
@@ -100,6 +104,8 @@ def total_figures(tensors: list[dict[str, Any]]) -> dict[str, Any]:
         "error_before": mean("error_before"),
         "error_after": mean("error_after"),
         **({"drift": drift} if drift is not None else {}),  # with a retain term alone
+        **({"propagated": len(propagated)} if propagated else {}),
+        **{name: sum(t[name] for t in propagated) / len(propagated) for name in _SHIFTS if propagated},
         "largest_residual": max((t.get("residual", 0.0) for t in patched), default=0.0),
         "damped_further": [t["name"] for t in patched if t.get("damped_further")],
     }
@@ -219,6 +225,8 @@ def tensor_table(report: dict[str, Any], *, errors: bool) -> Table:
     title = f"{report['command']}: {_choice(report['options'])}"
     if "retain" in report["inputs"]:
         title += f", retain weight {report['options']['retain_weight']:g}"
+    if report["options"].get("propagate"):
+        title += ", propagated"
     drifts = errors and "drift" in report["totals"]
     table = Table(title=title)
     for column in (*_COLUMNS, *(("error before", "after") if errors else ()), *(("drift",) if drifts else ())):
@@ -271,7 +279,8 @@ def options_shown(report: dict[str, Any]) -> dict[str, Any]:
         }.get(method, ("method", "density", "damping"))
     weight = ("weight",) if options.get("weight", 1.0) != 1.0 else ()
     retained = ("retain_weight",) if "retain" in report["inputs"] else ()
-    return {key: options[key] for key in (*shown, *retained, *weight)}
+    propagated = ("propagate",) if options.get("propagate") else ()
+    return {key: options[key] for key in (*shown, *retained, *propagated, *weight)}
 
 
 def _tensor_row(tensor: dict[str, Any], errors: bool) -> list[str]:

@@ -187,7 +187,10 @@ class Stats:
         kept = self.manifest.get("samples")
         file = self.path / SAMPLES
         if kept is None:
-            raise no_samples(self.path)
+            raise StatsError(
+                f"{self.path} holds no samples, which propagation runs the models over",
+                "calibrate again, without --no-keep-samples; or pass --no-propagate",
+            )
         try:
             if file_digest(file) != kept["blake2b"]:
                 raise StatsError(f"{file} is not the one that {MANIFEST} names", _AGAIN)
@@ -212,14 +215,6 @@ class Stats:
     def close(self) -> None:
         """Close the file."""
         self._store.close()
-
-
-def no_samples(path: Path) -> StatsError:
-    """The error for statistics without the samples that they were made on."""
-    return StatsError(
-        f"{path} holds no samples, which propagation runs the models over",
-        "calibrate again, without --no-keep-samples; or pass --no-propagate",
-    )
 
 
 def prepare_folder(folder: Path, overwrite: bool) -> None:

@@ -60,16 +60,22 @@ class Setting:
     retained: bool = False
 
     @property
+    def chosen(self) -> PatchOptions:
+        """The options with a value for everything."""
+        return self.options.resolved(self.retained)
+
+    @property
     def family(self) -> str:
         """What it is compared as; the settings of a family make one frontier."""
-        if self.options.method != "tailor":
-            return self.options.method
-        return f"{self.options.solver}{', retained' if self.retained else ''}"
+        o = self.chosen
+        if o.method != "tailor":
+            return o.method
+        return f"{o.solver}{', propagated' if o.propagate else ', retained' if self.retained else ''}"
 
     @property
     def label(self) -> str:
         """The family with what distinguishes its settings."""
-        o = self.options
+        o = self.chosen
         if o.method == "interpolate":
             return f"interpolate {o.effective_weight:g}"
         parts = [self.family, f"density {o.density:g}"]
@@ -77,10 +83,8 @@ class Setting:
             parts.append(f"beta {o.retain_weight:g}")
         if o.method == "tailor" and o.omega != PatchOptions().omega:
             parts.append(f"omega {o.omega:g}")
-        if o.method == "tailor" and o.damping != PatchOptions().damping:
-            parts.append(f"damping {o.damping:g}")
-        if o.propagate:
-            parts.append("propagated")
+        if o.method == "tailor" and o.damping != PatchOptions().resolved(self.retained).damping:
+            parts.append(f"damping {o.effective_damping:g}")
         if o.effective_weight != 1.0:
             parts.append(f"weight {o.effective_weight:g}")
         return ", ".join(parts)
@@ -93,6 +97,7 @@ def settings_of(
     omegas: Sequence[float] = (0.5,),
     solvers: Sequence[Solver] = ("joint",),
     retain_weights: Sequence[float] = (),
+    dampings: Sequence[float | None] = (None,),
     methods: Sequence[PatchMethod] = (),
     weights: Sequence[float] = (),
 ) -> list[Setting]:
@@ -101,10 +106,21 @@ def settings_of(
     ``retain_weights`` are for the retained statistics; zero is without them. ``weights`` are the interpolation's.
     """
     found: list[Setting] = []
-    for density, omega, solver, beta in product(densities, omegas, solvers, retain_weights or (0.0,)):
-        changed = replace(options, density=density, omega=omega, solver=solver, retain_weight=beta)
+    for density, omega, solver, beta, damping in product(
+        densities, omegas, solvers, retain_weights or (0.0,), dampings
+    ):
+        changed = replace(
+            options,
+            density=density,
+            omega=omega,
+            solver=solver,
+            retain_weight=beta,
+            damping=damping,
+            propagate=options.propagate if beta > 0 and solver == "joint" else False,
+        )
         found.append(Setting(changed, retained=beta > 0))
     for method in methods:
+        options = replace(options, propagate=False)
         if method == "interpolate":
             found += [Setting(replace(options, method=method, weight=weight)) for weight in weights or (0.3, 0.5, 0.7)]
         elif method != "tailor":
@@ -305,7 +321,7 @@ class _Scorer:
     def patched(self, setting: Setting, base: PathLike, tuned: PathLike, inputs: dict[str, PathLike | None]) -> _Result:
         """A setting's model, which is written, evaluated and removed."""
         work = self.folder / _WORK
-        options = setting.options
+        options = setting.chosen
 
         def make() -> tuple[Path, float]:
             shutil.rmtree(work, ignore_errors=True)

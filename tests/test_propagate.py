@@ -1,14 +1,14 @@
 """Propagation: its equations against a direct float64 minimisation, and whole models against a re-implementation."""
 
 import json
-import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from families import make_family_pair
-from helpers import bits, broken_off, folder_digest, make_pair, read_tensors
+from helpers import bits, broken_off, folder_digest, make_pair, make_tokenizer, read_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -38,9 +38,8 @@ def pair(tmp_path_factory):
 
 
 def run(pair, output, options=PROPAGATED, **more):
-    return patch_checkpoint(
-        pair / "base", pair / "tuned", output, pair / "stats", options, retain=pair / "retain", **more
-    )
+    more = {"retain": pair / "retain"} | more
+    return patch_checkpoint(pair / "base", pair / "tuned", output, pair / "stats", options, **more)
 
 
 def moments_of(patched, unpatched):
@@ -142,8 +141,14 @@ def test_a_model_is_fitted_block_by_block_from_the_patched_blocks_before(pair, t
     }
     samples = {"tuned": Stats.open(pair / "stats").samples(), "base": Stats.open(pair / "retain").samples()}
     linear = [name for name, module in networks["base"].named_modules() if isinstance(module, torch.nn.Linear)]
-    blocks = [[name for name in linear if name.startswith(f"model.layers.{number}.")] for number in range(3)]
-    for names in (*blocks, ["lm_head"]):
+    assert len(linear) == 3 * 7 + 1
+    together = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+    stages = [
+        [name for name in linear if name.startswith(f"model.layers.{number}.") and name.endswith(ends)]
+        for number in range(3)
+        for ends in together
+    ]
+    for names in (*stages, ["lm_head"]):
         assert names
         references = {which: inputs_of(networks[which], samples[which], names) for which in samples}
         patched = {which: inputs_of(networks["patched"], samples[which], names) for which in samples}
@@ -229,3 +234,127 @@ def test_the_patch_file_gives_the_same_checkpoint(pair, tmp_path):
         expected = read_tensors(tmp_path / "out")
         for name, value in read_tensors(tmp_path / file).items():
             assert bits(value) == bits(expected[name])
+
+
+def propagate_by_command(pair, *more):
+    paths = (pair / "base", pair / "tuned", "--stats", pair / "stats", "--retain", pair / "retain")
+    return CliRunner().invoke(app, [str(part) for part in ("patch", *paths, "--propagate", *more)])
+
+
+def test_the_command_says_what_it_does_and_costs(pair, tmp_path):
+    dry = propagate_by_command(pair, "-o", tmp_path / "out", "--dry-run", "--json")
+    assert dry.exit_code == 0, dry.output
+    paths = (pair / "base", pair / "tuned", tmp_path / "plain", pair / "stats")
+    plain = plan_patch(*paths, PatchOptions(propagate=False), retain=pair / "retain")
+    with_runs = plan_patch(*paths, PatchOptions(propagate=True), retain=pair / "retain")
+    assert json.loads(dry.output)["read_bytes"] == with_runs.read_bytes > plain.read_bytes
+    assert with_runs.peak_bytes > plain.peak_bytes
+    result = propagate_by_command(pair, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "propagated" in result.output
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
+
+
+def test_without_a_retain_term_or_samples_it_says_what_to_do(pair, tmp_path):
+    common = (pair / "base", pair / "tuned", tmp_path / "out", pair / "stats")
+    for options, retain in ((PROPAGATED, None), (replace(PROPAGATED, retain_weight=0.0), pair / "retain")):
+        with pytest.raises(TailorError, match="needs the retain term"):
+            patch_checkpoint(*common, options, retain=retain)
+    bare = CalibrateOptions(keep_samples=False)
+    calibrate_model(pair / "base", pair / "data.jsonl", tmp_path / "bare", bare)
+    assert not (tmp_path / "bare" / SAMPLES).exists()
+    with pytest.raises(TailorError, match="holds no samples") as raised:
+        patch_checkpoint(*common, PROPAGATED, retain=tmp_path / "bare")
+    assert "--no-propagate" in raised.value.hint
+    patch_checkpoint(*common, replace(PROPAGATED, propagate=False), retain=tmp_path / "bare")
+    for changed in ({"solver": "none"}, {"weight": 0.5}, {"method": "dare"}):
+        with pytest.raises(TailorError, match="propagate is for the method tailor"):
+            replace(PROPAGATED, **changed)
+
+
+def test_samples_that_are_not_the_manifests_are_refused(pair, tmp_path):
+    copied = tmp_path / "copied"
+    shutil.copytree(pair / "retain", copied)
+    samples = Stats.open(copied).samples()
+    assert len(samples) == 8
+    assert all(inputs["input_ids"].shape == (1, 12) for inputs in samples)
+    (copied / SAMPLES).write_bytes(b"\0" * 100)
+    with pytest.raises(TailorError, match=f"{SAMPLES} is not the one"):
+        run(pair, tmp_path / "out", retain=copied)
+    (copied / SAMPLES).unlink()
+    with pytest.raises(TailorError, match="cannot read the samples"):
+        run(pair, tmp_path / "out", retain=copied)
+
+
+def test_a_second_calibration_without_samples_takes_the_old_ones_away(pair, tmp_path):
+    few = CalibrateOptions(num_samples=3)
+    calibrate_model(pair / "base", pair / "data.jsonl", tmp_path / "stats", few)
+    assert len(Stats.open(tmp_path / "stats").samples()) == 3
+    calibrate_model(
+        pair / "base", pair / "data.jsonl", tmp_path / "stats", replace(few, keep_samples=False, overwrite=True)
+    )
+    assert not Stats.open(tmp_path / "stats").has_samples
+    assert sorted(file.name for file in (tmp_path / "stats").iterdir()) == ["hessians.safetensors", "manifest.json"]
+
+
+# Propagated and plain layers of each: Conv1D; pictures and a projector; experts of a list, and fused ones; an encoder.
+KINDS = {
+    "gpt2": (4 * 2, ()),
+    "llava": (None, ("vision_tower", "multi_modal_projector", "language_model")),
+    "mixtral": (None, ("self_attn",)),
+    "qwen2.5-vl": (None, ("visual.blocks", "model.layers")),
+    "t5": (None, ("encoder", "decoder")),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_families_are_propagated_as_far_as_their_inputs_can_be_told(tmp_path, kind):
+    count, reached = KINDS[kind]
+    make_pair(tmp_path, kind) if kind == "gpt2" else make_family_pair(tmp_path, kind)
+    for which in ("tuned", "base"):
+        calibrate_model(tmp_path / which, tmp_path / "data.jsonl", tmp_path / f"{which}-stats")
+    common = (tmp_path / "base", tmp_path / "tuned")
+    report = patch_checkpoint(
+        *(*common, tmp_path / "out", tmp_path / "tuned-stats", PROPAGATED), retain=tmp_path / "base-stats"
+    )
+    plain = patch_checkpoint(
+        *(*common, tmp_path / "plain", tmp_path / "tuned-stats", replace(PROPAGATED, propagate=False)),
+        retain=tmp_path / "base-stats",
+    )
+    fitted = [record["name"] for record in report.tensors if record.get("propagated")]
+    assert count is None or len(fitted) == count
+    for part in reached:
+        assert any(part in name for name in fitted), (part, fitted)
+    assert not any("expert" in name for name in fitted)
+    found, expected = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "plain")
+    changed = {name for name, value in found.items() if bits(value) != bits(expected[name])}
+    assert changed == set(fitted)
+    assert [r["name"] for r in report.tensors] == [r["name"] for r in plain.tensors]
+    assert [r["kept"] for r in report.tensors if "kept" in r] == [r["kept"] for r in plain.tensors if "kept" in r]
+
+
+def test_an_adapter_is_propagated_as_the_model_that_it_makes(tmp_path):
+    pytest.importorskip("peft")
+    from peft import LoraConfig, get_peft_model
+
+    make_pair(tmp_path)
+    torch.manual_seed(0)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    make_tokenizer().save_pretrained(tmp_path / "merged")
+    for name, base in (("adapter", tmp_path / "base"), ("merged", None)):
+        calibrate_model(tmp_path / name, tmp_path / "data.jsonl", tmp_path / f"{name}-stats", base=base)
+    calibrate_model(tmp_path / "base", tmp_path / "data.jsonl", tmp_path / "retain")
+    for name in ("adapter", "merged"):
+        patch_checkpoint(
+            *(tmp_path / "base", tmp_path / name, tmp_path / f"{name}-out", tmp_path / f"{name}-stats", PROPAGATED),
+            retain=tmp_path / "retain",
+        )
+    one, other = read_tensors(tmp_path / "adapter-out"), read_tensors(tmp_path / "merged-out")
+    for name, value in one.items():
+        agree = (value - other[name]).abs() < 1e-3 * (1 + value.abs())
+        assert float(agree.float().mean()) > 0.999, name

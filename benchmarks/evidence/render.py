@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.evidence.run import OWN_DATA
-from benchmarks.evidence.summary import BASELINES, PAPER, RETAINED, Group, lines_of
+from benchmarks.evidence.summary import BASELINES, PAPER, PROPAGATED, RETAINED, Group, lines_of
 from benchmarks.real.render import table
 from tailorcli.merit import Estimate, estimate
 
@@ -125,23 +125,23 @@ def _ranking(group: Group, title: str, family: str, label: str) -> str:
 def _nearest(group: Group) -> list[str]:
     """How much of the gain comes with 99% of the old, at densities below 1."""
     near = []
-    for family in (RETAINED, OWN_DATA):
+    for family in (PROPAGATED, RETAINED, OWN_DATA):
         points = [
             (label, group.share(family, label, "origin")[0], group.share(family, label, "target")[0])
             for of, label in group.labels
-            if of == family and not label.startswith(f"{RETAINED}, density 1,")
+            if of == family and ", density 1," not in label
         ]
         enough = [point for point in points if point[1] >= 99.0]
         if enough:
             label, old, new = max(enough, key=lambda point: point[2])
             near.append(
                 f"With at least 99% of the base's old performance, *{family}* keeps at most {new:.1f}% of the gain "
-                f"({label.removeprefix(RETAINED + ', ')}; old {old:.1f}%)."
+                f"({_settings(label)}; old {old:.1f}%)."
             )
         elif points:
             label, old, new = max(points, key=lambda point: point[1])
             near.append(
-                f"No setting of *{family}* below density 1 keeps 99% of the old; {label.removeprefix(RETAINED + ', ')} "
+                f"No setting of *{family}* below density 1 keeps 99% of the old; {_settings(label)} "
                 f"keeps {old:.1f}% and {new:.1f}% of the gain."
             )
     return near
@@ -153,11 +153,11 @@ def short_table(group: Group) -> str:
     rows = []
     for title, family, label in lines_of(group):
         shown = family in _SHORT_FAMILIES or label == PAPER or (family, label) in ours
-        if not shown and not (family == RETAINED and label == group.best(RETAINED)):
+        if not shown and not (family == PROPAGATED and label == group.best(PROPAGATED)):
             continue
         name = title
         if (family, label) in ours:
-            name = f"**density 0.1: {ours[family, label]}{'' if family != RETAINED else f' ({_beta(label)})'}**"
+            name = f"**density 0.1: {ours[family, label]}{'' if family != PROPAGATED else f' ({_beta(label)})'}**"
         h = estimate(group.mean(family, label, "h_score"))
         values = [f"{group.value(family, label, key):.1f}" for key in ("origin", "target")]
         rows.append([name, *values, f"{h.value:.1f}", _interval(h)])
@@ -165,7 +165,12 @@ def short_table(group: Group) -> str:
 
 
 def _beta(label: str) -> str:
-    return label.removeprefix(f"{RETAINED}, density 0.1, ")
+    return _settings(label).removeprefix("density 0.1, ")
+
+
+def _settings(label: str) -> str:
+    """A label of our families without the family."""
+    return label.removeprefix(f"{PROPAGATED}, ").removeprefix(f"{RETAINED}, ")
 
 
 def area_table(group: Group) -> str:

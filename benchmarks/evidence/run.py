@@ -15,9 +15,9 @@ from tailorcli.sweep import Point, Setting, SweepReport, run_sweep
 SAMPLES = 128
 SEQ_LEN = 256
 WRITTEN = "written"  # the task of going on as the base did
-PICKED = "joint, retained, density 0.1, beta picked on written samples"  # family and label
+PICKED = "joint, propagated, density 0.1, beta picked on written samples"  # family and label
 OWN_DATA = "retained on old samples"  # the family that a user has who kept some of the old data
-_OPTIONS = PatchOptions(overwrite=True, retain_weight=0.3)  # beta where a grid says none
+_OPTIONS = PatchOptions(overwrite=True)
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Grid:
     graft: tuple[float, ...]  # densities
     graft_steps: int
     plain: tuple[tuple[str, float, float], ...]  # solver, density, weight: the paper's method
-    retained: tuple[tuple[float, float], ...]  # density and beta
-    own_data: tuple[tuple[float, float], ...]  # likewise, with samples of the old tasks
+    propagated: tuple[tuple[float, float, float], ...]  # density, beta and damping
+    retained: tuple[tuple[float, float, float], ...]  # likewise, without propagation
+    own_data: tuple[tuple[float, float, float], ...]  # the same with samples of the old tasks
     omegas: tuple[float, ...] = ()  # of the paper's sweep and of the default, density 0.1
-    damped: tuple[tuple[float, float], ...] = ()  # beta and damping, density 0.1
 
     def settings(self) -> list[Setting]:
         """All but those of ``own_data``."""
@@ -46,14 +46,10 @@ class Grid:
             Setting(replace(_OPTIONS, solver=solver, density=density, weight=weight))  # type: ignore[arg-type]
             for solver, density, weight in self.plain
         ]
-        found += [_retained(*one) for one in self.retained]
-        found += [
-            Setting(replace(_OPTIONS, retain_weight=beta, damping=damping), retained=True)
-            for beta, damping in self.damped
-        ]
+        found += [_retained(*one, propagate=True) for one in self.propagated]
+        found += [_retained(*one, propagate=False) for one in self.retained]
         found += [Setting(replace(_OPTIONS, solver="sequential", omega=omega)) for omega in self.omegas]
-        beta = PatchOptions().retain_weight
-        found += [Setting(replace(_OPTIONS, omega=omega, retain_weight=beta), retained=True) for omega in self.omegas]
+        found += [Setting(replace(_OPTIONS, omega=omega), retained=True) for omega in self.omegas]
         return list(dict.fromkeys(found))
 
 
@@ -61,8 +57,9 @@ def _other(method: str, **values: float) -> Setting:
     return Setting(replace(_OPTIONS, method=method, **values))  # type: ignore[arg-type]
 
 
-def _retained(density: float, beta: float) -> Setting:
-    return Setting(replace(_OPTIONS, density=density, retain_weight=beta), retained=True)
+def _retained(density: float, beta: float, damping: float, *, propagate: bool) -> Setting:
+    changed = replace(_OPTIONS, density=density, retain_weight=beta, damping=damping, propagate=propagate)
+    return Setting(changed.resolved(True), retained=True)
 
 
 GRIDS = {
@@ -77,14 +74,19 @@ GRIDS = {
             *(("sequential", density, 1.0) for density in (0.02, 0.05, 0.1, 0.2, 0.5)),
             *(("joint", 0.05, 1.0), ("joint", 0.1, 1.0)),
         ),
-        retained=(
-            *((0.1, beta) for beta in (0.03, 0.1, 0.3, 1.0)),
-            *((density, 0.1) for density in (0.02, 0.05, 0.2, 0.3, 0.5, 1.0)),
-            *((0.3, 0.3), (1.0, 0.3), (1.0, 1.0)),
+        propagated=(
+            *((0.1, beta, 0.1) for beta in (0.03, 0.1, 0.3, 1.0)),
+            *((density, 0.3, 0.1) for density in (0.05, 0.2, 0.3, 0.5, 1.0)),
+            *((0.1, 0.3, 0.3), (1.0, 1.0, 0.1)),
         ),
-        own_data=((0.1, 0.1), (0.1, 0.3), (0.3, 0.3)),
-        omegas=(0.0, 0.25, 0.75, 1.0),  # 0.5 is there already
-        damped=((0.1, 0.3), (0.3, 0.3)),
+        retained=(
+            *((0.1, beta, 0.01) for beta in (0.03, 0.1, 0.3, 1.0)),
+            *((density, 0.1, 0.01) for density in (0.02, 0.05, 0.2, 0.3, 0.5, 1.0)),
+            *((0.3, 0.3, 0.01), (1.0, 0.3, 0.01), (1.0, 1.0, 0.01)),
+            *((0.1, beta, 0.3) for beta in (0.1, 0.3)),
+        ),
+        own_data=((0.1, 0.1, 0.01), (0.1, 0.3, 0.01), (0.3, 0.3, 0.01)),
+        omegas=(0.0, 1.0),  # 0.5 is there already
     ),
     "text": Grid(
         weights=(0.4, 0.5, 0.6, 0.7),
@@ -92,9 +94,10 @@ GRIDS = {
         magnitude=((0.1, 1.0), (0.3, 1.0)),
         graft=(0.1,),
         graft_steps=40,
-        plain=(("none", 0.1, 1.0), ("sequential", 0.1, 1.0), ("joint", 0.1, 1.0), ("joint", 0.02, 1.0)),
-        retained=((0.1, 0.1), (0.1, 0.3), (0.1, 1.0), (0.3, 0.3), (1.0, 1.0)),
-        own_data=((0.1, 0.3),),
+        plain=(("none", 0.1, 1.0), ("sequential", 0.1, 1.0), ("joint", 0.1, 1.0)),
+        propagated=((0.1, 0.3, 0.1), (0.3, 0.3, 0.1)),
+        retained=((0.1, 0.1, 0.01), (0.1, 0.3, 0.01)),
+        own_data=((0.1, 0.3, 0.01),),
     ),
     "multimodal": Grid(
         weights=(0.3, 0.4, 0.5, 0.6, 0.7),
@@ -103,9 +106,12 @@ GRIDS = {
         graft=(0.1,),
         graft_steps=40,
         plain=(("none", 0.1, 1.0), ("sequential", 0.1, 1.0), ("joint", 0.1, 1.0), ("joint", 0.02, 1.0)),
-        retained=(*((0.1, beta) for beta in (0.1, 0.3, 1.0, 3.0, 10.0)), (0.3, 1.0), (0.3, 3.0)),
-        own_data=((0.1, 0.3), (0.1, 1.0), (0.1, 3.0)),
-        damped=((3.0, 0.3),),
+        propagated=((0.1, 0.1, 0.1), (0.1, 0.3, 0.1), (0.1, 1.0, 0.1), (0.3, 0.3, 0.1)),
+        retained=(
+            *((0.1, beta, 0.01) for beta in (0.1, 0.3, 1.0, 3.0, 10.0)),
+            *((0.3, 1.0, 0.01), (0.3, 3.0, 0.01), (0.1, 3.0, 0.3)),
+        ),
+        own_data=((0.1, 0.3, 0.01), (0.1, 1.0, 0.01), (0.1, 3.0, 0.01)),
     ),
 }
 
@@ -144,7 +150,7 @@ def run_pair(pair: Pair, grid: Grid, folder: Path) -> Outcome:
 
     settings = grid.settings()
     others = sweep([one for one in settings if not one.retained], specs, None)
-    of_old = sweep([_retained(*one) for one in grid.own_data], specs, own)
+    of_old = sweep([_retained(*one, propagate=False) for one in grid.own_data], specs, own)
     ours = sweep([one for one in settings if one.retained], with_written, written)
     points = [*others.points, *ours.points[2:]]
     extra = [replace(point, family=OWN_DATA) for point in of_old.points[2:]]
@@ -156,10 +162,10 @@ def _picked(points: Sequence[Point]) -> list[Point]:
 
     So beta is picked without any data of the old tasks.
     """
-    default = PatchOptions().to_dict()
-    held = ("density", "omega", "damping")
+    default = PatchOptions().resolved(True).to_dict()
+    held = ("density", "omega", "damping", "propagate")
     found = [p for p in points if p.options and all(p.options[name] == default[name] for name in held)]
-    if not found:
+    if len(found) < 2:
         return []
     best = max(found, key=lambda point: h_score(point.at("test", WRITTEN), point.at("validation", "target")))
     return [replace(best, family=PICKED, label=PICKED)]
@@ -174,7 +180,7 @@ def _stats(folder: Path, model: Path, data: Path | None, length: int = SEQ_LEN, 
         found = Stats.open(folder)
         found.close()
         with Checkpoint.open(model) as checkpoint:
-            fits = found.model_fingerprint == checkpoint.fingerprint()
+            fits = found.model_fingerprint == checkpoint.fingerprint() and found.has_samples
     except TailorError:
         fits = False
     if not fits or (held_out is not None and not held_out.exists()):

@@ -13,13 +13,13 @@ from tailorcli.merit import Array, Estimate, estimate, frontier
 from tailorcli.options import PatchOptions
 from tailorcli.sweep import Point, Setting, area_figure, members_of
 
-RETAINED = "joint, retained"
+PROPAGATED, RETAINED = "joint, propagated", "joint, retained"
 DEFAULT = Setting(PatchOptions(overwrite=True), retained=True).label
 PAPER = "sequential, density 0.1"
 BASELINES = ("interpolate", "dare", "magnitude", "graft", "tailor-released")
 # What a curve over one option holds fixed of the others, at the values of the default and of the paper.
 _ALIKE = ("density", "omega", "weight", "damping")
-HELD = {"sequential": _ALIKE, RETAINED: (*_ALIKE, "retain_weight")}
+HELD = {"sequential": _ALIKE, PROPAGATED: (*_ALIKE, "retain_weight")}
 SHORTEST = 3  # points of a curve
 
 
@@ -95,12 +95,12 @@ class Group:
 
     def ours(self) -> list[tuple[str, str, str]]:
         """(title, family, label) of our settings at density 0.1: the default, and beta picked in two ways."""
-        found = [("default", RETAINED, DEFAULT)]
+        found = [("default", PROPAGATED, DEFAULT)]
         if (PICKED, PICKED) in self.labels:
             found.append(("beta picked on written samples", PICKED, PICKED))
-        label = self.best(RETAINED, at_tenth)
+        label = self.best(PROPAGATED, at_tenth)
         if label is not None and label != DEFAULT:
-            found.append(("picked on validation data", RETAINED, label))
+            found.append(("picked on validation data", PROPAGATED, label))
         return found
 
 
@@ -130,10 +130,10 @@ def lines_of(group: Group) -> list[tuple[str, str, str]]:
         label = group.best(family)
         if label is not None and label != f"{family}, density 0.1":
             lines.append((label, family, label))
-    lines.append((f"{DEFAULT} (default)", RETAINED, DEFAULT))
+    lines.append((f"{DEFAULT} (default)", PROPAGATED, DEFAULT))
     if (PICKED, PICKED) in group.labels:
         lines.append((PICKED, PICKED, PICKED))
-    for family in (RETAINED, OWN_DATA):
+    for family in (PROPAGATED, RETAINED, OWN_DATA):
         for rule in (at_tenth, lambda label: True):
             label = group.best(family, rule)
             if label is not None and all(line[1:] != (family, label) for line in lines):
@@ -158,10 +158,10 @@ class Curve:
 
 def curves_of(group: Group) -> list[Curve]:
     """The curves of the paper's sweep and of the default that have at least three points."""
-    defaults = PatchOptions().to_dict()
     curves = []
     for option in ("density", "omega"):
         for family, held in HELD.items():
+            defaults = PatchOptions().resolved(family == PROPAGATED).to_dict()
             fixed = {name: defaults[name] for name in held if name != option}
             found = sorted(
                 (float(p.options[option]), p.label)

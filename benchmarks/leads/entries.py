@@ -11,7 +11,7 @@ from benchmarks.real.render import table
 
 VARIANTS = (
     Variant("without a retain term", beta=0.0),
-    Variant("as `patch` does it"),
+    Variant("with one: beta 0.1, damping 0.01"),
     Variant("beta 0.3", beta=0.3),
     Variant("embeddings left at base", at_base=("embed_tokens",)),
     Variant("norms left at base", at_base=("norm",)),

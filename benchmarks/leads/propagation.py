@@ -6,6 +6,7 @@ X'_r likewise on samples that the base wrote, in the base, the kept entries mini
     ||(W_base + d) X' - W_tuned X||^2 + beta s ||(W_base + d) X'_r - W_base X_r||^2 .
 
 Left side A = H' + beta s H'_r; right side delta H' + W_tuned (C - H') + beta s W_base (C_r - H'_r), C = (2/N) X X'^T.
+This is a plain reading of what ``tailorcli.propagate`` does, with variants of it.
 """
 
 from __future__ import annotations
@@ -25,12 +26,18 @@ from benchmarks.leads.render import figure_cells, header_of
 from benchmarks.real.render import table
 from tailorcli.core.solvers import solve_on_mask
 
-NEAR_PLAIN = "unpatched targets, near the plain patch"  # damping pulls towards what `patch` does
+NEAR_PLAIN = "unpatched targets, near the plain patch"  # damping pulls towards the plain patch: what `patch` does
+AT_ONCE = "the same, all layers of a block from one run"
 RUNS = {  # density, beta and damping -> ways
     (0.1, 0.1, 0.01): ("patched inputs", "unpatched targets"),
-    (0.1, 0.3, 0.1): ("unpatched targets", NEAR_PLAIN),
+    (0.1, 0.1, 0.1): (NEAR_PLAIN,),
+    (0.1, 0.3, 0.03): (NEAR_PLAIN,),
+    (0.1, 0.3, 0.1): ("unpatched targets", NEAR_PLAIN, AT_ONCE),
+    (0.1, 0.3, 0.3): (NEAR_PLAIN,),
+    (0.1, 1.0, 0.1): (NEAR_PLAIN,),
     (1.0, 0.3, 0.01): ("patched inputs", "unpatched targets"),
 }
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
 @dataclass
@@ -79,7 +86,7 @@ class Fit:
         target = delta @ new.hessian
         if self.way != "patched inputs":
             target += (base + delta) @ new.drift + share * (base @ old.drift)
-        if self.way == NEAR_PLAIN:
+        if self.way in (NEAR_PLAIN, AT_ONCE):
             target += amount * self.plain[name]
         else:  # as in `patch`: towards delta by the part of the new data, towards nothing by the other
             target += self.damping * mean_new * delta
@@ -104,15 +111,23 @@ def propagate(bench: Bench, variant: Variant, way: str) -> Changes:
     streams = [_stream(tuned, model, bench.new_texts[0]), _stream(base, model, bench.written[0])]
     changes = dict(plain)
 
-    def refit(layers: Sequence[str], inputs: Callable[[Stream], tuple[Tensor, Tensor]]) -> None:
-        both = [moments(*inputs(stream)) for stream in streams]
+    def refit(layers: Sequence[str], inputs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        both = [moments(*pair) for pair in inputs]
         for name in layers:
             changes[name] = fit.change(name, *both)
             model.get_parameter(name).copy_(bench.start[name] + changes[name])
 
-    for number in range(len(model.model.layers)):
-        _block(number, model, streams, refit)
-    refit(["lm_head.weight"], lambda s: (s.reference.model.norm(s.state), model.model.norm(s.patched)))
+    for number, block in enumerate(model.model.layers):
+        names = [[n for n, _ in block.named_parameters() if n.split(".")[-2] in group] for group in GROUPS]
+        for step in range(len(GROUPS)):
+            if step == 0 or way != AT_ONCE:
+                runs = [_through(stream, model, number) for stream in streams]
+            pairs = [(reference[step], patched[step]) for reference, patched in runs]
+            refit([f"model.layers.{number}.{name}" for name in names[step]], pairs)
+        for stream in streams:
+            stream.state, stream.patched = (seen[-1] for seen in _through(stream, model, number))
+    heads = [(stream.reference.model.norm(stream.state), model.model.norm(stream.patched)) for stream in streams]
+    refit(["lm_head.weight"], heads)
     return changes
 
 
@@ -122,51 +137,28 @@ def _stream(reference: LlamaForCausalLM, model: LlamaForCausalLM, ids: Tensor) -
     return Stream(reference, state, model.model.embed_tokens(ids), reference.model.rotary_emb(state, places))
 
 
-Refit = Callable[[Sequence[str], Callable[[Stream], tuple[Tensor, Tensor]]], None]
+def _through(stream: Stream, model: LlamaForCausalLM, number: int) -> tuple[list[Tensor], list[Tensor]]:
+    """What goes into each group of a block's layers and what comes out of it, unpatched and patched."""
+    both = ((stream.reference, stream.state), (model, stream.patched))
+    first, second = (_run(network.model.layers[number], x, stream.rotary) for network, x in both)
+    return first, second
 
 
-def _block(number: int, model: LlamaForCausalLM, streams: list[Stream], refit: Refit) -> None:
-    """Fit a block's layers in the order in which they run, and take the streams through it."""
-    prefix = f"model.layers.{number}"
+def _run(block: Any, x: Tensor, rotary: tuple[Tensor, Tensor]) -> list[Tensor]:
+    seen: dict[str, Tensor] = {}
+    firsts = {"attention": block.self_attn.q_proj, "o": block.self_attn.o_proj}
+    firsts |= {"mlp": block.mlp.gate_proj, "down": block.mlp.down_proj}
 
-    def inputs(stage: Callable[[Any, Tensor, Stream], Tensor]) -> Callable[[Stream], tuple[Tensor, Tensor]]:
-        return lambda s: (
-            stage(s.reference.model.layers[number], s.state, s),
-            stage(model.model.layers[number], s.patched, s),
-        )
+    def note(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
+        return lambda _, args: seen.update({name: args[0]})
 
-    refit([f"{prefix}.self_attn.{kind}_proj.weight" for kind in "qkv"], inputs(lambda b, x, s: b.input_layernorm(x)))
-    attended = {id(stream): inputs(_attended)(stream) for stream in streams}
-    refit([f"{prefix}.self_attn.o_proj.weight"], lambda s: attended[id(s)])
-    for stream in streams:
-        pairs = zip((stream.reference, model), (stream.state, stream.patched), attended[id(stream)], strict=True)
-        stream.state, stream.patched = (x + net.model.layers[number].self_attn.o_proj(z) for net, x, z in pairs)
-    wide = [f"{prefix}.mlp.{kind}_proj.weight" for kind in ("gate", "up")]
-    refit(wide, inputs(lambda b, x, s: b.post_attention_layernorm(x)))
-    gated = {id(stream): inputs(_gated)(stream) for stream in streams}
-    refit([f"{prefix}.mlp.down_proj.weight"], lambda s: gated[id(s)])
-    for stream in streams:
-        pairs = zip((stream.reference, model), (stream.state, stream.patched), gated[id(stream)], strict=True)
-        stream.state, stream.patched = (x + net.model.layers[number].mlp.down_proj(z) for net, x, z in pairs)
-
-
-def _attended(block: Any, x: Tensor, stream: Stream) -> Tensor:
-    """What goes into o_proj."""
-    x, rotary = block.input_layernorm(x), stream.rotary
-    seen: list[Tensor] = []
-    handle = block.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in firsts.items()]
     try:
-        block.self_attn(hidden_states=x, position_embeddings=rotary)
+        out = block(x, position_embeddings=rotary)
     finally:
-        handle.remove()
-    return seen[0]
-
-
-def _gated(block: Any, x: Tensor, stream: Stream) -> Tensor:
-    """What goes into down_proj."""
-    mlp, inputs = block.mlp, block.post_attention_layernorm(x)
-    gated: Tensor = mlp.act_fn(mlp.gate_proj(inputs)) * mlp.up_proj(inputs)
-    return gated
+        for handle in handles:
+            handle.remove()
+    return [*seen.values(), out if isinstance(out, Tensor) else out[0]]
 
 
 def propagated(bench: Bench, variant: Variant, way: str) -> Figures:

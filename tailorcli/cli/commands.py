@@ -31,10 +31,12 @@ from tailorcli.cli.options import (
     Omega,
     OutFolder,
     Overwrite,
+    OwnDamping,
     OwnDensity,
     OwnOmega,
     PatchIn,
     PatchOut,
+    Propagate,
     ResizedVocab,
     Resume,
     RetainIn,
@@ -148,6 +150,9 @@ def calibrate(
     blockwise: Annotated[
         str, typer.Option(help="Load one block of the model at a time: always, never; auto: if it does not fit.")
     ] = "auto",
+    keep_samples: Annotated[
+        bool, typer.Option("--keep-samples/--no-keep-samples", help="Keep the samples in STATS, for patch --propagate.")
+    ] = True,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -174,6 +179,7 @@ def calibrate(
         blockwise=blockwise,  # type: ignore[arg-type]
         overwrite=overwrite,
         synthetic=synthetic,
+        keep_samples=keep_samples,
     )
     report = calibrate_model(
         model,
@@ -208,10 +214,10 @@ def score(
     tuned: Tuned,
     stats: StatsIn = None,
     retain: RetainIn = None,
-    retain_weight: RetainWeight = 0.1,
+    retain_weight: RetainWeight = 0.3,
     density: Density = 0.1,
     omega: Omega = 0.5,
-    damping: Damping = 0.01,
+    damping: OwnDamping = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="REPORT.json", help="Also write the report here.")
     ] = None,
@@ -259,7 +265,8 @@ def patch(
     patch_file: PatchOut = None,
     stats: StatsIn = None,
     retain: RetainIn = None,
-    retain_weight: RetainWeight = 0.1,
+    retain_weight: RetainWeight = 0.3,
+    propagate: Propagate = None,
     density: OwnDensity = None,
     omega: OwnOmega = None,
     solver: Annotated[
@@ -268,9 +275,7 @@ def patch(
     preset: Annotated[
         str | None, typer.Option(help="paper: density, omega, solver, damping and block size of the paper.")
     ] = None,
-    damping: Annotated[
-        float | None, typer.Option(help="Added to the Hessian's diagonal, times its mean. Default 0.01.")
-    ] = None,
+    damping: OwnDamping = None,
     block_size: Annotated[
         int | None, typer.Option(help="Columns per block of the sequential solver. Default 128.")
     ] = None,
@@ -320,6 +325,7 @@ def patch(
     options = PatchOptions(
         **with_preset(preset, **own),
         retain_weight=retain_weight,
+        propagate=propagate,
         tolerance=tolerance,
         max_iterations=max_iterations,
         method=method,  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tailorcli.cli.commands import app, friendly_errors
-from tailorcli.cli.options import AsJson, Base, Device, RetainIn, StatsIn, Tuned
+from tailorcli.cli.options import AsJson, Base, Device, Propagate, RetainIn, StatsIn, Tuned
 from tailorcli.cli.output import print_json, print_rich
 from tailorcli.options import EvaluateOptions, PatchOptions
 
@@ -145,6 +145,8 @@ def sweep(
     retain_weight: Annotated[
         list[float] | None, typer.Option(help="Of --retain, repeatable; 0 is without it; the default of patch without.")
     ] = None,
+    damping: Annotated[list[float] | None, typer.Option(help="Repeatable; the default of patch without.")] = None,
+    propagate: Propagate = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -176,11 +178,12 @@ def sweep(
     defaults = PatchOptions()
     betas = retain_weight if retain_weight else [defaults.retain_weight] if retain is not None else []
     settings = settings_of(
-        PatchOptions(device=device, overwrite=True),
+        PatchOptions(device=device, overwrite=True, propagate=propagate),
         densities=density or [defaults.density],
         omegas=omega or [defaults.omega],
         solvers=solver or [defaults.solver],  # type: ignore[arg-type]  # checked by the dataclass
         retain_weights=betas,
+        dampings=damping or [None],
         methods=method or [],  # type: ignore[arg-type]
         weights=weight or [],
     )

@@ -18,6 +18,14 @@ RetainIn = Annotated[
     typer.Option("--retain", metavar="STATS", help="Statistics of BASE (calibrate BASE --synthetic): what to keep."),
 ]
 RetainWeight = Annotated[float, typer.Option(help="Weight of what --retain keeps against the new task.")]
+Propagate = Annotated[
+    bool | None,
+    typer.Option(
+        "--propagate/--no-propagate",
+        help="Fit each layer behind the patched ones: runs the models. Default with --retain.",
+        show_default=False,
+    ),
+]
 Density = Annotated[float, typer.Option(help="Fraction of each tensor's entries to keep from TUNED, 0 to 1.")]
 Omega = Annotated[float, typer.Option(help="Weight of salience |dW| against sensitivity in the score, 0 to 1.")]
 OwnDensity = Annotated[
@@ -27,6 +35,10 @@ OwnOmega = Annotated[
     float | None, typer.Option(help="Weight of salience |dW| against sensitivity in the score. Default 0.5.")
 ]
 Damping = Annotated[float, typer.Option(help="Added to the Hessian's diagonal, as a multiple of its mean.")]
+OwnDamping = Annotated[
+    float | None,
+    typer.Option(help="Added to the Hessian's diagonal, times its mean. Default 0.01, with --retain 0.1."),
+]
 Tolerance = Annotated[float, typer.Option(help="Relative residual at which the joint solver stops.")]
 MaxIterations = Annotated[int, typer.Option(help="Cap on the joint solver's iterations.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

@@ -68,7 +68,8 @@ def cost(plan: Plan, output: Path | None, patch_file: Path | None) -> str:
     if patch_file is not None:
         writes.append(f"at most {format_bytes(plan.patch_bytes)} to {patch_file}")
     retained = sum(bool(tensor.retain) for tensor in plan.patched)
-    term = f" ({retained} with the retain term)" if retained else ""
+    how = ", propagated: three models run block by block" if plan.propagates else ""
+    term = f" ({retained} with the retain term{how})" if retained else ""
     return (
         f"patching {len(plan.patched)} tensors{term}, leaving {len(plan.left_at_base)} at base: "
         f"{format_bytes(plan.read_bytes)} to read, to write {' and '.join(writes)}, "
@@ -135,6 +136,12 @@ def show_summary(report: dict[str, Any]) -> None:
         typer.echo(
             f"mean drift on the retained data: {format_share(totals['drift'])} of the tuned model's (0% is the base; "
             f"retain weight {report['options']['retain_weight']:g})"
+        )
+    if "propagated" in totals:
+        typer.echo(
+            f"propagated: {totals['propagated']} layers fitted again from the patched model's inputs, which patching "
+            f"moves by {format_share(totals['input_shift'])} of their energy on the new task, "
+            f"{format_share(totals['retained_input_shift'])} on the retained data"
         )
     if totals["damped_further"]:
         typer.echo(f"damped further than asked: {', '.join(totals['damped_further'])}", err=True)
