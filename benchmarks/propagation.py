@@ -63,11 +63,11 @@ of test text a task. At density 1 all three are the tuned model: every entry is 
 {table}
 
 So without a retain term `patch` does not propagate. Patched inputs change nothing. Unpatched targets ask the kept
-entries to undo a drift that comes from W, not from the fine-tune's delta: each layer's own objective falls by half, but its entries move
-several times as far from the base as fine-tuning moved the whole layer (3 to 11 times in the first three blocks, at
-density 0.1), and what that breaks on all other inputs adds up from block to block. Damping pulls towards delta, and
-0.01 of the mean diagonal is too little for that; stronger damping was not tried. With a retain term, which holds the
-weights near the base where it matters, it is [another thing](method.md#propagation).
+entries to undo a drift that comes from W, not from the fine-tune's delta: each layer's own objective falls by half,
+but its entries move several times as far from the base as fine-tuning moved the whole layer (3 to 11 times in the
+first three blocks, at density 0.1), and what that breaks on all other inputs adds up from block to block. Damping
+pulls towards delta, and 0.01 of the mean diagonal is too little for that; stronger damping was not tried. With a
+retain term, which holds the weights near the base where it matters, it is [another thing](method.md#propagation).
 """
 
 

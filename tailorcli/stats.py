@@ -189,7 +189,7 @@ class Stats:
         if kept is None:
             raise StatsError(
                 f"{self.path} holds no samples, which propagation runs the models over",
-                "calibrate again, without --no-keep-samples; or pass --no-propagate",
+                "calibrate again, without --no-samples; or pass --no-propagate",
             )
         try:
             if file_digest(file) != kept["blake2b"]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from tailorcli import CalibrateOptions, Checkpoint, Stats, TailorError, calibrate_model
 from tailorcli.blocks import Lockstep, Spill, find_blocks
+from tailorcli.stats import HESSIANS, MANIFEST, SAMPLES
 
 STREAMED = CalibrateOptions(blockwise="always", batch_size=4)
 
@@ -86,7 +87,7 @@ def test_hidden_states_can_wait_in_files(pair, tmp_path, monkeypatch):
     monkeypatch.setattr("tailorcli.passes.HIDDEN_SHARE", 0.0)
     calibrate_model(pair / "tuned", pair / "data.jsonl", tmp_path / "stats", STREAMED)
     assert len(files) >= 4 * 10  # blocks, lanes
-    assert sorted(path.name for path in (tmp_path / "stats").iterdir()) == ["hessians.safetensors", "manifest.json"]
+    assert sorted(path.name for path in (tmp_path / "stats").iterdir()) == [HESSIANS, MANIFEST, SAMPLES]
     same_statistics(tmp_path / "stats", pair / "stats")
 
 

@@ -23,7 +23,7 @@ def point(setting, old, new, label=None):
     parts = {"test": of_part, "validation": of_part}
     if setting is None:
         return Point(label, label, None, parts, {}, 0.0)
-    return Point(f"point {hash(setting)}", setting.family, setting.options.to_dict(), parts, {}, 1.0)
+    return Point(f"point {hash(setting)}", setting.family, setting.chosen.to_dict(), parts, {}, 1.0)
 
 
 def setting_of(retained=False, **options):
@@ -48,7 +48,7 @@ def test_our_settings_stand_against_each_method_at_its_best():
         setting_of(method="interpolate", weight=0.7): (40.0, 55.0),
         setting_of(method="graft"): (56.0, 52.0),
         setting_of(solver="sequential"): (55.0, 45.0),
-        setting_of(True, retain_weight=0.1): (45.0, 55.0),
+        setting_of(True, retain_weight=0.3): (45.0, 55.0),
         setting_of(True, retain_weight=1.0): (58.0, 53.0),
         setting_of(True, retain_weight=1.0, density=0.5): (59.0, 58.0),
     }
@@ -69,10 +69,10 @@ def test_our_settings_stand_against_each_method_at_its_best():
     lines = [line.split(" | ")[0].removeprefix("| ") for line in short.splitlines()[2:]]
     assert lines == [
         *("base", "tuned", "interpolate 0.5", "graft, density 0.1", "sequential, density 0.1 (the paper)"),
-        "**density 0.1: default (beta 0.1)**",
+        "**density 0.1: default (beta 0.3)**",
         "**density 0.1: beta picked on written samples**",
         "**density 0.1: picked on validation data (beta 1)**",
-        "joint, retained, density 0.5, beta 1",
+        "joint, propagated, density 0.5, beta 1",
     ]
     assert "minus | default | 95% | each seed | beta picked on written samples" in render.difference_table(group)
 
@@ -87,7 +87,8 @@ def test_curves_are_found_by_the_options_and_averaged_over_the_seeds():
             setting_of(solver="sequential", density=0.3, omega=0.1),
             setting_of(solver="sequential", density=0.4, weight=0.5),
         ),
-        *(setting_of(True, retain_weight=0.3), setting_of(True, omega=0.2, retain_weight=0.3)),
+        *(setting_of(True, retain_weight=0.1), setting_of(True, omega=0.2, retain_weight=0.1)),
+        setting_of(True, omega=0.3, propagate=False),
         *(setting_of(density=0.2), setting_of(method="magnitude", density=0.2)),
     ]
     settings = [*DENSITIES, *OMEGAS, *other]
@@ -103,7 +104,7 @@ def test_curves_are_found_by_the_options_and_averaged_over_the_seeds():
     assert along_density.figures["origin"] == (42.0, 43.0, 41.0)
     assert along_density.figures["target"] == (32.0, 33.0, 31.0)
     assert along_density.best == 1
-    assert (along_omega.family, along_omega.option) == (summary.RETAINED, "omega")
+    assert (along_omega.family, along_omega.option) == (summary.PROPAGATED, "omega")
     assert along_omega.values == (0.0, 0.5, 1.0)
     assert along_omega.figures["origin"] == (45.0, 46.0, 44.0)
 
@@ -121,9 +122,9 @@ def test_the_quick_grid_has_all_four_curves():
     points = [point(s, 40.0, 30.0) for s in run.GRIDS["quick"].settings()]
     curves = {(c.family, c.option): c.values for c in summary.curves_of(group_of(points))}
     assert len(curves) == 4
-    for family in ("sequential", summary.RETAINED):
-        assert {0.02, 0.05, 0.1, 0.2, 0.5} <= set(curves[family, "density"])
-        assert curves[family, "omega"] == (0.0, 0.25, 0.5, 0.75, 1.0)
+    for family in ("sequential", summary.PROPAGATED):
+        assert {0.05, 0.1} < set(curves[family, "density"])
+        assert curves[family, "omega"] == (0.0, 0.5, 1.0)
     labels = [setting.label for setting in run.GRIDS["quick"].settings()]
     assert len(set(labels)) == len(labels)
     assert {summary.DEFAULT, summary.PAPER} <= set(labels)
@@ -137,8 +138,8 @@ def test_the_density_and_omega_picture_says_what_is_seen(tmp_path):
     assert (tmp_path / "density-omega-quick-new.png").read_bytes().startswith(b"\x89PNG")
     assert "(density-omega-quick-new.png)" in text
     assert "at density 0.1 with *sequential* (49.0, lowest 34.9)" in text
-    assert "at omega 0 with *joint, retained* (47.9, lowest 47.7)" in text
-    assert "+2.0 and -2.0 with *joint, retained*" in text
+    assert "at omega 0 with *joint, propagated* (47.9, lowest 47.7)" in text
+    assert "+2.0 and -2.0 with *joint, propagated*" in text
 
 
 def made_report(layers):
@@ -181,7 +182,8 @@ REDUCED = {"HIDDEN": 128, "INTERMEDIATE": 344, "LAYERS": 2, "HEADS": 4} | {
 }
 NO_FURTHER = {"dare": (), "magnitude": (), "graft": (), "graft_steps": 0, "own_data": ()}
 PLAIN = tuple((solver, 0.1, 1.0) for solver in ("none", "sequential", "joint"))
-GRID = run.Grid(weights=(0.5,), plain=PLAIN, retained=((0.1, 0.1),), **NO_FURTHER)
+OURS = {"propagated": ((0.1, 0.3, 0.1),), "retained": ((0.1, 0.3, 0.1),)}
+GRID = run.Grid(weights=(0.5,), plain=PLAIN, **OURS, **NO_FURTHER)
 
 
 def test_quick_in_a_reduced_form(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from torch import nn
 
 from tailorcli import CalibrateOptions, Stats, TailorError, calibrate_model
 from tailorcli.blocks import Lockstep, Spill
-from tailorcli.stats import HESSIANS, MANIFEST, prepare_folder
+from tailorcli.stats import HESSIANS, MANIFEST, SAMPLES, prepare_folder
 
 
 def test_a_lane_that_is_stopped_while_it_runs_ends_at_its_next_block():
@@ -62,7 +62,7 @@ def test_a_run_that_was_given_up_leaves_the_folder_as_it_was(tmp_path, monkeypat
     options = CalibrateOptions(blockwise="always", overwrite=True)
     with pytest.raises(KeyboardInterrupt):
         calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats", options)
-    assert {path.name for path in (folder / "stats").iterdir()} == {HESSIANS, MANIFEST}
+    assert {path.name for path in (folder / "stats").iterdir()} == {HESSIANS, MANIFEST, SAMPLES}
     assert Stats.open(folder / "stats").fingerprint() == before
 
 

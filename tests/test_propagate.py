@@ -238,7 +238,7 @@ def test_the_patch_file_gives_the_same_checkpoint(pair, tmp_path):
 
 def propagate_by_command(pair, *more):
     paths = (pair / "base", pair / "tuned", "--stats", pair / "stats", "--retain", pair / "retain")
-    return CliRunner().invoke(app, [str(part) for part in ("patch", *paths, "--propagate", *more)])
+    return CliRunner().invoke(app, [str(part) for part in ("patch", *paths, *more)])
 
 
 def test_the_command_says_what_it_does_and_costs(pair, tmp_path):

@@ -28,7 +28,7 @@ from tailorcli.core.figures import drift, measure
 from tailorcli.core.hessian import prepare
 from tailorcli.core.retain import prepare_retaining, retain_scale, retained_goal
 from tailorcli.options import CalibrateOptions
-from tailorcli.stats import Stats
+from tailorcli.stats import HESSIANS, Stats
 from tailorcli.writer import CheckpointWriter
 
 SIZES = st.integers(1, 24)
@@ -324,7 +324,7 @@ def test_every_tensor_of_a_checkpoint_is_the_minimum(kind, request, tmp_path):
         request.getfixturevalue(f"{kind}_pair"),
         request.getfixturevalue("retained" if kind == "llama" else "gpt2_retained"),
     )
-    options = PatchOptions(retain_weight=0.7, tolerance=1e-6)
+    options = PatchOptions(retain_weight=0.7, damping=0.01, tolerance=1e-6, propagate=False)
     report = patch_checkpoint(
         pair / "base",
         pair / "tuned",
@@ -395,14 +395,15 @@ def test_tensors_without_retained_statistics_are_patched_without_the_term(llama_
     calibrate_model(llama_pair / "base", None, tmp_path / "some", some)
     pair = (llama_pair / "base", llama_pair / "tuned", "--stats", llama_pair / "stats")
     planned = run("patch", *pair, "--retain", tmp_path / "some", "-o", tmp_path / "out", "--dry-run")
-    assert "(15 with the retain term)" in planned.stdout
+    assert "(15 with the retain term, propagated" in planned.stdout
     assert re.search(r"note: 6 \(without the retain term: no retained statistics: not chosen", planned.stderr)
     done = run("patch", *pair, "--retain", tmp_path / "some", "-o", tmp_path / "out")
     assert re.search(r"note: 6 \(without the retain term", done.stderr)
     report = json.loads((tmp_path / "out" / "tailor_report.json").read_text())
     noted = {record["name"] for record in report["tensors"] if "without the retain term" in record.get("note", "")}
     assert noted == {record["name"] for record in report["tensors"] if ".mlp." in record["name"]}
-    patch_checkpoint(llama_pair / "base", llama_pair / "tuned", tmp_path / "without", llama_pair / "stats")
+    alike = PatchOptions(damping=0.1)
+    patch_checkpoint(llama_pair / "base", llama_pair / "tuned", tmp_path / "without", llama_pair / "stats", alike)
     ours, plain = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "without")
     assert {name for name in ours if bits(ours[name]) == bits(plain[name])} == noted
 
@@ -431,8 +432,9 @@ def test_experts_have_retained_hessians_of_their_own(family, tmp_path):
     folder = make_family_pair(tmp_path, family)
     calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
     calibrate_model(folder / "base", None, folder / "retained", SYNTHETIC)
+    options = PatchOptions(retain_weight=0.1, damping=0.01)
     report = patch_checkpoint(
-        folder / "base", folder / "tuned", folder / "out", folder / "stats", retain=folder / "retained"
+        folder / "base", folder / "tuned", folder / "out", folder / "stats", options, retain=folder / "retained"
     )
     fused = [record for record in report.tensors if record.get("experts")]
     base, out = read_tensors(folder / "base"), read_tensors(folder / "out")
@@ -595,7 +597,7 @@ def test_nan_in_a_retained_hessian_names_its_folder(llama_pair, retained, tmp_pa
     stats = Stats.open(broken)
     name = stats.tensors[tensor].hessian
     stats.close()
-    file = next(file for file in broken.iterdir() if file.suffix == ".safetensors")
+    file = broken / HESSIANS
     tensors = load_file(file)
     tensors[name][0] = float("nan")
     save_file(tensors, file)

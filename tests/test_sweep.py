@@ -24,10 +24,14 @@ def test_labels_tell_settings_apart():
         *(Setting(PatchOptions(**{name: value}), retained=True) for name, value in DIFFERENT.items()),
     ]
     assert len({setting.label for setting in settings}) == len(settings)
-    assert settings[0].label == "joint, retained, density 0.1, beta 0.1"
+    assert settings[0].label == "joint, propagated, density 0.1, beta 0.3"
+    assert Setting(PatchOptions(propagate=False), retained=True).label == "joint, retained, density 0.1, beta 0.3"
 
 
-DIFFERENT = {"density": 0.2, "retain_weight": 0.3, "omega": 0.0, "damping": 0.1, "weight": 0.8, "solver": "none"}
+DIFFERENT = {
+    **{"density": 0.2, "retain_weight": 0.1, "omega": 0.0, "damping": 0.01, "weight": 0.8, "solver": "none"},
+    "propagate": False,
+}
 
 
 def test_frontier_keeps_what_nothing_beats():
@@ -81,8 +85,8 @@ def test_settings_are_every_combination_once():
         PatchOptions(), densities=[0.1, 0.2], retain_weights=[0.0, 0.3], methods=["interpolate", "dare"], weights=[0.5]
     )
     assert [s.label for s in found] == [
-        *("joint, density 0.1", "joint, retained, density 0.1, beta 0.3"),
-        *("joint, density 0.2", "joint, retained, density 0.2, beta 0.3"),
+        *("joint, density 0.1", "joint, propagated, density 0.1, beta 0.3"),
+        *("joint, density 0.2", "joint, propagated, density 0.2, beta 0.3"),
         *("interpolate 0.5", "dare, density 0.1", "dare, density 0.2"),
     ]
     assert len({s.family for s in found}) == 4
@@ -129,7 +133,7 @@ def test_every_point_is_what_patch_and_evaluate_give(pair, tmp_path):
             assert point.at(part, name) == summary[name].value
     assert not (tmp_path / "out" / "work").exists()
     written = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert set(written["picked"]) == {"joint", "joint, retained", "interpolate"}
+    assert set(written["picked"]) == {"joint", "joint, propagated", "interpolate"}
     for family, label in written["picked"].items():
         members = [p for p in report.points if p.family == family]
         assert label == max(members, key=lambda p: p.at("validation", "h_score")).label
@@ -213,7 +217,7 @@ def test_command_line(pair, tmp_path):
     assert (tmp_path / "f.png").stat().st_size > 10_000
     result = CliRunner().invoke(app, [str(a) for a in (*arguments[:-2], "--json")])
     report = json.loads(result.stdout)
-    assert [p["family"] for p in report["points"][2:]] == ["joint, retained", "interpolate", "magnitude"]
+    assert [p["family"] for p in report["points"][2:]] == ["joint, propagated", "interpolate", "magnitude"]
     without = [a for a in arguments[:-2] if a not in ("--retain", pair / "retain")]
     result = CliRunner().invoke(app, [str(a) for a in (*without, "--retain-weight", 0.3)])
     assert result.exit_code == 2

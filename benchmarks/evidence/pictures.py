@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.pairs import Pair
-from benchmarks.evidence.summary import DEFAULT, PAPER, RETAINED, Curve, Group, curves_of
+from benchmarks.evidence.summary import DEFAULT, PAPER, PROPAGATED, Curve, Group, curves_of
 from benchmarks.real.setting import say
 from tailorcli import Checkpoint, PatchOptions, Stats, TailorError, patch_checkpoint
 from tailorcli.plots import AFTER, BEFORE, TUNED, draw_bars, layers_of, new_figure, save_figure
@@ -21,7 +21,7 @@ from tailorcli.writer import write_text_atomically
 DECORATED = (Setting(PatchOptions(solver="sequential")), Setting(PatchOptions(), retained=True))
 TITLES = {
     "sequential": "sequential (the paper)",
-    RETAINED: f"{RETAINED}, beta {PatchOptions().retain_weight:g} (default)",
+    PROPAGATED: f"{PROPAGATED}, beta {PatchOptions().retain_weight:g} (default)",
 }
 _LINES = (("origin", "old", BEFORE, "o"), ("target", "new", AFTER, "s"), ("h_score", "H", "black", "^"))
 _WIDE = 12  # layers of which two panels fit beside each other

@@ -28,6 +28,7 @@ from tailorcli.cli.options import (
     License,
     MaxIterations,
     MaxShardSize,
+    NoPropagate,
     Omega,
     OutFolder,
     Overwrite,
@@ -36,7 +37,6 @@ from tailorcli.cli.options import (
     OwnOmega,
     PatchIn,
     PatchOut,
-    Propagate,
     ResizedVocab,
     Resume,
     RetainIn,
@@ -150,9 +150,9 @@ def calibrate(
     blockwise: Annotated[
         str, typer.Option(help="Load one block of the model at a time: always, never; auto: if it does not fit.")
     ] = "auto",
-    keep_samples: Annotated[
-        bool, typer.Option("--keep-samples/--no-keep-samples", help="Keep the samples in STATS, for patch --propagate.")
-    ] = True,
+    no_samples: Annotated[
+        bool, typer.Option("--no-samples", help="Keep no samples in STATS; patch then needs --no-propagate.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -179,7 +179,7 @@ def calibrate(
         blockwise=blockwise,  # type: ignore[arg-type]
         overwrite=overwrite,
         synthetic=synthetic,
-        keep_samples=keep_samples,
+        keep_samples=not no_samples,
     )
     report = calibrate_model(
         model,
@@ -266,7 +266,7 @@ def patch(
     stats: StatsIn = None,
     retain: RetainIn = None,
     retain_weight: RetainWeight = 0.3,
-    propagate: Propagate = None,
+    no_propagate: NoPropagate = False,
     density: OwnDensity = None,
     omega: OwnOmega = None,
     solver: Annotated[
@@ -325,7 +325,7 @@ def patch(
     options = PatchOptions(
         **with_preset(preset, **own),
         retain_weight=retain_weight,
-        propagate=propagate,
+        propagate=False if no_propagate else None,
         tolerance=tolerance,
         max_iterations=max_iterations,
         method=method,  # type: ignore[arg-type]

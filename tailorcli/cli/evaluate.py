@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tailorcli.cli.commands import app, friendly_errors
-from tailorcli.cli.options import AsJson, Base, Device, Propagate, RetainIn, StatsIn, Tuned
+from tailorcli.cli.options import AsJson, Base, Device, NoPropagate, RetainIn, StatsIn, Tuned
 from tailorcli.cli.output import print_json, print_rich
 from tailorcli.options import EvaluateOptions, PatchOptions
 
@@ -146,7 +146,7 @@ def sweep(
         list[float] | None, typer.Option(help="Of --retain, repeatable; 0 is without it; the default of patch without.")
     ] = None,
     damping: Annotated[list[float] | None, typer.Option(help="Repeatable; the default of patch without.")] = None,
-    propagate: Propagate = None,
+    no_propagate: NoPropagate = False,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -178,7 +178,7 @@ def sweep(
     defaults = PatchOptions()
     betas = retain_weight if retain_weight else [defaults.retain_weight] if retain is not None else []
     settings = settings_of(
-        PatchOptions(device=device, overwrite=True, propagate=propagate),
+        PatchOptions(device=device, overwrite=True, propagate=False if no_propagate else None),
         densities=density or [defaults.density],
         omegas=omega or [defaults.omega],
         solvers=solver or [defaults.solver],  # type: ignore[arg-type]  # checked by the dataclass

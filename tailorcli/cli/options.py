@@ -18,13 +18,8 @@ RetainIn = Annotated[
     typer.Option("--retain", metavar="STATS", help="Statistics of BASE (calibrate BASE --synthetic): what to keep."),
 ]
 RetainWeight = Annotated[float, typer.Option(help="Weight of what --retain keeps against the new task.")]
-Propagate = Annotated[
-    bool | None,
-    typer.Option(
-        "--propagate/--no-propagate",
-        help="Fit each layer behind the patched ones: runs the models. Default with --retain.",
-        show_default=False,
-    ),
+NoPropagate = Annotated[
+    bool, typer.Option("--no-propagate", help="With --retain: patch each layer by itself, and run no models.")
 ]
 Density = Annotated[float, typer.Option(help="Fraction of each tensor's entries to keep from TUNED, 0 to 1.")]
 Omega = Annotated[float, typer.Option(help="Weight of salience |dW| against sensitivity in the score, 0 to 1.")]
