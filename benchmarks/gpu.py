@@ -117,7 +117,8 @@ def measure_correct(bench: Bench) -> Figures:
     shape = LlamaShape(2, 128, 352, 512) if bench.args.tiny else LlamaShape(2, 512, 1408, 2048)
     folder = bench.scratch / "small"
     base, tuned = write_pair(folder, shape, "fp32")
-    write_tokenizer(tuned, shape.vocab)
+    for model in (base, tuned):
+        write_tokenizer(model, shape.vocab)
     data = folder / "data.jsonl"
     write_samples(data, shape.vocab, 16, 64, 256)
     here = str(bench.device)
@@ -134,6 +135,8 @@ def measure_correct(bench: Bench) -> Figures:
     solvers: tuple[Solver, ...] = ("joint", "sequential", "none")
     for solver in solvers:
         found[solver] = compare_patches(folder, base, tuned, replace(options, solver=solver), here)
+    calibrate_model(base, data, folder / "retain", CalibrateOptions(device="cpu", dtype="float32"))
+    found["propagated"] = compare_patches(folder, base, tuned, options, here, folder / "retain")
     shutil.rmtree(folder)
     return found
 
@@ -150,12 +153,15 @@ def compare_stats(first: Path, second: Path) -> float:
     return worst
 
 
-def compare_patches(folder: Path, base: Path, tuned: Path, options: PatchOptions, device: str) -> Figures:
+def compare_patches(
+    folder: Path, base: Path, tuned: Path, options: PatchOptions, device: str, retain: Path | None = None
+) -> Figures:
     """Entries in which masks differ; and the largest difference of weights where both keep, over the largest change."""
     files = [folder / f"{name}.safetensors" for name in ("first", "second")]
     for file, name in zip(files, ("cpu", device), strict=True):
         file.unlink(missing_ok=True)
-        patch_checkpoint(base, tuned, None, folder / "cpu", replace(options, device=name), patch_file=file)
+        chosen = replace(options, device=name)
+        patch_checkpoint(base, tuned, None, folder / "cpu", chosen, patch_file=file, retain=retain)
     differing, entries, worst = 0, 0, 0.0
     with PatchFile.open(files[0]) as ours, PatchFile.open(files[1]) as theirs:
         for name in ours.tensors:
@@ -175,9 +181,9 @@ def render_correct(found: Figures) -> str:
     """Differences between the two devices."""
     rows = [[f"statistics, {name}", "", f"{found[name]:.1e}"] for name in ("whole", "blocks")]
     rows.append(["score: sensitivity kept", "", f"{found['score']:.1e}"])
-    for solver in ("joint", "sequential", "none"):
-        part = found[solver]
-        rows.append([f"patch, {solver}", f"{part['differing']} of {part['entries']}", f"{part['weights']:.1e}"])
+    for kind in ("joint", "sequential", "none", "propagated"):
+        part = found[kind]
+        rows.append([f"patch, {kind}", f"{part['differing']} of {part['entries']}", f"{part['weights']:.1e}"])
     return markdown(("device against CPU, float32, TF32 off", "mask entries that differ", "largest difference"), rows)
 
 

@@ -35,6 +35,9 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return blocks
 
 
+_ENTER = object()  # instead of a block's value: the lane works it out itself
+
+
 class _Stopped(BaseException):
     """Unwinds a lane whose run was given up."""
 
@@ -47,6 +50,7 @@ class Lane:
         self.wanted: str | None = None  # the block that it waits for; None once it is through
         self._call: Callable[[], Any] | None = None
         self._held: list[Tensor] = []  # what it hands to the block
+        self._earlier: list[weakref.ref[Tensor]] = []  # what it handed to blocks that its own thread has entered
         self._value: Any = None
         self._error: BaseException | None = None
         self._go, self._back = threading.Event(), threading.Event()
@@ -89,6 +93,8 @@ class Lane:
         forward keeps by name.
         """
         handed = [weakref.ref(tensor) for tensor in self._held]
+        if self._value is _ENTER:
+            self._earlier = [*self._earlier, *handed]
         self._call, self._held = None, []
         self._back.clear()
         if not self._thread.is_alive():
@@ -108,6 +114,10 @@ class Lane:
         """What the block gives, worked out elsewhere, instead of ``compute``."""
         self._value = value
 
+    def enter(self) -> None:
+        """Instead of ``compute``: its own thread runs the block on ``advance``, and may wait again inside."""
+        self._value = _ENTER
+
     @property
     def held(self) -> list[Tensor]:
         """What it hands to the block that it waits for."""
@@ -115,7 +125,9 @@ class Lane:
 
     def move(self, place: Callable[[Tensor], Tensor]) -> None:
         """Put the memory of its hidden states elsewhere; whoever holds them sees the same tensors."""
-        for tensor in self._held:
+        self._earlier = [ref for ref in self._earlier if ref() is not None]
+        alive = [*self._held, *(tensor for ref in self._earlier if (tensor := ref()) is not None)]
+        for tensor in {id(tensor): tensor for tensor in alive}.values():
             tensor.data = place(tensor)
 
     def stop(self) -> None:
@@ -143,6 +155,7 @@ class Lockstep:
     ) -> None:
         self._blocks = [(name, block) for of_model in (blocks, *others) for name, block in of_model.items()]
         self._order = {name: position for position, name in enumerate(blocks)}
+        self.passed: set[str] = set()  # blocks at which no lane waits
         self.lanes = [Lane(self._enter(number, run), size) for number, (run, size) in enumerate(batches)]
 
     def _enter(self, number: int, run: Callable[[], Any]) -> Callable[[], Any]:
@@ -159,9 +172,10 @@ class Lockstep:
         def stand_in(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
             def wait(*args: Any, **kwargs: Any) -> Any:
                 lane = getattr(_current, "lane", None)
-                if lane is None:
+                if lane is None or name in self.passed:
                     return forward(*args, **kwargs)
-                return lane.wait_for(name, lambda: forward(*args, **kwargs), _tensors((args, kwargs)))
+                value = lane.wait_for(name, lambda: forward(*args, **kwargs), _tensors((args, kwargs)))
+                return forward(*args, **kwargs) if value is _ENTER else value
 
             return wait
 

@@ -247,9 +247,13 @@ def _propagation_bytes(tensors: list[TensorPlan], base: Checkpoint, stats: Stats
     known = [source for source in (stats, retain) if source is not None]
     sizes = {h: source.hessians[h] for source in known for t in tensors for h in t.hessians if h in source.hessians}
     moments = [4 * info.size**2 for info in sizes.values() if info.kind == "full"]
-    widths = [t.shape[-1] for t in tensors if t.role == "embedding" and len(t.shape) == 2]
+    widest = max((info.size for info in sizes.values() if info.kind == "full"), default=0)
+    embedding = max((t.nbytes // t.shape[0] for t in tensors if t.role == "embedding" and len(t.shape) == 2), default=0)
+    width = max((t.shape[-1] for t in tensors if t.role == "embedding" and len(t.shape) == 2), default=1)
     tokens = sum(int(source.manifest["data"].get("tokens", 0)) for source in known)
-    hidden = 2 * tokens * max(widths, default=0) * 4
+    # Of each token, in two models: what a block holds while it waits within (its input, the residual stream, what its
+    # norm makes of that, queries, keys and values, or what the widest layer takes), and the holes between.
+    hidden = 2 * tokens * (5 * embedding + embedding * widest // width)
     return _TRANSFORMERS_BYTES + 5 * max(blocks.values()) + 8 * max(moments, default=0) + hidden
 
 

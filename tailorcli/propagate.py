@@ -10,8 +10,9 @@ patch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     Result = tuple[TensorPlan, LayerResult | None, str]
 
 NEW, RETAINED = "new", "retained"
-Seen = dict[str, list[Tensor]]  # module -> its inputs, one a call
 
 
 @dataclass
@@ -53,7 +53,7 @@ class _Model:
     """One of the three models, without its weights but those of the parts that are loaded."""
 
     network: Any
-    stations: dict[str, nn.Module]  # where its batches wait: blocks, and linear layers between them
+    stations: dict[str, nn.Module]  # where its batches may wait: blocks and linear layers
     parts: Parts
 
     @property
@@ -100,10 +100,6 @@ class _Group:
     aligned: bool = True  # the two models' inputs are of the same tokens
 
 
-class _Enough(BaseException):
-    """Ends a run of a block behind the layer that was waited for."""
-
-
 @dataclass
 class Propagation:
     """What a propagating patch needs; ``run`` patches and writes every tensor once.
@@ -143,30 +139,34 @@ class Propagation:
             models = (self._tuned, self._base, self._patched)
             for model in models[:2]:
                 model.parts.load("")
-            self._outside = self._load("")
+            for name, layer in self._load("").items():
+                self._groups[name] = _Group({name: layer})
             batches = {
                 kind: list(make_batches(samples[kind], options.batch_size))
                 for kind, options in ((NEW, of_new), (RETAINED, of_retained))
             }
-            calls = [
-                (self._call(model.network, batch), samples_in(batch))
+            runs = [
+                (kind, batch, model)
                 for kind, reference in ((NEW, self._tuned), (RETAINED, self._base))
                 for batch in batches[kind]
                 for model in (reference, self._patched)
             ]
+            calls = [(self._call(model.network, batch), samples_in(batch)) for _, batch, model in runs]
             others = [model.stations for model in models[1:]]
-            lockstep = Lockstep(self._tuned.stations, calls, others)
-            lanes = lockstep.lanes
+            self._lockstep = Lockstep(self._tuned.stations, calls, others)
+            lanes = self._lockstep.lanes
+            self._lockstep.passed = {name for name in self._tuned.stations if self._block_of(name) not in ("", name)}
             self._mates = {id(lane): mate for lane, mate in zip(lanes[::2], lanes[1::2], strict=True)}
-            self._kinds = {id(lane): NEW if i < len(batches[NEW]) else RETAINED for i, lane in enumerate(lanes[::2])}
+            self._kinds = {id(lane): kind for lane, (kind, _, _) in zip(lanes, runs, strict=True)}
+            self._runs = {id(lane): model for lane, (_, _, model) in zip(lanes, runs, strict=True)}
             host = free_memory(torch.device("cpu")) or 1 << 40
             self._spill = Spill(self.device, self.scratch, int(host * HIDDEN_SHARE))
             for model in models:
                 if model.head not in model.stations.values():  # else what it sees is wanted whole
                     stack.enter_context(last_logits_only(model.network))
-            lockstep.run(lambda lane: None, self._visit, self._spill)
-        for pending in self._outside.values():  # layers that this data never reaches
-            self._write_plain(pending)
+            self._lockstep.run(lambda lane: None, self._visit, self._spill)
+        for group in self._groups.values():  # layers that this data never reaches
+            self._refit(group)
         left = [tensor for tensor in self._tensors.values() if tensor.name not in self._seen]
         for tensor, result, digest in self.plain(left):
             if tensor.name not in self.done:
@@ -174,6 +174,9 @@ class Propagation:
 
     def __post_init__(self) -> None:
         self._seen: set[str] = set()  # tensors of the parts that were loaded
+        self._groups: dict[str, _Group] = {}  # that are not fitted yet, by the layer that is called first
+        self._loaded: list[str] = []  # blocks
+        self._tokens: dict[int, int] = {}  # of a batch's hidden states, as they go into the block where it is
 
     def _model(self, stored: Checkpoint, tuned: Checkpoint, options: CalibrateOptions) -> _Model:
         network = empty_model(stored, read_config(stored.path), options)
@@ -227,50 +230,49 @@ class Propagation:
         parameter: Tensor = self._patched.network.get_parameter(layer.name)
         return parameter
 
+    def _block_of(self, station: str) -> str:
+        return self._patched.parts.part_of(f"{station}.weight")
+
     def _visit(self, station: str, waiting: list[Lane]) -> None:
-        """Take all batches that wait at a block, or at a linear layer between blocks, through it."""
-        pairs = [(lane, self._mates[id(lane)]) for lane in waiting if id(lane) in self._mates]
-        if len(waiting) != 2 * len(pairs) or any(mate not in waiting for _, mate in pairs):
-            what = f"the patched model and the unpatched ones take different ways at {station}"
-            raise TailorError(what, "pass --no-propagate")
-        inside = station in self._patched.parts.tensors
-        if inside:
-            groups = self._enter(station, pairs[0][1])
-        else:
-            found = self._outside.pop(station, None)
-            groups = [] if found is None else [_Group({station: found})]
-        for group in groups:
-            for lane, mate in pairs:
-                self._compare(lane, mate, group, inside)
-            self._refit(group)
-        for lane, mate in pairs:
-            self._pass(station, self._unpatched(lane), lane, inside)
-            self._pass(station, self._patched, mate, inside)
-        for model in (self._tuned, self._base, self._patched) if inside else ():
-            model.parts.drop(station)
+        """Take all batches that wait at a block into it, or those that wait at a linear layer through it."""
+        if self._block_of(station) == station:
+            self._enter(station, waiting)
+        elif station in self._groups:
+            self._fit(self._groups.pop(station), station, waiting)
+        for lane in waiting:
+            self._pass(station, lane)
 
-    def _unpatched(self, lane: Lane) -> _Model:
-        return self._tuned if self._kinds[id(lane)] == NEW else self._base
-
-    def _enter(self, block: str, mate: Lane) -> list[_Group]:
+    def _enter(self, block: str, waiting: list[Lane]) -> None:
         """Load a block, and tell by a run of one batch in which order its layers are called, and which together."""
+        for name in [name for name in self._loaded if not self._is_inside(name)]:
+            for model in (self._tuned, self._base, self._patched):
+                model.parts.drop(name)
+            self._loaded.remove(name)
         if not self._seen.isdisjoint(self._patched.parts.tensors[block]):
             raise TailorError(f"the model calls its block {block} more than once", "pass --no-propagate")
         pending = self._load(block)
         for model in (self._tuned, self._base):
             model.parts.load(block)
-        if not pending:
-            return []
-        seen: Seen = {}
-        with self._moved(mate), self.timer.stage("run"), _watching(self._patched.network, list(pending), seen):
-            mate.compute()
-        groups: dict[tuple[int, ...], _Group] = {}
-        for name, inputs in seen.items():  # in the order of the calls
+        self._loaded.append(block)
+        for lane in waiting:
+            self._tokens[id(lane)] = math.prod(lane.held[0].shape[:-1])
+        seen: dict[str, list[Tensor]] = {}  # in the order of the calls
+        mate = next(lane for lane in waiting if id(lane) not in self._mates)  # of the patched model
+        if pending:
+            with self._moved(mate), self.timer.stage("run"), _watching(self._patched.network, list(pending), seen):
+                mate.compute()
+        leaders: dict[tuple[int, ...], str] = {}
+        for name, inputs in seen.items():
             if len(inputs) == 1:
-                groups.setdefault(identity_of_input(inputs[0]), _Group({})).layers[name] = pending.pop(name)
+                leader = leaders.setdefault(identity_of_input(inputs[0]), name)
+                self._groups.setdefault(leader, _Group({})).layers[name] = pending.pop(name)
+        self._lockstep.passed -= set(leaders.values())
         for layer in pending.values():
             self._write_plain(layer)
-        return list(groups.values())
+
+    def _is_inside(self, block: str) -> bool:
+        """Whether a batch waits within a block."""
+        return any((lane.wanted or "").startswith(f"{block}.") for lane in self._lockstep.lanes)
 
     @contextmanager
     def _moved(self, *lanes: Lane) -> Iterator[None]:
@@ -281,43 +283,38 @@ class Propagation:
         for lane in lanes:
             lane.move(self._spill.out)
 
-    def _compare(self, lane: Lane, mate: Lane, group: _Group, inside: bool) -> None:
-        """Fold what goes into a group's layers in the patched model, beside the same in the unpatched one."""
-        if not group.aligned:
-            return
-        kind = self._kinds[id(lane)]
-        with self._moved(lane, mate):
-            with self.timer.stage("run"):
-                unpatched = _input(self._unpatched(lane).network, lane, list(group.layers), inside)
-                patched = _input(self._patched.network, mate, list(group.layers), inside)
-            if unpatched is None and patched is None:
-                return  # a layer that not all batches reach
-            # Rows of tokens that were routed here in one model may be of others in the other model.
-            hidden = lane.held[0]
-            group.aligned = (
-                unpatched is not None
-                and patched is not None
-                and unpatched.shape == patched.shape
-                and (patched.dim() > 2 or patched.shape[0] == hidden.numel() // hidden.shape[-1])
-            )
-            if not group.aligned or unpatched is None or patched is None:
-                return
-            with self.timer.stage("moments"):
-                found = group.moments.setdefault(kind, no_moments(patched.shape[-1], self.device))
-                accumulate_moments_(found, patched.flatten(0, -2), unpatched.flatten(0, -2))
+    def _fit(self, group: _Group, station: str, waiting: list[Lane]) -> None:
+        """Fold what goes into a group's layers in the patched model, beside the same in the unpatched ones; then fit."""
+        lanes = [lane for lane in waiting if id(lane) in self._mates]
+        mates = [self._mates[id(lane)] for lane in lanes]
+        group.aligned = len(waiting) == 2 * len(lanes) and all(
+            mate.wanted == station and self._are_aligned(lane, mate) for lane, mate in zip(lanes, mates, strict=True)
+        )
+        for lane, mate in zip(lanes, mates, strict=True) if group.aligned else ():
+            with self._moved(lane, mate), self.timer.stage("moments"):
+                unpatched, patched = (one.held[0].flatten(0, -2) for one in (lane, mate))
+                found = group.moments.setdefault(self._kinds[id(lane)], no_moments(patched.shape[-1], self.device))
+                accumulate_moments_(found, patched, unpatched)
+        self._refit(group)
 
-    def _pass(self, station: str, model: _Model, lane: Lane, inside: bool) -> None:
-        """Run a lane through a station and on to where it waits next."""
+    def _are_aligned(self, lane: Lane, mate: Lane) -> bool:
+        """Whether two models' inputs are of the same tokens; rows of tokens that were routed here may not be."""
+        shape = mate.held[0].shape
+        rows = math.prod(shape[:-1])
+        return lane.held[0].shape == shape and (len(shape) > 2 or rows == self._tokens.get(id(lane), rows))
+
+    def _pass(self, station: str, lane: Lane) -> None:
+        """Run a lane through a linear layer, or into a block, and on to where it waits next."""
         lane.move(self._spill.back)
         with self.timer.stage("run"):
+            model = self._runs[id(lane)]
             module = model.stations[station]
-            if module is model.head and not inside:  # no one reads its logits
+            if module is model.head:  # no one reads its logits
                 assert isinstance(module, nn.Linear)
                 lane.answer(nn.functional.linear(lane.held[0][..., -1:, :], module.weight, module.bias))
             else:
-                lane.compute()
-            for tensor in lane.advance():
-                tensor.data = self._spill.keep(tensor)
+                lane.enter()
+            lane.advance()
         lane.move(self._spill.out)
 
     def _refit(self, group: _Group) -> None:
@@ -381,13 +378,9 @@ def _options_of(stats: Stats) -> CalibrateOptions:
 
 
 def _stations(network: Any, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Where batches wait for one another: blocks, and linear layers outside of them, in the order of the modules."""
-    outside = {
-        layer.name.removesuffix(".weight")
-        for layer in find_layers(network).values()
-        if _is_linear(layer) and not any(layer.name.startswith(f"{block}.") for block in blocks)
-    }
-    return {name: module for name, module in network.named_modules() if name in blocks or name in outside}
+    """Where batches may wait for one another: blocks and linear layers, in the order of the modules."""
+    linear = {layer.name.removesuffix(".weight") for layer in find_layers(network).values() if _is_linear(layer)}
+    return {name: module for name, module in network.named_modules() if name in blocks or name in linear}
 
 
 def _is_linear(layer: Layer) -> bool:
@@ -399,30 +392,12 @@ def _is_frozen(result: LayerResult) -> bool:
     return result.figures.zero_delta == result.figures.numel
 
 
-def _input(network: Any, lane: Lane, names: list[str], inside: bool) -> Tensor | None:
-    """What goes into the named modules, which share it, of the block that a lane waits for; None where none is called.
-
-    Outside blocks the lane waits for the very module.
-    """
-    if not inside:
-        return lane.held[0]
-    seen: Seen = {}
-    with _watching(network, names, seen, stop=True), suppress(_Enough):
-        lane.compute()
-    return seen[names[0]][0] if names[0] in seen else None
-
-
 @contextmanager
-def _watching(network: Any, names: list[str], seen: Seen, stop: bool = False) -> Iterator[None]:
-    """Note the inputs of the named modules while this lasts; with ``stop`` _Enough is raised once all were called."""
+def _watching(network: Any, names: list[str], seen: dict[str, list[Tensor]]) -> Iterator[None]:
+    """Note the inputs of the named modules while this lasts, in the order of the calls."""
 
     def hook_for(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.setdefault(name, []).append(first_tensor(args, kwargs))
-            if stop and len(seen) == len(names):
-                raise _Enough
-
-        return hook
+        return lambda _, args, kwargs: seen.setdefault(name, []).append(first_tensor(args, kwargs))
 
     handles = [
         network.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in names
