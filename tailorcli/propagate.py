@@ -284,7 +284,7 @@ class Propagation:
             lane.move(self._spill.out)
 
     def _fit(self, group: _Group, station: str, waiting: list[Lane]) -> None:
-        """Fold what goes into a group's layers in the patched model, beside the same in the unpatched ones; then fit."""
+        """Fold what goes into a group's layers in the patched model beside the same in the unpatched ones; then fit."""
         lanes = [lane for lane in waiting if id(lane) in self._mates]
         mates = [self._mates[id(lane)] for lane in lanes]
         group.aligned = len(waiting) == 2 * len(lanes) and all(
