@@ -112,3 +112,56 @@ def test_a_checkpoint_of_other_names_is_told_by_what_it_lacks(tmp_path, way):
     save_file(renamed, folder / "tuned" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TailorError, match="it lacks tensor"):
         calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats", CalibrateOptions(blockwise=way))
+
+
+class Residual(nn.Module):
+    """A block with two layers inside: its input is held by name until the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, hidden):
+        return hidden + self.second(torch.tanh(self.first(hidden)))
+
+
+def test_a_lane_can_enter_a_block_and_wait_inside_and_what_it_holds_may_wait_in_files(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(Residual(), Residual())
+    stations = {
+        name: module for name, module in model.named_modules() if name and not isinstance(module, nn.Sequential)
+    }
+    batches = [torch.randn(3, 4), torch.randn(2, 4)]
+    outputs, visits, moved = {}, [], []
+    spill = Spill(torch.device("cpu"), tmp_path, limit=0)
+
+    def keep(tensor):
+        moved.append(tuple(tensor.shape))
+        return spill.out(tensor)
+
+    def runner(batch):
+        return lambda: outputs.update({len(batch): model(batch.clone())})
+
+    lockstep = Lockstep(stations, [(runner(batch), len(batch)) for batch in batches])
+    lockstep.passed = {"0.first", "1.second"}
+
+    def visit(station, lanes):
+        visits.append((station, len(lanes)))
+        for lane in lanes:
+            lane.move(spill.back)
+            if station == "1.first":  # worked out elsewhere
+                lane.answer(torch.zeros(len(lane.held[0]), 6))
+            else:
+                lane.enter()
+            lane.advance()
+            lane.move(keep)
+
+    lockstep.run(lambda lane: lane.move(spill.out), visit)
+    assert visits == [("0", 2), ("0.second", 2), ("1", 2), ("1.first", 2)]
+    with torch.no_grad():
+        for batch in batches:
+            middle = model[0](batch)
+            torch.testing.assert_close(outputs[len(batch)], middle + model[1].second(torch.zeros(len(batch), 6)))
+    # Inside the first block both what its second layer takes and the block's own input have to wait.
+    assert {(3, 6), (3, 4), (2, 6), (2, 4)} <= set(moved)
+    assert not any(tmp_path.iterdir())

@@ -19,6 +19,7 @@ from tailorcli.cli import app
 from tailorcli.core.propagation import accumulate_moments_, complete_, no_moments, refit
 from tailorcli.core.retain import retain_scale
 from tailorcli.options import CalibrateOptions
+from tailorcli.patchwriter import PatchWriter
 from tailorcli.stats import SAMPLES, Stats
 from tailorcli.writer import CheckpointWriter
 
@@ -224,6 +225,31 @@ def test_an_interrupted_run_is_finished_to_the_same_bytes(pair, tmp_path, after)
         run(pair, tmp_path / "out")
     run(pair, tmp_path / "out", replace(PROPAGATED, resume=True))
     assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "whole")
+
+
+def test_hidden_states_can_wait_in_files(pair, tmp_path, monkeypatch):
+    run(pair, tmp_path / "memory")
+    files = []
+    original = torch.from_file
+
+    def counting(name, **options):
+        files.append(name)
+        return original(name, **options)
+
+    monkeypatch.setattr(torch, "from_file", counting)
+    monkeypatch.setattr("tailorcli.propagate.HIDDEN_SHARE", 0.0)
+    run(pair, tmp_path / "files")
+    assert len(files) > 3 * 4 * 10  # blocks, groups of layers, batches
+    assert folder_digest(tmp_path / "files") == folder_digest(tmp_path / "memory")
+
+
+def test_an_interrupted_patch_file_is_finished_to_the_same_bytes(pair, tmp_path):
+    """No checkpoint is at hand from which the finished blocks could be read: they are worked out again."""
+    run(pair, None, patch_file=tmp_path / "whole.safetensors")
+    with broken_off(PatchWriter, 9):
+        run(pair, None, patch_file=tmp_path / "p.safetensors")
+    run(pair, None, replace(PROPAGATED, resume=True), patch_file=tmp_path / "p.safetensors")
+    assert (tmp_path / "p.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
 def test_the_patch_file_gives_the_same_checkpoint(pair, tmp_path):
