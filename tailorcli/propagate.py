@@ -125,45 +125,13 @@ class Propagation:
     def run(self, tensors: Iterable[TensorPlan]) -> None:
         """Patch all of ``tensors``. Raises TailorError."""
         self._tensors = {tensor.name: tensor for tensor in tensors}
-        samples = {NEW: self.stats.samples(), RETAINED: self.retain.samples()}
         with ExitStack() as stack:
-            self._view = _PatchedView(self.base)
-            stack.callback(self._view.close)
-            stored = self.base if isinstance(self.tuned, AdaptedCheckpoint) else self.tuned
-            of_new, of_retained = _options_of(self.stats), _options_of(self.retain)
-            with self.timer.stage("load"):
-                self._tuned = self._model(stored, self.tuned, of_new)
-                self._base = self._model(self.base, self.base, of_retained)
-                self._patched = self._model(self._view, self._view, of_new)
-            self._layers = {layer.name: layer for layer in find_layers(self._patched.network).values()}
-            models = (self._tuned, self._base, self._patched)
-            for model in models[:2]:
-                model.parts.load("")
+            self._open(stack)
             for name, layer in self._load("").items():
                 self._groups[name] = _Group({name: layer})
-            batches = {
-                kind: list(make_batches(samples[kind], options.batch_size))
-                for kind, options in ((NEW, of_new), (RETAINED, of_retained))
-            }
-            runs = [
-                (kind, batch, model)
-                for kind, reference in ((NEW, self._tuned), (RETAINED, self._base))
-                for batch in batches[kind]
-                for model in (reference, self._patched)
-            ]
-            calls = [(self._call(model.network, batch), samples_in(batch)) for _, batch, model in runs]
-            others = [model.stations for model in models[1:]]
-            self._lockstep = Lockstep(self._tuned.stations, calls, others)
-            lanes = self._lockstep.lanes
-            self._lockstep.passed = {name for name in self._tuned.stations if self._block_of(name) not in ("", name)}
-            self._mates = {id(lane): mate for lane, mate in zip(lanes[::2], lanes[1::2], strict=True)}
-            self._kinds = {id(lane): kind for lane, (kind, _, _) in zip(lanes, runs, strict=True)}
-            self._runs = {id(lane): model for lane, (_, _, model) in zip(lanes, runs, strict=True)}
             host = free_memory(torch.device("cpu")) or 1 << 40
             self._spill = Spill(self.device, self.scratch, int(host * HIDDEN_SHARE))
-            for model in models:
-                if model.head not in model.stations.values():  # else what it sees is wanted whole
-                    stack.enter_context(last_logits_only(model.network))
+            self._line_up()
             self._lockstep.run(lambda lane: None, self._visit, self._spill)
         for group in self._groups.values():  # layers that this data never reaches
             self._refit(group)
@@ -171,6 +139,40 @@ class Propagation:
         for tensor, result, digest in self.plain(left):
             if tensor.name not in self.done:
                 self.write(tensor, result, digest, {})
+
+    def _open(self, stack: ExitStack) -> None:
+        """The three models, the unpatched ones with the weights that lie in no block."""
+        self._view = _PatchedView(self.base)
+        stack.callback(self._view.close)
+        stored = self.base if isinstance(self.tuned, AdaptedCheckpoint) else self.tuned
+        of_new, of_retained = _options_of(self.stats), _options_of(self.retain)
+        with self.timer.stage("load"):
+            self._tuned = self._model(stored, self.tuned, of_new)
+            self._base = self._model(self.base, self.base, of_retained)
+            self._patched = self._model(self._view, self._view, of_new)
+        self._layers = {layer.name: layer for layer in find_layers(self._patched.network).values()}
+        for model in (self._tuned, self._base):
+            model.parts.load("")
+        for model in (self._tuned, self._base, self._patched):
+            if model.head not in model.stations.values():  # else what it sees is wanted whole
+                stack.enter_context(last_logits_only(model.network))
+
+    def _line_up(self) -> None:
+        """A lane for every batch in its unpatched model, and its mate in the patched one."""
+        runs = [
+            (kind, batch, model)
+            for kind, stats, reference in ((NEW, self.stats, self._tuned), (RETAINED, self.retain, self._base))
+            for batch in make_batches(stats.samples(), _options_of(stats).batch_size)
+            for model in (reference, self._patched)
+        ]
+        calls = [(self._call(model.network, batch), samples_in(batch)) for _, batch, model in runs]
+        others = [model.stations for model in (self._base, self._patched)]
+        self._lockstep = Lockstep(self._tuned.stations, calls, others)
+        self._lockstep.passed = {name for name in self._tuned.stations if self._block_of(name) not in ("", name)}
+        lanes = self._lockstep.lanes
+        self._mates = {id(lane): mate for lane, mate in zip(lanes[::2], lanes[1::2], strict=True)}
+        self._kinds = {id(lane): kind for lane, (kind, _, _) in zip(lanes, runs, strict=True)}
+        self._runs = {id(lane): model for lane, (_, _, model) in zip(lanes, runs, strict=True)}
 
     def __post_init__(self) -> None:
         self._seen: set[str] = set()  # tensors of the parts that were loaded
@@ -257,10 +259,10 @@ class Propagation:
         for lane in waiting:
             self._tokens[id(lane)] = math.prod(lane.held[0].shape[:-1])
         seen: dict[str, list[Tensor]] = {}  # in the order of the calls
-        mate = next(lane for lane in waiting if id(lane) not in self._mates)  # of the patched model
-        if pending:
-            with self._moved(mate), self.timer.stage("run"), _watching(self._patched.network, list(pending), seen):
-                mate.compute()
+        mates = [lane for lane in waiting if id(lane) not in self._mates]  # of the patched model
+        if pending and mates:
+            with self._moved(mates[0]), self.timer.stage("run"), _watching(self._patched.network, list(pending), seen):
+                mates[0].compute()
         leaders: dict[tuple[int, ...], str] = {}
         for name, inputs in seen.items():
             if len(inputs) == 1:

@@ -95,7 +95,7 @@ GRIDS = {
         graft=(0.1,),
         graft_steps=40,
         plain=(("none", 0.1, 1.0), ("sequential", 0.1, 1.0), ("joint", 0.1, 1.0)),
-        propagated=((0.1, 0.3, 0.1), (0.3, 0.3, 0.1)),
+        propagated=((0.1, 0.3, 0.1),),
         retained=((0.1, 0.1, 0.01), (0.1, 0.3, 0.01)),
         own_data=((0.1, 0.3, 0.01),),
     ),
