@@ -75,8 +75,8 @@ GRIDS = {
             *(("joint", 0.05, 1.0), ("joint", 0.1, 1.0)),
         ),
         propagated=(
-            *((0.1, beta, 0.1) for beta in (0.03, 0.1, 0.3, 1.0)),
-            *((density, 0.3, 0.1) for density in (0.05, 0.3, 1.0)),
+            *((0.1, beta, 0.1) for beta in (0.1, 0.3, 1.0)),
+            *((density, 0.3, 0.1) for density in (0.3, 1.0)),
             (1.0, 1.0, 0.1),
         ),
         retained=(
