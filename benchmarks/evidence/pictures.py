@@ -133,7 +133,7 @@ def make_report(pair: Pair, setting: Setting, folder: Path) -> dict[str, Any]:
         shutil.rmtree(work, ignore_errors=True)
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            options = (pair.base, pair.tuned, work, inputs["stats"], setting.options)
+            options = (pair.base, pair.tuned, work, inputs["stats"], setting.chosen)
             patch_checkpoint(*options, retain=inputs.get("retain"))
             write_text_atomically(file, (work / REPORT_FILE).read_text(encoding="utf-8"))
         finally:
@@ -149,7 +149,7 @@ def _is_of(file: Path, setting: Setting, inputs: dict[str, Path]) -> bool:
         return False
     known = {name: entry["fingerprint"] for name, entry in report["inputs"].items()}
     expected = {name: _fingerprint(name, path) for name, path in inputs.items()}
-    return known == expected and report["options"] == json.loads(json.dumps(setting.options.to_dict()))
+    return known == expected and report["options"] == json.loads(json.dumps(setting.chosen.to_dict()))
 
 
 def _fingerprint(name: str, path: Path) -> str:
