@@ -242,7 +242,7 @@ def _propagation_bytes(tensors: list[TensorPlan], base: Checkpoint, stats: Stats
     """Bytes that propagation holds besides: a block of three models and its patch, moments, hidden states."""
     blocks: dict[str, int] = {}
     for info in base.tensors.values():
-        block = re.split(r"(?<=\.\d)\.|(?<=\.\d\d)\.|(?<=\.\d\d\d)\.", info.name)[0]
+        block = re.sub(r"(\.\d+)\..*", r"\1", info.name)  # up to its first number
         blocks[block] = blocks.get(block, 0) + info.nbytes
     known = [source for source in (stats, retain) if source is not None]
     sizes = {h: source.hessians[h] for source in known for t in tensors for h in t.hessians if h in source.hessians}

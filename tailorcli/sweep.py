@@ -116,11 +116,9 @@ def settings_of(
             solver=solver,
             retain_weight=beta,
             damping=damping,
-            propagate=options.propagate if beta > 0 and solver == "joint" else False,
         )
         found.append(Setting(changed, retained=beta > 0))
     for method in methods:
-        options = replace(options, propagate=False)
         if method == "interpolate":
             found += [Setting(replace(options, method=method, weight=weight)) for weight in weights or (0.3, 0.5, 0.7)]
         elif method != "tailor":

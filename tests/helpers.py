@@ -137,6 +137,18 @@ def broken_off(writer, after):
             yield
 
 
+def count_mapped_files(monkeypatch):
+    """The names of the files in which tensors are mapped from now on: a list that grows."""
+    files, original = [], torch.from_file
+
+    def counting(name, **options):
+        files.append(name)
+        return original(name, **options)
+
+    monkeypatch.setattr(torch, "from_file", counting)
+    return files
+
+
 class Oracle:
     """Dense float64 NumPy versions of the equations, written for plainness and not for speed."""
 

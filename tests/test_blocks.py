@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import make_pair
+from helpers import count_mapped_files, make_pair
 from torch import nn
 
 from tailorcli import CalibrateOptions, Checkpoint, Stats, TailorError, calibrate_model
@@ -76,14 +76,7 @@ def test_a_model_that_does_not_fit_goes_block_by_block_by_itself(pair, tmp_path,
 
 
 def test_hidden_states_can_wait_in_files(pair, tmp_path, monkeypatch):
-    files = []
-    original = torch.from_file
-
-    def counting(name, **options):
-        files.append(name)
-        return original(name, **options)
-
-    monkeypatch.setattr(torch, "from_file", counting)
+    files = count_mapped_files(monkeypatch)
     monkeypatch.setattr("tailorcli.passes.HIDDEN_SHARE", 0.0)
     calibrate_model(pair / "tuned", pair / "data.jsonl", tmp_path / "stats", STREAMED)
     assert len(files) >= 4 * 10  # blocks, lanes

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import make_family_pair
-from helpers import bits, broken_off, folder_digest, make_pair, make_tokenizer, read_tensors
+from helpers import bits, broken_off, count_mapped_files, folder_digest, make_pair, make_tokenizer, read_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -229,14 +229,7 @@ def test_an_interrupted_run_is_finished_to_the_same_bytes(pair, tmp_path, after)
 
 def test_hidden_states_can_wait_in_files(pair, tmp_path, monkeypatch):
     run(pair, tmp_path / "memory")
-    files = []
-    original = torch.from_file
-
-    def counting(name, **options):
-        files.append(name)
-        return original(name, **options)
-
-    monkeypatch.setattr(torch, "from_file", counting)
+    files = count_mapped_files(monkeypatch)
     monkeypatch.setattr("tailorcli.propagate.HIDDEN_SHARE", 0.0)
     run(pair, tmp_path / "files")
     assert len(files) > 3 * 4 * 10  # blocks, groups of layers, batches
