@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from tailorcli.adapter_config import CONFIG_FILE, read_settings
 from tailorcli.adapter_fit import WEIGHTS_FILE, Formula, fit_adapter
 from tailorcli.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo, side_files
 from tailorcli.errors import NumericalError
+from tailorcli.files import PathLike
 
 if TYPE_CHECKING:
     import torch
@@ -157,7 +157,7 @@ def _torch_dtype(info: TensorInfo) -> torch.dtype:
     return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}[info.dtype]
 
 
-def is_adapter(path: str | os.PathLike[str]) -> bool:
+def is_adapter(path: PathLike) -> bool:
     """Whether a folder holds a PEFT adapter and no full weights."""
     folder = Path(path)
     try:
@@ -167,7 +167,7 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def open_tuned(path: str | os.PathLike[str], base: Checkpoint) -> Checkpoint:
+def open_tuned(path: PathLike, base: Checkpoint) -> Checkpoint:
     """The tuned model in ``path``: a full checkpoint, or an adapter on ``base``, which must stay open meanwhile.
 
     Reads headers alone. Raises CheckpointError with what is wrong and where, for an adapter also where it does not

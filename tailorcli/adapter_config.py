@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tailorcli.checkpoint import read_json
 from tailorcli.errors import CheckpointError
+from tailorcli.files import read_json
 
 CONFIG_FILE = "adapter_config.json"
 MERGE_HINT = "merge it with PEFT: PeftModel.from_pretrained(model, DIR).merge_and_unload(), then save_pretrained"

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tailorcli.adapter_config import CONFIG_FILE, MERGE_HINT, LoraSettings
-from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint, TensorInfo, read_header, read_json
+from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint, TensorInfo, read_header
 from tailorcli.errors import CheckpointError
+from tailorcli.files import read_json
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor that PEFT saves

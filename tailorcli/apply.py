@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -10,11 +9,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tailorcli import __version__
-from tailorcli.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo, read_header, read_json
+from tailorcli._version import __version__
+from tailorcli.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo, read_header
 from tailorcli.errors import CheckpointError, PatchError
+from tailorcli.files import PathLike, digest_of, read_json
 from tailorcli.outputs import Target, progress_bar
-from tailorcli.patchfile import PatchFile, digest_of, raw_bytes
+from tailorcli.patchfile import PatchFile, raw_bytes
 from tailorcli.plan import RUNTIME_BYTES, Plan, TensorPlan
 from tailorcli.reading import ReadAhead
 from tailorcli.report import REPORT_FILE, PatchReport, load_report
@@ -23,7 +23,6 @@ from tailorcli.writer import other_base, plan_layout
 if TYPE_CHECKING:
     from torch import Tensor
 
-PathLike = str | os.PathLike[str]
 _FROM_PATCH, _LEFT_OUT = "the patch file", "the patch leaves it alone"
 MOST_PROBLEMS = 20  # named one by one; all are counted
 

@@ -6,7 +6,6 @@ In the ordinary way the whole model is in memory; a model that does not fit goes
 from __future__ import annotations
 
 import json
-import os
 import reprlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint, TensorInfo
 from tailorcli.data import Samples, draw_samples, read_records
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import CheckpointError, OptionsError
+from tailorcli.files import PathLike, as_output_error, write_text_atomically
 from tailorcli.loading import (
     check_shapes,
     empty_model,
@@ -34,12 +34,10 @@ from tailorcli.loading import (
     read_config,
 )
 from tailorcli.names import Place
-from tailorcli.options import CalibrateOptions
+from tailorcli.options import CalibrateOptions, matches
 from tailorcli.passes import Run, collect_blockwise, collect_whole, guessed_places
-from tailorcli.plan import matches
-from tailorcli.report import format_bytes
 from tailorcli.stats import HESSIANS, HessianInfo, StatsWriter, TensorStats, prepare_folder
-from tailorcli.writer import as_output_error, write_text_atomically
+from tailorcli.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -72,14 +70,14 @@ class CalibrateReport:
 
 
 def calibrate_model(
-    model: str | os.PathLike[str],
-    data: str | os.PathLike[str] | None,
-    output: str | os.PathLike[str],
+    model: PathLike,
+    data: PathLike | None,
+    output: PathLike,
     options: CalibrateOptions = CalibrateOptions(),
     progress: bool = False,
-    base: str | os.PathLike[str] | None = None,
+    base: PathLike | None = None,
     announce: Callable[[str], None] | None = None,
-    held_out: str | os.PathLike[str] | None = None,
+    held_out: PathLike | None = None,
 ) -> CalibrateReport:
     """Run the checkpoint ``model`` over samples of ``data`` and write the statistics folder ``output``.
 
@@ -147,7 +145,7 @@ def calibrate_model(
     )
 
 
-def _open(model: Path, base: str | os.PathLike[str] | None, stack: ExitStack) -> tuple[Checkpoint, Checkpoint]:
+def _open(model: Path, base: PathLike | None, stack: ExitStack) -> tuple[Checkpoint, Checkpoint]:
     """The checkpoint from which the network is loaded, and the tuned model: the same, but for an adapter."""
     if not is_adapter(model):
         if base is not None:
@@ -181,9 +179,7 @@ def _draw(data: Path, stored: Checkpoint, folder: Path, config: dict[str, Any], 
     return draw_samples(data, records, encoder.encode, replace(options, seq_len=seq_len))
 
 
-def _check_source(
-    data: str | os.PathLike[str] | None, options: CalibrateOptions, held_out: str | os.PathLike[str] | None
-) -> None:
+def _check_source(data: PathLike | None, options: CalibrateOptions, held_out: PathLike | None) -> None:
     if data is None and not options.synthetic:
         raise OptionsError(
             "no calibration data given", "pass --data FILE, or --synthetic to let the model write its own"
@@ -208,7 +204,7 @@ def _self_written(
     """Samples that the model writes itself; it is loaded for that alone, and freed again."""
     from tqdm import tqdm
 
-    from tailorcli.collect import free_memory
+    from tailorcli.device import free_memory
     from tailorcli.synthetic import encode_starts, read_starts, require_writer, to_records, with_source, write_samples
 
     if stored is not tuned:
@@ -262,7 +258,7 @@ def _skeleton_for_blocks(run: Run, config: dict[str, Any], announce: Callable[[s
     import torch
 
     from tailorcli.blocks import find_blocks
-    from tailorcli.collect import free_memory
+    from tailorcli.device import free_memory
 
     say = announce or (lambda message: None)
     free, host = free_memory(run.device), free_memory(torch.device("cpu"))

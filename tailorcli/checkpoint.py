@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.errors import CheckpointError
+from tailorcli.files import PathLike, read_json, unreadable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +90,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
                 raise _damaged(file, f"its header claims {length} bytes, the file has {size}")
             text = stream.read(length)
     except OSError as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error) from error
     header = _parse_header(file, text)
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
@@ -163,10 +164,6 @@ def _damaged(file: Path, why: str) -> CheckpointError:
     )
 
 
-def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"cannot read {path}: {error.strerror or error}", "check the path and its permissions")
-
-
 class Checkpoint:
     """A folder with ``model.safetensors``, or shards and their index, opened by headers alone.
 
@@ -182,7 +179,7 @@ class Checkpoint:
         self._fingerprint: str | None = None
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+    def open(cls, path: PathLike) -> Checkpoint:
         """Open the checkpoint in folder ``path``. Raises CheckpointError with what is wrong and where."""
         folder = Path(path)
         try:
@@ -196,7 +193,7 @@ class Checkpoint:
                 return cls(folder, *_open_shards(folder))
             raise _no_weights(folder)
         except OSError as error:
-            raise _unreadable(folder, error) from error
+            raise unreadable(folder, error) from error
 
     @property
     def nbytes(self) -> int:
@@ -229,7 +226,7 @@ class Checkpoint:
             try:
                 count = os.preadv(self._descriptor(info.file), [buffer[done:]], info.offset + start + done)
             except OSError as error:
-                raise _unreadable(info.file, error) from error
+                raise unreadable(info.file, error) from error
             if count == 0:
                 raise _damaged(info.file, f"it ends inside tensor {info.name!r}")
             done += count
@@ -355,19 +352,6 @@ def _no_weights(folder: Path) -> CheckpointError:
     return CheckpointError(
         f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}", "pass the folder that save_pretrained wrote"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a CheckpointError that names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}", "download or save it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object", "download or save it again")
-    return value
 
 
 WEIGHT_SUFFIXES = (

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tailorcli.core.hessian import accumulate_, accumulate_diagonal_, diagonal_of, pack_triangle, unpack_triangle
-from tailorcli.device import StageTimer
+from tailorcli.device import StageTimer, free_memory
 from tailorcli.errors import DeviceError, NumericalError, TailorError
 from tailorcli.layers import (
     BIAS_HESSIAN,
@@ -322,20 +321,6 @@ def _are_relative(ids: Tensor) -> bool:
 def _listed(numbers: list[int]) -> str:
     shown = ", ".join(map(str, numbers[:8]))
     return shown + (", ..." if len(numbers) > 8 else "")
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a device, where the system tells."""
-    if device.type == "cuda":
-        # What torch keeps of tensors that are gone is not free for the system, but it is for the next tensor.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
 
 
 @contextmanager

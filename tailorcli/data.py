@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.errors import DataError
+from tailorcli.files import file_digest
 from tailorcli.options import CalibrateOptions
 
 if TYPE_CHECKING:
@@ -147,11 +147,6 @@ def check_record(where: str, value: Any, folder: Path) -> Record:
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         raise DataError(f'{where}: "images" must be a list of file names', "paths are relative to the data file")
     return Record(where, value, folder)
-
-
-def file_digest(path: Path) -> str:
-    """A hash of a data file's bytes, by which a manifest or a report names it."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def draw_samples(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator
@@ -38,12 +37,12 @@ from tailorcli.demo_data import (
 )
 from tailorcli.device import StageTimer
 from tailorcli.errors import OutputError
+from tailorcli.files import PathLike
 from tailorcli.options import CalibrateOptions, PatchOptions, Solver
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-PathLike = str | os.PathLike[str]
 
 REPORT_FILE = "demo.json"  # marks the folder as ours, too
 _PARTS = ("base", "tuned", "stats", "base-stats", "patched", "data", "calibration.jsonl", REPORT_FILE)
@@ -263,7 +262,7 @@ def _verdict(report: DemoReport) -> list[str]:
 
 def _prepare_folder(folder: Path, overwrite: bool) -> None:
     """An empty folder that is marked as ours; an earlier demo in it goes only with ``overwrite``."""
-    from tailorcli.writer import as_output_error
+    from tailorcli.files import as_output_error
 
     marker = folder / REPORT_FILE
     try:

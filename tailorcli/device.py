@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
+
+import torch
 
 from tailorcli.errors import DeviceError
 
@@ -92,3 +95,17 @@ class StageTimer:
 
                 torch.cuda.synchronize(self._device)
             self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - started
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device, where the system tells."""
+    if device.type == "cuda":
+        # What torch keeps of tensors that are gone is not free for the system, but it is for the next tensor.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None

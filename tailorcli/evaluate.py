@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,17 +15,16 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.checkpoint import Checkpoint, side_files
 from tailorcli.device import device_errors, give_back_memory, resolve_device
 from tailorcli.errors import CheckpointError, DataError, OptionsError, TailorError
+from tailorcli.files import PathLike, as_output_error, write_text_atomically
 from tailorcli.loading import check_shapes, load_encoder, load_model, num_positions, package_versions, read_config
 from tailorcli.merit import LEVEL, Estimate, Roles, TaskScores, check_roles, compare
 from tailorcli.options import EvaluateOptions
 from tailorcli.tasks import EncodedTask, Task, encode_task, read_tasks
-from tailorcli.writer import as_output_error, write_text_atomically
 
 if TYPE_CHECKING:
     import torch
 
 FORMAT_VERSION = 1
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ for that; the masks then lie packed in a file, from which the streaming loop tak
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from tailorcli.adapter import tokenizer_folder
 from tailorcli.checkpoint import Checkpoint
 from tailorcli.data import Record, draw_samples, make_batches, read_records
 from tailorcli.errors import CheckpointError, DataError, NumericalError, OptionsError, OutputError, first_line
+from tailorcli.files import PathLike
 from tailorcli.loading import (
     aliases,
     check_shapes,
@@ -107,7 +107,7 @@ class MaskFile:
         self.path.unlink(missing_ok=True)
 
 
-def check_graft(data: str | os.PathLike[str] | None, options: PatchOptions) -> None:
+def check_graft(data: PathLike | None, options: PatchOptions) -> None:
     """There is something to train on. Raises OptionsError."""
     if data is None or not Path(data).is_file():
         what = "--method graft trains its mask on the task" if data is None else f"{data} is no file"

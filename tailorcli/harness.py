@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tailorcli.checkpoint import read_json
 from tailorcli.errors import DataError, OptionsError
+from tailorcli.files import PathLike, read_json
 from tailorcli.merit import check_roles, summarise
 
 # What is taken where --metric does not say: the first of these that a task has.
@@ -59,7 +58,7 @@ class HarnessReport:
 
 
 def read_results(
-    files: Sequence[str | os.PathLike[str]],
+    files: Sequence[PathLike],
     origin: Sequence[str],
     target: Sequence[str],
     metrics: Sequence[str] = (),

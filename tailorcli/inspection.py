@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tailorcli.checkpoint import Checkpoint, read_json
+from tailorcli.checkpoint import Checkpoint
 from tailorcli.errors import CheckpointError, TailorError
+from tailorcli.files import PathLike, read_json
 from tailorcli.patchfile import SUFFIX, PatchFile
 from tailorcli.report import REPORT_FILE, RUN_FILE, load_report, options_shown
 from tailorcli.stats import MANIFEST, Stats
@@ -44,7 +44,7 @@ class Inspection:
         return asdict(self)
 
 
-def inspect_path(path: str | os.PathLike[str]) -> Inspection:
+def inspect_path(path: PathLike) -> Inspection:
     """What ``path`` is and its figures: stats, report, patch file, patched or plain checkpoint.
 
     Raises TailorError where it is none of these.

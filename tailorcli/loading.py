@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli import __version__
-from tailorcli.checkpoint import Checkpoint, read_json
+from tailorcli._version import __version__
+from tailorcli.checkpoint import Checkpoint
 from tailorcli.encoding import Encoder
 from tailorcli.errors import CheckpointError, first_line
+from tailorcli.files import read_json
 from tailorcli.options import LoadOptions
 
 if TYPE_CHECKING:

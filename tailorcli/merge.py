@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.apply import patched_tensor, side_sources
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import NumericalError, OptionsError, PatchError
+from tailorcli.files import PathLike
 from tailorcli.mergeplan import MergeInputs, build_merge_plan, merge_working_set
 from tailorcli.options import MergeOptions
 from tailorcli.outputs import Target, identity_of, progress_bar
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tailorcli.core.hessian import PreparedHessian
-
-PathLike = str | os.PathLike[str]
 
 
 def plan_merge(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,13 +10,13 @@ from pathlib import Path
 from tailorcli.adapter import open_tuned
 from tailorcli.checkpoint import Checkpoint, TensorInfo
 from tailorcli.errors import OptionsError, PatchError, StatsError
+from tailorcli.files import PathLike
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile import PatchFile
 from tailorcli.plan import RUNTIME_BYTES, Plan, TensorPlan, check_pair, check_stats, group_by_hessian, most_patch_bytes
 from tailorcli.stats import Stats
 from tailorcli.writer import plan_layout
 
-PathLike = str | os.PathLike[str]
 _WORK_ARRAYS = 8  # of a row chunk: start, target, the tasks' distances, products, the solver's own
 
 

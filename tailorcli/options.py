@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
-import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
@@ -292,14 +293,7 @@ class MergeOptions:
         return values
 
 
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*$", re.IGNORECASE)
-
-
-def parse_size(text: str) -> int:
-    """Bytes in a size such as ``5GB`` (decimal, as transformers counts) or ``512MiB`` (binary)."""
-    match = _SIZE.match(text)
-    if match is None or len(text) > 40:  # more digits than that would leave the floats
-        raise OptionsError(f"not a size: {text!r}", "write it like 5GB, 500MB or 512MiB")
-    number, unit, binary = match.groups()
-    power = " KMGT".index(unit.upper() or " ")
-    return int(float(number) * (1024 if binary else 1000) ** power)
+def matches(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether a tensor name passes the globs: any of ``include`` (all, if there are none), none of ``exclude``."""
+    chosen = not include or any(fnmatch.fnmatchcase(name, glob) for glob in include)
+    return chosen and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli import __version__
-from tailorcli.checkpoint import INDEX_FILE, WEIGHT_SUFFIXES, Checkpoint, TensorInfo, read_json
+from tailorcli._version import __version__
+from tailorcli.checkpoint import INDEX_FILE, WEIGHT_SUFFIXES, Checkpoint, TensorInfo
 from tailorcli.errors import CheckpointError, OutputError, PatchError
-from tailorcli.patchfile import SUFFIX, PatchFile, digest_of
+from tailorcli.files import as_output_error, digest_of, read_json, write_text_atomically
+from tailorcli.patchfile import SUFFIX, PatchFile
 from tailorcli.patchwriter import PatchWriter
 from tailorcli.plan import Plan
 from tailorcli.report import REPORT_FILE, RUN_FILE, PatchReport, load_report
-from tailorcli.writer import JOURNAL, WORK_FOLDER, CheckpointWriter, as_output_error, write_text_atomically
+from tailorcli.writer import JOURNAL, WORK_FOLDER, CheckpointWriter
 
 if TYPE_CHECKING:
     import torch

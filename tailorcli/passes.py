@@ -14,9 +14,8 @@ from tailorcli.device import StageTimer
 from tailorcli.errors import CheckpointError, DataError, OptionsError, TailorError, first_line
 from tailorcli.loading import aliases, expected_names, load_model
 from tailorcli.names import Place, map_names
-from tailorcli.options import CalibrateOptions
+from tailorcli.options import CalibrateOptions, matches
 from tailorcli.parts import Parts, adapt
-from tailorcli.plan import matches
 from tailorcli.stats import StatsWriter
 
 if TYPE_CHECKING:
@@ -168,7 +167,8 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
     import torch
 
     from tailorcli.blocks import Lockstep, Spill, find_blocks
-    from tailorcli.collect import Collector, free_memory, last_logits_only
+    from tailorcli.collect import Collector, last_logits_only
+    from tailorcli.device import free_memory
     from tailorcli.layers import find_layers
 
     blocks = find_blocks(network)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ from tailorcli.baselines import find_cut, patch_by_method
 from tailorcli.checkpoint import Checkpoint
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import NumericalError, OptionsError
+from tailorcli.files import PathLike, digest_of
 from tailorcli.graft import MaskFile, check_graft, trained_masks
 from tailorcli.options import PatchOptions
 from tailorcli.outputs import Outputs, Target, identity_of, progress_bar
-from tailorcli.patchfile import digest_of, raw_bytes
+from tailorcli.patchfile import raw_bytes
 from tailorcli.plan import Plan, TensorPlan, build_plan, working_set
 from tailorcli.reading import ReadAhead
 from tailorcli.report import PatchReport
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from tailorcli.core.hessian import PreparedHessian
     from tailorcli.core.tailor import LayerResult
     from tailorcli.propagate import Propagation
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclass

@@ -5,10 +5,8 @@ The header's metadata says what the patch is of, for which base, and how it was 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint import PATCHABLE_DTYPES, WEIGHT_SUFFIXES, Checkpoint, bits_of, read_header
 from tailorcli.errors import CheckpointError, PatchError
+from tailorcli.files import PathLike, digest_of
 from tailorcli.maskcode import (
     CODINGS,
     Places,
@@ -39,14 +38,6 @@ MASK, VALUES, FILE = "mask:", "values:", "file:"  # before the name of a tensor,
 _HEX = re.compile(r"[0-9a-f]{64}")
 _SHORT_HEX = re.compile(r"[0-9a-f]{32}")
 _MAKE_AGAIN = "download it again, or make it again: tailorcli patch BASE TUNED --patch-file FILE"
-
-
-def digest_of(*parts: Any) -> str:
-    """SHA-256 of all the bytes of ``parts``, in hexadecimal."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -138,7 +129,7 @@ class PatchFile:
         self._check_names()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> PatchFile:
+    def open(cls, path: PathLike) -> PatchFile:
         """Open the file ``path`` by its header. Raises PatchError with what is wrong with it."""
         file = Path(path)
         if file.is_dir():

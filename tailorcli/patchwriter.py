@@ -12,20 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint import Checkpoint, TensorInfo
 from tailorcli.errors import OutputError
+from tailorcli.files import as_output_error, digest_of, fsync_path
 from tailorcli.maskcode import CODINGS, PADDING, encode, pad_byte
-from tailorcli.patchfile import (
-    FILE,
-    FORMAT_VERSION,
-    MASK,
-    METADATA_KEY,
-    VALUES,
-    PatchTensor,
-    SideFile,
-    digest_of,
-    raw_bytes,
-)
+from tailorcli.patchfile import FILE, FORMAT_VERSION, MASK, METADATA_KEY, VALUES, PatchTensor, SideFile, raw_bytes
 from tailorcli.report import REPORT_FILE
-from tailorcli.writer import Journal, WriteQueue, as_output_error, fsync_path, write_all
+from tailorcli.writer import Journal, WriteQueue, write_all
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tailorcli.adapter import AdaptedCheckpoint
 from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint, TensorInfo
 from tailorcli.errors import CheckpointError, OptionsError, StatsError
-from tailorcli.options import PatchOptions
+from tailorcli.options import PatchOptions, matches
 from tailorcli.stats import Stats, TensorStats
 from tailorcli.writer import ShardLayout, plan_layout
 
@@ -89,12 +88,6 @@ class Plan:
             "peak_memory_bytes": self.peak_bytes,
             "propagates": self.propagates,
         }
-
-
-def matches(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Whether a tensor name passes the globs: any of ``include`` (all, if there are none), none of ``exclude``."""
-    chosen = not include or any(fnmatch.fnmatchcase(name, glob) for glob in include)
-    return chosen and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
 
 
 def build_plan(

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from tailorcli.adapter import AdaptedCheckpoint
 from tailorcli.blocks import Lane, Lockstep, Spill, find_blocks
 from tailorcli.checkpoint import Checkpoint, TensorInfo
-from tailorcli.collect import first_tensor, free_memory, identity_of_input, last_logits_only
+from tailorcli.collect import first_tensor, identity_of_input, last_logits_only
 from tailorcli.core.figures import LayerFigures, refit_figures
 from tailorcli.core.hessian import unpack_triangle
 from tailorcli.core.propagation import Moments, accumulate_moments_, complete_, no_moments, refit
 from tailorcli.core.tailor import LayerResult
 from tailorcli.data import make_batches
-from tailorcli.device import StageTimer
+from tailorcli.device import StageTimer, free_memory
 from tailorcli.errors import NumericalError, TailorError
 from tailorcli.layers import Layer, find_layers, is_convolution
 from tailorcli.loading import empty_model, read_config

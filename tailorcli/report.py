@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.checkpoint import read_json
 from tailorcli.errors import CheckpointError
+from tailorcli.files import read_json
+from tailorcli.units import format_share
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -194,22 +195,6 @@ def split_name(name: str) -> tuple[int | None, str]:
     if match is None:
         return None, name
     return int(match["number"]), match["kind"]
-
-
-def format_share(value: float | None) -> str:
-    """A share as a percentage, three digits; a dash for what was not measured."""
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f}%" if value >= 0.001 or value == 0 else f"{100 * value:.1g}%"
-
-
-def format_bytes(count: float) -> str:
-    """Bytes in decimal units, as file managers and transformers count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 _COLUMNS = ("tensor", "shape", "kept", "density", "|dW|² kept", "sens. kept", "dW=0", "dead", "damping")

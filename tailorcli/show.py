@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from tailorcli.inspection import KINDS, Inspection
-from tailorcli.report import format_bytes, format_share, tensor_table
+from tailorcli.report import tensor_table
+from tailorcli.units import format_bytes, format_share
 
 if TYPE_CHECKING:
     from tailorcli.plan import Plan

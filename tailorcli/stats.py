@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -15,10 +14,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from tailorcli.checkpoint import Checkpoint, read_header, read_json
-from tailorcli.data import file_digest
+from tailorcli.checkpoint import Checkpoint, read_header
 from tailorcli.errors import CheckpointError, OutputError, StatsError
-from tailorcli.writer import as_output_error, fsync_path, write_text_atomically
+from tailorcli.files import PathLike, as_output_error, file_digest, fsync_path, read_json, write_text_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,7 +106,7 @@ class Stats:
         self._store = store
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Stats:
+    def open(cls, path: PathLike) -> Stats:
         """Open the folder ``path``. Raises StatsError if it is missing, unfinished or inconsistent."""
         folder = Path(path)
         manifest_path = folder / MANIFEST

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tailorcli.checkpoint import Checkpoint, read_json
-from tailorcli.data import file_digest
+from tailorcli.checkpoint import Checkpoint
 from tailorcli.errors import OptionsError, OutputError, TailorError
 from tailorcli.evaluate import encode_for_all, score_model
+from tailorcli.files import PathLike, as_output_error, file_digest, read_json, write_text_atomically
 from tailorcli.merit import (
     Array,
     Estimate,
@@ -40,7 +39,6 @@ from tailorcli.options import EvaluateOptions, PatchMethod, PatchOptions, Solver
 from tailorcli.patch import patch_checkpoint
 from tailorcli.stats import Stats
 from tailorcli.tasks import Task, read_tasks
-from tailorcli.writer import as_output_error, write_text_atomically
 
 if TYPE_CHECKING:
     from tailorcli.tasks import EncodedTask
@@ -48,7 +46,6 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 REPORT_FILE = "sweep.json"
 PARTS = ("test", "validation")
-PathLike = str | os.PathLike[str]
 _POINTS, _WORK = "settings", "work"
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.data import Record, Samples, batch_places, check_record, file_digest, join, read_records
+from tailorcli.data import Record, Samples, batch_places, check_record, join, read_records
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
+from tailorcli.files import file_digest
 from tailorcli.loading import sampling_generation
 from tailorcli.options import CalibrateOptions
 

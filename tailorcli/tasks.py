@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from tailorcli.data import Check, Record, check_record, file_digest, read_records
+from tailorcli.data import Check, Record, check_record, read_records
 from tailorcli.encoding import Encoder
 from tailorcli.errors import DataError, OptionsError
+from tailorcli.files import file_digest
 from tailorcli.options import EvaluateOptions, is_label
 
 if TYPE_CHECKING:

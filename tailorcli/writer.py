@@ -6,7 +6,6 @@ disk. Only ``finish`` gives the shards their names, the index last: an interrupt
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo
 from tailorcli.errors import NumericalError, OutputError, PatchError
+from tailorcli.files import as_output_error, fsync_path, write_text_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,30 +104,6 @@ def _build_header(infos: Sequence[TensorInfo]) -> tuple[bytes, list[tuple[Tensor
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     return header, [(info, len(header) + start) for info, start in zip(infos, starts, strict=True)]
-
-
-def fsync_path(path: Path) -> None:
-    """Make a file's or a folder's entry durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    fsync_path(temporary)
-    temporary.replace(path)
-
-
-def as_output_error(path: Path, error: OSError) -> OutputError:
-    """The user's error for a failed write."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"no space left on the device while writing {path}", "free some, then add --resume")
-    return OutputError(f"cannot write {path}: {error.strerror or error}", "check the path and its permissions")
 
 
 class Journal:

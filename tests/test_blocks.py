@@ -63,12 +63,12 @@ def test_only_one_block_is_there_at_a_time(pair, tmp_path, monkeypatch):
 
 def test_a_model_that_does_not_fit_goes_block_by_block_by_itself(pair, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("tailorcli.collect.free_memory", lambda device: 200_000)
+    monkeypatch.setattr("tailorcli.device.free_memory", lambda device: 200_000)
     report = calibrate_model(pair / "tuned", pair / "data.jsonl", tmp_path / "stats", announce=said.append)
     assert report.blockwise
     assert "block by block" in said[0]
     assert "are free on cpu" in said[0]
-    monkeypatch.setattr("tailorcli.collect.free_memory", lambda device: 30_000_000)
+    monkeypatch.setattr("tailorcli.device.free_memory", lambda device: 30_000_000)
     report = calibrate_model(pair / "tuned", pair / "data.jsonl", tmp_path / "whole", announce=said.append)
     assert not report.blockwise
     assert len(said) == 1

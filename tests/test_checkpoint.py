@@ -12,8 +12,9 @@ import torch
 from helpers import bits, make_model
 from safetensors.torch import save_file
 
-from tailorcli.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, read_header, read_json, side_files
+from tailorcli.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, read_header, side_files
 from tailorcli.errors import CheckpointError, TailorError
+from tailorcli.files import read_json
 
 
 def write_raw(path, header, data=b"", length=None):

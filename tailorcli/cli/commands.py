@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from tailorcli import __version__
+from tailorcli._version import __version__
 from tailorcli.cli.options import (
     AllowDtype,
     AsJson,
@@ -62,7 +62,8 @@ from tailorcli.cli.output import (
     show_written,
 )
 from tailorcli.errors import TailorError
-from tailorcli.options import CalibrateOptions, MergeOptions, PatchOptions, parse_size, with_preset
+from tailorcli.options import CalibrateOptions, MergeOptions, PatchOptions, with_preset
+from tailorcli.units import parse_size
 
 if TYPE_CHECKING:
     pass
@@ -163,7 +164,7 @@ def calibrate(
     """
     require_source(data, synthetic)
     from tailorcli.calibrate import calibrate_model
-    from tailorcli.report import format_bytes
+    from tailorcli.units import format_bytes
 
     options = CalibrateOptions(
         num_samples=num_samples,

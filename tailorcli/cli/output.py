@@ -60,7 +60,7 @@ def require_source(data: Path | None, synthetic: bool) -> None:
 def cost(plan: Plan, output: Path | None, patch_file: Path | None) -> str:
     """One line before the work starts."""
     from tailorcli.outputs import free_bytes
-    from tailorcli.report import format_bytes
+    from tailorcli.units import format_bytes
 
     writes = []
     if output is not None:
@@ -107,7 +107,7 @@ def print_report(report: PatchReport, output: Path | None, patch_file: Path | No
 
 def show_written(output: Path | None, patch_file: Path | None, seconds: float) -> None:
     """The last lines: what was written, and what to look at next."""
-    from tailorcli.report import format_bytes
+    from tailorcli.units import format_bytes
 
     if patch_file is not None:
         size = format_bytes(patch_file.stat().st_size)
@@ -119,7 +119,7 @@ def show_written(output: Path | None, patch_file: Path | None, seconds: float) -
 
 def show_summary(report: dict[str, Any]) -> None:
     """The totals of a patch in a few lines."""
-    from tailorcli.report import format_share
+    from tailorcli.units import format_share
 
     totals = report["totals"]
     typer.echo(
@@ -150,7 +150,7 @@ def show_summary(report: dict[str, Any]) -> None:
 
 def show_merge(report: dict[str, Any]) -> None:
     """The totals of a merge in a few lines."""
-    from tailorcli.report import format_share
+    from tailorcli.units import format_share
 
     totals, tasks = report["totals"], report["options"]["tasks"]
     kept = ", ".join(f"{task} {count:,}" for task, count in zip(tasks, totals["kept_by"], strict=True))

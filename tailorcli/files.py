@@ -1,0 +1,69 @@
+"""Files read and written with care: JSON, digests, synced and atomic writes, errors that name the file."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tailorcli.errors import CheckpointError, OutputError
+
+PathLike = str | os.PathLike[str]
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """The user's error for a failed read."""
+    return CheckpointError(f"cannot read {path}: {error.strerror or error}", "check the path and its permissions")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a CheckpointError that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}", "download or save it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object", "download or save it again")
+    return value
+
+
+def fsync_path(path: Path) -> None:
+    """Make a file's or a folder's entry durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    fsync_path(temporary)
+    temporary.replace(path)
+
+
+def as_output_error(path: Path, error: OSError) -> OutputError:
+    """The user's error for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"no space left on the device while writing {path}", "free some, then add --resume")
+    return OutputError(f"cannot write {path}: {error.strerror or error}", "check the path and its permissions")
+
+
+def file_digest(path: Path) -> str:
+    """A hash of a data file's bytes, by which a manifest or a report names it."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def digest_of(*parts: Any) -> str:
+    """SHA-256 of all the bytes of ``parts``, in hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

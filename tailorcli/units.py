@@ -1,0 +1,36 @@
+"""Sizes and shares as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from tailorcli.errors import OptionsError
+
+
+def format_share(value: float | None) -> str:
+    """A share as a percentage, three digits; a dash for what was not measured."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}%" if value >= 0.001 or value == 0 else f"{100 * value:.1g}%"
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in decimal units, as file managers and transformers count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*$", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as ``5GB`` (decimal, as transformers counts) or ``512MiB`` (binary)."""
+    match = _SIZE.match(text)
+    if match is None or len(text) > 40:  # more digits than that would leave the floats
+        raise OptionsError(f"not a size: {text!r}", "write it like 5GB, 500MB or 512MiB")
+    number, unit, binary = match.groups()
+    power = " KMGT".index(unit.upper() or " ")
+    return int(float(number) * (1024 if binary else 1000) ** power)
