@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailorcli.core.patches import unfold
+from tailorcli.core.unfold import unfold
 from tailorcli.stats import TensorStats
 
 BIAS_HESSIAN = "bias"  # a bias multiplies the constant 1: H = (2/N) sum 1 = 2 for every one of them
