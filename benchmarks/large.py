@@ -40,7 +40,7 @@ from benchmarks.common import (
     write_json,
 )
 from benchmarks.synthetic import LlamaShape, parameters, write_pair, write_samples, write_tokenizer
-from tailorcli.checkpoint import Checkpoint
+from tailorcli.checkpoint.folder import Checkpoint
 
 ITEM = 2  # bytes of a bfloat16
 SHARD = 5 * 10**9

@@ -84,7 +84,7 @@ __all__ = [
 if TYPE_CHECKING:
     from tailorcli.apply import VerifyReport, apply_patch, verify_checkpoint
     from tailorcli.calibrate import CalibrateReport, calibrate_model
-    from tailorcli.checkpoint import Checkpoint
+    from tailorcli.checkpoint.folder import Checkpoint
     from tailorcli.errors import TailorError
     from tailorcli.evaluate import EvaluateReport, evaluate_models
     from tailorcli.harness import HarnessReport, read_results

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from tailorcli.adapter_config import CONFIG_FILE, read_settings
 from tailorcli.adapter_fit import WEIGHTS_FILE, Formula, fit_adapter
-from tailorcli.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo, side_files
+from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, side_files
+from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.errors import NumericalError
 from tailorcli.files import PathLike
 

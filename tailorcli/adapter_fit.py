@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tailorcli.adapter_config import CONFIG_FILE, MERGE_HINT, LoraSettings
-from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint, TensorInfo, read_header
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo, read_header
 from tailorcli.errors import CheckpointError
 from tailorcli.files import read_json
 

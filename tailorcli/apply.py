@@ -10,15 +10,16 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli._version import __version__
-from tailorcli.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo, read_header
-from tailorcli.errors import CheckpointError, PatchError
+from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
+from tailorcli.checkpoint.header import TensorInfo, read_header
+from tailorcli.checkpoint.layout import plan_layout
+from tailorcli.checkpoint.readahead import ReadAhead
+from tailorcli.errors import CheckpointError, PatchError, other_base
 from tailorcli.files import PathLike, digest_of, read_json
 from tailorcli.outputs import Target, progress_bar
 from tailorcli.patchfile import PatchFile, raw_bytes
 from tailorcli.plan import RUNTIME_BYTES, Plan, TensorPlan
-from tailorcli.reading import ReadAhead
 from tailorcli.report import REPORT_FILE, PatchReport, load_report
-from tailorcli.writer import other_base, plan_layout
 
 if TYPE_CHECKING:
     from torch import Tensor

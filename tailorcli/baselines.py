@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tailorcli.checkpoint import Checkpoint
+from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.device import StageTimer
 from tailorcli.errors import NumericalError
 from tailorcli.options import PatchOptions

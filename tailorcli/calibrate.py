@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapter import is_adapter, open_tuned, tokenizer_folder
 from tailorcli.adapter_config import CONFIG_FILE, read_settings
-from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint, TensorInfo
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
 from tailorcli.data import Samples, draw_samples, read_records
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import CheckpointError, OptionsError

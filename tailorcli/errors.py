@@ -6,6 +6,8 @@ bug and keeps its traceback.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class TailorError(Exception):
     """Something the user can put right: ``message`` says what and where, ``hint`` what to try next."""
@@ -54,3 +56,11 @@ class OutputError(TailorError):
 
 class DeviceError(TailorError):
     """A device was asked for that is not there, or it ran out of memory."""
+
+
+def other_base(name: str, path: Path) -> PatchError:
+    """The error for a base of which a tensor is not that which the patch was made for."""
+    return PatchError(
+        f"the patch is for another base: tensor {name!r} of {path} is not the one that was patched",
+        "pass the checkpoint that the patch was made from: tailorcli inspect PATCH names it",
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.checkpoint import Checkpoint, side_files
+from tailorcli.checkpoint.folder import Checkpoint, side_files
 from tailorcli.device import device_errors, give_back_memory, resolve_device
 from tailorcli.errors import CheckpointError, DataError, OptionsError, TailorError
 from tailorcli.files import PathLike, as_output_error, write_text_atomically

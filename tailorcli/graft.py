@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapter import tokenizer_folder
-from tailorcli.checkpoint import Checkpoint
+from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.data import Record, draw_samples, make_batches, read_records
 from tailorcli.errors import CheckpointError, DataError, NumericalError, OptionsError, OutputError, first_line
 from tailorcli.files import PathLike

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli._version import __version__
-from tailorcli.checkpoint import Checkpoint
+from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.encoding import Encoder
 from tailorcli.errors import CheckpointError, first_line
 from tailorcli.files import read_json

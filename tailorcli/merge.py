@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.apply import patched_tensor, side_sources
+from tailorcli.checkpoint.readahead import ReadAhead
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import NumericalError, OptionsError, PatchError
 from tailorcli.files import PathLike
@@ -17,7 +18,6 @@ from tailorcli.mergeplan import MergeInputs, build_merge_plan, merge_working_set
 from tailorcli.options import MergeOptions
 from tailorcli.outputs import Target, identity_of, progress_bar
 from tailorcli.plan import Plan, TensorPlan
-from tailorcli.reading import ReadAhead
 from tailorcli.report import REPORT_FILE, PatchReport
 
 if TYPE_CHECKING:

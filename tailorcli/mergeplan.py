@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tailorcli.adapter import open_tuned
-from tailorcli.checkpoint import Checkpoint, TensorInfo
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.header import TensorInfo
+from tailorcli.checkpoint.layout import plan_layout
 from tailorcli.errors import OptionsError, PatchError, StatsError
 from tailorcli.files import PathLike
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile import PatchFile
 from tailorcli.plan import RUNTIME_BYTES, Plan, TensorPlan, check_pair, check_stats, group_by_hessian, most_patch_bytes
 from tailorcli.stats import Stats
-from tailorcli.writer import plan_layout
 
 _WORK_ARRAYS = 8  # of a row chunk: start, target, the tasks' distances, products, the solver's own
 

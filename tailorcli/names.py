@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint, TensorInfo
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
 
 if TYPE_CHECKING:
     import torch

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli._version import __version__
-from tailorcli.checkpoint import INDEX_FILE, WEIGHT_SUFFIXES, Checkpoint, TensorInfo
+from tailorcli.checkpoint.folder import INDEX_FILE, WEIGHT_SUFFIXES, Checkpoint
+from tailorcli.checkpoint.header import TensorInfo
+from tailorcli.checkpoint.writer import JOURNAL, WORK_FOLDER, CheckpointWriter
 from tailorcli.errors import CheckpointError, OutputError, PatchError
 from tailorcli.files import as_output_error, digest_of, read_json, write_text_atomically
 from tailorcli.patchfile import SUFFIX, PatchFile
 from tailorcli.patchwriter import PatchWriter
 from tailorcli.plan import Plan
 from tailorcli.report import REPORT_FILE, RUN_FILE, PatchReport, load_report
-from tailorcli.writer import JOURNAL, WORK_FOLDER, CheckpointWriter
 
 if TYPE_CHECKING:
     import torch

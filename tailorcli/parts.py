@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapter import AdaptedCheckpoint
 from tailorcli.adapter_config import MERGE_HINT
-from tailorcli.checkpoint import Checkpoint
+from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.device import StageTimer, give_back_memory
 from tailorcli.errors import CheckpointError
 from tailorcli.loading import aliases, expected_names, fill_computed, load_weights, require_all

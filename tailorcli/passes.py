@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapter import AdaptedCheckpoint
-from tailorcli.checkpoint import PATCHABLE_DTYPES, Checkpoint
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.header import PATCHABLE_DTYPES
 from tailorcli.data import Samples, count_tokens, make_batches
 from tailorcli.device import StageTimer
 from tailorcli.errors import CheckpointError, DataError, OptionsError, TailorError, first_line

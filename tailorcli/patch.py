@@ -11,9 +11,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.adapter import open_tuned, tuned_side_files
+from tailorcli.adapter import AdaptedCheckpoint, open_tuned, tuned_side_files
 from tailorcli.baselines import find_cut, patch_by_method
-from tailorcli.checkpoint import Checkpoint
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.grown import GrownCheckpoint, grow_vocabulary
+from tailorcli.checkpoint.readahead import ReadAhead
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import NumericalError, OptionsError
 from tailorcli.files import PathLike, digest_of
@@ -22,10 +24,8 @@ from tailorcli.options import PatchOptions
 from tailorcli.outputs import Outputs, Target, identity_of, progress_bar
 from tailorcli.patchfile import raw_bytes
 from tailorcli.plan import Plan, TensorPlan, build_plan, working_set
-from tailorcli.reading import ReadAhead
 from tailorcli.report import PatchReport
 from tailorcli.stats import Stats
-from tailorcli.vocabulary import GrownCheckpoint, grow_vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +65,9 @@ class Inputs:
         opened_stats = _open_stats(stats, stack)
         opened_retain = _open_stats(retain, stack)
         if options.resized_vocab:
+            if isinstance(opened_tuned, AdaptedCheckpoint):
+                what = "--resized-vocab is not for adapters"
+                raise OptionsError(what, "merge the adapter first: model.merge_and_unload()")
             opened_base = stack.enter_context(grow_vocabulary(opened_base, opened_tuned))
         chosen = Path(data) if data and options.method == "graft" else None
         return cls(opened_base, opened_tuned, opened_stats, opened_retain, chosen)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.checkpoint import PATCHABLE_DTYPES, WEIGHT_SUFFIXES, Checkpoint, bits_of, read_header
-from tailorcli.errors import CheckpointError, PatchError
+from tailorcli.checkpoint.folder import WEIGHT_SUFFIXES, Checkpoint
+from tailorcli.checkpoint.header import PATCHABLE_DTYPES, bits_of, read_header
+from tailorcli.errors import CheckpointError, PatchError, other_base
 from tailorcli.files import PathLike, digest_of
 from tailorcli.maskcode import (
     CODINGS,
@@ -25,7 +26,6 @@ from tailorcli.maskcode import (
 )
 from tailorcli.options import is_label
 from tailorcli.report import REPORT_FILE, check_report
-from tailorcli.writer import other_base
 
 if TYPE_CHECKING:
     import numpy as np

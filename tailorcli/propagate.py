@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from tailorcli.adapter import AdaptedCheckpoint
 from tailorcli.blocks import Lane, Lockstep, Spill, find_blocks
-from tailorcli.checkpoint import Checkpoint, TensorInfo
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.collect import first_tensor, identity_of_input, last_logits_only
 from tailorcli.core.figures import LayerFigures, refit_figures
 from tailorcli.core.hessian import unpack_triangle

@@ -14,7 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from tailorcli.checkpoint import Checkpoint, read_header
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.header import read_header
 from tailorcli.errors import CheckpointError, OutputError, StatsError
 from tailorcli.files import PathLike, as_output_error, file_digest, fsync_path, read_json, write_text_atomically
 

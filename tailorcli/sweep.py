@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tailorcli.checkpoint import Checkpoint
+from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.errors import OptionsError, OutputError, TailorError
 from tailorcli.evaluate import encode_for_all, score_model
 from tailorcli.files import PathLike, as_output_error, file_digest, read_json, write_text_atomically

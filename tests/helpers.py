@@ -120,7 +120,7 @@ def random_hessian(size, tokens=None, seed=0, decay=0.5):
 @contextmanager
 def broken_off(writer, after):
     """Within it, a writer's class (``CheckpointWriter``, ``PatchWriter``) fails after so many tensors."""
-    import tailorcli.writer
+    import tailorcli.checkpoint.journal
 
     original, count = writer._write_now, [0]
 
@@ -131,7 +131,7 @@ def broken_off(writer, after):
         original(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(tailorcli.writer, "_SYNC_BYTES", 1)  # small tensors: journal each of them
+        patched.setattr(tailorcli.checkpoint.journal, "_SYNC_BYTES", 1)  # small tensors: journal each of them
         patched.setattr(writer, "_write_now", failing)
         with pytest.raises(RuntimeError, match="stop"):
             yield

@@ -742,7 +742,7 @@ def fail_after(count, name, monkeypatch, error=errno.ENOSPC):
 )
 def test_a_disk_that_fills_up_and_resume(pair, monkeypatch, call, count):
     with monkeypatch.context() as patched:
-        patched.setattr("tailorcli.writer._SYNC_BYTES", 9_000)  # journal often
+        patched.setattr("tailorcli.checkpoint.journal._SYNC_BYTES", 9_000)  # journal often
         fail_after(count, call, patched)
         shown = refused(*patch_command(pair), mentions=["no space left", pair / "out"], output=pair / "out")
         assert "--resume" in shown
@@ -775,7 +775,7 @@ def test_side_files_that_do_not_fit(pair, monkeypatch):
 def interrupted(pair, monkeypatch, writes=8):
     """A run that broke off with some tensors journaled; returns its journal."""
     with monkeypatch.context() as patched:
-        patched.setattr("tailorcli.writer._SYNC_BYTES", 1)
+        patched.setattr("tailorcli.checkpoint.journal._SYNC_BYTES", 1)
         fail_after(writes, "pwrite", patched)
         refused(*patch_command(pair), output=pair / "out")
     journal = pair / "out" / ".tailorcli" / "journal.jsonl"

@@ -20,6 +20,7 @@ from tailorcli import (
     patch_checkpoint,
     plan_patch,
 )
+from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.core import (
     interpolate,
     random_mask,
@@ -31,7 +32,6 @@ from tailorcli.core.baselines import digit_counts, mask_above, value_of_digits
 from tailorcli.core.hessian import prepare
 from tailorcli.core.scores import digit_of_rank
 from tailorcli.patchwriter import PatchWriter
-from tailorcli.writer import CheckpointWriter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 METHODS = {

@@ -12,7 +12,8 @@ import torch
 from helpers import bits, make_model
 from safetensors.torch import save_file
 
-from tailorcli.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, read_header, side_files
+from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, side_files
+from tailorcli.checkpoint.header import read_header
 from tailorcli.errors import CheckpointError, TailorError
 from tailorcli.files import read_json
 

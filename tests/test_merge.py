@@ -34,10 +34,10 @@ from tailorcli import (
     patch_checkpoint,
 )
 from tailorcli.apply import apply_patch, verify_checkpoint
+from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.core import combine_hessians, overlap_figures, stitch_average, stitch_joint, stitch_patches, union_mask
 from tailorcli.core.hessian import prepare
 from tailorcli.patchfile import PatchFile
-from tailorcli.writer import CheckpointWriter
 
 METHODS = ("average", "joint", "patches")
 

@@ -22,7 +22,7 @@ from tailorcli import (
     plan_patch,
     score_checkpoint,
 )
-from tailorcli.writer import CheckpointWriter
+from tailorcli.checkpoint.writer import CheckpointWriter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -196,8 +196,8 @@ def test_runs_repeat_to_the_bit(llama_pair, tmp_path):
 CHILD = """
 import sys
 from tailorcli import patch_checkpoint, PatchOptions
-import tailorcli.core.tailor, tailorcli.writer
-tailorcli.writer._SYNC_BYTES = 1  # small tensors: journal each of them, so that there is something to resume
+from tailorcli.checkpoint import journal
+journal._SYNC_BYTES = 1  # small tensors: journal each of them, so that there is something to resume
 folder = sys.argv[1]
 print("ready", flush=True)
 options = PatchOptions(max_shard_size=30_000)

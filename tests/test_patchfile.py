@@ -20,9 +20,9 @@ from test_bad_input import refused, run
 
 from tailorcli import PatchOptions, TailorError, calibrate_model, inspect_path, maskcode, patch_checkpoint
 from tailorcli.apply import apply_patch, verify_checkpoint
+from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.patchfile import PatchFile
 from tailorcli.patchwriter import PatchWriter
-from tailorcli.writer import CheckpointWriter
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -453,11 +453,11 @@ def test_resumed_under_longer_or_shorter_paths(llama_pair, tmp_path, monkeypatch
 
 def test_what_was_written_before_an_error_is_kept(llama_pair, tmp_path):
     """Not only what filled the journal: closing takes down the rest."""
-    import tailorcli.writer
+    import tailorcli.checkpoint.journal
 
     arguments = (llama_pair / "base", llama_pair / "tuned", tmp_path / "out", llama_pair / "stats")
     with broken_off(CheckpointWriter, 9), pytest.MonkeyPatch.context() as patched:
-        patched.setattr(tailorcli.writer, "_SYNC_BYTES", 1 << 28)
+        patched.setattr(tailorcli.checkpoint.journal, "_SYNC_BYTES", 1 << 28)
         patch_checkpoint(*arguments)
     patch_checkpoint(*arguments, PatchOptions(resume=True))
     assert json.loads((tmp_path / "out" / "tailor_run.json").read_text())["tensors_from_an_earlier_run"] == 9
@@ -466,7 +466,7 @@ def test_what_was_written_before_an_error_is_kept(llama_pair, tmp_path):
 def test_a_full_disk_at_any_moment_is_one_clear_error(patched, monkeypatch):
     import errno
 
-    import tailorcli.writer
+    import tailorcli.checkpoint.journal
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -475,7 +475,7 @@ def test_a_full_disk_at_any_moment_is_one_clear_error(patched, monkeypatch):
         for output in (["-o", patched / f"full-{name}"], ["--patch-file", patched / f"full-{name}.safetensors"]):
             command = ["patch", patched / "base", patched / "tuned", "--stats", patched / "stats", *output]
             with monkeypatch.context() as broken:
-                broken.setattr(tailorcli.writer.os, name, full)
+                broken.setattr(tailorcli.checkpoint.journal.os, name, full)
                 refused(*command, mentions=["no space left"])
             assert run(*command, "--resume").exit_code == 0
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint import mutate_bytes, mutate_json
 
-from tailorcli.checkpoint import Checkpoint
+from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.errors import OutputError, StatsError, TailorError
 from tailorcli.inspection import inspect_path
 from tailorcli.options import PatchOptions

@@ -5,9 +5,9 @@ import torch
 from helpers import bits, broken_off, make_model, make_pair, make_tokenizer, perturb, read_tensors
 
 from tailorcli import CalibrateOptions, PatchOptions, TailorError, calibrate_model, patch_checkpoint, score_checkpoint
-from tailorcli.checkpoint import Checkpoint
-from tailorcli.vocabulary import grow_vocabulary
-from tailorcli.writer import CheckpointWriter
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.grown import grow_vocabulary
+from tailorcli.checkpoint.writer import CheckpointWriter
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tailorcli.adapter import AdaptedCheckpoint
-from tailorcli.checkpoint import Checkpoint, TensorInfo
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.errors import CheckpointError, OptionsError
 
 
@@ -48,8 +48,6 @@ def _grown(info: TensorInfo, tuned: TensorInfo) -> TensorInfo:
 
 def grow_vocabulary(base: Checkpoint, tuned: Checkpoint) -> GrownCheckpoint:
     """``base`` grown to the rows of ``tuned``. Raises an error where tuned has no more rows, or differs otherwise."""
-    if isinstance(tuned, AdaptedCheckpoint):
-        raise OptionsError("--resized-vocab is not for adapters", "merge the adapter first: model.merge_and_unload()")
     grown, pairs = set(), set()
     for name, info in base.tensors.items():
         other = tuned.tensors.get(name)

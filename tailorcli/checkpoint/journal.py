@@ -1,0 +1,113 @@
+"""What makes a run resumable: tensors written in the background, and a journal of those that are safely on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from tailorcli.errors import OutputError
+from tailorcli.files import as_output_error, write_text_atomically
+
+ANEW = "start anew with --overwrite"
+
+
+_SYNC_BYTES = 1 << 28  # journal entries wait until this many bytes of theirs are on disk together
+
+
+class Journal:
+    """The tensors that are safely on disk, a line each, behind a first line that identifies the run.
+
+    A line is only written after the bytes that it vouches for; lines wait until many bytes can be synced at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lines: list[str] = []
+        self._files: set[int] = set()
+        self._nbytes = 0
+
+    def start(self, identity: dict[str, Any]) -> None:
+        """A new journal with nothing in it."""
+        write_text_atomically(self.path, json.dumps({"identity": identity}) + "\n")
+
+    def load(self, identity: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+        """The entries of an earlier run of the same ``identity``; ``folder`` is what the error names."""
+        damaged = OutputError(f"cannot resume in {folder}: its journal is damaged", ANEW)
+        try:
+            lines = self.path.read_text(encoding="utf-8").split("\n")
+            earlier = dict(json.loads(lines[0])["identity"])
+            entries = [dict(json.loads(line)) for line in lines[1:-1]]
+            _ = [(str(entry["name"]), dict(entry["record"])) for entry in entries]
+        except (ValueError, KeyError, TypeError) as error:
+            raise damaged from error
+        current = json.loads(json.dumps(identity))  # the same round trip: tuples become lists
+        changed = sorted(key for key in {*earlier, *current} if earlier.get(key) != current.get(key))
+        if changed:
+            details = ", ".join(f"{key}: {earlier.get(key)} then, {current.get(key)} now" for key in changed)
+            raise OutputError(f"cannot resume in {folder}: {details}", ANEW)
+        # What follows the last newline was cut off in the middle.
+        write_text_atomically(self.path, "".join(line + "\n" for line in lines[:-1]))
+        return entries
+
+    def add(self, entry: dict[str, Any], nbytes: int, descriptor: int) -> None:
+        """Note an entry whose ``nbytes`` were written to the open file ``descriptor``."""
+        self._lines.append(json.dumps(entry) + "\n")
+        self._files.add(descriptor)
+        self._nbytes += nbytes
+        if self._nbytes >= _SYNC_BYTES:
+            self.sync()
+
+    def sync(self) -> None:
+        """Data first, then the lines that vouch for it. Raises OutputError."""
+        try:
+            for descriptor in self._files:
+                os.fdatasync(descriptor)
+            if self._lines:
+                with self.path.open("a", encoding="utf-8") as stream:
+                    stream.writelines(self._lines)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+        except OSError as error:
+            raise as_output_error(self.path, error) from error
+        self._lines, self._files, self._nbytes = [], set(), 0
+
+
+class WriteQueue:
+    """Jobs on a thread of their own, in order; ``submit`` blocks while one runs and another waits."""
+
+    def __init__(self, name: str) -> None:
+        self.seconds = 0.0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._queue: list[Future[None]] = []
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Queue a job; raises what an earlier one raised."""
+        while len(self._queue) > 1:  # one being written, one waiting: bounds the memory that waits here
+            self._queue.pop(0).result()
+        self._queue.append(self._pool.submit(self._timed, job))
+
+    def _timed(self, job: Callable[[], None]) -> None:
+        started = perf_counter()
+        job()
+        self.seconds += perf_counter() - started
+
+    def drain(self) -> None:
+        """Wait until everything queued is done."""
+        while self._queue:
+            self._queue.pop(0).result()
+
+    def close(self) -> None:
+        """Drop what waits and stop the thread."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def write_all(descriptor: int, piece: memoryview, position: int) -> None:
+    """``pwrite`` until everything is written."""
+    while len(piece):
+        count = os.pwrite(descriptor, piece, position)
+        piece, position = piece[count:], position + count

@@ -1,0 +1,86 @@
+"""Where every tensor of a new checkpoint goes: shards, offsets and headers, before a byte is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tailorcli.checkpoint.folder import SINGLE_FILE, Checkpoint
+from tailorcli.checkpoint.header import TensorInfo
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one tensor in the output: a shard's name and the bytes from ``offset`` of it."""
+
+    shard: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """Every shard's header, and every tensor's slot."""
+
+    headers: dict[str, bytes]
+    sizes: dict[str, int]
+    slots: dict[str, Slot]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards, headers included."""
+        return sum(self.sizes.values())
+
+
+def split_shards(sizes: Sequence[tuple[str, int]], max_shard_size: int) -> list[list[str]]:
+    """Names in order, cut into shards of at most ``max_shard_size`` bytes; a larger tensor gets a shard alone."""
+    shards: list[list[str]] = []
+    filled = 0
+    for name, nbytes in sizes:
+        if not shards or filled + nbytes > max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += nbytes
+    return shards
+
+
+def plan_layout(base: Checkpoint, max_shard_size: int | None) -> ShardLayout:
+    """Where each tensor goes: the base's own sharding, or a new one under ``max_shard_size`` bytes a shard."""
+    if max_shard_size is None:
+        by_file: dict[str, list[str]] = {}
+        for info in base.tensors.values():
+            by_file.setdefault(info.file.relative_to(base.path).as_posix(), []).append(info.name)
+    else:
+        shards = split_shards([(info.name, info.nbytes) for info in base.tensors.values()], max_shard_size)
+        count = len(shards)
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        by_file = dict(zip(names if count > 1 else [SINGLE_FILE], shards, strict=True))
+    headers, sizes, slots = {}, {}, {}
+    for file_name, tensor_names in by_file.items():
+        header, placed = _build_header([base.tensors[name] for name in tensor_names])
+        headers[file_name] = header
+        for info, offset in placed:
+            slots[info.name] = Slot(file_name, offset, info.nbytes)
+        sizes[file_name] = len(header) + sum(info.nbytes for info, _ in placed)
+    return ShardLayout(headers, sizes, slots)
+
+
+def _build_header(infos: Sequence[TensorInfo]) -> tuple[bytes, list[tuple[TensorInfo, int]]]:
+    """The bytes before the data, padded to a multiple of 8, and each tensor's offset in the file."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position, starts = 0, []
+    for info in infos:
+        entries[info.name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [position, position + info.nbytes],
+        }
+        starts.append(position)
+        position += info.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, [(info, len(header) + start) for info, start in zip(infos, starts, strict=True)]
