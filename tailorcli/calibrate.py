@@ -15,8 +15,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.adapter import is_adapter, open_tuned, tokenizer_folder
-from tailorcli.adapter_config import CONFIG_FILE, read_settings
+from tailorcli.adapters.checkpoint import is_adapter, open_tuned, tokenizer_folder
+from tailorcli.adapters.config import CONFIG_FILE, read_settings
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
 from tailorcli.data import Samples, draw_samples, read_records

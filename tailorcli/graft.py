@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.adapter import tokenizer_folder
+from tailorcli.adapters.checkpoint import tokenizer_folder
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.data import Record, draw_samples, make_batches, read_records
 from tailorcli.errors import CheckpointError, DataError, NumericalError, OptionsError, OutputError, first_line

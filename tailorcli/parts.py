@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.adapter import AdaptedCheckpoint
-from tailorcli.adapter_config import MERGE_HINT
+from tailorcli.adapters.checkpoint import AdaptedCheckpoint
+from tailorcli.adapters.config import MERGE_HINT
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.device import StageTimer, give_back_memory
 from tailorcli.errors import CheckpointError

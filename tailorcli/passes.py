@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.adapter import AdaptedCheckpoint
+from tailorcli.adapters.checkpoint import AdaptedCheckpoint
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES
 from tailorcli.data import Samples, count_tokens, make_batches

@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.adapter import AdaptedCheckpoint, open_tuned, tuned_side_files
+from tailorcli.adapters.checkpoint import AdaptedCheckpoint, open_tuned, tuned_side_files
 from tailorcli.baselines import find_cut, patch_by_method
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import GrownCheckpoint, grow_vocabulary

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tailorcli.adapter import AdaptedCheckpoint
+from tailorcli.adapters.checkpoint import AdaptedCheckpoint
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
 from tailorcli.checkpoint.layout import ShardLayout, plan_layout

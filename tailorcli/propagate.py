@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tailorcli.adapter import AdaptedCheckpoint
+from tailorcli.adapters.checkpoint import AdaptedCheckpoint
 from tailorcli.blocks import Lane, Lockstep, Spill, find_blocks
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import TensorInfo

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tailorcli import Checkpoint, TailorError, calibrate_model, patch_checkpoint
-from tailorcli.adapter import AdaptedCheckpoint, is_adapter, open_tuned, tuned_side_files
+from tailorcli.adapters.checkpoint import AdaptedCheckpoint, is_adapter, open_tuned, tuned_side_files
 from tailorcli.cli import app
 from tailorcli.options import CalibrateOptions, PatchOptions
 from tailorcli.stats import Stats

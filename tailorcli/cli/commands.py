@@ -317,7 +317,7 @@ def patch(
     starts; an interrupted run leaves nothing that loads, and --resume finishes it to the same bytes.
     """
     require_output(output, patch_file)
-    from tailorcli.adapter import is_adapter
+    from tailorcli.adapters.checkpoint import is_adapter
     from tailorcli.patch import patch_checkpoint, plan_patch
 
     if preset is not None and retain is not None:

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tailorcli.adapter_config import CONFIG_FILE, read_settings
-from tailorcli.adapter_fit import WEIGHTS_FILE, Formula, fit_adapter
+from tailorcli.adapters.config import CONFIG_FILE, read_settings
+from tailorcli.adapters.fit import WEIGHTS_FILE, Formula, fit_adapter
 from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, side_files
 from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.errors import NumericalError

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tailorcli.adapter_config import CONFIG_FILE, MERGE_HINT, LoraSettings
+from tailorcli.adapters.config import CONFIG_FILE, MERGE_HINT, LoraSettings
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo, read_header
 from tailorcli.errors import CheckpointError

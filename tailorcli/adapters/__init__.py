@@ -1,0 +1,1 @@
+"""A LoRA adapter seen as a checkpoint."""
