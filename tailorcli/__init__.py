@@ -93,9 +93,9 @@ if TYPE_CHECKING:
     from tailorcli.merit import TaskScores, h_score
     from tailorcli.options import CalibrateOptions, EvaluateOptions, MergeOptions, PatchOptions
     from tailorcli.patch import patch_checkpoint, plan_patch, score_checkpoint
-    from tailorcli.patchfile import PatchFile
+    from tailorcli.patchfile.reader import PatchFile
+    from tailorcli.patchfile.report import PatchReport
     from tailorcli.predict import evaluate_network
-    from tailorcli.report import PatchReport
     from tailorcli.stats import Stats
     from tailorcli.sweep import SweepReport, run_sweep, settings_of
     from tailorcli.tasks import encode_task, read_tasks

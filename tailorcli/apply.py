@@ -17,9 +17,9 @@ from tailorcli.checkpoint.readahead import ReadAhead
 from tailorcli.errors import CheckpointError, PatchError, other_base
 from tailorcli.files import PathLike, digest_of, read_json
 from tailorcli.outputs import Target, progress_bar
-from tailorcli.patchfile import PatchFile, raw_bytes
+from tailorcli.patchfile.reader import PatchFile, raw_bytes
+from tailorcli.patchfile.report import REPORT_FILE, PatchReport, load_report
 from tailorcli.plan import RUNTIME_BYTES, Plan, TensorPlan
-from tailorcli.report import REPORT_FILE, PatchReport, load_report
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,8 +12,8 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.writer import JOURNAL, WORK_FOLDER
 from tailorcli.errors import CheckpointError, TailorError
 from tailorcli.files import PathLike, read_json
-from tailorcli.patchfile import SUFFIX, PatchFile
-from tailorcli.report import REPORT_FILE, RUN_FILE, load_report, options_shown
+from tailorcli.patchfile.reader import SUFFIX, PatchFile
+from tailorcli.patchfile.report import REPORT_FILE, RUN_FILE, load_report, options_shown
 from tailorcli.stats import MANIFEST, Stats
 
 KINDS = {

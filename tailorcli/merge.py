@@ -17,8 +17,8 @@ from tailorcli.files import PathLike
 from tailorcli.mergeplan import MergeInputs, build_merge_plan, merge_working_set
 from tailorcli.options import MergeOptions
 from tailorcli.outputs import Target, identity_of, progress_bar
+from tailorcli.patchfile.report import REPORT_FILE, PatchReport
 from tailorcli.plan import Plan, TensorPlan
-from tailorcli.report import REPORT_FILE, PatchReport
 
 if TYPE_CHECKING:
     import torch

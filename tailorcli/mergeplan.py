@@ -14,7 +14,7 @@ from tailorcli.checkpoint.layout import plan_layout
 from tailorcli.errors import OptionsError, PatchError, StatsError
 from tailorcli.files import PathLike
 from tailorcli.options import MergeOptions
-from tailorcli.patchfile import PatchFile
+from tailorcli.patchfile.reader import PatchFile
 from tailorcli.plan import RUNTIME_BYTES, Plan, TensorPlan, check_pair, check_stats, group_by_hessian, most_patch_bytes
 from tailorcli.stats import Stats
 

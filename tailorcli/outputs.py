@@ -18,10 +18,10 @@ from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.writer import JOURNAL, WORK_FOLDER, CheckpointWriter
 from tailorcli.errors import CheckpointError, OutputError, PatchError
 from tailorcli.files import as_output_error, digest_of, read_json, write_text_atomically
-from tailorcli.patchfile import SUFFIX, PatchFile
-from tailorcli.patchwriter import PatchWriter
+from tailorcli.patchfile.reader import SUFFIX, PatchFile
+from tailorcli.patchfile.report import REPORT_FILE, RUN_FILE, PatchReport, load_report
+from tailorcli.patchfile.writer import PatchWriter
 from tailorcli.plan import Plan
-from tailorcli.report import REPORT_FILE, RUN_FILE, PatchReport, load_report
 
 if TYPE_CHECKING:
     import torch

@@ -22,9 +22,9 @@ from tailorcli.files import PathLike, digest_of
 from tailorcli.graft import MaskFile, check_graft, trained_masks
 from tailorcli.options import PatchOptions
 from tailorcli.outputs import Outputs, Target, identity_of, progress_bar
-from tailorcli.patchfile import raw_bytes
+from tailorcli.patchfile.reader import raw_bytes
+from tailorcli.patchfile.report import PatchReport
 from tailorcli.plan import Plan, TensorPlan, build_plan, working_set
-from tailorcli.report import PatchReport
 from tailorcli.stats import Stats
 
 if TYPE_CHECKING:

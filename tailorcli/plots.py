@@ -8,7 +8,7 @@ from typing import Any
 
 from tailorcli.errors import OptionsError, OutputError, TailorError
 from tailorcli.inspection import Inspection
-from tailorcli.report import MERGE, share, split_name
+from tailorcli.patchfile.report import MERGE, share, split_name
 
 BEFORE, AFTER, TUNED, _NEUTRAL = "#d08a3c", "#2f6f9f", "#8a8a8a", "#4d8f57"
 _PALETTE = ("#2f6f9f", "#d08a3c", "#4d8f57", "#8f4d7f", "#7a6a3a", "#3a8f8f")

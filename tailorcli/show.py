@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from tailorcli.inspection import KINDS, Inspection
-from tailorcli.report import tensor_table
+from tailorcli.patchfile.report import tensor_table
 from tailorcli.units import format_bytes, format_share
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from tailorcli.core import (
 from tailorcli.core.baselines import digit_counts, mask_above, value_of_digits
 from tailorcli.core.hessian import prepare
 from tailorcli.core.scores import digit_of_rank
-from tailorcli.patchwriter import PatchWriter
+from tailorcli.patchfile.writer import PatchWriter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 METHODS = {

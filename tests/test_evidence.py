@@ -12,7 +12,7 @@ from benchmarks.quick import model as quick_model
 from benchmarks.real.model import Recipe
 from tailorcli import PatchOptions, patch_checkpoint
 from tailorcli.merit import Roles
-from tailorcli.report import REPORT_FILE, load_report
+from tailorcli.patchfile.report import REPORT_FILE, load_report
 from tailorcli.sweep import Point, Setting, SweepReport
 
 

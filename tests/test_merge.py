@@ -37,7 +37,7 @@ from tailorcli.apply import apply_patch, verify_checkpoint
 from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.core import combine_hessians, overlap_figures, stitch_average, stitch_joint, stitch_patches, union_mask
 from tailorcli.core.hessian import prepare
-from tailorcli.patchfile import PatchFile
+from tailorcli.patchfile.reader import PatchFile
 
 METHODS = ("average", "joint", "patches")
 

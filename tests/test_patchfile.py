@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_bad_input import refused, run
 
-from tailorcli import PatchOptions, TailorError, calibrate_model, inspect_path, maskcode, patch_checkpoint
+from tailorcli import PatchOptions, TailorError, calibrate_model, inspect_path, patch_checkpoint
 from tailorcli.apply import apply_patch, verify_checkpoint
 from tailorcli.checkpoint.writer import CheckpointWriter
-from tailorcli.patchfile import PatchFile
-from tailorcli.patchwriter import PatchWriter
+from tailorcli.patchfile import coding as maskcode
+from tailorcli.patchfile.reader import PatchFile
+from tailorcli.patchfile.writer import PatchWriter
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

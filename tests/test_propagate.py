@@ -20,7 +20,7 @@ from tailorcli.cli import app
 from tailorcli.core.propagation import accumulate_moments_, complete_, no_moments, refit
 from tailorcli.core.retain import retain_scale
 from tailorcli.options import CalibrateOptions
-from tailorcli.patchwriter import PatchWriter
+from tailorcli.patchfile.writer import PatchWriter
 from tailorcli.stats import SAMPLES, Stats
 
 PROPAGATED = PatchOptions(propagate=True, retain_weight=0.3, damping=0.1)

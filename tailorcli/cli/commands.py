@@ -232,7 +232,7 @@ def score(
     """Show what a mask would capture, tensor by tensor, before patching. Writes no checkpoint."""
     from tailorcli.outputs import write_report
     from tailorcli.patch import score_checkpoint
-    from tailorcli.report import tensor_table
+    from tailorcli.patchfile.report import tensor_table
 
     options = PatchOptions(
         density=density,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from tailorcli.patchfile.report import PatchReport
     from tailorcli.plan import Plan
-    from tailorcli.report import PatchReport
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -15,9 +15,18 @@ from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.journal import Journal, WriteQueue, write_all
 from tailorcli.errors import OutputError
 from tailorcli.files import as_output_error, digest_of, fsync_path
-from tailorcli.maskcode import CODINGS, PADDING, encode, pad_byte
-from tailorcli.patchfile import FILE, FORMAT_VERSION, MASK, METADATA_KEY, VALUES, PatchTensor, SideFile, raw_bytes
-from tailorcli.report import REPORT_FILE
+from tailorcli.patchfile.coding import CODINGS, PADDING, encode, pad_byte
+from tailorcli.patchfile.reader import (
+    FILE,
+    FORMAT_VERSION,
+    MASK,
+    METADATA_KEY,
+    VALUES,
+    PatchTensor,
+    SideFile,
+    raw_bytes,
+)
+from tailorcli.patchfile.report import REPORT_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,15 +17,9 @@ from tailorcli.checkpoint.folder import WEIGHT_SUFFIXES, Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, bits_of, read_header
 from tailorcli.errors import CheckpointError, PatchError, other_base
 from tailorcli.files import PathLike, digest_of
-from tailorcli.maskcode import (
-    CODINGS,
-    Places,
-    check,
-    decode,
-    decode_mask,
-)
 from tailorcli.options import is_label
-from tailorcli.report import REPORT_FILE, check_report
+from tailorcli.patchfile.coding import CODINGS, Places, check, decode, decode_mask
+from tailorcli.patchfile.report import REPORT_FILE, check_report
 
 if TYPE_CHECKING:
     import numpy as np

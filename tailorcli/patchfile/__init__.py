@@ -1,0 +1,1 @@
+"""Patch files and the report of a patch: coding, reader, writer."""
