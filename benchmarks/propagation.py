@@ -32,8 +32,9 @@ from tailorcli.core.hessian import PreparedHessian, prepare
 from tailorcli.core.scores import count_kept, select_mask
 from tailorcli.core.solvers import solve_on_mask
 from tailorcli.core.tailor import fused_score
-from tailorcli.data import draw_samples, make_batches, read_records
-from tailorcli.encoding import Encoder
+from tailorcli.data.encoder import Encoder
+from tailorcli.data.records import read_records
+from tailorcli.data.samples import draw_samples, make_batches
 from tailorcli.options import CalibrateOptions
 
 DOCUMENT = Path("docs/propagation.md")

@@ -51,9 +51,10 @@ from benchmarks.synthetic import (
     write_tokenizer,
 )
 from tailorcli import calibrate_model
-from tailorcli.data import draw_samples, make_batches, read_records
+from tailorcli.data.encoder import Encoder
+from tailorcli.data.records import read_records
+from tailorcli.data.samples import draw_samples, make_batches
 from tailorcli.device import exact_float32
-from tailorcli.encoding import Encoder
 from tailorcli.options import CalibrateOptions
 
 PARTS = ("salience", "stages", "calibrate")

@@ -19,7 +19,8 @@ from tailorcli.adapters.checkpoint import is_adapter, open_tuned, tokenizer_fold
 from tailorcli.adapters.config import CONFIG_FILE, read_settings
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
-from tailorcli.data import Samples, draw_samples, read_records
+from tailorcli.data.records import read_records
+from tailorcli.data.samples import Samples, draw_samples
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import CheckpointError, OptionsError
 from tailorcli.files import PathLike, as_output_error, write_text_atomically

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapters.checkpoint import tokenizer_folder
 from tailorcli.checkpoint.folder import Checkpoint
-from tailorcli.data import Record, draw_samples, make_batches, read_records
+from tailorcli.data.records import Record, read_records
+from tailorcli.data.samples import draw_samples, make_batches
 from tailorcli.errors import CheckpointError, DataError, NumericalError, OptionsError, OutputError, first_line
 from tailorcli.files import PathLike
 from tailorcli.loading import (
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from tailorcli.data import Inputs
-    from tailorcli.encoding import Encoder
+    from tailorcli.data.encoder import Encoder
+    from tailorcli.data.records import Inputs
 
 SUFFIX = ".graft"  # after the output's name: the trained masks, until the run has finished
 _METADATA = "tailorcli_graft"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli._version import __version__
 from tailorcli.checkpoint.folder import Checkpoint
-from tailorcli.encoding import Encoder
+from tailorcli.data.encoder import Encoder
 from tailorcli.errors import CheckpointError, first_line
 from tailorcli.files import read_json
 from tailorcli.options import LoadOptions

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES
-from tailorcli.data import Samples, count_tokens, make_batches
+from tailorcli.data.samples import Samples, count_tokens, make_batches
 from tailorcli.device import StageTimer
 from tailorcli.errors import CheckpointError, DataError, OptionsError, TailorError, first_line
 from tailorcli.loading import aliases, expected_names, load_model
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from tailorcli.blocks import Lane, Spill
     from tailorcli.collect import Collector
-    from tailorcli.data import Inputs
+    from tailorcli.data.records import Inputs
     from tailorcli.layers import Layer
 
 _TRIAL_TOKENS = 8  # a short run that finds out which layers share their inputs

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from tailorcli.data import batch_places, count_tokens, join
+from tailorcli.data.samples import batch_places, count_tokens, join
 from tailorcli.device import exact_float32
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
 from tailorcli.loading import greedy_generation, quiet_transformers
@@ -24,7 +24,7 @@ from tailorcli.passes import check_ids, forward, to_device
 from tailorcli.tasks import EncodedTask, Item, Row, normalise
 
 if TYPE_CHECKING:
-    from tailorcli.data import Inputs
+    from tailorcli.data.records import Inputs
 
 _CANDIDATES = 8  # logits that are worked out again in float32, besides the wanted ones
 _ENTRIES = 1 << 25  # logits at a time

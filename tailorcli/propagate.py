@@ -29,7 +29,7 @@ from tailorcli.core.figures import LayerFigures, refit_figures
 from tailorcli.core.hessian import unpack_triangle
 from tailorcli.core.propagation import Moments, accumulate_moments_, complete_, no_moments, refit
 from tailorcli.core.tailor import LayerResult
-from tailorcli.data import make_batches
+from tailorcli.data.samples import make_batches
 from tailorcli.device import StageTimer, free_memory
 from tailorcli.errors import NumericalError, TailorError
 from tailorcli.layers import Layer, find_layers, is_convolution
@@ -42,7 +42,7 @@ from tailorcli.plan import TensorPlan
 from tailorcli.stats import Stats
 
 if TYPE_CHECKING:
-    from tailorcli.data import Inputs
+    from tailorcli.data.records import Inputs
 
     Result = tuple[TensorPlan, LayerResult | None, str]
 

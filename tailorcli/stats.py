@@ -22,7 +22,7 @@ from tailorcli.files import PathLike, as_output_error, file_digest, fsync_path, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tailorcli.data import Inputs
+    from tailorcli.data.records import Inputs
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

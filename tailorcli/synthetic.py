@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.data import Record, Samples, batch_places, check_record, join, read_records
+from tailorcli.data.records import Record, check_record, read_records
+from tailorcli.data.samples import Samples, batch_places, join
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
 from tailorcli.files import file_digest
 from tailorcli.loading import sampling_generation
@@ -21,8 +22,8 @@ from tailorcli.options import CalibrateOptions
 if TYPE_CHECKING:
     import torch
 
-    from tailorcli.data import Inputs
-    from tailorcli.encoding import Encoder
+    from tailorcli.data.encoder import Encoder
+    from tailorcli.data.records import Inputs
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from tailorcli.data import Check, Record, check_record, read_records
-from tailorcli.encoding import Encoder
+from tailorcli.data.encoder import Encoder
+from tailorcli.data.records import Check, Record, check_record, read_records
 from tailorcli.errors import DataError, OptionsError
 from tailorcli.files import file_digest
 from tailorcli.options import EvaluateOptions, is_label
@@ -18,7 +18,7 @@ from tailorcli.options import EvaluateOptions, is_label
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tailorcli.data import Inputs
+    from tailorcli.data.records import Inputs
 
 Kind = Literal["text", "choice", "choice-raw", "generate"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -9,8 +9,9 @@ from helpers import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tailorcli.data import draw_samples, make_batches, read_records
-from tailorcli.encoding import Encoder
+from tailorcli.data.encoder import Encoder
+from tailorcli.data.records import read_records
+from tailorcli.data.samples import draw_samples, make_batches
 from tailorcli.errors import DataError
 from tailorcli.options import CalibrateOptions
 

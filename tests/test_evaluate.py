@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from tailorcli import EvaluateOptions, TailorError, TaskScores, encode_task, evaluate_models, evaluate_network, h_score
 from tailorcli.cli import app
-from tailorcli.encoding import Encoder
+from tailorcli.data.encoder import Encoder
 from tailorcli.loading import load_encoder, load_model, read_config
 from tailorcli.merit import Roles, bootstrap, compare, estimate, summarise
 from tailorcli.predict import _Reader

@@ -1,0 +1,109 @@
+"""Records as a model takes them: token ids drawn with a seed, and batches of one length."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tailorcli.data.records import FIELDS, Record
+from tailorcli.errors import DataError
+from tailorcli.files import file_digest
+from tailorcli.options import CalibrateOptions
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The model's inputs of each drawn sample, and the facts about the drawing that go into the manifest."""
+
+    inputs: list[Inputs]
+    facts: dict[str, Any]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all samples, those of images included; an input without tokens counts as one."""
+        return sum(count_tokens(inputs) for inputs in self.inputs)
+
+
+def count_tokens(inputs: Inputs) -> int:
+    """Tokens that a model's inputs hold, the decoder's included; samples where there are none."""
+    counts = [inputs[name].numel() for name in ("input_ids", "decoder_input_ids") if name in inputs]
+    return sum(counts) or max((len(value) for value in inputs.values()), default=0)
+
+
+def draw_samples(
+    path: Path, records: list[Record], encode: Callable[[Record, int], Inputs | None], options: CalibrateOptions
+) -> Samples:
+    """Draw up to ``num_samples`` of the records of ``path``, in the order of the seed, as ``encode`` makes them.
+
+    Records that give no token (None) are passed over. Raises DataError if none is left.
+    """
+    chosen: list[Inputs] = []
+    if options.text_mode == "chunk" and path.suffix == ".txt":
+        pool = _chunks(encode(records[0], sys.maxsize), options.length)
+        random.Random(options.seed).shuffle(pool)
+        chosen = pool[: options.num_samples]
+        available = len(pool)
+    else:
+        order = list(range(len(records)))
+        random.Random(options.seed).shuffle(order)
+        available = len(records)
+        for position in order:
+            inputs = encode(records[position], options.length)
+            if inputs is not None:
+                chosen.append(inputs)
+            if len(chosen) == options.num_samples:
+                break
+    if not chosen:
+        raise DataError(f"{path}: no record gives a single token", FIELDS)
+    facts = {
+        "file": str(path),
+        "blake2b": file_digest(path),
+        "records": available,
+        "samples": len(chosen),
+        "tokens": sum(count_tokens(inputs) for inputs in chosen),
+        "seed": options.seed,
+        "seq_len": options.length,
+        "text_mode": options.text_mode,
+    }
+    return Samples(chosen, facts)
+
+
+def _chunks(inputs: Inputs | None, seq_len: int) -> list[Inputs]:
+    """One long text cut into samples of ``seq_len`` tokens."""
+    if inputs is None:
+        return []
+    ids = inputs["input_ids"]
+    return [{"input_ids": ids[:, start : start + seq_len]} for start in range(0, ids.shape[1], seq_len)]
+
+
+def make_batches(samples: list[Inputs], batch_size: int) -> Iterator[Inputs]:
+    """Batches of samples whose inputs have equal shapes, the largest first.
+
+    So nothing is ever padded, and no padding can count, whatever a model makes of its inputs inside.
+    """
+    for places in batch_places(samples, batch_size):
+        yield join([samples[place] for place in places])
+
+
+def batch_places(samples: list[Inputs], batch_size: int) -> Iterator[list[int]]:
+    """Which samples go into each batch: their positions."""
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for place, inputs in enumerate(samples):
+        alike.setdefault(tuple((name, value.shape) for name, value in sorted(inputs.items())), []).append(place)
+    for group in sorted(alike.values(), key=lambda group: -sum(v.numel() for v in samples[group[0]].values())):
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+def join(samples: list[Inputs]) -> Inputs:
+    """One batch of samples whose inputs have equal shapes."""
+    import torch
+
+    return {name: torch.cat([inputs[name] for inputs in samples]) for name in samples[0]}
