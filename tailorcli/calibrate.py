@@ -24,18 +24,10 @@ from tailorcli.data.samples import Samples, draw_samples
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import CheckpointError, OptionsError
 from tailorcli.files import PathLike, as_output_error, write_text_atomically
-from tailorcli.loading import (
-    check_shapes,
-    empty_model,
-    expected_names,
-    load_encoder,
-    load_model,
-    num_positions,
-    package_versions,
-    processor_folder,
-    read_config,
-)
-from tailorcli.names import Place
+from tailorcli.models.config import num_positions, processor_folder, read_config
+from tailorcli.models.loading import check_shapes, expected_names, load_encoder, load_model, package_versions
+from tailorcli.models.places import Place
+from tailorcli.models.skeleton import empty_model
 from tailorcli.options import CalibrateOptions, matches
 from tailorcli.passes import Run, collect_blockwise, collect_whole, guessed_places
 from tailorcli.stats import HESSIANS, HessianInfo, StatsWriter, TensorStats, prepare_folder
@@ -44,7 +36,7 @@ from tailorcli.units import format_bytes
 if TYPE_CHECKING:
     import torch
 
-    from tailorcli.layers import Layer
+    from tailorcli.models.layers import Layer
 
 _MARGIN = 0.8  # of the free memory that a model and its Hessians may fill before it goes block by block
 _NO_CHOICE = "not chosen by --include and --exclude at calibration"
@@ -259,8 +251,8 @@ def _skeleton_for_blocks(run: Run, config: dict[str, Any], announce: Callable[[s
     """The model without its weights if it goes block by block: as asked for, or as it does not fit; else None."""
     import torch
 
-    from tailorcli.blocks import find_blocks
     from tailorcli.device import free_memory
+    from tailorcli.models.lockstep import find_blocks
 
     say = announce or (lambda message: None)
     free, host = free_memory(run.device), free_memory(torch.device("cpu"))
@@ -292,7 +284,7 @@ def _skeleton_for_blocks(run: Run, config: dict[str, Any], announce: Callable[[s
 
 def _hessian_bytes(run: Run, network: Any) -> int:
     """Bytes of all full Hessians at most: layers of one module and as many channels are taken to share one."""
-    from tailorcli.layers import find_layers
+    from tailorcli.models.layers import find_layers
 
     places = guessed_places(expected_names(network, run.stored.tensors))
     layers = run.wanted(find_layers(network).values(), places)
@@ -308,7 +300,7 @@ def _write_bias(run: Run) -> None:
     """The Hessian of all constants."""
     import torch
 
-    from tailorcli.layers import BIAS_HESSIAN
+    from tailorcli.models.layers import BIAS_HESSIAN
 
     info = HessianInfo(1, "diagonal", run.samples.num_tokens, 2.0)
     run.writer.write(BIAS_HESSIAN, info, torch.tensor([2.0]))
@@ -316,7 +308,7 @@ def _write_bias(run: Run) -> None:
 
 def _entry(tensor: str, run: Run, layers: dict[str, Layer]) -> TensorStats:
     """The manifest's entry for a checkpoint tensor."""
-    from tailorcli.layers import BIAS_HESSIAN, stats_of
+    from tailorcli.models.layers import BIAS_HESSIAN, stats_of
 
     info, place = run.stored.tensors[tensor], run.places.get(tensor, Place(reason="transformers does not load it"))
     if not matches(tensor, run.options.include, run.options.exclude):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tailorcli.core.hessian import accumulate_, accumulate_diagonal_, diagonal_of, pack_triangle, unpack_triangle
 from tailorcli.device import StageTimer, free_memory
 from tailorcli.errors import DeviceError, NumericalError, TailorError
-from tailorcli.layers import (
+from tailorcli.models.layers import (
     BIAS_HESSIAN,
     Call,
     Layer,
@@ -30,7 +30,8 @@ from tailorcli.layers import (
     normalised,
     unsuitable,
 )
-from tailorcli.products import ProductWatch, Use
+from tailorcli.models.products import ProductWatch, Use
+from tailorcli.models.running import first_tensor, identity_of_input
 from tailorcli.stats import HessianInfo
 
 _REMEMBERED = 64  # inputs kept alive in the trial run: within so many calls, layers are found to share one
@@ -321,38 +322,3 @@ def _are_relative(ids: Tensor) -> bool:
 def _listed(numbers: list[int]) -> str:
     shown = ", ".join(map(str, numbers[:8]))
     return shown + (", ..." if len(numbers) > 8 else "")
-
-
-@contextmanager
-def last_logits_only(model: nn.Module) -> Iterator[None]:
-    """Give the output head only the last token of each sample while this lasts: no one reads its logits.
-
-    Enter it after the hooks that look at the head's inputs, which then see all of them.
-    """
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    handle = head.register_forward_pre_hook(_last_position) if isinstance(head, nn.Linear) else None
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()
-
-
-def _last_position(_: nn.Module, args: tuple[Any, ...]) -> Any:
-    if args and isinstance(args[0], Tensor) and args[0].dim() == 3:
-        return (args[0][:, -1:], *args[1:])
-    return None
-
-
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The module's input: its first tensor argument."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value
-    raise TypeError("a calibrated module was called without a tensor")
-
-
-def identity_of_input(tensor: Tensor) -> tuple[int, ...]:
-    """What tells one live tensor from another, and from itself after a change in place."""
-    return (tensor.data_ptr(), *tensor.shape, *tensor.stride(), tensor._version)

@@ -16,8 +16,9 @@ from tailorcli.checkpoint.folder import Checkpoint, side_files
 from tailorcli.device import device_errors, give_back_memory, resolve_device
 from tailorcli.errors import CheckpointError, DataError, OptionsError, TailorError
 from tailorcli.files import PathLike, as_output_error, write_text_atomically
-from tailorcli.loading import check_shapes, load_encoder, load_model, num_positions, package_versions, read_config
 from tailorcli.merit import LEVEL, Estimate, Roles, TaskScores, check_roles, compare
+from tailorcli.models.config import num_positions, read_config
+from tailorcli.models.loading import check_shapes, load_encoder, load_model, package_versions
 from tailorcli.options import EvaluateOptions
 from tailorcli.tasks import EncodedTask, Task, encode_task, read_tasks
 

@@ -19,17 +19,9 @@ from tailorcli.data.records import Record, read_records
 from tailorcli.data.samples import draw_samples, make_batches
 from tailorcli.errors import CheckpointError, DataError, NumericalError, OptionsError, OutputError, first_line
 from tailorcli.files import PathLike
-from tailorcli.loading import (
-    aliases,
-    check_shapes,
-    expected_names,
-    load_encoder,
-    load_model,
-    num_positions,
-    processor_folder,
-    read_config,
-)
-from tailorcli.names import Place, map_names
+from tailorcli.models.config import num_positions, processor_folder, read_config
+from tailorcli.models.loading import aliases, check_shapes, expected_names, load_encoder, load_model
+from tailorcli.models.places import Place, map_names
 from tailorcli.options import CalibrateOptions, PatchOptions
 from tailorcli.plan import Plan, TensorPlan
 

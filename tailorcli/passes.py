@@ -12,23 +12,24 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES
 from tailorcli.data.samples import Samples, count_tokens, make_batches
 from tailorcli.device import StageTimer
-from tailorcli.errors import CheckpointError, DataError, OptionsError, TailorError, first_line
-from tailorcli.loading import aliases, expected_names, load_model
-from tailorcli.names import Place, map_names
+from tailorcli.errors import CheckpointError, OptionsError
+from tailorcli.models.loading import aliases, expected_names, load_model
+from tailorcli.models.parts import Parts, adapt
+from tailorcli.models.places import Place, map_names
+from tailorcli.models.running import HIDDEN_SHARE, check_ids, forward, samples_in, to_device
 from tailorcli.options import CalibrateOptions, matches
-from tailorcli.parts import Parts, adapt
 from tailorcli.stats import StatsWriter
 
 if TYPE_CHECKING:
     import torch
 
-    from tailorcli.blocks import Lane, Spill
     from tailorcli.collect import Collector
     from tailorcli.data.records import Inputs
-    from tailorcli.layers import Layer
+    from tailorcli.models.layers import Layer
+    from tailorcli.models.lockstep import Lane
+    from tailorcli.models.spill import Spill
 
 _TRIAL_TOKENS = 8  # a short run that finds out which layers share their inputs
-HIDDEN_SHARE = 0.25  # of the free memory that waiting hidden states may fill
 
 
 @dataclass
@@ -75,8 +76,9 @@ def guessed_places(expected: dict[str, str]) -> dict[str, Place]:
 
 def collect_whole(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer], str]:
     """The ordinary way: the whole model on the device. Gives its layers and the dtype that it ran in."""
-    from tailorcli.collect import Collector, last_logits_only
-    from tailorcli.layers import find_layers
+    from tailorcli.collect import Collector
+    from tailorcli.models.layers import find_layers
+    from tailorcli.models.running import last_logits_only
 
     with run.timer.stage("load"):
         network = load_model(run.stored, config, run.options)
@@ -121,38 +123,6 @@ def _trial_inputs(samples: list[Inputs]) -> list[Inputs]:
     ]
 
 
-def forward(network: Any, inputs: Inputs) -> Any:
-    """Run the model and give its outputs.
-
-    Raises DataError where it cannot run on these inputs, as the data may not be what it takes.
-    """
-    import torch
-
-    try:
-        with torch.no_grad():
-            return network(**inputs)
-    except (TailorError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever a model's own code raises
-        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
-        raise DataError(
-            f"the model cannot run on a sample of this data ({shapes}): {first_line(error)}",
-            "see that its records hold what the model takes: text, images, or sound",
-        ) from error
-
-
-def to_device(inputs: Inputs, device: torch.device) -> Inputs:
-    """The same inputs on a device."""
-    return {name: value.to(device) for name, value in inputs.items()}
-
-
-def samples_in(batch: Inputs) -> int:
-    """Samples of a batch: those of its text, or else of whatever it holds."""
-    return len(
-        next((batch[name] for name in ("input_ids", "decoder_input_ids") if name in batch), next(iter(batch.values())))
-    )
-
-
 def _bar(run: Run, total: int) -> Any:
     from tqdm import tqdm
 
@@ -167,10 +137,12 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
     """
     import torch
 
-    from tailorcli.blocks import Lockstep, Spill, find_blocks
-    from tailorcli.collect import Collector, last_logits_only
+    from tailorcli.collect import Collector
     from tailorcli.device import free_memory
-    from tailorcli.layers import find_layers
+    from tailorcli.models.layers import find_layers
+    from tailorcli.models.lockstep import Lockstep, find_blocks
+    from tailorcli.models.running import last_logits_only
+    from tailorcli.models.spill import Spill
 
     blocks = find_blocks(network)
     if not blocks:
@@ -257,22 +229,3 @@ def _go_on(run: Run, collector: Collector, layers: list[Layer]) -> None:
 
 def _bias(name: str) -> str:
     return name.removesuffix("weight") + "bias"
-
-
-def check_ids(samples: list[Inputs], network: Any) -> None:
-    """The tokenizer's ids fit the model's embedding: a mismatch would crash far inside the model."""
-    import torch
-
-    try:
-        table = network.get_input_embeddings()
-    except NotImplementedError:  # CLIP has two towers, a convolutional network has no table at all
-        return
-    ids = [inputs["input_ids"] for inputs in samples if "input_ids" in inputs]
-    if not isinstance(table, torch.nn.Embedding) or not ids:
-        return
-    highest = max(int(tensor.max()) for tensor in ids)
-    if highest >= table.num_embeddings:
-        raise DataError(
-            f"the tokenizer gives token id {highest}, the model has {table.num_embeddings} embedding rows",
-            "the model folder holds a tokenizer of another model",
-        )

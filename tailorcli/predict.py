@@ -17,10 +17,11 @@ from torch.nn.functional import linear
 from tailorcli.data.samples import batch_places, count_tokens, join
 from tailorcli.device import exact_float32
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
-from tailorcli.loading import greedy_generation, quiet_transformers
 from tailorcli.merit import TaskScores
+from tailorcli.models.generation import greedy_generation
+from tailorcli.models.loading import quiet_transformers
+from tailorcli.models.running import check_ids, forward, to_device
 from tailorcli.options import EvaluateOptions
-from tailorcli.passes import check_ids, forward, to_device
 from tailorcli.tasks import EncodedTask, Item, Row, normalise
 
 if TYPE_CHECKING:

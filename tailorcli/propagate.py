@@ -21,10 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint
-from tailorcli.blocks import Lane, Lockstep, Spill, find_blocks
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
-from tailorcli.collect import first_tensor, identity_of_input, last_logits_only
 from tailorcli.core.figures import LayerFigures, refit_figures
 from tailorcli.core.hessian import unpack_triangle
 from tailorcli.core.propagation import Moments, accumulate_moments_, complete_, no_moments, refit
@@ -32,12 +30,23 @@ from tailorcli.core.tailor import LayerResult
 from tailorcli.data.samples import make_batches
 from tailorcli.device import StageTimer, free_memory
 from tailorcli.errors import NumericalError, TailorError
-from tailorcli.layers import Layer, find_layers, is_convolution
-from tailorcli.loading import empty_model, read_config
-from tailorcli.names import Place
+from tailorcli.models.config import read_config
+from tailorcli.models.layers import Layer, find_layers, is_convolution
+from tailorcli.models.lockstep import Lane, Lockstep, find_blocks
+from tailorcli.models.parts import Parts
+from tailorcli.models.places import Place
+from tailorcli.models.running import (
+    HIDDEN_SHARE,
+    first_tensor,
+    forward,
+    identity_of_input,
+    last_logits_only,
+    samples_in,
+    to_device,
+)
+from tailorcli.models.skeleton import empty_model
+from tailorcli.models.spill import Spill
 from tailorcli.options import CalibrateOptions, PatchOptions
-from tailorcli.parts import Parts
-from tailorcli.passes import HIDDEN_SHARE, forward, samples_in, to_device
 from tailorcli.plan import TensorPlan
 from tailorcli.stats import Stats
 

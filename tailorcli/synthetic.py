@@ -16,7 +16,7 @@ from tailorcli.data.records import Record, check_record, read_records
 from tailorcli.data.samples import Samples, batch_places, join
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
 from tailorcli.files import file_digest
-from tailorcli.loading import sampling_generation
+from tailorcli.models.generation import sampling_generation
 from tailorcli.options import CalibrateOptions
 
 if TYPE_CHECKING:

@@ -328,7 +328,7 @@ def llava(tmp_path_factory):
     """A folder with images, and what encodes its records."""
     from families import make_family_pair
 
-    from tailorcli.loading import load_encoder
+    from tailorcli.models.loading import load_encoder
 
     folder = make_family_pair(tmp_path_factory.mktemp("llava"), "llava")
     return folder, load_encoder(folder / "tuned", folder / "tuned", True, CalibrateOptions())

@@ -9,7 +9,8 @@ from helpers import make_pair
 from torch import nn
 
 from tailorcli import CalibrateOptions, Stats, TailorError, calibrate_model
-from tailorcli.blocks import Lockstep, Spill
+from tailorcli.models.lockstep import Lockstep
+from tailorcli.models.spill import Spill
 from tailorcli.stats import HESSIANS, MANIFEST, SAMPLES, prepare_folder
 
 

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from tailorcli import Checkpoint, TailorError, calibrate_model, evaluate_models, patch_checkpoint
 from tailorcli.cli import app
-from tailorcli.loading import load_encoder, load_model, read_config
+from tailorcli.models.config import read_config
+from tailorcli.models.loading import load_encoder, load_model
 from tailorcli.options import CalibrateOptions
 from tailorcli.stats import Stats
 from tailorcli.synthetic import encode_starts, read_starts, write_samples

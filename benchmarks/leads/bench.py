@@ -23,7 +23,7 @@ from benchmarks.real.setting import say
 from tailorcli import Checkpoint, EvaluateOptions, Stats, encode_task, evaluate_network, h_score, read_tasks
 from tailorcli.data.records import read_records
 from tailorcli.data.samples import draw_samples
-from tailorcli.loading import load_encoder
+from tailorcli.models.loading import load_encoder
 from tailorcli.options import CalibrateOptions
 from tailorcli.synthetic import write_samples
 

@@ -9,18 +9,16 @@ every weight is read once, whatever the number of samples. Only one thread runs 
 from __future__ import annotations
 
 import contextvars
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tailorcli.errors import TailorError
+from tailorcli.models.spill import Spill
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -208,56 +206,6 @@ class Lockstep:
         finally:
             for lane in self.lanes:
                 lane.stop()
-
-
-class Spill:
-    """Where hidden states wait: in host memory, or in files once they are more than ``limit`` bytes.
-
-    ``back`` brings them to the device before a block is run.
-    """
-
-    def __init__(self, device: torch.device, folder: Path, limit: int) -> None:
-        self._device = device
-        self._folder = folder
-        self._left = limit
-        self._files = 0
-        self._in_files: set[int] = set()  # addresses of what waits in files: it takes no part of the limit
-
-    def out(self, tensor: Tensor) -> Tensor:
-        """Memory for a tensor that waits."""
-        if tensor.nbytes <= self._left:
-            self._left -= tensor.nbytes
-            return tensor.cpu()
-        self._files += 1
-        path = self._folder / f"hidden-{self._files}.part"
-        try:
-            _reserve(path, tensor.nbytes)
-            mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
-        except (OSError, RuntimeError) as error:
-            raise TailorError(f"cannot keep hidden states in {path}: {error}", "free some space") from error
-        finally:
-            path.unlink(missing_ok=True)  # the mapping keeps it until the tensor is gone
-        self._in_files.add(mapped.data_ptr())
-        return mapped.view(tensor.shape).copy_(tensor)
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Memory for a tensor that no block waits for, but the model may still use: it stays on its device."""
-        return self.out(tensor) if self._device.type == "cpu" else tensor
-
-    def back(self, tensor: Tensor) -> Tensor:
-        """Memory for a tensor that is worked on."""
-        if tensor.data_ptr() in self._in_files:
-            self._in_files.remove(tensor.data_ptr())
-        else:
-            self._left += tensor.nbytes
-        return tensor.to(self._device)
-
-
-def _reserve(path: Path, size: int) -> None:
-    """Make a file with room on the disk: a mapping of one without would kill the process where the disk is full."""
-    with path.open("wb") as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _tensors(value: Any) -> list[Tensor]:

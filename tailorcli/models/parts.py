@@ -11,8 +11,9 @@ from tailorcli.adapters.config import MERGE_HINT
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.device import StageTimer, give_back_memory
 from tailorcli.errors import CheckpointError
-from tailorcli.loading import aliases, expected_names, fill_computed, load_weights, require_all
-from tailorcli.names import Place, map_names
+from tailorcli.models.loading import aliases, expected_names, require_all
+from tailorcli.models.places import Place, map_names
+from tailorcli.models.skeleton import fill_computed, load_weights
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,1 @@
+"""Models of transformers: loaded, run, and taken apart into layers and blocks."""
