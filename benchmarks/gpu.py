@@ -41,11 +41,11 @@ from benchmarks.solver import Layer, joint, layer_error, make_layer, sequential
 from benchmarks.synthetic import LlamaShape, correlated_hessian, write_pair, write_samples, write_stats, write_tokenizer
 from benchmarks.throughput import FLOORS, Rates, batches_of, floors, forward_pass, plain_read, plain_write, weights
 from tailorcli import PatchFile, calibrate_model, patch_checkpoint, score_checkpoint
+from tailorcli.calibration.stats import HESSIANS, Stats
 from tailorcli.core import accumulate_
 from tailorcli.core.solvers import row_chunks
 from tailorcli.device import exact_float32
 from tailorcli.options import Blockwise, CalibrateOptions, PatchOptions, Solver
-from tailorcli.stats import HESSIANS, Stats
 
 SECTIONS = ("correct", "layers", "variants", "patch", "floors", "calibrate")
 NEEDED = {"correct": 30, "layers": 45, "variants": 30, "patch": 150, "floors": 15, "calibrate": 90}  # seconds

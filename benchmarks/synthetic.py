@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import parser
+from tailorcli.calibration.stats import FORMAT_VERSION, HESSIANS, MANIFEST, HessianInfo, TensorStats
 from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from tailorcli.checkpoint.layout import split_shards
 from tailorcli.core import pack_triangle
-from tailorcli.stats import FORMAT_VERSION, HESSIANS, MANIFEST, HessianInfo, TensorStats
 
 DTYPES = {"bf16": (torch.bfloat16, "BF16", "bfloat16"), "fp32": (torch.float32, "F32", "float32")}
 HEAD_SIZE = 64

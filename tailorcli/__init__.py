@@ -83,7 +83,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from tailorcli.apply import VerifyReport, apply_patch, verify_checkpoint
-    from tailorcli.calibrate import CalibrateReport, calibrate_model
+    from tailorcli.calibration.calibrate import CalibrateReport, calibrate_model
+    from tailorcli.calibration.stats import Stats
     from tailorcli.checkpoint.folder import Checkpoint
     from tailorcli.errors import TailorError
     from tailorcli.evaluate import EvaluateReport, evaluate_models
@@ -96,7 +97,6 @@ if TYPE_CHECKING:
     from tailorcli.patchfile.reader import PatchFile
     from tailorcli.patchfile.report import PatchReport
     from tailorcli.predict import evaluate_network
-    from tailorcli.stats import Stats
     from tailorcli.sweep import SweepReport, run_sweep, settings_of
     from tailorcli.tasks import encode_task, read_tasks
 

@@ -160,7 +160,7 @@ def run_demo(
             _write_data(folder, tasks[NEW_TASK], test, settings)
         with timer.stage("imports"):
             import_module("transformers.models.llama.modeling_llama")  # torch with it: seconds that no step should own
-            from tailorcli.calibrate import calibrate_model
+            from tailorcli.calibration.calibrate import calibrate_model
             from tailorcli.models.loading import package_versions, quiet_transformers
         with _own_random_state(seed), quiet_transformers():
             with timer.stage("train base"):

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tailorcli.calibration.stats import MANIFEST, Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.writer import JOURNAL, WORK_FOLDER
 from tailorcli.errors import CheckpointError, TailorError
 from tailorcli.files import PathLike, read_json
 from tailorcli.patchfile.reader import SUFFIX, PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, RUN_FILE, load_report, options_shown
-from tailorcli.stats import MANIFEST, Stats
 
 KINDS = {
     "stats": "statistics for calibrated patching",

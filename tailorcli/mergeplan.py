@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tailorcli.adapters.checkpoint import open_tuned
+from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.layout import plan_layout
@@ -16,7 +17,6 @@ from tailorcli.files import PathLike
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.plan import RUNTIME_BYTES, Plan, TensorPlan, check_pair, check_stats, group_by_hessian, most_patch_bytes
-from tailorcli.stats import Stats
 
 _WORK_ARRAYS = 8  # of a row chunk: start, target, the tasks' distances, products, the solver's own
 

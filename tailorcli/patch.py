@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint, open_tuned, tuned_side_files
 from tailorcli.baselines import find_cut, patch_by_method
+from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import GrownCheckpoint, grow_vocabulary
 from tailorcli.checkpoint.readahead import ReadAhead
@@ -25,7 +26,6 @@ from tailorcli.outputs import Outputs, Target, identity_of, progress_bar
 from tailorcli.patchfile.reader import raw_bytes
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.plan import Plan, TensorPlan, build_plan, working_set
-from tailorcli.stats import Stats
 
 if TYPE_CHECKING:
     import torch

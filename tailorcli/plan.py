@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint
+from tailorcli.calibration.stats import Stats, TensorStats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
 from tailorcli.checkpoint.layout import ShardLayout, plan_layout
 from tailorcli.errors import CheckpointError, OptionsError, StatsError
 from tailorcli.options import PatchOptions, matches
-from tailorcli.stats import Stats, TensorStats
 
 _WORK_BYTES = 12 * (64 << 20)  # the solver's work arrays, bounded by the row chunks in core.solvers
 RUNTIME_BYTES = 400 << 20  # the interpreter with torch loaded

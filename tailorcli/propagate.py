@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint
+from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.core.figures import LayerFigures, refit_figures
@@ -48,7 +49,6 @@ from tailorcli.models.skeleton import empty_model
 from tailorcli.models.spill import Spill
 from tailorcli.options import CalibrateOptions, PatchOptions
 from tailorcli.plan import TensorPlan
-from tailorcli.stats import Stats
 
 if TYPE_CHECKING:
     from tailorcli.data.records import Inputs

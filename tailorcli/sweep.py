@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.errors import OptionsError, OutputError, TailorError
 from tailorcli.evaluate import encode_for_all, score_model
@@ -37,7 +38,6 @@ from tailorcli.merit import (
 )
 from tailorcli.options import EvaluateOptions, PatchMethod, PatchOptions, Solver
 from tailorcli.patch import patch_checkpoint
-from tailorcli.stats import Stats
 from tailorcli.tasks import Task, read_tasks
 
 if TYPE_CHECKING:

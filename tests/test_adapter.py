@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from tailorcli import Checkpoint, TailorError, calibrate_model, patch_checkpoint
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint, is_adapter, open_tuned, tuned_side_files
+from tailorcli.calibration.stats import Stats
 from tailorcli.cli import app
 from tailorcli.options import CalibrateOptions, PatchOptions
-from tailorcli.stats import Stats
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Q = "model.layers.0.self_attn.q_proj.weight"

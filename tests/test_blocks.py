@@ -9,9 +9,9 @@ from helpers import count_mapped_files, make_pair
 from torch import nn
 
 from tailorcli import CalibrateOptions, Checkpoint, Stats, TailorError, calibrate_model
+from tailorcli.calibration.stats import HESSIANS, MANIFEST, SAMPLES
 from tailorcli.models.lockstep import Lockstep, find_blocks
 from tailorcli.models.spill import Spill
-from tailorcli.stats import HESSIANS, MANIFEST, SAMPLES
 
 STREAMED = CalibrateOptions(blockwise="always", batch_size=4)
 
@@ -47,7 +47,7 @@ def test_every_weight_is_read_once_whatever_the_number_of_batches(pair, tmp_path
 
 
 def test_only_one_block_is_there_at_a_time(pair, tmp_path, monkeypatch):
-    from tailorcli import passes
+    from tailorcli.calibration import passes
 
     most = []
     original = passes.Run.write

@@ -7,9 +7,9 @@ import torch
 from helpers import make_model, make_pair, make_tokenizer, perturb, read_tensors, write_data
 
 from tailorcli import TailorError, calibrate_model
+from tailorcli.calibration.stats import Stats
 from tailorcli.core import unpack_triangle
 from tailorcli.options import CalibrateOptions
-from tailorcli.stats import Stats
 
 
 def load_hessian(stats, tensor):

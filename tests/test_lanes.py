@@ -9,9 +9,10 @@ from helpers import make_pair
 from torch import nn
 
 from tailorcli import CalibrateOptions, Stats, TailorError, calibrate_model
+from tailorcli.calibration.stats import HESSIANS, MANIFEST, SAMPLES
+from tailorcli.calibration.stats_writer import prepare_folder
 from tailorcli.models.lockstep import Lockstep
 from tailorcli.models.spill import Spill
-from tailorcli.stats import HESSIANS, MANIFEST, SAMPLES, prepare_folder
 
 
 def test_a_lane_that_is_stopped_while_it_runs_ends_at_its_next_block():

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from tailorcli import PatchOptions, TailorError, apply_patch, calibrate_model, patch_checkpoint, plan_patch
+from tailorcli.calibration.stats import SAMPLES, Stats
 from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.cli import app
 from tailorcli.core.propagation import accumulate_moments_, complete_, no_moments, refit
 from tailorcli.core.retain import retain_scale
 from tailorcli.options import CalibrateOptions
 from tailorcli.patchfile.writer import PatchWriter
-from tailorcli.stats import SAMPLES, Stats
 
 PROPAGATED = PatchOptions(propagate=True, retain_weight=0.3, damping=0.1)
 CPU = torch.device("cpu")

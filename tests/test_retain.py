@@ -23,13 +23,13 @@ from tailorcli import (
     plan_patch,
     score_checkpoint,
 )
+from tailorcli.calibration.stats import HESSIANS, Stats
 from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.cli import app
 from tailorcli.core.figures import drift, measure
 from tailorcli.core.hessian import prepare
 from tailorcli.core.retain import prepare_retaining, retain_scale, retained_goal
 from tailorcli.options import CalibrateOptions
-from tailorcli.stats import HESSIANS, Stats
 
 SIZES = st.integers(1, 24)
 SEEDS = st.integers(0, 10_000)

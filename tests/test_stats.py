@@ -11,21 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint import mutate_bytes, mutate_json
 
+from tailorcli.calibration.stats import HESSIANS, MANIFEST, HessianInfo, Stats, TensorStats
+from tailorcli.calibration.stats_writer import StatsWriter, prepare_folder, write_stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.errors import OutputError, StatsError, TailorError
 from tailorcli.inspection import inspect_path
 from tailorcli.options import PatchOptions
 from tailorcli.plan import build_plan, check_stats
-from tailorcli.stats import (
-    HESSIANS,
-    MANIFEST,
-    HessianInfo,
-    Stats,
-    StatsWriter,
-    TensorStats,
-    prepare_folder,
-    write_stats,
-)
 
 FACTS = {"model": {"path": "model", "fingerprint": "0123"}, "data": {"file": "data.jsonl"}, "versions": {}}
 

@@ -10,12 +10,12 @@ from helpers import make_model, make_tokenizer, read_tensors
 from typer.testing import CliRunner
 
 from tailorcli import Checkpoint, TailorError, calibrate_model, evaluate_models, patch_checkpoint
+from tailorcli.calibration.stats import Stats
+from tailorcli.calibration.synthetic import encode_starts, read_starts, write_samples
 from tailorcli.cli import app
 from tailorcli.models.config import read_config
 from tailorcli.models.loading import load_encoder, load_model
 from tailorcli.options import CalibrateOptions
-from tailorcli.stats import Stats
-from tailorcli.synthetic import encode_starts, read_starts, write_samples
 
 
 def run(*arguments, expect=0):

@@ -21,11 +21,11 @@ from benchmarks.evidence.run import SAMPLES, SEQ_LEN
 from benchmarks.leads.layers import Variant, changes_of, read_layers
 from benchmarks.real.setting import say
 from tailorcli import Checkpoint, EvaluateOptions, Stats, encode_task, evaluate_network, h_score, read_tasks
+from tailorcli.calibration.synthetic import write_samples
 from tailorcli.data.records import read_records
 from tailorcli.data.samples import draw_samples
 from tailorcli.models.loading import load_encoder
 from tailorcli.options import CalibrateOptions
-from tailorcli.synthetic import write_samples
 
 HELD = 64  # samples of each text that only the rule sees
 _BATCH = 32

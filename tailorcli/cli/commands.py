@@ -163,7 +163,7 @@ def calibrate(
     --synthetic or data that stand for what it must not forget, they are what patch --retain takes.
     """
     require_source(data, synthetic)
-    from tailorcli.calibrate import calibrate_model
+    from tailorcli.calibration.calibrate import calibrate_model
     from tailorcli.units import format_bytes
 
     options = CalibrateOptions(

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tailorcli.core.unfold import unfold
-from tailorcli.stats import TensorStats
 
-BIAS_HESSIAN = "bias"  # a bias multiplies the constant 1: H = (2/N) sum 1 = 2 for every one of them
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 _UNFOLD_ENTRIES = 1 << 24  # of a convolution's unfolded inputs at a time
 Call = Callable[[], Any]
@@ -140,16 +138,6 @@ def unsuitable(layer: Layer, module: nn.Module, inputs: Tensor, call: Call) -> s
             layer.centred = centred
             return ""
     return f"{type(module).__name__} is neither a layer norm nor a root-mean-square norm of its inputs"
-
-
-def expert_name(parameter: str, part: int | None) -> str:
-    """The name of one expert's Hessian, or of the one for those with too few tokens."""
-    return f"{parameter}[{'all' if part is None else part}]"
-
-
-def stats_of(layer: Layer) -> TensorStats:
-    """The manifest's entry for a layer's weight."""
-    return TensorStats(layer.group, layer.role, layer.transposed, layer.reason, list(layer.experts), layer.note)
 
 
 def is_convolution(module: nn.Module) -> bool:

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import read_header
-from tailorcli.errors import CheckpointError, OutputError, StatsError
-from tailorcli.files import PathLike, as_output_error, file_digest, fsync_path, read_json, write_text_atomically
+from tailorcli.errors import CheckpointError, StatsError
+from tailorcli.files import PathLike, file_digest, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +26,7 @@ MANIFEST = "manifest.json"
 HESSIANS = "hessians.safetensors"
 SAMPLES = "samples.safetensors"
 _AGAIN = "calibrate again"
-_HEADER_ENTRY = 128  # bytes of a header entry beside its name: dtype, shape, two offsets
+HEADER_ENTRY = 128  # bytes of a header entry beside its name: dtype, shape, two offsets
 
 
 @dataclass(frozen=True)
@@ -216,143 +213,9 @@ class Stats:
         self._store.close()
 
 
-def prepare_folder(folder: Path, overwrite: bool) -> None:
-    """See that ``folder`` may take new statistics: it is made, empty, or holds old ones that ``overwrite`` gives up.
-
-    The old ones stay until ``write_stats`` has written the new.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} exists and is a file", "choose another folder for -o")
-    present = [entry.name for entry in folder.iterdir()] if folder.exists() else []
-    ours = (MANIFEST, *(name + end for name in (HESSIANS, SAMPLES) for end in ("", ".part")), MANIFEST + ".part")
-    foreign = [name for name in present if name not in ours and not fnmatchcase(name, "hidden-*.part")]
-    if foreign:
-        raise OutputError(f"{folder} holds other files ({foreign[0]}, ...)", "choose another folder for -o")
-    if MANIFEST in present and not overwrite:
-        raise OutputError(f"{folder} already holds statistics", "choose another folder, or pass --overwrite")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise as_output_error(folder, error) from error
+BIAS_HESSIAN = "bias"  # a bias multiplies the constant 1: H = (2/N) sum 1 = 2 for every one of them
 
 
-class StatsWriter:
-    """Writes Hessians one at a time, then the manifest: without it the folder is not statistics.
-
-    ``room`` bounds the names that will be written: their header comes first in the file, and is padded.
-    """
-
-    def __init__(self, folder: Path, room: Iterable[str]) -> None:
-        self.folder = folder
-        self._part = folder / (HESSIANS + ".part")
-        self._infos: dict[str, HessianInfo] = {}
-        self._ends: dict[str, tuple[int, int]] = {}
-        self._size = 0
-        header = sum(len(json.dumps(name)) + _HEADER_ENTRY for name in room) + _HEADER_ENTRY
-        self._header = header + -header % 8
-        try:
-            self._file = self._part.open("w+b")
-            self._file.seek(8 + self._header)
-        except OSError as error:
-            raise _cannot_write(folder, error) from error
-
-    @property
-    def count(self) -> int:
-        """Hessians written so far."""
-        return len(self._infos)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # what a full disk refused was told when it was written
-            self._file.close()
-        with suppress(OSError):  # given up: nothing can go on with it, and it may be large
-            self._part.unlink(missing_ok=True)
-            (self.folder / f"{SAMPLES}.part").unlink(missing_ok=True)
-
-    def write(self, name: str, info: HessianInfo, values: Tensor) -> None:
-        """Append one Hessian, already packed, or replace the one of its name. Raises OutputError on a full disk."""
-        import torch
-
-        data = values.to("cpu", torch.float32).contiguous().view(-1)
-        start, stop = self._ends.setdefault(name, (self._size, self._size + 4 * data.numel()))
-        self._size = max(self._size, stop)
-        try:
-            self._file.seek(8 + self._header + start)
-            self._file.write(data.view(torch.uint8).numpy().data)
-        except OSError as error:
-            raise _cannot_write(self._part, error) from error
-        self._infos[name] = info
-
-    def read(self, name: str) -> tuple[HessianInfo, Tensor] | None:
-        """A Hessian that was written before, packed."""
-        import torch
-
-        if name not in self._infos:
-            return None
-        start, stop = self._ends[name]
-        self._file.seek(8 + self._header + start)
-        return self._infos[name], torch.frombuffer(bytearray(self._file.read(stop - start)), dtype=torch.float32)
-
-    def keep(self, samples: Sequence[Inputs]) -> dict[str, Any]:
-        """Store the samples, and give what the manifest says of them."""
-        from safetensors.torch import save_file
-
-        part = self.folder / f"{SAMPLES}.part"
-        named = {f"{position} {name}": value for position, s in enumerate(samples) for name, value in s.items()}
-        try:
-            save_file({name: value.cpu().clone().contiguous() for name, value in named.items()}, part)
-            fsync_path(part)
-            return {"count": len(samples), "blake2b": file_digest(part)}
-        except OSError as error:
-            raise _cannot_write(part, error) from error
-
-    def finish(self, tensors: dict[str, TensorStats], facts: dict[str, Any]) -> None:
-        """Write the header and the manifest, and give the files their names."""
-        entries = {
-            name: {"dtype": "F32", "shape": [info.stored_numel], "data_offsets": list(self._ends[name])}
-            for name, info in self._infos.items()
-        }
-        header = json.dumps(entries).encode().ljust(self._header)
-        if len(header) > self._header:
-            raise RuntimeError(f"{len(entries)} Hessians, more than room was made for")
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            **facts,
-            "hessians": {name: asdict(info) for name, info in self._infos.items()},
-            "tensors": {name: asdict(entry) for name, entry in tensors.items()},
-        }
-        try:
-            self._file.seek(0)
-            self._file.write(len(header).to_bytes(8, "little") + header)
-            self._file.close()
-            fsync_path(self._part)
-            (self.folder / MANIFEST).unlink(missing_ok=True)  # an old one, which does not fit the new Hessians
-            self._part.replace(self.folder / HESSIANS)
-            if facts.get("samples") is None:
-                (self.folder / SAMPLES).unlink(missing_ok=True)
-            else:
-                (self.folder / f"{SAMPLES}.part").replace(self.folder / SAMPLES)
-            write_text_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        except OSError as error:
-            raise _cannot_write(self.folder, error) from error
-
-
-def _cannot_write(path: Path, error: OSError) -> OutputError:
-    """The error without a word of --resume: a calibration starts again."""
-    return OutputError(as_output_error(path, error).message, "free some space or choose another folder for -o")
-
-
-def write_stats(
-    folder: Path,
-    hessians: Iterable[tuple[str, HessianInfo, Tensor]],
-    tensors: dict[str, TensorStats],
-    facts: dict[str, Any],
-) -> None:
-    """Write a whole folder of statistics: Hessians already packed, what each tensor uses, and the facts."""
-    ready = list(hessians)
-    with StatsWriter(folder, [name for name, _, _ in ready]) as writer:
-        for name, info, values in ready:
-            writer.write(name, info, values)
-        writer.finish(tensors, facts)
+def expert_name(parameter: str, part: int | None) -> str:
+    """The name of one expert's Hessian, or of the one for those with too few tokens."""
+    return f"{parameter}[{'all' if part is None else part}]"

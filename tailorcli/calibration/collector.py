@@ -17,22 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tailorcli.calibration.stats import BIAS_HESSIAN, HessianInfo, expert_name
 from tailorcli.core.hessian import accumulate_, accumulate_diagonal_, diagonal_of, pack_triangle, unpack_triangle
 from tailorcli.device import StageTimer, free_memory
 from tailorcli.errors import DeviceError, NumericalError, TailorError
-from tailorcli.models.layers import (
-    BIAS_HESSIAN,
-    Call,
-    Layer,
-    expert_name,
-    is_convolution,
-    layer_rows,
-    normalised,
-    unsuitable,
-)
+from tailorcli.models.layers import Call, Layer, is_convolution, layer_rows, normalised, unsuitable
 from tailorcli.models.products import ProductWatch, Use
 from tailorcli.models.running import first_tensor, identity_of_input
-from tailorcli.stats import HessianInfo
 
 _REMEMBERED = 64  # inputs kept alive in the trial run: within so many calls, layers are found to share one
 

@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapters.checkpoint import is_adapter, open_tuned, tokenizer_folder
 from tailorcli.adapters.config import CONFIG_FILE, read_settings
+from tailorcli.calibration.passes import Run, collect_blockwise, collect_whole, guessed_places
+from tailorcli.calibration.stats import HESSIANS, HessianInfo, TensorStats
+from tailorcli.calibration.stats_writer import StatsWriter, prepare_folder
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
 from tailorcli.data.records import read_records
@@ -25,12 +28,11 @@ from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_d
 from tailorcli.errors import CheckpointError, OptionsError
 from tailorcli.files import PathLike, as_output_error, write_text_atomically
 from tailorcli.models.config import num_positions, processor_folder, read_config
+from tailorcli.models.layers import Layer
 from tailorcli.models.loading import check_shapes, expected_names, load_encoder, load_model, package_versions
 from tailorcli.models.places import Place
 from tailorcli.models.skeleton import empty_model
 from tailorcli.options import CalibrateOptions, matches
-from tailorcli.passes import Run, collect_blockwise, collect_whole, guessed_places
-from tailorcli.stats import HESSIANS, HessianInfo, StatsWriter, TensorStats, prepare_folder
 from tailorcli.units import format_bytes
 
 if TYPE_CHECKING:
@@ -198,8 +200,15 @@ def _self_written(
     """Samples that the model writes itself; it is loaded for that alone, and freed again."""
     from tqdm import tqdm
 
+    from tailorcli.calibration.synthetic import (
+        encode_starts,
+        read_starts,
+        require_writer,
+        to_records,
+        with_source,
+        write_samples,
+    )
     from tailorcli.device import free_memory
-    from tailorcli.synthetic import encode_starts, read_starts, require_writer, to_records, with_source, write_samples
 
     if stored is not tuned:
         raise OptionsError(
@@ -300,7 +309,7 @@ def _write_bias(run: Run) -> None:
     """The Hessian of all constants."""
     import torch
 
-    from tailorcli.models.layers import BIAS_HESSIAN
+    from tailorcli.calibration.stats import BIAS_HESSIAN
 
     info = HessianInfo(1, "diagonal", run.samples.num_tokens, 2.0)
     run.writer.write(BIAS_HESSIAN, info, torch.tensor([2.0]))
@@ -308,7 +317,7 @@ def _write_bias(run: Run) -> None:
 
 def _entry(tensor: str, run: Run, layers: dict[str, Layer]) -> TensorStats:
     """The manifest's entry for a checkpoint tensor."""
-    from tailorcli.models.layers import BIAS_HESSIAN, stats_of
+    from tailorcli.calibration.stats import BIAS_HESSIAN
 
     info, place = run.stored.tensors[tensor], run.places.get(tensor, Place(reason="transformers does not load it"))
     if not matches(tensor, run.options.include, run.options.exclude):
@@ -344,3 +353,8 @@ def _expert_entry(entry: TensorStats, place: Place, info: TensorInfo) -> TensorS
     note = "too few tokens reached this expert: the Hessian of all tokens of its layer serves for it"
     shared = hessian.endswith("[all]")
     return TensorStats(hessian, entry.role, entry.transposed != place.turned, note=note if shared else "")
+
+
+def stats_of(layer: Layer) -> TensorStats:
+    """The manifest's entry for a layer's weight."""
+    return TensorStats(layer.group, layer.role, layer.transposed, layer.reason, list(layer.experts), layer.note)

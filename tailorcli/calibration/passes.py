@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint
+from tailorcli.calibration.stats_writer import StatsWriter
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES
 from tailorcli.data.samples import Samples, count_tokens, make_batches
@@ -18,12 +19,11 @@ from tailorcli.models.parts import Parts, adapt
 from tailorcli.models.places import Place, map_names
 from tailorcli.models.running import HIDDEN_SHARE, check_ids, forward, samples_in, to_device
 from tailorcli.options import CalibrateOptions, matches
-from tailorcli.stats import StatsWriter
 
 if TYPE_CHECKING:
     import torch
 
-    from tailorcli.collect import Collector
+    from tailorcli.calibration.collector import Collector
     from tailorcli.data.records import Inputs
     from tailorcli.models.layers import Layer
     from tailorcli.models.lockstep import Lane
@@ -76,7 +76,7 @@ def guessed_places(expected: dict[str, str]) -> dict[str, Place]:
 
 def collect_whole(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer], str]:
     """The ordinary way: the whole model on the device. Gives its layers and the dtype that it ran in."""
-    from tailorcli.collect import Collector
+    from tailorcli.calibration.collector import Collector
     from tailorcli.models.layers import find_layers
     from tailorcli.models.running import last_logits_only
 
@@ -137,7 +137,7 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
     """
     import torch
 
-    from tailorcli.collect import Collector
+    from tailorcli.calibration.collector import Collector
     from tailorcli.device import free_memory
     from tailorcli.models.layers import find_layers
     from tailorcli.models.lockstep import Lockstep, find_blocks

@@ -1,0 +1,1 @@
+"""Run a model on data and measure the Hessian of each of its parameters."""

@@ -1,0 +1,170 @@
+"""Write the statistics folder: Hessians as they are measured, the manifest last."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from tailorcli.calibration.stats import (
+    FORMAT_VERSION,
+    HEADER_ENTRY,
+    HESSIANS,
+    MANIFEST,
+    SAMPLES,
+    HessianInfo,
+    TensorStats,
+)
+from tailorcli.errors import OutputError
+from tailorcli.files import as_output_error, file_digest, fsync_path, write_text_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tailorcli.data.records import Inputs
+
+
+def prepare_folder(folder: Path, overwrite: bool) -> None:
+    """See that ``folder`` may take new statistics: it is made, empty, or holds old ones that ``overwrite`` gives up.
+
+    The old ones stay until ``write_stats`` has written the new.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} exists and is a file", "choose another folder for -o")
+    present = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+    ours = (MANIFEST, *(name + end for name in (HESSIANS, SAMPLES) for end in ("", ".part")), MANIFEST + ".part")
+    foreign = [name for name in present if name not in ours and not fnmatchcase(name, "hidden-*.part")]
+    if foreign:
+        raise OutputError(f"{folder} holds other files ({foreign[0]}, ...)", "choose another folder for -o")
+    if MANIFEST in present and not overwrite:
+        raise OutputError(f"{folder} already holds statistics", "choose another folder, or pass --overwrite")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise as_output_error(folder, error) from error
+
+
+class StatsWriter:
+    """Writes Hessians one at a time, then the manifest: without it the folder is not statistics.
+
+    ``room`` bounds the names that will be written: their header comes first in the file, and is padded.
+    """
+
+    def __init__(self, folder: Path, room: Iterable[str]) -> None:
+        self.folder = folder
+        self._part = folder / (HESSIANS + ".part")
+        self._infos: dict[str, HessianInfo] = {}
+        self._ends: dict[str, tuple[int, int]] = {}
+        self._size = 0
+        header = sum(len(json.dumps(name)) + HEADER_ENTRY for name in room) + HEADER_ENTRY
+        self._header = header + -header % 8
+        try:
+            self._file = self._part.open("w+b")
+            self._file.seek(8 + self._header)
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
+
+    @property
+    def count(self) -> int:
+        """Hessians written so far."""
+        return len(self._infos)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # what a full disk refused was told when it was written
+            self._file.close()
+        with suppress(OSError):  # given up: nothing can go on with it, and it may be large
+            self._part.unlink(missing_ok=True)
+            (self.folder / f"{SAMPLES}.part").unlink(missing_ok=True)
+
+    def write(self, name: str, info: HessianInfo, values: Tensor) -> None:
+        """Append one Hessian, already packed, or replace the one of its name. Raises OutputError on a full disk."""
+        import torch
+
+        data = values.to("cpu", torch.float32).contiguous().view(-1)
+        start, stop = self._ends.setdefault(name, (self._size, self._size + 4 * data.numel()))
+        self._size = max(self._size, stop)
+        try:
+            self._file.seek(8 + self._header + start)
+            self._file.write(data.view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise _cannot_write(self._part, error) from error
+        self._infos[name] = info
+
+    def read(self, name: str) -> tuple[HessianInfo, Tensor] | None:
+        """A Hessian that was written before, packed."""
+        import torch
+
+        if name not in self._infos:
+            return None
+        start, stop = self._ends[name]
+        self._file.seek(8 + self._header + start)
+        return self._infos[name], torch.frombuffer(bytearray(self._file.read(stop - start)), dtype=torch.float32)
+
+    def keep(self, samples: Sequence[Inputs]) -> dict[str, Any]:
+        """Store the samples, and give what the manifest says of them."""
+        from safetensors.torch import save_file
+
+        part = self.folder / f"{SAMPLES}.part"
+        named = {f"{position} {name}": value for position, s in enumerate(samples) for name, value in s.items()}
+        try:
+            save_file({name: value.cpu().clone().contiguous() for name, value in named.items()}, part)
+            fsync_path(part)
+            return {"count": len(samples), "blake2b": file_digest(part)}
+        except OSError as error:
+            raise _cannot_write(part, error) from error
+
+    def finish(self, tensors: dict[str, TensorStats], facts: dict[str, Any]) -> None:
+        """Write the header and the manifest, and give the files their names."""
+        entries = {
+            name: {"dtype": "F32", "shape": [info.stored_numel], "data_offsets": list(self._ends[name])}
+            for name, info in self._infos.items()
+        }
+        header = json.dumps(entries).encode().ljust(self._header)
+        if len(header) > self._header:
+            raise RuntimeError(f"{len(entries)} Hessians, more than room was made for")
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            **facts,
+            "hessians": {name: asdict(info) for name, info in self._infos.items()},
+            "tensors": {name: asdict(entry) for name, entry in tensors.items()},
+        }
+        try:
+            self._file.seek(0)
+            self._file.write(len(header).to_bytes(8, "little") + header)
+            self._file.close()
+            fsync_path(self._part)
+            (self.folder / MANIFEST).unlink(missing_ok=True)  # an old one, which does not fit the new Hessians
+            self._part.replace(self.folder / HESSIANS)
+            if facts.get("samples") is None:
+                (self.folder / SAMPLES).unlink(missing_ok=True)
+            else:
+                (self.folder / f"{SAMPLES}.part").replace(self.folder / SAMPLES)
+            write_text_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        except OSError as error:
+            raise _cannot_write(self.folder, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    """The error without a word of --resume: a calibration starts again."""
+    return OutputError(as_output_error(path, error).message, "free some space or choose another folder for -o")
+
+
+def write_stats(
+    folder: Path,
+    hessians: Iterable[tuple[str, HessianInfo, Tensor]],
+    tensors: dict[str, TensorStats],
+    facts: dict[str, Any],
+) -> None:
+    """Write a whole folder of statistics: Hessians already packed, what each tensor uses, and the facts."""
+    ready = list(hessians)
+    with StatsWriter(folder, [name for name, _, _ in ready]) as writer:
+        for name, info, values in ready:
+            writer.write(name, info, values)
+        writer.finish(tensors, facts)
