@@ -16,10 +16,10 @@ from tailorcli.checkpoint.layout import plan_layout
 from tailorcli.checkpoint.readahead import ReadAhead
 from tailorcli.errors import CheckpointError, PatchError, other_base
 from tailorcli.files import PathLike, digest_of, read_json
-from tailorcli.outputs import Target, progress_bar
 from tailorcli.patchfile.reader import PatchFile, raw_bytes
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport, load_report
-from tailorcli.plan import RUNTIME_BYTES, Plan, TensorPlan
+from tailorcli.runs.outputs import Target, progress_bar
+from tailorcli.runs.plan import RUNTIME_BYTES, Plan, TensorPlan
 
 if TYPE_CHECKING:
     from torch import Tensor

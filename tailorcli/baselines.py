@@ -15,7 +15,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.device import StageTimer
 from tailorcli.errors import NumericalError
 from tailorcli.options import PatchOptions
-from tailorcli.plan import TensorPlan
+from tailorcli.runs.plan import TensorPlan
 
 if TYPE_CHECKING:
     import torch

@@ -23,7 +23,7 @@ from tailorcli.models.config import num_positions, processor_folder, read_config
 from tailorcli.models.loading import aliases, check_shapes, expected_names, load_encoder, load_model
 from tailorcli.models.places import Place, map_names
 from tailorcli.options import CalibrateOptions, PatchOptions
-from tailorcli.plan import Plan, TensorPlan
+from tailorcli.runs.plan import Plan, TensorPlan
 
 if TYPE_CHECKING:
     import torch

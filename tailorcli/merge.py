@@ -16,9 +16,9 @@ from tailorcli.errors import NumericalError, OptionsError, PatchError
 from tailorcli.files import PathLike
 from tailorcli.mergeplan import MergeInputs, build_merge_plan, merge_working_set
 from tailorcli.options import MergeOptions
-from tailorcli.outputs import Target, identity_of, progress_bar
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport
-from tailorcli.plan import Plan, TensorPlan
+from tailorcli.runs.outputs import Target, identity_of, progress_bar
+from tailorcli.runs.plan import Plan, TensorPlan
 
 if TYPE_CHECKING:
     import torch

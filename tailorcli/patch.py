@@ -22,10 +22,11 @@ from tailorcli.errors import NumericalError, OptionsError
 from tailorcli.files import PathLike, digest_of
 from tailorcli.graft import MaskFile, check_graft, trained_masks
 from tailorcli.options import PatchOptions
-from tailorcli.outputs import Outputs, Target, identity_of, progress_bar
 from tailorcli.patchfile.reader import raw_bytes
 from tailorcli.patchfile.report import PatchReport
-from tailorcli.plan import Plan, TensorPlan, build_plan, working_set
+from tailorcli.plan import build_plan, working_set
+from tailorcli.runs.outputs import Outputs, Target, identity_of, progress_bar
+from tailorcli.runs.plan import Plan, TensorPlan
 
 if TYPE_CHECKING:
     import torch

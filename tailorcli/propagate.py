@@ -48,7 +48,7 @@ from tailorcli.models.running import (
 from tailorcli.models.skeleton import empty_model
 from tailorcli.models.spill import Spill
 from tailorcli.options import CalibrateOptions, PatchOptions
-from tailorcli.plan import TensorPlan
+from tailorcli.runs.plan import TensorPlan
 
 if TYPE_CHECKING:
     from tailorcli.data.records import Inputs

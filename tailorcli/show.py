@@ -11,7 +11,7 @@ from tailorcli.patchfile.report import tensor_table
 from tailorcli.units import format_bytes, format_share
 
 if TYPE_CHECKING:
-    from tailorcli.plan import Plan
+    from tailorcli.runs.plan import Plan
 
 _MOST_ROWS = 400  # of a plain checkpoint's tensors
 

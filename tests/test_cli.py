@@ -80,7 +80,7 @@ def test_score_shows_both_scores(llama_pair):
 
 def test_inspect_knows_what_it_sees(llama_pair, tmp_path):
     from tailorcli import PatchOptions, patch_checkpoint, score_checkpoint
-    from tailorcli.outputs import write_report
+    from tailorcli.runs.outputs import write_report
 
     arguments = (llama_pair / "base", llama_pair / "tuned")
     patch_checkpoint(*arguments, tmp_path / "out", llama_pair / "stats")

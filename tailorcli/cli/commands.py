@@ -230,9 +230,9 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Show what a mask would capture, tensor by tensor, before patching. Writes no checkpoint."""
-    from tailorcli.outputs import write_report
     from tailorcli.patch import score_checkpoint
     from tailorcli.patchfile.report import tensor_table
+    from tailorcli.runs.outputs import write_report
 
     options = PatchOptions(
         density=density,

@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from tailorcli.patchfile.report import PatchReport
-    from tailorcli.plan import Plan
+    from tailorcli.runs.plan import Plan
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ def require_source(data: Path | None, synthetic: bool) -> None:
 
 def cost(plan: Plan, output: Path | None, patch_file: Path | None) -> str:
     """One line before the work starts."""
-    from tailorcli.outputs import free_bytes
+    from tailorcli.runs.outputs import free_bytes
     from tailorcli.units import format_bytes
 
     writes = []
@@ -84,7 +84,7 @@ def show_cost(plan: Plan, output: Path | None, patch_file: Path | None) -> None:
 
 def show_plan(plan: Plan, output: Path | None, patch_file: Path | None, as_json: bool) -> None:
     """What ``--dry-run`` shows: every tensor's treatment and the cost."""
-    from tailorcli.outputs import free_bytes
+    from tailorcli.runs.outputs import free_bytes
 
     if as_json:
         where = output or patch_file or Path()

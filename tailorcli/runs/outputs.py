@@ -21,7 +21,7 @@ from tailorcli.files import as_output_error, digest_of, read_json, write_text_at
 from tailorcli.patchfile.reader import SUFFIX, PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, RUN_FILE, PatchReport, load_report
 from tailorcli.patchfile.writer import PatchWriter
-from tailorcli.plan import Plan
+from tailorcli.runs.plan import Plan
 
 if TYPE_CHECKING:
     import torch

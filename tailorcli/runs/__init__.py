@@ -1,0 +1,1 @@
+"""What patch, apply and merge-multi share: the plan and the outputs."""

@@ -1,0 +1,97 @@
+"""What a run will do with each tensor, worked out from headers before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tailorcli.checkpoint.layout import ShardLayout
+
+RUNTIME_BYTES = 400 << 20  # the interpreter with torch loaded
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor's treatment: ``patch`` with a Hessian (or by salience alone), or ``base`` with a reason."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    action: str  # "patch" or "base"
+    reason: str = ""
+    hessian: str | None = None
+    role: str = ""
+    transposed: bool = False
+    experts: tuple[str, ...] = ()  # a Hessian for each slice of a tensor that fuses experts, instead of one
+    retain: tuple[str, ...] = ()  # of the retained statistics, as many; none: without a retain term
+    note: str = ""  # why it has none, where others do
+
+    @property
+    def numel(self) -> int:
+        """Entries."""
+        result = 1
+        for size in self.shape:
+            result *= size
+        return result
+
+    def shares(self, other: TensorPlan) -> bool:
+        """Whether both use the same Hessians."""
+        return (self.hessian, self.retain) == (other.hessian, other.retain)
+
+    @property
+    def hessians(self) -> tuple[str, ...]:
+        """Every Hessian that it uses."""
+        return self.experts or ((self.hessian,) if self.hessian is not None else ())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All tensors in the order of work (those that share a Hessian side by side) and what the run will cost."""
+
+    tensors: tuple[TensorPlan, ...]
+    layout: ShardLayout
+    read_bytes: int
+    write_bytes: int
+    patch_bytes: int  # of a patch file, at most
+    peak_bytes: int
+    largest_hessian: int
+    propagates: bool = False  # the models are run over the statistics' samples
+
+    @property
+    def patched(self) -> list[TensorPlan]:
+        """Tensors that will be patched."""
+        return [tensor for tensor in self.tensors if tensor.action == "patch"]
+
+    @property
+    def left_at_base(self) -> list[TensorPlan]:
+        """Tensors that stay as they are in the base."""
+        return [tensor for tensor in self.tensors if tensor.action != "patch"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for ``--dry-run --json``."""
+        return {
+            "tensors": [asdict(tensor) for tensor in self.tensors],
+            "shards": self.layout.sizes,
+            "read_bytes": self.read_bytes,
+            "write_bytes": self.write_bytes,
+            "patch_bytes": self.patch_bytes,
+            "peak_memory_bytes": self.peak_bytes,
+            "propagates": self.propagates,
+        }
+
+
+def most_patch_bytes(tensors: Iterable[tuple[TensorPlan, int]]) -> int:
+    """An upper bound for a patch file of these tensors with so many kept entries each."""
+    header = 1 << 16
+    return header + sum(n * t.nbytes // max(t.numel, 1) + t.numel // 8 + 2048 for t, n in tensors)
+
+
+def group_by_hessian(tensors: list[TensorPlan]) -> list[TensorPlan]:
+    """File order, but tensors that share a Hessian follow the first of them."""
+    groups: dict[str, list[TensorPlan]] = {}
+    for tensor in tensors:
+        key = f"hessian {tensor.hessian} {tensor.retain}" if tensor.hessian else f"tensor {tensor.name}"
+        groups.setdefault(key, []).append(tensor)
+    return [tensor for group in groups.values() for tensor in group]
