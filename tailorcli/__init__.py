@@ -82,7 +82,6 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from tailorcli.apply import VerifyReport, apply_patch, verify_checkpoint
     from tailorcli.calibration.calibrate import CalibrateReport, calibrate_model
     from tailorcli.calibration.stats import Stats
     from tailorcli.checkpoint.folder import Checkpoint
@@ -93,9 +92,11 @@ if TYPE_CHECKING:
     from tailorcli.merge import merge_patches, plan_merge
     from tailorcli.merit import TaskScores, h_score
     from tailorcli.options import CalibrateOptions, EvaluateOptions, MergeOptions, PatchOptions
-    from tailorcli.patch import patch_checkpoint, plan_patch, score_checkpoint
     from tailorcli.patchfile.reader import PatchFile
     from tailorcli.patchfile.report import PatchReport
+    from tailorcli.patching.apply import apply_patch
+    from tailorcli.patching.patch import patch_checkpoint, plan_patch, score_checkpoint
+    from tailorcli.patching.verify import VerifyReport, verify_checkpoint
     from tailorcli.predict import evaluate_network
     from tailorcli.sweep import SweepReport, run_sweep, settings_of
     from tailorcli.tasks import encode_task, read_tasks

@@ -395,7 +395,7 @@ def _compare(
     progress: bool,
 ) -> tuple[list[DemoRow], dict[str, float]]:
     """Patch, choose each method's setting on the validation split, measure the chosen on the test split."""
-    from tailorcli.patch import patch_checkpoint
+    from tailorcli.patching.patch import patch_checkpoint
 
     base, tuned = folder / "base", folder / "tuned"
     mixed = [_Candidate("interpolation", f"weight {w}", base, tuned, w) for w in settings.weights]

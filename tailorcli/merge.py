@@ -9,7 +9,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.apply import patched_tensor, side_sources
 from tailorcli.checkpoint.readahead import ReadAhead
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import NumericalError, OptionsError, PatchError
@@ -17,6 +16,7 @@ from tailorcli.files import PathLike
 from tailorcli.mergeplan import MergeInputs, build_merge_plan, merge_working_set
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport
+from tailorcli.patching.apply import patched_tensor, side_sources
 from tailorcli.runs.outputs import Target, identity_of, progress_bar
 from tailorcli.runs.plan import Plan, TensorPlan
 

@@ -16,7 +16,7 @@ from tailorcli.errors import OptionsError, PatchError, StatsError
 from tailorcli.files import PathLike
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile.reader import PatchFile
-from tailorcli.plan import check_pair, check_stats
+from tailorcli.patching.checks import check_pair, check_stats
 from tailorcli.runs.plan import RUNTIME_BYTES, Plan, TensorPlan, group_by_hessian, most_patch_bytes
 
 _WORK_ARRAYS = 8  # of a row chunk: start, target, the tasks' distances, products, the solver's own

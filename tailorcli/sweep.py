@@ -37,7 +37,7 @@ from tailorcli.merit import (
     summarise,
 )
 from tailorcli.options import EvaluateOptions, PatchMethod, PatchOptions, Solver
-from tailorcli.patch import patch_checkpoint
+from tailorcli.patching.patch import patch_checkpoint
 from tailorcli.tasks import Task, read_tasks
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from test_bad_input import run
 
 from tailorcli import CalibrateOptions, Checkpoint, PatchOptions, TailorError, apply_patch, patch_checkpoint, plan_patch
 from tailorcli.checkpoint.writer import CheckpointWriter
-from tailorcli.graft import MaskFile, _samples
 from tailorcli.models.config import read_config
 from tailorcli.models.loading import load_encoder
+from tailorcli.patching.graft import MaskFile, _samples
 
 PHRASES = ["the cat sat", "a dog ran off", "hello world", "tailor the coat", "stitch by stitch"]
 FAST = {"method": "graft", "graft_steps": 30, "batch_size": 4}

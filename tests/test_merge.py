@@ -33,11 +33,12 @@ from tailorcli import (
     merge_patches,
     patch_checkpoint,
 )
-from tailorcli.apply import apply_patch, verify_checkpoint
 from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.core import combine_hessians, overlap_figures, stitch_average, stitch_joint, stitch_patches, union_mask
 from tailorcli.core.hessian import prepare
 from tailorcli.patchfile.reader import PatchFile
+from tailorcli.patching.apply import apply_patch
+from tailorcli.patching.verify import verify_checkpoint
 
 METHODS = ("average", "joint", "patches")
 

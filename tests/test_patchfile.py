@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from test_bad_input import refused, run
 
 from tailorcli import PatchOptions, TailorError, calibrate_model, inspect_path, patch_checkpoint
-from tailorcli.apply import apply_patch, verify_checkpoint
 from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.patchfile import coding as maskcode
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.writer import PatchWriter
+from tailorcli.patching.apply import apply_patch
+from tailorcli.patching.verify import verify_checkpoint
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -17,7 +17,8 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.errors import OutputError, StatsError, TailorError
 from tailorcli.inspection import inspect_path
 from tailorcli.options import PatchOptions
-from tailorcli.plan import build_plan, check_stats
+from tailorcli.patching.checks import check_stats
+from tailorcli.patching.planner import build_plan
 
 FACTS = {"model": {"path": "model", "fingerprint": "0123"}, "data": {"file": "data.jsonl"}, "versions": {}}
 

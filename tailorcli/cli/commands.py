@@ -230,8 +230,8 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Show what a mask would capture, tensor by tensor, before patching. Writes no checkpoint."""
-    from tailorcli.patch import score_checkpoint
     from tailorcli.patchfile.report import tensor_table
+    from tailorcli.patching.patch import score_checkpoint
     from tailorcli.runs.outputs import write_report
 
     options = PatchOptions(
@@ -318,7 +318,7 @@ def patch(
     """
     require_output(output, patch_file)
     from tailorcli.adapters.checkpoint import is_adapter
-    from tailorcli.patch import patch_checkpoint, plan_patch
+    from tailorcli.patching.patch import patch_checkpoint, plan_patch
 
     if preset is not None and retain is not None:
         raise typer.BadParameter("--preset paper has no retain term: leave --retain out")
@@ -390,7 +390,7 @@ def apply(
 
     Refuses a base that is not the one the patch was made for.
     """
-    from tailorcli.apply import apply_patch, plan_apply
+    from tailorcli.patching.apply import apply_patch, plan_apply
 
     size = parse_size(max_shard_size) if max_shard_size else None
     if dry_run:
@@ -502,7 +502,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Prove that OUT is BASE with PATCH applied: bit for bit, inside the masks and outside. Exit code 1 if not."""
-    from tailorcli.apply import verify_checkpoint
+    from tailorcli.patching.verify import verify_checkpoint
     from tailorcli.show import problem_table
 
     report = verify_checkpoint(checkpoint, base, patch_path, progress=not as_json)

@@ -1,0 +1,1 @@
+"""Give a model back what it forgot: plan, patch, apply, verify."""

@@ -1,0 +1,170 @@
+"""Whether base, tuned and statistics belong together, told before any work."""
+
+from __future__ import annotations
+
+from tailorcli.adapters.checkpoint import AdaptedCheckpoint
+from tailorcli.calibration.stats import Stats, TensorStats
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.header import TensorInfo
+from tailorcli.errors import CheckpointError, OptionsError, StatsError
+from tailorcli.options import PatchOptions
+
+
+def check_pair(base: Checkpoint, tuned: Checkpoint, allow_dtype_mismatch: bool) -> None:
+    """Both checkpoints have the same tensors: names, shapes, dtypes; and are not one and the same.
+
+    What an adapter makes or brings along is not stored in the base's dtype, and need not be.
+    """
+    _check_names(base, tuned)
+    free = tuned.changed if isinstance(tuned, AdaptedCheckpoint) else frozenset()
+    for name, info in base.tensors.items():
+        other = tuned.tensors[name]
+        if info.shape != other.shape:
+            raise CheckpointError(_shape_message(info, other), _shape_hint(base, tuned, info, other))
+        if info.dtype != other.dtype and not allow_dtype_mismatch and name not in free:
+            differing = sum(i.dtype != tuned.tensors[n].dtype for n, i in base.tensors.items())
+            raise CheckpointError(
+                f"tensor {name!r} is {info.dtype} in base ({base.path}) and {other.dtype} in tuned ({tuned.path}); "
+                f"{differing} tensors differ in dtype",
+                "pass --allow-dtype-mismatch to compute in float32 and store the base's dtype",
+            )
+    if isinstance(tuned, AdaptedCheckpoint) and tuned.is_untrained():
+        raise CheckpointError(f"the adapter {tuned.path} changes nothing: it is untrained", "pass a trained adapter")
+    if base.fingerprint() == tuned.fingerprint() and _equal_bytes(base, tuned):
+        raise CheckpointError(
+            f"base and tuned are identical ({base.path} and {tuned.path})",
+            "pass the pre-trained folder, then the tuned",
+        )
+
+
+def _check_names(base: Checkpoint, tuned: Checkpoint) -> None:
+    only_base = [name for name in base.tensors if name not in tuned.tensors]
+    only_tuned = [name for name in tuned.tensors if name not in base.tensors]
+    if not only_base and not only_tuned:
+        return
+    missing = "; ".join(
+        f"only in {where}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for where, names in (("base", only_base), ("tuned", only_tuned))
+        if names
+    )
+    hint = "pass a tuned checkpoint of the same architecture, saved in full"
+    if any(name.endswith("lm_head.weight") for name in (*only_base, *only_tuned)) and len(only_base + only_tuned) == 1:
+        hint = "one of them ties its embeddings and the other does not: save both the same way"
+    raise CheckpointError(f"base ({base.path}) and tuned ({tuned.path}) hold different tensors: {missing}", hint)
+
+
+def _shape_message(base: TensorInfo, tuned: TensorInfo) -> str:
+    return f"tensor {base.name!r} has shape {list(base.shape)} in base and {list(tuned.shape)} in tuned"
+
+
+def _shape_hint(base: Checkpoint, tuned: Checkpoint, first: TensorInfo, other: TensorInfo) -> str:
+    """A vocabulary is resized where a table of tokens, or two, and nothing else has other rows."""
+    differing = [info for name, info in base.tensors.items() if info.shape != tuned.tensors[name].shape]
+    rows = {(info.shape[:1], tuned.tensors[info.name].shape[:1]) for info in differing}
+    rest = all(info.shape[1:] == tuned.tensors[info.name].shape[1:] for info in differing)
+    tables = len([info for info in differing if len(info.shape) == 2])  # a head may have a bias besides
+    if len(rows) == 1 and rest and len(first.shape) > 0 and 1 <= tables <= 2:
+        if first.shape[0] < other.shape[0]:
+            return "this looks like a resized vocabulary: pass --resized-vocab to take the new rows from tuned"
+        return (
+            "this looks like a resized vocabulary, which tuned's is smaller in: grow tuned with "
+            f"resize_token_embeddings({first.shape[0]}) first"
+        )
+    return "pass checkpoints of one architecture and size"
+
+
+def _equal_bytes(base: Checkpoint, tuned: Checkpoint) -> bool:
+    """Whether all tensors are equal to the byte; only asked when their samples are."""
+    step = 1 << 24
+    for name, info in base.tensors.items():
+        for start in range(0, info.nbytes, step):
+            parts = []
+            for checkpoint in (base, tuned):
+                part = bytearray(min(step, info.nbytes - start))
+                checkpoint.read_into(checkpoint.tensors[name], memoryview(part), start)
+                parts.append(part)
+            if parts[0] != parts[1]:
+                return False
+    return True
+
+
+def check_retain(base: Checkpoint, tuned: Checkpoint, retain: Stats, options: PatchOptions) -> None:
+    """The retained statistics were made on this very base, know all its tensors, and fit their shapes."""
+    if not options.needs_hessians or options.method != "tailor":
+        raise OptionsError("--retain is for the method tailor with statistics", "leave --retain out")
+    if options.resized_vocab:
+        raise OptionsError(
+            "--retain does not go with --resized-vocab: the base's statistics know nothing of the new rows",
+            "give the base the new rows first (resize_token_embeddings) and calibrate that",
+        )
+    if retain.model_fingerprint != base.fingerprint():
+        whose = (
+            f"on the model given as TUNED ({tuned.path})"
+            if retain.model_fingerprint == tuned.fingerprint()
+            else (f"from another model ({retain.manifest['model'].get('path', 'unknown')}) than base ({base.path})")
+        )
+        raise StatsError(
+            f"{retain.path} was calibrated {whose}; --retain takes statistics of the base",
+            f"make them: tailorcli calibrate {base.path} --synthetic -o NEW_STATS",
+        )
+    check_shapes(base, retain)
+
+
+def check_propagate(stats: Stats | None, retain: Stats | None, options: PatchOptions) -> None:
+    """There is a retain term, without which propagation ruins a patch, and the samples to run the models over."""
+    if stats is None or retain is None or options.retain_weight <= 0.0:
+        raise OptionsError(
+            "propagation needs the retain term: without it nothing holds the patched weights near the base",
+            "pass --retain STATS (tailorcli calibrate BASE --synthetic -o STATS) and a positive --retain-weight",
+        )
+    for source in (stats, retain):
+        source.samples()
+
+
+def check_stats(base: Checkpoint, tuned: Checkpoint, stats: Stats) -> None:
+    """The statistics were made on this very tuned model, know all its tensors, and fit their shapes."""
+    if stats.model_fingerprint != tuned.fingerprint():
+        if stats.model_fingerprint == base.fingerprint():
+            raise StatsError(
+                f"{stats.path} was calibrated on the model given as BASE ({base.path})",
+                f"if the two are swapped: tailorcli ... {tuned.path} {base.path}; if not, calibrate TUNED",
+            )
+        option = f" --base {base.path}" if isinstance(tuned, AdaptedCheckpoint) else ""
+        made_from = stats.manifest["model"].get("path", "another model")
+        raise StatsError(
+            f"{stats.path} was made from another model ({made_from}) than tuned ({tuned.path})",
+            f"calibrate it: tailorcli calibrate {tuned.path}{option} --data FILE -o NEW_STATS",
+        )
+    check_shapes(tuned, stats)
+
+
+def check_shapes(model: Checkpoint, stats: Stats) -> None:
+    """The statistics know all tensors of the model, and fit their shapes."""
+    for name, info in model.tensors.items():
+        entry = stats.tensors.get(name)
+        if entry is None:
+            raise StatsError(f"{stats.path} does not mention tensor {name!r}", "calibrate again")
+        fused = bool(entry.experts)
+        matrix = len(info.shape) == (3 if fused else 2)
+        if (fused and (not matrix or len(entry.experts) != info.shape[0])) or (entry.transposed and not matrix):
+            what = f"{len(entry.experts)} experts" if fused else "a matrix"
+            raise StatsError(
+                f"{stats.path}: tensor {name!r} of shape {list(info.shape)} is not {what}", "calibrate again"
+            )
+        inputs = _num_inputs(info, entry)
+        for hessian in entry.hessians:
+            size = stats.hessians[hessian].size
+            if size != inputs:
+                raise StatsError(
+                    f"{stats.path}: tensor {name!r} has {inputs} input channels, its Hessian {size}", "calibrate again"
+                )
+
+
+def _num_inputs(info: TensorInfo, entry: TensorStats) -> int:
+    if entry.role == "bias":
+        return 1
+    if entry.experts:
+        return info.shape[1] if entry.transposed else info.shape[2]
+    if len(info.shape) < 2:
+        return info.numel
+    return info.shape[0] if entry.transposed else info.numel // max(info.shape[0], 1)

@@ -1,0 +1,92 @@
+"""What a patch will need: bytes to read, memory of the largest tensor."""
+
+from __future__ import annotations
+
+import re
+
+from tailorcli.calibration.stats import Stats
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.options import PatchOptions
+from tailorcli.runs.plan import TensorPlan
+
+_WORK_BYTES = 12 * (64 << 20)  # the solver's work arrays, bounded by the row chunks in core.solvers
+
+
+_TRANSFORMERS_BYTES = 300 << 20  # and what graft needs besides
+
+
+def most_kept(tensors: list[TensorPlan], options: PatchOptions) -> list[tuple[TensorPlan, int]]:
+    """How many entries of each tensor are kept, at most; of a draw, all but surely: six deviations above its mean."""
+    if options.method == "interpolate":
+        return [(tensor, tensor.numel) for tensor in tensors]
+    if options.counts_first:  # the widest entries first
+        left, most = round(options.density * sum(tensor.numel for tensor in tensors)), []
+        for tensor in sorted(tensors, key=lambda t: t.nbytes / t.numel, reverse=True):
+            most.append((tensor, min(left, tensor.numel)))
+            left -= most[-1][1]
+        return most
+    spread = 6.0 * (options.density * (1.0 - options.density)) ** 0.5 if options.method == "dare" else 0.0
+    return [(t, min(t.numel, round(options.density * t.numel + spread * t.numel**0.5))) for t in tensors]
+
+
+def training_bytes(tensors: list[TensorPlan], base: Checkpoint, tuned: Checkpoint, options: PatchOptions) -> int:
+    """Bytes that graft holds at its fullest, but for a batch's activations: the model, both weights, gradients, S."""
+    if options.method != "graft":
+        return 0
+    patched = [tensor for tensor in tensors if tensor.action == "patch"]
+    held = sum(2 * tensor.nbytes + tuned.tensors[tensor.name].nbytes + 4 * tensor.numel for tensor in patched)
+    work = [4 * tensor.numel for tensor in patched]
+    chosen = 4 * (sum(work) if options.threshold == "global" else max(work))  # S again, its copies, the mask
+    return _TRANSFORMERS_BYTES + base.nbytes + held + max(chosen, 4 * max(work))
+
+
+def propagation_bytes(tensors: list[TensorPlan], base: Checkpoint, stats: Stats | None, retain: Stats | None) -> int:
+    """Bytes that propagation holds besides: a block of three models and its patch, moments, hidden states."""
+    blocks: dict[str, int] = {}
+    for info in base.tensors.values():
+        block = re.sub(r"(\.\d+)\..*", r"\1", info.name)  # up to its first number
+        blocks[block] = blocks.get(block, 0) + info.nbytes
+    known = [source for source in (stats, retain) if source is not None]
+    sizes = {h: source.hessians[h] for source in known for t in tensors for h in t.hessians if h in source.hessians}
+    moments = [4 * info.size**2 for info in sizes.values() if info.kind == "full"]
+    widest = max((info.size for info in sizes.values() if info.kind == "full"), default=0)
+    embedding = max((t.nbytes // t.shape[0] for t in tensors if t.role == "embedding" and len(t.shape) == 2), default=0)
+    width = max((t.shape[-1] for t in tensors if t.role == "embedding" and len(t.shape) == 2), default=1)
+    tokens = sum(int(source.manifest["data"].get("tokens", 0)) for source in known)
+    # Of each token, in two models: what a block holds while it waits within (its input, the residual stream, what its
+    # norm makes of that, queries, keys and values, or what the widest layer takes), and the holes between.
+    hidden = 2 * tokens * (5 * embedding + embedding * widest // width)
+    return _TRANSFORMERS_BYTES + 5 * max(blocks.values()) + 8 * max(moments, default=0) + hidden
+
+
+def pair_bytes(tensors: list[TensorPlan], tuned: Checkpoint) -> int:
+    return sum(tensor.nbytes + tuned.read_cost(tensor.name) for tensor in tensors if tensor.action == "patch")
+
+
+def bytes_to_read(tensors: list[TensorPlan], tuned: Checkpoint, stats: Stats | None, retain: Stats | None) -> int:
+    total = sum(tensor.nbytes for tensor in tensors)
+    total += sum(tuned.read_cost(tensor.name) for tensor in tensors if tensor.action == "patch")
+    used = {hessian for tensor in tensors for hessian in tensor.hessians}
+    total += sum(stats.nbytes(name) for name in used if stats is not None)
+    return total + sum(retain.nbytes(name) for name in {h for t in tensors for h in t.retain} if retain is not None)
+
+
+def working_set(tensor: TensorPlan, tuned: Checkpoint, stats: Stats | None, options: PatchOptions) -> int:
+    """Bytes held while one tensor is worked on: both weights, delta, score and its copy, result, Hessian, work."""
+    if tensor.action != "patch":
+        return 1 << 24
+    full = tensor.numel * 4
+    weights = tensor.nbytes + tuned.tensors[tensor.name].nbytes
+    # The fullest moment is either the selection (delta, score, its copy) or the assembly (delta, decorator,
+    # result); a result of the tensor before, and its mask, may still wait to be written.
+    arrays = max(3 * full, 2 * full + tensor.nbytes) + full // 4 + tensor.nbytes + tensor.numel
+    hessian = 0
+    sizes = [stats.hessians[h].size for h in tensor.hessians if stats.hessians[h].kind == "full"] if stats else []
+    if sizes:
+        square = 4 * max(sizes) ** 2
+        hessian = square // 2 + square + 2 * square  # packed, unpacked, damped copy and factor
+        if tensor.retain:  # another of each, their sum; the goal and the target values of every entry
+            hessian += square // 2 + 2 * square
+            arrays += 2 * full
+    work = min(_WORK_BYTES, 12 * full) if hessian else 0
+    return weights + arrays + hessian + work

@@ -1,0 +1,218 @@
+"""The visible loop: go through a plan tensor by tensor, and score it or patch it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from tailorcli.adapters.checkpoint import tuned_side_files
+from tailorcli.checkpoint.grown import GrownCheckpoint
+from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
+from tailorcli.errors import OptionsError
+from tailorcli.files import PathLike
+from tailorcli.options import PatchOptions
+from tailorcli.patchfile.report import PatchReport
+from tailorcli.patching.graft import MaskFile, trained_masks
+from tailorcli.patching.methods import find_cut
+from tailorcli.patching.planner import build_plan
+from tailorcli.patching.stream import Inputs, record, tailored
+from tailorcli.runs.outputs import Outputs, Target, identity_of, progress_bar
+from tailorcli.runs.plan import Plan, TensorPlan
+
+if TYPE_CHECKING:
+    import torch
+
+    from tailorcli.core.tailor import LayerResult
+    from tailorcli.patching.methods import MaskOf
+    from tailorcli.patching.propagate import Propagation
+
+
+def plan_patch(
+    base: PathLike,
+    tuned: PathLike,
+    output: PathLike | None = None,
+    stats: PathLike | None = None,
+    options: PatchOptions = PatchOptions(),
+    patch_file: PathLike | None = None,
+    retain: PathLike | None = None,
+    data: PathLike | None = None,
+) -> Plan:
+    """What ``patch_checkpoint`` would do to each tensor and what it would cost, from headers alone."""
+    options = options.resolved(retain is not None)
+    with ExitStack() as stack:
+        inputs = Inputs.open(base, tuned, stats, options, stack, retain, data)
+        plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
+        target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
+        _require_stored_rows(target, options)
+        target.check(inputs.paths, plan)
+        return plan
+
+
+def _require_stored_rows(target: Target, options: PatchOptions) -> None:
+    if target.patch_file is not None and options.resized_vocab:
+        raise OptionsError(
+            "a patch file holds entries of the base's own tensors, and --resized-vocab gives them new rows",
+            "leave --patch-file out, or give the base the new rows first: resize_token_embeddings",
+        )
+
+
+def score_checkpoint(
+    base: PathLike,
+    tuned: PathLike,
+    stats: PathLike | None = None,
+    options: PatchOptions = PatchOptions(),
+    progress: bool = False,
+    retain: PathLike | None = None,
+) -> PatchReport:
+    """The mask statistics of every tensor (Eq. 9 to 11), without solving for or writing anything.
+
+    Raises the same errors as ``patch_checkpoint``.
+    """
+    started = perf_counter()
+    options = options.resolved(retain is not None)
+    with ExitStack() as stack:
+        inputs = Inputs.open(base, tuned, stats, options, stack, retain)
+        plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
+        device = resolve_device(options.device)
+        timer = StageTimer(device)
+        records = {t.name: record(t, None, inputs.stats, options) for t in plan.left_at_base}
+        bar = stack.enter_context(progress_bar(plan.patched, "scoring", progress))
+        for tensor, result, _ in tailored(plan.patched, inputs, options, device, timer, score_only=True):
+            records[tensor.name] = record(tensor, result, inputs.stats, options)
+            bar.update(tensor.nbytes)
+        ordered = [records[name] for name in inputs.base.tensors]
+        seconds = perf_counter() - started
+        return PatchReport("score", options.to_dict(), inputs.describe(), ordered, dict(timer.seconds), seconds)
+
+
+def patch_checkpoint(
+    base: PathLike,
+    tuned: PathLike,
+    output: PathLike | None,
+    stats: PathLike | None = None,
+    options: PatchOptions = PatchOptions(),
+    progress: bool = False,
+    patch_file: PathLike | None = None,
+    announce: Callable[[Plan], None] | None = None,
+    retain: PathLike | None = None,
+    data: PathLike | None = None,
+) -> PatchReport:
+    """Patch ``base`` with the best ``density`` of ``tuned``; write the checkpoint ``output``, a ``patch_file`` or both.
+
+    ``stats`` is a folder that ``calibrate_model`` wrote for ``tuned``; it may be missing where
+    ``options.needs_hessians`` is false. The output has the base's tensor names, dtypes and (without
+    ``max_shard_size``) sharding, and the tuned model's side files; a report and a run record lie beside them.
+    ``retain`` is a folder that ``calibrate_model`` wrote for ``base``, on data that stand for what it must not forget
+    or that it wrote itself: the retain term, weighed by ``options.retain_weight``.
+    ``announce`` is called with the plan before the work starts; ``data`` is what ``method="graft"`` trains on.
+    Raises TailorError for everything that a user can put right; nothing that looks finished is left then.
+    """
+    started = perf_counter()
+    options = options.resolved(retain is not None)
+    target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
+    if target.folder is None and target.patch_file is None:
+        raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
+    _require_stored_rows(target, options)
+    with ExitStack() as stack:
+        inputs = Inputs.open(base, tuned, stats, options, stack, retain, data)
+        plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
+        device = resolve_device(options.device)
+        target.check(inputs.paths, plan)
+        described = inputs.describe()
+        identity = identity_of(described, options.to_dict(), device)
+        finished = target.finished(identity, "patch")
+        if finished is not None:
+            return finished
+        if announce is not None:
+            announce(plan)
+        timer = StageTimer(device)
+        side = {place.as_posix(): source for place, source in tuned_side_files(inputs.tuned).items()}
+        manifest = {"task": options.task, "license": options.license, "inputs": described}
+        outputs = stack.enter_context(target.open(plan, inputs.base, identity, manifest, side))
+        records = dict(outputs.done)
+        bar = stack.enter_context(progress_bar(plan.tensors, "patching", progress))
+        bar.update(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
+        todo = [tensor for tensor in plan.tensors if tensor.name not in records]
+        with timer.stage("masks"), exact_float32(), device_errors():
+            trained, masks = _masks_first(target, plan, records, inputs, options, identity, device, progress)
+
+        def write(tensor: TensorPlan, result: LayerResult | None, digest: str, facts: dict[str, Any]) -> None:
+            record = record(tensor, result, inputs.stats, options) | facts
+            if isinstance(inputs.base, GrownCheckpoint) and tensor.name in inputs.base.grown:
+                record["note"] = f"the last {inputs.base.new_rows(tensor.name)} rows are new, and tuned's own"
+            records[tensor.name] = record
+            with timer.stage("wait for write"):
+                if result is None or result.patched is None or record["status"] == "base":
+                    outputs.copy(tensor.name, inputs.base, record)
+                else:
+                    outputs.write(tensor.name, result.patched, result.mask, record, digest)
+            bar.update(tensor.nbytes)
+
+        def plain(tensors: list[TensorPlan]) -> Iterator[tuple[TensorPlan, LayerResult | None, str]]:
+            wanted: dict[str, Any] = {"score_only": False, "digests": outputs.wants_digest, "masks": masks}
+            return tailored(tensors, inputs, options, device, timer, **wanted)
+
+        if options.propagate:
+            with exact_float32(), device_errors():
+                _propagation(inputs, options, device, timer, target, outputs, plain, write).run(plan.tensors)
+        else:
+            for tensor, result, digest in plain(todo):
+                write(tensor, result, digest, {})
+                del result
+        with timer.stage("wait for write"):
+            outputs.drain()
+        timer.seconds["write"] = outputs.seconds
+        ordered = [records[name] for name in inputs.base.tensors]
+        seconds = perf_counter() - started
+        report = PatchReport("patch", options.to_dict(), described, ordered, dict(timer.seconds), seconds)
+        outputs.finish(report)
+        if trained is not None:
+            trained.remove()
+        return report
+
+
+def _masks_first(
+    target: Target,
+    plan: Plan,
+    done: dict[str, Any],
+    inputs: Inputs,
+    options: PatchOptions,
+    identity: dict[str, Any],
+    device: torch.device,
+    progress: bool,
+) -> tuple[MaskFile | None, MaskOf | None]:
+    """What has to look at all tensors before the first is patched: trained masks, or one threshold for all."""
+    both = (inputs.base, inputs.tuned)
+    if inputs.data is not None:
+        trained = trained_masks(target.place, plan, *both, inputs.data, options, identity, device, progress)
+        return trained, trained.mask_of
+    if options.counts_first:
+        return None, find_cut(plan.patched, done, *both, options.density, device).mask
+    return None, None
+
+
+def _propagation(
+    inputs: Inputs,
+    options: PatchOptions,
+    device: torch.device,
+    timer: StageTimer,
+    target: Target,
+    outputs: Outputs,
+    plain: Callable[[list[TensorPlan]], Iterator[tuple[TensorPlan, LayerResult | None, str]]],
+    write: Callable[[TensorPlan, LayerResult | None, str, dict[str, Any]], None],
+) -> Propagation:
+    from tailorcli.patching.propagate import Propagation
+
+    assert inputs.stats is not None
+    assert inputs.retain is not None
+    done = frozenset(outputs.done)
+    return Propagation(
+        *(inputs.base, inputs.tuned, inputs.stats, inputs.retain, options, device, timer),
+        scratch=target.folder if target.folder is not None else target.place.parent,
+        plain=plain,
+        write=write,
+        stored=lambda name: outputs.read(name, inputs.base.tensors[name]),
+        done=done,
+    )

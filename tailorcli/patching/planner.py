@@ -1,0 +1,122 @@
+"""What will happen to each tensor and what it will cost, decided on headers alone, before any work."""
+
+from __future__ import annotations
+
+from tailorcli.adapters.checkpoint import AdaptedCheckpoint
+from tailorcli.calibration.stats import Stats, TensorStats
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
+from tailorcli.checkpoint.layout import plan_layout
+from tailorcli.errors import OptionsError, StatsError
+from tailorcli.options import PatchOptions, matches
+from tailorcli.patching.checks import check_pair, check_propagate, check_retain, check_stats
+from tailorcli.patching.cost import (
+    bytes_to_read,
+    most_kept,
+    pair_bytes,
+    propagation_bytes,
+    training_bytes,
+    working_set,
+)
+from tailorcli.runs.plan import RUNTIME_BYTES, Plan, TensorPlan, group_by_hessian, most_patch_bytes
+
+
+def build_plan(
+    base: Checkpoint, tuned: Checkpoint, stats: Stats | None, options: PatchOptions, retain: Stats | None = None
+) -> Plan:
+    """Check that the inputs belong together and decide every tensor's treatment.
+
+    Raises CheckpointError, StatsError or OptionsError for anything that would only show up in the middle of the
+    work. ``stats`` may be None only where no Hessian is needed (``options.needs_hessians``).
+    """
+    if stats is None and options.needs_hessians:
+        raise OptionsError(
+            "no statistics given",
+            "pass --stats STATS (made by tailorcli calibrate), or choose by salience alone: --solver none --omega 1",
+        )
+    check_pair(base, tuned, options.allow_dtype_mismatch)
+    if stats is not None:
+        check_stats(base, tuned, stats)
+    if retain is not None:
+        check_retain(base, tuned, retain, options)
+    if options.propagate:
+        check_propagate(stats, retain, options)
+    changed = tuned.changed if isinstance(tuned, AdaptedCheckpoint) else base.tensors.keys()
+    tensors = [_plan_tensor(info, info.name in changed, stats, options, retain) for info in base.tensors.values()]
+    if not any(tensor.action == "patch" for tensor in tensors):
+        raise OptionsError("no tensor would be patched", "check --include and --exclude, and those of calibrate")
+    if retain is not None and options.retain_weight > 0.0 and not any(tensor.retain for tensor in tensors):
+        raise StatsError(
+            f"{retain.path} has statistics for none of the tensors that would be patched",
+            "check --include and --exclude, and those of calibrate",
+        )
+    ordered = group_by_hessian(tensors)
+    layout = plan_layout(base, options.max_shard_size)
+    passes = {"graft": 1, "magnitude": 2 * options.counts_first}.get(options.method, 0)  # over both before the work
+    held = [working_set(tensor, tuned, stats, options) for tensor in ordered]
+    held.append(training_bytes(ordered, base, tuned, options))
+    propagated = propagation_bytes(ordered, base, stats, retain) if options.propagate else 0
+    return Plan(
+        tensors=tuple(ordered),
+        layout=layout,
+        read_bytes=bytes_to_read(ordered, tuned, stats, retain)
+        + passes * pair_bytes(ordered, tuned)
+        + (3 * base.nbytes if options.propagate else 0),  # the three models' weights, to run them
+        write_bytes=layout.nbytes,
+        patch_bytes=most_patch_bytes(most_kept([t for t in ordered if t.action == "patch"], options)),
+        peak_bytes=RUNTIME_BYTES + max(held) + propagated,
+        propagates=bool(options.propagate),
+        largest_hessian=max((stats.hessians[h].size for t in ordered if stats for h in t.hessians), default=0),
+    )
+
+
+def _plan_tensor(
+    info: TensorInfo, changed: bool, stats: Stats | None, options: PatchOptions, retain: Stats | None
+) -> TensorPlan:
+    entry = stats.tensors[info.name] if stats is not None else TensorStats(None)
+    reason = ""
+    if not matches(info.name, options.include, options.exclude):
+        reason = "not chosen by --include and --exclude"
+    elif info.dtype not in PATCHABLE_DTYPES:
+        reason = f"{info.dtype} is no floating-point dtype that can be patched"
+    elif info.numel == 0:
+        reason = "it has no entries"
+    elif not changed:
+        reason = "the adapter leaves it alone"
+    elif options.needs_hessians and not entry.hessians:
+        reason = f"no statistics: {entry.reason}"
+    elif options.method == "tailor-released" and not _is_linear(entry, stats):
+        reason = "the released code patches linear layers alone"
+    common = (info.name, info.dtype, info.shape, info.nbytes)
+    if reason:
+        return TensorPlan(*common, action="base", reason=reason, role=entry.role)
+    hessian, experts = (entry.hessian, tuple(entry.experts)) if options.needs_hessians else (None, ())
+    retained: tuple[str, ...] = ()
+    note = ""
+    if retain is not None and options.retain_weight > 0.0:
+        retained, note = _retained(entry, retain.tensors[info.name], stats, retain)
+    return TensorPlan(*common, "patch", "", hessian, entry.role, entry.transposed, experts, retained, note)
+
+
+def _retained(
+    entry: TensorStats, other: TensorStats, stats: Stats | None, retain: Stats
+) -> tuple[tuple[str, ...], str]:
+    """The retained data's Hessians for a tensor, of the same kind as those of the new task; or why there are none."""
+    names = tuple(other.hessians)
+    if not names:
+        return (), f"without the retain term: no retained statistics: {other.reason}"
+    alike = stats is not None and len(names) == len(entry.hessians) and entry.transposed == other.transposed
+    if (
+        stats is None
+        or not alike
+        or any(
+            stats.hessians[new].kind != retain.hessians[old].kind
+            for new, old in zip(entry.hessians, names, strict=True)
+        )
+    ):
+        return (), "without the retain term: its retained statistics are of another kind than those of the new task"
+    return names, ""
+
+
+def _is_linear(entry: TensorStats, stats: Stats | None) -> bool:
+    return stats is not None and entry.hessian is not None and stats.hessians[entry.hessian].kind == "full"

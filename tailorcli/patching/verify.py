@@ -1,0 +1,162 @@
+"""Whether a patched checkpoint is what its patch says."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
+from tailorcli.checkpoint.header import read_header
+from tailorcli.errors import CheckpointError, other_base
+from tailorcli.files import PathLike, digest_of, read_json
+from tailorcli.patchfile.reader import PatchFile
+from tailorcli.patchfile.report import REPORT_FILE, load_report
+from tailorcli.patching.apply import patched_tensor
+from tailorcli.runs.outputs import progress_bar
+
+MOST_PROBLEMS = 20  # named one by one; all are counted
+
+
+@dataclass
+class VerifyReport:
+    """What ``verify_checkpoint`` found; ``problems`` names the first tensors that are not as they must be.
+
+    Without a patch, ``against`` is "report": it is then only proven which tensors equal the base, and that no
+    other differs from it in more entries than its mask kept.
+    """
+
+    checkpoint: str
+    against: str
+    tensors: int = 0
+    entries: int = 0
+    kept: int = 0
+    changed: int = 0  # entries that differ from the base
+    wrong_tensors: int = 0
+    problems: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is as it must be."""
+        return self.wrong_tensors == 0
+
+    def add(self, name: str, problem: str, **details: Any) -> None:
+        """Count a tensor that is wrong, and name it if it is one of the first."""
+        self.wrong_tensors += 1
+        if len(self.problems) < MOST_PROBLEMS:
+            self.problems.append({"tensor": name, "problem": problem, **details})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for ``--json``."""
+        return {"ok": self.ok, **asdict(self)}
+
+
+def verify_checkpoint(
+    checkpoint: PathLike, base: PathLike, patch: PathLike | None = None, progress: bool = False
+) -> VerifyReport:
+    """Compare ``checkpoint`` bit for bit with ``base`` outside the mask, and with ``patch`` inside it.
+
+    Without a patch file the checkpoint's own report says how many entries of each tensor may differ from the base.
+    Raises TailorError where an input cannot be read or ``patch`` is not of ``base``.
+    """
+    with ExitStack() as stack:
+        opened = stack.enter_context(Checkpoint.open(base))
+        found = stack.enter_context(Checkpoint.open(checkpoint))
+        file = None
+        kept: dict[str, int] = {}
+        if patch is not None:
+            file = stack.enter_context(PatchFile.open(patch))
+            file.check_base(opened)
+            file.check()
+        else:
+            kept = _kept_by_report(found, opened)
+        report = VerifyReport(str(found.path), "patch" if file is not None else "report")
+        _check_files(found, report)
+        for name in found.tensors:
+            if name not in opened.tensors:
+                report.add(name, "the base has no such tensor")
+        bar = stack.enter_context(progress_bar(opened.tensors.values(), "verifying", progress))
+        for name, info in opened.tensors.items():
+            report.tensors += 1
+            report.entries += info.numel
+            _verify_tensor(name, opened, found, file, kept, report)
+            bar.update(info.nbytes)
+        return report
+
+
+def _kept_by_report(found: Checkpoint, base: Checkpoint) -> dict[str, int]:
+    """How many entries of each patched tensor the checkpoint's own report says were kept."""
+    path = found.path / REPORT_FILE
+    hint = "pass the patch: --patch FILE"
+    if not path.exists():
+        raise CheckpointError(f"{found.path} has no {REPORT_FILE} that would say what was kept", hint)
+    saved = load_report(path)
+    if saved["inputs"]["base"]["fingerprint"] != base.fingerprint():
+        raise CheckpointError(f"{path} says that it was made from another base than {base.path}", hint)
+    return {t["name"]: int(t["kept"]) for t in saved["tensors"] if t["status"] == "patched"}
+
+
+def _check_files(found: Checkpoint, report: VerifyReport) -> None:
+    """What headers and index say besides names, shapes and places: they must be fit to load."""
+    for shard in found.shards:
+        _, metadata = read_header(shard)
+        if metadata and metadata.get("format") != "pt":
+            report.add(shard.name, "its metadata does not say that it holds PyTorch tensors")
+    if found.shards[0].name == SINGLE_FILE:
+        return
+    index = read_json(found.path / INDEX_FILE)
+    total = index.get("metadata", {}).get("total_size") if isinstance(index.get("metadata"), dict) else None
+    if total != found.nbytes:
+        report.add(INDEX_FILE, f"its total_size is {total}, the shards hold {found.nbytes} bytes")
+
+
+def _verify_tensor(
+    name: str,
+    base: Checkpoint,
+    found: Checkpoint,
+    file: PatchFile | None,
+    kept: dict[str, int],
+    report: VerifyReport,
+) -> None:
+    """Compare one tensor and note what differs."""
+    from tailorcli.core.tailor import as_bits
+
+    info, other = base.tensors[name], found.tensors.get(name)
+    if other is None:
+        report.add(name, "it is missing")
+        return
+    if (info.dtype, info.shape) != (other.dtype, other.shape):
+        what = f"it is {other.dtype} {list(other.shape)}, the base has {info.dtype} {list(info.shape)}"
+        report.add(name, what)
+        return
+    if name not in kept and (file is None or name not in file.tensors):
+        if file is not None and digest_of(*base.pieces(info)) != file.base[name].digest:
+            raise other_base(name, base.path)
+        pieces = zip(base.pieces(info), found.pieces(other), strict=True)
+        if any(ours != theirs for ours, theirs in pieces):
+            report.add(name, "it differs from the base, where it should be equal")
+        return
+    original = base.read(name)
+    dtype, stored = original.dtype, as_bits(found.read(name).view(-1))
+    changed = as_bits(original.view(-1)) != stored
+    num_changed = int(changed.count_nonzero())
+    report.changed += num_changed
+    if file is None:
+        report.kept += kept[name]
+        if num_changed > kept[name]:
+            report.add(name, f"{num_changed} entries differ from the base, its mask kept {kept[name]}")
+        return
+    expected = as_bits(patched_tensor(original, file, name, base.path).view(-1))
+    report.kept += file.tensors[name].kept
+    wrong = (expected != stored).nonzero().squeeze(1)
+    if wrong.numel():
+        mask = file.mask(name).view(-1)[wrong]
+        first = int(wrong[0])
+        report.add(
+            name,
+            f"{int((~mask).sum())} entries outside the mask differ from the base, {int(mask.sum())} kept ones "
+            f"from the patch",
+            index=first,
+            expected=expected[first : first + 1].view(dtype).tolist()[0],
+            found=stored[first : first + 1].view(dtype).tolist()[0],
+        )
