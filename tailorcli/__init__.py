@@ -89,7 +89,7 @@ if TYPE_CHECKING:
     from tailorcli.evaluate import EvaluateReport, evaluate_models
     from tailorcli.harness import HarnessReport, read_results
     from tailorcli.inspection import inspect_path
-    from tailorcli.merge import merge_patches, plan_merge
+    from tailorcli.merging.merge import merge_patches, plan_merge
     from tailorcli.merit import TaskScores, h_score
     from tailorcli.options import CalibrateOptions, EvaluateOptions, MergeOptions, PatchOptions
     from tailorcli.patchfile.reader import PatchFile

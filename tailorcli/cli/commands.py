@@ -452,7 +452,7 @@ def merge_multi(
 
     average needs --tuned for each task, joint also --stats, patches neither; fingerprints tell which belongs to which.
     """
-    from tailorcli.merge import merge_patches, plan_merge
+    from tailorcli.merging.merge import merge_patches, plan_merge
 
     require_output(output, patch_file)
     options = MergeOptions(

@@ -13,7 +13,7 @@ from tailorcli.checkpoint.readahead import ReadAhead
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import NumericalError, OptionsError, PatchError
 from tailorcli.files import PathLike
-from tailorcli.mergeplan import MergeInputs, build_merge_plan, merge_working_set
+from tailorcli.merging.plan import MergeInputs, build_merge_plan, merge_working_set
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport
 from tailorcli.patching.apply import patched_tensor, side_sources

@@ -1,0 +1,1 @@
+"""Stitch the patches of several tasks into one."""
