@@ -86,20 +86,20 @@ if TYPE_CHECKING:
     from tailorcli.calibration.stats import Stats
     from tailorcli.checkpoint.folder import Checkpoint
     from tailorcli.errors import TailorError
-    from tailorcli.evaluate import EvaluateReport, evaluate_models
-    from tailorcli.harness import HarnessReport, read_results
+    from tailorcli.evaluation.evaluate import EvaluateReport, evaluate_models
+    from tailorcli.evaluation.lm_eval import HarnessReport, read_results
+    from tailorcli.evaluation.metrics import TaskScores, h_score
+    from tailorcli.evaluation.predict import evaluate_network
+    from tailorcli.evaluation.tasks import encode_task, read_tasks
     from tailorcli.inspection import inspect_path
     from tailorcli.merging.merge import merge_patches, plan_merge
-    from tailorcli.merit import TaskScores, h_score
     from tailorcli.options import CalibrateOptions, EvaluateOptions, MergeOptions, PatchOptions
     from tailorcli.patchfile.reader import PatchFile
     from tailorcli.patchfile.report import PatchReport
     from tailorcli.patching.apply import apply_patch
     from tailorcli.patching.patch import patch_checkpoint, plan_patch, score_checkpoint
     from tailorcli.patching.verify import VerifyReport, verify_checkpoint
-    from tailorcli.predict import evaluate_network
     from tailorcli.sweep import SweepReport, run_sweep, settings_of
-    from tailorcli.tasks import encode_task, read_tasks
 
 
 def __getattr__(name: str) -> Any:

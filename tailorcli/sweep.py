@@ -22,9 +22,8 @@ import numpy as np
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.errors import OptionsError, OutputError, TailorError
-from tailorcli.evaluate import encode_for_all, score_model
-from tailorcli.files import PathLike, as_output_error, file_digest, read_json, write_text_atomically
-from tailorcli.merit import (
+from tailorcli.evaluation.evaluate import encode_for_all, score_model
+from tailorcli.evaluation.metrics import (
     Array,
     Estimate,
     Roles,
@@ -36,12 +35,13 @@ from tailorcli.merit import (
     frontier_area,
     summarise,
 )
+from tailorcli.evaluation.tasks import Task, read_tasks
+from tailorcli.files import PathLike, as_output_error, file_digest, read_json, write_text_atomically
 from tailorcli.options import EvaluateOptions, PatchMethod, PatchOptions, Solver
 from tailorcli.patching.patch import patch_checkpoint
-from tailorcli.tasks import Task, read_tasks
 
 if TYPE_CHECKING:
-    from tailorcli.tasks import EncodedTask
+    from tailorcli.evaluation.tasks import EncodedTask
 
 FORMAT_VERSION = 1
 REPORT_FILE = "sweep.json"

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from tailorcli import EvaluateOptions, TailorError, TaskScores, encode_task, evaluate_models, evaluate_network, h_score
 from tailorcli.cli import app
 from tailorcli.data.encoder import Encoder
-from tailorcli.merit import Roles, bootstrap, compare, estimate, summarise
+from tailorcli.evaluation.metrics import Roles, bootstrap, compare, estimate, summarise
+from tailorcli.evaluation.predict import _Reader
+from tailorcli.evaluation.tasks import normalise, parse_task, read_tasks
 from tailorcli.models.config import read_config
 from tailorcli.models.loading import load_encoder, load_model
-from tailorcli.predict import _Reader
-from tailorcli.tasks import normalise, parse_task, read_tasks
 
 
 def write(path, records):

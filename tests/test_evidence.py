@@ -11,7 +11,7 @@ from benchmarks.quick import data as quick_data
 from benchmarks.quick import model as quick_model
 from benchmarks.real.model import Recipe
 from tailorcli import PatchOptions, patch_checkpoint
-from tailorcli.merit import Roles
+from tailorcli.evaluation.metrics import Roles
 from tailorcli.patchfile.report import REPORT_FILE, load_report
 from tailorcli.sweep import Point, Setting, SweepReport
 

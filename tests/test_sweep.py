@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import tailorcli.sweep as sweep_module
 from tailorcli import EvaluateOptions, PatchOptions, TailorError, calibrate_model, evaluate_models, patch_checkpoint
 from tailorcli.cli import app
-from tailorcli.merit import frontier, frontier_area
+from tailorcli.evaluation.metrics import frontier, frontier_area
 from tailorcli.options import PRESETS, CalibrateOptions
 from tailorcli.sweep import Setting, run_sweep, settings_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.evidence.run import OWN_DATA
 from benchmarks.evidence.summary import BASELINES, PAPER, PROPAGATED, RETAINED, Group, lines_of
 from benchmarks.real.render import table
-from tailorcli.merit import Estimate, estimate
+from tailorcli.evaluation.metrics import Estimate, estimate
 
 _SHORT_FAMILIES = ("base", "tuned", "interpolate", "dare", "magnitude", "graft")  # of README
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.evidence.pairs import Pair
 from benchmarks.real.setting import say
 from tailorcli import CalibrateOptions, Checkpoint, EvaluateOptions, PatchOptions, Stats, TailorError, calibrate_model
-from tailorcli.merit import h_score
+from tailorcli.evaluation.metrics import h_score
 from tailorcli.sweep import Point, Setting, SweepReport, run_sweep
 
 SAMPLES = 128

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.evidence.run import OWN_DATA, PICKED, Outcome
-from tailorcli.merit import Array, Estimate, estimate, frontier
+from tailorcli.evaluation.metrics import Array, Estimate, estimate, frontier
 from tailorcli.options import PatchOptions
 from tailorcli.sweep import Point, Setting, area_figure, members_of
 

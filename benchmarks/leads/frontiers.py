@@ -11,7 +11,7 @@ from benchmarks.leads.bench import Bench, Figures
 from benchmarks.leads.layers import KINDS, Layer, Variant, read_layers
 from benchmarks.leads.render import header_of, spread
 from benchmarks.real.render import table
-from tailorcli.merit import frontier_area
+from tailorcli.evaluation.metrics import frontier_area
 
 BETAS = (0.0, 0.03, 0.1, 0.3, 1.0)
 MEASURED = "a budget by measured loss"

@@ -49,7 +49,7 @@ def evaluate(
 
     One model at a time is loaded; every figure comes with a 95% interval over the items, paired between models.
     """
-    from tailorcli.evaluate import evaluate_models
+    from tailorcli.evaluation.evaluate import evaluate_models
 
     options = EvaluateOptions(
         batch_size=batch_size,
@@ -109,7 +109,7 @@ def hscore(
     as_json: AsJson = False,
 ) -> None:
     """The averages and the H-score of results that lm-evaluation-harness wrote, a row a file."""
-    from tailorcli.harness import read_results
+    from tailorcli.evaluation.lm_eval import read_results
 
     report = read_results(results, origin, target, metric or ())
     if as_json:

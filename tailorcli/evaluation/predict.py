@@ -17,12 +17,12 @@ from torch.nn.functional import linear
 from tailorcli.data.samples import batch_places, count_tokens, join
 from tailorcli.device import exact_float32
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
-from tailorcli.merit import TaskScores
+from tailorcli.evaluation.metrics import TaskScores
+from tailorcli.evaluation.tasks import EncodedTask, Item, Row, normalise
 from tailorcli.models.generation import greedy_generation
 from tailorcli.models.loading import quiet_transformers
 from tailorcli.models.running import check_ids, forward, to_device
 from tailorcli.options import EvaluateOptions
-from tailorcli.tasks import EncodedTask, Item, Row, normalise
 
 if TYPE_CHECKING:
     from tailorcli.data.records import Inputs

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.checkpoint.folder import Checkpoint, side_files
 from tailorcli.device import device_errors, give_back_memory, resolve_device
 from tailorcli.errors import CheckpointError, DataError, OptionsError, TailorError
+from tailorcli.evaluation.metrics import LEVEL, Estimate, Roles, TaskScores, check_roles, compare
+from tailorcli.evaluation.tasks import EncodedTask, Task, encode_task, read_tasks
 from tailorcli.files import PathLike, as_output_error, write_text_atomically
-from tailorcli.merit import LEVEL, Estimate, Roles, TaskScores, check_roles, compare
 from tailorcli.models.config import num_positions, read_config
 from tailorcli.models.loading import check_shapes, load_encoder, load_model, package_versions
 from tailorcli.options import EvaluateOptions
-from tailorcli.tasks import EncodedTask, Task, encode_task, read_tasks
 
 if TYPE_CHECKING:
     import torch
@@ -207,7 +207,7 @@ def _evaluate(
     import torch
     from tqdm import tqdm
 
-    from tailorcli.predict import evaluate_network
+    from tailorcli.evaluation.predict import evaluate_network
 
     network = load_model(checkpoint, read_config(checkpoint.path), options).to(device)
     rows = sum(len(item.rows) for task in tasks.values() for item in task.items)

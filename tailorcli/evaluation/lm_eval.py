@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tailorcli.errors import DataError, OptionsError
+from tailorcli.evaluation.metrics import check_roles, summarise
 from tailorcli.files import PathLike, read_json
-from tailorcli.merit import check_roles, summarise
 
 # What is taken where --metric does not say: the first of these that a task has.
 METRICS = ("acc_norm", "acc", "exact_match", "em", "f1", "pass@1")

@@ -1,0 +1,1 @@
+"""What models know before and after: tasks, answers, scores."""
