@@ -85,13 +85,13 @@ if TYPE_CHECKING:
     from tailorcli.calibration.calibrate import CalibrateReport, calibrate_model
     from tailorcli.calibration.stats import Stats
     from tailorcli.checkpoint.folder import Checkpoint
+    from tailorcli.display.inspection import inspect_path
     from tailorcli.errors import TailorError
     from tailorcli.evaluation.evaluate import EvaluateReport, evaluate_models
     from tailorcli.evaluation.lm_eval import HarnessReport, read_results
     from tailorcli.evaluation.metrics import TaskScores, h_score
     from tailorcli.evaluation.predict import evaluate_network
     from tailorcli.evaluation.tasks import encode_task, read_tasks
-    from tailorcli.inspection import inspect_path
     from tailorcli.merging.merge import merge_patches, plan_merge
     from tailorcli.options import CalibrateOptions, EvaluateOptions, MergeOptions, PatchOptions
     from tailorcli.patchfile.reader import PatchFile

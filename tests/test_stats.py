@@ -14,8 +14,8 @@ from test_checkpoint import mutate_bytes, mutate_json
 from tailorcli.calibration.stats import HESSIANS, MANIFEST, HessianInfo, Stats, TensorStats
 from tailorcli.calibration.stats_writer import StatsWriter, prepare_folder, write_stats
 from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.display.inspection import inspect_path
 from tailorcli.errors import OutputError, StatsError, TailorError
-from tailorcli.inspection import inspect_path
 from tailorcli.options import PatchOptions
 from tailorcli.patching.checks import check_stats
 from tailorcli.patching.planner import build_plan

@@ -17,7 +17,7 @@ from benchmarks.multimodal.model import BASE_RECIPE, PATCH, PIXELS, TUNED_RECIPE
 from benchmarks.real.model import Recipe
 from benchmarks.real.render import between
 from benchmarks.real.setting import environment, say
-from tailorcli.plots import plot_frontiers
+from tailorcli.display.plots import plot_frontiers
 
 
 def recipe_of(recipe: Recipe) -> str:

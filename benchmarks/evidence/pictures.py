@@ -13,9 +13,9 @@ from benchmarks.evidence.pairs import Pair
 from benchmarks.evidence.summary import DEFAULT, PAPER, PROPAGATED, Curve, Group, curves_of
 from benchmarks.real.setting import say
 from tailorcli import Checkpoint, PatchOptions, Stats, TailorError, patch_checkpoint
+from tailorcli.display.plots import AFTER, BEFORE, TUNED, draw_bars, layers_of, new_figure, save_figure
 from tailorcli.files import write_text_atomically
 from tailorcli.patchfile.report import REPORT_FILE, load_report
-from tailorcli.plots import AFTER, BEFORE, TUNED, draw_bars, layers_of, new_figure, save_figure
 from tailorcli.sweep import Setting
 
 DECORATED = (Setting(PatchOptions(solver="sequential")), Setting(PatchOptions(), retained=True))

@@ -230,7 +230,7 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Show what a mask would capture, tensor by tensor, before patching. Writes no checkpoint."""
-    from tailorcli.patchfile.report import tensor_table
+    from tailorcli.display.tables import tensor_table
     from tailorcli.patching.patch import score_checkpoint
     from tailorcli.runs.outputs import write_report
 
@@ -502,8 +502,8 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Prove that OUT is BASE with PATCH applied: bit for bit, inside the masks and outside. Exit code 1 if not."""
+    from tailorcli.display.tables import problem_table
     from tailorcli.patching.verify import verify_checkpoint
-    from tailorcli.show import problem_table
 
     report = verify_checkpoint(checkpoint, base, patch_path, progress=not as_json)
     if as_json:
@@ -530,18 +530,18 @@ def inspect_command(
     as_json: AsJson = False,
 ) -> None:
     """Say what a path is and show its figures."""
-    from tailorcli.inspection import inspect_path
+    from tailorcli.display.inspection import inspect_path
 
     inspection = inspect_path(path)
     if plot is not None:
-        from tailorcli.plots import plot_inspection
+        from tailorcli.display.plots import plot_inspection
 
         plot_inspection(inspection, plot)
         typer.echo(f"drew {plot}", err=True)
     if as_json:
         print_json(inspection.to_dict())
         return
-    from tailorcli.show import inspection_parts
+    from tailorcli.display.tables import inspection_parts
 
     print_rich(*inspection_parts(inspection))
 

@@ -61,7 +61,7 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     if plot is not None:
-        from tailorcli.plots import check_plot
+        from tailorcli.display.plots import check_plot
 
         check_plot(plot, bool(origin and target))
     report = evaluate_models(
@@ -78,7 +78,7 @@ def evaluate(
         report.write(output)
         typer.echo(f"wrote {output}", err=True)
     if plot is not None:
-        from tailorcli.plots import plot_evaluation
+        from tailorcli.display.plots import plot_evaluation
 
         plot_evaluation(report.to_dict(), plot)
         typer.echo(f"drew {plot}", err=True)
@@ -89,7 +89,7 @@ def evaluate(
     if as_json:
         print_json(report.to_dict())
         return
-    from tailorcli.show import evaluation_parts
+    from tailorcli.display.tables import evaluation_parts
 
     print_rich(*evaluation_parts(report.to_dict()))
     typer.echo(f"{report.seconds:.1f} s", err=True)
@@ -115,7 +115,7 @@ def hscore(
     if as_json:
         print_json(report.to_dict())
         return
-    from tailorcli.show import results_table
+    from tailorcli.display.tables import results_table
 
     print_rich(results_table(report.to_dict()))
 
@@ -188,7 +188,7 @@ def sweep(
         weights=weight or [],
     )
     if plot is not None:
-        from tailorcli.plots import check_plot
+        from tailorcli.display.plots import check_plot
 
         check_plot(plot, has_roles=True)
     report = run_sweep(
@@ -208,14 +208,14 @@ def sweep(
         announce=None if as_json else partial(typer.echo, err=True),
     )
     if plot is not None:
-        from tailorcli.plots import plot_frontiers
+        from tailorcli.display.plots import plot_frontiers
 
         plot_frontiers(report.to_dict(), plot)
         typer.echo(f"drew {plot}", err=True)
     if as_json:
         print_json(report.to_dict())
         return
-    from tailorcli.show import sweep_parts
+    from tailorcli.display.tables import sweep_parts
 
     print_rich(*sweep_parts(report.to_dict()))
     typer.echo(f"{report.seconds:.1f} s; everything is in {output}", err=True)

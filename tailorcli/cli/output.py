@@ -90,7 +90,7 @@ def show_plan(plan: Plan, output: Path | None, patch_file: Path | None, as_json:
         where = output or patch_file or Path()
         print_json({**plan.to_dict(), "free_bytes": free_bytes(where)})
         return
-    from tailorcli.show import plan_table
+    from tailorcli.display.tables import plan_table
 
     print_rich(plan_table(plan))
     typer.echo(cost(plan, output, patch_file))
@@ -172,6 +172,6 @@ def show_merge(report: dict[str, Any]) -> None:
 
 def show_quantiles(report: dict[str, Any]) -> None:
     """The table of score quantiles."""
-    from tailorcli.show import quantile_table
+    from tailorcli.display.tables import quantile_table
 
     print_rich(quantile_table(report))

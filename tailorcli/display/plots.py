@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from tailorcli.display.inspection import Inspection
 from tailorcli.errors import OptionsError, OutputError, TailorError
-from tailorcli.inspection import Inspection
-from tailorcli.patchfile.report import MERGE, share, split_name
+from tailorcli.patchfile.report import MERGE, share
 
 BEFORE, AFTER, TUNED, _NEUTRAL = "#d08a3c", "#2f6f9f", "#8a8a8a", "#4d8f57"
 _PALETTE = ("#2f6f9f", "#d08a3c", "#4d8f57", "#8f4d7f", "#7a6a3a", "#3a8f8f")
@@ -343,3 +344,14 @@ def _name_positions(axes: Any, labels: list[str]) -> None:
     turned = {"rotation": 35, "ha": "right"} if longest > 6 else {"rotation": 90 if longest > 2 else 0}
     axes.set_xticks(range(0, len(labels), step))
     axes.set_xticklabels(labels[::step], fontsize=8, **turned)
+
+
+_LAYER = re.compile(r"^(?P<before>.*?)\.(?P<number>\d+)\.(?P<kind>.*)$")
+
+
+def split_name(name: str) -> tuple[int | None, str]:
+    """The layer number in a tensor's name (its first number) and the module kind, what follows it."""
+    match = _LAYER.match(name)
+    if match is None:
+        return None, name
+    return int(match["number"]), match["kind"]

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from tailorcli.inspection import KINDS, Inspection
-from tailorcli.patchfile.report import tensor_table
+from tailorcli.display.inspection import KINDS, Inspection
+from tailorcli.patchfile.report import MERGE, share
 from tailorcli.units import format_bytes, format_share
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from tailorcli.runs.plan import Plan
 
 _MOST_ROWS = 400  # of a plain checkpoint's tensors
@@ -229,3 +231,108 @@ def sweep_parts(report: dict[str, Any]) -> list[Any]:
         table,
         "area 0.5: the straight line from base to tuned; 1 and more: all of the old and all of the new at once",
     ]
+
+
+_COLUMNS = ("tensor", "shape", "kept", "density", "|dW|² kept", "sens. kept", "dW=0", "dead", "damping")
+
+
+def tensor_table(report: dict[str, Any], *, errors: bool) -> Table:
+    """One row a patched tensor and a row of totals; with ``errors`` the layer errors before and after."""
+    from rich.table import Table
+
+    if report["command"] == MERGE:
+        return _merge_table(report)
+
+    title = f"{report['command']}: {_choice(report['options'])}"
+    if "retain" in report["inputs"]:
+        title += f", retain weight {report['options']['retain_weight']:g}"
+    if report["options"].get("propagate"):
+        title += ", propagated"
+    drifts = errors and "drift" in report["totals"]
+    table = Table(title=title)
+    for column in (*_COLUMNS, *(("error before", "after") if errors else ()), *(("drift",) if drifts else ())):
+        table.add_column(column, justify="left" if column == "tensor" else "right", overflow="fold")
+    for tensor in report["tensors"]:
+        if tensor["status"] == "patched":
+            drift = [format_share(tensor.get("drift"))] if drifts else []
+            table.add_row(*_tensor_row(tensor, errors), *drift)
+    totals = report["totals"]
+    last = [
+        f"total: {totals['tensors_patched']} patched, {totals['tensors_at_base']} left at base",
+        f"{totals['numel']:,}",
+        f"{totals['kept']:,}",
+        format_share(totals["density"]),
+        format_share(totals["delta_share_kept"]),
+        format_share(totals["sensitivity_share_kept"]),
+        format_share(totals["zero_delta_share"]),
+        "",
+        "",
+    ]
+    if errors:
+        last += [format_share(totals["error_before"]), format_share(totals["error_after"])]
+    if drifts:
+        last.append(format_share(totals["drift"]))
+    table.add_section()
+    table.add_row(*last, style="bold")
+    return table
+
+
+def _choice(options: dict[str, Any]) -> str:
+    """How the entries were chosen, for a title."""
+    method, weight = options.get("method", "tailor"), options.get("weight", 1.0)  # earlier reports have neither
+    scaled = f", weight {weight:g}" if weight != 1.0 else ""
+    if method == "tailor":
+        return f"density {options['density']:g}, omega {options['omega']:g}{scaled}"
+    return f"{method}{scaled}" if method == "interpolate" else f"{method}, density {options['density']:g}{scaled}"
+
+
+def _tensor_row(tensor: dict[str, Any], errors: bool) -> list[str]:
+    row = [
+        tensor["name"],
+        "×".join(str(size) for size in tensor["shape"]),
+        f"{tensor['kept']:,}",
+        format_share(share(tensor["kept"], tensor["numel"])),
+        format_share(share(tensor["delta_sq_kept"], tensor["delta_sq"])),
+        format_share(share(tensor["sensitivity_kept"], tensor["sensitivity_sum"])),
+        format_share(share(tensor["zero_delta"], tensor["numel"])),
+        "-" if tensor["dead_channels"] is None else str(tensor["dead_channels"]),
+        "-" if tensor["damping"] is None else f"{tensor['damping']:g}",
+    ]
+    if errors:
+        row += [format_share(tensor["error_before"]), format_share(tensor["error_after"])]
+    return row
+
+
+def _merge_table(report: dict[str, Any]) -> Table:
+    """One row a merged tensor: kept by whom, how the masks overlap, each task's layer error."""
+    from rich.table import Table
+
+    tasks, totals = [str(task) for task in report["options"]["tasks"]], report["totals"]
+    mixed = len(totals["methods"]) > 1
+    measured = totals["errors"] is not None
+    table = Table(title=f"{MERGE}, {report['options']['method']}: {', '.join(tasks)}")
+    table.add_column("tensor", overflow="fold", min_width=30)
+    table.add_column("shape", justify="right", overflow="fold")
+    if mixed:
+        table.add_column("by", overflow="fold")
+    for column in ("kept", "by each", "Jaccard", "signs differ", *(("layer errors",) if measured else ())):
+        table.add_column(column, justify="right", overflow="fold")
+
+    def row(name: str, shape: str, method: str, figures: dict[str, Any]) -> list[str]:
+        by_each = [format_share(share(kept, figures["numel"])) for kept in figures["kept_by"]]
+        errors = [format_share(error) for error in figures["errors"] or []]
+        return [
+            *(name, shape, *((method,) if mixed else ())),
+            format_share(share(figures["kept"], figures["numel"])),
+            *(" ".join(by_each), format_share(figures["jaccard"]), f"{figures['sign_conflicts']:,}"),
+            *((" ".join(errors) or "-",) if measured else ()),
+        ]
+
+    for tensor in report["tensors"]:
+        if tensor["status"] == "patched":
+            shape = "×".join(str(size) for size in tensor["shape"])
+            table.add_row(*row(str(tensor["name"]), shape, str(tensor["method"]), tensor))
+    table.add_section()
+    name = f"total: {totals['tensors_patched']} merged, {totals['tensors_at_base']} left at base"
+    table.add_row(*row(name, f"{totals['numel']:,}", "", totals), style="bold")
+    return table

@@ -1,0 +1,1 @@
+"""Reports, statistics and results as tables and pictures."""
