@@ -3,7 +3,7 @@
 import pytest
 
 from tailorcli import Checkpoint, TailorError
-from tailorcli.demo import follow_up_commands, render_demo, run_demo
+from tailorcli.demo.demo import follow_up_commands, render_demo, run_demo
 
 
 def check(report, folder):

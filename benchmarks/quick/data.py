@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tailorcli.demo_data import TaskText, build_tasks, samples, split_documents, write_jsonl
+from tailorcli.demo.text import TaskText, build_tasks, samples, split_documents, write_jsonl
 
 OLD_TASKS = ("python", "english")
 NEW_TASKS = ("cpp", "unicode")

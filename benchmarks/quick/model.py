@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.quick.data import NEW_TASKS, OLD_TASKS, WINDOW
 from benchmarks.real.model import Recipe, descend, save_checkpoint
-from tailorcli.demo_data import PAD, TaskText, build_tokenizer, encode
+from tailorcli.demo.text import PAD, TaskText, build_tokenizer, encode
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS = 256, 688, 4, 8
 BASE = Recipe(steps=700, batch=16, learning_rate=2e-3, warmup=20)

@@ -560,7 +560,7 @@ def demo(
     Trains a small Llama on old tasks, fine-tunes it on a new one, calibrates, patches and compares with plain
     interpolation. The checkpoints stay in DIR to go on with.
     """
-    from tailorcli.demo import follow_up_commands, render_demo, run_demo
+    from tailorcli.demo.demo import follow_up_commands, render_demo, run_demo
 
     report = run_demo(output, seed=seed, quick=quick, overwrite=overwrite, progress=not as_json)
     if as_json:

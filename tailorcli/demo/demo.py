@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.demo_data import (
+from tailorcli.demo.text import (
     NEW_TASK,
     OLD_TASKS,
     PAD,

@@ -1,0 +1,1 @@
+"""The embedded demo: a small model forgets and is patched."""
