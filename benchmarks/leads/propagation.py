@@ -6,7 +6,7 @@ X'_r likewise on samples that the base wrote, in the base, the kept entries mini
     ||(W_base + d) X' - W_tuned X||^2 + beta s ||(W_base + d) X'_r - W_base X_r||^2 .
 
 Left side A = H' + beta s H'_r; right side delta H' + W_tuned (C - H') + beta s W_base (C_r - H'_r), C = (2/N) X X'^T.
-This is a plain reading of what ``tailorcli.propagate`` does, with variants of it.
+This is a plain reading of what ``tailorcli.patching.propagate`` does, with variants of it.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from tailorcli.calibration.collector import Collector
-    from tailorcli.data.records import Inputs
+    from tailorcli.data.samples import Inputs
     from tailorcli.models.layers import Layer
     from tailorcli.models.lockstep import Lane
     from tailorcli.models.spill import Spill

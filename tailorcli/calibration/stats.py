@@ -19,7 +19,7 @@ from tailorcli.files import PathLike, file_digest, read_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tailorcli.data.records import Inputs
+    from tailorcli.data.samples import Inputs
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

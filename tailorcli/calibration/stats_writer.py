@@ -25,7 +25,7 @@ from tailorcli.files import as_output_error, file_digest, fsync_path, write_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tailorcli.data.records import Inputs
+    from tailorcli.data.samples import Inputs
 
 
 def prepare_folder(folder: Path, overwrite: bool) -> None:

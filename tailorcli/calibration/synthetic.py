@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from tailorcli.data.encoder import Encoder
-    from tailorcli.data.records import Inputs
+    from tailorcli.data.samples import Inputs
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tailorcli.data.records import FIELDS, Record, content_parts
 from tailorcli.errors import DataError, first_line
 
 if TYPE_CHECKING:
-    from tailorcli.data.records import Inputs
+    from tailorcli.data.samples import Inputs
 
 # Masks of one sample hold nothing but ones; labels (PaliGemma's) are for a loss that no one asks for.
 _DROPPED = ("attention_mask", "decoder_attention_mask", "labels")

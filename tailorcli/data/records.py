@@ -11,10 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.errors import DataError
 
 if TYPE_CHECKING:
-    import torch
-
-    # What a model is called with, by argument name; each holds one sample, batch dimension included.
-    Inputs = dict[str, torch.Tensor]
+    pass
 
 _FORMATS = ".jsonl, .json or .txt"
 FIELDS = 'a record needs "text", or "messages", or "prompt" and "response", with "images" or "audio" as the model takes'

@@ -15,7 +15,10 @@ from tailorcli.files import file_digest
 from tailorcli.options import CalibrateOptions
 
 if TYPE_CHECKING:
-    pass
+    import torch
+
+    # What a model is called with, by argument name; each holds one sample, batch dimension included.
+    Inputs = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from tailorcli.models.running import check_ids, forward, to_device
 from tailorcli.options import EvaluateOptions
 
 if TYPE_CHECKING:
-    from tailorcli.data.records import Inputs
+    from tailorcli.data.samples import Inputs
 
 _CANDIDATES = 8  # logits that are worked out again in float32, besides the wanted ones
 _ENTRIES = 1 << 25  # logits at a time

@@ -18,7 +18,7 @@ from tailorcli.options import EvaluateOptions, is_label
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tailorcli.data.records import Inputs
+    from tailorcli.data.samples import Inputs
 
 Kind = Literal["text", "choice", "choice-raw", "generate"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

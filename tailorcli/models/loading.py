@@ -186,6 +186,7 @@ def check_shapes(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOp
 
 
 def cannot_load(path: Path, config: dict[str, Any], error: Exception) -> CheckpointError:
+    """The user's error for a model that transformers refuses."""
     hint = "see that its config.json belongs to these weights and names an architecture of transformers"
     if "auto_map" in config:
         hint = "pass --trust-remote-code if you trust its code"

@@ -13,7 +13,7 @@ from tailorcli.errors import DataError, TailorError, first_line
 if TYPE_CHECKING:
     import torch
 
-    from tailorcli.data.records import Inputs
+    from tailorcli.data.samples import Inputs
 
 
 HIDDEN_SHARE = 0.25  # of the free memory that waiting hidden states may fill

@@ -60,10 +60,12 @@ def propagation_bytes(tensors: list[TensorPlan], base: Checkpoint, stats: Stats 
 
 
 def pair_bytes(tensors: list[TensorPlan], tuned: Checkpoint) -> int:
+    """Bytes to read of base and tuned for the tensors that change."""
     return sum(tensor.nbytes + tuned.read_cost(tensor.name) for tensor in tensors if tensor.action == "patch")
 
 
 def bytes_to_read(tensors: list[TensorPlan], tuned: Checkpoint, stats: Stats | None, retain: Stats | None) -> int:
+    """Bytes to read in all: every base tensor, tuned's where one changes, each Hessian in use once."""
     total = sum(tensor.nbytes for tensor in tensors)
     total += sum(tuned.read_cost(tensor.name) for tensor in tensors if tensor.action == "patch")
     used = {hessian for tensor in tensors for hessian in tensor.hessians}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tailorcli.data.encoder import Encoder
-    from tailorcli.data.records import Inputs
+    from tailorcli.data.samples import Inputs
 
 SUFFIX = ".graft"  # after the output's name: the trained masks, until the run has finished
 _METADATA = "tailorcli_graft"

@@ -17,7 +17,7 @@ from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.graft import MaskFile, trained_masks
 from tailorcli.patching.methods import find_cut
 from tailorcli.patching.planner import build_plan
-from tailorcli.patching.stream import Inputs, record, tailored
+from tailorcli.patching.stream import PatchInputs, record_of, tailored
 from tailorcli.runs.outputs import Outputs, Target, identity_of, progress_bar
 from tailorcli.runs.plan import Plan, TensorPlan
 
@@ -42,7 +42,7 @@ def plan_patch(
     """What ``patch_checkpoint`` would do to each tensor and what it would cost, from headers alone."""
     options = options.resolved(retain is not None)
     with ExitStack() as stack:
-        inputs = Inputs.open(base, tuned, stats, options, stack, retain, data)
+        inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, data)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
         target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
         _require_stored_rows(target, options)
@@ -73,14 +73,14 @@ def score_checkpoint(
     started = perf_counter()
     options = options.resolved(retain is not None)
     with ExitStack() as stack:
-        inputs = Inputs.open(base, tuned, stats, options, stack, retain)
+        inputs = PatchInputs.open(base, tuned, stats, options, stack, retain)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
         device = resolve_device(options.device)
         timer = StageTimer(device)
-        records = {t.name: record(t, None, inputs.stats, options) for t in plan.left_at_base}
+        records = {t.name: record_of(t, None, inputs.stats, options) for t in plan.left_at_base}
         bar = stack.enter_context(progress_bar(plan.patched, "scoring", progress))
         for tensor, result, _ in tailored(plan.patched, inputs, options, device, timer, score_only=True):
-            records[tensor.name] = record(tensor, result, inputs.stats, options)
+            records[tensor.name] = record_of(tensor, result, inputs.stats, options)
             bar.update(tensor.nbytes)
         ordered = [records[name] for name in inputs.base.tensors]
         seconds = perf_counter() - started
@@ -116,7 +116,7 @@ def patch_checkpoint(
         raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
     _require_stored_rows(target, options)
     with ExitStack() as stack:
-        inputs = Inputs.open(base, tuned, stats, options, stack, retain, data)
+        inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, data)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
         device = resolve_device(options.device)
         target.check(inputs.paths, plan)
@@ -139,7 +139,7 @@ def patch_checkpoint(
             trained, masks = _masks_first(target, plan, records, inputs, options, identity, device, progress)
 
         def write(tensor: TensorPlan, result: LayerResult | None, digest: str, facts: dict[str, Any]) -> None:
-            record = record(tensor, result, inputs.stats, options) | facts
+            record = record_of(tensor, result, inputs.stats, options) | facts
             if isinstance(inputs.base, GrownCheckpoint) and tensor.name in inputs.base.grown:
                 record["note"] = f"the last {inputs.base.new_rows(tensor.name)} rows are new, and tuned's own"
             records[tensor.name] = record
@@ -177,7 +177,7 @@ def _masks_first(
     target: Target,
     plan: Plan,
     done: dict[str, Any],
-    inputs: Inputs,
+    inputs: PatchInputs,
     options: PatchOptions,
     identity: dict[str, Any],
     device: torch.device,
@@ -194,7 +194,7 @@ def _masks_first(
 
 
 def _propagation(
-    inputs: Inputs,
+    inputs: PatchInputs,
     options: PatchOptions,
     device: torch.device,
     timer: StageTimer,

@@ -51,7 +51,7 @@ from tailorcli.options import CalibrateOptions, PatchOptions
 from tailorcli.runs.plan import TensorPlan
 
 if TYPE_CHECKING:
-    from tailorcli.data.records import Inputs
+    from tailorcli.data.samples import Inputs
 
     Result = tuple[TensorPlan, LayerResult | None, str]
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Inputs:
+class PatchInputs:
     """The opened inputs of a run."""
 
     base: Checkpoint
@@ -53,7 +53,7 @@ class Inputs:
         stack: ExitStack,
         retain: PathLike | None = None,
         data: PathLike | None = None,
-    ) -> Inputs:
+    ) -> PatchInputs:
         """Open all by their headers; ``stack`` closes them."""
         if options.method == "graft":
             check_graft(data, options)
@@ -104,7 +104,7 @@ class _Loaded:
 
 
 def _reader(
-    tensors: list[TensorPlan], inputs: Inputs, options: PatchOptions, device: torch.device, digests: bool
+    tensors: list[TensorPlan], inputs: PatchInputs, options: PatchOptions, device: torch.device, digests: bool
 ) -> ReadAhead[_Loaded]:
     """Reads what each of ``tensors`` needs; a Hessian only for the first of those that share it."""
     stats, retain = inputs.stats, inputs.retain
@@ -137,7 +137,7 @@ def _reader(
 
 def tailored(
     tensors: list[TensorPlan],
-    inputs: Inputs,
+    inputs: PatchInputs,
     options: PatchOptions,
     device: torch.device,
     timer: StageTimer,
@@ -202,7 +202,7 @@ def tailored(
 
 def _prepare_each(
     tensor: TensorPlan,
-    inputs: Inputs,
+    inputs: PatchInputs,
     prepare_next: Callable[[tuple[str, ...], list[torch.Tensor]], PreparedHessian],
     timer: StageTimer,
 ) -> Iterator[PreparedHessian]:
@@ -223,7 +223,7 @@ def _prepare_each(
 def _prepare(
     names: tuple[str, ...],
     packed: list[torch.Tensor],
-    inputs: Inputs,
+    inputs: PatchInputs,
     options: PatchOptions,
     device: torch.device,
     timer: StageTimer,
@@ -260,7 +260,7 @@ def _open_stats(path: PathLike | None, stack: ExitStack) -> Stats | None:
     return stats
 
 
-def record(
+def record_of(
     tensor: TensorPlan, result: LayerResult | None, stats: Stats | None, options: PatchOptions
 ) -> dict[str, Any]:
     """The report's entry for one tensor; one that fine-tuning did not change has nothing to patch."""

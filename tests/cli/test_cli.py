@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from tailorcli import __version__, inspect_path
 from tailorcli.cli import app
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
 
 

@@ -95,7 +95,7 @@ def test_it_repeats_to_the_bit_and_other_data_gives_another(task_pair, tmp_path)
 
 @pytest.mark.parametrize("masks", ["there", "lost", "of another run"])
 def test_a_run_broken_off_trains_again_only_where_it_must(task_pair, tmp_path, monkeypatch, masks):
-    import tailorcli.graft
+    import tailorcli.patching.graft
 
     graft(task_pair, tmp_path / "whole")
     out = tmp_path / "out"
@@ -108,7 +108,7 @@ def test_a_run_broken_off_trains_again_only_where_it_must(task_pair, tmp_path, m
     elif masks == "of another run":
         MaskFile(kept).write({"lm_head.weight": torch.zeros(100, 32, dtype=torch.bool)}, {"method": "other"})
     else:
-        monkeypatch.setattr(tailorcli.graft, "train_masks", lambda *_: pytest.fail("it trains again"))
+        monkeypatch.setattr(tailorcli.patching.graft, "train_masks", lambda *_: pytest.fail("it trains again"))
     graft(task_pair, out, resume=True)
     assert folder_digest(out) == folder_digest(tmp_path / "whole")
     assert not kept.exists()

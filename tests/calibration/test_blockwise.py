@@ -78,7 +78,7 @@ def test_a_model_that_does_not_fit_goes_block_by_block_by_itself(pair, tmp_path,
 
 def test_hidden_states_can_wait_in_files(pair, tmp_path, monkeypatch):
     files = count_mapped_files(monkeypatch)
-    monkeypatch.setattr("tailorcli.models.running.HIDDEN_SHARE", 0.0)
+    monkeypatch.setattr("tailorcli.calibration.passes.HIDDEN_SHARE", 0.0)
     calibrate_model(pair / "tuned", pair / "data.jsonl", tmp_path / "stats", STREAMED)
     assert len(files) >= 4 * 10  # blocks, lanes
     assert sorted(path.name for path in (tmp_path / "stats").iterdir()) == [HESSIANS, MANIFEST, SAMPLES]
@@ -90,7 +90,7 @@ def test_an_error_inside_a_block_ends_every_thread(pair, tmp_path, monkeypatch):
         raise TailorError("broken on purpose")
 
     before = threading.active_count()
-    monkeypatch.setattr("tailorcli.collect.accumulate_", broken)
+    monkeypatch.setattr("tailorcli.calibration.collector.accumulate_", broken)
     with pytest.raises(TailorError, match="broken on purpose"):
         calibrate_model(pair / "tuned", pair / "data.jsonl", tmp_path / "stats", STREAMED)
     assert threading.active_count() == before

@@ -26,7 +26,7 @@ from tailorcli.patchfile.writer import PatchWriter
 from tailorcli.patching.apply import apply_patch
 from tailorcli.patching.verify import verify_checkpoint
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SALIENCE = PatchOptions(solver="none", omega=1.0)
 
