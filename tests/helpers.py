@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -204,3 +205,124 @@ class Oracle:
         """The layer objective, Eq. 5, on the (damped) Hessian."""
         gap = np.asarray(change, np.float64) - np.asarray(delta, np.float64)
         return float(np.einsum("oi,ij,oj->", gap, Oracle.damped(hessian, damping), gap))
+
+
+def invoke(*arguments):
+    """Run a command within this process; whatever it does is in the result."""
+    from typer.testing import CliRunner
+
+    from tailorcli.cli import app
+
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def run(*arguments, expect=0):
+    """Run a command that must end with the exit code ``expect``."""
+    result = invoke(*arguments)
+    assert result.exit_code == expect, result.output + repr(result.exception)
+    return result
+
+
+def refused(*arguments, mentions=(), output=None):
+    """Run a command that must fail with one clear error; returns what it wrote to standard error."""
+    result = invoke(*arguments)
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code == 1, result.output
+    shown = result.stderr
+    assert shown.count("error: ") == 1, shown
+    assert "Traceback" not in shown
+    message, _, hint = shown.partition("error: ")[2].partition("\n  try: ")
+    for word in mentions:
+        assert str(word) in message, shown
+    assert hint.strip() or "must" in message, f"no hint: {shown}"  # "density must lie between 0 and 1" says it all
+    assert result.stdout == ""
+    if output is not None:
+        assert_nothing_loads(output)
+    return shown
+
+
+def mutate_json(value, generator):
+    """The same JSON value with one place in it replaced, removed, or given another name."""
+    places = []
+
+    def walk(node):
+        if isinstance(node, dict | list):
+            for key in list(node) if isinstance(node, dict) else range(len(node)):
+                places.append((node, key))
+                walk(node[key])
+
+    walk(value)
+    node, key = generator.choice(places)
+    action = generator.random()
+    if action < 0.7:
+        node[key] = generator.choice(ODD_VALUES)
+    elif action < 0.85:
+        del node[key]
+    elif isinstance(node, dict):
+        node[generator.choice(["dtype", "shape", "__metadata__", "extra", ""])] = node.pop(key)
+    else:
+        node.append(node[key])
+    return value
+
+
+def mutate_bytes(content, generator, within):
+    """The same bytes with a few of the first ``within`` flipped, or cut, or with some put in."""
+    data = bytearray(content)
+    action = generator.random()
+    if action < 0.6:
+        for _ in range(generator.randrange(1, 5)):
+            data[generator.randrange(within)] = generator.randrange(256)
+    elif action < 0.8:
+        del data[generator.randrange(len(data)) :]
+    elif action < 0.9:
+        start = generator.randrange(within)
+        del data[start : start + generator.randrange(1, 30)]
+    else:
+        start = generator.randrange(within)
+        data[start:start] = generator.randbytes(generator.randrange(1, 30))
+    return bytes(data)
+
+
+def make_adapter(folder, kind="llama", *, dtype=torch.float32, tied=False, layers=2, shard=None, seed=2, **settings):
+    """``folder``/base, ``folder``/adapter and ``folder``/merged: PEFT's own merge, in float32."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = Path(folder)
+    model = make_model(kind, layers=layers, tied=tied).to(dtype)
+    if kind == "gpt2":
+        perturb(model)  # biases and norms start as zeros and ones
+    sharding = {"max_shard_size": shard} if shard else {}
+    model.save_pretrained(folder / "base", **sharding)
+    make_tokenizer().save_pretrained(folder / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(model.float(), LoraConfig(**({"r": 4} | settings)))
+        randomize(adapted, seed)
+        adapted.save_pretrained(folder / "adapter")
+        adapted.merge_and_unload().save_pretrained(folder / "merged")
+    make_tokenizer().save_pretrained(folder / "merged")
+    return folder
+
+
+def assert_nothing_loads(folder):
+    from tailorcli import Checkpoint, Stats, TailorError
+
+    for opener in (Checkpoint, Stats):
+        with pytest.raises(TailorError):
+            opener.open(folder)
+
+
+ODD_VALUES = [
+    *(None, True, False, 0, 1, -1, 4, 7, 1 << 31, 1 << 61, 1 << 64, 1 << 200, -(1 << 70), 0.0, 1.5, 1e300),
+    *(float("nan"), float("inf"), "", "F32", "BF16", "F4", "BOOL", "\0", "\ud800", "é", [], {}, [0], [0, 0]),
+    *([0, 4], [4, 0], [1 << 61] * 3, [[]], [None], ["0", "4"], {"a": {}}, {"dtype": "F32"}),
+]
+
+
+def randomize(model, seed=2, scale=0.05):
+    """What training would do to a fresh adapter, whose B is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)

@@ -1,6 +1,7 @@
 """The shape of the project: imports point one way, start-up is light, the documents are true."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,55 +11,28 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tailorcli"
 
-# What each layer may import of the package; core is torch and errors alone.
-LAYERS = [
-    {"errors"},
-    {"core"},
-    {"options"},
-    {"device"},
-    {"checkpoint", "maskcode", "data", "products", "blocks", "merit"},
-    {"encoding"},
-    {"writer", "report", "adapter_config", "tasks"},
-    {"adapter_fit"},
-    {"stats", "patchfile", "adapter"},
-    {"patchwriter", "vocabulary"},
-    {"plan"},
-    {"names", "layers", "loading", "outputs", "reading", "mergeplan", "baselines"},
-    {"collect", "graft", "synthetic", "parts"},
-    {"passes"},
-    {"propagate"},
-    {"calibrate", "patch", "apply", "inspection"},
-    {"merge", "predict"},
-    {"evaluate", "harness"},
-    {"sweep", "plots", "show", "demo_data"},
-    {"demo"},
-    {"cli"},
-    {"__main__"},
-]
+def imports_of(room):
+    """What a room imports of the others, at any depth of its code: ``core`` and ``core.unfold`` for the latter."""
+    files = (PACKAGE / room).rglob("*.py") if (PACKAGE / room).is_dir() else [PACKAGE / f"{room}.py"]
+    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text())))
+    modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    names = {module.removeprefix("tailorcli.") for module in modules if module.startswith("tailorcli.")}
+    return {name for name in names if name.split(".")[0] != room}
 
 
-def imported_modules(file):
-    """Names of the package's own modules that a file imports, at any depth, but for type checking."""
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "tailorcli":
-                names |= {alias.name for alias in node.names if (PACKAGE / f"{alias.name}.py").exists()}
-            elif node.module.startswith("tailorcli."):
-                names.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("tailorcli.")}
-    return names
-
-
-def test_dependencies_point_one_way():
-    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    homes = {file: file.stem for file in PACKAGE.glob("*.py") if file.stem != "__init__"}
-    homes |= dict.fromkeys(PACKAGE.glob("cli/*.py"), "cli")
-    assert {*homes.values(), "core"} == set(rank), "give a new module its layer"
-    for file, home in homes.items():
-        for name in imported_modules(file) - ({"cli"} if home == "cli" else set()):
-            assert rank[name] < rank[home], f"{file.name} imports {name}"
+def test_imports_run_one_way():
+    """The rules are the list in CONTRIBUTING.md; a room stands above all that it imports, so there is no circle."""
+    block = re.search(r"```rooms\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL).group(1)
+    rules = {room.strip(): allowed.split() for room, allowed in (line.split("->") for line in block.splitlines())}
+    rooms = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()} - {"__init__"}
+    assert set(rules) == rooms, "give a new room its line"
+    for room, allowed in rules.items():
+        imported = imports_of(room)
+        assert all(above.split(".")[0] in list(rules)[: list(rules).index(room)] for above in allowed), room
+        for name in imported:
+            assert any(name == rule or name.startswith(f"{rule}.") for rule in allowed), f"{room} imports {name}"
+        for rule in allowed:
+            assert any(name == rule or name.startswith(f"{rule}.") for name in imported), f"{room} needs no {rule}"
 
 
 def test_core_is_pure():

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.display.tables import tensor_table
 from tailorcli.errors import CheckpointError
 from tailorcli.files import read_json
 
@@ -167,6 +166,8 @@ def check_report(report: dict[str, Any], path: Path) -> dict[str, Any]:
     if report.get("format_version") != FORMAT_VERSION:
         found = report.get("format_version")
         raise CheckpointError(f"{path} has format_version {found!r}, expected {FORMAT_VERSION}", _MAKE_AGAIN)
+    from tailorcli.display.tables import tensor_table
+
     try:  # everything that is read from a report later
         if not report["totals"].keys() >= totals_of(report["command"], report["tensors"]).keys():
             raise KeyError("totals")

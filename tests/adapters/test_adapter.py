@@ -4,13 +4,11 @@ import json
 import random
 import shutil
 import struct
-import warnings
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_model, make_tokenizer, perturb, read_tensors, write_data
+from helpers import make_adapter, make_tokenizer, read_tensors, write_data
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -22,36 +20,6 @@ from tailorcli.options import CalibrateOptions, PatchOptions
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Q = "model.layers.0.self_attn.q_proj.weight"
-
-
-def randomize(model, seed=2, scale=0.05):
-    """What training would do to a fresh adapter, whose B is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
-
-
-def make_adapter(folder, kind="llama", *, dtype=torch.float32, tied=False, layers=2, shard=None, seed=2, **settings):
-    """``folder``/base, ``folder``/adapter and ``folder``/merged: PEFT's own merge, in float32."""
-    from peft import LoraConfig, get_peft_model
-
-    folder = Path(folder)
-    model = make_model(kind, layers=layers, tied=tied).to(dtype)
-    if kind == "gpt2":
-        perturb(model)  # biases and norms start as zeros and ones
-    sharding = {"max_shard_size": shard} if shard else {}
-    model.save_pretrained(folder / "base", **sharding)
-    make_tokenizer().save_pretrained(folder / "base")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted = get_peft_model(model.float(), LoraConfig(**({"r": 4} | settings)))
-        randomize(adapted, seed)
-        adapted.save_pretrained(folder / "adapter")
-        adapted.merge_and_unload().save_pretrained(folder / "merged")
-    make_tokenizer().save_pretrained(folder / "merged")
-    return folder
 
 
 def edit_config(folder, **changes):

@@ -8,8 +8,8 @@ import time
 
 import pytest
 import torch
+from helpers import mutate_bytes, mutate_json
 from safetensors.torch import load_file, save_file
-from test_checkpoint import mutate_bytes, mutate_json
 
 from tailorcli.calibration.stats import HESSIANS, MANIFEST, HessianInfo, Stats, TensorStats
 from tailorcli.calibration.stats_writer import StatsWriter, prepare_folder, write_stats

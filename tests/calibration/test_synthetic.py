@@ -6,22 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from families import make_family_pair
-from helpers import make_model, make_tokenizer, read_tensors
-from typer.testing import CliRunner
+from helpers import make_model, make_tokenizer, read_tensors, run
 
 from tailorcli import Checkpoint, TailorError, calibrate_model, evaluate_models, patch_checkpoint
 from tailorcli.calibration.stats import Stats
 from tailorcli.calibration.synthetic import encode_starts, read_starts, write_samples
-from tailorcli.cli import app
 from tailorcli.models.config import read_config
 from tailorcli.models.loading import load_encoder, load_model
 from tailorcli.options import CalibrateOptions
-
-
-def run(*arguments, expect=0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == expect, result.output + repr(result.exception)
-    return result
 
 
 def options(**chosen):

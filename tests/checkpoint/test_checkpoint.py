@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import bits, make_model
+from helpers import bits, make_model, mutate_bytes, mutate_json
 from safetensors.torch import save_file
 
 from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, side_files
@@ -361,54 +361,6 @@ def test_side_files_are_all_but_weights_and_training_state(tmp_path):
 
 
 # --- anything at all ------------------------------------------------------------------------------------------
-
-ODD_VALUES = [
-    *(None, True, False, 0, 1, -1, 4, 7, 1 << 31, 1 << 61, 1 << 64, 1 << 200, -(1 << 70), 0.0, 1.5, 1e300),
-    *(float("nan"), float("inf"), "", "F32", "BF16", "F4", "BOOL", "\0", "\ud800", "é", [], {}, [0], [0, 0]),
-    *([0, 4], [4, 0], [1 << 61] * 3, [[]], [None], ["0", "4"], {"a": {}}, {"dtype": "F32"}),
-]
-
-
-def mutate_json(value, generator):
-    """The same JSON value with one place in it replaced, removed, or given another name."""
-    places = []
-
-    def walk(node):
-        if isinstance(node, dict | list):
-            for key in list(node) if isinstance(node, dict) else range(len(node)):
-                places.append((node, key))
-                walk(node[key])
-
-    walk(value)
-    node, key = generator.choice(places)
-    action = generator.random()
-    if action < 0.7:
-        node[key] = generator.choice(ODD_VALUES)
-    elif action < 0.85:
-        del node[key]
-    elif isinstance(node, dict):
-        node[generator.choice(["dtype", "shape", "__metadata__", "extra", ""])] = node.pop(key)
-    else:
-        node.append(node[key])
-    return value
-
-
-def mutate_bytes(content, generator, within):
-    """The same bytes with a few of the first ``within`` flipped, or cut, or with some put in."""
-    data = bytearray(content)
-    action = generator.random()
-    if action < 0.6:
-        for _ in range(generator.randrange(1, 5)):
-            data[generator.randrange(within)] = generator.randrange(256)
-    elif action < 0.8:
-        del data[generator.randrange(len(data)) :]
-    elif action < 0.9:
-        start = generator.randrange(within)
-        del data[start : start + generator.randrange(1, 30)]
-    else:
-        start = generator.randrange(within)
-        data[start:start] = generator.randbytes(generator.randrange(1, 30))
-    return bytes(data)
 
 
 def test_no_header_breaks_the_reader(tmp_path):

@@ -15,45 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import folder_digest, make_model, make_pair, make_tokenizer, perturb
+from helpers import assert_nothing_loads, folder_digest, invoke, make_model, make_pair, make_tokenizer, perturb, refused
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from tailorcli import Checkpoint, Stats, TailorError, calibrate_model, patch_checkpoint
-from tailorcli.cli import app
+from tailorcli import Checkpoint, calibrate_model, patch_checkpoint
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 NORM = "model.norm.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def refused(*arguments, mentions=(), output=None):
-    """Run a command that must fail with one clear error; returns what it wrote to standard error."""
-    result = run(*arguments)
-    assert isinstance(result.exception, SystemExit), repr(result.exception)
-    assert result.exit_code == 1, result.output
-    shown = result.stderr
-    assert shown.count("error: ") == 1, shown
-    assert "Traceback" not in shown
-    message, _, hint = shown.partition("error: ")[2].partition("\n  try: ")
-    for word in mentions:
-        assert str(word) in message, shown
-    assert hint.strip() or "must" in message, f"no hint: {shown}"  # "density must lie between 0 and 1" says it all
-    assert result.stdout == ""
-    if output is not None:
-        assert_nothing_loads(output)
-    return shown
-
-
-def assert_nothing_loads(folder):
-    for opener in (Checkpoint, Stats):
-        with pytest.raises(TailorError):
-            opener.open(folder)
 
 
 @pytest.fixture
@@ -199,11 +169,11 @@ def test_pickles_are_never_loaded(pair):
             (pair / folder / name).write_bytes(bomb)
         weight_map = {"weight_map": {NORM: "pytorch_model-00001-of-00001.bin"}}
         (pair / folder / "pytorch_model.bin.index.json").write_text(json.dumps(weight_map))
-    assert run(*calibrate_command(pair)).exit_code == 0
-    assert run(*score_command(pair)).exit_code == 0
+    assert invoke(*calibrate_command(pair)).exit_code == 0
+    assert invoke(*score_command(pair)).exit_code == 0
     shutil.rmtree(pair / "out")
-    assert run(*patch_command(pair)).exit_code == 0
-    assert run("inspect", pair / "tuned").exit_code == 0
+    assert invoke(*patch_command(pair)).exit_code == 0
+    assert invoke("inspect", pair / "tuned").exit_code == 0
     assert not list((pair / "out").glob("*.bin*"))  # nor handed on
     for folder in ("base", "tuned"):
         (pair / folder / WEIGHTS).unlink()
@@ -283,7 +253,7 @@ def test_base_and_tuned_must_differ(pair):
         tensors["model.layers.0.mlp.up_proj.weight"].view(-1)[1100] += 1.0
 
     edit_tensors(pair / "copy", one_bit)
-    result = run("patch", pair / "base", pair / "copy", *plain)
+    result = invoke("patch", pair / "base", pair / "copy", *plain)
     assert result.exit_code == 0, result.stderr
 
 
@@ -534,7 +504,7 @@ def test_an_indefinite_hessian_that_more_damping_mends_is_reported(pair):
         packed[OFF_DIAGONAL] = 5 * packed[diagonal].mean()
 
     edit_hessian(pair, spoil)
-    result = run(*patch_command(pair))
+    result = invoke(*patch_command(pair))
     assert result.exit_code == 0, result.stderr
     assert f"damped further than asked: {DOWN}" in result.stderr
     report = json.loads((pair / "out" / "tailor_report.json").read_text())
@@ -554,7 +524,7 @@ def test_nan_and_infinity_in_a_hessian(pair, index, value, extra):
 def test_an_all_zero_hessian_is_no_division_by_zero(pair):
     edit_hessian(pair, lambda packed: packed.zero_())
     for solver in ("joint", "sequential", "none"):
-        result = run(*patch_command(pair, "--solver", solver, "--overwrite"))
+        result = invoke(*patch_command(pair, "--solver", solver, "--overwrite"))
         assert result.exit_code == 0, result.stderr
         assert all(tensor.isfinite().all() for tensor in load_file(pair / "out" / WEIGHTS).values())
 
@@ -573,7 +543,7 @@ def test_a_result_that_overflows_half_precision(tmp_path):
     calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
     edit_tensors(folder / "base", far_apart(-1))
     edit_hessian(folder, lambda packed: packed.fill_(1.0))
-    result = run(*patch_command(folder, "--damping", "0.001"))
+    result = invoke(*patch_command(folder, "--damping", "0.001"))
     assert isinstance(result.exception, SystemExit)
     assert result.exit_code == 1
     assert DOWN in result.stderr
@@ -656,7 +626,7 @@ def test_cuda_asked_for_and_absent(pair):
     ],
 )
 def test_usage_errors_exit_with_2(arguments):
-    result = run(*arguments)
+    result = invoke(*arguments)
     assert result.exit_code == 2
     assert "Usage" in result.stderr
     assert "Traceback" not in result.output
@@ -746,7 +716,7 @@ def test_a_disk_that_fills_up_and_resume(pair, monkeypatch, call, count):
         fail_after(count, call, patched)
         shown = refused(*patch_command(pair), mentions=["no space left", pair / "out"], output=pair / "out")
         assert "--resume" in shown
-    result = run(*patch_command(pair, "--resume"))
+    result = invoke(*patch_command(pair, "--resume"))
     assert result.exit_code == 0, result.stderr
     patch_checkpoint(pair / "base", pair / "tuned", pair / "whole", pair / "stats")
     assert folder_digest(pair / "out") == folder_digest(pair / "whole")
@@ -764,7 +734,7 @@ def test_side_files_that_do_not_fit(pair, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "copyfile", full)
         refused(*patch_command(pair), mentions=["no space left"], output=pair / "out")
-    assert run(*patch_command(pair, "--resume")).exit_code == 0
+    assert invoke(*patch_command(pair, "--resume")).exit_code == 0
     with Checkpoint.open(pair / "out") as checkpoint:
         assert len(checkpoint.tensors) == 21
 
@@ -817,10 +787,10 @@ def test_a_missing_shard_of_an_interrupted_run(pair, monkeypatch):
 
 @pytest.mark.parametrize("change", [lambda r: [], lambda r: {}, lambda r: r.pop("stages") and None])
 def test_a_damaged_run_record(pair, change):
-    assert run(*patch_command(pair)).exit_code == 0
+    assert invoke(*patch_command(pair)).exit_code == 0
     edit_json(pair / "out" / "tailor_run.json", change)
     refused(*patch_command(pair, "--resume"), mentions=[pair / "out"])
-    result = run("inspect", pair / "out")
+    result = invoke("inspect", pair / "out")
     assert result.exception is None or isinstance(result.exception, SystemExit)
 
 
@@ -840,7 +810,7 @@ def test_a_damaged_run_record(pair, change):
     ],
 )
 def test_a_damaged_report(pair, change):
-    assert run("score", *patch_command(pair)[1:5], "-o", pair / "r.json").exit_code == 0
+    assert invoke("score", *patch_command(pair)[1:5], "-o", pair / "r.json").exit_code == 0
     edit_json(pair / "r.json", lambda report: change(report) and None)
     refused("inspect", pair / "r.json", mentions=["r.json"])
 
@@ -876,7 +846,7 @@ def test_a_limit_of_the_file_size_in_the_middle_of_a_calibration(pair):
     assert done.returncode == 1, done.stderr
     assert "hessians.safetensors" in done.stderr
     assert_nothing_loads(pair / "out")
-    assert run(*calibrate_command(pair)).exit_code == 0
+    assert invoke(*calibrate_command(pair)).exit_code == 0
 
 
 def test_other_models_of_one_architecture_are_told_apart(pair):

@@ -5,19 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from helpers import run
 
 from tailorcli import __version__, inspect_path
 from tailorcli.cli import app
 
 ROOT = Path(__file__).parent.parent.parent
 COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
-
-
-def run(*arguments, expect=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == expect, result.output
-    return result
 
 
 def test_version_and_help():

@@ -8,11 +8,9 @@ import pytest
 import torch
 import transformers as tr
 from families import DECODER, GROUPED, VOCAB, make_family_pair
-from helpers import make_model, make_pair, make_tokenizer, perturb
-from typer.testing import CliRunner
+from helpers import make_model, make_pair, make_tokenizer, perturb, run
 
 from tailorcli import EvaluateOptions, TailorError, TaskScores, encode_task, evaluate_models, evaluate_network, h_score
-from tailorcli.cli import app
 from tailorcli.data.encoder import Encoder
 from tailorcli.evaluation.metrics import Roles, bootstrap, compare, estimate, summarise
 from tailorcli.evaluation.predict import _Reader
@@ -34,12 +32,6 @@ def choice_records(count=9):
 
 def pair_records(count=7):
     return [{"prompt": "x" * (i % 3) + f"Q{i} ", "response": "Answer " + "z" * (i % 4)} for i in range(count)]
-
-
-def run(*arguments, expect=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == expect, (result.output, result.exception)
-    return result
 
 
 def evaluate(network, spec, encoder=None, **options):

@@ -4,10 +4,9 @@ import json
 import math
 
 import pytest
-from typer.testing import CliRunner
+from helpers import run
 
 from tailorcli import TailorError, read_results
-from tailorcli.cli import app
 
 RESULTS = {
     "results": {
@@ -41,12 +40,6 @@ def results(tmp_path):
     path = tmp_path / "results_1.json"
     path.write_text(json.dumps(RESULTS))
     return path
-
-
-def run(*arguments, expect=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == expect, (result.output, result.exception)
-    return result
 
 
 def test_averages_h_and_errors(results):

@@ -11,18 +11,19 @@ from helpers import (
     bits,
     broken_off,
     folder_digest,
+    invoke,
     make_model,
     make_pair,
     make_tokenizer,
     perturb,
     random_hessian,
     read_tensors,
+    refused,
     write_data,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_bad_input import refused, run
 
 from tailorcli import (
     MergeOptions,
@@ -371,7 +372,7 @@ def test_a_tensor_without_statistics_is_averaged_and_reported(tasks, tmp_path):
         command += ["--tuned", folder]
     for folder in (stats[0], tmp_path / "less"):
         command += ["--stats", folder]
-    shown = run(*command)
+    shown = invoke(*command)
     assert shown.exit_code == 0, shown.output
     assert "2 tensors by average: no statistics of two" in shown.stderr
     merge(tasks, tmp_path / "average", "average")
@@ -416,18 +417,18 @@ def test_the_documented_example(tasks, tmp_path):
     command = ["merge-multi", tasks / "base", tasks / "one.safetensors", tasks / "two.safetensors", "--method", "joint"]
     command += ["--tuned", tasks / "one", "--tuned", tasks / "two"]
     command += ["--stats", tasks / "one-stats", "--stats", tasks / "two-stats"]
-    shown = run(*command, "--dry-run", "-o", tmp_path / "both", "--json")
+    shown = invoke(*command, "--dry-run", "-o", tmp_path / "both", "--json")
     plan = json.loads(shown.stdout)
     assert not (tmp_path / "both").exists()
     assert plan["write_bytes"] > 0
-    shown = run(*command, "-o", tmp_path / "both")
+    shown = invoke(*command, "-o", tmp_path / "both")
     assert shown.exit_code == 0, shown.output
     assert "merged 2 tasks (joint)" in shown.stdout
     assert "chat_template.jinja" in shown.stderr  # only the second task has one
     report = json.loads((tmp_path / "both" / "tailor_report.json").read_text())
     assert report["options"]["tasks"] == ["one", "two"]
     assert 0.09 < report["totals"]["density"] <= 0.1
-    shown = run("inspect", tmp_path / "both", "--plot", tmp_path / "both.png")
+    shown = invoke("inspect", tmp_path / "both", "--plot", tmp_path / "both.png")
     assert shown.exit_code == 0, shown.output
     assert "Jaccard" in shown.stdout
     assert (tmp_path / "both.png").stat().st_size > 10_000
@@ -456,8 +457,8 @@ def test_inputs_that_do_not_belong_together(tasks, tmp_path):
     command = ["merge-multi", base, one, two, "-o", tmp_path / "out"]
     tuned = ["--tuned", tasks / "one", "--tuned", tasks / "two"]
     stats = ["--stats", tasks / "one-stats", "--stats", tasks / "two-stats"]
-    assert run("merge-multi", base, one, two).exit_code == 2  # no output
-    assert run("merge-multi", base, "-o", tmp_path / "out").exit_code == 2  # no patch
+    assert invoke("merge-multi", base, one, two).exit_code == 2  # no output
+    assert invoke("merge-multi", base, "-o", tmp_path / "out").exit_code == 2  # no patch
     refused(*command, mentions=["fine-tuned models"], output=tmp_path / "out")
     refused(*command, *tuned[:2], mentions=["two.safetensors", "--tuned"], output=tmp_path / "out")
     refused(*command, *tuned, "--tuned", base, mentions=["--tuned", "none"], output=tmp_path / "out")
@@ -499,7 +500,7 @@ def mask_of(patch, name, tensor):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_an_adapter_and_a_full_fine_tune_are_stitched(tmp_path, kind):
     """An adapter on a bfloat16 base as one of the tasks: its unrounded weights are what is merged."""
-    from test_adapter import make_adapter
+    from helpers import make_adapter
 
     folder = make_adapter(tmp_path, kind, dtype=torch.bfloat16, target_modules="all-linear")
     perturb(make_model(kind), seed=7).to(torch.bfloat16).save_pretrained(folder / "full")

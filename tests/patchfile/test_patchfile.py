@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import bits, broken_off, folder_digest, make_pair, read_tensors
+from helpers import bits, broken_off, folder_digest, invoke, make_pair, read_tensors, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_bad_input import refused, run
 
 from tailorcli import PatchOptions, TailorError, calibrate_model, inspect_path, patch_checkpoint
 from tailorcli.checkpoint.writer import CheckpointWriter
@@ -100,13 +99,13 @@ def test_apply_gives_the_bytes_of_patch(tmp_path, kind, shard, dtype):
     calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
     (folder / "tuned" / "chat_template.jinja").write_text("{{ messages }}")  # a side file that the base lacks
     patch_both(folder)
-    result = run("apply", folder / "base", folder / "patch.safetensors", "-o", folder / "applied")
+    result = invoke("apply", folder / "base", folder / "patch.safetensors", "-o", folder / "applied")
     assert result.exit_code == 0, result.stderr
     expected = folder_digest(folder / "out")
     assert "chat_template.jinja" in expected
     assert folder_digest(folder / "applied") == expected
     for extra in ([], ["--patch", folder / "patch.safetensors"]):
-        shown = run("verify", folder / "applied", "--base", folder / "base", *extra)
+        shown = invoke("verify", folder / "applied", "--base", folder / "base", *extra)
         assert shown.exit_code == 0, shown.output
     arguments = (folder / "base", folder / "tuned", None, folder / "stats")
     options = PatchOptions(task="poems", license="CC-BY-4.0")
@@ -175,7 +174,7 @@ def test_the_report_says_what_the_patch_is(patched):
     inspection = inspect_path(file)
     assert (inspection.kind, inspection.facts["task"], inspection.facts["license"]) == ("patch", "poems", "CC-BY-4.0")
     assert inspection.report == json.loads((patched / "out" / "tailor_report.json").read_text())
-    shown = run("inspect", file, "--plot", patched / "plot.png")
+    shown = invoke("inspect", file, "--plot", patched / "plot.png")
     assert shown.exit_code == 0, shown.stderr
     assert "poems" in shown.stdout
     assert (patched / "plot.png").stat().st_size > 10_000
@@ -227,7 +226,7 @@ def test_verify_catches_one_flipped_bit_anywhere(hundred, data):
     file.write_bytes(changed)
     try:
         arguments = ("verify", hundred / "out", "--base", hundred / "base", "--patch", hundred / "patch.safetensors")
-        result = run(*arguments)
+        result = invoke(*arguments)
     finally:
         file.write_bytes(original)
     assert isinstance(result.exception, SystemExit), repr(result.exception)
@@ -244,7 +243,7 @@ def test_verify_names_what_is_wrong(patched):
     tensors["lm_head.weight"].view(-1)[outside] += 1
     save_file(tensors, file, metadata={"format": "pt"})
     command = ("verify", patched / "out", "--base", patched / "base")
-    shown = run(*command, "--patch", patched / "patch.safetensors", "--json")
+    shown = invoke(*command, "--patch", patched / "patch.safetensors", "--json")
     found = json.loads(shown.stdout)
     assert shown.exit_code == 1
     assert (found["ok"], found["wrong_tensors"], found["tensors"]) == (False, 1, 21)
@@ -253,7 +252,7 @@ def test_verify_names_what_is_wrong(patched):
     assert problem["problem"].startswith("1 entries outside the mask differ from the base, 1 kept ones from the patch")
     assert problem["index"] == min(inside, outside)
     assert problem["found"] == pytest.approx(problem["expected"] + 1, abs=1e-6)
-    shown = run(*command)  # by the report alone: one entry too many
+    shown = invoke(*command)  # by the report alone: one entry too many
     assert shown.exit_code == 1
     assert "321 entries differ from the base, its mask kept 320" in shown.stdout
 
@@ -321,7 +320,7 @@ def test_a_base_that_differs_where_no_sample_looks_is_refused(tmp_path):
 def test_a_base_that_lost_its_side_files_is_noted(patched):
     (patched / "base" / "tokenizer.json").unlink()
     (patched / "base" / "config.json").write_text((patched / "base" / "config.json").read_text() + " ")
-    shown = run("apply", patched / "base", patched / "patch.safetensors", "-o", patched / "applied")
+    shown = invoke("apply", patched / "base", patched / "patch.safetensors", "-o", patched / "applied")
     assert shown.exit_code == 0
     assert "tokenizer.json is missing" in shown.stderr
     assert "config.json is the base's own" in shown.stderr
@@ -343,7 +342,7 @@ def test_where_a_patch_file_may_be_written(patched):
             *extra,
         )
 
-    assert run(*command(patched / "p.safetensors")[:5]).exit_code == 2  # neither -o nor --patch-file
+    assert invoke(*command(patched / "p.safetensors")[:5]).exit_code == 2  # neither -o nor --patch-file
     refused(*command(patched / "p.bin"), mentions=[".safetensors"])
     refused(*command(patched / "patch.safetensors"), mentions=["exists"])
     refused(*command(patched / "base" / "p.safetensors"), mentions=["base"])
@@ -354,9 +353,9 @@ def test_where_a_patch_file_may_be_written(patched):
     refused(*command(weights, "--overwrite"), mentions=["no patch file"])
     assert weights.read_bytes() == before
     original = (patched / "patch.safetensors").read_bytes()
-    assert run(*command(patched / "patch.safetensors", "--overwrite")).exit_code == 0
+    assert invoke(*command(patched / "patch.safetensors", "--overwrite")).exit_code == 0
     assert len(original) > 0
-    assert json.loads(run(*command(patched / "dry.safetensors", "--dry-run", "--json")).stdout)["patch_bytes"] > 0
+    assert json.loads(invoke(*command(patched / "dry.safetensors", "--dry-run", "--json")).stdout)["patch_bytes"] > 0
     assert not (patched / "dry.safetensors").exists()
 
 
@@ -479,7 +478,7 @@ def test_a_full_disk_at_any_moment_is_one_clear_error(patched, monkeypatch):
             with monkeypatch.context() as broken:
                 broken.setattr(tailorcli.checkpoint.journal.os, name, full)
                 refused(*command, mentions=["no space left"])
-            assert run(*command, "--resume").exit_code == 0
+            assert invoke(*command, "--resume").exit_code == 0
 
 
 def test_overwriting_with_the_wrong_base_loses_nothing(patched):
@@ -490,7 +489,7 @@ def test_overwriting_with_the_wrong_base_loses_nothing(patched):
     tensors["model.norm.weight"][0] += 1e-3
     save_file(tensors, patched / "near" / "model.safetensors", metadata={"format": "pt"})
     command = ("apply", patched / "near", patched / "patch.safetensors", "-o", patched / "applied", "--overwrite")
-    result = run(*command)
+    result = invoke(*command)
     assert result.exit_code == 1
     assert folder_digest(patched / "applied", skip=()) == before
 
@@ -529,8 +528,8 @@ def test_a_tensor_that_did_not_change_stays_out_of_the_patch(tmp_path):
 def test_names_are_shown_as_they_are(patched):
     command = ("patch", patched / "base", patched / "tuned", "--stats", patched / "stats", "--overwrite")
     file = patched / "patch.safetensors"
-    assert run(*command, "--patch-file", file, "--task", "qa [v2] [/x] $a_{$").exit_code == 0
-    shown = run("inspect", file, "--plot", patched / "plot.png")
+    assert invoke(*command, "--patch-file", file, "--task", "qa [v2] [/x] $a_{$").exit_code == 0
+    shown = invoke("inspect", file, "--plot", patched / "plot.png")
     assert shown.exit_code == 0, shown.output
     assert "qa [v2] [/x] $a_{$" in shown.stdout
     for label in ("two\nlines", "", "x" * 300, "\ud800"):

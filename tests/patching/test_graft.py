@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 from families import make_family_pair
-from helpers import bits, broken_off, folder_digest, make_model, make_pair, make_tokenizer, read_tensors
-from test_bad_input import run
+from helpers import bits, broken_off, folder_digest, invoke, make_model, make_pair, make_tokenizer, read_tensors
 
 from tailorcli import CalibrateOptions, Checkpoint, PatchOptions, TailorError, apply_patch, patch_checkpoint, plan_patch
 from tailorcli.checkpoint.writer import CheckpointWriter
@@ -120,13 +119,13 @@ def test_through_the_command_and_a_patch_file(tmp_path, kind, dtype):
     file = tmp_path / "patch.safetensors"
     arguments = ("--method", "graft", "--data", folder / "data.jsonl", "--graft-steps", "2", "--batch-size", "3")
     pair = (folder / "base", folder / "tuned")
-    planned = run("patch", *pair, "-o", tmp_path / "out", "--patch-file", file, *arguments, "--dry-run", "--json")
+    planned = invoke("patch", *pair, "-o", tmp_path / "out", "--patch-file", file, *arguments, "--dry-run", "--json")
     assert json.loads(planned.stdout)["peak_memory_bytes"] > 700 << 20
-    shown = run("patch", *pair, "-o", tmp_path / "out", "--patch-file", file, *arguments)
+    shown = invoke("patch", *pair, "-o", tmp_path / "out", "--patch-file", file, *arguments)
     assert shown.exit_code == 0, shown.output
     apply_patch(folder / "base", file, tmp_path / "applied")
     assert folder_digest(tmp_path / "applied") == folder_digest(tmp_path / "out")
-    assert "graft" in run("inspect", tmp_path / "out").stdout
+    assert "graft" in invoke("inspect", tmp_path / "out").stdout
 
 
 def test_what_it_reads_is_announced(llama_pair):

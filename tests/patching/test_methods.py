@@ -5,11 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import Oracle, bits, broken_off, folder_digest, make_pair, random_hessian, read_tensors
+from helpers import Oracle, bits, broken_off, folder_digest, invoke, make_pair, random_hessian, read_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_bad_input import run
 
 from tailorcli import (
     MergeOptions,
@@ -182,8 +181,8 @@ def test_a_patch_file_gives_the_same_bytes_and_outside_the_mask_is_base(llama_pa
         assert changed.sum() <= record.get("kept", 0)
         assert record["status"] == "patched" or record["reason"]
     assert report.options["method"] == name.split()[0]
-    assert run("inspect", out).exit_code == 0
-    assert run("verify", out, "--base", llama_pair / "base", "--patch", file).exit_code == 0
+    assert invoke("inspect", out).exit_code == 0
+    assert invoke("verify", out, "--base", llama_pair / "base", "--patch", file).exit_code == 0
 
 
 @pytest.mark.parametrize("name", ["dare", "magnitude", "magnitude global", "interpolate"])
@@ -310,12 +309,12 @@ def test_through_the_command_in_every_dtype(tmp_path, dtype):
     folder = make_pair(tmp_path, "gpt2", dtype=dtype, shard="20KB")
     arguments = (folder / "base", folder / "tuned")
     for number, method in enumerate(["interpolate", "dare", "magnitude"]):
-        shown = run("patch", *arguments, "-o", folder / f"out{number}", "--method", method, "--threshold", "global")
+        shown = invoke("patch", *arguments, "-o", folder / f"out{number}", "--method", method, "--threshold", "global")
         assert shown.exit_code == 0, shown.output
         assert "kept" in shown.stdout
-        facts = run("inspect", folder / f"out{number}").stdout
+        facts = invoke("inspect", folder / f"out{number}").stdout
         assert method in facts
-    shown = run("patch", *arguments, "-o", folder / "x", "--method", "dare", "--density", "0.00001", "--dry-run")
+    shown = invoke("patch", *arguments, "-o", folder / "x", "--method", "dare", "--density", "0.00001", "--dry-run")
     assert shown.exit_code == 0
 
 
@@ -342,7 +341,7 @@ def test_what_is_read_and_kept_is_announced(llama_pair):
     ],
 )
 def test_wrong_options_are_refused(llama_pair, tmp_path, arguments, message):
-    shown = run("patch", llama_pair / "base", llama_pair / "tuned", "-o", tmp_path / "out", *arguments)
+    shown = invoke("patch", llama_pair / "base", llama_pair / "tuned", "-o", tmp_path / "out", *arguments)
     assert shown.exit_code == 1
     assert message in shown.stderr
 
@@ -353,7 +352,7 @@ def test_an_overflow_names_the_tensor(tmp_path):
     tensors["model.norm.weight"] += 30_000.0
     save_file(tensors, folder / "tuned" / "model.safetensors", {"format": "pt"})
     for threshold in ("tensor", "global"):
-        shown = run("patch", folder / "base", folder / "tuned", "-o", folder / threshold, "--method", "dare")
+        shown = invoke("patch", folder / "base", folder / "tuned", "-o", folder / threshold, "--method", "dare")
         assert shown.exit_code == 1
         assert "model.norm.weight" in shown.stderr
         assert "overflows" in shown.stderr
@@ -361,7 +360,7 @@ def test_an_overflow_names_the_tensor(tmp_path):
     save_file(tensors, folder / "tuned" / "model.safetensors", {"format": "pt"})
     for method in ("dare", "interpolate", "magnitude"):
         arguments = ("--method", method, "--threshold", "global", "--overwrite")
-        shown = run("patch", folder / "base", folder / "tuned", "-o", folder / "out", *arguments)
+        shown = invoke("patch", folder / "base", folder / "tuned", "-o", folder / "out", *arguments)
         assert shown.exit_code == 1
         assert "model.norm.weight" in shown.stderr
         assert "NaN" in shown.stderr

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 from families import make_family_pair
-from helpers import Oracle, bits, broken_off, folder_digest, random_hessian, read_tensors
+from helpers import Oracle, bits, broken_off, folder_digest, random_hessian, read_tensors, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from tailorcli import (
     PatchOptions,
@@ -25,7 +24,6 @@ from tailorcli import (
 )
 from tailorcli.calibration.stats import HESSIANS, Stats
 from tailorcli.checkpoint.writer import CheckpointWriter
-from tailorcli.cli import app
 from tailorcli.core.figures import drift, measure
 from tailorcli.core.hessian import prepare
 from tailorcli.core.retain import prepare_retaining, retain_scale, retained_goal
@@ -288,12 +286,6 @@ def test_the_figures_are_those_of_the_values_that_are_stored():
 # --- Checkpoints --------------------------------------------------------------------------------------------------
 
 SYNTHETIC = CalibrateOptions(synthetic=True, num_samples=40, seq_len=24)
-
-
-def run(*arguments, expect=0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == expect, result.output + repr(result.exception)
-    return result
 
 
 @pytest.fixture(scope="module")
