@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tailorcli"
 
+
 def imports_of(room):
     """What a room imports of the others, at any depth of its code: ``core`` and ``core.unfold`` for the latter."""
     files = (PACKAGE / room).rglob("*.py") if (PACKAGE / room).is_dir() else [PACKAGE / f"{room}.py"]

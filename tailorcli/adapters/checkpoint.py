@@ -16,7 +16,8 @@ from tailorcli.adapters.config import CONFIG_FILE, read_settings
 from tailorcli.adapters.fit import WEIGHTS_FILE, Formula, fit_adapter
 from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, side_files
 from tailorcli.checkpoint.header import TensorInfo
-from tailorcli.errors import NumericalError
+from tailorcli.checkpoint.quantized import Fp8Output, open_checkpoint
+from tailorcli.errors import CheckpointError, NumericalError
 from tailorcli.files import PathLike
 
 if TYPE_CHECKING:
@@ -168,15 +169,18 @@ def is_adapter(path: PathLike) -> bool:
         return False
 
 
-def open_tuned(path: PathLike, base: Checkpoint) -> Checkpoint:
+def open_tuned(path: PathLike, base: Checkpoint, form: Fp8Output = "fp8") -> Checkpoint:
     """The tuned model in ``path``: a full checkpoint, or an adapter on ``base``, which must stay open meanwhile.
 
-    Reads headers alone. Raises CheckpointError with what is wrong and where, for an adapter also where it does not
-    fit ``base`` or is of a kind that is not read.
+    ``form`` is for FP8 weights (see DequantizedCheckpoint). Reads headers alone. Raises CheckpointError with what is
+    wrong and where, for an adapter also where it does not fit ``base`` or is of a kind that is not read.
     """
     if not is_adapter(path):
-        return Checkpoint.open(path)
+        return open_checkpoint(path, form)
     folder = Path(path)
+    if base.dequantized:
+        what = f"the adapter {folder} is to be merged into quantised weights ({base.path})"
+        raise CheckpointError(what, "pass the base as it was before it was quantised")
     formulas, saved = fit_adapter(folder, base, read_settings(folder))
     return AdaptedCheckpoint(folder, base, formulas, saved)
 

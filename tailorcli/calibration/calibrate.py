@@ -22,6 +22,7 @@ from tailorcli.calibration.stats import HESSIANS, HessianInfo, TensorStats
 from tailorcli.calibration.stats_writer import StatsWriter, prepare_folder
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
+from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.data.records import read_records
 from tailorcli.data.samples import Samples, draw_samples
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
@@ -146,9 +147,9 @@ def _open(model: Path, base: PathLike | None, stack: ExitStack) -> tuple[Checkpo
     if not is_adapter(model):
         if base is not None:
             raise OptionsError(f"--base is for adapters, but {model} is none", "leave --base out")
-        checkpoint = stack.enter_context(Checkpoint.open(model))
+        checkpoint = stack.enter_context(open_checkpoint(model))
         return checkpoint, checkpoint
-    stored = stack.enter_context(Checkpoint.open(_named_base(model) if base is None else base))
+    stored = stack.enter_context(open_checkpoint(_named_base(model) if base is None else base))
     return stored, stack.enter_context(open_tuned(model, stored))
 
 

@@ -34,6 +34,8 @@ class Checkpoint:
     manager, or call ``close``. Reading is safe from several threads.
     """
 
+    dequantized = False  # whether tensors read as other numbers than their files hold
+
     def __init__(self, path: Path, tensors: dict[str, TensorInfo], shards: list[Path]) -> None:
         self.path = path
         self.tensors = tensors
@@ -62,6 +64,24 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def output_tensors(self) -> dict[str, TensorInfo]:
+        """The tensors as an output with this base stores them, which ``read_into`` knows, too."""
+        return self.tensors
+
+    @property
+    def scales(self) -> frozenset[str]:
+        """Names of tensors that say what the codes of quantised weights stand for: never to be patched."""
+        return frozenset()
+
+    def rounded(self, name: str, value: Tensor, mask: Tensor) -> Tensor:
+        """What ``value`` is once it is stored: the value itself unless the output is quantised."""
+        return value
+
+    def encode(self, name: str, value: Tensor, mask: Tensor) -> Tensor:
+        """What an output stores for ``value``: the value itself unless it is quantised."""
+        return value
 
     def read_cost(self, name: str) -> int:
         """Bytes that ``read`` takes from the disk."""

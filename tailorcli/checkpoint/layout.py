@@ -51,16 +51,16 @@ def plan_layout(base: Checkpoint, max_shard_size: int | None) -> ShardLayout:
     """Where each tensor goes: the base's own sharding, or a new one under ``max_shard_size`` bytes a shard."""
     if max_shard_size is None:
         by_file: dict[str, list[str]] = {}
-        for info in base.tensors.values():
+        for info in base.output_tensors.values():
             by_file.setdefault(info.file.relative_to(base.path).as_posix(), []).append(info.name)
     else:
-        shards = split_shards([(info.name, info.nbytes) for info in base.tensors.values()], max_shard_size)
+        shards = split_shards([(info.name, info.nbytes) for info in base.output_tensors.values()], max_shard_size)
         count = len(shards)
         names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         by_file = dict(zip(names if count > 1 else [SINGLE_FILE], shards, strict=True))
     headers, sizes, slots = {}, {}, {}
     for file_name, tensor_names in by_file.items():
-        header, placed = _build_header([base.tensors[name] for name in tensor_names])
+        header, placed = _build_header([base.output_tensors[name] for name in tensor_names])
         headers[file_name] = header
         for info, offset in placed:
             slots[info.name] = Slot(file_name, offset, info.nbytes)

@@ -90,7 +90,7 @@ class CheckpointWriter:
 
     def copy(self, name: str, source: Checkpoint, record: dict[str, Any], digest: str | None = None) -> None:
         """Queue a byte copy of a tensor from ``source``; with a SHA-256 ``digest`` its bytes must have it."""
-        self._queue.submit(lambda: self._write_now(name, _pieces(source, source.tensors[name], digest), record))
+        self._queue.submit(lambda: self._write_now(name, _pieces(source, source.output_tensors[name], digest), record))
 
     def _write_now(self, name: str, pieces: Iterable[memoryview], record: dict[str, Any]) -> None:
         slot = self.layout.slots[name]

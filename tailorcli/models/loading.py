@@ -73,9 +73,13 @@ def model_class_of(config: dict[str, Any], options: LoadOptions) -> Any:
 
 
 def load_model(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions) -> Any:
-    """The model in its own class, with every weight from the checkpoint."""
+    """The model in its own class, with every weight from the checkpoint; quantised ones as what they stand for."""
     import torch
 
+    if checkpoint.dequantized:
+        from tailorcli.models.parts import load_from_view  # which imports this module
+
+        return load_from_view(checkpoint, config, options)
     path = checkpoint.path
     model_class = model_class_of(config, options)
     dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)

@@ -13,7 +13,8 @@ from tailorcli.device import StageTimer, give_back_memory
 from tailorcli.errors import CheckpointError
 from tailorcli.models.loading import aliases, expected_names, require_all
 from tailorcli.models.places import Place, map_names
-from tailorcli.models.skeleton import fill_computed, load_weights
+from tailorcli.models.skeleton import empty_model, fill_computed, load_weights
+from tailorcli.options import LoadOptions
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,8 @@ class Parts:
         """Read the part's weights, prove and give where each tensor went, and apply an adapter's changes."""
         network, stored = self._network, self._stored
         with self._timer.stage("load"):
-            load_weights(network, {name: stored.read(name) for name in self.tensors[part]}, self._device)
+            names = [name for name in self.tensors[part] if name not in stored.scales]
+            load_weights(network, {name: stored.read(name) for name in names}, self._device)
             if part == "":
                 network.tie_weights()
             every = dict(network.named_parameters())
@@ -84,6 +86,15 @@ class Parts:
             empty = torch.nn.Parameter(module._parameters[short].to("meta"), requires_grad=False)
             module._parameters[short] = empty
         give_back_memory()
+
+
+def load_from_view(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions) -> Any:
+    """The model on the CPU, with every weight as ``checkpoint`` reads it rather than as its files hold it."""
+    import torch
+
+    network = empty_model(checkpoint, config, options)
+    Parts(network, (), checkpoint, checkpoint, torch.device("cpu"), StageTimer()).load("")
+    return network
 
 
 def adapt(network: Any, tuned: AdaptedCheckpoint, places: dict[str, Place]) -> None:

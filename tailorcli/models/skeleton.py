@@ -26,6 +26,8 @@ def empty_model(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOpt
         try:
             trust = {"trust_remote_code": options.trust_remote_code}
             described = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, **trust)
+            if checkpoint.dequantized:
+                del described.quantization_config
             dtype = run_dtype(checkpoint, described, options)
             with _parameters_on_meta(torch):
                 if issubclass(model_class, transformers.PreTrainedModel):

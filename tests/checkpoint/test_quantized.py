@@ -1,0 +1,141 @@
+"""FP8 weights are read as codes * scale; every other quantised weight is refused."""
+
+import json
+
+import pytest
+import torch
+from helpers import bits, make_pair, read_tensors
+from safetensors.torch import save_file
+
+from tailorcli import Checkpoint, TailorError
+from tailorcli.checkpoint.quantized import open_checkpoint
+
+BLOCK = 16
+KINDS = ("block", "channel", "tensor")
+
+
+def scales_of(weight, kind):
+    """float32 scales in the layout of ``kind``, and the same spread over every entry (O, I)."""
+    rows, columns = weight.shape
+    if kind == "tensor":
+        scale = (weight.abs().amax() / 448).reshape(1)
+        return scale, scale.expand(rows, columns)
+    if kind == "channel":
+        scale = weight.abs().amax(1, keepdim=True) / 448
+        return scale, scale.expand(rows, columns)
+    padded = torch.zeros(-(-rows // BLOCK) * BLOCK, -(-columns // BLOCK) * BLOCK)
+    padded[:rows, :columns] = weight.abs()
+    scale = padded.reshape(-(-rows // BLOCK), BLOCK, -(-columns // BLOCK), BLOCK).amax((1, 3)) / 448
+    spread = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:rows, :columns]
+    return scale, spread
+
+
+def quantise(folder, kind):
+    """The linear weights of a checkpoint as FP8 codes with scales; gives what each then stands for, in float32."""
+    stored, values = {}, {}
+    for name, weight in read_tensors(folder).items():
+        if not name.endswith("proj.weight"):
+            stored[name] = weight
+            continue
+        scale, spread = scales_of(weight.float(), kind)
+        codes = (weight.float() / spread).to(torch.float8_e4m3fn)
+        stored[name] = codes
+        stored[name + ("_scale_inv" if kind == "block" else "_scale")] = scale
+        values[name] = codes.float() * spread
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = (
+        {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+        if kind == "block"
+        else {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    return values
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def quantised(request, tmp_path_factory):
+    """A tiny FP8 Llama pair, and what its weights stand for."""
+    folder = make_pair(tmp_path_factory.mktemp(request.param))
+    return folder, {name: quantise(folder / name, request.param) for name in ("base", "tuned")}
+
+
+def test_a_weight_reads_as_its_codes_times_their_scales(quantised):
+    folder, values = quantised
+    with open_checkpoint(folder / "base") as wide, open_checkpoint(folder / "base", "bf16") as narrow:
+        for name, value in values["base"].items():
+            assert bits(wide.read(name)) == bits(value)
+            assert bits(narrow.read(name)) == bits(value.to(torch.bfloat16))
+            assert wide.tensors[name].dtype == "F32"
+            assert b"".join(bytes(piece) for piece in wide.pieces(wide.tensors[name], 64)) == bits(value)
+        assert len(wide.scales) == len(values["base"])
+        assert not narrow.scales
+        assert not [name for name in narrow.tensors if "_scale" in name]
+        assert wide.fingerprint() == narrow.fingerprint() == Checkpoint.open(folder / "base").fingerprint()
+
+
+def test_codes_outside_the_mask_are_the_bases_and_inside_the_nearest(quantised):
+    folder, values = quantised
+    name = "model.layers.1.mlp.down_proj.weight"
+    raw = read_tensors(folder / "base")[name]
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.rand(raw.shape, generator=generator) < 0.3
+    wanted = torch.where(mask, values["tuned"][name], values["base"][name])
+    with open_checkpoint(folder / "base") as base:
+        codes = base.encode(name, wanted, mask)
+        rounded = base.rounded(name, wanted, mask)
+        assert codes.dtype == torch.float8_e4m3fn
+        assert torch.equal(codes.view(torch.uint8)[~mask], raw.view(torch.uint8)[~mask])
+        assert bits(base.encode(name, rounded, mask)) == bits(codes)  # what is rounded stays as it is
+        far = (rounded - wanted)[mask].abs() / wanted[mask].abs().clamp_min(1e-6)
+        within = wanted[mask].abs() < 0.9 * values["base"][name].abs().max()
+        assert far[within].median() < 1 / 16
+        assert torch.equal(base.encode("model.norm.weight", wanted, mask), wanted)
+
+
+def test_values_beyond_the_scale_become_the_largest_code(quantised):
+    folder, values = quantised
+    name = "model.layers.0.self_attn.q_proj.weight"
+    everything = torch.ones_like(values["base"][name], dtype=torch.bool)
+    with open_checkpoint(folder / "base") as base:
+        codes = base.encode(name, torch.full_like(values["base"][name], 1e9), everything)
+        assert bool((codes.float() == 448).all())
+
+
+OTHERS = {
+    "gptq": {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16, "g_idx": torch.int32},
+    "awq": {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16},
+    "bitsandbytes": {"weight": torch.uint8, "weight.absmax": torch.float32, "weight.quant_map": torch.float32},
+    "int8": {"weight": torch.int8, "SCB": torch.float32},
+    "packed": {"weight_packed": torch.int32, "weight_scale": torch.bfloat16},
+    "nvfp4": {"weight_packed": torch.uint8, "weight_scale": torch.float8_e4m3fn, "weight_global_scale": torch.float32},
+    "odd scales": {"weight": torch.float8_e4m3fn, "weight_scale": torch.float32},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_quantised_weights_are_refused(tmp_path, kind):
+    tensors = {f"model.layers.0.mlp.up_proj.{name}": torch.ones(5, 7).to(dtype) for name, dtype in OTHERS[kind].items()}
+    if kind == "odd scales":
+        tensors["model.layers.0.mlp.up_proj.weight_scale"] = torch.ones(2, 3, 4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": kind}}))
+    with pytest.raises(TailorError, match="neither can be patched without the other") as caught:
+        open_checkpoint(tmp_path)
+    assert kind in caught.value.message
+    assert "before they were quantised" in caught.value.hint
+
+
+def test_what_only_looks_like_it_is_let_through(tmp_path):
+    """Integers and scales that have nothing to do with each other."""
+    tensors = {
+        "attn.relative_position_index": torch.zeros(4, 4, dtype=torch.int64),
+        "attn.logit_scale": torch.ones(4),
+        "bn.num_batches_tracked": torch.zeros((), dtype=torch.int64),
+        "bn.weight": torch.ones(4),
+        "layer.scale": torch.ones(4),
+        "plain.weight": torch.ones(4, 4).to(torch.float8_e4m3fn),  # a cast without scales
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert not checkpoint.dequantized
