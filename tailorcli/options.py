@@ -18,6 +18,7 @@ Threshold = Literal["tensor", "global"]
 Method = Literal["average", "joint", "patches"]
 TextMode = Literal["line", "chunk"]
 Blockwise = Literal["auto", "always", "never"]
+Fp8Output = Literal["fp8", "bf16"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -167,6 +168,7 @@ class PatchOptions:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     allow_dtype_mismatch: bool = False
+    fp8_output: Fp8Output = "fp8"  # of FP8 weights: the base's own scheme, or bfloat16
     resized_vocab: bool = False  # tuned has more rows than base, which are taken over
     task: str | None = None  # what a patch file says of itself
     license: str | None = None
@@ -182,6 +184,7 @@ class PatchOptions:
         offered = ", ".join(name for name in get_args(PatchMethod) if name != "tailor-released")
         _require(self.method in get_args(PatchMethod), f"method must be one of {offered}, got {self.method!r}")
         _require_choice("threshold", self.threshold, get_args(Threshold))
+        _require_choice("fp8-output", self.fp8_output, get_args(Fp8Output))
         _require_weight(self.method, self.weight)
         what = "propagate is for the method tailor with the solver joint and weight 1"
         _require(self._can_propagate or not self.propagate, what, "pass --no-propagate")
@@ -240,6 +243,8 @@ class PatchOptions:
         values = asdict(self) | {"weight": self.effective_weight, "damping": self.effective_damping}
         values["propagate"] = bool(self.propagate)
         del values["resume"], values["overwrite"]
+        if self.fp8_output == "fp8":  # the default says nothing of all the other checkpoints
+            del values["fp8_output"]
         return values
 
 

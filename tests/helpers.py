@@ -326,3 +326,47 @@ def randomize(model, seed=2, scale=0.05):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+FP8_BLOCK = 16  # rows and columns that share a scale
+
+
+def scales_of(weight, kind):
+    """float32 scales in the layout of ``kind``, and the same spread over every entry (O, I)."""
+    rows, columns = weight.shape
+    if kind == "tensor":
+        scale = (weight.abs().amax() / 448).reshape(1)
+        return scale, scale.expand(rows, columns)
+    if kind == "channel":
+        scale = weight.abs().amax(1, keepdim=True) / 448
+        return scale, scale.expand(rows, columns)
+    padded = torch.zeros(-(-rows // FP8_BLOCK) * FP8_BLOCK, -(-columns // FP8_BLOCK) * FP8_BLOCK)
+    padded[:rows, :columns] = weight.abs()
+    scale = padded.reshape(-(-rows // FP8_BLOCK), FP8_BLOCK, -(-columns // FP8_BLOCK), FP8_BLOCK).amax((1, 3)) / 448
+    spread = scale.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)[:rows, :columns]
+    return scale, spread
+
+
+def quantise(folder, kind):
+    """The linear weights of a checkpoint as FP8 codes with scales; gives what each then stands for, in float32."""
+    from safetensors.torch import save_file
+
+    stored, values = {}, {}
+    for name, weight in read_tensors(folder).items():
+        if not name.endswith("proj.weight"):
+            stored[name] = weight
+            continue
+        scale, spread = scales_of(weight.float(), kind)
+        codes = (weight.float() / spread).to(torch.float8_e4m3fn)
+        stored[name] = codes
+        stored[name + ("_scale_inv" if kind == "block" else "_scale")] = scale
+        values[name] = codes.float() * spread
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = (
+        {"quant_method": "fp8", "weight_block_size": [FP8_BLOCK, FP8_BLOCK], "activation_scheme": "dynamic"}
+        if kind == "block"
+        else {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    return values

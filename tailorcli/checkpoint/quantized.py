@@ -6,6 +6,7 @@ without the other, so that a patch of the scales alone would give a model that n
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from math import prod
@@ -229,6 +230,13 @@ def _method(folder: Path) -> str:
     """The name of the method in config.json, in brackets, where it stands there."""
     found = quantization_config(folder).get("quant_method")
     return f" ({found[:40]})" if isinstance(found, str) else ""
+
+
+def plain_config(folder: Path) -> bytes:
+    """The folder's config.json without what it says of quantisation."""
+    config = read_json(folder / "config.json")
+    config.pop("quantization_config", None)
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def quantization_config(folder: Path) -> dict[str, Any]:

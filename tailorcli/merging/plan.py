@@ -12,6 +12,7 @@ from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.layout import plan_layout
+from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.errors import OptionsError, PatchError, StatsError
 from tailorcli.files import PathLike
 from tailorcli.options import MergeOptions
@@ -50,7 +51,10 @@ class MergeInputs:
     ) -> MergeInputs:
         """Open all, check every byte of the patches, and find each patch its model and statistics by fingerprint."""
         _check_counts(patches, tuned, stats, options)
-        opened = stack.enter_context(Checkpoint.open(base))
+        opened = stack.enter_context(open_checkpoint(base))
+        if opened.dequantized:
+            what = f"merge-multi does not take quantised checkpoints ({opened.path})"
+            raise OptionsError(what, "merge the models as they were before they were quantised")
         tasks = []
         for path in patches:
             patch = stack.enter_context(PatchFile.open(path))

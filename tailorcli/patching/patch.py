@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapters.checkpoint import tuned_side_files
+from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import GrownCheckpoint
+from tailorcli.checkpoint.quantized import plain_config
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import OptionsError
 from tailorcli.files import PathLike
@@ -46,8 +49,17 @@ def plan_patch(
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
         target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
         _require_stored_rows(target, options)
+        _require_plain_weights(target, inputs.base)
         target.check(inputs.paths, plan)
         return plan
+
+
+def _require_plain_weights(target: Target, base: Checkpoint) -> None:
+    if target.patch_file is not None and base.dequantized:
+        raise OptionsError(
+            f"a patch file holds entries of the base's own tensors, and those of {base.path} are quantised",
+            "leave --patch-file out, or patch the two models as they were before they were quantised",
+        )
 
 
 def _require_stored_rows(target: Target, options: PatchOptions) -> None:
@@ -117,6 +129,7 @@ def patch_checkpoint(
     _require_stored_rows(target, options)
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, data)
+        _require_plain_weights(target, inputs.base)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
         device = resolve_device(options.device)
         target.check(inputs.paths, plan)
@@ -128,7 +141,11 @@ def patch_checkpoint(
         if announce is not None:
             announce(plan)
         timer = StageTimer(device)
-        side = {place.as_posix(): source for place, source in tuned_side_files(inputs.tuned).items()}
+        side: dict[str, Path | bytes] = {
+            place.as_posix(): source for place, source in tuned_side_files(inputs.tuned).items()
+        }
+        if inputs.base.dequantized and options.fp8_output == "bf16":
+            side["config.json"] = plain_config(inputs.tuned.path)
         manifest = {"task": options.task, "license": options.license, "inputs": described}
         outputs = stack.enter_context(target.open(plan, inputs.base, identity, manifest, side))
         records = dict(outputs.done)
@@ -147,7 +164,10 @@ def patch_checkpoint(
                 if result is None or result.patched is None or record["status"] == "base":
                     outputs.copy(tensor.name, inputs.base, record)
                 else:
-                    outputs.write(tensor.name, result.patched, result.mask, record, digest)
+                    stored = result.patched
+                    if result.mask is not None:
+                        stored = inputs.base.encode(tensor.name, stored, result.mask)
+                    outputs.write(tensor.name, stored, result.mask, record, digest)
             bar.update(tensor.nbytes)
 
         def plain(tensors: list[TensorPlan]) -> Iterator[tuple[TensorPlan, LayerResult | None, str]]:

@@ -42,7 +42,10 @@ def build_plan(
     if options.propagate:
         check_propagate(stats, retain, options)
     changed = tuned.changed if isinstance(tuned, AdaptedCheckpoint) else base.tensors.keys()
-    tensors = [_plan_tensor(info, info.name in changed, stats, options, retain) for info in base.tensors.values()]
+    tensors = [
+        _plan_tensor(info, info.name in changed, info.name in base.scales, stats, options, retain)
+        for info in base.tensors.values()
+    ]
     if not any(tensor.action == "patch" for tensor in tensors):
         raise OptionsError("no tensor would be patched", "check --include and --exclude, and those of calibrate")
     if retain is not None and options.retain_weight > 0.0 and not any(tensor.retain for tensor in tensors):
@@ -71,7 +74,7 @@ def build_plan(
 
 
 def _plan_tensor(
-    info: TensorInfo, changed: bool, stats: Stats | None, options: PatchOptions, retain: Stats | None
+    info: TensorInfo, changed: bool, scale: bool, stats: Stats | None, options: PatchOptions, retain: Stats | None
 ) -> TensorPlan:
     entry = stats.tensors[info.name] if stats is not None else TensorStats(None)
     reason = ""
@@ -79,6 +82,8 @@ def _plan_tensor(
         reason = "not chosen by --include and --exclude"
     elif info.dtype not in PATCHABLE_DTYPES:
         reason = f"{info.dtype} is no floating-point dtype that can be patched"
+    elif scale:
+        reason = "it holds the scales of a quantised weight, which stay the base's"
     elif info.numel == 0:
         reason = "it has no entries"
     elif not changed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -14,6 +14,7 @@ from tailorcli.adapters.checkpoint import AdaptedCheckpoint, open_tuned
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import grow_vocabulary
+from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.checkpoint.readahead import ReadAhead
 from tailorcli.device import StageTimer, device_errors, exact_float32
 from tailorcli.errors import NumericalError, OptionsError
@@ -57,11 +58,14 @@ class PatchInputs:
         """Open all by their headers; ``stack`` closes them."""
         if options.method == "graft":
             check_graft(data, options)
-        opened_base = stack.enter_context(Checkpoint.open(base))
-        opened_tuned = stack.enter_context(open_tuned(tuned, opened_base))
+        opened_base = stack.enter_context(open_checkpoint(base, options.fp8_output))
+        opened_tuned = stack.enter_context(open_tuned(tuned, opened_base, options.fp8_output))
         opened_stats = _open_stats(stats, stack)
         opened_retain = _open_stats(retain, stack)
         if options.resized_vocab:
+            if opened_base.dequantized:
+                what = "--resized-vocab is not for quantised checkpoints"
+                raise OptionsError(what, "patch the two models as they were before they were quantised")
             if isinstance(opened_tuned, AdaptedCheckpoint):
                 what = "--resized-vocab is not for adapters"
                 raise OptionsError(what, "merge the adapter first: model.merge_and_unload()")
@@ -193,6 +197,9 @@ def tailored(
                     del base, tuned
                 except NumericalError as error:
                     raise NumericalError(f"tensor {tensor.name!r}: {error.message}", error.hint) from error
+                if inputs.base.dequantized and result.patched is not None and result.mask is not None:
+                    stored = inputs.base.rounded(tensor.name, result.patched, result.mask)
+                    result = replace(result, patched=stored)
                 yield tensor, result, digest
                 del result
     finally:

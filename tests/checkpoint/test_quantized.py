@@ -4,53 +4,13 @@ import json
 
 import pytest
 import torch
-from helpers import bits, make_pair, read_tensors
+from helpers import bits, make_pair, quantise, read_tensors
 from safetensors.torch import save_file
 
 from tailorcli import Checkpoint, TailorError
 from tailorcli.checkpoint.quantized import open_checkpoint
 
-BLOCK = 16
 KINDS = ("block", "channel", "tensor")
-
-
-def scales_of(weight, kind):
-    """float32 scales in the layout of ``kind``, and the same spread over every entry (O, I)."""
-    rows, columns = weight.shape
-    if kind == "tensor":
-        scale = (weight.abs().amax() / 448).reshape(1)
-        return scale, scale.expand(rows, columns)
-    if kind == "channel":
-        scale = weight.abs().amax(1, keepdim=True) / 448
-        return scale, scale.expand(rows, columns)
-    padded = torch.zeros(-(-rows // BLOCK) * BLOCK, -(-columns // BLOCK) * BLOCK)
-    padded[:rows, :columns] = weight.abs()
-    scale = padded.reshape(-(-rows // BLOCK), BLOCK, -(-columns // BLOCK), BLOCK).amax((1, 3)) / 448
-    spread = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:rows, :columns]
-    return scale, spread
-
-
-def quantise(folder, kind):
-    """The linear weights of a checkpoint as FP8 codes with scales; gives what each then stands for, in float32."""
-    stored, values = {}, {}
-    for name, weight in read_tensors(folder).items():
-        if not name.endswith("proj.weight"):
-            stored[name] = weight
-            continue
-        scale, spread = scales_of(weight.float(), kind)
-        codes = (weight.float() / spread).to(torch.float8_e4m3fn)
-        stored[name] = codes
-        stored[name + ("_scale_inv" if kind == "block" else "_scale")] = scale
-        values[name] = codes.float() * spread
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = (
-        {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
-        if kind == "block"
-        else {"quant_method": "compressed-tensors", "format": "float-quantized"}
-    )
-    (folder / "config.json").write_text(json.dumps(config))
-    return values
 
 
 @pytest.fixture(scope="module", params=KINDS)

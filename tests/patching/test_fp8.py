@@ -1,0 +1,107 @@
+"""Patching FP8 checkpoints: in the base's own scheme, or in bfloat16."""
+
+import json
+
+import pytest
+import torch
+from helpers import bits, make_pair, quantise, read_tensors, refused
+
+from tailorcli import PatchOptions, Stats, calibrate_model, patch_checkpoint
+from tailorcli.checkpoint.quantized import open_checkpoint
+
+
+@pytest.fixture(scope="module")
+def fp8_pair(tmp_path_factory):
+    """A tiny FP8 Llama pair in blocks, with statistics; and what its weights stand for."""
+    folder = make_pair(tmp_path_factory.mktemp("fp8"))
+    values = {name: quantise(folder / name, "block") for name in ("base", "tuned")}
+    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
+    return folder, values
+
+
+def as_plain(folder, source, values):
+    """The same model in float32, as a checkpoint without quantisation."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    for file in (source).iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    stored = {n: t for n, t in read_tensors(source).items() if "_scale" not in n}
+    save_file(stored | values, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_statistics_are_those_of_the_dequantised_model(fp8_pair, tmp_path):
+    folder, values = fp8_pair
+    plain = as_plain(tmp_path / "plain", folder / "tuned", values["tuned"])
+    calibrate_model(plain, folder / "data.jsonl", tmp_path / "stats")
+    ours, theirs = Stats.open(folder / "stats"), Stats.open(tmp_path / "stats")
+    for name, entry in theirs.tensors.items():
+        assert ours.tensors[name].hessian == entry.hessian
+    for name in theirs.hessians:
+        torch.testing.assert_close(ours.load(name), theirs.load(name), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_the_patch_is_that_of_the_dequantised_pair_rounded_to_the_bases_scheme(fp8_pair, tmp_path, density):
+    folder, values = fp8_pair
+    options = PatchOptions(density=density, omega=1, solver="none")
+    patch_checkpoint(folder / "base", folder / "tuned", tmp_path / "out", None, options)
+    plain = {n: as_plain(tmp_path / n, folder / n, values[n]) for n in ("base", "tuned")}
+    patch_checkpoint(plain["base"], plain["tuned"], tmp_path / "wanted", None, options)
+    out, wanted, base = (read_tensors(p) for p in (tmp_path / "out", tmp_path / "wanted", folder / "base"))
+    assert out.keys() == base.keys()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
+    with open_checkpoint(folder / "base") as stored:
+        for name, value in wanted.items():
+            if name in values["base"]:
+                mask = value != values["base"][name]
+                assert bits(out[name]) == bits(stored.encode(name, value, mask))
+                assert bits(out[name + "_scale_inv"]) == bits(base[name + "_scale_inv"])
+            else:
+                assert bits(out[name]) == bits(value)
+
+
+@pytest.mark.parametrize("form", ["fp8", "bf16"])
+def test_with_statistics_in_either_form(fp8_pair, tmp_path, form):
+    folder, values = fp8_pair
+    options = PatchOptions(density=0.2, fp8_output=form)
+    report = patch_checkpoint(folder / "base", folder / "tuned", tmp_path / "out", folder / "stats", options)
+    assert report.totals["error_after"] < report.totals["error_before"]
+    out = read_tensors(tmp_path / "out")
+    name = "model.layers.0.mlp.up_proj.weight"
+    if form == "fp8":
+        same = out[name].view(torch.uint8) == read_tensors(folder / "base")[name].view(torch.uint8)
+    else:
+        assert out[name].dtype == torch.bfloat16
+        assert not [n for n in out if "_scale" in n]
+        assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+        same = out[name] == values["base"][name].to(torch.bfloat16)
+        from transformers import AutoModelForCausalLM
+
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert 0.79 < same.float().mean() < 1.0
+
+
+def test_other_methods_leave_the_scales_alone(fp8_pair, tmp_path):
+    folder, _ = fp8_pair
+    for number, chosen in enumerate(({"method": "interpolate"}, {"method": "dare", "density": 0.5})):
+        patch_checkpoint(folder / "base", folder / "tuned", tmp_path / f"{number}", None, PatchOptions(**chosen))
+        out, base = read_tensors(tmp_path / f"{number}"), read_tensors(folder / "base")
+        for name in base:
+            if "_scale" in name:
+                assert bits(out[name]) == bits(base[name])
+        assert any(bits(out[name]) != bits(base[name]) for name in base if name.endswith("proj.weight"))
+
+
+def test_what_does_not_go_with_fp8_is_refused(fp8_pair, tmp_path):
+    folder, _ = fp8_pair
+    pair = (folder / "base", folder / "tuned")
+    how = ("--method", "interpolate")
+    refused("patch", *pair, *how, "--patch-file", tmp_path / "p.safetensors", mentions=["quantised"])
+    refused("patch", *pair, *how, "--resized-vocab", "-o", tmp_path / "o", mentions=["quantised"])
+    assert not (tmp_path / "o").exists()
