@@ -34,6 +34,7 @@ from tailorcli.models.loading import check_shapes, expected_names, load_encoder,
 from tailorcli.models.places import Place
 from tailorcli.models.skeleton import empty_model
 from tailorcli.options import CalibrateOptions, matches
+from tailorcli.terminal import Progress
 from tailorcli.units import format_bytes
 
 if TYPE_CHECKING:
@@ -199,8 +200,6 @@ def _self_written(
     progress: bool,
 ) -> Samples:
     """Samples that the model writes itself; it is loaded for that alone, and freed again."""
-    from tqdm import tqdm
-
     from tailorcli.calibration.synthetic import (
         encode_starts,
         read_starts,
@@ -231,7 +230,7 @@ def _self_written(
     further = replace(options, seed=options.seed + 1, num_samples=(options.num_samples + 1) // 2)
     runs = [options] if held_out is None else [options, further]
     total = sum(run.num_samples for run in runs) * (options.length - 1)
-    with device_errors(), tqdm(total=total, desc="writing", unit="tok", disable=None if progress else True) as bar:
+    with device_errors(), Progress("writing", total, "tokens", shown=progress) as bar:
         for run in runs:
             starts = encode_starts(records, encoder, run) if records else []
             found = write_samples(network, encoder.tokenizer, run, device, bar, starts, encoder.media_ids)

@@ -19,6 +19,7 @@ from tailorcli.models.parts import Parts, adapt
 from tailorcli.models.places import Place, map_names
 from tailorcli.models.running import HIDDEN_SHARE, check_ids, forward, samples_in, to_device
 from tailorcli.options import CalibrateOptions, matches
+from tailorcli.terminal import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -123,11 +124,8 @@ def _trial_inputs(samples: list[Inputs]) -> list[Inputs]:
     ]
 
 
-def _bar(run: Run, total: int) -> Any:
-    from tqdm import tqdm
-
-    shown = None if run.progress else True
-    return tqdm(total=total, desc="calibrating", unit="tok", unit_scale=True, disable=shown)
+def _bar(run: Run, total: int) -> Progress:
+    return Progress("calibrating", total, "tokens", shown=run.progress)
 
 
 def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:

@@ -18,6 +18,7 @@ from tailorcli.errors import CheckpointError, DataError, NumericalError, first_l
 from tailorcli.files import file_digest
 from tailorcli.models.generation import sampling_generation
 from tailorcli.options import CalibrateOptions
+from tailorcli.terminal import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +94,7 @@ def write_samples(
     tokenizer: Any,
     options: CalibrateOptions,
     device: torch.device,
-    bar: Any,
+    bar: Progress,
     starts: Sequence[Start] = (),
     media_ids: Sequence[int] = (),
 ) -> Samples:

@@ -6,7 +6,9 @@ Data goes to standard output; progress, notes and errors go to standard error.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -53,6 +55,8 @@ from tailorcli.cli.output import (
     reasons,
     require_output,
     require_source,
+    say,
+    say_error,
     show_cost,
     show_merge,
     show_plan,
@@ -63,6 +67,7 @@ from tailorcli.cli.output import (
 )
 from tailorcli.errors import TailorError
 from tailorcli.options import CalibrateOptions, MergeOptions, PatchOptions, with_preset
+from tailorcli.terminal import guard_streams
 from tailorcli.units import parse_size
 
 if TYPE_CHECKING:
@@ -91,12 +96,11 @@ def friendly_errors(command: Command) -> Command:
         try:
             return command(*args, **kwargs)
         except TailorError as error:
-            typer.secho(f"error: {error.message}", err=True, fg=typer.colors.RED)
-            if error.hint:
-                typer.echo(f"  try: {error.hint}", err=True)
+            say_error(error.message, error.hint)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            typer.echo("interrupted; where it had begun to write, --resume finishes it", err=True)
+            resumable = "resume" in inspect.signature(command).parameters
+            say("interrupted" + ("; where it had begun to write, --resume finishes it" if resumable else ""), err=True)
             raise typer.Exit(130) from None
 
     return wrapped  # type: ignore[return-value]
@@ -104,7 +108,7 @@ def friendly_errors(command: Command) -> Command:
 
 def _version(shown: bool) -> None:
     if shown:
-        typer.echo(f"tailorcli {__version__}")
+        say(f"tailorcli {__version__}")
         raise typer.Exit
 
 
@@ -189,23 +193,23 @@ def calibrate(
         options,
         progress=not as_json,
         base=base,
-        announce=None if as_json else partial(typer.echo, err=True),
+        announce=None if as_json else partial(say, err=True),
         held_out=held_out,
     )
     if as_json:
         print_json(report.to_dict())
         return
     whose = " that the model wrote itself" if synthetic else ""
-    typer.echo(
+    say(
         f"{report.samples} samples{whose}, {report.tokens:,} tokens: {report.hessians} Hessians for "
         f"{report.calibrated} tensors in {output} ({format_bytes(report.bytes)}, {report.seconds:.1f} s)"
     )
     show_reasons(report.uncalibrated, "without statistics")
     show_reasons(report.notes, "note")
     if synthetic:
-        typer.echo(f"next: tailorcli patch {model} TUNED --stats STATS --retain {output} -o OUT", err=True)
+        say(f"next: tailorcli patch {model} TUNED --stats STATS --retain {output} -o OUT", err=True)
     else:
-        typer.echo(f"next: tailorcli patch {base or 'BASE'} {model} --stats {output} -o OUT", err=True)
+        say(f"next: tailorcli patch {base or 'BASE'} {model} --stats {output} -o OUT", err=True)
 
 
 @app.command()
@@ -353,7 +357,7 @@ def patch(
         )
         return
     if output is not None and not ((base if is_adapter(tuned) else tuned) / "config.json").exists():
-        typer.echo(f"note: {tuned} has no config.json, so {output} will not load with from_pretrained", err=True)
+        say(f"note: {tuned} has no config.json, so {output} will not load with from_pretrained", err=True)
     report = patch_checkpoint(
         base,
         tuned,
@@ -408,12 +412,12 @@ def apply(
         announce=None if as_json else partial(show_cost, output=output, patch_file=None),
     )
     for note in report.notes:
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {note}", err=True)
     if as_json:
         print_report(report, output, None)
         return
     totals = report.totals
-    typer.echo(f"changed {totals['kept']:,} entries in {totals['tensors_patched']} tensors")
+    say(f"changed {totals['kept']:,} entries in {totals['tensors_patched']} tensors")
     show_written(output, None, report.seconds)
 
 
@@ -483,7 +487,7 @@ def merge_multi(
         announce=None if as_json else partial(show_cost, output=output, patch_file=patch_file),
     )
     for note in report.notes:
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {note}", err=True)
     if as_json:
         print_report(report, output, patch_file)
         return
@@ -509,14 +513,14 @@ def verify(
     if as_json:
         print_json(report.to_dict())
     elif report.ok:
-        typer.echo(
+        say(
             f"{checkpoint} is right: {report.tensors} tensors, {report.entries:,} entries, of which "
             f"{report.changed:,} differ from the base"
             + (", all as the patch says" if patch_path else f"; at most {report.kept:,} may (which: pass --patch)")
         )
     else:
         count = f"{report.wrong_tensors} wrong, {len(report.problems)} of them listed"
-        typer.secho(f"error: {checkpoint} is not what it should be: {count}", err=True, fg=typer.colors.RED)
+        say_error(f"{checkpoint} is not what it should be: {count}")
         print_rich(problem_table(report.problems))
     if not report.ok:
         raise typer.Exit(1)
@@ -537,7 +541,7 @@ def inspect_command(
         from tailorcli.display.plots import plot_inspection
 
         plot_inspection(inspection, plot)
-        typer.echo(f"drew {plot}", err=True)
+        say(f"drew {plot}", err=True)
     if as_json:
         print_json(inspection.to_dict())
         return
@@ -567,9 +571,9 @@ def demo(
         print_json(report.to_dict())
         return
     print_rich(render_demo(report))
-    typer.echo("The checkpoints are yours to go on with:")
+    say("The checkpoints are yours to go on with:")
     for line in follow_up_commands(report):
-        typer.echo(f"  {line}")
+        say(f"  {line}")
 
 
 def main() -> None:
@@ -577,4 +581,8 @@ def main() -> None:
     # Read by OpenMP when torch loads: threads that wait sleep rather than spin. Spinning takes the cores from the
     # threads that read and write, and from whatever else the machine does.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app()
+    guard_streams()
+    try:
+        app()
+    finally:
+        sys.stdout.flush()  # here, where a failure is an exit code and no traceback

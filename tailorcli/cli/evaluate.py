@@ -10,7 +10,7 @@ import typer
 
 from tailorcli.cli.commands import app, friendly_errors
 from tailorcli.cli.options import AsJson, Base, Device, NoPropagate, RetainIn, StatsIn, Tuned
-from tailorcli.cli.output import print_json, print_rich
+from tailorcli.cli.output import print_json, print_rich, say
 from tailorcli.options import EvaluateOptions, PatchOptions
 
 Origin = Annotated[list[str] | None, typer.Option(metavar="NAME", help="An old task, by its name; repeatable.")]
@@ -76,23 +76,23 @@ def evaluate(
     )
     if output is not None:
         report.write(output)
-        typer.echo(f"wrote {output}", err=True)
+        say(f"wrote {output}", err=True)
     if plot is not None:
         from tailorcli.display.plots import plot_evaluation
 
         plot_evaluation(report.to_dict(), plot)
-        typer.echo(f"drew {plot}", err=True)
+        say(f"drew {plot}", err=True)
     for name, facts in report.tasks.items():
         if facts["left_out"]:
             count = f"{len(facts['left_out'])} of {facts['items'] + len(facts['left_out'])} items"
-            typer.echo(f"left out of task {name}: {count} (too long, or nothing in them to score)", err=True)
+            say(f"left out of task {name}: {count} (too long, or nothing in them to score)", err=True)
     if as_json:
         print_json(report.to_dict())
         return
     from tailorcli.display.tables import evaluation_parts
 
     print_rich(*evaluation_parts(report.to_dict()))
-    typer.echo(f"{report.seconds:.1f} s", err=True)
+    say(f"{report.seconds:.1f} s", err=True)
 
 
 @app.command()
@@ -205,17 +205,17 @@ def sweep(
         data=data,
         keep=keep,
         options=EvaluateOptions(batch_size=batch_size, seq_len=seq_len, limit=limit, device=device),
-        announce=None if as_json else partial(typer.echo, err=True),
+        announce=None if as_json else partial(say, err=True),
     )
     if plot is not None:
         from tailorcli.display.plots import plot_frontiers
 
         plot_frontiers(report.to_dict(), plot)
-        typer.echo(f"drew {plot}", err=True)
+        say(f"drew {plot}", err=True)
     if as_json:
         print_json(report.to_dict())
         return
     from tailorcli.display.tables import sweep_parts
 
     print_rich(*sweep_parts(report.to_dict()))
-    typer.echo(f"{report.seconds:.1f} s; everything is in {output}", err=True)
+    say(f"{report.seconds:.1f} s; everything is in {output}", err=True)

@@ -3,29 +3,60 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from tailorcli.terminal import printable
+
 if TYPE_CHECKING:
     from tailorcli.patchfile.report import PatchReport
     from tailorcli.runs.plan import Plan
 
 
+def say(text: str, *, err: bool = False) -> None:
+    """One line to standard output, or with ``err`` to standard error; what it quotes does nothing to a terminal."""
+    print(printable(text), file=sys.stderr if err else sys.stdout, flush=err)
+
+
+def say_error(message: str, hint: str = "") -> None:
+    """An error on standard error, red on a terminal, and what to try next."""
+    shown = f"error: {printable(message)}"
+    colored = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    print(f"\x1b[31m{shown}\x1b[0m" if colored else shown, file=sys.stderr, flush=True)
+    if hint:
+        say(f"  try: {hint}", err=True)
+
+
 def print_json(value: dict[str, Any]) -> None:
-    """JSON to standard output."""
-    typer.echo(json.dumps(value, indent=1, allow_nan=False))
+    """JSON to standard output: in ASCII, and null for a number that JSON does not have."""
+    print(json.dumps(_finite(value), indent=1, allow_nan=False).replace("\x7f", "\\u007f"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def print_rich(*parts: Any) -> None:
     """Tables to standard output; wide ones stay whole when the output is no terminal."""
     from rich.console import Console
 
-    # What is shown comes from files: names in brackets are no markup.
+    class Plain(Console):
+        """What is shown comes from files: brackets in a name are no markup, and controls are shown as escapes."""
+
+        def render_str(self, text: str, **settings: Any) -> Any:
+            return super().render_str("\n".join(map(printable, text.split("\n"))), **settings)
+
     plain: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
-    console = Console(**plain) if sys.stdout.isatty() else Console(width=200, **plain)
+    console = Plain(**plain) if sys.stdout.isatty() else Plain(width=200, **plain)
     for part in parts:
         console.print(part)
 
@@ -42,7 +73,7 @@ def show_reasons(reasons: dict[str, str], what: str) -> None:
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        typer.echo(f"{what}: {len(names)} ({reason}): {', '.join(names[:4])}{more}", err=True)
+        say(f"{what}: {len(names)} ({reason}): {', '.join(names[:4])}{more}", err=True)
 
 
 def require_output(output: Path | None, patch_file: Path | None) -> None:
@@ -79,7 +110,7 @@ def cost(plan: Plan, output: Path | None, patch_file: Path | None) -> str:
 
 def show_cost(plan: Plan, output: Path | None, patch_file: Path | None) -> None:
     """What a run is about to do and will cost, on standard error before it starts."""
-    typer.echo(cost(plan, output, patch_file), err=True)
+    say(cost(plan, output, patch_file), err=True)
 
 
 def show_plan(plan: Plan, output: Path | None, patch_file: Path | None, as_json: bool) -> None:
@@ -93,9 +124,9 @@ def show_plan(plan: Plan, output: Path | None, patch_file: Path | None, as_json:
     from tailorcli.display.tables import plan_table
 
     print_rich(plan_table(plan))
-    typer.echo(cost(plan, output, patch_file))
+    say(cost(plan, output, patch_file))
     show_reasons({tensor.name: tensor.note for tensor in plan.patched if tensor.note}, "note")
-    typer.echo("dry run: nothing was written", err=True)
+    say("dry run: nothing was written", err=True)
 
 
 def print_report(report: PatchReport, output: Path | None, patch_file: Path | None) -> None:
@@ -111,10 +142,10 @@ def show_written(output: Path | None, patch_file: Path | None, seconds: float) -
 
     if patch_file is not None:
         size = format_bytes(patch_file.stat().st_size)
-        typer.echo(f"wrote {patch_file} ({size}); apply it: tailorcli apply BASE {patch_file} -o OUT")
+        say(f"wrote {patch_file} ({size}); apply it: tailorcli apply BASE {patch_file} -o OUT")
     if output is not None:
-        typer.echo(f"wrote {output}; per tensor: tailorcli inspect {output}")
-    typer.echo(f"{seconds:.1f} s", err=True)
+        say(f"wrote {output}; per tensor: tailorcli inspect {output}")
+    say(f"{seconds:.1f} s", err=True)
 
 
 def show_summary(report: dict[str, Any]) -> None:
@@ -122,29 +153,29 @@ def show_summary(report: dict[str, Any]) -> None:
     from tailorcli.units import format_share
 
     totals = report["totals"]
-    typer.echo(
+    say(
         f"kept {totals['kept']:,} of {totals['numel']:,} entries ({format_share(totals['density'])}), which hold "
         f"{format_share(totals['delta_share_kept'])} of the squared change"
     )
     if totals["error_before"] is not None:
         how = report["options"]["solver"] if report["options"]["method"] == "tailor" else report["options"]["method"]
-        typer.echo(
+        say(
             f"mean layer error against the tuned model: {format_share(totals['error_before'])} before compensation, "
             f"{format_share(totals['error_after'])} after ({how})"
         )
     if "drift" in totals:
-        typer.echo(
+        say(
             f"mean drift on the retained data: {format_share(totals['drift'])} of the tuned model's (0% is the base; "
             f"retain weight {report['options']['retain_weight']:g})"
         )
     if "propagated" in totals:
-        typer.echo(
+        say(
             f"propagated: {totals['propagated']} layers fitted again from the patched model's inputs, which patching "
             f"moves by {format_share(totals['input_shift'])} of their energy on the new task, "
             f"{format_share(totals['retained_input_shift'])} on the retained data"
         )
     if totals["damped_further"]:
-        typer.echo(f"damped further than asked: {', '.join(totals['damped_further'])}", err=True)
+        say(f"damped further than asked: {', '.join(totals['damped_further'])}", err=True)
     show_reasons(reasons(report["tensors"]), "left at base")
 
 
@@ -154,19 +185,19 @@ def show_merge(report: dict[str, Any]) -> None:
 
     totals, tasks = report["totals"], report["options"]["tasks"]
     kept = ", ".join(f"{task} {count:,}" for task, count in zip(tasks, totals["kept_by"], strict=True))
-    typer.echo(
+    say(
         f"merged {len(tasks)} tasks ({report['options']['method']}): {totals['kept']:,} of {totals['numel']:,} entries "
         f"({format_share(totals['density'])}); kept by {kept}; by all {totals['kept_by_all']:,} "
         f"(Jaccard {format_share(totals['jaccard'])}), {totals['sign_conflicts']:,} with changes of both signs"
     )
     if totals["errors"] is not None:
         errors = ", ".join(f"{task} {format_share(e)}" for task, e in zip(tasks, totals["errors"], strict=True))
-        typer.echo(f"mean layer error against each tuned model: {errors}")
+        say(f"mean layer error against each tuned model: {errors}")
     for method, count in totals["methods"].items():
         if method != report["options"]["method"]:
-            typer.echo(f"{count} tensors by {method}", err=True)
+            say(f"{count} tensors by {method}", err=True)
     if totals["damped_further"]:
-        typer.echo(f"damped further than asked: {', '.join(totals['damped_further'])}", err=True)
+        say(f"damped further than asked: {', '.join(totals['damped_further'])}", err=True)
     show_reasons(reasons(report["tensors"]), "left at base")
 
 

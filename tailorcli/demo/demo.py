@@ -39,6 +39,7 @@ from tailorcli.device import StageTimer
 from tailorcli.errors import OutputError
 from tailorcli.files import PathLike
 from tailorcli.options import CalibrateOptions, PatchOptions, Solver
+from tailorcli.terminal import Progress
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -333,27 +334,35 @@ def _train(
     optimizer = torch.optim.AdamW(network.parameters(), phase.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     warm_up = max(1, min(20, phase.steps // 5))
     network.train()
-    for step in (bar := _bar(range(phase.steps), title, progress)):
-        decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / phase.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = phase.learning_rate * decay * min(1.0, (step + 1) / warm_up)
-        starts = [torch.randint(len(stream) - length, (per_text, 1), generator=generator) for stream in streams]
-        batch = torch.cat([stream[start + offsets] for stream, start in zip(streams, starts, strict=True)])  # (B, T+1)
-        logits = network(input_ids=batch[:, :-1], use_cache=False).logits
-        loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        if step % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.2f}")
+    with Progress(title, phase.steps, "steps", shown=progress) as bar:
+        for step in range(phase.steps):
+            decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / phase.steps))
+            for group in optimizer.param_groups:
+                group["lr"] = phase.learning_rate * decay * min(1.0, (step + 1) / warm_up)
+            starts = [torch.randint(len(stream) - length, (per_text, 1), generator=generator) for stream in streams]
+            windows = [stream[start + offsets] for stream, start in zip(streams, starts, strict=True)]
+            batch = torch.cat(windows)  # (B, T+1)
+            logits = network(input_ids=batch[:, :-1], use_cache=False).logits
+            loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            if step % 10 == 0:
+                bar.note(f"loss {loss.item():.2f}")
+            bar.update()
 
 
-def _bar(items: Iterable[Any], title: str, progress: bool) -> Any:
-    """Go over ``items`` with a progress bar on standard error; with none if that is not a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(items, desc=title, disable=None if progress else True, leave=False)
+def _measure_all(
+    candidates: Iterable[_Candidate], texts: dict[str, list[str]], title: str, progress: bool
+) -> dict[_Candidate, DemoRow]:
+    measured: dict[_Candidate, DemoRow] = {}
+    found = list(candidates)
+    with Progress(title, len(found), "models", shown=progress) as bar:
+        for candidate in found:
+            measured[candidate] = _measure(candidate, texts)
+            bar.update()
+    return measured
 
 
 def _save(network: Any, path: Path) -> None:
@@ -401,21 +410,23 @@ def _compare(
     mixed = [_Candidate("interpolation", f"weight {w}", base, tuned, w) for w in settings.weights]
     points = dict.fromkeys((_DEFAULT, _PAPER, *settings.operating_points))
     patched = {point: _patched(folder, *point) for point in points}
-    with timer.stage("patch"):
+    with timer.stage("patch"), Progress("patching", len(patched), "models", shown=progress) as bar:
         for (solver, density, retained), candidate in patched.items():
             options = PatchOptions(density, solver=solver, device="cpu")
             retain = folder / "base-stats" if retained else None
             patch_checkpoint(base, tuned, candidate.path, folder / "stats", options, retain=retain)
+            bar.update()
     with timer.stage("validate"):
         texts = {n: samples(task.validation, settings.window, settings.validation_samples) for n, task in tasks.items()}
-        tried = _bar([*mixed, *patched.values()], "choosing on validation", progress)
-        scores = {candidate: _measure(candidate, texts).h_score for candidate in tried}
+        tried = _measure_all([*mixed, *patched.values()], texts, "choosing on validation", progress)
+        scores = {candidate: row.h_score for candidate, row in tried.items()}
     best_mixed, best_patched = max(mixed, key=scores.__getitem__), max(patched.values(), key=scores.__getitem__)
     shown = {_Candidate("base", "", base): "", _Candidate("tuned", "", tuned): "", best_mixed: _CHOSEN}
     shown |= {patched[_DEFAULT]: "default", patched[_PAPER]: "the paper's"}
     shown[best_patched] = ", ".join(filter(None, (shown.get(best_patched), _CHOSEN)))
     with timer.stage("test"):
-        rows = [replace(_measure(c, test), note=note) for c, note in _bar(shown.items(), "testing", progress)]
+        tested = _measure_all(shown, test, "testing", progress)
+        rows = [replace(tested[candidate], note=note) for candidate, note in shown.items()]
     return rows, {f"{candidate.model}, {candidate.setting}": score for candidate, score in scores.items()}
 
 

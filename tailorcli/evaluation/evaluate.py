@@ -21,6 +21,7 @@ from tailorcli.files import PathLike, as_output_error, write_text_atomically
 from tailorcli.models.config import num_positions, read_config
 from tailorcli.models.loading import check_shapes, load_encoder, load_model, package_versions
 from tailorcli.options import EvaluateOptions
+from tailorcli.terminal import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -205,13 +206,12 @@ def _evaluate(
 ) -> tuple[dict[str, TaskScores], str]:
     """One model's scores and the dtype that it ran in; nothing of it stays in memory."""
     import torch
-    from tqdm import tqdm
 
     from tailorcli.evaluation.predict import evaluate_network
 
     network = load_model(checkpoint, read_config(checkpoint.path), options).to(device)
     rows = sum(len(item.rows) for task in tasks.values() for item in task.items)
-    with tqdm(total=rows, desc=f"evaluating {name}", unit="row", disable=None if progress else True) as bar:
+    with Progress(f"evaluating {name}", rows, "rows", shown=progress) as bar:
         try:
             scores = evaluate_network(network, tasks, options, advance=bar.update)
         except TailorError as error:

@@ -88,7 +88,7 @@ def merge_patches(
         outputs = stack.enter_context(target.open(plan, inputs.base, identity, _manifest(inputs, facts, options), side))
         records = dict(outputs.done)
         bar = stack.enter_context(progress_bar(plan.tensors, "merging", progress))
-        bar.update(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
+        bar.start_at(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
         todo = [tensor for tensor in plan.tensors if tensor.name not in records]
         digests = {name: tensor.digest for name, tensor in inputs.tasks[0].patch.base.items()}
         try:

@@ -83,7 +83,7 @@ def apply_patch(
             file.check_base(opened, thorough=True)  # before what is there is given up
         outputs = stack.enter_context(target.open(plan, opened, identity, {}, side))
         bar = stack.enter_context(progress_bar(plan.tensors, "applying", progress))
-        bar.update(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in outputs.done))
+        bar.start_at(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in outputs.done))
         todo = [tensor for tensor in plan.tensors if tensor.name not in outputs.done]
         try:
             for tensor, patched in _patched_tensors(todo, opened, file):

@@ -24,6 +24,7 @@ from tailorcli.models.loading import aliases, check_shapes, expected_names, load
 from tailorcli.models.places import Place, map_names
 from tailorcli.options import CalibrateOptions, PatchOptions
 from tailorcli.runs.plan import Plan, TensorPlan
+from tailorcli.terminal import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -161,7 +162,6 @@ def train_masks(
     With ``threshold`` "tensor" each tensor keeps exactly round(density * numel) entries, with "global" all together.
     """
     import torch
-    from tqdm import trange
 
     settings = CalibrateOptions(
         num_samples=options.graft_steps * options.batch_size or 1, seq_len=_SEQ_LEN, seed=options.seed
@@ -175,10 +175,12 @@ def train_masks(
     network.to(device).requires_grad_(False)
     trained = _start(tensors, places, network, base, tuned, options, device)
     batches = _batches(samples, options.batch_size)
-    for _ in trange(options.graft_steps, desc="grafting", disable=None if progress else True, leave=False):
-        _mix(trained)
-        _backward(network, next(batches), device)
-        _step(trained, options.graft_rate)
+    with Progress("grafting", options.graft_steps, "steps", shown=progress) as bar:
+        for _ in range(options.graft_steps):
+            _mix(trained)
+            _backward(network, next(batches), device)
+            _step(trained, options.graft_rate)
+            bar.update()
     with torch.no_grad():
         return _top(trained, options)
 

@@ -150,7 +150,7 @@ def patch_checkpoint(
         outputs = stack.enter_context(target.open(plan, inputs.base, identity, manifest, side))
         records = dict(outputs.done)
         bar = stack.enter_context(progress_bar(plan.tensors, "patching", progress))
-        bar.update(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
+        bar.start_at(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
         todo = [tensor for tensor in plan.tensors if tensor.name not in records]
         with timer.stage("masks"), exact_float32(), device_errors():
             trained, masks = _masks_first(target, plan, records, inputs, options, identity, device, progress)

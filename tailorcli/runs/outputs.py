@@ -22,6 +22,7 @@ from tailorcli.patchfile.reader import SUFFIX, PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, RUN_FILE, PatchReport, load_report
 from tailorcli.patchfile.writer import PatchWriter
 from tailorcli.runs.plan import Plan
+from tailorcli.terminal import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -298,12 +299,9 @@ def write_report(report: PatchReport, path: Any) -> None:
         raise as_output_error(target, error) from error
 
 
-def progress_bar(tensors: Iterable[Any], what: str, shown: bool) -> Any:
-    """A progress bar over bytes, on standard error."""
-    from tqdm import tqdm
-
-    total = sum(tensor.nbytes for tensor in tensors)
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None if shown else True, leave=False)
+def progress_bar(tensors: Iterable[Any], what: str, shown: bool) -> Progress:
+    """Progress through the bytes of ``tensors``."""
+    return Progress(what, sum(tensor.nbytes for tensor in tensors), "B", shown=shown)
 
 
 def existing_parent(path: Path) -> Path:
