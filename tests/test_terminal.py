@@ -85,7 +85,6 @@ def test_names_from_files_and_paths_do_nothing_to_a_terminal(hostile, tmp_path):
     [
         ("inspect", f"/nowhere/{HOSTILE}"),
         ("patch", "base", "tuned", f"--{HOSTILE}"),
-        ("patch", "base", "tuned", "-o", "x", "--density", HOSTILE),
         (HOSTILE,),
         ("evaluate", "base", "--task", HOSTILE),
         ("hscore", HOSTILE, "--origin", HOSTILE, "--target", "b"),
