@@ -6,6 +6,8 @@ bug and keeps its traceback.
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from pathlib import Path
 
 
@@ -19,6 +21,12 @@ class TailorError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+@cache
+def note(message: str) -> None:
+    """Tell the user, once, of something that is no error: on standard error, if no handler of logging takes it."""
+    logging.getLogger("tailorcli").warning("note: %s", message)
 
 
 def first_line(error: Exception) -> str:

@@ -203,7 +203,9 @@ def tuned_side_files(tuned: Checkpoint) -> dict[Path, Path]:
     the adapter.
     """
     if not isinstance(tuned, AdaptedCheckpoint):
-        return {relative: tuned.path / relative for relative in side_files(tuned.path)}
+        # An adapter's config beside full weights stayed there when it was merged into them.
+        own = [relative for relative in side_files(tuned.path) if relative.name != CONFIG_FILE]
+        return {relative: tuned.path / relative for relative in own}
     base = tuned.base.path
     files = {relative: base / relative for relative in side_files(base) if relative.name != CONFIG_FILE}
     own = [relative for relative in side_files(tuned.path) if relative.parts[0] in (*_TOKENIZER, *_TEMPLATES)]

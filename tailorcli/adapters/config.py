@@ -162,7 +162,8 @@ def _checked(file: Path, config: dict[str, Any], name: str, default: Any, check:
 
 
 def _flag(file: Path, config: dict[str, Any], name: str) -> bool:
-    return bool(_checked(file, config, name, False, lambda value: isinstance(value, bool), "true or false"))
+    """A setting that is on or off; null is off, as it is to PEFT."""
+    return bool(_checked(file, config, name, False, lambda value: isinstance(value, bool | None), "true or false"))
 
 
 def _pattern(

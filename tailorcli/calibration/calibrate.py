@@ -26,11 +26,18 @@ from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.data.records import read_records
 from tailorcli.data.samples import Samples, draw_samples
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
-from tailorcli.errors import CheckpointError, OptionsError
+from tailorcli.errors import CheckpointError, OptionsError, note
 from tailorcli.files import PathLike, as_output_error, write_text_atomically
-from tailorcli.models.config import num_positions, processor_folder, read_config
+from tailorcli.models.config import processor_folder, read_config
 from tailorcli.models.layers import Layer
-from tailorcli.models.loading import check_shapes, expected_names, load_encoder, load_model, package_versions
+from tailorcli.models.loading import (
+    check_shapes,
+    expected_names,
+    load_encoder,
+    load_model,
+    most_tokens,
+    package_versions,
+)
 from tailorcli.models.places import Place
 from tailorcli.models.skeleton import empty_model
 from tailorcli.options import CalibrateOptions, matches
@@ -149,6 +156,8 @@ def _open(model: Path, base: PathLike | None, stack: ExitStack) -> tuple[Checkpo
         if base is not None:
             raise OptionsError(f"--base is for adapters, but {model} is none", "leave --base out")
         checkpoint = stack.enter_context(open_checkpoint(model))
+        if (model / CONFIG_FILE).exists():
+            note(f"{model} holds full weights, which are taken as they are: the adapter beside them is not applied")
         return checkpoint, checkpoint
     stored = stack.enter_context(open_checkpoint(_named_base(model) if base is None else base))
     return stored, stack.enter_context(open_tuned(model, stored))
@@ -172,7 +181,7 @@ def _draw(data: Path, stored: Checkpoint, folder: Path, config: dict[str, Any], 
     """The samples, as the model's own tokenizer or processor makes them; a tokenizer may lie with an adapter."""
     records = read_records(data, options.text_mode)
     has_media = any(record.has_media for record in records)
-    seq_len = min(options.length, num_positions(config))
+    seq_len = min(options.length, most_tokens(stored, config, options))
     encoder = load_encoder(processor_folder(folder, stored.path, has_media), stored.path, has_media, options)
     return draw_samples(data, records, encoder.encode, replace(options, seq_len=seq_len))
 
@@ -221,7 +230,7 @@ def _self_written(
             "write samples there",
             "pass --data FILE, which goes block by block",
         )
-    options = replace(options, seq_len=min(options.length, num_positions(config)))
+    options = replace(options, seq_len=min(options.length, most_tokens(stored, config, options)))
     records = [] if data is None else read_starts(data)
     network = load_model(stored, config, options)
     require_writer(network)  # before its tokenizer, which a vision model has none of

@@ -18,8 +18,8 @@ from tailorcli.errors import CheckpointError, DataError, OptionsError, TailorErr
 from tailorcli.evaluation.metrics import LEVEL, Estimate, Roles, TaskScores, check_roles, compare
 from tailorcli.evaluation.tasks import EncodedTask, Task, encode_task, read_tasks
 from tailorcli.files import PathLike, as_output_error, write_text_atomically
-from tailorcli.models.config import num_positions, read_config
-from tailorcli.models.loading import check_shapes, load_encoder, load_model, package_versions
+from tailorcli.models.config import read_config
+from tailorcli.models.loading import check_shapes, load_encoder, load_model, most_tokens, package_versions
 from tailorcli.options import EvaluateOptions
 from tailorcli.terminal import Progress
 
@@ -162,7 +162,7 @@ def encode_for_all(
     keys = {}
     for name, checkpoint in checkpoints.items():
         encoder = load_encoder(checkpoint.path, checkpoint.path, has_media, options)
-        positions = num_positions(read_config(checkpoint.path))
+        positions = most_tokens(checkpoint, read_config(checkpoint.path), options)
         keys[name] = (_tokenizer_digest(checkpoint.path), positions, encoder.start_token)
         if keys[name] not in made:
             made[keys[name]] = {task.name: encode_task(task, encoder, options, positions) for task in tasks}

@@ -20,7 +20,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def num_positions(config: dict[str, Any]) -> int:
-    """Positions that the model knows: a longer sample would leave its table, or what it was trained for."""
+    """Positions that a config names: a longer sample would leave the model's table, or what it was trained for."""
     text_config = config.get("text_config")
     for fields in (config, text_config if isinstance(text_config, dict) else {}):
         for name in _POSITIONS:

@@ -9,17 +9,18 @@ import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tailorcli._version import __version__
 from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.header import PATCHABLE_DTYPES
 from tailorcli.data.encoder import Encoder
-from tailorcli.errors import CheckpointError, first_line
-from tailorcli.models.config import read_config
+from tailorcli.errors import CheckpointError, first_line, note
+from tailorcli.models.config import num_positions, read_config
 from tailorcli.options import LoadOptions
 
-if TYPE_CHECKING:
-    pass
+# Files of an adapter that was merged into these very weights may lie beside them: transformers would apply it again.
+_NO_ADAPTER = {"subfolder": "an adapter that was merged"}
 
 
 def load_encoder(folder: Path, model: Path, has_media: bool, options: LoadOptions) -> Encoder:
@@ -36,7 +37,7 @@ def load_encoder(folder: Path, model: Path, has_media: bool, options: LoadOption
                 model, local_files_only=True, trust_remote_code=options.trust_remote_code
             )
         except Exception as error:  # transformers raises whatever its parts raise
-            raise cannot_load(model, read_config(model), error) from error
+            raise cannot_load(model, read_config(model), error, options) from error
     if getattr(config, "is_encoder_decoder", False):
         tokens = (getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"))
         start = next((token for token in tokens if isinstance(token, int)), 0)
@@ -66,10 +67,61 @@ def model_class_of(config: dict[str, Any], options: LoadOptions) -> Any:
     import transformers
 
     architectures = config.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
-    if options.trust_remote_code and "auto_map" in config:
-        return transformers.AutoModelForCausalLM
-    return getattr(transformers, str(name), transformers.AutoModelForCausalLM)
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    automatic = transformers.AutoModelForCausalLM
+    if options.trust_remote_code and isinstance(config.get("auto_map"), dict):
+        own = {
+            auto: str(code).rpartition(".")[2]
+            for auto, code in config["auto_map"].items()
+            if auto.startswith("AutoModel") and hasattr(transformers, auto)
+        }
+        # That of the class which was saved; of several alike the one that has a head.
+        ranked = sorted(own, key=lambda auto: (own[auto] != name, auto != automatic.__name__, auto == "AutoModel"))
+        if ranked:
+            return getattr(transformers, ranked[0])
+    return getattr(transformers, name, automatic)
+
+
+def described(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions) -> Any:
+    """The configuration by which the model is run here, which is its own but for two things, each told in a note.
+
+    A quantization that its weights no longer have (it stays behind where an adapter was merged in full precision)
+    is left out, and so is a kernel for its attention that this machine lacks. Raises CheckpointError.
+    """
+    import torch
+    import transformers
+
+    path, trust = checkpoint.path, {"trust_remote_code": options.trust_remote_code}
+    with quiet_transformers():
+        try:
+            found = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **trust)
+            parts = [found, *(getattr(found, name, None) for name in getattr(found, "sub_configs", ()))]
+            dtypes = {info.dtype for info in checkpoint.tensors.values()}
+            for part in parts if dtypes <= {*PATCHABLE_DTYPES, "BOOL", "I64"} else ():  # nothing packed or in eight bits
+                if getattr(part, "quantization_config", None) is not None:
+                    del part.quantization_config
+                    if not checkpoint.dequantized:
+                        note(f"{path} is stored in full precision: its config's quantization_config is left out")
+            asked = {getattr(part, "_attn_implementation", None) for part in parts} - {None, "eager", "sdpa"}
+            if asked:
+                try:
+                    _on_meta(model_class_of(config, options), found, trust, torch)
+                except Exception:  # whatever transformers, or a kernel's own package, makes of its absence
+                    found._attn_implementation = None
+                    name = sorted(map(str, asked))[0]
+                    note(f"{path} asks for {name}, which is not installed: torch's own attention stands in for it")
+        except Exception as error:  # transformers raises whatever its parts raise
+            raise cannot_load(path, config, error, options) from error
+    return found
+
+
+def _on_meta(model_class: Any, config: Any, trust: dict[str, bool], torch: Any) -> Any:
+    """A model of this config that takes no memory and has no weights."""
+    import transformers
+
+    with torch.device("meta"):
+        automatic = not issubclass(model_class, transformers.PreTrainedModel)
+        return model_class.from_config(config, **trust) if automatic else model_class(config)
 
 
 def load_model(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions) -> Any:
@@ -83,17 +135,20 @@ def load_model(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOpti
     path = checkpoint.path
     model_class = model_class_of(config, options)
     dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
+    own = described(checkpoint, config, options)
     with quiet_transformers():
         try:
             network, info = model_class.from_pretrained(
                 path,
+                config=own,
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=options.trust_remote_code,
                 output_loading_info=True,
+                adapter_kwargs=_NO_ADAPTER,
             )
         except Exception as error:  # transformers raises whatever its parts raise
-            raise cannot_load(path, config, error) from error
+            raise cannot_load(path, config, error, options) from error
     require_all(path, info.get("missing_keys") or ())
     return prepared(network)
 
@@ -163,20 +218,16 @@ def check_shapes(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOp
     transformers would fill what is missing with random numbers before it says so, however large it is.
     """
     import torch
-    import transformers
 
     path, trust = checkpoint.path, {"trust_remote_code": options.trust_remote_code}
-    model_class = model_class_of(config, options)
+    own = described(checkpoint, config, options)
+    if getattr(own, "quantization_config", None) is not None:
+        return  # stored in other shapes on purpose
     with quiet_transformers():
         try:
-            described = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **trust)
-            if getattr(described, "quantization_config", None) is not None:
-                return  # stored in other shapes on purpose
-            with torch.device("meta"):
-                automatic = not issubclass(model_class, transformers.PreTrainedModel)
-                empty = model_class.from_config(described, **trust) if automatic else model_class(described)
+            empty = _on_meta(model_class_of(config, options), own, trust, torch)
         except Exception as error:  # transformers raises whatever its parts raise
-            raise cannot_load(path, config, error) from error
+            raise cannot_load(path, config, error, options) from error
     hint = "save model and config again, together"
     for name, parameter in empty.named_parameters(remove_duplicate=False):
         info = checkpoint.tensors.get(name)
@@ -189,11 +240,38 @@ def check_shapes(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOp
         raise CheckpointError(f"{path} does not fit its config.json: {numbers}", hint)
 
 
-def cannot_load(path: Path, config: dict[str, Any], error: Exception) -> CheckpointError:
+def most_tokens(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions) -> int:
+    """Tokens that a sample may have: the positions that the config names, or those that a table of them has left.
+
+    A table with a row for padding (RoBERTa's and its kin's) counts from the row after it, so that the first
+    ``padding_idx`` + 1 rows are no token's position. Raises CheckpointError.
+    """
+    import torch
+
+    limit, own = num_positions(config), described(checkpoint, config, options)
+    with quiet_transformers():
+        try:
+            empty = _on_meta(
+                model_class_of(config, options), own, {"trust_remote_code": options.trust_remote_code}, torch
+            )
+        except Exception as error:  # transformers raises whatever its parts raise
+            raise cannot_load(checkpoint.path, config, error, options) from error
+    for name, module in empty.named_modules():
+        padding, rows = getattr(module, "padding_idx", None), getattr(module, "num_embeddings", None)
+        if "position" in name.rpartition(".")[2] and isinstance(padding, int) and isinstance(rows, int):
+            limit = min(limit, rows - padding - 1)
+    return limit
+
+
+def cannot_load(path: Path, config: dict[str, Any], error: Exception, options: LoadOptions) -> CheckpointError:
     """The user's error for a model that transformers refuses."""
     hint = "see that its config.json belongs to these weights and names an architecture of transformers"
-    if "auto_map" in config:
+    if "auto_map" in config and not options.trust_remote_code:
         hint = "pass --trust-remote-code if you trust its code"
+    elif isinstance(error, ImportError):
+        hint = "install the packages that it needs"
+    elif "auto_map" in config:
+        hint = "see that its own code fits this version of transformers, and its config.json these weights"
     return CheckpointError(f"transformers cannot load {path}: {first_line(error)}", hint)
 
 

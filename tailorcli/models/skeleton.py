@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.errors import CheckpointError
-from tailorcli.models.loading import cannot_load, model_class_of, prepared, quiet_transformers
+from tailorcli.models.loading import cannot_load, described, model_class_of, prepared, quiet_transformers
 from tailorcli.options import LoadOptions
 
 if TYPE_CHECKING:
@@ -22,19 +22,16 @@ def empty_model(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOpt
     import transformers
 
     model_class = model_class_of(config, options)
+    own = described(checkpoint, config, options)
     with quiet_transformers():
         try:
-            trust = {"trust_remote_code": options.trust_remote_code}
-            described = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, **trust)
-            if checkpoint.dequantized:
-                del described.quantization_config
-            dtype = run_dtype(checkpoint, described, options)
+            dtype = run_dtype(checkpoint, own, options)
             with _parameters_on_meta(torch):
                 if issubclass(model_class, transformers.PreTrainedModel):
-                    return prepared(model_class._from_config(described, dtype=dtype))
-                return prepared(model_class.from_config(described, dtype=dtype, **trust))
+                    return prepared(model_class._from_config(own, dtype=dtype))
+                return prepared(model_class.from_config(own, dtype=dtype, trust_remote_code=options.trust_remote_code))
         except Exception as error:  # transformers raises whatever its parts raise
-            raise cannot_load(checkpoint.path, config, error) from error
+            raise cannot_load(checkpoint.path, config, error, options) from error
 
 
 def run_dtype(checkpoint: Checkpoint, config: Any, options: LoadOptions) -> torch.dtype:

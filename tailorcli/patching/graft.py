@@ -19,8 +19,8 @@ from tailorcli.data.records import Record, read_records
 from tailorcli.data.samples import draw_samples, make_batches
 from tailorcli.errors import CheckpointError, DataError, NumericalError, OptionsError, OutputError, first_line
 from tailorcli.files import PathLike
-from tailorcli.models.config import num_positions, processor_folder, read_config
-from tailorcli.models.loading import aliases, check_shapes, expected_names, load_encoder, load_model
+from tailorcli.models.config import processor_folder, read_config
+from tailorcli.models.loading import aliases, check_shapes, expected_names, load_encoder, load_model, most_tokens
 from tailorcli.models.places import Place, map_names
 from tailorcli.options import CalibrateOptions, PatchOptions
 from tailorcli.runs.plan import Plan, TensorPlan
@@ -195,7 +195,7 @@ def _samples(
     encoder = load_encoder(folder, base.path, has_media, settings)
     if encoder.start_token is not None:
         raise OptionsError(f"{base.path} is an encoder-decoder, and graft trains causal language models", "")
-    length = min(settings.length, num_positions(config))
+    length = min(settings.length, most_tokens(base, config, settings))
 
     def encode(record: Record, seq_len: int) -> Inputs | None:
         inputs = encoder.encode(record, min(seq_len, length))

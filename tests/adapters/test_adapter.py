@@ -648,3 +648,12 @@ def test_mutated_headers_open_or_are_refused(adapter):
         path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
         outcomes[opens(adapter)] += 1
     assert outcomes[False] > 150
+
+
+@pytest.mark.parametrize("flag", ["fan_in_fan_out", "use_rslora", "use_dora", "lora_bias"])
+def test_null_where_peft_has_a_flag_is_off(adapter, flag):
+    with open_tuned(adapter / "adapter", Checkpoint.open(adapter / "base")) as before:
+        expected = {name: before.read(name) for name in before.changed}
+    edit_config(adapter, **{flag: None})
+    with open_tuned(adapter / "adapter", Checkpoint.open(adapter / "base")) as after:
+        assert all(torch.equal(after.read(name), value) for name, value in expected.items())

@@ -1,0 +1,192 @@
+"""Folders as they come: leftovers beside the weights, kernels that are not installed, code of the model's own."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+import transformers
+from helpers import (
+    make_adapter,
+    make_model,
+    make_pair,
+    make_tokenizer,
+    perturb,
+    read_tensors,
+    refused,
+    run,
+    write_data,
+)
+
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.errors import CheckpointError
+from tailorcli.models.config import read_config
+from tailorcli.models.loading import load_model, model_class_of, most_tokens
+from tailorcli.models.skeleton import empty_model
+from tailorcli.options import CalibrateOptions
+
+IDS = torch.arange(2, 22)[None]
+TRUSTED = CalibrateOptions(trust_remote_code=True)
+
+
+def edit_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def logits_of(folder, options=CalibrateOptions()):
+    with Checkpoint.open(folder) as checkpoint, torch.no_grad():
+        return load_model(checkpoint, read_config(folder), options)(input_ids=IDS).logits
+
+
+@pytest.fixture(scope="module")
+def merged_beside(tmp_path_factory):
+    """``tuned``: a merged model saved into the folder of its adapter; ``merged``: the same model alone."""
+    folder = make_adapter(
+        tmp_path_factory.mktemp("merged"), target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
+    shutil.copytree(folder / "merged", folder / "tuned")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(folder / "adapter" / name, folder / "tuned")
+    write_data(folder / "data.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize("blockwise", ["never", "always"])
+def test_an_adapter_beside_the_weights_it_was_merged_into_is_not_applied_again(
+    merged_beside, tmp_path, caplog, blockwise
+):
+    found = {}
+    for name in ("merged", "tuned"):
+        how = ["--data", merged_beside / "data.jsonl", "--blockwise", blockwise]
+        run("calibrate", merged_beside / name, *how, "-o", tmp_path / name)
+        found[name] = read_tensors(tmp_path / name)
+    assert blockwise == "always" or "tuned holds full weights, which are taken as they are" in caplog.text  # told once
+    assert found["merged"].keys() == found["tuned"].keys()
+    assert all(torch.equal(value, found["tuned"][name]) for name, value in found["merged"].items())
+
+
+def test_a_patch_from_such_a_folder_loads_and_has_no_adapter(merged_beside, tmp_path):
+    out = tmp_path / "out"
+    run("patch", merged_beside / "base", merged_beside / "tuned", "--method", "magnitude", "--density", 1, "-o", out)
+    assert not (out / "adapter_config.json").exists()
+    with torch.no_grad():
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(out)(IDS).logits
+        expected = transformers.AutoModelForCausalLM.from_pretrained(merged_beside / "merged")(IDS).logits
+    assert torch.equal(loaded, expected)
+    assert torch.equal(logits_of(merged_beside / "tuned"), expected)
+
+
+def test_a_quantization_that_the_weights_have_lost_is_left_out(tmp_path, caplog):
+    folder = make_pair(tmp_path)
+    expected = logits_of(folder / "tuned")
+    leftover = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    edit_config(folder / "tuned", quantization_config=leftover)
+    with caplog.at_level(logging.WARNING, "tailorcli"):
+        assert torch.equal(logits_of(folder / "tuned"), expected)
+    assert "stored in full precision" in caplog.text
+    run("calibrate", folder / "tuned", "--data", folder / "data.jsonl", "-o", folder / "stats", "--blockwise", "always")
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3"])
+def test_an_attention_that_is_not_installed_gives_way_to_that_of_torch(tmp_path, caplog, implementation):
+    folder = make_pair(tmp_path)
+    expected = logits_of(folder / "tuned")
+    edit_config(folder / "tuned", attn_implementation=implementation)
+    with pytest.raises(ImportError):
+        transformers.AutoModelForCausalLM.from_pretrained(folder / "tuned")
+    with caplog.at_level(logging.WARNING, "tailorcli"):
+        assert torch.equal(logits_of(folder / "tuned"), expected)
+    assert f"asks for {implementation}, which is not installed" in caplog.text
+    with Checkpoint.open(folder / "tuned") as checkpoint:
+        assert empty_model(checkpoint, read_config(folder / "tuned"), CalibrateOptions()) is not None
+    edit_config(folder / "tuned", attn_implementation="eager")
+    with Checkpoint.open(folder / "tuned") as checkpoint:
+        eager = load_model(checkpoint, read_config(folder / "tuned"), CalibrateOptions())
+    assert eager.config._attn_implementation == "eager"  # what there is, is kept
+
+
+def roberta(kind):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes |= {"vocab_size": 100, "max_position_embeddings": 34, "pad_token_id": 1}
+    return getattr(transformers, f"{kind}ForMaskedLM")(getattr(transformers, f"{kind}Config")(**sizes))
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("Roberta", 32), ("Camembert", 32), ("MPNet", 32), ("Bert", 34)])
+def test_positions_that_start_after_the_padding_are_fewer(tmp_path, kind, limit):
+    folder = tmp_path / "model"
+    model = roberta(kind)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    with Checkpoint.open(folder) as checkpoint:
+        assert most_tokens(checkpoint, read_config(folder), CalibrateOptions()) == limit
+    with torch.no_grad():
+        model(torch.full((1, limit), 5))  # no token more
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, limit + 1), 5))
+    write_data(tmp_path / "data.jsonl", 12)
+    run("calibrate", folder, "--data", tmp_path / "data.jsonl", "-o", tmp_path / "stats")
+    lengths = [len(value[0]) for name, value in read_tensors(tmp_path / "stats").items() if name.endswith("input_ids")]
+    assert max(lengths) == limit
+
+
+OWN_CODE = """
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
+class OwnConfig(PretrainedConfig):
+    model_type = "own-wrapper"
+    def __init__(self, llm=None, **more):
+        super().__init__(**more)
+        self.llm = llm or {}
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.language_model = LlamaForCausalLM(LlamaConfig(**config.llm))
+        self.post_init()
+    def forward(self, input_ids=None, **more):
+        return self.language_model(input_ids=input_ids)
+"""
+
+
+def make_own(folder, auto):
+    """A Llama inside a wrapper whose code lies with the weights, as ``auto`` of transformers loads it."""
+    llama = perturb(make_model())
+    folder.mkdir()
+    make_tokenizer().save_pretrained(folder)
+    from safetensors.torch import save_file
+
+    tensors = {f"language_model.{name}": value.contiguous() for name, value in llama.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "modeling_own.py").write_text(OWN_CODE)
+    auto_map = {"AutoConfig": "modeling_own.OwnConfig"} | dict.fromkeys(auto, "modeling_own.OwnModel")
+    config = {"model_type": "own-wrapper", "architectures": ["OwnModel"], "auto_map": auto_map}
+    (folder / "config.json").write_text(json.dumps(config | {"llm": llama.config.to_dict(), "dtype": "float32"}))
+    return llama.eval()
+
+
+@pytest.mark.parametrize("auto", [["AutoModel"], ["AutoModelForMaskedLM"], ["AutoModel", "AutoModelForCausalLM"]])
+def test_code_of_the_model_s_own_is_loaded_by_the_automatic_class_that_it_names(tmp_path, auto):
+    folder = tmp_path / "own"
+    llama = make_own(folder, auto)
+    assert model_class_of(read_config(folder), TRUSTED).__name__ == auto[-1]
+    with torch.no_grad():
+        assert torch.allclose(logits_of(folder, TRUSTED), llama(IDS).logits, atol=1e-6)
+
+
+def test_hints_never_advise_an_option_that_is_given(tmp_path):
+    folder = tmp_path / "own"
+    make_own(folder, ["AutoModel"])
+    write_data(tmp_path / "data.jsonl")
+    how = [folder, "--data", tmp_path / "data.jsonl", "-o", tmp_path / "stats"]
+    assert "pass --trust-remote-code" in refused("calibrate", *how)
+    (folder / "modeling_own.py").write_text("import no_such_package\n" + OWN_CODE)
+    shown = refused("calibrate", *how, "--trust-remote-code")
+    assert "--trust-remote-code" not in shown
+    assert "no_such_package" in shown
+    (folder / "modeling_own.py").write_text(OWN_CODE.replace("self.post_init()", "self.post_init(config.nothing)"))
+    with Checkpoint.open(folder) as checkpoint, pytest.raises(CheckpointError) as raised:
+        load_model(checkpoint, read_config(folder), TRUSTED)
+    assert "--trust-remote-code" not in raised.value.hint
