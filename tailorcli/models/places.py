@@ -6,7 +6,8 @@ checkpoints fuse. Its own tables of such conversions give a first guess (``expec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ class Parameters:
         self.by_name = parameters
         self.by_numel: dict[int, list[str]] = {}
         self._samples: dict[str, torch.Tensor] = {}
+        self.given: set[tuple[str, int, int]] = set()  # slices that have a tensor: parameter, number, entries
         self._slices: dict[tuple[int, ...], dict[bytes, list[tuple[str, int]]]] = {}
         for name, value in parameters.items():
             self.by_numel.setdefault(value.numel(), []).append(name)
@@ -83,14 +85,16 @@ def map_names(
 
     ``expected`` gives the parameter in which a tensor should be found, by transformers' tables; ``aliases`` the
     further names of tied parameters. A candidate has the same sampled values after the cast to the model's dtype. Of
-    several, the expected one wins, then the one that shares the longest ending with it; each is given out once.
+    several, the expected one wins, or a slice of it, then the one that shares the longest ending with it. Each
+    parameter and each slice is given out once, in the order of the numbers in the names: so experts with equal values
+    get the slices in which they are stacked.
     """
     candidates = Parameters(parameters)
     tied = {name: name for name in parameters} | dict(aliases)
     places: dict[str, Place] = {}
     taken: set[str] = set()
     # Expected names first, so that equal values (norms of ones, biases of zeros) cannot take each other's place.
-    for name in sorted(expected, key=lambda n: expected[n] not in tied):
+    for name in sorted(expected, key=lambda n: (expected[n] not in tied, _in_order(n))):
         info = checkpoint.tensors[name]
         if info.dtype not in PATCHABLE_DTYPES or info.numel == 0:
             places[name] = Place(reason=f"{info.dtype} is no floating-point dtype that can be patched")
@@ -102,10 +106,19 @@ def map_names(
     return places
 
 
+def _in_order(name: str) -> tuple[tuple[str, int], ...]:
+    """A key that puts experts.2 before experts.10."""
+    return tuple((text, int(number or -1)) for text, number in re.findall(r"(\D*)(\d{0,18})", name))
+
+
 def _find(checkpoint: Checkpoint, info: TensorInfo, guess: str, candidates: Parameters, taken: set[str]) -> Place:
     alike = [name for name in candidates.by_numel.get(info.numel, ()) if _fits(info, candidates.by_name[name])]
     if guess in alike and _equal(checkpoint, info, candidates.sample(guess)):
         return Place((guess,))
+    if len(info.shape) == 2 and guess in candidates.by_name:
+        found = _find_slice(checkpoint, info, guess, candidates, {guess})
+        if found is not None:
+            return found
     free = [n for n in alike if n not in taken and _equal(checkpoint, info, candidates.sample(n))]
     if free:
         return Place((max(free, key=lambda name: _common_ending(name, guess)),))
@@ -124,23 +137,34 @@ def _fits(info: TensorInfo, parameter: torch.Tensor) -> bool:
     )
 
 
-def _find_slice(checkpoint: Checkpoint, info: TensorInfo, guess: str, candidates: Parameters) -> Place | None:
-    """A matrix inside a larger parameter: as rows of it, or as (part of) one of the matrices stacked in it."""
+def _find_slice(
+    checkpoint: Checkpoint, info: TensorInfo, guess: str, candidates: Parameters, among: Collection[str] = ()
+) -> Place | None:
+    """A matrix inside a larger parameter (one of those ``among``, if given): as rows of it, or of one stacked in it.
+
+    Of several with its values, the first that was not given out before.
+    """
+    given: Place | None = None
     size = info.shape[0] * info.shape[1]
     for turned in (False, True):
         for dtype in {value.dtype for value in candidates.by_name.values()}:
             first = _read(checkpoint, info, [(0, min(_KEY, info.numel))], dtype)
             hits = candidates.slices((info.shape[0], info.shape[1]), turned).get(_key(first), [])
-            for name, number in sorted(hits, key=lambda hit: -_common_ending(hit[0], guess)):
+            new = {hit: (*hit, size) not in candidates.given for hit in hits}
+            for name, number in sorted(hits, key=lambda hit: (not new[hit], -_common_ending(hit[0], guess))):
                 value = candidates.by_name[name]
-                if value.dtype != dtype:
+                if value.dtype != dtype or (among and name not in among):
                     continue
                 flat = value.detach().reshape(-1)[number * size : (number + 1) * size]
                 held = flat.view(info.shape[::-1]).T.reshape(-1) if turned else flat
                 if _equal(checkpoint, info, _sample(held)):
                     matrix = value.shape[-1] * value.shape[-2]
-                    return Place((name,), number * size // matrix if value.dim() == 3 else None, turned)
-    return None
+                    place = Place((name,), number * size // matrix if value.dim() == 3 else None, turned)
+                    if new[name, number]:
+                        candidates.given.add((name, number, size))
+                        return place
+                    given = given or place
+    return given
 
 
 def _find_pieces(checkpoint: Checkpoint, info: TensorInfo, candidates: Parameters) -> Place | None:
