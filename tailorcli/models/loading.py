@@ -97,7 +97,8 @@ def described(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptio
             found = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **trust)
             parts = [found, *(getattr(found, name, None) for name in getattr(found, "sub_configs", ()))]
             dtypes = {info.dtype for info in checkpoint.tensors.values()}
-            for part in parts if dtypes <= {*PATCHABLE_DTYPES, "BOOL", "I64"} else ():  # nothing packed or in eight bits
+            plain = dtypes <= {*PATCHABLE_DTYPES, "BOOL", "I64"}  # nothing packed or in eight bits
+            for part in parts if plain else ():
                 if getattr(part, "quantization_config", None) is not None:
                     del part.quantization_config
                     if not checkpoint.dequantized:
