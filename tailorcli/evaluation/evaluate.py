@@ -177,11 +177,13 @@ def encode_for_all(
 
 
 _NO_TOKENIZER = ("config.json", "generation_config.json", "README.md", "training_args.bin", ".gitattributes")
+_NO_MATTER = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")  # of config.json; the rest may
 
 
 def _tokenizer_digest(folder: Path) -> str:
-    """A hash of all that can decide how a folder's model encodes: every side file but a few that do not."""
-    digest = hashlib.blake2b(digest_size=16)
+    """A hash of all that can decide how a folder's model encodes: its config, and every side file but a few."""
+    config = {key: value for key, value in read_config(folder).items() if key not in _NO_MATTER}
+    digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
     for name in side_files(folder):
         if str(name) not in _NO_TOKENIZER:
             digest.update(f"{name}\0".encode())

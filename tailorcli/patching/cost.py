@@ -9,7 +9,8 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.options import PatchOptions
 from tailorcli.runs.plan import TensorPlan
 
-_WORK_BYTES = 12 * (64 << 20)  # the solver's work arrays, bounded by the row chunks in core.solvers
+_CHUNK_BYTES = 64 << 20
+_WORK_BYTES = 12 * _CHUNK_BYTES  # the solver's work arrays, bounded by the row chunks in core.solvers
 
 
 _TRANSFORMERS_BYTES = 300 << 20  # and what graft needs besides
@@ -82,13 +83,14 @@ def working_set(tensor: TensorPlan, tuned: Checkpoint, stats: Stats | None, opti
     # The fullest moment is either the selection (delta, score, its copy) or the assembly (delta, decorator,
     # result); a result of the tensor before, and its mask, may still wait to be written.
     arrays = max(3 * full, 2 * full + tensor.nbytes) + full // 4 + tensor.nbytes + tensor.numel
+    if tensor.retain:  # the goal and the target values of every entry
+        arrays += 2 * full
     hessian = 0
     sizes = [stats.hessians[h].size for h in tensor.hessians if stats.hessians[h].kind == "full"] if stats else []
     if sizes:
         square = 4 * max(sizes) ** 2
         hessian = square // 2 + square + 2 * square  # packed, unpacked, damped copy and factor
-        if tensor.retain:  # another of each, their sum; the goal and the target values of every entry
+        if tensor.retain:  # another of each, their sum
             hessian += square // 2 + 2 * square
-            arrays += 2 * full
-    work = min(_WORK_BYTES, 12 * full) if hessian else 0
+    work = min(_WORK_BYTES, 12 * full) if hessian else min(_CHUNK_BYTES, full) * 2  # or the measuring of its chunks
     return weights + arrays + hessian + work

@@ -111,8 +111,6 @@ def test_curves_are_found_by_the_options_and_averaged_over_the_seeds():
 
 @pytest.mark.parametrize("grid", ["text", "multimodal"])
 def test_grids_without_curves_have_no_picture(tmp_path, grid):
-    if grid not in run.GRIDS:
-        pytest.skip("no such grid yet")
     points = [point(s, 40.0, 30.0) for s in run.GRIDS[grid].settings()]
     assert pictures.curves_part(grid, group_of(points), tmp_path) == ""
     assert not list(tmp_path.iterdir())
@@ -176,29 +174,74 @@ def test_the_decorator_picture_is_of_the_decoder(tmp_path, layers):
         assert "from 19% to 29% of the tuned model's with *sequential, density 0.1* (layer error 0.50 to 0.25)" in text
 
 
-REDUCED = {"HIDDEN": 128, "INTERMEDIATE": 344, "LAYERS": 2, "HEADS": 4} | {
+SMALL = {"HIDDEN": 128, "INTERMEDIATE": 344, "LAYERS": 2, "HEADS": 4} | {
     "BASE": Recipe(steps=400, batch=8, learning_rate=3e-3, warmup=20),
     "TUNED": Recipe(steps=110, batch=8, learning_rate=2e-3, warmup=10),
+}
+TINY = {"HIDDEN": 32, "INTERMEDIATE": 48, "LAYERS": 1, "HEADS": 4} | {
+    "BASE": Recipe(steps=20, batch=4, learning_rate=3e-3, warmup=2),
+    "TUNED": Recipe(steps=10, batch=4, learning_rate=2e-3, warmup=2),
 }
 NO_FURTHER = {"dare": (), "magnitude": (), "graft": (), "graft_steps": 0, "own_data": ()}
 PLAIN = tuple((solver, 0.1, 1.0) for solver in ("none", "sequential", "joint"))
 OURS = {"propagated": ((0.1, 0.3, 0.1),), "retained": ((0.1, 0.3, 0.1),)}
 GRID = run.Grid(weights=(0.5,), plain=PLAIN, **OURS, **NO_FURTHER)
+FEW = run.Grid(weights=(0.5,), plain=(PLAIN[1],), propagated=OURS["propagated"], retained=(), **NO_FURTHER)
 
 
+def quick_pair(folder, monkeypatch, sizes, counts, samples):
+    """The pair of one seed and of the task that forgets most, with a smaller network, fewer steps and samples."""
+    monkeypatch.setattr(pairs, "SEEDS", (0,))
+    for module in (quick_data, quick_model):
+        monkeypatch.setattr(module, "NEW_TASKS", ("unicode",))
+    monkeypatch.setattr(quick_data, "COUNTS", counts)
+    for name, value in sizes.items():
+        monkeypatch.setattr(quick_model, name, value)
+    monkeypatch.setattr(run, "SAMPLES", samples)
+    [pair] = pairs.quick(folder)
+    return pair
+
+
+def check_reports(pair, folder, monkeypatch):
+    """The pictures' reports are made once, and again from other statistics; returns them."""
+    reports = [pictures.make_report(pair, setting, folder) for setting in pictures.DECORATED]
+
+    def refuse(*_, **__):
+        raise AssertionError("patched again")
+
+    assert sorted(path.name for path in (folder / "reports").iterdir()) == ["joint-retained.json", "sequential.json"]
+    monkeypatch.setattr(pictures, "patch_checkpoint", refuse)
+    assert [pictures.make_report(pair, setting, folder) for setting in pictures.DECORATED] == reports
+    (folder / "stats-written").rename(folder / "stats-of-another")
+    (folder / "stats-own").rename(folder / "stats-written")
+    with pytest.raises(AssertionError, match="patched again"):  # from other statistics
+        pictures.make_report(pair, pictures.DECORATED[1], folder)
+    return reports
+
+
+def test_quick_goes_through_on_a_tiny_network(tmp_path, monkeypatch):
+    """Every step of it, on models that have learned next to nothing: `make test-slow` looks at the figures."""
+    pair = quick_pair(tmp_path, monkeypatch, TINY, {"validation": 4, "test": 8}, 8)
+    folder = tmp_path / "unicode-0"
+    points = {point.label: point for point in run.run_pair(pair, FEW, folder).report.points}
+    released, swept = "tailor-released, density 0.1", "sequential, density 0.1"
+    assert set(points) == {"base", "tuned", "interpolate 0.5", released, swept, summary.DEFAULT}
+    for point in points.values():
+        for part in ("test", "validation"):
+            assert 0 <= point.at(part, "origin") <= 100
+            assert 0 <= point.at(part, "target") <= 100
+    paper, ours = check_reports(pair, folder, monkeypatch)
+    assert paper["totals"]["error_after"] < paper["totals"]["error_before"]
+    assert ours["options"]["propagate"]
+
+
+@pytest.mark.slow
 def test_quick_in_a_reduced_form(tmp_path, monkeypatch):
     """A network of a seventh of the size, half the steps of half the batch, one seed, the task that forgets most.
 
     What is asserted held in each of six seeds; behind it, the least and the most that was seen.
     """
-    monkeypatch.setattr(pairs, "SEEDS", (0,))
-    for module in (quick_data, quick_model):
-        monkeypatch.setattr(module, "NEW_TASKS", ("unicode",))
-    monkeypatch.setattr(quick_data, "COUNTS", {"validation": 16, "test": 60})
-    for name, value in REDUCED.items():
-        monkeypatch.setattr(quick_model, name, value)
-    monkeypatch.setattr(run, "SAMPLES", 32)
-    [pair] = pairs.quick(tmp_path)
+    pair = quick_pair(tmp_path, monkeypatch, SMALL, {"validation": 16, "test": 60}, 32)
     folder = tmp_path / "unicode-0"
     outcome = run.run_pair(pair, GRID, folder)
     points = {p.label: p for p in outcome.report.points}
@@ -214,20 +257,9 @@ def test_quick_in_a_reduced_form(tmp_path, monkeypatch):
     assert h[default] > h["joint, retained, density 0.1, beta 0.3"] + 1  # 2.8 to 5.7
     assert h[default] > h["tailor-released, density 0.1"] + 5  # 11.3 to 14.4
 
-    paper, ours = (pictures.make_report(pair, setting, folder) for setting in pictures.DECORATED)
     patch_checkpoint(pair.base, pair.tuned, tmp_path / "joint", folder / "stats")
+    paper, _ = check_reports(pair, folder, monkeypatch)
     bare, swept = (paper["totals"][name] for name in ("error_before", "error_after"))
     solved = load_report(tmp_path / "joint" / REPORT_FILE)["totals"]["error_after"]
     assert solved < 0.6 * swept  # 0.38 to 0.41
     assert swept < 0.8 * bare  # 0.64 to 0.69
-
-    def refuse(*_, **__):
-        raise AssertionError("patched again")
-
-    assert sorted(path.name for path in (folder / "reports").iterdir()) == ["joint-retained.json", "sequential.json"]
-    monkeypatch.setattr(pictures, "patch_checkpoint", refuse)
-    assert [pictures.make_report(pair, setting, folder) for setting in pictures.DECORATED] == [paper, ours]
-    (folder / "stats-written").rename(folder / "stats-of-another")
-    (folder / "stats-own").rename(folder / "stats-written")
-    with pytest.raises(AssertionError, match="patched again"):  # from other statistics
-        pictures.make_report(pair, pictures.DECORATED[1], folder)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -459,6 +460,43 @@ def test_an_item_that_is_too_long_for_one_model_is_left_out_for_all(tmp_path):
     text = write(tmp_path / "t.jsonl", [{"text": "words " * 20}])
     cut = evaluate_models([tmp_path / "short"], [f"t={text}:text"])
     assert cut.scores["short"]["t"].count.tolist() == [19]
+
+
+def swap_two_letters(folder):
+    """The tokenizer gives "a" and "b" each other's number."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(content))
+
+
+def name_another_class(folder):
+    """The same vocabulary in both folders; each config.json names another class, one of which adds tokens."""
+    letters = ["<s>", "<pad>", "</s>", "<unk>", "\u0120", *map(chr, range(33, 127))]
+    for name, kind in (("base", "GPT2Tokenizer"), ("tuned", "RobertaTokenizer")):
+        place = folder.with_name(name)
+        for file in place.glob("tokenizer*"):
+            file.unlink()
+        (place / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+        (place / "merges.txt").write_text("#version: 0.2\n")
+        config = json.loads((place / "config.json").read_text()) | {"tokenizer_class": kind}
+        (place / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("change", [swap_two_letters, name_another_class])
+def test_each_model_is_scored_by_its_own_tokenizer(tmp_path, change):
+    """Two models that take the same text apart in other ways, in one run: each has the scores that it has alone."""
+    make_pair(tmp_path)
+    shutil.copytree(tmp_path / "base", tmp_path / "tuned", dirs_exist_ok=True)  # the tokenizer alone tells them apart
+    change(tmp_path / "tuned")
+    file = write(tmp_path / "t.jsonl", [{"text": "aabbab abab bbaa"}] * 3)
+    folders = [tmp_path / "base", tmp_path / "tuned"]
+    together = evaluate_models(folders, [f"t={file}:text"]).scores
+    for folder in folders:
+        alone = evaluate_models([folder], [f"t={file}:text"]).scores[folder.name]["t"]
+        assert together[folder.name]["t"].loss.tolist() == alone.loss.tolist()
+    assert together["base"]["t"].loss.tolist() != together["tuned"]["t"].loss.tolist()
 
 
 # What is refused

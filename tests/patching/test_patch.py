@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from helpers import bits, broken_off, folder_digest, make_pair, read_tensors
+from helpers import bits, broken_off, folder_digest, make_pair, read_tensors, run
 
 from tailorcli import (
     Checkpoint,
@@ -27,11 +27,11 @@ from tailorcli.checkpoint.writer import CheckpointWriter
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def tailorcli(*arguments, expect=0):
+def installed(*arguments):
     """Run the installed command; returns its standard output."""
     command = [sys.executable, "-m", "tailorcli", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == expect, done.stderr
+    assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout
 
@@ -51,10 +51,19 @@ def check_patched(folder, report):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kind", "shard"), [("llama", None), ("llama", "20KB"), ("gpt2", None), ("gpt2", "20KB")])
+def test_the_main_job(tmp_path, kind, dtype, shard):
+    check_the_main_job(tmp_path, kind, dtype, shard, lambda *arguments: run(*arguments).stdout)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "shard"), [("llama", "float32", None), ("gpt2", "bfloat16", "20KB")])
 def test_the_main_job_through_the_installed_command(tmp_path, kind, dtype, shard):
+    check_the_main_job(tmp_path, kind, dtype, shard, installed)
+
+
+def check_the_main_job(folder, kind, dtype, shard, tailorcli):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = make_pair(tmp_path, kind, dtype=DTYPES[dtype], shard=shard)
+    make_pair(folder, kind, dtype=DTYPES[dtype], shard=shard)
     base, tuned, stats, out = (folder / name for name in ("base", "tuned", "stats", "out"))
     tailorcli("calibrate", tuned, "--data", folder / "data.jsonl", "-o", stats)
     if dtype == "float32":  # the same code for every dtype: one is enough for these two
@@ -194,11 +203,21 @@ def test_runs_repeat_to_the_bit(llama_pair, tmp_path):
 # --- Interrupted runs ------------------------------------------------------------------------------------------
 
 CHILD = """
-import sys
+import os, signal, sys
 from tailorcli import patch_checkpoint, PatchOptions
 from tailorcli.checkpoint import journal
 journal._SYNC_BYTES = 1  # small tensors: journal each of them, so that there is something to resume
 folder = sys.argv[1]
+if len(sys.argv) > 3:
+    sync, left = journal.Journal.sync, [int(sys.argv[3])]
+
+    def counting(self):
+        sync(self)
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    journal.Journal.sync = counting
 print("ready", flush=True)
 options = PatchOptions(max_shard_size=30_000)
 arguments = (folder + "/base", folder + "/tuned", sys.argv[2], folder + "/stats", options)
@@ -213,25 +232,54 @@ def deep_pair(tmp_path_factory):
     return folder
 
 
-def start_child(folder, out):
-    """A process that is about to patch."""
+def start_child(folder, out, *syncs):
+    """A process that is about to patch, and to kill itself after so many writes to its journals, where given."""
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-c", CHILD, str(folder), str(out)]
+    command = [sys.executable, "-c", CHILD, *map(str, (folder, out, *syncs))]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
     child.stdout.readline()
     return child
 
 
-def test_killed_at_any_moment_and_resumed_to_the_same_bytes(deep_pair, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    arguments = (deep_pair / "base", deep_pair / "tuned")
-    started = start_child(deep_pair, tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(deep_pair):
+    """What an uninterrupted run writes: the folder's digest and the patch file's bytes; and its seconds."""
+    started = start_child(deep_pair, deep_pair / "whole")
     begin = time.perf_counter()
     started.communicate()
     duration = time.perf_counter() - begin
-    expected, expected_patch = folder_digest(tmp_path / "whole"), (tmp_path / "whole.safetensors").read_bytes()
-    moments = random.Random(0)
+    return folder_digest(deep_pair / "whole"), (deep_pair / "whole.safetensors").read_bytes(), duration
+
+
+def resume_killed(folder, out, whole):
+    """Nothing loads, and --resume ends with the bytes of an uninterrupted run; how many tensors it had already."""
+    from transformers import AutoModelForCausalLM
+
+    if not (out / "model.safetensors.index.json").exists():
+        with pytest.raises(TailorError):
+            Checkpoint.open(out)
+        with pytest.raises((OSError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(out)
+    options, file = PatchOptions(max_shard_size=30_000, resume=True), out.with_name(out.name + ".safetensors")
+    patch_checkpoint(folder / "base", folder / "tuned", out, folder / "stats", options, patch_file=file)
+    assert folder_digest(out) == whole[0]
+    assert file.read_bytes() == whole[1]
+    return json.loads((out / "tailor_run.json").read_text())["tensors_from_an_earlier_run"]
+
+
+@pytest.mark.parametrize("syncs", [1, 70, 180])
+def test_killed_in_the_middle_and_resumed_to_the_same_bytes(deep_pair, tmp_path, whole, syncs):
+    child = start_child(deep_pair, tmp_path / "out", syncs)
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    from_earlier = resume_killed(deep_pair, tmp_path / "out", whole)
+    assert syncs // 3 <= from_earlier <= syncs  # two journals, one of the folder and one of the patch file
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed_to_the_same_bytes(deep_pair, tmp_path, whole):
+    moments, duration = random.Random(0), whole[2]
     cut_short, from_earlier, attempts = 0, 0, 0
     while cut_short < 20:
         attempts += 1
@@ -241,20 +289,11 @@ def test_killed_at_any_moment_and_resumed_to_the_same_bytes(deep_pair, tmp_path)
         time.sleep(moments.uniform(0, duration))
         child.send_signal(signal.SIGKILL)
         child.communicate()
-        if not (out / "model.safetensors.index.json").exists():
-            cut_short += 1
-            with pytest.raises(TailorError):
-                Checkpoint.open(out)
-            with pytest.raises((OSError, ValueError)):
-                AutoModelForCausalLM.from_pretrained(out)
-        else:
+        if (out / "model.safetensors.index.json").exists():
             duration *= 0.9  # the machine is less busy than during the first run
-        options, file = PatchOptions(max_shard_size=30_000, resume=True), tmp_path / f"killed{attempts}.safetensors"
-        patch_checkpoint(*arguments, out, deep_pair / "stats", options, patch_file=file)
-        assert folder_digest(out) == expected
-        assert file.read_bytes() == expected_patch
-        run = json.loads((out / "tailor_run.json").read_text())
-        from_earlier += run["tensors_from_an_earlier_run"] > 0
+        else:
+            cut_short += 1
+        from_earlier += resume_killed(deep_pair, out, whole) > 0
     assert from_earlier >= 5  # or resuming was hardly tried
 
 
