@@ -5,6 +5,7 @@ import json
 import random
 import warnings
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -255,7 +256,7 @@ def mutate_json(value, generator):
     node, key = generator.choice(places)
     action = generator.random()
     if action < 0.7:
-        node[key] = generator.choice(ODD_VALUES)
+        node[key] = deepcopy(generator.choice(ODD_VALUES))  # which the next mutation may change
     elif action < 0.85:
         del node[key]
     elif isinstance(node, dict):

@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tailorcli.errors import CheckpointError
 from tailorcli.files import read_json
-
-if TYPE_CHECKING:
-    pass
+from tailorcli.patchfile.records import (
+    Reader,
+    TensorRecord,
+    list_of,
+    one_of,
+    read_number,
+    read_record,
+    read_text,
+    require_plain,
+)
 
 FORMAT_VERSION = 1
 MERGE = "merge-multi"
@@ -163,27 +170,67 @@ def check_report(report: dict[str, Any], path: Path) -> dict[str, Any]:
     """A report as read from ``path``, checked to be one. Raises CheckpointError."""
     if not isinstance(report.get("tensors"), list) or "totals" not in report:
         raise CheckpointError(f"{path} is no report of tailorcli", f"pass a {REPORT_FILE} or what score -o wrote")
-    if report.get("format_version") != FORMAT_VERSION:
-        found = report.get("format_version")
-        raise CheckpointError(f"{path} has format_version {found!r}, expected {FORMAT_VERSION}", _MAKE_AGAIN)
-    from tailorcli.display.tables import tensor_table
+    found = report.get("format_version")
+    if type(found) is not int or found != FORMAT_VERSION:
+        what = f"{path} has format_version {ascii(found)[:60]}, expected {FORMAT_VERSION}"
+        raise CheckpointError(what, _MAKE_AGAIN)
+    try:
+        require_plain(report)
+        command = one_of(*OPTIONS_SHOWN)(report.get("command"))
+        _check_options(report.get("options"))
+        _check_inputs(report.get("inputs"))
+        records = [read_record(tensor) for tensor in report["tensors"]]
+        _check_together(report, command, records)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is malformed: {str(error)[:300]}", _MAKE_AGAIN) from error
+    return report | {"totals": totals_of(command, [record.to_dict() for record in records])}
 
-    try:  # everything that is read from a report later
-        if not report["totals"].keys() >= totals_of(report["command"], report["tensors"]).keys():
-            raise KeyError("totals")
-        for tensor in report["tensors"]:
-            if not all(isinstance(tensor[key], str) for key in ("name", "reason", "role", "dtype")):
-                raise TypeError(f"{tensor['name']!r}")
-        json.dumps(report, ensure_ascii=False).encode("utf-8")
-        tensor_table(report, errors=report["command"] == "patch")
-        for entry in report["inputs"].values():
-            str(entry["path"]), str(entry["fingerprint"])
-        for value in options_shown(report).values():
-            str(value)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        what = ascii(error)  # it may quote what cannot be printed
-        raise CheckpointError(f"{path} is malformed: {what[:200]}", _MAKE_AGAIN) from error
-    return report
+
+_NUMBERS = ("density", "omega", "damping", "weight", "retain_weight")  # options that are read again
+_TEXTS = ("method", "solver", "threshold")
+
+
+def _check_options(options: Any) -> None:
+    """The options that a table, a picture or a summary shows. Raises ValueError."""
+    if not isinstance(options, dict):
+        raise ValueError("it has no options")
+    for keys, read in ((_NUMBERS, read_number), (_TEXTS, read_text), (("tasks",), list_of(read_text))):
+        for key in keys:
+            if key in options:
+                _named(f"option {key}", read, options[key])
+
+
+def _check_inputs(inputs: Any) -> None:
+    """Every input has a path and a fingerprint. Raises ValueError."""
+    if not isinstance(inputs, dict) or "base" not in inputs:
+        raise ValueError("it does not name its inputs")
+    for role, entry in inputs.items():
+        for key in ("path", "fingerprint"):
+            _named(f"{key} of the {role}", read_text, entry.get(key) if isinstance(entry, dict) else None)
+
+
+def _check_together(report: dict[str, Any], command: str, records: list[TensorRecord]) -> None:
+    """Records are those of the command, each name once, with figures of every task. Raises ValueError."""
+    if len({record.name for record in records}) != len(records):
+        raise ValueError("a tensor is there twice")
+    if any(record.of_merge != (command == MERGE) for record in records):
+        raise ValueError(f"a record is not one of {command}")
+    if command == MERGE:
+        tasks = len(report["options"]["tasks"])
+        for record in records:
+            if record.patched and {len(record.kept_by), len(record.errors or record.kept_by)} != {tasks}:
+                raise ValueError(f"tensor {ascii(record.name)[:80]} has not a figure for each of {tasks} tasks")
+    try:
+        options_shown(report)
+    except KeyError as error:
+        raise ValueError(f"it lacks the option {error}") from error
+
+
+def _named(what: str, read: Reader, value: Any) -> Any:
+    try:
+        return read(value)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def options_shown(report: dict[str, Any]) -> dict[str, Any]:
