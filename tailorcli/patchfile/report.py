@@ -215,15 +215,16 @@ def _check_together(report: dict[str, Any], command: str, records: list[TensorRe
         raise ValueError("a tensor is there twice")
     if any(record.of_merge != (command == MERGE) for record in records):
         raise ValueError(f"a record is not one of {command}")
+    try:
+        options_shown(report)
+    except KeyError as error:
+        raise ValueError(f"it lacks the option {error}") from error
+
     if command == MERGE:
         tasks = len(report["options"]["tasks"])
         for record in records:
             if record.patched and {len(record.kept_by), len(record.errors or record.kept_by)} != {tasks}:
                 raise ValueError(f"tensor {ascii(record.name)[:80]} has not a figure for each of {tasks} tasks")
-    try:
-        options_shown(report)
-    except KeyError as error:
-        raise ValueError(f"it lacks the option {error}") from error
 
 
 def _named(what: str, read: Reader, value: Any) -> Any:

@@ -767,7 +767,7 @@ def test_mutated_headers(tmp_path, count):
         (tmp_path / name).mkdir()
         tensors = {f"t{i}": torch.randn(5, 6, generator=generator) for i in range(3)}
         save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
-        (tmp_path / name / "config.json").write_text(name)
+        (tmp_path / name / "config.json").write_text(json.dumps({"of": name}))
     file, out = tmp_path / "patch.safetensors", tmp_path / "applied"
     patch_checkpoint(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", None, SALIENCE, patch_file=file)
     header, manifest, data = read_parts(file)
