@@ -112,7 +112,7 @@ def calibrate_model(
             else:
                 assert data is not None
                 samples = _draw(Path(data), stored, tokenizer_folder(tuned), config, options)
-        writer = stack.enter_context(StatsWriter(folder, _room(stored)))
+        writer = stack.enter_context(StatsWriter(folder, _longest_hessian_names(stored)))
         run = Run(stored, tuned, samples, options, device, timer, writer, progress)
         with timer.stage("load"):
             check_shapes(stored, config, options)
@@ -132,7 +132,7 @@ def calibrate_model(
         }
         with timer.stage("write"):
             if options.keep_samples:
-                facts["samples"] = writer.keep(samples.inputs)
+                facts["samples"] = writer.store_samples(samples.inputs)
             writer.finish(tensors, facts)
     uncalibrated = {name: entry.reason for name, entry in tensors.items() if not entry.hessians}
     return CalibrateReport(
@@ -246,19 +246,22 @@ def _self_written(
             if run is options:
                 samples = found
             elif held_out is not None:
-                _keep(to_records(found, starts, encoder.tokenizer), held_out)
+                _write_jsonl(to_records(found, starts, encoder.tokenizer), held_out)
     return samples if data is None else with_source(samples, data, len(records))
 
 
-def _keep(records: list[dict[str, Any]], file: Path) -> None:
+def _write_jsonl(records: list[dict[str, Any]], file: Path) -> None:
     try:
         write_text_atomically(file, "".join(json.dumps(record) + "\n" for record in records))
     except OSError as error:
         raise as_output_error(file, error) from error
 
 
-def _room(stored: Checkpoint) -> Iterator[str]:
-    """Names that Hessians may get, so many and so long at most: parameters' names, which may have a longer prefix."""
+def _longest_hessian_names(stored: Checkpoint) -> Iterator[str]:
+    """Upper bounds, to size the header: one name per Hessian that could be written, with the longest prefix.
+
+    A parameter's name may have a prefix that transformers adds to the checkpoint's.
+    """
     for name, info in stored.tensors.items():
         yield f"{name} and a prefix such as model.language_model [all]"
         if len(info.shape) == 3:

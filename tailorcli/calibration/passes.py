@@ -91,7 +91,7 @@ def collect_whole(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer], s
     check_ids(run.samples.inputs, network)
     run.note_buffers(network, expected)
     layers = find_layers(network)
-    collector = Collector(_some(run.wanted(layers.values(), run.places)), network, run.device, run.timer)
+    collector = Collector(_require_any(run.wanted(layers.values(), run.places)), network, run.device, run.timer)
     with collector.trial():
         for inputs in _trial_inputs(run.samples.inputs):
             forward(network, to_device(inputs, run.device))
@@ -106,7 +106,7 @@ def collect_whole(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer], s
     return layers, str(next(network.parameters()).dtype).removeprefix("torch.")
 
 
-def _some(layers: list[Layer]) -> list[Layer]:
+def _require_any(layers: list[Layer]) -> list[Layer]:
     if not layers:
         raise OptionsError("no tensor of this model can be calibrated", "check --include and --exclude")
     return layers
@@ -152,7 +152,7 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
     layers = find_layers(network)
     run.note_buffers(network, parts.expected)
     run.places = places = parts.load("")  # first of all: a checkpoint that lacks what its config asks for is told here
-    _some(run.wanted(layers.values(), guessed_places(parts.expected)))
+    _require_any(run.wanted(layers.values(), guessed_places(parts.expected)))
     check_ids(run.samples.inputs, network)
     held: dict[str, list[Layer]] = {part: [] for part in ("", *blocks)}
     for layer in layers.values():
@@ -200,7 +200,7 @@ def _through_block(
     waiting[0].move(spill.back)
     with collector.trial():
         waiting[0].compute()
-    _go_on(run, collector, layers)
+    _resume_hessians(run, collector, layers)
     collector.allocate()
     for position, lane in enumerate(waiting):
         if position:
@@ -209,12 +209,12 @@ def _through_block(
         with collector.folding():
             lane.compute()
         for tensor in lane.advance():
-            tensor.data = spill.keep(tensor)
+            tensor.data = spill.leave(tensor)
         lane.move(spill.out)
         yield lane
 
 
-def _go_on(run: Run, collector: Collector, layers: list[Layer]) -> None:
+def _resume_hessians(run: Run, collector: Collector, layers: list[Layer]) -> None:
     """Take up the Hessians of a block that was run before: the model calls it more than once."""
     for layer in layers:
         if layer.experts:

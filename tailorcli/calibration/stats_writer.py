@@ -107,7 +107,7 @@ class StatsWriter:
         self._file.seek(8 + self._header + start)
         return self._infos[name], torch.frombuffer(bytearray(self._file.read(stop - start)), dtype=torch.float32)
 
-    def keep(self, samples: Sequence[Inputs]) -> dict[str, Any]:
+    def store_samples(self, samples: Sequence[Inputs]) -> dict[str, Any]:
         """Store the samples, and give what the manifest says of them."""
         from safetensors.torch import save_file
 

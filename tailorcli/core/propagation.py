@@ -55,14 +55,14 @@ def no_moments(size: int, device: torch.device) -> Moments:
 
 def accumulate_moments_(moments: Moments, patched: Tensor, unpatched: Tensor) -> None:
     """Fold inputs X' and X, (N, I) in any float dtype, row for row of the same tokens, into the means, in place."""
-    x = patched.to(torch.float32)
-    gap = unpatched.to(torch.float32) - x
+    x, reference = patched.to(torch.float32), unpatched.to(torch.float32)  # (N, I) each; squares overflow in halves
+    gap = reference - x
     before = moments.tokens
     moments.tokens = accumulate_(moments.hessian, x, before)
     if moments.tokens > before:
         moments.drift.addmm_(gap.T, x, beta=before / moments.tokens, alpha=2.0 / moments.tokens)
         moments.moved += float(gap.square().sum(dtype=torch.float64))
-        moments.whole += float(unpatched.square().sum(dtype=torch.float64))
+        moments.whole += float(reference.square().sum(dtype=torch.float64))
 
 
 def complete_(moments: Moments) -> None:

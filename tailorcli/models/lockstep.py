@@ -108,12 +108,12 @@ class Lane:
         assert self._call is not None
         self._value = self._call()
 
-    def answer(self, value: Any) -> None:
-        """What the block gives, worked out elsewhere, instead of ``compute``."""
+    def set_result(self, value: Any) -> None:
+        """Give what the block returns, worked out elsewhere, instead of ``compute``."""
         self._value = value
 
-    def enter(self) -> None:
-        """Instead of ``compute``: its own thread runs the block on ``advance``, and may wait again inside."""
+    def run_inside(self) -> None:
+        """Let the lane's own thread run this block when it is next advanced; it may stop again at a layer inside."""
         self._value = _ENTER
 
     @property

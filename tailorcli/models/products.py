@@ -36,15 +36,15 @@ class Use:
 
 
 class ProductWatch(TorchFunctionMode):
-    """Calls ``note`` for every recognised use of one of ``parameters`` while it is active."""
+    """Calls ``report`` for every recognised use of one of ``parameters`` while it is active."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], tables: Container[str], note: Callable[[Use], None]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], tables: Container[str], report: Callable[[Use], None]) -> None:
         super().__init__()
         self._tables = tables  # parameters of embeddings
         self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}
         for name, parameter in parameters.items():
             self._by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
-        self._told = note
+        self._report = report
         self._handlers: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], None]] = {
             torch.nn.functional.linear: self._linear,
             torch.nn.functional.embedding: self._table,
@@ -66,10 +66,10 @@ class ProductWatch(TorchFunctionMode):
             handler(args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
-    def _note(self, use: Use) -> None:
-        """Tell of a use; a table is one of embeddings, whatever else it is tied to (its input role)."""
+    def _report_use(self, use: Use) -> None:
+        """Report a use; a parameter of an embedding counts as an embedding only, even if it is the output layer too."""
         if use.role == "embedding" or use.parameter not in self._tables:
-            self._told(use)
+            self._report(use)
 
     def _held(self, value: Any) -> tuple[str, Tensor] | None:
         """The watched parameter in whose memory a tensor lies."""
@@ -81,7 +81,7 @@ class ProductWatch(TorchFunctionMode):
         return None
 
     def _matrix(self, value: Any) -> tuple[str, int | None, bool] | None:
-        """(parameter, part, whether turned) of a matrix that is a parameter or one of its slices, whole."""
+        """(parameter, part, whether transposed) of a matrix that is a parameter or one of its slices, whole."""
         found = self._held(value)
         if found is None or value.dim() != 2:
             return None
@@ -90,11 +90,11 @@ class ProductWatch(TorchFunctionMode):
             return None
         rows, columns = whole.shape[-2:]
         strides = whole.stride()[-2:]
-        turned = value.shape == (columns, rows) and value.stride() == strides[::-1]
-        if not turned and (value.shape != (rows, columns) or value.stride() != strides):
+        transposed = value.shape == (columns, rows) and value.stride() == strides[::-1]
+        if not transposed and (value.shape != (rows, columns) or value.stride() != strides):
             return None
         part = value.storage_offset() - whole.storage_offset()
-        return name, (part // whole.stride(0) if whole.dim() == 3 else None), turned
+        return name, (part // whole.stride(0) if whole.dim() == 3 else None), transposed
 
     def _linear(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """X W^T + b."""
@@ -102,16 +102,16 @@ class ProductWatch(TorchFunctionMode):
         inputs, weight, bias = given["input"], given["weight"], given.get("bias")
         found = self._matrix(weight)
         if found is not None:
-            name, part, turned = found
-            self._note(Use(name, "linear", part, turned, inputs))
+            name, part, transposed = found
+            self._report_use(Use(name, "linear", part, transposed, inputs))
         if (held := self._held(bias)) is not None:
-            self._note(Use(held[0], "bias"))
+            self._report_use(Use(held[0], "bias"))
 
     def _matmul(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """X W with W (I, O), or x W^T with a turned W."""
+        """X W with W (I, O), or x W^T with a transposed W."""
         if len(args) == 2 and (found := self._matrix(args[1])) is not None:
-            name, part, turned = found
-            self._note(Use(name, "linear", part, not turned, args[0]))
+            name, part, transposed = found
+            self._report_use(Use(name, "linear", part, not transposed, args[0]))
         elif len(args) == 2 and isinstance(args[1], Tensor) and args[1].dim() == 3:
             self._batched(args, kwargs)
 
@@ -125,13 +125,13 @@ class ProductWatch(TorchFunctionMode):
             return
         for part in range(whole.shape[0]):
             rows = inputs[part]
-            self._note(Use(name, "linear", part, True, rows[rows.any(-1)]))
+            self._report_use(Use(name, "linear", part, True, rows[rows.any(-1)]))
 
     def _table(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Rows looked up by ids."""
         given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
         if (found := self._held(given["weight"])) is not None and found[1].dim() == 2:
-            self._note(Use(found[0], "embedding", None, True, given["input"]))
+            self._report_use(Use(found[0], "embedding", None, True, given["input"]))
 
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A run of rows taken out of a table, as some models take their positions."""
@@ -140,7 +140,7 @@ class ProductWatch(TorchFunctionMode):
             return
         if isinstance(args[1], (slice, Tensor)):
             rows = torch.arange(found[1].shape[0], device=found[1].device)[args[1]]
-            self._note(Use(found[0], "embedding", None, True, rows))
+            self._report_use(Use(found[0], "embedding", None, True, rows))
 
     def _scale(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """X times a vector of one factor a channel."""
@@ -150,7 +150,7 @@ class ProductWatch(TorchFunctionMode):
             found = self._held(value)
             whole = found is not None and value.dim() == 1 and value.shape == found[1].shape
             if found is not None and whole and isinstance(other, Tensor) and other.shape[-1:] == value.shape:
-                self._note(Use(found[0], "norm", inputs=other))
+                self._report_use(Use(found[0], "norm", inputs=other))
 
     def _constant(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Added, repeated or put beside other inputs: a bias, that is, a layer whose only input is 1."""
@@ -161,4 +161,4 @@ class ProductWatch(TorchFunctionMode):
                 continue
             row = found[1].dim() == 2 and value.dim() == 1 and value.shape[0] == found[1].shape[1]  # an expert's
             if row or value.numel() == found[1].numel():
-                self._note(Use(found[0], "bias"))
+                self._report_use(Use(found[0], "bias"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tailorcli.errors import TailorError
 
@@ -14,44 +15,67 @@ from tailorcli.errors import TailorError
 class Spill:
     """Where hidden states wait: in host memory, or in files once they are more than ``limit`` bytes.
 
-    ``back`` brings them to the device before a block is run.
+    ``back`` brings them to the device before a block is run. What is counted are storages, so that several views of
+    one count once, and a storage that its model has given up meanwhile counts no longer.
     """
 
     def __init__(self, device: torch.device, folder: Path, limit: int) -> None:
         self._device = device
         self._folder = folder
-        self._left = limit
+        self._room = limit
         self._files = 0
-        self._in_files: set[int] = set()  # addresses of what waits in files: it takes no part of the limit
+        self._in_memory: dict[StorageWeakRef, int] = {}  # bytes that each takes of the limit
+        self._in_files: set[StorageWeakRef] = set()
+        self._until_swept = 0
 
     def out(self, tensor: Tensor) -> Tensor:
-        """Memory for a tensor that waits."""
-        if tensor.nbytes <= self._left:
-            self._left -= tensor.nbytes
-            return tensor.cpu()
-        self._files += 1
-        path = self._folder / f"hidden-{self._files}.part"
-        try:
-            _reserve(path, tensor.nbytes)
-            mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
-        except (OSError, RuntimeError) as error:
-            raise TailorError(f"cannot keep hidden states in {path}: {error}", "free some space") from error
-        finally:
-            path.unlink(missing_ok=True)  # the mapping keeps it until the tensor is gone
-        self._in_files.add(mapped.data_ptr())
+        """Memory for a tensor that waits. Raises TailorError where no file can be had."""
+        storage = StorageWeakRef(tensor.untyped_storage())
+        if storage in self._in_memory or storage in self._in_files:  # another view of it waits there
+            return tensor
+        size = tensor.untyped_storage().nbytes() if tensor.device.type == "cpu" else tensor.nbytes
+        if size > self._room:
+            self._sweep()
+        if size <= self._room:
+            waiting = tensor.cpu()
+            self._in_memory[StorageWeakRef(waiting.untyped_storage())] = size
+            self._room -= size
+            return waiting
+        mapped = self._mapped(tensor)
+        self._in_files.add(StorageWeakRef(mapped.untyped_storage()))
         return mapped.view(tensor.shape).copy_(tensor)
 
-    def keep(self, tensor: Tensor) -> Tensor:
+    def leave(self, tensor: Tensor) -> Tensor:
         """Memory for a tensor that no block waits for, but the model may still use: it stays on its device."""
         return self.out(tensor) if self._device.type == "cpu" else tensor
 
     def back(self, tensor: Tensor) -> Tensor:
-        """Memory for a tensor that is worked on."""
-        if tensor.data_ptr() in self._in_files:
-            self._in_files.remove(tensor.data_ptr())
-        else:
-            self._left += tensor.nbytes
+        """Memory for a tensor that is worked on; one in a file stays there where files can be worked on."""
+        storage = StorageWeakRef(tensor.untyped_storage())
+        self._room += self._in_memory.pop(storage, 0)
         return tensor.to(self._device)
+
+    def _mapped(self, tensor: Tensor) -> Tensor:
+        """A file's memory with room for the tensor's entries."""
+        self._files += 1
+        path = self._folder / f"hidden-{self._files}.part"
+        try:
+            _reserve(path, tensor.numel() * tensor.itemsize)
+            return torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        except (OSError, RuntimeError) as error:
+            raise TailorError(f"cannot keep hidden states in {path}: {error}", "free some space") from error
+        finally:
+            path.unlink(missing_ok=True)  # the mapping keeps it until the tensor is gone
+
+    def _sweep(self) -> None:
+        """Forget storages that are gone; not before as many more have come as there were, so that it costs little."""
+        self._until_swept -= 1
+        if self._until_swept > 0:
+            return
+        for storage in [storage for storage in self._in_memory if storage.expired()]:
+            self._room += self._in_memory.pop(storage)
+        self._in_files = {storage for storage in self._in_files if not storage.expired()}
+        self._until_swept = len(self._in_memory) + len(self._in_files)
 
 
 def _reserve(path: Path, size: int) -> None:

@@ -323,9 +323,9 @@ class Propagation:
             module = model.stations[station]
             if module is model.head:  # no one reads its logits
                 assert isinstance(module, nn.Linear)
-                lane.answer(nn.functional.linear(lane.held[0][..., -1:, :], module.weight, module.bias))
+                lane.set_result(nn.functional.linear(lane.held[0][..., -1:, :], module.weight, module.bias))
             else:
-                lane.enter()
+                lane.run_inside()
             lane.advance()
         lane.move(self._spill.out)
 

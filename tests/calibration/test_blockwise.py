@@ -201,7 +201,7 @@ def run_stack(model, batches, spill):
             held = lane.advance()
             left_behind.append((block, len(held)))
             for tensor in held:
-                tensor.data = spill.keep(tensor)
+                tensor.data = spill.leave(tensor)
             lane.move(spill.out)
 
     Lockstep(find_blocks(model), [(runner(batch), len(batch)) for batch in batches]).run(lambda _: None, visit, spill)

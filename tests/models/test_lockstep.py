@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from helpers import make_pair
+from helpers import count_mapped_files, make_pair
 from torch import nn
 
 from tailorcli import CalibrateOptions, Stats, TailorError, calibrate_model
@@ -39,17 +39,68 @@ def test_a_lane_that_is_stopped_while_it_runs_ends_at_its_next_block():
         assert not stopper.is_alive()
 
 
-def test_hidden_states_in_files_leave_the_limit_as_it_is(tmp_path):
+def test_hidden_states_in_files_leave_the_limit_as_it_is(tmp_path, monkeypatch):
+    files = count_mapped_files(monkeypatch)
     spill = Spill(torch.device("cpu"), tmp_path, limit=400)
-    for _ in range(3):  # three blocks
+    for block in range(3):
         tensors = [torch.full((100,), float(number)) for number in range(4)]
         for tensor in tensors:
             tensor.data = spill.out(tensor)
-        assert len(spill._in_files) == 3
+        assert len(files) == 3 * (block + 1)
         for number, tensor in enumerate(tensors):
             tensor.data = spill.back(tensor)
             assert (tensor == number).all()
     assert not list(tmp_path.iterdir())
+
+
+def test_views_of_a_storage_that_waits_in_a_file_give_back_no_room_that_was_not_taken(tmp_path, monkeypatch):
+    files = count_mapped_files(monkeypatch)
+    spill = Spill(torch.device("cpu"), tmp_path, limit=100)
+    whole = torch.arange(100.0)
+    whole.data = spill.out(whole)
+    assert len(files) == 1
+    views = [whole[:50], whole.view(10, 10)]
+    for view in views:
+        view.data = spill.back(view)
+    spill.out(torch.zeros(100))  # more than there ever was room for
+    assert len(files) == 2
+    for _ in range(3):  # in step with the storage, they need no files of their own
+        for view in views:
+            view.data = spill.out(view)
+        for view in views:
+            view.data = spill.back(view)
+    assert len(files) == 2
+    assert torch.equal(views[1].flatten(), torch.arange(100.0))
+
+
+def test_views_of_a_storage_take_its_room_once_and_give_it_back(tmp_path, monkeypatch):
+    files = count_mapped_files(monkeypatch)
+    spill = Spill(torch.device("cpu"), tmp_path, limit=400)
+    filler, whole = torch.zeros(100), torch.arange(100.0)
+    spill.out(filler)
+    whole.data = spill.leave(whole)
+    spill.back(filler)
+    assert len(files) == 1
+    other = torch.arange(100.0)
+    for views in ([whole[:50], whole.view(10, 10)], [other[:50], other[:50].view(5, 10), other]):
+        for _ in range(3):
+            for view in views:
+                view.data = spill.out(view)
+            for view in views:
+                view.data = spill.back(view)
+    fits = spill.out(torch.zeros(100))
+    assert len(files) == 1
+    spill.out(fits[:1].clone())
+    assert len(files) == 2
+
+
+def test_states_that_a_model_gave_up_leave_their_room(tmp_path, monkeypatch):
+    files = count_mapped_files(monkeypatch)
+    spill = Spill(torch.device("cpu"), tmp_path, limit=400)
+    for _ in range(5):
+        left = spill.leave(torch.zeros(100))
+        del left
+    assert not files
 
 
 def test_a_run_that_was_given_up_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
@@ -152,9 +203,9 @@ def test_a_lane_can_enter_a_block_and_wait_inside_and_what_it_holds_may_wait_in_
         for lane in lanes:
             lane.move(spill.back)
             if station == "1.first":  # worked out elsewhere
-                lane.answer(torch.zeros(len(lane.held[0]), 6))
+                lane.set_result(torch.zeros(len(lane.held[0]), 6))
             else:
-                lane.enter()
+                lane.run_inside()
             lane.advance()
             lane.move(keep)
 

@@ -99,6 +99,52 @@ def test_moments_are_means_over_all_batches_and_tell_how_far_the_inputs_moved():
     assert found.shift == pytest.approx(float((x - y).square().sum() / x.square().sum()), rel=1e-4)
 
 
+def test_moments_of_float16_inputs_above_255_are_summed_wider():
+    """256 squared is more than float16 holds."""
+    g = torch.Generator().manual_seed(0)
+    x = (3000 * torch.randn(40, 6, generator=g)).to(torch.float16)
+    y = (x.float() + 400 * torch.randn(40, 6, generator=g)).to(torch.float16)
+    assert torch.isinf(x.square()).any()
+    found = moments_of(y, x)
+    x64, y64 = x.double(), y.double()
+    gap = x64 - y64
+    assert found.shift == pytest.approx(float(gap.square().sum() / x64.square().sum()), rel=1e-6)
+    assert found.whole == pytest.approx(float(x64.square().sum()), rel=1e-6)
+    torch.testing.assert_close(found.hessian.double(), 2 / 40 * y64.T @ y64, rtol=1e-5, atol=1.0)
+    torch.testing.assert_close(found.drift.double(), 2 / 40 * gap.T @ y64, rtol=1e-5, atol=1.0)
+
+
+def test_a_float16_model_with_large_activations_reports_the_shifts_of_a_float32_one(tmp_path):
+    make_pair(tmp_path, dtype=torch.float16)
+    for which in ("base", "tuned"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / which)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.post_attention_layernorm.weight.mul_(2000)
+                layer.mlp.gate_proj.weight.mul_(0.01)
+                layer.mlp.up_proj.weight.mul_(0.01)
+        model.save_pretrained(tmp_path / which)
+    shifts = {}
+    for dtype in ("float16", "float32"):
+        stats = {which: tmp_path / f"{which}-{dtype}" for which in ("base", "tuned")}
+        for which, folder in stats.items():
+            calibrate_model(tmp_path / which, tmp_path / "data.jsonl", folder, CalibrateOptions(dtype=dtype))
+        report = patch_checkpoint(
+            *(tmp_path / "base", tmp_path / "tuned", tmp_path / dtype, stats["tuned"], PROPAGATED),
+            retain=stats["base"],
+        )
+        shifts[dtype] = {
+            r["name"]: (r["input_shift"], r["retained_input_shift"]) for r in report.tensors if "input_shift" in r
+        }
+    loud = "model.layers.1.mlp.gate_proj.weight"
+    hessian = Stats.open(tmp_path / "tuned-float16").hessians[loud]
+    assert hessian.mean_diagonal > 2 * 256**2
+    assert min(shifts["float32"][loud]) > 1e-3
+    assert shifts["float16"].keys() == shifts["float32"].keys()
+    for name, found in shifts["float16"].items():
+        assert found == pytest.approx(shifts["float32"][name], rel=0.05, abs=1e-4), name
+
+
 def test_unmoved_inputs_leave_an_undamped_optimum_where_it_is():
     g = torch.Generator().manual_seed(0)
     base, tuned = torch.randn(4, 8, generator=g), torch.randn(4, 8, generator=g)
