@@ -351,11 +351,11 @@ def _entry(tensor: str, run: Run, layers: dict[str, Layer]) -> TensorStats:
     if len({layers[n].group if n in layers else None for n in place.parameters}) > 1:
         return TensorStats(None, reason="transformers splits it into layers that do not share their inputs")
     if layer.experts:
-        return _expert_entry(entry, place, info)
+        return _expert_entry(layer, entry, place, info)
     return replace(entry, transposed=entry.transposed != place.turned) if place.turned else entry
 
 
-def _expert_entry(entry: TensorStats, place: Place, info: TensorInfo) -> TensorStats:
+def _expert_entry(layer: Layer, entry: TensorStats, place: Place, info: TensorInfo) -> TensorStats:
     """One expert's tensor of those that transformers fuses, or all of them where the checkpoint fuses them, too."""
     if place.part is None:
         if len(info.shape) == 3:
@@ -363,8 +363,8 @@ def _expert_entry(entry: TensorStats, place: Place, info: TensorInfo) -> TensorS
         return TensorStats(None, reason="it holds several experts in a layout that is not known")
     hessian = entry.experts[place.part]
     note = "too few tokens reached this expert: the Hessian of all tokens of its layer serves for it"
-    shared = hessian.endswith("[all]")
-    return TensorStats(hessian, entry.role, entry.transposed != place.turned, note=note if shared else "")
+    note = note if place.part in layer.pooled else ""
+    return TensorStats(hessian, entry.role, entry.transposed != place.turned, note=note)
 
 
 def stats_of(layer: Layer) -> TensorStats:

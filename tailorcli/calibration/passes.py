@@ -97,10 +97,11 @@ def collect_whole(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer], s
             forward(network, to_device(inputs, run.device))
     collector.allocate()
     bar = _bar(run, run.samples.num_tokens)
-    with bar, run.timer.stage("run"), collector.folding(), last_logits_only(network):
+    with bar, run.timer.stage("run"):
         for batch in make_batches(run.samples.inputs, run.options.batch_size):
             collector.batch_size = samples_in(batch)
-            forward(network, to_device(batch, run.device))
+            with collector.folding(), last_logits_only(network):
+                forward(network, to_device(batch, run.device))
             bar.update(count_tokens(batch))
     run.write(collector)
     return layers, str(next(network.parameters()).dtype).removeprefix("torch.")

@@ -18,7 +18,10 @@ Call = Callable[[], Any]
 
 @dataclass
 class Layer:
-    """One weight that can be calibrated: the modules that hold it and how they use it."""
+    """One weight that can be calibrated: the modules that hold it and how they use it, and then its Hessian.
+
+    ``find_layers`` fills the first five; calibration the others, and of a bare parameter ``role`` to ``transposed``.
+    """
 
     name: str  # the parameter's name in the model
     role: str  # linear, embedding or norm; for a bare parameter empty until its first use
@@ -29,8 +32,7 @@ class Layer:
     reason: str = ""  # why it has none
     note: str = ""  # what a user should know of its statistics
     experts: list[str] = field(default_factory=list)  # the Hessians of a bare parameter of three dimensions
-    checked: bool = False
-    centred: bool = False  # a norm that takes the mean off its inputs
+    pooled: list[int] = field(default_factory=list)  # those of them that stand for too few tokens of their own
 
 
 def find_layers(model: nn.Module) -> dict[str, Layer]:
@@ -120,23 +122,31 @@ def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[tuple[int, int]]
     return [(int(amount), int(amount)) for amount in module.padding]
 
 
-def unsuitable(layer: Layer, module: nn.Module, inputs: Tensor, call: Call) -> str:
-    """Why a layer's inputs cannot be used, if they cannot: the module is asked, not its name."""
-    if layer.role != "norm":
-        return ""
-    layer.centred = isinstance(module, nn.LayerNorm)
+def detect_norm(module: nn.Module, inputs: Tensor, call: Call) -> bool | None:
+    """Whether a norm takes the mean off its inputs (..., I); None where it is no norm over their last dimension.
+
+    The module is asked, not its name: ``call`` gives its outputs.
+    """
     if type(module).forward is nn.LayerNorm.forward:
-        return ""
+        return True
     weight, bias = module.get_parameter("weight").to(torch.float32), getattr(module, "bias", None)
     output = call()
     if inputs.shape[-1:] != weight.shape or output.shape != inputs.shape:
-        return f"{type(module).__name__} does not normalise the last dimension of its inputs"
+        return None
     for centred, offset in ((True, 0.0), (False, 0.0), (False, 1.0)):
         expected = normalised(module, inputs, centred) * (weight + offset)  # NaN is told at the end, with the name
         expected = expected if bias is None else expected + bias.to(torch.float32)
         if torch.allclose(expected, output.to(torch.float32), rtol=2e-2, atol=1e-3, equal_nan=True):
-            layer.centred = centred
-            return ""
+            return centred
+    return None
+
+
+def reason_against(layer: Layer, module: nn.Module, inputs: Tensor, centred: bool | None) -> str:
+    """Why a layer's inputs cannot be used, if they cannot; ``centred`` is what ``detect_norm`` found of a norm."""
+    if layer.role != "norm" or centred is not None:
+        return ""
+    if inputs.shape[-1:] != module.get_parameter("weight").shape:
+        return f"{type(module).__name__} does not normalise the last dimension of its inputs"
     return f"{type(module).__name__} is neither a layer norm nor a root-mean-square norm of its inputs"
 
 

@@ -30,7 +30,7 @@ class Spill:
 
     def out(self, tensor: Tensor) -> Tensor:
         """Memory for a tensor that waits. Raises TailorError where no file can be had."""
-        storage = StorageWeakRef(tensor.untyped_storage())
+        storage = _storage_of(tensor)
         if storage in self._in_memory or storage in self._in_files:  # another view of it waits there
             return tensor
         size = tensor.untyped_storage().nbytes() if tensor.device.type == "cpu" else tensor.nbytes
@@ -38,11 +38,11 @@ class Spill:
             self._sweep()
         if size <= self._room:
             waiting = tensor.cpu()
-            self._in_memory[StorageWeakRef(waiting.untyped_storage())] = size
+            self._in_memory[_storage_of(waiting)] = size
             self._room -= size
             return waiting
         mapped = self._mapped(tensor)
-        self._in_files.add(StorageWeakRef(mapped.untyped_storage()))
+        self._in_files.add(_storage_of(mapped))
         return mapped.view(tensor.shape).copy_(tensor)
 
     def leave(self, tensor: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Spill:
 
     def back(self, tensor: Tensor) -> Tensor:
         """Memory for a tensor that is worked on; one in a file stays there where files can be worked on."""
-        storage = StorageWeakRef(tensor.untyped_storage())
+        storage = _storage_of(tensor)
         self._room += self._in_memory.pop(storage, 0)
         return tensor.to(self._device)
 
@@ -72,10 +72,19 @@ class Spill:
         self._until_swept -= 1
         if self._until_swept > 0:
             return
-        for storage in [storage for storage in self._in_memory if storage.expired()]:
+        for storage in [storage for storage in self._in_memory if _is_gone(storage)]:
             self._room += self._in_memory.pop(storage)
-        self._in_files = {storage for storage in self._in_files if not storage.expired()}
+        self._in_files = {storage for storage in self._in_files if not _is_gone(storage)}
         self._until_swept = len(self._in_memory) + len(self._in_files)
+
+
+def _storage_of(tensor: Tensor) -> StorageWeakRef:
+    """What all views of a tensor's memory have in common; it does not keep the memory, and its number never recurs."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def _is_gone(storage: StorageWeakRef) -> bool:
+    return bool(storage.expired())  # type: ignore[no-untyped-call]
 
 
 def _reserve(path: Path, size: int) -> None:

@@ -53,7 +53,7 @@ def test_only_one_block_is_there_at_a_time(pair, tmp_path, monkeypatch):
     original = passes.Run.write
 
     def counting(self, collector):
-        network = collector._model
+        network = collector.model
         most.append(sum(any(p.device.type != "meta" for p in b.parameters()) for b in find_blocks(network).values()))
         original(self, collector)
 
@@ -90,7 +90,7 @@ def test_an_error_inside_a_block_ends_every_thread(pair, tmp_path, monkeypatch):
         raise TailorError("broken on purpose")
 
     before = threading.active_count()
-    monkeypatch.setattr("tailorcli.calibration.collector.accumulate_", broken)
+    monkeypatch.setattr("tailorcli.calibration.accumulators.accumulate_", broken)
     with pytest.raises(TailorError, match="broken on purpose"):
         calibrate_model(pair / "tuned", pair / "data.jsonl", tmp_path / "stats", STREAMED)
     assert threading.active_count() == before
