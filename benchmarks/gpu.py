@@ -122,7 +122,7 @@ def measure_correct(bench: Bench) -> Figures:
     data = folder / "data.jsonl"
     write_samples(data, shape.vocab, 16, 64, 256)
     here = str(bench.device)
-    runs: dict[str, tuple[str, Blockwise]] = {"cpu": ("cpu", "never"), "whole": (here, "never")}
+    runs: dict[str, tuple[str, Blockwise | str]] = {"cpu": ("cpu", "never"), "whole": (here, "never")}
     runs["blocks"] = (here, "always")
     for name, (device, blockwise) in runs.items():
         run = CalibrateOptions(device=device, dtype="float32", blockwise=blockwise)
@@ -132,7 +132,7 @@ def measure_correct(bench: Bench) -> Figures:
     scores = [score_checkpoint(base, tuned, folder / "cpu", replace(options, device=d)) for d in ("cpu", here)]
     sums = [[t["sensitivity_kept"] for t in s.tensors if t.get("sensitivity_kept")] for s in scores]
     found["score"] = max(abs(a - b) / abs(a) for a, b in zip(*sums, strict=True))
-    solvers: tuple[Solver, ...] = ("joint", "sequential", "none")
+    solvers: tuple[Solver | str, ...] = ("joint", "sequential", "none")
     for solver in solvers:
         found[solver] = compare_patches(folder, base, tuned, replace(options, solver=solver), here)
     calibrate_model(base, data, folder / "retain", CalibrateOptions(device="cpu", dtype="float32"))

@@ -1,4 +1,9 @@
-"""Options of each command as frozen dataclasses that check their own ranges."""
+"""Options of each command as frozen dataclasses that check their own ranges.
+
+``PatchOptions`` is put together from parts by what they are for: what to keep, how to solve, graft's training, what to
+write. A function that needs one part asks for that. Choices are enums whose members are strings: a plain string does
+as well, and is checked.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +11,90 @@ import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol, get_args
+from enum import StrEnum
+from typing import Any, Protocol
 
 from tailorcli.errors import OptionsError
 
-Solver = Literal["joint", "sequential", "none"]
 DAMPING = 0.01  # SparseGPT's
 RETAINED_DAMPING = 0.1  # with a retain term: docs/research.md
-PatchMethod = Literal["tailor", "interpolate", "dare", "magnitude", "graft", "tailor-released"]
-Threshold = Literal["tensor", "global"]
-Method = Literal["average", "joint", "patches"]
-TextMode = Literal["line", "chunk"]
-Blockwise = Literal["auto", "always", "never"]
-Fp8Output = Literal["fp8", "bf16"]
-DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Solver(StrEnum):
+    """How the kept entries are compensated: the exact optimum, the paper's column sweep, not at all."""
+
+    JOINT = "joint"
+    SEQUENTIAL = "sequential"
+    NONE = "none"
+
+
+class PatchMethod(StrEnum):
+    """The paper's method, and those that it is compared with."""
+
+    TAILOR = "tailor"
+    INTERPOLATE = "interpolate"
+    DARE = "dare"
+    MAGNITUDE = "magnitude"
+    GRAFT = "graft"
+
+
+RELEASED = "tailor-released"  # a method besides: the paper's as its released code has it, to compare with it
+
+_USES_DENSITY = ("tailor", "dare", "magnitude", "graft", RELEASED)
+_USES_SEED = ("dare", "graft")
+_USES_THRESHOLD = ("magnitude", "graft")
+
+
+class Threshold(StrEnum):
+    """Whether each tensor keeps its own largest entries, or all tensors together keep the largest of all."""
+
+    TENSOR = "tensor"
+    GLOBAL = "global"
+
+
+class MergeMethod(StrEnum):
+    """How entries that several tasks keep are put together."""
+
+    AVERAGE = "average"
+    JOINT = "joint"
+    PATCHES = "patches"
+
+
+class TextMode(StrEnum):
+    """What of a text file is a document: a line, or a chunk of so many tokens."""
+
+    LINE = "line"
+    CHUNK = "chunk"
+
+
+class Blockwise(StrEnum):
+    """Whether one block of a model is loaded at a time; auto: where it does not fit the device."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+class Fp8Output(StrEnum):
+    """How FP8 weights are written: in the base's own scheme, or in bfloat16."""
+
+    FP8 = "fp8"
+    BF16 = "bf16"
+
+
+class DTypeName(StrEnum):
+    """What a model runs in; auto: as it is stored."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Preset(StrEnum):
+    """Options that belong together."""
+
+    PAPER = "paper"
 
 
 def _require(condition: bool, message: str, hint: str = "") -> None:
@@ -32,8 +107,14 @@ def _require_fraction(name: str, value: float) -> None:
     _require(ok, f"{name} must lie between 0 and 1, got {value}", f"pass --{name} as a fraction, such as 0.1")
 
 
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+def _choose(options: Any, name: str, choices: type[StrEnum], *more: str) -> None:
+    """Make the field ``name`` of frozen options a member of ``choices``. Raises OptionsError for another word."""
+    value = getattr(options, name)
+    if value in more:
+        return
+    shown = name.replace("_", "-")
+    _require(value in list(choices), f"{shown} must be one of {', '.join(choices)}, got {value!r}")
+    object.__setattr__(options, name, choices(value))
 
 
 def _require_solver(damping: float, tolerance: float, max_iterations: int) -> None:
@@ -63,10 +144,9 @@ def is_label(text: str) -> bool:
     return text.isprintable() and 0 < len(text) <= 200
 
 
-def _require_output(max_shard_size: int | None, resume: bool, overwrite: bool) -> None:
-    if max_shard_size is not None:
-        _require(max_shard_size >= 1, f"max-shard-size must be positive, got {max_shard_size}")
-    _require(not (resume and overwrite), "--resume and --overwrite exclude each other", "pass the one that you mean")
+def _plain(options: Any) -> dict[str, Any]:
+    """The fields of options as JSON has them: choices as their words."""
+    return {name: value.value if isinstance(value, StrEnum) else value for name, value in asdict(options).items()}
 
 
 @dataclass(frozen=True)
@@ -77,13 +157,13 @@ class CalibrateOptions:
     seq_len: int | None = None  # tokens; None: 2048, of samples that the model writes itself 256
     batch_size: int = 8
     device: str = "auto"
-    dtype: DTypeName = "auto"
+    dtype: DTypeName | str = DTypeName.AUTO
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    text_mode: TextMode = "line"
+    text_mode: TextMode | str = TextMode.LINE
     seed: int = 0
     trust_remote_code: bool = False
-    blockwise: Blockwise = "auto"  # auto: where the model does not fit the device
+    blockwise: Blockwise | str = Blockwise.AUTO  # auto: where the model does not fit the device
     overwrite: bool = False
     synthetic: bool = False  # the model writes its own samples
     keep_samples: bool = True  # beside the statistics, for a patch that propagates
@@ -92,9 +172,9 @@ class CalibrateOptions:
         for name in ("num_samples", "length", "batch_size"):
             shown = "seq_len" if name == "length" else name
             _require(getattr(self, name) >= 1, f"{shown} must be at least 1, got {getattr(self, name)}")
-        _require_choice("dtype", self.dtype, get_args(DTypeName))
-        _require_choice("blockwise", self.blockwise, get_args(Blockwise))
-        _require_choice("text-mode", self.text_mode, get_args(TextMode))
+        _choose(self, "dtype", DTypeName)
+        _choose(self, "blockwise", Blockwise)
+        _choose(self, "text_mode", TextMode)
 
     @property
     def length(self) -> int:
@@ -103,14 +183,14 @@ class CalibrateOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
-        return asdict(self) | {"seq_len": self.length}
+        return _plain(self) | {"seq_len": self.length}
 
 
 class LoadOptions(Protocol):
     """What loading a model asks of a command's options."""
 
     @property
-    def dtype(self) -> DTypeName:
+    def dtype(self) -> DTypeName | str:
         """What the model runs in."""
 
     @property
@@ -127,7 +207,7 @@ class EvaluateOptions:
     limit: int | None = None  # of a file's records, the first so many
     max_new_tokens: int = 32
     device: str = "auto"
-    dtype: DTypeName = "auto"
+    dtype: DTypeName | str = DTypeName.AUTO
     trust_remote_code: bool = False
     resamples: int = 2000
     seed: int = 0  # of the resamplings
@@ -136,95 +216,35 @@ class EvaluateOptions:
         for name in ("batch_size", "seq_len", "max_new_tokens", "resamples"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require(self.limit is None or self.limit >= 1, f"limit must be at least 1, got {self.limit}")
-        _require_choice("dtype", self.dtype, get_args(DTypeName))
+        _choose(self, "dtype", DTypeName)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the report."""
-        return asdict(self)
+        return _plain(self)
 
 
 @dataclass(frozen=True)
-class PatchOptions:
-    """Which entries ``score`` and ``patch`` keep (Eq. 11) and how ``patch`` compensates them (Eq. 13)."""
+class KeepOptions:
+    """What is kept of the tuned model: by which method, how much, of which tensors."""
 
     density: float = 0.1
     omega: float = 0.5
-    solver: Solver = "joint"
-    damping: float | None = None  # None: 0.1 with a retain term, 0.01 without
-    block_size: int = 128
-    tolerance: float = 1e-4
-    max_iterations: int = 300
-    method: PatchMethod = "tailor"
-    retain_weight: float = 0.3  # beta of the retain term, where there are retained statistics
-    propagate: bool | None = None  # fit layers from the patched model's inputs; None: where there is a retain term
+    method: PatchMethod | str = PatchMethod.TAILOR
     weight: float | None = None  # the share of the way that the kept entries go; None: the method's own
     seed: int = 0  # of dare's draws and of graft's samples
-    threshold: Threshold = "tensor"  # of magnitude and graft: one for each tensor, or one for all
-    graft_steps: int = 100
-    graft_rate: float = 0.1
-    batch_size: int = 8  # samples of a step of graft
-    device: str = "auto"
-    max_shard_size: int | None = None
+    threshold: Threshold | str = Threshold.TENSOR  # of magnitude and graft: one for each tensor, or one for all
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     allow_dtype_mismatch: bool = False
-    fp8_output: Fp8Output = "fp8"  # of FP8 weights: the base's own scheme, or bfloat16
     resized_vocab: bool = False  # tuned has more rows than base, which are taken over
-    task: str | None = None  # what a patch file says of itself
-    license: str | None = None
-    resume: bool = False
-    overwrite: bool = False
 
     def __post_init__(self) -> None:
         _require_fraction("density", self.density)
         _require_fraction("omega", self.omega)
-        _require_choice("solver", self.solver, get_args(Solver))
-        ok = math.isfinite(self.retain_weight) and self.retain_weight >= 0.0
-        _require(ok, f"retain-weight must be zero or positive, got {self.retain_weight}", "the usual range is 0.1 to 3")
-        offered = ", ".join(name for name in get_args(PatchMethod) if name != "tailor-released")
-        _require(self.method in get_args(PatchMethod), f"method must be one of {offered}, got {self.method!r}")
-        _require_choice("threshold", self.threshold, get_args(Threshold))
-        _require_choice("fp8-output", self.fp8_output, get_args(Fp8Output))
+        _choose(self, "method", PatchMethod, RELEASED)
+        _choose(self, "threshold", Threshold)
         _require_weight(self.method, self.weight)
-        what = "propagate is for the method tailor with the solver joint and weight 1"
-        _require(self._can_propagate or not self.propagate, what, "pass --no-propagate")
-        _require(self.graft_steps >= 0, f"graft-steps must be zero or positive, got {self.graft_steps}")
-        _require(self.batch_size >= 1, f"batch-size must be at least 1, got {self.batch_size}")
-        sound = math.isfinite(self.graft_rate) and self.graft_rate > 0
-        _require(sound, f"graft-rate must be positive, got {self.graft_rate}")
         _require(self.seed >= 0, f"seed must be zero or positive, got {self.seed}")
-        _require(self.block_size >= 1, f"block-size must be at least 1, got {self.block_size}")
-        _require_solver(self.effective_damping, self.tolerance, self.max_iterations)
-        _require_output(self.max_shard_size, self.resume, self.overwrite)
-        _require_labels(self.task, self.license)
-
-    def resolved(self, retained: bool) -> PatchOptions:
-        """The same with a value for what depends on whether there are ``retained`` statistics."""
-        has_term = retained and self.retain_weight > 0.0 and self.method == "tailor"
-        damping = self.damping if self.damping is not None else RETAINED_DAMPING if has_term else DAMPING
-        propagate = self.propagate if self.propagate is not None else has_term and self._can_propagate
-        return replace(self, damping=damping, propagate=propagate)
-
-    @property
-    def _can_propagate(self) -> bool:
-        return self.method == "tailor" and self.solver == "joint" and self.effective_weight == 1.0
-
-    @property
-    def effective_damping(self) -> float:
-        """Lambda; before ``resolved`` as without a retain term."""
-        return DAMPING if self.damping is None else self.damping
-
-    @property
-    def needs_hessians(self) -> bool:
-        """Whether any step reads a Hessian: sensitivity scores do, and so does every compensation."""
-        if self.method == "tailor":
-            return self.solver != "none" or self.omega < 1.0
-        return self.method == "tailor-released"
-
-    @property
-    def needs_factor(self) -> bool:
-        """Whether columns are swept with the factor of H^-1."""
-        return self.method == "tailor-released" or (self.method == "tailor" and self.solver == "sequential")
 
     @property
     def effective_weight(self) -> float:
@@ -238,14 +258,146 @@ class PatchOptions:
         """Whether one threshold for all tensors has to be found before any tensor is patched."""
         return self.method == "magnitude" and self.threshold == "global" and 0.0 < self.density < 1.0
 
+
+@dataclass(frozen=True, kw_only=True)
+class SolverOptions:
+    """How the kept entries are compensated (Eq. 13), and where that is computed."""
+
+    solver: Solver | str = Solver.JOINT
+    damping: float | None = None  # None: 0.1 with a retain term, 0.01 without
+    block_size: int = 128
+    tolerance: float = 1e-4
+    max_iterations: int = 300
+    retain_weight: float = 0.3  # of the retain term, where there are retained statistics
+    propagate: bool | None = None  # fit layers from the patched model's inputs; None: where there is a retain term
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _choose(self, "solver", Solver)
+        ok = math.isfinite(self.retain_weight) and self.retain_weight >= 0.0
+        _require(ok, f"retain-weight must be zero or positive, got {self.retain_weight}", "the usual range is 0.1 to 3")
+        _require(self.block_size >= 1, f"block-size must be at least 1, got {self.block_size}")
+        _require_solver(self.effective_damping, self.tolerance, self.max_iterations)
+
+    @property
+    def effective_damping(self) -> float:
+        """Lambda; before ``resolved`` as without a retain term."""
+        return DAMPING if self.damping is None else self.damping
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraftOptions:
+    """How the method graft trains its mask."""
+
+    graft_steps: int = 100
+    graft_rate: float = 0.1  # how far a step moves the mask's logits, root mean square
+    batch_size: int = 8  # samples of a step
+
+    def __post_init__(self) -> None:
+        _require(self.graft_steps >= 0, f"graft-steps must be zero or positive, got {self.graft_steps}")
+        _require(self.batch_size >= 1, f"batch-size must be at least 1, got {self.batch_size}")
+        sound = math.isfinite(self.graft_rate) and self.graft_rate > 0
+        _require(sound, f"graft-rate must be positive, got {self.graft_rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """What is written, and over what."""
+
+    max_shard_size: int | None = None  # bytes; None: the base's shards
+    task: str | None = None  # what a patch file says of itself
+    license: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        size = self.max_shard_size
+        _require(size is None or size >= 1, f"max-shard-size must be positive, got {size}")
+        both = self.resume and self.overwrite
+        _require(not both, "--resume and --overwrite exclude each other", "pass the one that you mean")
+        _require_labels(self.task, self.license)
+
+
+# The fields of PatchOptions in the order of the report, which is older than their parts.
+_REPORTED = (
+    *("density", "omega", "solver", "damping", "block_size", "tolerance", "max_iterations", "method", "retain_weight"),
+    *("propagate", "weight", "seed", "threshold", "graft_steps", "graft_rate", "batch_size", "device"),
+    *("max_shard_size", "include", "exclude", "allow_dtype_mismatch"),
+    *("fp8_output", "resized_vocab", "task", "license"),
+)
+
+
+@dataclass(frozen=True)
+class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
+    """Which entries ``score`` and ``patch`` keep (Eq. 11), how ``patch`` compensates them (Eq. 13) and what it writes.
+
+    Every option of the parts is one of its keyword arguments. Raises OptionsError for a value out of its range.
+    """
+
+    fp8_output: Fp8Output | str = Fp8Output.FP8  # of FP8 weights: the base's own scheme, or bfloat16
+
+    def __post_init__(self) -> None:
+        _choose(self, "fp8_output", Fp8Output)
+        for part in (KeepOptions, SolverOptions, GraftOptions, OutputOptions):
+            part.__post_init__(self)
+        what = "propagate is for the method tailor with the solver joint and weight 1"
+        _require(self._can_propagate or not self.propagate, what, "pass --no-propagate")
+
+    def resolved(self, retained: bool) -> PatchOptions:
+        """These options with a value for what depends on whether there are ``retained`` statistics."""
+        has_term = retained and self.retain_weight > 0.0 and self.method == "tailor"
+        damping = self.damping if self.damping is not None else RETAINED_DAMPING if has_term else DAMPING
+        propagate = self.propagate if self.propagate is not None else has_term and self._can_propagate
+        return replace(self, damping=damping, propagate=propagate)
+
+    @property
+    def _can_propagate(self) -> bool:
+        return self.method == "tailor" and self.solver == "joint" and self.effective_weight == 1.0
+
+    @property
+    def needs_hessians(self) -> bool:
+        """Whether any step reads a Hessian: sensitivity scores do, and so does every compensation."""
+        if self.method == "tailor":
+            return self.solver != "none" or self.omega < 1.0
+        return self.method == RELEASED
+
+    @property
+    def needs_factor(self) -> bool:
+        """Whether columns are swept with the factor of H^-1."""
+        return self.method == RELEASED or (self.method == "tailor" and self.solver == "sequential")
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the run record: only what decides the bytes of the output."""
-        values = asdict(self) | {"weight": self.effective_weight, "damping": self.effective_damping}
+        """Plain values for the report: all but how an output that is there already is met."""
+        values = _plain(self) | {"weight": self.effective_weight, "damping": self.effective_damping}
         values["propagate"] = bool(self.propagate)
-        del values["resume"], values["overwrite"]
         if self.fp8_output == "fp8":  # the default says nothing of all the other checkpoints
             del values["fp8_output"]
-        return values
+        return {name: values[name] for name in _REPORTED if name in values}
+
+    def identity(self, retained: bool) -> dict[str, Any]:
+        """The options that decide what is written: an interrupted run goes on only under the same.
+
+        Those of other methods and solvers are left out, and so is what only says how the work is done, such as the
+        device. Of options as ``resolved`` gives them for ``retained``.
+        """
+        used = {"method", "weight", "include", "exclude", "resized_vocab", "max_shard_size", "task", "license"}
+        used.add("fp8_output")
+        if self.method == "tailor":
+            used |= {"omega", "solver", "propagate"}
+            if self.solver == "joint":
+                used |= {"tolerance", "max_iterations"}
+        for names, is_used in (
+            (("density",), self.method in _USES_DENSITY),
+            (("damping",), self.needs_hessians),
+            (("retain_weight",), self.needs_hessians and retained),
+            (("block_size",), self.needs_factor),
+            (("seed",), self.method in _USES_SEED),
+            (("threshold",), self.method in _USES_THRESHOLD),
+            (("graft_steps", "graft_rate", "batch_size"), self.method == "graft"),
+        ):
+            if is_used:
+                used |= set(names)
+        return {name: value for name, value in self.to_dict().items() if name in used}
 
 
 # Table 1's setting of the paper: its sweep, a tenth of the entries, both scores alike, no retain term.
@@ -256,35 +408,28 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def with_preset(preset: str | None, **given: Any) -> dict[str, Any]:
     """The options given (not None), then those of a preset; what neither says keeps the default of PatchOptions."""
-    if preset is not None:
-        _require_choice("preset", preset, tuple(PRESETS))
+    _require(preset is None or preset in PRESETS, f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     return PRESETS.get(preset or "", {}) | {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
-class MergeOptions:
+class MergeOptions(OutputOptions):
     """How ``merge-multi`` stitches the patches of several tasks (Eq. 14, 15)."""
 
-    method: Method = "average"
+    method: MergeMethod | str = MergeMethod.AVERAGE
     weights: tuple[float, ...] = ()  # one a task, in any unit; none: all tasks alike
     damping: float = 0.01
     tolerance: float = 1e-4
     max_iterations: int = 300
     device: str = "auto"
-    max_shard_size: int | None = None
-    task: str | None = None
-    license: str | None = None
-    resume: bool = False
-    overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _require_choice("method", self.method, get_args(Method))
+        OutputOptions.__post_init__(self)
+        _choose(self, "method", MergeMethod)
         sound = all(weight > 0 for weight in self.weights) and math.isfinite(sum(self.weights))
         given = ", ".join(map(str, self.weights))
         _require(sound, f"weights must be positive and finite, got {given}", "leave a task out instead of zero")
-        _require_labels(self.task, self.license)
         _require_solver(self.damping, self.tolerance, self.max_iterations)
-        _require_output(self.max_shard_size, self.resume, self.overwrite)
 
     def shares(self, num_tasks: int) -> tuple[float, ...]:
         """The tasks' weights with the sum 1."""
@@ -292,10 +437,16 @@ class MergeOptions:
         return tuple(weight / sum(weights) for weight in weights)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the run record: only what decides the bytes of the output."""
-        values = asdict(self)
-        del values["resume"], values["overwrite"]
-        return values
+        """Plain values for the report: all but how an output that is there already is met."""
+        values = _plain(self)
+        first = ("method", "weights", "damping", "tolerance", "max_iterations", "device")
+        return {name: values[name] for name in (*first, "max_shard_size", "task", "license")}
+
+    def identity(self, num_tasks: int) -> dict[str, Any]:
+        """The options that decide what is written: an interrupted run goes on only under the same."""
+        values = self.to_dict() | {"weights": self.shares(num_tasks)}
+        solved = () if self.method == "joint" else ("damping", "tolerance", "max_iterations")
+        return {name: value for name, value in values.items() if name not in ("device", *solved)}
 
 
 def matches(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:

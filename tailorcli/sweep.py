@@ -92,10 +92,10 @@ def settings_of(
     *,
     densities: Sequence[float] = (0.1,),
     omegas: Sequence[float] = (0.5,),
-    solvers: Sequence[Solver] = ("joint",),
+    solvers: Sequence[Solver | str] = ("joint",),
     retain_weights: Sequence[float] = (),
     dampings: Sequence[float | None] = (None,),
-    methods: Sequence[PatchMethod] = (),
+    methods: Sequence[PatchMethod | str] = (),
     weights: Sequence[float] = (),
 ) -> list[Setting]:
     """Every combination of the values for the method tailor, and of those that ``methods`` have for each of them.

@@ -43,7 +43,7 @@ class Grid:
         found += [_other("graft", density=density, graft_steps=self.graft_steps) for density in self.graft]
         found.append(_other("tailor-released", density=0.1))
         found += [
-            Setting(replace(_OPTIONS, solver=solver, density=density, weight=weight))  # type: ignore[arg-type]
+            Setting(replace(_OPTIONS, solver=solver, density=density, weight=weight))
             for solver, density, weight in self.plain
         ]
         found += [_retained(*one, propagate=True) for one in self.propagated]

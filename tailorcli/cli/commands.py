@@ -175,13 +175,13 @@ def calibrate(
         seq_len=seq_len,
         batch_size=batch_size,
         device=device,
-        dtype=dtype,  # type: ignore[arg-type]  # checked by the dataclass
+        dtype=dtype,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
-        text_mode=text_mode,  # type: ignore[arg-type]
+        text_mode=text_mode,
         seed=seed,
         trust_remote_code=trust_remote_code,
-        blockwise=blockwise,  # type: ignore[arg-type]
+        blockwise=blockwise,
         overwrite=overwrite,
         synthetic=synthetic,
         keep_samples=not no_samples,
@@ -333,10 +333,10 @@ def patch(
         propagate=False if no_propagate else None,
         tolerance=tolerance,
         max_iterations=max_iterations,
-        method=method,  # type: ignore[arg-type]
+        method=method,
         weight=weight,
         seed=seed,
-        threshold=threshold,  # type: ignore[arg-type]
+        threshold=threshold,
         graft_steps=graft_steps,
         graft_rate=graft_rate,
         batch_size=batch_size,
@@ -460,7 +460,7 @@ def merge_multi(
 
     require_output(output, patch_file)
     options = MergeOptions(
-        method=method,  # type: ignore[arg-type]  # checked by the dataclass
+        method=method,
         weights=tuple(weight or ()),
         damping=damping,
         tolerance=tolerance,

@@ -57,7 +57,7 @@ def evaluate(
         limit=limit,
         max_new_tokens=max_new_tokens,
         device=device,
-        dtype=dtype,  # type: ignore[arg-type]  # checked by the dataclass
+        dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
     if plot is not None:
@@ -181,10 +181,10 @@ def sweep(
         PatchOptions(device=device, overwrite=True, propagate=False if no_propagate else None),
         densities=density or [defaults.density],
         omegas=omega or [defaults.omega],
-        solvers=solver or [defaults.solver],  # type: ignore[arg-type]  # checked by the dataclass
+        solvers=solver or [defaults.solver],
         retain_weights=betas,
         dampings=damping or [None],
-        methods=method or [],  # type: ignore[arg-type]
+        methods=method or [],
         weights=weight or [],
     )
     if plot is not None:

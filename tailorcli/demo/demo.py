@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 REPORT_FILE = "demo.json"  # marks the folder as ours, too
 _PARTS = ("base", "tuned", "stats", "base-stats", "patched", "data", "calibration.jsonl", REPORT_FILE)
-Point = tuple[Solver, float, bool]  # solver, density, and whether the base's own samples are retained
+Point = tuple[Solver | str, float, bool]  # solver, density, and whether the base's own samples are retained
 _DEFAULT: Point = (PatchOptions().solver, PatchOptions().density, True)
 _CHOSEN = "best on validation"
 _PAPER: Point = ("sequential", 0.1, False)
@@ -430,7 +430,7 @@ def _compare(
     return rows, {f"{candidate.model}, {candidate.setting}": score for candidate, score in scores.items()}
 
 
-def _patched(folder: Path, solver: Solver, density: float, retained: bool) -> _Candidate:
+def _patched(folder: Path, solver: Solver | str, density: float, retained: bool) -> _Candidate:
     name = f"{solver}-retained" if retained else solver
     title = name.replace("-", ", ")
     return _Candidate("patched", f"{title}, density {density}", folder / "patched" / f"{name}-{density}")

@@ -71,7 +71,7 @@ def merge_patches(
         device = resolve_device(options.device)
         target.check(inputs.paths, plan)
         facts = inputs.describe()
-        identity = identity_of(facts, options.to_dict(), device, command="merge-multi")
+        identity = identity_of(facts, options.identity(len(patches)), device, command="merge-multi")
         finished = target.finished(identity, "merge-multi")
         if finished is not None:
             return finished

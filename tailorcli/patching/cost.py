@@ -6,7 +6,7 @@ import re
 
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
-from tailorcli.options import PatchOptions
+from tailorcli.options import KeepOptions, PatchOptions
 from tailorcli.runs.plan import TensorPlan
 
 _CHUNK_BYTES = 64 << 20
@@ -16,7 +16,7 @@ _WORK_BYTES = 12 * _CHUNK_BYTES  # the solver's work arrays, bounded by the row 
 _TRANSFORMERS_BYTES = 300 << 20  # and what graft needs besides
 
 
-def most_kept(tensors: list[TensorPlan], options: PatchOptions) -> list[tuple[TensorPlan, int]]:
+def most_kept(tensors: list[TensorPlan], options: KeepOptions) -> list[tuple[TensorPlan, int]]:
     """How many entries of each tensor are kept, at most; of a draw, all but surely: six deviations above its mean."""
     if options.method == "interpolate":
         return [(tensor, tensor.numel) for tensor in tensors]

@@ -22,7 +22,7 @@ from tailorcli.files import PathLike
 from tailorcli.models.config import processor_folder, read_config
 from tailorcli.models.loading import aliases, check_shapes, expected_names, load_encoder, load_model, most_tokens
 from tailorcli.models.places import Place, map_names
-from tailorcli.options import CalibrateOptions, PatchOptions
+from tailorcli.options import CalibrateOptions, KeepOptions, PatchOptions
 from tailorcli.runs.plan import Plan, TensorPlan
 from tailorcli.terminal import Progress
 
@@ -101,7 +101,7 @@ class MaskFile:
         self.path.unlink(missing_ok=True)
 
 
-def check_graft(data: PathLike | None, options: PatchOptions) -> None:
+def check_graft(data: PathLike | None, options: KeepOptions) -> None:
     """There is something to train on. Raises OptionsError."""
     if data is None or not Path(data).is_file():
         what = "--method graft trains its mask on the task" if data is None else f"{data} is no file"
@@ -237,7 +237,7 @@ def _start(
     network: Any,
     base: Checkpoint,
     tuned: Checkpoint,
-    options: PatchOptions,
+    options: KeepOptions,
     device: torch.device,
 ) -> list[_Trained]:
     """Every tensor with its parameter and the S that it starts from: high on the largest changes."""
@@ -322,7 +322,7 @@ def _gradient(part: _Trained) -> Tensor:
     return torch.zeros_like(slope) if gradient is None else slope.mul_(gradient.to(torch.float32))
 
 
-def _top(trained: list[_Trained], options: PatchOptions) -> dict[str, Tensor]:
+def _top(trained: list[_Trained], options: KeepOptions) -> dict[str, Tensor]:
     """The masks of the highest ``logits``: so many of each tensor, or of all together; on the CPU."""
     import torch
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.device import StageTimer
 from tailorcli.errors import NumericalError
-from tailorcli.options import PatchOptions
+from tailorcli.options import RELEASED, PatchOptions
 from tailorcli.runs.plan import TensorPlan
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def patch_by_method(
     from tailorcli.core.baselines import baseline_layer, released_layer
 
     density, weight = options.density, options.effective_weight
-    if options.method == "tailor-released":
+    if options.method == RELEASED:
         assert prepared is not None
         size, transposed = options.block_size, tensor.transposed
         return released_layer(

@@ -134,7 +134,7 @@ def patch_checkpoint(
         device = resolve_device(options.device)
         target.check(inputs.paths, plan)
         described = inputs.describe()
-        identity = identity_of(described, options.to_dict(), device)
+        identity = identity_of(described, options.identity(retain is not None), device)
         finished = target.finished(identity, "patch")
         if finished is not None:
             return finished

@@ -8,7 +8,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
 from tailorcli.checkpoint.layout import plan_layout
 from tailorcli.errors import OptionsError, StatsError
-from tailorcli.options import PatchOptions, matches
+from tailorcli.options import RELEASED, PatchOptions, matches
 from tailorcli.patching.checks import check_pair, check_propagate, check_retain, check_stats
 from tailorcli.patching.cost import (
     bytes_to_read,
@@ -90,7 +90,7 @@ def _plan_tensor(
         reason = "the adapter leaves it alone"
     elif options.needs_hessians and not entry.hessians:
         reason = f"no statistics: {entry.reason}"
-    elif options.method == "tailor-released" and not _is_linear(entry, stats):
+    elif options.method == RELEASED and not _is_linear(entry, stats):
         reason = "the released code patches linear layers alone"
     common = (info.name, info.dtype, info.shape, info.nbytes)
     if reason:

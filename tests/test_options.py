@@ -1,0 +1,133 @@
+"""The options: their parts, their choices, and which of them an interrupted run must be resumed under."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+from helpers import broken_off
+
+from tailorcli import CalibrateOptions, EvaluateOptions, MergeOptions, PatchOptions, TailorError, patch_checkpoint
+from tailorcli.checkpoint.writer import CheckpointWriter
+from tailorcli.options import GraftOptions, KeepOptions, OutputOptions, PatchMethod, Solver, SolverOptions
+from tailorcli.patchfile.report import load_report, options_shown
+
+
+def test_patch_options_are_flat_and_made_of_parts_by_purpose():
+    options = PatchOptions(density=0.2, solver="none", graft_steps=3, task="mine")
+    assert (options.density, options.solver, options.graft_steps, options.task) == (0.2, "none", 3, "mine")
+    parts = [{field.name for field in fields(part)} for part in (KeepOptions, SolverOptions, GraftOptions)]
+    parts.append({field.name for field in fields(OutputOptions)})
+    assert sum(map(len, parts)) == len(set.union(*parts)) == len(fields(PatchOptions)) == 26
+    assert fields(PatchOptions)[0].name == "density"  # PatchOptions(0.2)
+    with pytest.raises(TypeError):
+        PatchOptions(densty=0.2)
+
+
+def test_a_choice_is_taken_as_a_word_or_as_a_member():
+    assert PatchOptions(solver="none") == PatchOptions(solver=Solver.NONE)
+    assert isinstance(PatchOptions(method="dare").method, PatchMethod)
+    assert hash(PatchOptions(solver="none")) == hash(PatchOptions(solver=Solver.NONE))
+    assert json.dumps(PatchOptions(method=PatchMethod.DARE).to_dict()["method"]) == '"dare"'
+    assert type(PatchOptions().to_dict()["solver"]) is type(MergeOptions().to_dict()["method"]) is str
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: PatchOptions(solver="exact"), "solver must be one of joint, sequential, none, got 'exact'"),
+        (lambda: PatchOptions(method="ties"), "method must be one of tailor, interpolate, dare, magnitude, graft,"),
+        (lambda: PatchOptions(threshold="all"), "threshold must be one of tensor, global"),
+        (lambda: MergeOptions(method="mean"), "method must be one of average, joint, patches"),
+        (lambda: CalibrateOptions(text_mode="page"), "text-mode must be one of line, chunk"),
+        (lambda: CalibrateOptions(blockwise="yes"), "blockwise must be one of auto, always, never"),
+        (lambda: EvaluateOptions(dtype="int8"), "dtype must be one of auto, float32, bfloat16, float16"),
+    ],
+)
+def test_a_word_that_is_no_choice_is_refused_with_those_that_are(make, what):
+    with pytest.raises(TailorError, match=what):
+        make()
+
+
+def test_the_report_holds_every_option_but_how_an_earlier_output_is_met():
+    names = {field.name for field in fields(PatchOptions)} - {"resume", "overwrite"}
+    assert set(PatchOptions().to_dict()) == names
+    names = {field.name for field in fields(MergeOptions)} - {"resume", "overwrite"}
+    assert set(MergeOptions().to_dict()) == names
+
+
+# A way to patch, and for each option in turn a value that makes another output of it (True) or the same (False).
+SAME = {"device": "cpu", "allow_dtype_mismatch": True}
+GRAFTS = {"graft_steps": 3, "graft_rate": 0.2, "batch_size": 2}
+IDENTITIES = {
+    "joint": (
+        {},
+        {"density": 0.2, "omega": 1.0, "solver": "none", "damping": 0.1, "tolerance": 1e-3, "max_iterations": 9}
+        | {"weight": 0.5, "include": ("*mlp*",), "exclude": ("*norm*",), "max_shard_size": 100, "task": "a"}
+        | {"license": "mit", "resized_vocab": True},
+        {"block_size": 64, "seed": 1, "threshold": "global", "retain_weight": 0.5, **GRAFTS, **SAME},
+    ),
+    "sequential": ({"solver": "sequential"}, {"block_size": 64, "damping": 0.1}, {"tolerance": 1e-3, "seed": 1}),
+    "no Hessian": (
+        {"solver": "none", "omega": 1.0},
+        {"density": 0.2, "omega": 0.5},
+        {"damping": 0.1, "tolerance": 1e-3, "max_iterations": 9, "block_size": 64},
+    ),
+    "dare": ({"method": "dare"}, {"density": 0.2, "seed": 1}, {"omega": 1.0, "solver": "none", "damping": 0.1}),
+    "magnitude": ({"method": "magnitude"}, {"density": 0.2, "threshold": "global"}, {"seed": 1, **GRAFTS}),
+    "interpolate": ({"method": "interpolate"}, {"weight": 0.3}, {"density": 0.2, "weight": 0.5, "seed": 1}),
+    "graft": ({"method": "graft"}, {"density": 0.2, "seed": 1, "threshold": "global", **GRAFTS}, {"omega": 1.0}),
+}
+
+
+@pytest.mark.parametrize("kind", IDENTITIES)
+def test_a_run_is_told_by_the_options_that_change_its_output_and_by_no_others(kind):
+    way, other, same = IDENTITIES[kind]
+    options = PatchOptions(**way)
+    identity = options.resolved(False).identity(False)
+    for name, value in other.items():
+        assert replace(options, **{name: value}).resolved(False).identity(False) != identity, name
+    for name, value in same.items():
+        assert replace(options, **{name: value}).resolved(False).identity(False) == identity, name
+
+
+def test_what_the_retain_term_adds_to_a_run_counts_only_with_it():
+    def identity(retained, **options):
+        return PatchOptions(**options).resolved(retained).identity(retained)
+
+    assert identity(True, retain_weight=0.5) != identity(True)
+    assert identity(True, propagate=False) != identity(True)
+    assert identity(True, damping=0.1) == identity(True)  # which is its damping anyway
+    assert identity(False, propagate=False) == identity(False)
+
+
+def test_a_merge_is_told_by_its_shares_and_by_what_its_method_uses():
+    average = MergeOptions().identity(2)
+    assert MergeOptions(weights=(2.0, 2.0), device="cpu", damping=0.1).identity(2) == average
+    assert MergeOptions(weights=(2.0, 1.0)).identity(2) != average
+    assert MergeOptions(task="both").identity(2) != average
+    joint = MergeOptions("joint")
+    for changed in ({"damping": 0.1}, {"tolerance": 1e-3}, {"max_iterations": 9}):
+        assert replace(joint, **changed).identity(2) != joint.identity(2)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_goes_on_under_options_that_change_nothing(llama_pair, tmp_path, finished):
+    out, file = tmp_path / "out", tmp_path / "p.safetensors"
+    arguments = (llama_pair / "base", llama_pair / "tuned", out, llama_pair / "stats")
+    if finished:
+        patch_checkpoint(*arguments, patch_file=file)
+    else:
+        with broken_off(CheckpointWriter, 4):
+            patch_checkpoint(*arguments, patch_file=file)
+    free = {"device": "cpu", "graft_steps": 3, "seed": 5, "block_size": 64, "allow_dtype_mismatch": True}
+    again = PatchOptions(resume=True, **free)
+    report = patch_checkpoint(*arguments, again, patch_file=file)
+    assert report.totals["tensors_patched"] == 21
+    earlier = json.loads((out / "tailor_run.json").read_text())["tensors_from_an_earlier_run"]
+    assert earlier == (0 if finished else 4)
+    assert options_shown(load_report(out / "tailor_report.json"))["density"] == 0.1
+    with pytest.raises(TailorError, match=r"another run|cannot resume"):
+        patch_checkpoint(*arguments, replace(again, omega=1.0), patch_file=file)
+    if not finished:
+        with pytest.raises(TailorError, match="another run"):
+            patch_checkpoint(*arguments, replace(again, tolerance=1e-3), patch_file=file)
