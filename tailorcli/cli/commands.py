@@ -1,30 +1,30 @@
-"""The command line: parse, make one call of the API, show what it returned.
+"""The commands that make and read patches: parse, make one call of the API, show what it returned.
 
 Data goes to standard output; progress, notes and errors go to standard error.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import os
-import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated
 
 import typer
 
-from tailorcli._version import __version__
-from tailorcli.cli.options import (
+from tailorcli.cli.arguments import (
+    OTHERS,
+    OUTPUT,
+    RUNNING,
+    SOLVER,
     AllowDtype,
     AsJson,
     Base,
+    BatchSize,
     Damping,
     Density,
     Device,
     DryRun,
+    DType,
     Exclude,
     Include,
     License,
@@ -33,20 +33,25 @@ from tailorcli.cli.options import (
     NoPropagate,
     Omega,
     OutFolder,
+    OutFolderNeeded,
     Overwrite,
     OwnDamping,
-    OwnDensity,
-    OwnOmega,
     PatchIn,
     PatchOut,
+    Plot,
+    Quiet,
     ResizedVocab,
     Resume,
     RetainIn,
     RetainWeight,
+    SolverChoice,
     StatsIn,
     Task,
     Tolerance,
+    TrustRemoteCode,
     Tuned,
+    Verbose,
+    flag,
 )
 from tailorcli.cli.output import (
     print_json,
@@ -62,109 +67,99 @@ from tailorcli.cli.output import (
     show_plan,
     show_quantiles,
     show_reasons,
+    show_stages,
     show_summary,
     show_written,
 )
-from tailorcli.errors import TailorError
-from tailorcli.options import CalibrateOptions, MergeOptions, PatchOptions, with_preset
-from tailorcli.terminal import guard_streams
+from tailorcli.cli.verbosity import wants_progress
+from tailorcli.options import (
+    Blockwise,
+    CalibrateOptions,
+    DTypeName,
+    MergeMethod,
+    MergeOptions,
+    PatchMethod,
+    PatchOptions,
+    Preset,
+    Solver,
+    TextMode,
+    Threshold,
+    with_preset,
+)
 from tailorcli.units import parse_size
 
-if TYPE_CHECKING:
-    pass
 
-app = typer.Typer(
-    name="tailorcli",
-    help="Fine-tune a large model, then get back what it forgot: keep the best tenth of the fine-tuned entries, "
-    "compensate them, put everything else back (Model Tailor, ICML 2024).",
-    epilog="The main job: tailorcli calibrate TUNED --data FILE -o STATS; "
-    "tailorcli patch BASE TUNED --stats STATS -o OUT. To see it work offline: tailorcli demo",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line, rather than having its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
-def friendly_errors(command: Command) -> Command:
-    """Show a TailorError as one message and exit with 1; anything else is a bug and keeps its traceback."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except TailorError as error:
-            say_error(error.message, error.hint)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            resumable = "resume" in inspect.signature(command).parameters
-            say("interrupted" + ("; where it had begun to write, --resume finishes it" if resumable else ""), err=True)
-            raise typer.Exit(130) from None
-
-    return wrapped  # type: ignore[return-value]
-
-
-def _version(shown: bool) -> None:
-    if shown:
-        say(f"tailorcli {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    """Model Tailor from the shell."""
-
-
-@app.command()
-@friendly_errors
 def calibrate(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of the fine-tuned checkpoint or adapter.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Folder of the fine-tuned checkpoint, or of its LoRA adapter.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="STATS", help="Folder for the statistics.")],
     data: Annotated[
         Path | None,
-        typer.Option(help="New-task data: .jsonl, .json (text, messages, prompt and response; images), .txt."),
+        typer.Option(metavar="FILE", help="Data of the new task: .jsonl, .json or .txt."),
     ] = None,
     synthetic: Annotated[
-        bool, typer.Option("--synthetic", help="MODEL writes its own samples, going on from --data where given.")
+        bool,
+        flag("--synthetic", help="MODEL writes its own samples, going on from --data if given."),
     ] = False,
     held_out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.jsonl", help="With --synthetic: half as many more samples, as a task for sweep."),
+        typer.Option(metavar="FILE", help="With --synthetic: half as many more samples, as a task for sweep."),
     ] = None,
     base: Annotated[
-        Path | None, typer.Option(help="Folder of the pre-trained checkpoint, where MODEL is a LoRA adapter.")
+        Path | None, typer.Option(metavar="BASE", help="Folder of the pre-trained checkpoint, if MODEL is an adapter.")
     ] = None,
-    num_samples: Annotated[int, typer.Option(help="Samples to draw from the data.")] = 128,
+    num_samples: Annotated[int, typer.Option(metavar="N", help="Samples to draw from the data.")] = 128,
     seq_len: Annotated[
-        int | None, typer.Option(help="Tokens of a sample at most: 2048, with --synthetic 256.", show_default=False)
+        int | None,
+        typer.Option(metavar="N", help="Most tokens of a sample.", show_default="2048; with --synthetic 256"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples in a forward pass: memory and speed, not the result.")] = 8,
-    device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Run the model in float32, bfloat16, float16; auto: as stored.")] = "auto",
+    text_mode: Annotated[
+        TextMode, typer.Option(metavar="MODE", help="A sample of a .txt: a line, or a chunk of --seq-len tokens.")
+    ] = TextMode.LINE,
+    seed: Annotated[int, typer.Option(metavar="N", help="Which samples are drawn.")] = 0,
     include: Include = None,
     exclude: Exclude = None,
-    text_mode: Annotated[str, typer.Option(help=".txt: a document a 'line', or 'chunk's of --seq-len.")] = "line",
-    seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    dtype: DType = DTypeName.AUTO,
     blockwise: Annotated[
-        str, typer.Option(help="Load one block of the model at a time: always, never; auto: if it does not fit.")
-    ] = "auto",
+        Blockwise,
+        typer.Option(
+            metavar="WHEN",
+            help="Load one block of the model at a time: always, never; auto: if it does not fit.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = Blockwise.AUTO,
+    trust_remote_code: TrustRemoteCode = False,
     no_samples: Annotated[
-        bool, typer.Option("--no-samples", help="Keep no samples in STATS; patch then needs --no-propagate.")
+        bool,
+        flag(
+            "--no-samples",
+            help="Store no samples in STATS; patch then needs --no-propagate.",
+            panel=OUTPUT,
+        ),
     ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Run the fine-tuned model over new-task data and store a Hessian for every parameter.
+    """Measure which inputs matter to each layer of a model, on your data.
 
-    The Hessians say which inputs matter to each layer; score and patch read them. Needs no old data. Of the base, with
-    --synthetic or data that stand for what it must not forget, they are what patch --retain takes.
+    The statistics are what the other commands read. Of the fine-tuned model on data of the new task they are what
+    patch --stats takes; no old data is needed. Of the base, with --synthetic or on data that stand for what it must
+    not forget, they are what patch --retain takes.
+
+    Examples:
+      tailorcli calibrate TUNED --data train.jsonl -o stats
+      tailorcli calibrate BASE --synthetic -o base-stats
     """
     require_source(data, synthetic)
     from tailorcli.calibration.calibrate import calibrate_model
@@ -191,7 +186,7 @@ def calibrate(
         data,
         output,
         options,
-        progress=not as_json,
+        progress=wants_progress(as_json),
         base=base,
         announce=None if as_json else partial(say, err=True),
         held_out=held_out,
@@ -212,8 +207,6 @@ def calibrate(
         say(f"next: tailorcli patch {base or 'BASE'} {model} --stats {output} -o OUT", err=True)
 
 
-@app.command()
-@friendly_errors
 def score(
     base: Base,
     tuned: Tuned,
@@ -222,18 +215,30 @@ def score(
     retain_weight: RetainWeight = 0.3,
     density: Density = 0.1,
     omega: Omega = 0.5,
-    damping: OwnDamping = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="REPORT.json", help="Also write the report here.")
-    ] = None,
-    device: Device = "auto",
     include: Include = None,
     exclude: Exclude = None,
     allow_dtype_mismatch: AllowDtype = False,
     resized_vocab: ResizedVocab = False,
+    damping: OwnDamping = None,
+    device: Device = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="REPORT.json", help="Write the report here, too.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Show what a mask would capture, tensor by tensor, before patching. Writes no checkpoint."""
+    """Show what a patch would keep, tensor by tensor.
+
+    Writes no checkpoint.
+
+    Examples:
+      tailorcli score BASE TUNED --stats stats
+      tailorcli score BASE TUNED --stats stats --density 0.2 -o score.json
+    """
     from tailorcli.display.tables import tensor_table
     from tailorcli.patching.patch import score_checkpoint
     from tailorcli.runs.outputs import write_report
@@ -250,7 +255,7 @@ def score(
         allow_dtype_mismatch=allow_dtype_mismatch,
         resized_vocab=resized_vocab,
     )
-    report = score_checkpoint(base, tuned, stats, options, progress=not as_json, retain=retain)
+    report = score_checkpoint(base, tuned, stats, options, progress=wants_progress(as_json), retain=retain)
     if output is not None:
         write_report(report, output)
     if as_json:
@@ -261,9 +266,8 @@ def score(
     show_reasons(reasons(report.tensors), "left at base")
 
 
-@app.command()
-@friendly_errors
 def patch(
+    context: typer.Context,
     base: Base,
     tuned: Tuned,
     output: OutFolder = None,
@@ -272,53 +276,83 @@ def patch(
     retain: RetainIn = None,
     retain_weight: RetainWeight = 0.3,
     no_propagate: NoPropagate = False,
-    density: OwnDensity = None,
-    omega: OwnOmega = None,
-    solver: Annotated[
-        str | None, typer.Option(help="joint (exact), sequential (the paper's sweep) or none. Default joint.")
-    ] = None,
+    density: Density = 0.1,
+    omega: Omega = 0.5,
     preset: Annotated[
-        str | None, typer.Option(help="paper: density, omega, solver, damping and block size of the paper.")
+        Preset | None,
+        typer.Option(metavar="NAME", help="paper: the paper's density, omega, solver, damping and block size."),
     ] = None,
-    damping: OwnDamping = None,
-    block_size: Annotated[
-        int | None, typer.Option(help="Columns per block of the sequential solver. Default 128.")
-    ] = None,
-    tolerance: Tolerance = 1e-4,
-    max_iterations: MaxIterations = 300,
-    method: Annotated[
-        str,
-        typer.Option(help="tailor, or to compare with: interpolate (WiSE-FT), dare, magnitude (TIES), graft."),
-    ] = "tailor",
-    weight: Annotated[
-        float | None,
-        typer.Option(help="Share of the way from BASE that the kept entries go. [default: 1; interpolate: 0.5]"),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Which entries dare draws, and samples graft.")] = 0,
-    threshold: Annotated[
-        str, typer.Option(help="magnitude, graft: the top of each 'tensor', or of all ('global').")
-    ] = "tensor",
-    data: Annotated[Path | None, typer.Option(help="What graft trains its mask on: the fine-tuning data.")] = None,
-    graft_steps: Annotated[int, typer.Option(help="Steps of graft's training.")] = 100,
-    graft_rate: Annotated[float, typer.Option(help="How far a step moves a mask's logits, root mean square.")] = 0.1,
-    batch_size: Annotated[int, typer.Option(help="Samples in a step of graft.")] = 8,
-    device: Device = "auto",
     include: Include = None,
     exclude: Exclude = None,
-    max_shard_size: MaxShardSize = None,
     allow_dtype_mismatch: AllowDtype = False,
     resized_vocab: ResizedVocab = False,
+    solver: SolverChoice = Solver.JOINT,
+    damping: OwnDamping = None,
+    tolerance: Tolerance = 1e-4,
+    max_iterations: MaxIterations = 300,
+    block_size: Annotated[
+        int, typer.Option(metavar="N", help="Columns per block of the sequential solver.", rich_help_panel=SOLVER)
+    ] = 128,
+    device: Device = "auto",
+    method: Annotated[
+        PatchMethod,
+        typer.Option(
+            metavar="METHOD",
+            help="tailor; or interpolate (WiSE-FT), dare, magnitude (TIES), graft.",
+            rich_help_panel=OTHERS,
+        ),
+    ] = PatchMethod.TAILOR,
+    weight: Annotated[
+        float | None,
+        typer.Option(
+            metavar="W",
+            help="Share of the way from BASE that kept entries go.",
+            show_default="1; interpolate 0.5",
+            rich_help_panel=OTHERS,
+        ),
+    ] = None,
+    threshold: Annotated[
+        Threshold,
+        typer.Option(
+            metavar="OF",
+            help="magnitude, graft: the top of each tensor, or of all tensors together (global).",
+            rich_help_panel=OTHERS,
+        ),
+    ] = Threshold.TENSOR,
+    seed: Annotated[int, typer.Option(metavar="N", help="dare, graft: of what is drawn.", rich_help_panel=OTHERS)] = 0,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="graft: the fine-tuning data, to train its mask on.", rich_help_panel=OTHERS),
+    ] = None,
+    graft_steps: Annotated[
+        int, typer.Option(metavar="N", help="graft: steps of training.", rich_help_panel=OTHERS)
+    ] = 100,
+    graft_rate: Annotated[
+        float,
+        typer.Option(
+            metavar="X", help="graft: how far a step moves the mask's logits, root mean square.", rich_help_panel=OTHERS
+        ),
+    ] = 0.1,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="graft: samples in a step.", rich_help_panel=OTHERS)] = 8,
+    max_shard_size: MaxShardSize = None,
     task: Task = None,
     license_: License = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Write the base with the best entries of TUNED in it, compensated for those put back.
+    """Write BASE with the best entries of TUNED in it.
 
-    OUT loads with from_pretrained; a patch file holds the kept entries alone. Everything is checked before the work
-    starts; an interrupted run leaves nothing that loads, and --resume finishes it to the same bytes.
+    The entries that are taken over are adjusted to make up for the others. OUT loads with from_pretrained; a patch
+    file holds the kept entries alone. Everything is checked before the work starts; an interrupted run leaves
+    nothing that loads, and --resume finishes it to the same bytes.
+
+    Examples:
+      tailorcli patch BASE TUNED --stats stats -o OUT
+      tailorcli patch BASE TUNED --stats stats --retain base-stats -o OUT
     """
     require_output(output, patch_file)
     from tailorcli.adapters.checkpoint import is_adapter
@@ -327,8 +361,9 @@ def patch(
     if preset is not None and retain is not None:
         raise typer.BadParameter("--preset paper has no retain term: leave --retain out")
     own = {"density": density, "omega": omega, "solver": solver, "damping": damping, "block_size": block_size}
+    given = {name: value for name, value in own.items() if _is_given(context, name)}
     options = PatchOptions(
-        **with_preset(preset, **own),
+        **with_preset(preset, **given),
         retain_weight=retain_weight,
         propagate=False if no_propagate else None,
         tolerance=tolerance,
@@ -364,7 +399,7 @@ def patch(
         output,
         stats,
         options,
-        progress=not as_json,
+        progress=wants_progress(as_json),
         patch_file=patch_file,
         announce=None if as_json else partial(show_cost, output=output, patch_file=patch_file),
         retain=retain,
@@ -376,23 +411,28 @@ def patch(
     show_summary(report.to_dict())
     show_reasons({record["name"]: record["note"] for record in report.tensors if "note" in record}, "note")
     show_written(output, patch_file, report.seconds)
+    show_stages(report.stages)
 
 
-@app.command()
-@friendly_errors
 def apply(
     base: Base,
     patch_path: PatchIn,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder for the patched checkpoint.")],
+    output: OutFolderNeeded,
     max_shard_size: MaxShardSize = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Write the checkpoint that a patch file makes of its base: to the byte what patch -o writes.
+    """Make the patched checkpoint from BASE and a patch file.
 
-    Refuses a base that is not the one the patch was made for.
+    To the byte what patch -o writes. Refuses a base that is not the one the patch was made for.
+
+    Examples:
+      tailorcli apply BASE task.safetensors -o OUT
+      tailorcli apply BASE task.safetensors -o OUT --max-shard-size 5GB
     """
     from tailorcli.patching.apply import apply_patch, plan_apply
 
@@ -408,7 +448,7 @@ def apply(
         max_shard_size=size,
         resume=resume,
         overwrite=overwrite,
-        progress=not as_json,
+        progress=wants_progress(as_json),
         announce=None if as_json else partial(show_cost, output=output, patch_file=None),
     )
     for note in report.notes:
@@ -419,24 +459,26 @@ def apply(
     totals = report.totals
     say(f"changed {totals['kept']:,} entries in {totals['tensors_patched']} tensors")
     show_written(output, None, report.seconds)
+    show_stages(report.stages)
 
 
-@app.command("merge-multi")
-@friendly_errors
 def merge_multi(
     base: Base,
     patches: Annotated[list[Path], typer.Argument(metavar="PATCH", help="Patch files of the tasks, on one BASE.")],
     output: OutFolder = None,
     patch_file: PatchOut = None,
+    method: Annotated[
+        MergeMethod,
+        typer.Option(metavar="METHOD", help="average (the paper's), joint (one optimum for all tasks), or patches."),
+    ] = MergeMethod.AVERAGE,
     tuned: Annotated[
-        list[Path] | None, typer.Option(metavar="DIR", help="A task's fine-tuned checkpoint; repeat for each task.")
+        list[Path] | None,
+        typer.Option(metavar="TUNED", help="average, joint: a task's fine-tuned checkpoint; once for each task."),
     ] = None,
     stats: Annotated[
-        list[Path] | None, typer.Option(metavar="DIR", help="A task's statistics (calibrate); repeat for each task.")
+        list[Path] | None,
+        typer.Option(metavar="STATS", help="joint: a task's statistics; once for each task."),
     ] = None,
-    method: Annotated[
-        str, typer.Option(help="average (Eq. 14, 15), joint (one optimum for all tasks), or patches (no other input).")
-    ] = "average",
     weight: Annotated[
         list[float] | None, typer.Option(metavar="W", help="Weight of a task; once for each PATCH, in their order.")
     ] = None,
@@ -451,10 +493,19 @@ def merge_multi(
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Stitch the patches of several tasks into one model by the union of their masks.
+    r"""Stitch the patches of several tasks into one model.
 
-    average needs --tuned for each task, joint also --stats, patches neither; fingerprints tell which belongs to which.
+    average needs --tuned for each task, joint --stats as well, patches neither. Which belongs to which patch is
+    told by their contents, not by their order.
+
+    Examples:
+      tailorcli merge-multi BASE a.safetensors b.safetensors -o OUT \
+        --method patches
+      tailorcli merge-multi BASE a.safetensors b.safetensors -o OUT \
+        --tuned TUNED-A --tuned TUNED-B
     """
     from tailorcli.merging.merge import merge_patches, plan_merge
 
@@ -482,7 +533,7 @@ def merge_multi(
         output,
         *inputs,
         options,
-        progress=not as_json,
+        progress=wants_progress(as_json),
         patch_file=patch_file,
         announce=None if as_json else partial(show_cost, output=output, patch_file=patch_file),
     )
@@ -493,23 +544,34 @@ def merge_multi(
         return
     show_merge(report.to_dict())
     show_written(output, patch_file, report.seconds)
+    show_stages(report.stages)
 
 
-@app.command()
-@friendly_errors
 def verify(
     checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the checkpoint to verify.")],
-    base: Annotated[Path, typer.Option("--base", help="Folder of the pre-trained checkpoint.")],
+    base: Annotated[Path, typer.Option("--base", metavar="BASE", help="Folder of the pre-trained checkpoint.")],
     patch_path: Annotated[
-        Path | None, typer.Option("--patch", metavar="PATCH", help="Patch file that was applied; else OUT's report.")
+        Path | None,
+        typer.Option(
+            "--patch", metavar="PATCH", help="The patch file that was applied.", show_default="the report in OUT"
+        ),
     ] = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Prove that OUT is BASE with PATCH applied: bit for bit, inside the masks and outside. Exit code 1 if not."""
+    """Prove that OUT is BASE with a patch applied, bit for bit.
+
+    Exit code 1 if it is not.
+
+    Examples:
+      tailorcli verify OUT --base BASE
+      tailorcli verify OUT --base BASE --patch task.safetensors
+    """
     from tailorcli.display.tables import problem_table
     from tailorcli.patching.verify import verify_checkpoint
 
-    report = verify_checkpoint(checkpoint, base, patch_path, progress=not as_json)
+    report = verify_checkpoint(checkpoint, base, patch_path, progress=wants_progress(as_json))
     if as_json:
         print_json(report.to_dict())
     elif report.ok:
@@ -526,14 +588,19 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command("inspect")
-@friendly_errors
 def inspect_command(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Statistics, a report, a patch file, any checkpoint.")],
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw it, too (needs matplotlib).")] = None,
+    plot: Plot = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Say what a path is and show its figures."""
+    """Say what a path is and show its figures.
+
+    Examples:
+      tailorcli inspect OUT
+      tailorcli inspect stats --plot stats.png
+    """
     from tailorcli.display.inspection import inspect_path
 
     inspection = inspect_path(path)
@@ -550,23 +617,30 @@ def inspect_command(
     print_rich(*inspection_parts(inspection))
 
 
-@app.command()
-@friendly_errors
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to keep.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Of the weights and the batches.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A much smaller run, to see that everything works.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in DIR.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to keep it in.")] = Path("demo"),
+    quick: Annotated[bool, flag("--quick", help="A much smaller run, to see that everything works.")] = False,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the weights and the batches.")] = 0,
+    overwrite: Annotated[
+        bool,
+        flag("--overwrite", help="Replace an earlier demo in DIR.", panel=OUTPUT),
+    ] = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Watch a small model forget and be patched: offline, on real text, in about two minutes.
+    """Watch a small model forget and be patched, in two minutes.
 
-    Trains a small Llama on old tasks, fine-tunes it on a new one, calibrates, patches and compares with plain
-    interpolation. The checkpoints stay in DIR to go on with.
+    Needs no network. Trains a small Llama on old tasks, fine-tunes it on a new one, calibrates, patches and
+    compares with plain interpolation. The checkpoints stay in DIR to go on with.
+
+    Examples:
+      tailorcli demo
+      tailorcli demo --quick -o /tmp/demo
     """
     from tailorcli.demo.demo import follow_up_commands, render_demo, run_demo
 
-    report = run_demo(output, seed=seed, quick=quick, overwrite=overwrite, progress=not as_json)
+    report = run_demo(output, seed=seed, quick=quick, overwrite=overwrite, progress=wants_progress(as_json))
     if as_json:
         print_json(report.to_dict())
         return
@@ -574,15 +648,3 @@ def demo(
     say("The checkpoints are yours to go on with:")
     for line in follow_up_commands(report):
         say(f"  {line}")
-
-
-def main() -> None:
-    """The console script."""
-    # Read by OpenMP when torch loads: threads that wait sleep rather than spin. Spinning takes the cores from the
-    # threads that read and write, and from whatever else the machine does.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    guard_streams()
-    try:
-        app()
-    finally:
-        sys.stdout.flush()  # here, where a failure is an exit code and no traceback

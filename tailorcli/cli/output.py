@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from tailorcli.cli.verbosity import is_quiet, is_verbose
 from tailorcli.terminal import printable
 
 if TYPE_CHECKING:
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """One line to standard output, or with ``err`` to standard error; what it quotes does nothing to a terminal."""
-    print(printable(text), file=sys.stderr if err else sys.stdout, flush=err)
+    """One line to standard output, or with ``err`` to standard error, where ``--quiet`` leaves it out.
+
+    What it quotes does nothing to a terminal.
+    """
+    if not (err and is_quiet()):
+        print(printable(text), file=sys.stderr if err else sys.stdout, flush=err)
 
 
 def say_error(message: str, hint: str = "") -> None:
@@ -29,7 +34,7 @@ def say_error(message: str, hint: str = "") -> None:
     colored = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     print(f"\x1b[31m{shown}\x1b[0m" if colored else shown, file=sys.stderr, flush=True)
     if hint:
-        say(f"  try: {hint}", err=True)
+        print(printable(f"  try: {hint}"), file=sys.stderr, flush=True)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -72,8 +77,9 @@ def show_reasons(reasons: dict[str, str], what: str) -> None:
     for name, reason in reasons.items():
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        say(f"{what}: {len(names)} ({reason}): {', '.join(names[:4])}{more}", err=True)
+        shown = names if is_verbose() else names[:4]
+        more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+        say(f"{what}: {len(names)} ({reason}): {', '.join(shown)}{more}", err=True)
 
 
 def require_output(output: Path | None, patch_file: Path | None) -> None:
@@ -146,6 +152,12 @@ def show_written(output: Path | None, patch_file: Path | None, seconds: float) -
     if output is not None:
         say(f"wrote {output}; per tensor: tailorcli inspect {output}")
     say(f"{seconds:.1f} s", err=True)
+
+
+def show_stages(stages: dict[str, float]) -> None:
+    """With ``--verbose``, where the time went."""
+    if is_verbose() and stages:
+        say("of which " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages.items()), err=True)
 
 
 def show_summary(report: dict[str, Any]) -> None:

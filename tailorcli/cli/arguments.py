@@ -1,0 +1,211 @@
+"""Arguments and options that several commands share, and the panels of ``--help`` in which they stand.
+
+What stands in no panel is an option of the main job.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tailorcli.cli.verbosity import set_quiet, set_verbose
+from tailorcli.options import DTypeName, Solver
+
+TENSORS = "Which tensors"
+SOLVER = "Solver"
+OTHERS = "Other methods, to compare with"
+RUNNING = "How it runs"
+OUTPUT = "Output"
+
+
+def flag(*names: str, help: str, panel: str | None = None, **more: Any) -> Any:
+    """An option that takes no value; Typer alone would show one, <bool>."""
+    return typer.Option(*names, metavar="", help=help, rich_help_panel=panel, **more)
+
+
+# What goes in.
+Base = Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the pre-trained checkpoint (safetensors).")]
+Tuned = Annotated[
+    Path, typer.Argument(metavar="TUNED", help="Folder of the fine-tuned checkpoint, or of its LoRA adapter.")
+]
+PatchIn = Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file of a task.")]
+StatsIn = Annotated[
+    Path | None, typer.Option("--stats", metavar="STATS", help="Statistics of TUNED: what calibrate wrote.")
+]
+RetainIn = Annotated[
+    Path | None,
+    typer.Option("--retain", metavar="STATS", help="Statistics of BASE: what it must not forget."),
+]
+RetainWeight = Annotated[float, typer.Option(metavar="W", help="Weight of what --retain keeps, against the new task.")]
+NoPropagate = Annotated[
+    bool,
+    flag("--no-propagate", help="With --retain: fit each layer by itself, and run no models."),
+]
+Density = Annotated[float, typer.Option(metavar="D", help="Share of each tensor's entries to keep, 0 to 1.")]
+Omega = Annotated[
+    float,
+    typer.Option(metavar="W", help="Weight of an entry's change against its sensitivity in the score, 0 to 1."),
+]
+
+# Which tensors.
+Include = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="Only tensors whose name matches; repeatable.", rich_help_panel=TENSORS),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="No tensor whose name matches; repeatable.", rich_help_panel=TENSORS),
+]
+AllowDtype = Annotated[
+    bool,
+    flag(
+        "--allow-dtype-mismatch",
+        help="TUNED may be stored in another dtype than BASE.",
+        panel=TENSORS,
+    ),
+]
+ResizedVocab = Annotated[
+    bool,
+    flag(
+        "--resized-vocab",
+        help="TUNED has more vocabulary rows: take the new ones over.",
+        panel=TENSORS,
+    ),
+]
+
+# The solver.
+SolverChoice = Annotated[
+    Solver,
+    typer.Option(
+        metavar="SOLVER",
+        help="How to make up for what is left out: joint (exact), sequential (the paper's sweep), none.",
+        rich_help_panel=SOLVER,
+    ),
+]
+Damping = Annotated[
+    float,
+    typer.Option(metavar="X", help="Added to the Hessian's diagonal, times its mean.", rich_help_panel=SOLVER),
+]
+OwnDamping = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="Added to the Hessian's diagonal, times its mean.",
+        show_default="0.01; with --retain 0.1",
+        rich_help_panel=SOLVER,
+    ),
+]
+Tolerance = Annotated[
+    float,
+    typer.Option(metavar="X", help="Relative residual at which the joint solver stops.", rich_help_panel=SOLVER),
+]
+MaxIterations = Annotated[
+    int, typer.Option(metavar="N", help="Most iterations of the joint solver.", rich_help_panel=SOLVER)
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE", help="cpu, cuda or cuda:N; auto: a GPU where there is one.", rich_help_panel=RUNNING
+    ),
+]
+
+# Running models.
+BatchSize = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help="Samples in a forward pass: decides memory and speed, not the result.",
+        rich_help_panel=RUNNING,
+    ),
+]
+DType = Annotated[
+    DTypeName,
+    typer.Option(
+        metavar="DTYPE", help="Run in float32, bfloat16 or float16; auto: as stored.", rich_help_panel=RUNNING
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    flag("--trust-remote-code", help="Run the code that comes with a model.", panel=RUNNING),
+]
+SeqLen = Annotated[
+    int,
+    typer.Option(metavar="N", help="Most tokens: texts are cut, longer items left out.", rich_help_panel=RUNNING),
+]
+Limit = Annotated[
+    int | None, typer.Option(metavar="N", help="Only the first N records of each file.", rich_help_panel=RUNNING)
+]
+
+# Tasks to measure on.
+TASK_SPEC = "NAME=FILE:KIND"
+Tasks = Annotated[
+    list[str],
+    typer.Option("--task", metavar=TASK_SPEC, help="A task; KIND is text, choice, choice-raw or generate. Repeatable."),
+]
+Origin = Annotated[list[str], typer.Option(metavar="NAME", help="Name of an old task; repeatable.")]
+Target = Annotated[list[str], typer.Option(metavar="NAME", help="Name of a new task; repeatable.")]
+SomeOrigin = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Name of an old task; repeatable.")]
+SomeTarget = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Name of a new task; repeatable.")]
+
+# What comes out.
+OutFolder = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder for the patched checkpoint.")
+]
+OutFolderNeeded = Annotated[
+    Path, typer.Option("--output", "-o", metavar="OUT", help="Folder for the patched checkpoint.")
+]
+PatchOut = Annotated[
+    Path | None,
+    typer.Option("--patch-file", metavar="FILE", help="Write the kept entries alone here (.safetensors)."),
+]
+MaxShardSize = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Split the weights anew, such as 5GB; else as BASE is.", rich_help_panel=OUTPUT),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Name of the task, for the patch file.", rich_help_panel=OUTPUT),
+]
+License = Annotated[
+    str | None,
+    typer.Option("--license", metavar="NAME", help="Licence of the patch file.", rich_help_panel=OUTPUT),
+]
+Resume = Annotated[
+    bool,
+    flag("--resume", help="Go on with an interrupted run of this command.", panel=OUTPUT),
+]
+Overwrite = Annotated[
+    bool,
+    flag("--overwrite", help="Replace an earlier output of tailorcli.", panel=OUTPUT),
+]
+DryRun = Annotated[
+    bool,
+    flag("--dry-run", help="Check everything, show the plan and its cost.", panel=OUTPUT),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE.png", help="Draw a picture (needs matplotlib).", rich_help_panel=OUTPUT),
+]
+AsJson = Annotated[bool, flag("--json", help="Print JSON instead of tables.", panel=OUTPUT)]
+Quiet = Annotated[
+    bool,
+    flag(
+        "--quiet",
+        "-q",
+        callback=set_quiet,
+        help="Say nothing but results and errors.",
+        panel=OUTPUT,
+    ),
+]
+Verbose = Annotated[
+    bool,
+    flag(
+        "--verbose",
+        "-v",
+        callback=set_verbose,
+        help="Say more: all names, seconds by stage, where an error arose.",
+        panel=OUTPUT,
+    ),
+]

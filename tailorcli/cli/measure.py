@@ -1,0 +1,295 @@
+"""The commands that measure whole models: ``evaluate``, ``hscore`` and ``sweep``."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tailorcli.cli.arguments import (
+    OTHERS,
+    OUTPUT,
+    RUNNING,
+    SOLVER,
+    TASK_SPEC,
+    AsJson,
+    Base,
+    BatchSize,
+    Device,
+    DType,
+    Limit,
+    NoPropagate,
+    Origin,
+    Plot,
+    Quiet,
+    RetainIn,
+    SeqLen,
+    SomeOrigin,
+    SomeTarget,
+    StatsIn,
+    Target,
+    Tasks,
+    TrustRemoteCode,
+    Tuned,
+    Verbose,
+)
+from tailorcli.cli.output import print_json, print_rich, say
+from tailorcli.cli.verbosity import wants_progress
+from tailorcli.options import DTypeName, EvaluateOptions, PatchMethod, PatchOptions, Solver
+
+
+def evaluate(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="Folders of checkpoints.")],
+    task: Tasks,
+    origin: SomeOrigin = None,
+    target: SomeTarget = None,
+    base: Annotated[Path | None, typer.Option(metavar="MODEL", help="Which MODEL is the pre-trained one.")] = None,
+    tuned: Annotated[Path | None, typer.Option(metavar="MODEL", help="Which MODEL is the fine-tuned one.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Most tokens that kind generate writes.", rich_help_panel=RUNNING)
+    ] = 32,
+    limit: Limit = None,
+    seq_len: SeqLen = 2048,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    dtype: DType = DTypeName.AUTO,
+    trust_remote_code: TrustRemoteCode = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="REPORT.json",
+            help="Write all figures here, down to single items.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    r"""Measure what models kept of the old tasks and gained on the new.
+
+    Accuracies, their averages and the H-score. One model at a time is loaded; every figure has a 95% interval over the
+    items, paired between models.
+
+    Examples:
+      tailorcli evaluate BASE TUNED OUT --task new=new.jsonl:text
+      tailorcli evaluate BASE TUNED OUT --task a=a.jsonl:text --origin a \
+        --task b=b.jsonl:choice --target b
+    """
+    from tailorcli.evaluation.evaluate import evaluate_models
+
+    options = EvaluateOptions(
+        batch_size=batch_size,
+        seq_len=seq_len,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    if plot is not None:
+        from tailorcli.display.plots import check_plot
+
+        check_plot(plot, bool(origin and target))
+    report = evaluate_models(
+        models,
+        task,
+        options,
+        origin=origin or (),
+        target=target or (),
+        base=base,
+        tuned=tuned,
+        progress=wants_progress(as_json),
+    )
+    if output is not None:
+        report.write(output)
+        say(f"wrote {output}", err=True)
+    if plot is not None:
+        from tailorcli.display.plots import plot_evaluation
+
+        plot_evaluation(report.to_dict(), plot)
+        say(f"drew {plot}", err=True)
+    for name, facts in report.tasks.items():
+        if facts["left_out"]:
+            count = f"{len(facts['left_out'])} of {facts['items'] + len(facts['left_out'])} items"
+            say(f"left out of task {name}: {count} (too long, or nothing in them to score)", err=True)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    from tailorcli.display.tables import evaluation_parts
+
+    print_rich(*evaluation_parts(report.to_dict()))
+    say(f"{report.seconds:.1f} s", err=True)
+
+
+def hscore(
+    results: Annotated[
+        list[Path], typer.Argument(metavar="RESULTS.json", help="Result files of lm-evaluation-harness.")
+    ],
+    origin: Origin,
+    target: Target,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC", help="Metric to take, or TASK=METRIC; repeatable."),
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Work out the H-score of lm-evaluation-harness results.
+
+    Examples:
+      tailorcli hscore base.json out.json --origin hellaswag --target gsm8k
+      tailorcli hscore out.json --origin mmlu --target gsm8k --metric acc
+    """
+    from tailorcli.evaluation.lm_eval import read_results
+
+    report = read_results(results, origin, target, metric or ())
+    if as_json:
+        print_json(report.to_dict())
+        return
+    from tailorcli.display.tables import results_table
+
+    print_rich(results_table(report.to_dict()))
+
+
+def sweep(
+    base: Base,
+    tuned: Tuned,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the results; a rerun goes on from them.")
+    ],
+    task: Tasks,
+    origin: Origin,
+    target: Target,
+    validation: Annotated[
+        list[str] | None,
+        typer.Option(metavar=TASK_SPEC, help="The same tasks on other data, to pick the settings on; repeatable."),
+    ] = None,
+    stats: StatsIn = None,
+    retain: RetainIn = None,
+    retain_weight: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="W", help="Weights of --retain to try; 0 is without it. Repeatable.", show_default="as patch"
+        ),
+    ] = None,
+    no_propagate: NoPropagate = False,
+    density: Annotated[
+        list[float] | None,
+        typer.Option(metavar="D", help="Densities to try; repeatable.", show_default="0.1"),
+    ] = None,
+    omega: Annotated[
+        list[float] | None, typer.Option(metavar="W", help="Values of omega to try; repeatable.", show_default="0.5")
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PERCENT",
+            help="Pick the most of the new with this much of the old kept.",
+            show_default="the best H-score",
+        ),
+    ] = None,
+    solver: Annotated[
+        list[Solver] | None,
+        typer.Option(
+            metavar="SOLVER", help="Solvers to try; repeatable.", show_default="joint", rich_help_panel=SOLVER
+        ),
+    ] = None,
+    damping: Annotated[
+        list[float] | None,
+        typer.Option(metavar="X", help="Dampings to try; repeatable.", show_default="as patch", rich_help_panel=SOLVER),
+    ] = None,
+    method: Annotated[
+        list[PatchMethod] | None,
+        typer.Option(
+            metavar="METHOD",
+            help="Another method: interpolate at each --weight, others at each --density; repeatable.",
+            rich_help_panel=OTHERS,
+        ),
+    ] = None,
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="W",
+            help="interpolate: weights to try; repeatable.",
+            show_default="0.3, 0.5, 0.7",
+            rich_help_panel=OTHERS,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="graft: the fine-tuning data, to train its mask on.", rich_help_panel=OTHERS),
+    ] = None,
+    limit: Limit = None,
+    seq_len: SeqLen = 2048,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    plot: Plot = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    r"""Patch in many ways, evaluate each, and compare old against new.
+
+    Statistics are reused, never made. Every setting that is done is stored in DIR.
+
+    Examples:
+      tailorcli sweep BASE TUNED -o DIR --stats stats --density 0.1 --density 1 \
+        --task a=a.jsonl:text --origin a --task b=b.jsonl:text --target b
+      tailorcli sweep BASE TUNED -o DIR --stats stats --retain base-stats \
+        --task a=a.jsonl:text --origin a --task b=b.jsonl:text --target b
+    """
+    from tailorcli.sweep import run_sweep, settings_of
+
+    if retain_weight and any(retain_weight) and retain is None:
+        raise typer.BadParameter("--retain-weight needs --retain STATS")
+    defaults = PatchOptions()
+    retain_weights = retain_weight if retain_weight else [defaults.retain_weight] if retain is not None else []
+    settings = settings_of(
+        PatchOptions(device=device, overwrite=True, propagate=False if no_propagate else None),
+        densities=density or [defaults.density],
+        omegas=omega or [defaults.omega],
+        solvers=solver or [defaults.solver],
+        retain_weights=retain_weights,
+        dampings=damping or [None],
+        methods=method or [],
+        weights=weight or [],
+    )
+    if plot is not None:
+        from tailorcli.display.plots import check_plot
+
+        check_plot(plot, has_roles=True)
+    report = run_sweep(
+        base,
+        tuned,
+        settings,
+        task,
+        output,
+        origin=origin,
+        target=target,
+        validation=validation or (),
+        stats=stats,
+        retain=retain,
+        data=data,
+        keep=keep,
+        options=EvaluateOptions(batch_size=batch_size, seq_len=seq_len, limit=limit, device=device),
+        announce=None if as_json else partial(say, err=True),
+    )
+    if plot is not None:
+        from tailorcli.display.plots import plot_frontiers
+
+        plot_frontiers(report.to_dict(), plot)
+        say(f"drew {plot}", err=True)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    from tailorcli.display.tables import sweep_parts
+
+    print_rich(*sweep_parts(report.to_dict()))
+    say(f"{report.seconds:.1f} s; everything is in {output}", err=True)
