@@ -52,7 +52,10 @@ def write_text_atomically(path: Path, text: str) -> None:
 def as_output_error(path: Path, error: OSError) -> OutputError:
     """The user's error for a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"no space left on the device while writing {path}", "free some, then add --resume")
+        return OutputError(
+            f"no space left on the device while writing {path}",
+            "free some and run it again, with --resume where the command has it",
+        )
     return OutputError(f"cannot write {path}: {error.strerror or error}", "check the path and its permissions")
 
 

@@ -380,8 +380,8 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
         Those of other methods and solvers are left out, and so is what only says how the work is done, such as the
         device. Of options as ``resolved`` gives them for ``retained``.
         """
-        used = {"method", "weight", "include", "exclude", "resized_vocab", "max_shard_size", "task", "license"}
-        used.add("fp8_output")
+        used = {"method", "weight", "include", "exclude", "fp8_output", "resized_vocab"}
+        used |= {"max_shard_size", "task", "license"}
         if self.method == "tailor":
             used |= {"omega", "solver", "propagate"}
             if self.solver == "joint":

@@ -77,7 +77,7 @@ class Setting:
             return f"interpolate {o.effective_weight:g}"
         parts = [self.family, f"density {o.density:g}"]
         if self.retained:
-            parts.append(f"beta {o.retain_weight:g}")
+            parts.append(f"retain weight {o.retain_weight:g}")
         if o.method == "tailor" and o.omega != PatchOptions().omega:
             parts.append(f"omega {o.omega:g}")
         if o.method == "tailor" and o.damping != PatchOptions().resolved(self.retained).damping:
@@ -103,7 +103,7 @@ def settings_of(
     ``retain_weights`` are for the retained statistics; zero is without them. ``weights`` are the interpolation's.
     """
     found: list[Setting] = []
-    for density, omega, solver, beta, damping in product(
+    for density, omega, solver, retain_weight, damping in product(
         densities, omegas, solvers, retain_weights or (0.0,), dampings
     ):
         changed = replace(
@@ -111,10 +111,10 @@ def settings_of(
             density=density,
             omega=omega,
             solver=solver,
-            retain_weight=beta,
+            retain_weight=retain_weight,
             damping=damping,
         )
-        found.append(Setting(changed, retained=beta > 0))
+        found.append(Setting(changed, retained=retain_weight > 0))
     for method in methods:
         if method == "interpolate":
             found += [Setting(replace(options, method=method, weight=weight)) for weight in weights or (0.3, 0.5, 0.7)]

@@ -7,6 +7,11 @@ import re
 from tailorcli.errors import OptionsError
 
 
+def counted(number: int, thing: str) -> str:
+    """A number of things in words: 1 sample, 2,048 samples."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def format_share(value: float | None) -> str:
     """A share as a percentage, three digits; a dash for what was not measured."""
     if value is None:

@@ -17,7 +17,7 @@ def test_patch_options_are_flat_and_made_of_parts_by_purpose():
     assert (options.density, options.solver, options.graft_steps, options.task) == (0.2, "none", 3, "mine")
     parts = [{field.name for field in fields(part)} for part in (KeepOptions, SolverOptions, GraftOptions)]
     parts.append({field.name for field in fields(OutputOptions)})
-    assert sum(map(len, parts)) == len(set.union(*parts)) == len(fields(PatchOptions)) == 26
+    assert sum(map(len, parts)) == len(set.union(*parts)) == len(fields(PatchOptions)) - 1  # fp8_output is its own
     assert fields(PatchOptions)[0].name == "density"  # PatchOptions(0.2)
     with pytest.raises(TypeError):
         PatchOptions(densty=0.2)
@@ -37,6 +37,7 @@ def test_a_choice_is_taken_as_a_word_or_as_a_member():
         (lambda: PatchOptions(solver="exact"), "solver must be one of joint, sequential, none, got 'exact'"),
         (lambda: PatchOptions(method="ties"), "method must be one of tailor, interpolate, dare, magnitude, graft,"),
         (lambda: PatchOptions(threshold="all"), "threshold must be one of tensor, global"),
+        (lambda: PatchOptions(fp8_output="fp4"), "fp8-output must be one of fp8, bf16"),
         (lambda: MergeOptions(method="mean"), "method must be one of average, joint, patches"),
         (lambda: CalibrateOptions(text_mode="page"), "text-mode must be one of line, chunk"),
         (lambda: CalibrateOptions(blockwise="yes"), "blockwise must be one of auto, always, never"),
@@ -50,7 +51,8 @@ def test_a_word_that_is_no_choice_is_refused_with_those_that_are(make, what):
 
 def test_the_report_holds_every_option_but_how_an_earlier_output_is_met():
     names = {field.name for field in fields(PatchOptions)} - {"resume", "overwrite"}
-    assert set(PatchOptions().to_dict()) == names
+    assert set(PatchOptions(fp8_output="bf16").to_dict()) == names
+    assert set(PatchOptions().to_dict()) == names - {"fp8_output"}  # which most checkpoints do not know
     names = {field.name for field in fields(MergeOptions)} - {"resume", "overwrite"}
     assert set(MergeOptions().to_dict()) == names
 
@@ -63,7 +65,7 @@ IDENTITIES = {
         {},
         {"density": 0.2, "omega": 1.0, "solver": "none", "damping": 0.1, "tolerance": 1e-3, "max_iterations": 9}
         | {"weight": 0.5, "include": ("*mlp*",), "exclude": ("*norm*",), "max_shard_size": 100, "task": "a"}
-        | {"license": "mit", "resized_vocab": True},
+        | {"license": "mit", "resized_vocab": True, "fp8_output": "bf16"},
         {"block_size": 64, "seed": 1, "threshold": "global", "retain_weight": 0.5, **GRAFTS, **SAME},
     ),
     "sequential": ({"solver": "sequential"}, {"block_size": 64, "damping": 0.1}, {"tolerance": 1e-3, "seed": 1}),

@@ -24,8 +24,10 @@ def test_labels_tell_settings_apart():
         *(Setting(PatchOptions(**{name: value}), retained=True) for name, value in DIFFERENT.items()),
     ]
     assert len({setting.label for setting in settings}) == len(settings)
-    assert settings[0].label == "joint, propagated, density 0.1, beta 0.3"
-    assert Setting(PatchOptions(propagate=False), retained=True).label == "joint, retained, density 0.1, beta 0.3"
+    assert settings[0].label == "joint, propagated, density 0.1, retain weight 0.3"
+    assert (
+        Setting(PatchOptions(propagate=False), retained=True).label == "joint, retained, density 0.1, retain weight 0.3"
+    )
 
 
 DIFFERENT = {
@@ -85,8 +87,8 @@ def test_settings_are_every_combination_once():
         PatchOptions(), densities=[0.1, 0.2], retain_weights=[0.0, 0.3], methods=["interpolate", "dare"], weights=[0.5]
     )
     assert [s.label for s in found] == [
-        *("joint, density 0.1", "joint, propagated, density 0.1, beta 0.3"),
-        *("joint, density 0.2", "joint, propagated, density 0.2, beta 0.3"),
+        *("joint, density 0.1", "joint, propagated, density 0.1, retain weight 0.3"),
+        *("joint, density 0.2", "joint, propagated, density 0.2, retain weight 0.3"),
         *("interpolate 0.5", "dare, density 0.1", "dare, density 0.2"),
     ]
     assert len({s.family for s in found}) == 4

@@ -21,7 +21,7 @@ from tailorcli.sweep import Setting
 DECORATED = (Setting(PatchOptions(solver="sequential")), Setting(PatchOptions(), retained=True))
 TITLES = {
     "sequential": "sequential (the paper)",
-    PROPAGATED: f"{PROPAGATED}, beta {PatchOptions().retain_weight:g} (default)",
+    PROPAGATED: f"{PROPAGATED}, retain weight {PatchOptions().retain_weight:g} (default)",
 }
 _LINES = (("origin", "old", BEFORE, "o"), ("target", "new", AFTER, "s"), ("h_score", "H", "black", "^"))
 _WIDE = 12  # layers of which two panels fit beside each other

@@ -16,7 +16,7 @@ from tailorcli.adapters.config import CONFIG_FILE, read_settings
 from tailorcli.adapters.fit import WEIGHTS_FILE, Formula, fit_adapter
 from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, side_files
 from tailorcli.checkpoint.header import TensorInfo
-from tailorcli.checkpoint.quantized import Fp8Output, open_checkpoint
+from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.errors import CheckpointError, NumericalError
 from tailorcli.files import PathLike
 
@@ -169,7 +169,7 @@ def is_adapter(path: PathLike) -> bool:
         return False
 
 
-def open_tuned(path: PathLike, base: Checkpoint, form: Fp8Output = "fp8") -> Checkpoint:
+def open_tuned(path: PathLike, base: Checkpoint, form: str = "fp8") -> Checkpoint:
     """The tuned model in ``path``: a full checkpoint, or an adapter on ``base``, which must stay open meanwhile.
 
     ``form`` is for FP8 weights (see DequantizedCheckpoint). Reads headers alone. Raises CheckpointError with what is

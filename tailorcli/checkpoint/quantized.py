@@ -11,7 +11,7 @@ import re
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
@@ -21,7 +21,6 @@ from tailorcli.files import PathLike, read_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-Fp8Output = Literal["fp8", "bf16"]
 
 _CODES = "F8_E4M3"
 _SCALES = ("_scale_inv", "_scale")  # after the weight's own name: block by block, or a channel or tensor each
@@ -46,7 +45,7 @@ class DequantizedCheckpoint(Checkpoint):
 
     dequantized = True
 
-    def __init__(self, stored: Checkpoint, scales: dict[str, str], form: Fp8Output) -> None:
+    def __init__(self, stored: Checkpoint, scales: dict[str, str], form: str) -> None:
         self.stored = stored
         self.form = form
         self.scale_of = scales  # of each quantised weight
@@ -162,7 +161,7 @@ def _block(shape: tuple[int, ...], scale: tuple[int, ...], given: tuple[int, ...
     return (rows, columns) if rows and columns else (0, 0)
 
 
-def open_checkpoint(path: PathLike, form: Fp8Output = "fp8") -> Checkpoint:
+def open_checkpoint(path: PathLike, form: str = "fp8") -> Checkpoint:
     """The checkpoint in folder ``path``; FP8 weights read as what they stand for (see DequantizedCheckpoint).
 
     Raises CheckpointError for what ``Checkpoint.open`` refuses, and for weights quantised in another way.
@@ -175,7 +174,7 @@ def open_checkpoint(path: PathLike, form: Fp8Output = "fp8") -> Checkpoint:
         raise
 
 
-def readable(stored: Checkpoint, form: Fp8Output = "fp8") -> Checkpoint:
+def readable(stored: Checkpoint, form: str = "fp8") -> Checkpoint:
     """``stored`` itself, or the view of it in which FP8 weights can be patched. Raises CheckpointError."""
     found = fp8_scales(stored)
     known = found.keys() | _of_scales(stored, found)

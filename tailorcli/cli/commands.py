@@ -76,6 +76,7 @@ from tailorcli.options import (
     Blockwise,
     CalibrateOptions,
     DTypeName,
+    Fp8Output,
     MergeMethod,
     MergeOptions,
     PatchMethod,
@@ -86,7 +87,7 @@ from tailorcli.options import (
     Threshold,
     with_preset,
 )
-from tailorcli.units import parse_size
+from tailorcli.units import counted, format_bytes, parse_size
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -163,7 +164,6 @@ def calibrate(
     """
     require_source(data, synthetic)
     from tailorcli.calibration.calibrate import calibrate_model
-    from tailorcli.units import format_bytes
 
     options = CalibrateOptions(
         num_samples=num_samples,
@@ -196,8 +196,8 @@ def calibrate(
         return
     whose = " that the model wrote itself" if synthetic else ""
     say(
-        f"{report.samples} samples{whose}, {report.tokens:,} tokens: {report.hessians} Hessians for "
-        f"{report.calibrated} tensors in {output} ({format_bytes(report.bytes)}, {report.seconds:.1f} s)"
+        f"{counted(report.samples, 'sample')}{whose}, {counted(report.tokens, 'token')}: "
+        f"{counted(report.hessians, 'Hessian')} for {counted(report.calibrated, 'tensor')} in {output} ({format_bytes(report.bytes)}, {report.seconds:.1f} s)"
     )
     show_reasons(report.uncalibrated, "without statistics")
     show_reasons(report.notes, "note")
@@ -335,6 +335,10 @@ def patch(
     ] = 0.1,
     batch_size: Annotated[int, typer.Option(metavar="N", help="graft: samples in a step.", rich_help_panel=OTHERS)] = 8,
     max_shard_size: MaxShardSize = None,
+    fp8_output: Annotated[
+        Fp8Output,
+        typer.Option(metavar="FORM", help="FP8 weights: as BASE stores them (fp8), or bf16.", rich_help_panel=OUTPUT),
+    ] = Fp8Output.FP8,
     task: Task = None,
     license_: License = None,
     resume: Resume = False,
@@ -376,6 +380,7 @@ def patch(
         graft_rate=graft_rate,
         batch_size=batch_size,
         device=device,
+        fp8_output=fp8_output,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         max_shard_size=parse_size(max_shard_size) if max_shard_size else None,
@@ -457,7 +462,7 @@ def apply(
         print_report(report, output, None)
         return
     totals = report.totals
-    say(f"changed {totals['kept']:,} entries in {totals['tensors_patched']} tensors")
+    say(f"changed {totals['kept']:,} entries in {counted(totals['tensors_patched'], 'tensor')}")
     show_written(output, None, report.seconds)
     show_stages(report.stages)
 
@@ -576,7 +581,7 @@ def verify(
         print_json(report.to_dict())
     elif report.ok:
         say(
-            f"{checkpoint} is right: {report.tensors} tensors, {report.entries:,} entries, of which "
+            f"{checkpoint} is right: {counted(report.tensors, 'tensor')}, {report.entries:,} entries, of which "
             f"{report.changed:,} differ from the base"
             + (", all as the patch says" if patch_path else f"; at most {report.kept:,} may (which: pass --patch)")
         )

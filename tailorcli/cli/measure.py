@@ -38,6 +38,7 @@ from tailorcli.cli.arguments import (
 from tailorcli.cli.output import print_json, print_rich, say
 from tailorcli.cli.verbosity import wants_progress
 from tailorcli.options import DTypeName, EvaluateOptions, PatchMethod, PatchOptions, Solver
+from tailorcli.units import counted
 
 
 def evaluate(
@@ -116,7 +117,8 @@ def evaluate(
         say(f"drew {plot}", err=True)
     for name, facts in report.tasks.items():
         if facts["left_out"]:
-            count = f"{len(facts['left_out'])} of {facts['items'] + len(facts['left_out'])} items"
+            of = counted(facts["items"] + len(facts["left_out"]), "item")
+            count = f"{len(facts['left_out']):,} of {of}"
             say(f"left out of task {name}: {count} (too long, or nothing in them to score)", err=True)
     if as_json:
         print_json(report.to_dict())

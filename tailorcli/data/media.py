@@ -17,9 +17,7 @@ def read_image(path: Path, where: str) -> Any:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise DataError(
-            f"{where} has images, and Pillow is not installed", "pip install 'tailorcli[images]'"
-        ) from error
+        raise DataError(f"{where} has images, and Pillow is not installed", "pip install pillow") from error
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")  # as transformers reads images

@@ -40,7 +40,7 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise TailorError("--plot needs matplotlib", "pip install 'tailorcli[plot]'") from error
+        raise TailorError("--plot needs matplotlib", "pip install matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -93,7 +93,10 @@ def parse_task(text: str) -> tuple[str, Path, Kind]:
         raise OptionsError(f"task {name!r} has the unknown kind {kind!r}", _SPEC)
     if not is_label(name):
         raise OptionsError(f"a task's name must be one printable line, got {name!r}", _SPEC)
-    return name, Path(file), kind
+    try:
+        return name, Path(file).expanduser(), kind
+    except RuntimeError:  # no such user: a name that begins with ~
+        return name, Path(file), kind
 
 
 def read_tasks(specs: Sequence[str], limit: int | None = None) -> list[Task]:

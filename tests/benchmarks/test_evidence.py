@@ -63,16 +63,16 @@ def test_our_settings_stand_against_each_method_at_its_best():
     assert render.verdict(group).splitlines()[:3] == [
         "The default is behind *interpolate 0.5*, *graft, density 0.1*; level with *sequential, density 0.1*.",
         f"With beta picked on written samples it is {all_of_them}",
-        f"The setting picked on validation data (beta 1) is {all_of_them}",
+        f"The setting picked on validation data (retain weight 1) is {all_of_them}",
     ]
     short = render.short_table(group)
     lines = [line.split(" | ")[0].removeprefix("| ") for line in short.splitlines()[2:]]
     assert lines == [
         *("base", "tuned", "interpolate 0.5", "graft, density 0.1", "sequential, density 0.1 (the paper)"),
-        "**density 0.1: default (beta 0.3)**",
+        "**density 0.1: default (retain weight 0.3)**",
         "**density 0.1: beta picked on written samples**",
-        "**density 0.1: picked on validation data (beta 1)**",
-        "joint, propagated, density 0.5, beta 1",
+        "**density 0.1: picked on validation data (retain weight 1)**",
+        "joint, propagated, density 0.5, retain weight 1",
     ]
     assert "minus | default | 95% | each seed | beta picked on written samples" in render.difference_table(group)
 
@@ -254,7 +254,7 @@ def test_quick_in_a_reduced_form(tmp_path, monkeypatch):
     assert h[default] > h["tuned"] + 5  # 10.8 to 19.0
     assert h[default] > h["interpolate 0.5"] + 2  # 4.7 to 7.7
     assert h[default] > h["sequential, density 0.1"] + 3  # 5.6 to 8.4
-    assert h[default] > h["joint, retained, density 0.1, beta 0.3"] + 1  # 2.8 to 5.7
+    assert h[default] > h["joint, retained, density 0.1, retain weight 0.3"] + 1  # 2.8 to 5.7
     assert h[default] > h["tailor-released, density 0.1"] + 5  # 11.3 to 14.4
 
     patch_checkpoint(pair.base, pair.tuned, tmp_path / "joint", folder / "stats")

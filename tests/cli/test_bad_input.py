@@ -575,7 +575,6 @@ def test_a_result_that_overflows_half_precision(tmp_path):
         ("--max-iterations", ["0"]),
         ("--max-shard-size", ["0", "-5GB", "much", "5XB", "1e3", "inf", "9" * 400, " "]),
         ("--device", ["gpu", "cuda:99", "cuda:-1", "meta", "tpu", ""]),
-        ("--solver", ["", "Joint", "cg"]),
     ],
 )
 def test_options_of_patch_out_of_range(pair, option, values):
@@ -594,8 +593,6 @@ def test_options_of_patch_out_of_range(pair, option, values):
         ("--num-samples", ["0", "-1"]),
         ("--seq-len", ["0", "-1"]),
         ("--batch-size", ["0", "-1"]),
-        ("--dtype", ["", "int8", "fp32"]),
-        ("--text-mode", ["", "word"]),
         ("--device", ["gpu", "cuda:99"]),
     ],
 )
@@ -603,6 +600,25 @@ def test_options_of_calibrate_out_of_range(pair, option, values):
     for value in values:
         refused(*calibrate_command(pair, option, value))
     assert not (pair / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "values"),
+    [
+        (patch_command, "--solver", ["", "Joint", "cg"]),
+        (calibrate_command, "--dtype", ["", "int8", "fp32"]),
+        (calibrate_command, "--text-mode", ["", "word"]),
+    ],
+)
+def test_words_that_are_no_choice(pair, command, option, values):
+    before = sorted(pair.iterdir())
+    for value in values:
+        result = invoke(*command(pair, option, value))
+        assert isinstance(result.exception, SystemExit)
+        assert result.exit_code == 2
+        assert option in result.stderr
+        assert f"'{value}' is not one of" in " ".join(result.stderr.replace("│", " ").split())
+    assert sorted(pair.iterdir()) == before
 
 
 def test_options_that_contradict(pair):

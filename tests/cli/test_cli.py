@@ -15,7 +15,7 @@ COMMANDS = sorted(command.name or command.callback.__name__ for command in app.r
 
 
 def test_version_and_help():
-    assert run("--version").stdout.strip() == f"tailorcli {__version__}"
+    assert run("--version").stdout.startswith(f"tailorcli {__version__}\n")
     for command in COMMANDS:
         assert command in run("--help").stdout
         assert "--json" in run(command, "--help").stdout

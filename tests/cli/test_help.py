@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 import typer
@@ -100,10 +101,27 @@ def test_completion_can_be_installed():
     assert "--install-completion" in plain(run("--help").stdout)
 
 
-def test_a_choice_that_is_none_is_a_usage_error_that_names_the_choices():
-    shown = plain(run("patch", "a", "b", "-o", "c", "--solver", "exact", expect=2).stderr)
-    for word in ("'exact'", "'joint'", "'sequential'", "'none'"):
-        assert word in shown
+@pytest.mark.parametrize(
+    ("arguments", "choices"),
+    [
+        (("patch", "a", "b", "-o", "c", "--solver", "exact"), ["joint", "sequential", "none"]),
+        (("patch", "a", "b", "-o", "c", "--method", "ties"), ["tailor", "interpolate", "dare", "magnitude", "graft"]),
+        (("patch", "a", "b", "-o", "c", "--threshold", "row"), ["tensor", "global"]),
+        (("patch", "a", "b", "-o", "c", "--preset", "papier"), ["paper"]),
+        (("sweep", "a", "b", "-o", "c", "--solver", "exact"), ["joint", "sequential", "none"]),
+        (("merge-multi", "a", "b", "-o", "c", "--method", "sum"), ["average", "joint", "patches"]),
+        (("calibrate", "a", "--data", "b", "-o", "c", "--text-mode", "page"), ["line", "chunk"]),
+        (("evaluate", "a", "--task", "x=b:text", "--dtype", "int8"), ["auto", "float32", "bfloat16", "float16"]),
+    ],
+)
+def test_a_word_that_is_no_choice_is_a_usage_error_that_names_the_choices(arguments, choices):
+    shown = plain(run(*arguments, expect=2).stderr)
+    for word in (arguments[-1], *choices):
+        assert f"'{word}'" in shown
+    assert not Path("c").exists()
+
+
+def test_a_method_for_the_benchmarks_is_not_offered():
     assert "tailor-released" not in plain(run("patch", "--help").stdout)
 
 

@@ -331,13 +331,11 @@ def test_what_is_read_and_kept_is_announced(llama_pair):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--method", "ties"), "method must be one of"),
         (("--method", "interpolate", "--weight", "1.1"), "between 0 and 1"),
         (("--method", "dare", "--weight", "0"), "positive"),
         (("--weight", "2.5"), "at most 2"),
         (("--weight", "nan"), "at most 2"),
         (("--method", "dare", "--seed", "-1"), "seed"),
-        (("--method", "magnitude", "--threshold", "row"), "threshold"),
     ],
 )
 def test_wrong_options_are_refused(llama_pair, tmp_path, arguments, message):
