@@ -195,10 +195,9 @@ def calibrate(
         print_json(report.to_dict())
         return
     whose = " that the model wrote itself" if synthetic else ""
-    say(
-        f"{counted(report.samples, 'sample')}{whose}, {counted(report.tokens, 'token')}: "
-        f"{counted(report.hessians, 'Hessian')} for {counted(report.calibrated, 'tensor')} in {output} ({format_bytes(report.bytes)}, {report.seconds:.1f} s)"
-    )
+    what = f"{counted(report.samples, 'sample')}{whose}, {counted(report.tokens, 'token')}"
+    made = f"{counted(report.hessians, 'Hessian')} for {counted(report.calibrated, 'tensor')}"
+    say(f"{what}: {made} in {output} ({format_bytes(report.bytes)}, {report.seconds:.1f} s)")
     show_reasons(report.uncalibrated, "without statistics")
     show_reasons(report.notes, "note")
     if synthetic:
