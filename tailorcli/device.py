@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-import torch
-
-from tailorcli.errors import DeviceError
+from tailorcli.errors import DeviceError, first_line
+from tailorcli.system import available_memory
 
 if TYPE_CHECKING:
     import torch
@@ -55,25 +52,36 @@ def exact_float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = convolutions
 
 
-@contextmanager
-def device_errors() -> Iterator[None]:
-    """Turn the device's out-of-memory error into one that says what to try."""
+_CPU_ALLOCATOR = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")  # torch's words on a CPU
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the machine, has no memory left."""
     import torch
 
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_ALLOCATOR)
+
+
+@contextmanager
+def device_errors(smaller: str = "") -> Iterator[None]:
+    """Turn an out-of-memory error into a DeviceError that says what to try.
+
+    ``smaller`` names the options that make the work smaller, as in "a smaller --batch-size".
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(f"the device ran out of memory: {str(error).splitlines()[0]}", "pass --device cpu") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        import torch  # waits until here: a command that needs none of it starts quickly
 
-
-def give_back_memory() -> None:
-    """Hand the memory of freed tensors back to the system, where the C library can be asked to (glibc).
-
-    It keeps arrays below 32 MB on its heap, where small objects come to lie between them: after many blocks of a
-    model the holes can be larger than the blocks.
-    """
-    with suppress(OSError, AttributeError, TypeError):  # another C library, or another system
-        ctypes.CDLL(None).malloc_trim(0)
+        where, way_out = "this machine", "free some memory, or use a machine with more"
+        if isinstance(error, torch.OutOfMemoryError):
+            where, way_out = "the device", "pass --device cpu"
+        hint = f"pass {smaller}; or {way_out}" if smaller else way_out
+        raise DeviceError(f"{where} ran out of memory: {first_line(error)}", hint) from error
 
 
 class StageTimer:
@@ -98,14 +106,11 @@ class StageTimer:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a device, where the system tells."""
+    """Bytes that can still be allocated on a device, where the system tells; a container's limit counts as its own."""
     if device.type == "cuda":
+        import torch
+
         # What torch keeps of tensors that are gone is not free for the system, but it is for the next tensor.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
+    return available_memory()

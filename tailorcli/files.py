@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from tailorcli.errors import CheckpointError, OutputError
+from tailorcli.system import sync_path
 
 PathLike = str | os.PathLike[str]
+
+_NO_MORE_FILES = (errno.EMFILE, errno.ENFILE)
+_MORE_FILES = "allow more of them (ulimit -n 4096), or save the checkpoints in fewer shards"
+_NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # a system may know no quotas
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
     """The user's error for a failed read."""
+    if error.errno in _NO_MORE_FILES:
+        return CheckpointError(f"cannot read {path}: too many files are open", _MORE_FILES)
     return CheckpointError(f"cannot read {path}: {error.strerror or error}", "check the path and its permissions")
 
 
@@ -32,26 +39,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def fsync_path(path: Path) -> None:
-    """Make a file's or a folder's entry durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all."""
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text, encoding="utf-8")
-    fsync_path(temporary)
+    sync_path(temporary)
     temporary.replace(path)
 
 
 def as_output_error(path: Path, error: OSError) -> OutputError:
     """The user's error for a failed write."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _NO_MORE_FILES:
+        return OutputError(f"cannot write {path}: too many files are open", _MORE_FILES)
+    if error.errno in _NO_SPACE:
         return OutputError(
             f"no space left on the device while writing {path}",
             "free some and run it again, with --resume where the command has it",
@@ -60,8 +60,9 @@ def as_output_error(path: Path, error: OSError) -> OutputError:
 
 
 def file_digest(path: Path) -> str:
-    """A hash of a data file's bytes, by which a manifest or a report names it."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    """A hash of a data file's bytes, by which a manifest or a report names it. Raises OSError."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def digest_of(*parts: Any) -> str:

@@ -118,7 +118,8 @@ def calibrate_model(
             check_shapes(stored, config, options)
             skeleton = _skeleton_for_blocks(run, config, announce)
         blockwise = skeleton is not None
-        with exact_float32(), device_errors():
+        smaller = "a smaller --batch-size or --seq-len" + ("" if blockwise else ", or --blockwise always")
+        with exact_float32(), device_errors(smaller):
             layers, dtype = collect_blockwise(run, skeleton) if blockwise else collect_whole(run, config)
         tensors = {name: _entry(name, run, layers) for name in stored.tensors}
         if any("bias" in entry.hessians for entry in tensors.values()):
@@ -239,7 +240,7 @@ def _self_written(
     further = replace(options, seed=options.seed + 1, num_samples=(options.num_samples + 1) // 2)
     runs = [options] if held_out is None else [options, further]
     total = sum(run.num_samples for run in runs) * (options.length - 1)
-    with device_errors(), Progress("writing", total, "tokens", shown=progress) as bar:
+    with device_errors("a smaller --seq-len"), Progress("writing", total, "tokens", shown=progress) as bar:
         for run in runs:
             starts = encode_starts(records, encoder, run) if records else []
             found = write_samples(network, encoder.tokenizer, run, device, bar, starts, encoder.media_ids)

@@ -20,7 +20,8 @@ from tailorcli.calibration.stats import (
     TensorStats,
 )
 from tailorcli.errors import OutputError
-from tailorcli.files import as_output_error, file_digest, fsync_path, write_text_atomically
+from tailorcli.files import as_output_error, file_digest, write_text_atomically
+from tailorcli.system import sync_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +83,8 @@ class StatsWriter:
         with suppress(OSError):  # given up: nothing can go on with it, and it may be large
             self._part.unlink(missing_ok=True)
             (self.folder / f"{SAMPLES}.part").unlink(missing_ok=True)
+            for path in self.folder.glob("hidden-*.part"):  # where a mapped file cannot be removed
+                path.unlink(missing_ok=True)
 
     def write(self, name: str, info: HessianInfo, values: Tensor) -> None:
         """Append one Hessian, already packed, or replace the one of its name. Raises OutputError on a full disk."""
@@ -115,7 +118,7 @@ class StatsWriter:
         named = {f"{position} {name}": value for position, s in enumerate(samples) for name, value in s.items()}
         try:
             save_file({name: value.cpu().clone().contiguous() for name, value in named.items()}, part)
-            fsync_path(part)
+            sync_path(part)
             return {"count": len(samples), "blake2b": file_digest(part)}
         except OSError as error:
             raise _cannot_write(part, error) from error
@@ -139,7 +142,7 @@ class StatsWriter:
             self._file.seek(0)
             self._file.write(len(header).to_bytes(8, "little") + header)
             self._file.close()
-            fsync_path(self._part)
+            sync_path(self._part)
             (self.folder / MANIFEST).unlink(missing_ok=True)  # an old one, which does not fit the new Hessians
             self._part.replace(self.folder / HESSIANS)
             if facts.get("samples") is None:

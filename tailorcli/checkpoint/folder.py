@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import reprlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.checkpoint.header import DTYPES, SAVE_AGAIN, TensorInfo, damaged, read_header
 from tailorcli.errors import CheckpointError
 from tailorcli.files import PathLike, read_json, unreadable
+from tailorcli.system import open_for_reading, read_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +43,7 @@ class Checkpoint:
         self.tensors = tensors
         self.shards = shards
         self._descriptors: dict[Path, int] = {}
+        self._opening = threading.Lock()
         self._fingerprint: str | None = None
 
     @classmethod
@@ -107,7 +110,7 @@ class Checkpoint:
         done = 0
         while done < len(buffer):
             try:
-                count = os.preadv(self._descriptor(info.file), [buffer[done:]], info.offset + start + done)
+                count = read_at(self._descriptor(info.file), buffer[done:], info.offset + start + done)
             except OSError as error:
                 raise unreadable(info.file, error) from error
             if count == 0:
@@ -155,14 +158,16 @@ class Checkpoint:
         return bytes(sample)
 
     def _descriptor(self, file: Path) -> int:
-        if file not in self._descriptors:
-            self._descriptors[file] = os.open(file, os.O_RDONLY)
-        return self._descriptors[file]
+        with self._opening:  # two threads that read a file first would open it twice, and close it once
+            if file not in self._descriptors:
+                self._descriptors[file] = open_for_reading(file)
+            return self._descriptors[file]
 
     def close(self) -> None:
         """Close the files."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        with self._opening:
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
 
     def __enter__(self) -> Checkpoint:
         return self

@@ -12,6 +12,7 @@ from typing import Any
 
 from tailorcli.errors import OutputError
 from tailorcli.files import as_output_error, write_text_atomically
+from tailorcli.system import sync_data, write_at
 
 ANEW = "start anew with --overwrite"
 
@@ -66,7 +67,7 @@ class Journal:
         """Data first, then the lines that vouch for it. Raises OutputError."""
         try:
             for descriptor in self._files:
-                os.fdatasync(descriptor)
+                sync_data(descriptor)
             if self._lines:
                 with self.path.open("a", encoding="utf-8") as stream:
                     stream.writelines(self._lines)
@@ -107,7 +108,7 @@ class WriteQueue:
 
 
 def write_all(descriptor: int, piece: memoryview, position: int) -> None:
-    """``pwrite`` until everything is written."""
+    """Write all of ``piece`` from byte ``position`` on. Raises OSError."""
     while len(piece):
-        count = os.pwrite(descriptor, piece, position)
+        count = write_at(descriptor, piece, position)
         piece, position = piece[count:], position + count

@@ -21,7 +21,8 @@ from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.journal import ANEW, Journal, WriteQueue, write_all
 from tailorcli.checkpoint.layout import ShardLayout
 from tailorcli.errors import NumericalError, OutputError, other_base
-from tailorcli.files import as_output_error, fsync_path, write_text_atomically
+from tailorcli.files import as_output_error, write_text_atomically
+from tailorcli.system import open_for_writing, sync_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +57,7 @@ class CheckpointWriter:
                 path = self._part(name) if self._part(name).exists() else folder / name
                 if not path.is_file() or path.stat().st_size != layout.sizes[name]:
                     raise OutputError(f"cannot resume in {folder}: {path.name} is not as the run left it", ANEW)
-                self._descriptors[name] = os.open(path, os.O_RDWR)
+                self._descriptors[name] = open_for_writing(path)
         except OSError as error:
             raise as_output_error(folder, error) from error
 
@@ -140,7 +141,7 @@ class CheckpointWriter:
                     self._part(shard).replace(self.folder / shard)
             if list(self.layout.headers) != [SINGLE_FILE]:
                 write_text_atomically(self.folder / INDEX_FILE, self._index())
-            fsync_path(self.folder)
+            sync_path(self.folder)
             shutil.rmtree(self.folder / WORK_FOLDER)
         except OSError as error:
             raise as_output_error(self.folder, error) from error

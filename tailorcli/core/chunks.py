@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,18 +30,48 @@ def chunk_rows(matrix: Tensor) -> Iterator[slice]:
     return row_slices(matrix.shape[0], matrix.shape[1], entries)
 
 
+_lock = threading.Lock()
+_users = 0  # calls within ``one_torch_thread_each``
+_before = 1  # torch's threads when the first of them came
+_of_thread = threading.local()  # ``held``: whether this Python thread is one of those that share the work already
+
+
 @contextmanager
 def one_torch_thread_each() -> Iterator[int]:
     """A torch thread a Python thread: small steps side by side, instead of all threads on each small step.
 
-    Gives the number of threads that torch had, and sets it again afterwards.
+    Gives the number of threads to work with: torch's, or 1 within another such context. Torch has its number back
+    afterwards, also where calls of several Python threads overlap: each but the first finds it at 1 already.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    global _users, _before  # torch's number of threads is one for the whole process, too
+    if getattr(_of_thread, "held", False):
+        yield 1
+        return
+    with _lock:
+        own = torch.get_num_threads()
+        if _users == 0:
+            _before = own
+        threads = own if own > 1 else _before
+        _users += 1
+        _hold_one()
     try:
         yield threads
     finally:
-        torch.set_num_threads(threads)
+        with _lock:
+            _users -= 1
+            torch.set_num_threads(threads)
+        _of_thread.held = False
+
+
+def _hold_one() -> None:
+    """Let the calling Python thread work with one torch thread."""
+    _of_thread.held = True
+    torch.set_num_threads(1)
+
+
+def workers(threads: int) -> ThreadPoolExecutor:
+    """A pool of so many Python threads for work within ``one_torch_thread_each``."""
+    return ThreadPoolExecutor(threads, initializer=_hold_one)
 
 
 def map_rows(matrix: Tensor, work: Callable[[slice], Result]) -> list[Result]:
@@ -54,5 +85,5 @@ def map_rows(matrix: Tensor, work: Callable[[slice], Result]) -> list[Result]:
     with one_torch_thread_each() as threads:
         if threads == 1 or len(slices) < _WORTH_THREADS:
             return [work(rows) for rows in slices]
-        with ThreadPoolExecutor(threads) as pool:
+        with workers(threads) as pool:
             return list(pool.map(work, slices))

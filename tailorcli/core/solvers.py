@@ -11,13 +11,12 @@ Both solvers take rows (O, I) with O rows, I input columns, and return C in floa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tailorcli.core.chunks import one_torch_thread_each, row_slices
+from tailorcli.core.chunks import one_torch_thread_each, row_slices, workers
 
 _BATCH_ENTRIES = 1 << 19  # of the small systems that are factorised together: they stay in the cache
 _GATHER_ENTRIES = 1 << 18  # of whole rows of H, gathered for one system at a time
@@ -184,7 +183,7 @@ def _solve_directly_(
         failed = [row for row, good in zip(rows, sound.tolist(), strict=True) if not good]
         return failed, float(squares[sound].sum())
 
-    with one_torch_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
+    with one_torch_thread_each() as threads, workers(threads) as pool:
         results = list(pool.map(solve, batches))
     return [row for failed, _ in results for row in failed], sum(square for _, square in results)
 

@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.folder import Checkpoint, side_files
-from tailorcli.device import device_errors, give_back_memory, resolve_device
+from tailorcli.device import device_errors, resolve_device
 from tailorcli.errors import CheckpointError, DataError, OptionsError, TailorError
 from tailorcli.evaluation.metrics import LEVEL, Estimate, Roles, TaskScores, check_roles, compare
 from tailorcli.evaluation.tasks import EncodedTask, Task, encode_task, read_tasks
@@ -21,6 +21,7 @@ from tailorcli.files import PathLike, as_output_error, write_text_atomically
 from tailorcli.models.config import read_config
 from tailorcli.models.loading import check_shapes, load_encoder, load_model, most_tokens, package_versions
 from tailorcli.options import EvaluateOptions
+from tailorcli.system import give_back_memory
 from tailorcli.terminal import Progress
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def evaluate_models(
         encoded = encode_for_all(read, checkpoints, options)
         scores, facts = {}, {}
         for name, checkpoint in checkpoints.items():
-            with device_errors():
+            with device_errors("a smaller --batch-size"):
                 scores[name], ran_in = _evaluate(name, checkpoint, encoded[name], options, device, progress)
             facts[name] = {"path": str(names[name]), "fingerprint": checkpoint.fingerprint(), "run_in": ran_in}
     return EvaluateReport(
@@ -193,7 +194,7 @@ def _tokenizer_digest(folder: Path) -> str:
 
 def score_model(path: PathLike, tasks: dict[str, EncodedTask], options: EvaluateOptions) -> dict[str, TaskScores]:
     """One checkpoint folder's scores on tasks that are encoded already; nothing of it stays in memory."""
-    with Checkpoint.open(path) as checkpoint, device_errors():
+    with Checkpoint.open(path) as checkpoint, device_errors("a smaller --batch-size"):
         device = resolve_device(options.device)
         return _evaluate(Path(path).name, checkpoint, tasks, options, device, progress=False)[0]
 

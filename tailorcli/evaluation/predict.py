@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from tailorcli.data.samples import batch_places, count_tokens, join
-from tailorcli.device import exact_float32
+from tailorcli.device import exact_float32, is_out_of_memory
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
 from tailorcli.evaluation.metrics import TaskScores
 from tailorcli.evaluation.tasks import EncodedTask, Item, Row, normalise
@@ -233,9 +233,9 @@ class _Reader:
                 given = to_device(inputs, self.device) | {"attention_mask": torch.ones_like(prompt)}
                 with quiet_transformers():
                     ids = self.network.generate(**given, generation_config=config, stopping_criteria=[stop])
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # whatever a model's own code raises
+                if is_out_of_memory(error):
+                    raise
                 shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
                 what = f"the model cannot write after a prompt of this data ({shapes}): {first_line(error)}"
                 raise DataError(what, "see that the records hold what the model takes: text or images") from error

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint
 from tailorcli.adapters.config import MERGE_HINT
 from tailorcli.checkpoint.folder import Checkpoint
-from tailorcli.device import StageTimer, give_back_memory
+from tailorcli.device import StageTimer
 from tailorcli.errors import CheckpointError
 from tailorcli.models.loading import aliases, expected_names, require_all
 from tailorcli.models.places import Place, map_names
 from tailorcli.models.skeleton import empty_model, fill_computed, load_weights
 from tailorcli.options import LoadOptions
+from tailorcli.system import give_back_memory
 
 if TYPE_CHECKING:
     import torch

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from tailorcli.device import is_out_of_memory
 from tailorcli.errors import DataError, TailorError, first_line
 
 if TYPE_CHECKING:
@@ -29,9 +30,11 @@ def forward(network: Any, inputs: Inputs) -> Any:
     try:
         with torch.no_grad():
             return network(**inputs)
-    except (TailorError, torch.OutOfMemoryError):
+    except TailorError:
         raise
     except Exception as error:  # whatever a model's own code raises
+        if is_out_of_memory(error):
+            raise
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
         raise DataError(
             f"the model cannot run on a sample of this data ({shapes}): {first_line(error)}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tailorcli.errors import TailorError
+from tailorcli.system import reserve
 
 
 class Spill:
@@ -60,12 +61,13 @@ class Spill:
         self._files += 1
         path = self._folder / f"hidden-{self._files}.part"
         try:
-            _reserve(path, tensor.numel() * tensor.itemsize)
+            reserve(path, tensor.numel() * tensor.itemsize)
             return torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
         except (OSError, RuntimeError) as error:
             raise TailorError(f"cannot keep hidden states in {path}: {error}", "free some space") from error
         finally:
-            path.unlink(missing_ok=True)  # the mapping keeps it until the tensor is gone
+            with suppress(PermissionError):  # Windows removes no file that is mapped
+                path.unlink(missing_ok=True)  # the mapping keeps it until the tensor is gone
 
     def _sweep(self) -> None:
         """Forget storages that are gone; not before as many more have come as there were, so that it costs little."""
@@ -85,10 +87,3 @@ def _storage_of(tensor: Tensor) -> StorageWeakRef:
 
 def _is_gone(storage: StorageWeakRef) -> bool:
     return bool(storage.expired())  # type: ignore[no-untyped-call]
-
-
-def _reserve(path: Path, size: int) -> None:
-    """Make a file with room on the disk: a mapping of one without would kill the process where the disk is full."""
-    with path.open("wb") as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)

@@ -14,7 +14,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.journal import Journal, WriteQueue, write_all
 from tailorcli.errors import OutputError
-from tailorcli.files import as_output_error, digest_of, fsync_path
+from tailorcli.files import as_output_error, digest_of
 from tailorcli.patchfile.coding import CODINGS, PADDING, encode, pad_byte
 from tailorcli.patchfile.reader import (
     FILE,
@@ -27,6 +27,7 @@ from tailorcli.patchfile.reader import (
     raw_bytes,
 )
 from tailorcli.patchfile.report import REPORT_FILE
+from tailorcli.system import open_for_writing, sync_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +80,7 @@ class PatchWriter:
                 self._journal.path.unlink(missing_ok=True)
                 self._part.write_bytes(b"")
                 self._journal.start(identity)
-            self._descriptor: int = os.open(self._part, os.O_RDWR)
+            self._descriptor: int = open_for_writing(self._part)
             os.ftruncate(self._descriptor, self._position)
         except OSError as error:
             raise as_output_error(file, error) from error
@@ -178,9 +179,10 @@ class PatchWriter:
             write_all(self._descriptor, memoryview(len(text).to_bytes(8, "little") + text), 0)
             os.ftruncate(self._descriptor, self._position)
             os.fsync(self._descriptor)
+            self._close_file()  # Windows names no open file anew
             self._part.replace(self.file)
             self._journal.path.unlink(missing_ok=True)
-            fsync_path(self.file.parent)
+            sync_path(self.file.parent)
         except OSError as error:
             raise as_output_error(self.file, error) from error
 
@@ -232,8 +234,11 @@ class PatchWriter:
             if self._journal.path.exists():  # not where all is finished
                 with suppress(OutputError):
                     self._journal.sync()
-            os.close(self._descriptor)
-            self._descriptor = -1
+            self._close_file()
+
+    def _close_file(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
 
     def discard(self) -> None:
         """Remove all that was written: after an error that no resumed run could get over."""

@@ -17,6 +17,7 @@ from tailorcli.adapters.checkpoint import tokenizer_folder
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.data.records import Record, read_records
 from tailorcli.data.samples import draw_samples, make_batches
+from tailorcli.device import is_out_of_memory
 from tailorcli.errors import CheckpointError, DataError, NumericalError, OptionsError, OutputError, first_line
 from tailorcli.files import PathLike
 from tailorcli.models.config import processor_folder, read_config
@@ -281,16 +282,14 @@ def _mix(trained: list[_Trained]) -> None:
 
 def _backward(network: Any, samples: list[Inputs], device: torch.device) -> None:
     """The gradient of the mean loss over the samples' scored tokens; nothing is padded."""
-    import torch
-
     tokens = sum(_num_scored(inputs) for inputs in samples)
     for batch in make_batches(samples, len(samples)):
         try:
             loss = network(**{name: value.to(device) for name, value in batch.items()}).loss
             (loss * (_num_scored(batch) / tokens)).backward()
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # whatever a model's own code raises
+            if is_out_of_memory(error):
+                raise
             what = f"the model has no causal-LM loss on a sample {list(batch['input_ids'].shape)}: {first_line(error)}"
             raise DataError(what, "graft is for causal language models") from error
 

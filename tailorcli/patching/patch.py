@@ -152,7 +152,7 @@ def patch_checkpoint(
         bar = stack.enter_context(progress_bar(plan.tensors, "patching", progress))
         bar.start_at(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
         todo = [tensor for tensor in plan.tensors if tensor.name not in records]
-        with timer.stage("masks"), exact_float32(), device_errors():
+        with timer.stage("masks"), exact_float32(), device_errors("a smaller --batch-size"):
             trained, masks = _masks_first(target, plan, records, inputs, options, identity, device, progress)
 
         def write(tensor: TensorPlan, result: LayerResult | None, digest: str, facts: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from tailorcli.patchfile.reader import SUFFIX, PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, RUN_FILE, PatchReport, load_report
 from tailorcli.patchfile.writer import PatchWriter
 from tailorcli.runs.plan import Plan
+from tailorcli.system import bytes_on_disk, peak_memory
 from tailorcli.terminal import Progress
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ def run_record(report: PatchReport, identity: dict[str, Any], resumed: int) -> s
         "seconds": report.seconds,
         "stages": report.stages,
         "tensors_from_an_earlier_run": resumed,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(),
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
@@ -319,7 +319,7 @@ def _unfinished_bytes(path: Path) -> int:
     """Disk that the unfinished output of an earlier run takes up already."""
     part = path.with_name(path.name + ".part")
     files = path.rglob("*.part") if path.is_dir() else [part] if part.is_file() else []
-    return sum(file.stat().st_blocks * 512 for file in files)
+    return sum(bytes_on_disk(file) for file in files)
 
 
 def _finished_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:

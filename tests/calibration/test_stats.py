@@ -307,7 +307,7 @@ def test_a_failed_write_leaves_no_statistics(tmp_path, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("tailorcli.calibration.stats_writer.fsync_path", full)
+    monkeypatch.setattr("tailorcli.calibration.stats_writer.sync_path", full)
     with pytest.raises(OutputError, match="no space left"):
         write_stats(tmp_path, [("h", HessianInfo(1, "diagonal", 1), torch.ones(1))], {}, FACTS)
     refusal(tmp_path, MANIFEST)
