@@ -43,7 +43,7 @@ from benchmarks.throughput import FLOORS, Rates, batches_of, floors, forward_pas
 from tailorcli import PatchFile, calibrate_model, patch_checkpoint, score_checkpoint
 from tailorcli.calibration.stats import HESSIANS, Stats
 from tailorcli.core import accumulate_
-from tailorcli.core.solvers import row_chunks
+from tailorcli.core.chunks import row_chunks
 from tailorcli.device import exact_float32
 from tailorcli.options import Blockwise, CalibrateOptions, PatchOptions, Solver
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tailorcli.core.chunks import map_rows, row_slices
 from tailorcli.core.figures import measure
 from tailorcli.core.hessian import PreparedHessian
+from tailorcli.core.precision import working_dtype
 from tailorcli.core.scores import count_kept, salience, select_mask
 from tailorcli.core.solvers import Decoration
 from tailorcli.core.tailor import (
@@ -31,16 +32,17 @@ _DELTA_SHARE = 0.8  # of |delta| in the released code's score
 
 
 def interpolate(base: Tensor, tuned: Tensor, weight: float) -> Tensor:
-    """WiSE-FT: base + weight * (tuned - base) on every entry (O, I), in float32, rounded once to the base's dtype.
+    """WiSE-FT: base + weight * (tuned - base) on every entry (O, I), rounded once to the base's dtype.
 
-    ``weight`` 0 and 1 are the two to the bit.
+    It is worked out in float32, or float64 where a weight is. ``weight`` 0 and 1 are the two to the bit.
     """
     if weight in (0.0, 1.0):
         return (tuned if weight else base).to(base.dtype, copy=True)
     mixed = torch.empty_like(base)
+    dtype = working_dtype(base, tuned)
 
     def fill(rows: slice) -> None:
-        mixed[rows] = torch.lerp(base[rows].to(torch.float32), tuned[rows].to(torch.float32), weight)
+        mixed[rows] = torch.lerp(base[rows].to(dtype), tuned[rows].to(dtype), weight)
 
     map_rows(base, fill)
     return mixed
@@ -109,7 +111,7 @@ def baseline_layer(
         _require_finite_result(patched)
     with timer.stage("measure"):
         moved = weight != 1.0 or method == "dare"
-        figures = measure(delta, mask, None, patched, tuned_2d, None, False, None, moved)
+        figures = measure(delta, mask, patched=patched, tuned=tuned_2d, moved=moved)
     return LayerResult(patched.view(base.shape), mask.view(base.shape), figures)
 
 
@@ -212,7 +214,15 @@ def released_layer(
         patched = assemble(base_2d, tuned_2d, mask, decorator, weight)
         _require_finite_result(patched)
     with timer.stage("measure"):
-        figures = measure(delta, mask, None, patched, tuned_2d, prepared, transposed, decoration)
+        figures = measure(
+            delta,
+            mask,
+            patched=patched,
+            tuned=tuned_2d,
+            prepared=prepared,
+            transposed=transposed,
+            decoration=decoration,
+        )
     return LayerResult(patched.view(base.shape), mask.view(base.shape), figures)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 _CPU_CHUNK = 1 << 18  # entries of an elementwise step on a CPU
 _GPU_CHUNK = 1 << 26
+_SOLVER_CHUNK = 1 << 24  # bounds the work space of products and solvers whatever the tensor's size
 _WORTH_THREADS = 32  # chunks from which on starting threads costs less than it saves
 Result = TypeVar("Result")
 
@@ -22,6 +23,11 @@ def row_slices(num_rows: int, num_columns: int, entries: int) -> Iterator[slice]
     step = max(1, entries // max(1, num_columns))
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
+
+
+def row_chunks(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """Slices of rows that keep a float32 work array near 64 MiB, for matrix products and solvers."""
+    return row_slices(num_rows, num_columns, _SOLVER_CHUNK)
 
 
 def chunk_rows(matrix: Tensor) -> Iterator[slice]:

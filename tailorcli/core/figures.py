@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tailorcli.core.chunks import map_rows
+from tailorcli.core.chunks import map_rows, row_chunks, row_slices
 from tailorcli.core.hessian import PreparedHessian
+from tailorcli.core.precision import gap, working_dtype
 from tailorcli.core.scores import salience, sensitivity
-from tailorcli.core.solvers import Decoration, row_chunks
+from tailorcli.core.solvers import Decoration
 
 _FORM_BLOCK = 256  # columns of a quadratic form's product at a time
 _GPU_FORM_BLOCK = 2048  # narrower products leave most of a GPU idle
@@ -84,20 +87,21 @@ _SUMMED_OR_NONE = (
 )
 
 
-def part_of(inverse: Tensor, delta: Tensor, rows: slice) -> Tensor:
-    """What of ``inverse`` broadcasts against ``delta[rows]``: it runs along the rows or along the columns."""
+def slice_broadcast(inverse: Tensor, delta: Tensor, rows: slice) -> Tensor:
+    """The part of a vector (O, 1) that belongs to ``rows`` of ``delta``; a vector (1, I) whole."""
     return inverse[rows] if inverse.shape[0] == delta.shape[0] > 1 else inverse
 
 
 def measure(
     delta: Tensor,
     mask: Tensor,
-    inverse: Tensor | None,
-    patched: Tensor | None,
+    *,
     tuned: Tensor,
-    prepared: PreparedHessian | None,
-    transposed: bool,
-    decoration: Decoration | None,
+    patched: Tensor | None,
+    inverse: Tensor | None = None,
+    prepared: PreparedHessian | None = None,
+    transposed: bool = False,
+    decoration: Decoration | None = None,
     moved: bool = False,
     goal: Tensor | None = None,
 ) -> LayerFigures:
@@ -112,7 +116,8 @@ def measure(
     sums = _mask_sums(delta, mask)
     if scored is not delta:
         sums["distance_before"] = _kept_distance(scored, mask)
-    scores = _sensitivity_sums(scored, mask, inverse) if inverse is not None else {}
+    unit = prepared.unit if prepared is not None else 1.0
+    scores = _sensitivity_sums(scored, mask, inverse, unit) if inverse is not None else {}
     errors: dict[str, Any] = {}
     distance_after = None
     if patched is not None:
@@ -123,8 +128,10 @@ def measure(
             hessian = prepared.hessian if retain is None else retain.hessian
             goal = None if retain is None else goal
             errors = layer_errors(delta, mask, patched, tuned, hessian, transposed, decoration, moved, goal)
+            errors["output_energy"] *= unit
         if retain is not None:
             errors |= drift(delta, patched, tuned, retain.retained, transposed)
+            errors["drift_energy"] *= retain.unit
     if decoration is not None:
         errors.update(iterations=decoration.iterations, residual=decoration.residual)
     if prepared is not None:
@@ -133,7 +140,7 @@ def measure(
         numel=delta.numel(),
         distance_after=distance_after,
         **sums,
-        **_quantiles(scored, inverse),
+        **_quantiles(scored, inverse, unit),
         **scores,
         **errors,
     )
@@ -143,14 +150,17 @@ def _mask_sums(delta: Tensor, mask: Tensor) -> dict[str, Any]:
     """Entries and norms in and out of the mask."""
     norm = torch.linalg.vector_norm
 
-    def sums(rows: slice) -> Tensor:
-        d = delta[rows]
+    def sums(rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        d = delta[rows].to(dtype)
         kept = d * mask[rows].view(torch.uint8)  # half the time of a product with bool
         values = (d.count_nonzero(), norm(d).square(), norm(kept).square(), d.abs().sum(), kept.abs().sum())
         return torch.stack([value.double() for value in values])
 
     parts = map_rows(delta, sums)
-    changed, square, square_kept, distance, distance_kept = torch.stack(parts).sum(0).tolist() if parts else [0.0] * 5
+    found = torch.stack(parts).sum(0).tolist() if parts else [0.0] * 5
+    if _left_float32(found) or (found[0] and not found[1]):
+        found = torch.stack(map_rows(delta, partial(sums, dtype=torch.float64))).sum(0).tolist()
+    changed, square, square_kept, distance, distance_kept = found
     return {
         "kept": int(mask.count_nonzero()),
         "zero_delta": delta.numel() - int(changed),
@@ -161,24 +171,39 @@ def _mask_sums(delta: Tensor, mask: Tensor) -> dict[str, Any]:
     }
 
 
+def _left_float32(sums: Sequence[float]) -> bool:
+    """Whether a sum of squares has overflowed, so that it must be taken in float64."""
+    return not all(map(math.isfinite, sums))
+
+
 def _kept_distance(change: Tensor, mask: Tensor) -> float:
     def distance(rows: slice) -> float:
-        return float((change[rows] * mask[rows].view(torch.uint8)).abs().sum())
+        return _sum_of_sizes(change[rows] * mask[rows].view(torch.uint8))
 
     return sum(map_rows(change, distance))
 
 
-def _sensitivity_sums(delta: Tensor, mask: Tensor, inverse: Tensor) -> dict[str, Any]:
-    def sums(rows: slice) -> Tensor:
-        score = sensitivity(delta[rows], part_of(inverse, delta, rows))
+def _sum_of_sizes(change: Tensor) -> float:
+    """The sum of |entry|, in float64 where float32 overflows."""
+    total = float(change.abs().sum())
+    return total if math.isfinite(total) else float(change.double().abs().sum())
+
+
+def _sensitivity_sums(delta: Tensor, mask: Tensor, inverse: Tensor, unit: float) -> dict[str, Any]:
+    """The sums over all entries and over the kept ones; ``inverse`` is of the Hessian divided by ``unit``."""
+
+    def sums(rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        score = sensitivity(delta[rows].to(dtype), slice_broadcast(inverse, delta, rows))
         return torch.stack((score.sum(), (score * mask[rows].view(torch.uint8)).sum())).double()
 
     parts = map_rows(delta, sums)
     total = torch.stack(parts).sum(0).tolist() if parts else [0.0, 0.0]
-    return {"sensitivity_sum": total[0], "sensitivity_kept": total[1]}
+    if _left_float32(total) or not total[0]:
+        total = torch.stack(map_rows(delta, partial(sums, dtype=torch.float64))).sum(0).tolist() if parts else total
+    return {"sensitivity_sum": total[0] * unit, "sensitivity_kept": total[1] * unit}
 
 
-def _quantiles(delta: Tensor, inverse: Tensor | None) -> dict[str, Any]:
+def _quantiles(delta: Tensor, inverse: Tensor | None, unit: float) -> dict[str, Any]:
     """Quantiles of both scores from an evenly strided sample: exact for small tensors, close for large ones."""
     if delta.numel() == 0:
         return {"salience_quantiles": []}
@@ -189,8 +214,11 @@ def _quantiles(delta: Tensor, inverse: Tensor | None) -> dict[str, Any]:
     sample = delta[row, column]
     found: dict[str, Any] = {"salience_quantiles": _levels(salience(sample))}
     if inverse is not None:
-        score = sensitivity(sample, inverse.expand(delta.shape)[row, column])
-        found["sensitivity_quantiles"] = _levels(score)
+        inverse_sample = inverse.expand(delta.shape)[row, column]
+        levels = _levels(sensitivity(sample, inverse_sample))
+        if _left_float32(levels) or not levels[-1]:
+            levels = _levels(sensitivity(sample.double(), inverse_sample))
+        found["sensitivity_quantiles"] = [level * unit for level in levels]
     return found
 
 
@@ -203,10 +231,15 @@ def _distance(patched: Tensor, tuned: Tensor, delta: Tensor) -> float:
     """The sum of |W_patched - W_base|, with W_base = W_tuned - delta so that the base need not be held any longer."""
 
     def distance(rows: slice) -> float:
-        moved = patched[rows].to(torch.float32) - (tuned[rows].to(torch.float32) - delta[rows])
-        return float(moved.abs().sum())
+        return _sum_of_sizes(_moved(patched[rows], tuned[rows], delta[rows]))
 
     return sum(map_rows(delta, distance))
+
+
+def _moved(patched: Tensor, tuned: Tensor, delta: Tensor) -> Tensor:
+    """W_patched - W_base in float32, with W_base = W_tuned - delta."""
+    dtype = working_dtype(patched, tuned)
+    return gap(patched, tuned.to(dtype) - delta)
 
 
 def layer_errors(
@@ -233,7 +266,7 @@ def layer_errors(
         elif decoration is None or decoration.energy_before is None:
             before += quadratic_form(torch.where(mask[rows], 0.0, d), hessian)
         if moved:
-            after += quadratic_form(patched[rows].to(torch.float32) - tuned[rows].to(torch.float32), hessian)
+            after += quadratic_form(gap(patched[rows], tuned[rows]), hessian)
     if goal is None and decoration is not None and decoration.energy_before is not None:
         before = decoration.energy_before
     if not moved:
@@ -251,7 +284,7 @@ def drift(delta: Tensor, patched: Tensor, tuned: Tensor, retained: Tensor, trans
     for rows in row_chunks(*delta.shape):
         d = delta[rows]  # (R, I)
         whole += quadratic_form(d, retained)
-        left += quadratic_form(patched[rows].to(torch.float32) - (tuned[rows].to(torch.float32) - d), retained)
+        left += quadratic_form(_moved(patched[rows], tuned[rows], d), retained)
     return {"drift_energy": whole, "drift": left / whole if whole > 0 else 0.0}
 
 
@@ -273,10 +306,10 @@ def refit_figures(
     base, tuned, patched = (t.T if transposed else t for t in (base, tuned, patched))
     after, left, distance = 0.0, 0.0, 0.0
     for rows in row_chunks(*base.shape):
-        w_base, w_tuned, w_patched = (t[rows].to(torch.float32) for t in (base, tuned, patched))  # (R, I)
-        after += quadratic_form(w_patched - w_tuned, hessian)
-        left += quadratic_form(w_patched - w_base, retained)
-        distance += float((w_patched - w_base).abs().sum())
+        after += quadratic_form(gap(patched[rows], tuned[rows]), hessian)
+        moved = gap(patched[rows], base[rows])  # (R, I)
+        left += quadratic_form(moved, retained)
+        distance += _sum_of_sizes(moved)
     return replace(
         plain,
         error_after=after / plain.output_energy if plain.output_energy else 0.0,
@@ -291,8 +324,17 @@ def quadratic_form(rows: Tensor, hessian: Tensor) -> float:
     """sum_i r_i H r_i^T over rows (R, I): (2/N) times the squared change of the layer's outputs.
 
     H is symmetric, so the blocks on one side of its diagonal count twice: half the multiply-adds, and work arrays
-    of (R, block) instead of (R, I).
+    of (R, block) instead of (R, I). Where that leaves float32, it is worked out in float64.
     """
+    total = _quadratic_form(rows, hessian)
+    if math.isfinite(total) and (total != 0.0 or not bool(rows.any())):
+        return total
+    wide = hessian.double()
+    parts = row_slices(rows.shape[0], rows.shape[1], _FORM_BLOCK * rows.shape[1])
+    return sum((_quadratic_form(rows[part].double(), wide) for part in parts), 0.0)
+
+
+def _quadratic_form(rows: Tensor, hessian: Tensor) -> float:
     if hessian.dim() == 1:
         return float((rows * hessian).mul_(rows).sum(dtype=torch.float64))
     width = _FORM_BLOCK if hessian.device.type == "cpu" else _GPU_FORM_BLOCK

@@ -8,11 +8,12 @@ channel-wise (embedding, norm scale, bias) has a diagonal H, held as a vector.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from tailorcli.core.precision import hessian_unit, in_units
 from tailorcli.errors import NumericalError
 
 _BLOCK = 512  # columns per product or triangular solve: half the multiply-adds, still large matrix products
@@ -180,9 +181,9 @@ def combine_hessians(hessians: Sequence[Tensor], weights: Sequence[float]) -> Te
 class Retained:
     """What a retain term adds to a prepared Hessian A = H + beta s H_r (``core.retain``).
 
-    ``hessian`` is H and ``retained`` H_r, both (I, I) or (I,); ``amount`` is what damping adds to H alone; ``share``
-    is mean(diag H) / mean(diag A), what is left of a change that no data reach; ``factor`` is that of A, None where
-    it is diagonal.
+    ``hessian`` is H and ``retained`` H_r, both (I, I) or (I,), H_r divided by ``unit``; ``amount`` is what damping
+    adds to H alone; ``share`` is mean(diag H) / mean(diag A), what is left of a change that no data reach; ``factor``
+    is that of A, None where it is diagonal.
     """
 
     hessian: Tensor
@@ -190,13 +191,15 @@ class Retained:
     amount: float
     share: float
     factor: Factor | None
+    unit: float = 1.0
 
 
 @dataclass(frozen=True)
 class PreparedHessian:
     """A Hessian with all that the tensors which share it need, worked out once.
 
-    ``hessian`` is (I, I), or (I,) for a diagonal one; ``inverse_diagonal`` is [(H + amount I)^-1]_jj;
+    ``hessian`` is (I, I), or (I,) for a diagonal one, divided by ``unit`` (1 but for very large and very small ones);
+    all the others are of that; ``inverse_diagonal`` is [(H + amount I)^-1]_jj;
     ``inverse_factor`` is there only for the sequential solver, ``retain`` only with a retain term, whose combined
     Hessian all the others are of.
     """
@@ -208,6 +211,7 @@ class PreparedHessian:
     amount: float
     num_dead: int
     retain: Retained | None = None
+    unit: float = 1.0
 
     @property
     def is_diagonal(self) -> bool:
@@ -216,14 +220,23 @@ class PreparedHessian:
 
 
 def prepare(hessian: Tensor, damping: float, *, sensitivity: bool, sequential: bool) -> PreparedHessian:
-    """Damp and factorise ``hessian`` as far as the scores and the solver need it."""
-    return prepare_with_factor(hessian, damping, sensitivity=sensitivity, sequential=sequential)[0]
+    """Damp and factorise ``hessian`` as far as the scores and the solver need it.
+
+    Raises NumericalError where no damping makes it positive definite.
+    """
+    unit = hessian_unit(hessian)
+    scaled = in_units(hessian, unit)
+    prepared, _ = prepare_with_factor(scaled, damping, sensitivity=sensitivity, sequential=sequential)
+    return replace(prepared, unit=unit)
 
 
 def prepare_with_factor(
     hessian: Tensor, damping: float, *, sensitivity: bool, sequential: bool
 ) -> tuple[PreparedHessian, Factor | None]:
-    """The same with the Cholesky factor, None of a diagonal Hessian, for what solves with all of H."""
+    """A Hessian near 1 in size, damped and factorised, and its Cholesky factor (None of a diagonal Hessian).
+
+    Raises NumericalError where no damping makes it positive definite.
+    """
     num_dead = int(dead_channels(hessian).sum())
     if hessian.dim() == 1:
         amount = dampen(hessian, damping)

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from tailorcli.core.hessian import accumulate_, combine_hessians, dampen
+from tailorcli.core.precision import gap
 from tailorcli.core.retain import retain_scale
-from tailorcli.core.solvers import row_chunks, solve_on_mask, sum_of_squares
-from tailorcli.core.tailor import assemble, require_finite
+from tailorcli.core.solvers import solve_by_chunks
+from tailorcli.core.tailor import assemble, is_finite
+from tailorcli.errors import NumericalError
 
 
 @dataclass
@@ -97,26 +99,23 @@ def refit(
     """Change the kept entries of ``plain`` so that the layer's outputs are the unpatched models', both terms together.
 
     The four tensors are in the stored orientation, (O, I), or (I, O) with ``transposed``; outside the mask the result
-    is the base to the bit.
+    is the base to the bit. Raises NumericalError where a value overflows.
     """
     share = retain_scale(new.hessian, retained.hessian, retain_weight)
     system = combine_hessians((new.hessian, retained.hessian), (1.0, share))
     amount = dampen(system, damping)
     matrices = [t.T if transposed else t for t in (base, tuned, plain)]  # (O, I) each
     kept = mask.T if transposed else mask
-    change = torch.zeros(kept.shape, dtype=torch.float32, device=base.device)
-    iterations, residual_sq, target_sq = 0, 0.0, 0.0
-    for rows in row_chunks(*kept.shape):
-        w_base, w_tuned, w_plain = (matrix[rows].to(torch.float32) for matrix in matrices)
-        target = (w_tuned - w_plain) @ new.hessian + w_tuned @ new.drift
-        target.add_((w_base - w_plain) @ retained.hessian + w_base @ retained.drift, alpha=share)
-        target.masked_fill_(~kept[rows], 0.0)
-        del w_base, w_tuned, w_plain
-        change[rows], steps, squares = solve_on_mask(target, kept[rows], system, amount, tolerance, max_iterations)
-        iterations = max(iterations, steps)
-        residual_sq += squares
-        target_sq += sum_of_squares(target)
-    decorator = change.T.contiguous() if transposed else change
+
+    def right_side(rows: slice) -> Tensor:
+        w_base, w_tuned, w_plain = (matrix[rows] for matrix in matrices)
+        target = gap(w_tuned, w_plain) @ new.hessian + w_tuned.to(torch.float32) @ new.drift
+        away = gap(w_base, w_plain) @ retained.hessian + w_base.to(torch.float32) @ retained.drift
+        return target.add_(away, alpha=share).masked_fill_(~kept[rows], 0.0)
+
+    found = solve_by_chunks(kept, right_side, system, amount, tolerance, max_iterations)
+    decorator = found.decorator.T.contiguous() if transposed else found.decorator
     patched = assemble(base, plain, mask, decorator)
-    require_finite(patched)
-    return Refit(patched, iterations, (residual_sq / target_sq) ** 0.5 if target_sq > 0 else 0.0)
+    if not is_finite(patched):
+        raise NumericalError(f"a propagated value overflows {patched.dtype}", "pass --no-propagate")
+    return Refit(patched, found.iterations, found.residual)

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tailorcli.core.chunks import row_slices
+from tailorcli.core.chunks import row_chunks
 from tailorcli.core.hessian import (
     PreparedHessian,
     Retained,
@@ -25,8 +25,7 @@ from tailorcli.core.hessian import (
     diagonal_of,
     prepare_with_factor,
 )
-
-_CHUNK_ENTRIES = 1 << 24  # 64 MiB a float32 work array
+from tailorcli.core.precision import hessian_unit, in_units
 
 
 def retain_scale(hessian: Tensor, retained: Tensor, weight: float) -> float:
@@ -38,12 +37,18 @@ def retain_scale(hessian: Tensor, retained: Tensor, weight: float) -> float:
 def prepare_retaining(
     hessian: Tensor, retained: Tensor, weight: float, damping: float, *, sensitivity: bool, sequential: bool
 ) -> PreparedHessian:
-    """``prepare`` for A = H + beta s H_r, with what the goal and the figures need of H and H_r beside it."""
+    """``hessian.prepare`` for A = H + beta s H_r, with what the goal and the figures need of H and H_r beside it.
+
+    Raises NumericalError where no damping makes A positive definite.
+    """
+    units = hessian_unit(hessian), hessian_unit(retained)  # s takes care that they need not be the same
+    hessian, retained = in_units(hessian, units[0]), in_units(retained, units[1])
     system = combine_hessians((hessian, retained), (1.0, retain_scale(hessian, retained, weight)))
     prepared, factor = prepare_with_factor(system, damping, sensitivity=sensitivity, sequential=sequential)
     mean, mean_new = float(diagonal_of(system).mean()), float(diagonal_of(hessian).mean())
     share = mean_new / mean if mean > 0 else 1.0
-    return replace(prepared, retain=Retained(hessian, retained, prepared.damping * mean_new, share, factor))
+    term = Retained(hessian, retained, prepared.damping * mean_new, share, factor, units[1])
+    return replace(prepared, retain=term, unit=units[0])
 
 
 def retained_goal(delta: Tensor, prepared: PreparedHessian) -> Tensor:
@@ -59,7 +64,7 @@ def retained_goal(delta: Tensor, prepared: PreparedHessian) -> Tensor:
         left = (of_new.hessian + of_new.amount) / (prepared.hessian + prepared.amount)  # (I,)
         return delta * left.masked_fill(dead, of_new.share)
     goal = torch.empty_like(delta)
-    for rows in row_slices(delta.shape[0], delta.shape[1], _CHUNK_ENTRIES):
+    for rows in row_chunks(*delta.shape):
         target = delta[rows] @ of_new.hessian
         target.add_(delta[rows], alpha=of_new.amount)  # (R, I)
         # The factor is that of A with its channels reversed.

@@ -10,18 +10,18 @@ Both solvers take rows (O, I) with O rows, I input columns, and return C in floa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from tailorcli.core.chunks import one_torch_thread_each, row_slices, workers
+from tailorcli.core.chunks import one_torch_thread_each, row_chunks, row_slices, workers
+from tailorcli.core.precision import extent, hessian_unit, in_units, out_of_units, unit_of
 
 _BATCH_ENTRIES = 1 << 19  # of the small systems that are factorised together: they stay in the cache
 _GATHER_ENTRIES = 1 << 18  # of whole rows of H, gathered for one system at a time
 _WIDE = 128  # with more kept entries than these a row is solved by itself: batches cost more than they save
-_CHUNK_ENTRIES = 1 << 24  # 64 MiB a float32 work array: bounds the work space whatever the tensor's size
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,6 @@ class Decoration:
     energy_before: float | None = None  # sum e H e^T, where the solver had it at hand
 
 
-def row_chunks(num_rows: int, num_columns: int) -> Iterator[slice]:
-    """Slices of rows that keep a float32 work array near 64 MiB."""
-    return row_slices(num_rows, num_columns, _CHUNK_ENTRIES)
-
-
 def decorate_sequential(delta: Tensor, mask: Tensor, upper: Tensor, block_size: int = 128) -> Decoration:
     """The paper's way: SparseGPT's sweep over columns, each error spread over the columns to its right.
 
@@ -47,8 +42,10 @@ def decorate_sequential(delta: Tensor, mask: Tensor, upper: Tensor, block_size: 
     to the right of it are lazy, one matrix product a block. Columns are worked on as contiguous rows.
     """
     decorator = torch.empty_like(delta)
+    unit = unit_of(extent(delta))
     for chunk in row_chunks(*delta.shape):
-        decorator[chunk] = _sweep(delta[chunk], mask[chunk], upper, block_size)
+        swept = _sweep(in_units(delta[chunk], unit), mask[chunk], upper, block_size)
+        decorator[chunk] = out_of_units(swept, unit)
     return Decoration(decorator, iterations=0, residual=0.0)
 
 
@@ -86,21 +83,50 @@ def decorate_joint(
     gradients with a Jacobi preconditioner, until each row's residual is below ``tolerance`` times its right
     side, or ``max_iterations``.
     """
-    decorator = torch.zeros_like(delta)
-    iterations, residual_sq, target_sq, energy = 0, 0.0, 0.0, 0.0
-    for chunk in row_chunks(*delta.shape):
-        kept = mask[chunk]
-        put_back = torch.where(kept, 0.0, delta[chunk])  # (R, I): e with its sign turned
+    energy = 0.0
+    unit = unit_of(extent(delta))
+
+    def right_side(chunk: slice) -> Tensor:
+        nonlocal energy
+        put_back = torch.where(mask[chunk], 0.0, in_units(delta[chunk], unit))  # (R, I): e with its sign turned
         product = put_back @ hessian
         energy += float((product * put_back).sum(1).sum(dtype=torch.float64))
-        target = torch.where(kept, product, 0.0)  # (R, I): b, the right side of every row
-        del put_back, product
-        decorator[chunk], steps, squares = solve_on_mask(target, kept, hessian, amount, tolerance, max_iterations)
+        return torch.where(mask[chunk], product, 0.0)
+
+    found = solve_by_chunks(mask, right_side, hessian, amount, tolerance, max_iterations)
+    return replace(found, decorator=out_of_units(found.decorator, unit), energy_before=energy * unit**2)
+
+
+def solve_by_chunks(
+    mask: Tensor,
+    right_side: Callable[[slice], Tensor],
+    hessian: Tensor,
+    amount: float,
+    tolerance: float,
+    max_iterations: int,
+) -> Decoration:
+    """Solve A_SS x_S = b_S for every row of ``mask`` (O, I), so many rows at a time that the work space is bounded.
+
+    ``right_side`` gives b (R, I) in float32 for a slice of rows, zero where the mask is False; A = H + amount I, with
+    ``hessian`` (I, I). Very large and very small numbers are solved in units of their own.
+    """
+    system_unit = hessian_unit(hessian)
+    system, damping = in_units(hessian, system_unit), amount / system_unit
+    solution = torch.zeros_like(mask, dtype=torch.float32)
+    iterations, residual_sq, target_sq = 0, 0.0, 0.0
+    for chunk in row_chunks(*mask.shape):
+        kept = mask[chunk]
+        target = right_side(chunk)
+        unit = unit_of(extent(target))
+        target = in_units(target, unit)
+        found, steps, squares = solve_on_mask(target, kept, system, damping, tolerance, max_iterations)
+        solution[chunk] = out_of_units(found, unit / system_unit)
         iterations = max(iterations, steps)
-        residual_sq += squares
-        target_sq += sum_of_squares(target)
+        residual_sq += squares * unit**2
+        target_sq += sum_of_squares(target) * unit**2
+        del target, found
     residual = (residual_sq / target_sq) ** 0.5 if target_sq > 0 else 0.0
-    return Decoration(decorator, iterations, residual, energy)
+    return Decoration(solution, iterations, residual)
 
 
 def solve_on_mask(

@@ -6,18 +6,19 @@ weights, all of one shape. Weights w_i are positive and sum to 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tailorcli.core.chunks import map_rows
+from tailorcli.core.chunks import map_rows, row_chunks
 from tailorcli.core.figures import quadratic_form
 from tailorcli.core.hessian import PreparedHessian, dampen
-from tailorcli.core.solvers import Decoration, row_chunks, solve_on_mask, sum_of_squares
+from tailorcli.core.precision import gap, in_units, working_dtype
+from tailorcli.core.solvers import Decoration, solve_by_chunks
 from tailorcli.core.tailor import assemble
 
 
@@ -60,7 +61,7 @@ def stitch_patches(
 ) -> Tensor:
     """From the patches alone: the mean of the values of those tasks that keep an entry, base where none does.
 
-    A task that keeps an entry at the base's own value did not change it, and has no say about it.
+    A task that keeps an entry at the base's own value did not change it, so it does not count there.
     """
     mean = _empty(base)
     masks = [mask & (values != base) for mask, values in zip(masks, patched, strict=True)]
@@ -116,30 +117,34 @@ def stitch_joint(
     reference = _mean(base, tuned, [pull / sum(pulls) for pull in pulls])
     matrices = (base, reference, union, *tuned)
     base_r, reference_r, union_r, *tuned_r = (m.T for m in matrices) if transposed else matrices  # (O, I)
-    compensation = torch.empty(base_r.shape, dtype=torch.float32, device=base.device)
-    iterations, residual_sq, target_sq = 0, 0.0, 0.0
-    for chunk in row_chunks(*base_r.shape):
-        kept = union_r[chunk]
-        start = torch.where(kept, reference_r[chunk].to(torch.float32), base_r[chunk].to(torch.float32))  # (R, I)
-        target = torch.zeros_like(start)
-        for theta, hessian, weight in zip(tuned_r, hessians, weights, strict=True):
-            away = theta[chunk].to(torch.float32) - start
+    dtype = working_dtype(base, *tuned)
+    in_unit = [in_units(hessian, combined.unit) for hessian in hessians]
+
+    def right_side(chunk: slice) -> Tensor:
+        start = torch.where(union_r[chunk], reference_r[chunk].to(dtype), base_r[chunk].to(dtype))  # (R, I)
+        target = torch.zeros(start.shape, dtype=torch.float32, device=start.device)
+        for theta, hessian, weight in zip(tuned_r, in_unit, weights, strict=True):
+            away = gap(theta[chunk], start)
             target.add_(away * hessian if hessian.dim() == 1 else away @ hessian, alpha=weight)
-        target = torch.where(kept, target, 0.0)
-        if combined.is_diagonal:
-            damped = combined.hessian + combined.amount
-            compensation[chunk] = torch.where(damped > 0, target / damped, 0.0)
-            continue
-        compensation[chunk], steps, squares = solve_on_mask(
-            target, kept, combined.hessian, combined.amount, tolerance, max_iterations
-        )
-        iterations = max(iterations, steps)
-        residual_sq += squares
-        target_sq += sum_of_squares(target)
-    residual = (residual_sq / target_sq) ** 0.5 if target_sq > 0 else 0.0
-    stored = compensation.T if transposed else compensation
+        return torch.where(union_r[chunk], target, 0.0)
+
+    if combined.is_diagonal:
+        decoration = _divide(union_r, right_side, combined.hessian + combined.amount)
+    else:
+        limits = (tolerance, max_iterations)
+        decoration = solve_by_chunks(union_r, right_side, combined.hessian, combined.amount, *limits)
+    stored = decoration.decorator.T if transposed else decoration.decorator
     patched = assemble(base, reference, union, stored)
-    return Stitched(patched, Decoration(stored, iterations, residual))
+    return Stitched(patched, replace(decoration, decorator=stored))
+
+
+def _divide(mask: Tensor, right_side: Callable[[slice], Tensor], damped: Tensor) -> Decoration:
+    """The exact solution for a diagonal Hessian ``damped`` (I,): each entry by itself; zero where no data reach."""
+    solution = torch.empty_like(mask, dtype=torch.float32)
+    for chunk in row_chunks(*mask.shape):
+        target = right_side(chunk)
+        solution[chunk] = torch.where(damped > 0, target / damped, 0.0)
+    return Decoration(solution, iterations=0, residual=0.0)
 
 
 def _empty(base: Tensor) -> Tensor:
@@ -215,8 +220,7 @@ def task_errors(
     for theta, hessian in zip(tuned_r, hessians, strict=True):
         left, whole = 0.0, 0.0
         for rows in row_chunks(*base_r.shape):
-            target = theta[rows].to(torch.float32)
-            left += quadratic_form(patched_r[rows].to(torch.float32) - target, hessian)
-            whole += quadratic_form(base_r[rows].to(torch.float32) - target, hessian)
+            left += quadratic_form(gap(patched_r[rows], theta[rows]), hessian)
+            whole += quadratic_form(gap(base_r[rows], theta[rows]), hessian)
         errors.append(left / whole if whole > 0 else 0.0)
     return errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from tailorcli.core.chunks import map_rows
-from tailorcli.core.figures import LayerFigures, combine_figures, measure, part_of
+from tailorcli.core.figures import LayerFigures, combine_figures, measure, slice_broadcast
 from tailorcli.core.hessian import PreparedHessian
+from tailorcli.core.precision import extent, gap, in_units, unit_of, working_dtype
 from tailorcli.core.retain import retained_goal
 from tailorcli.core.scores import count_kept, fuse, minmax, salience, select_mask, sensitivity
 from tailorcli.core.solvers import Decoration, decorate_joint, decorate_sequential
@@ -78,7 +80,7 @@ def tailor_layer(
         require_finite_inputs(delta, base_2d, tuned_2d)
         inverse = _along_inputs(prepared, transposed)
         goal = _goal(delta, prepared, transposed)
-        score = fused_score(goal, inverse, omega)
+        score = fused_score(goal, inverse, omega, unit_of(extent(goal)))
     with timer.stage("select"):
         mask = select_mask(score, count_kept(density, delta.numel()))
         del score
@@ -90,11 +92,21 @@ def tailor_layer(
             wanted = tuned_2d if goal is delta else torch.add(goal, base_2d)
             patched = assemble(base_2d, wanted, mask, decoration.decorator if decoration else None, weight)
             del base_2d, wanted
-            if not _is_finite(patched):
-                raise NumericalError(f"a compensated value overflows {patched.dtype}", "pass --solver none")
+            _require_finite_result(patched, tuned_2d, weight)
     with timer.stage("measure"):
         moved = weight != 1.0 or goal is not delta
-        figures = measure(delta, mask, inverse, patched, tuned_2d, prepared, transposed, decoration, moved, goal)
+        figures = measure(
+            delta,
+            mask,
+            inverse=inverse,
+            patched=patched,
+            tuned=tuned_2d,
+            prepared=prepared,
+            transposed=transposed,
+            decoration=decoration,
+            moved=moved,
+            goal=goal,
+        )
     return LayerResult(None if patched is None else patched.view(base.shape), mask.view(base.shape), figures)
 
 
@@ -122,7 +134,7 @@ def matrix_shape(tensor: Tensor, prepared: PreparedHessian | None) -> tuple[int,
 
 
 def layer_shape(tensor: Tensor, num_inputs: int | None) -> tuple[int, int]:
-    """The same, given the channels of the tensor's Hessian, or None without one."""
+    """The two dimensions of a tensor as a layer, given its Hessian's channels, or None without one."""
     if tensor.dim() == 2:
         return tensor.shape[0], tensor.shape[1]
     if num_inputs is not None and (tensor.dim() <= 1 or num_inputs == 1):
@@ -132,32 +144,37 @@ def layer_shape(tensor: Tensor, num_inputs: int | None) -> tuple[int, int]:
 
 
 def difference(tuned: Tensor, base: Tensor) -> Tensor:
-    """Tuned minus base in float32, chunk by chunk: no other full-size array."""
+    """Tuned minus base in float32, chunk by chunk: no other full-size array. Of float64 weights it is rounded last."""
     delta = torch.empty(base.shape, dtype=torch.float32, device=base.device)
+    wide = working_dtype(base, tuned) == torch.float64
 
     def subtract(rows: slice) -> None:
-        delta[rows].copy_(tuned[rows]).sub_(base[rows].to(torch.float32))
+        if wide:
+            delta[rows] = gap(tuned[rows], base[rows])
+        else:
+            delta[rows].copy_(tuned[rows]).sub_(base[rows].to(torch.float32))
 
     map_rows(base, subtract)
     return delta
 
 
-def fused_score(delta: Tensor, inverse: Tensor | None, omega: float) -> Tensor:
+def fused_score(delta: Tensor, inverse: Tensor | None, omega: float, unit: float = 1.0) -> Tensor:
     """Eq. 11 over a whole tensor, chunk by chunk: the only full-size array is the result.
 
     ``inverse`` is [H^-1]_jj shaped to broadcast against ``delta``, or None where only salience counts. With
-    omega 1 or 0 the remaining score is returned as it is: normalising it would not change its order.
+    omega 1 or 0 the remaining score is returned as it is: normalising it would not change its order. The scores are
+    those of ``delta`` / ``unit``, whose squares must stay within float32.
     """
     score = torch.empty_like(delta)
     if inverse is None:
         omega = 1.0
 
     def salience_of(rows: slice) -> Tensor:
-        return salience(delta[rows])
+        return salience(in_units(delta[rows], unit))
 
     def sensitivity_of(rows: slice) -> Tensor:
         assert inverse is not None
-        return sensitivity(delta[rows], part_of(inverse, delta, rows))
+        return sensitivity(in_units(delta[rows], unit), slice_broadcast(inverse, delta, rows))
 
     def extremes(rows: slice) -> Tensor:
         return torch.stack((*salience_of(rows).aminmax(), *sensitivity_of(rows).aminmax()))
@@ -185,16 +202,17 @@ def assemble(base: Tensor, tuned: Tensor, mask: Tensor, decorator: Tensor | None
     With another ``weight`` than 1 a kept entry is base + weight * (tuned + C - base), rounded once.
     """
     patched = torch.empty_like(base)
+    dtype = working_dtype(base, tuned)
 
     def fill(rows: slice) -> None:
         kept = tuned[rows].to(base.dtype)
         if weight != 1.0:
-            start, change = base[rows].to(torch.float32), tuned[rows].to(torch.float32)
+            start, change = base[rows].to(dtype), tuned[rows].to(dtype)
             change = change + decorator[rows] - start if decorator is not None else change - start
             kept = torch.add(start, change, alpha=weight).to(base.dtype)
         elif decorator is not None:
             compensation = decorator[rows]
-            moved = (tuned[rows].to(torch.float32) + compensation).to(base.dtype)
+            moved = (tuned[rows].to(dtype) + compensation).to(base.dtype)
             kept = torch.where(compensation != 0, moved, kept)
         patched[rows] = _blend(mask[rows], kept, base[rows])
 
@@ -252,6 +270,8 @@ def _goal(delta: Tensor, prepared: PreparedHessian | None, transposed: bool) -> 
     if prepared is None or prepared.retain is None:
         return delta
     goal = retained_goal(delta.T if transposed else delta, prepared)
+    if not is_finite(goal):
+        raise NumericalError("the retain term's goal overflows float32", "check both statistics, or leave --retain out")
     return goal.T.contiguous() if transposed else goal
 
 
@@ -262,22 +282,32 @@ def _along_inputs(prepared: PreparedHessian | None, transposed: bool) -> Tensor 
     return prepared.inverse_diagonal.unsqueeze(1 if transposed else 0)
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite, in one pass and without a temporary."""
-    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
+    return math.isfinite(extent(tensor))
+
+
+def _require_finite_result(patched: Tensor, tuned: Tensor, weight: float) -> None:
+    """Raises NumericalError on a value that its dtype does not hold, and says what made it so large."""
+    if is_finite(patched):
+        return
+    if not is_finite(tuned.to(patched.dtype)):
+        raise NumericalError(f"tuned's values overflow {patched.dtype}, the base's dtype", "leave it out: --exclude")
+    hint = "pass --solver none" if weight == 1.0 else "pass a smaller --weight, or --solver none"
+    raise NumericalError(f"a compensated value overflows {patched.dtype}", hint)
 
 
 def require_finite(tensor: Tensor) -> None:
     """Raises NumericalError on NaN or infinity."""
-    if not _is_finite(tensor):
+    if not is_finite(tensor):
         raise NumericalError("NaN or infinity", "check the checkpoints")
 
 
 def require_finite_inputs(delta: Tensor, base: Tensor, tuned: Tensor) -> None:
     """Raises NumericalError that names the input with NaN or infinity, if ``delta`` is not finite."""
-    if _is_finite(delta):
+    if is_finite(delta):
         return
     for tensor, where in ((base, "base"), (tuned, "tuned")):
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             raise NumericalError(f"NaN or infinity in the {where} weights", f"check the {where} checkpoint")
     raise NumericalError("tuned minus base overflows float32", "check that both checkpoints belong together")

@@ -177,7 +177,8 @@ def test_more_weight_means_less_drift_and_a_larger_error():
             goal = retained_goal(delta, prepared)
             found = core.decorate_joint(goal, mask, prepared.hessian, prepared.amount, tolerance=1e-6)
             patched = base + torch.where(mask, goal + found.decorator, 0.0)
-            figures.append(measure(delta, mask, None, patched, tuned, prepared, False, found, moved=True, goal=goal))
+            values = {"patched": patched, "tuned": tuned, "prepared": prepared, "decoration": found}
+            figures.append(measure(delta, mask, **values, moved=True, goal=goal))
         drifts, errors = [f.drift for f in figures], [f.error_after for f in figures]
         assert drifts == sorted(drifts, reverse=True)
         assert errors == sorted(errors)
