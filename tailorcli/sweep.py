@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from time import perf_counter
@@ -19,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tailorcli._version import __version__
+from tailorcli.adapters.checkpoint import is_adapter, open_tuned
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.errors import OptionsError, OutputError, TailorError
-from tailorcli.evaluation.evaluate import encode_for_all, score_model
+from tailorcli.evaluation.evaluate import encode_for_all, score_model, tokenizer_digest
 from tailorcli.evaluation.metrics import (
     Array,
     Estimate,
@@ -46,7 +49,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 REPORT_FILE = "sweep.json"
 PARTS = ("test", "validation")
-_POINTS, _WORK = "settings", "work"
+_POINTS, _WORK, _MERGED = "settings", "work", "merged"
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,8 @@ def run_sweep(
 
     The setting of each family is picked on the validation tasks, where there are any: the best H, or, with ``keep``,
     the most of the new among those that keep that percentage of the base's old performance. The folder ``output``
-    takes a file for each setting that is done, which a rerun reuses, and ``sweep.json``. Raises TailorError.
+    takes a file for each setting that is done, which a rerun of the same version reuses, and ``sweep.json``. Each
+    model is encoded with its own tokenizer; a patched one has tuned's. Raises TailorError.
     """
     started = perf_counter()
     say = announce or (lambda message: None)
@@ -220,11 +224,13 @@ def run_sweep(
         raise OptionsError("a sweep needs old and new tasks", "name them: --origin NAME --target NAME")
     folder = _prepare(Path(output))
     with ExitStack() as stack:
-        opened = {name: stack.enter_context(Checkpoint.open(path)) for name, path in (("base", base), ("tuned", tuned))}
-        encoded = {part: encode_for_all(of_part, {"base": opened["base"]}, options) for part, of_part in read.items()}
-        known = _identity(opened, stats, retain, data, read, options)
-    scorer = _Scorer(folder, {part: of_part["base"] for part, of_part in encoded.items()}, options, known)
-    results = [scorer.end("base", Path(base)), scorer.end("tuned", Path(tuned))]
+        folders = {"base": Path(base), "tuned": _full_weights(base, tuned, folder, options, stack)}
+        whole = {name: stack.enter_context(Checkpoint.open(path)) for name, path in folders.items()}
+        given = {"base": whole["base"], "tuned": stack.enter_context(open_tuned(tuned, whole["base"]))}
+        known = _identity(given, folders, stats, retain, data, read, options)
+        encoded = {part: encode_for_all(of_part, whole, options) for part, of_part in read.items()}
+        scorer = _Scorer(folder, encoded, options, known)
+        results = [scorer.end(name, path) for name, path in folders.items()]
     for number, setting in enumerate(settings, 1):
         say(f"{number} of {len(settings)}: {setting.label}")
         inputs = {
@@ -248,6 +254,19 @@ def run_sweep(
     return report
 
 
+def _full_weights(base: PathLike, tuned: PathLike, folder: Path, options: EvaluateOptions, stack: ExitStack) -> Path:
+    """The tuned model as a checkpoint that loads: an adapter is merged into its base for as long as ``stack`` lasts."""
+    if not is_adapter(tuned):
+        return Path(tuned)
+    merged = folder / _MERGED
+    shutil.rmtree(merged, ignore_errors=True)
+    stack.callback(shutil.rmtree, merged, ignore_errors=True)
+    patch_checkpoint(
+        base, tuned, merged, options=PatchOptions(density=1.0, omega=1.0, solver="none", device=options.device)
+    )
+    return merged
+
+
 def _read_parts(tasks: Sequence[str], validation: Sequence[str], options: EvaluateOptions) -> dict[str, list[Task]]:
     read = {"test": read_tasks(tasks, options.limit)}
     if validation:
@@ -265,7 +284,9 @@ def _prepare(folder: Path) -> Path:
     """The output folder: empty, or with an earlier sweep in it."""
     try:
         present = [entry.name for entry in folder.iterdir()] if folder.exists() else []
-        foreign = [name for name in present if name not in (_POINTS, _WORK, REPORT_FILE) and not name.endswith(".png")]
+        foreign = [
+            name for name in present if name not in (_POINTS, _WORK, _MERGED, REPORT_FILE) and not name.endswith(".png")
+        ]
         if foreign:
             raise OutputError(f"{folder} holds other files ({foreign[0]}, ...)", "choose another folder for -o")
         (folder / _POINTS).mkdir(parents=True, exist_ok=True)
@@ -275,7 +296,8 @@ def _prepare(folder: Path) -> Path:
 
 
 def _identity(
-    opened: Mapping[str, Checkpoint],
+    given: Mapping[str, Checkpoint],
+    folders: Mapping[str, Path],
     stats: PathLike | None,
     retain: PathLike | None,
     data: PathLike | None,
@@ -283,7 +305,10 @@ def _identity(
     options: EvaluateOptions,
 ) -> dict[str, Any]:
     """What the result of every setting depends on besides the setting."""
-    facts: dict[str, Any] = {name: checkpoint.fingerprint() for name, checkpoint in opened.items()}
+    facts: dict[str, Any] = {name: checkpoint.fingerprint() for name, checkpoint in given.items()}
+    facts["tokenizers"] = {name: tokenizer_digest(path) for name, path in folders.items()}
+    facts["versions"] = {name: version(name) for name in ("torch", "transformers")} | {"tailorcli": __version__}
+    facts["code"] = _code_digest()
     for name, path in (("stats", stats), ("retain", retain)):
         if path is not None:
             found = Stats.open(path)
@@ -297,6 +322,15 @@ def _identity(
     return facts
 
 
+def _code_digest() -> str:
+    """A hash of the package's source: a result is not reused after a change to what made it."""
+    root = Path(__file__).parent
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root).as_posix()}\0{file_digest(file)}\0".encode())
+    return digest.hexdigest()
+
+
 _Result = tuple[str, str, dict[str, Any] | None, dict[str, dict[str, TaskScores]], float]
 
 
@@ -305,13 +339,13 @@ class _Scorer:
     """Scores models on all parts' tasks, each once: results lie in files."""
 
     folder: Path
-    tasks: dict[str, dict[str, EncodedTask]]
+    tasks: dict[str, dict[str, dict[str, EncodedTask]]]  # part -> "base" or "tuned" -> task
     options: EvaluateOptions
     known: dict[str, Any]
 
     def end(self, name: str, path: Path) -> _Result:
         """Base or tuned."""
-        return name, name, None, *self._scores(name, {}, (), lambda: (path, 0.0))
+        return name, name, None, *self._scores(name, {}, (), lambda: (path, 0.0), name)
 
     def patched(self, setting: Setting, base: PathLike, tuned: PathLike, inputs: dict[str, PathLike | None]) -> _Result:
         """A setting's model, which is written, evaluated and removed."""
@@ -334,7 +368,12 @@ class _Scorer:
         return setting.label, setting.family, options.to_dict(), *found
 
     def _scores(
-        self, label: str, options: dict[str, Any], used: Sequence[str], make: Callable[[], tuple[Path, float]]
+        self,
+        label: str,
+        options: dict[str, Any],
+        used: Sequence[str],
+        make: Callable[[], tuple[Path, float]],
+        encoded_for: str = "tuned",  # whose tokenizer a patched model has
     ) -> tuple[dict[str, dict[str, TaskScores]], float]:
         unused = {"stats", "retain", "data"}.difference(used)
         known = {name: fact for name, fact in self.known.items() if name not in unused}
@@ -342,7 +381,8 @@ class _Scorer:
         file = self.folder / _POINTS / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.json"
         if not file.exists():
             path, seconds = make()
-            flat = {f"{part}/{name}": task for part, of_part in self.tasks.items() for name, task in of_part.items()}
+            by_part = {part: models[encoded_for] for part, models in self.tasks.items()}
+            flat = {f"{part}/{name}": task for part, tasks in by_part.items() for name, task in tasks.items()}
             scores = score_model(path, flat, self.options)
             values = {"label": label, "options": options, "seconds": seconds}
             values["scores"] = {name: _plain(one) for name, one in scores.items()}

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from helpers import make_pair, write_data
+from helpers import make_adapter, make_pair, write_data
 from typer.testing import CliRunner
 
 import tailorcli.sweep as sweep_module
@@ -111,8 +111,8 @@ def tasks(pair, suffix=""):
 
 
 def run(pair, output, settings, **more):
-    inputs = {"origin": ["old"], "target": ["new"], "stats": pair / "stats", "retain": pair / "retain"}
-    return run_sweep(pair / "base", pair / "tuned", settings, tasks(pair), output, **inputs, **more)
+    inputs = {"origin": ["old"], "target": ["new"], "stats": pair / "stats", "retain": pair / "retain"} | more
+    return run_sweep(pair / "base", pair / "tuned", settings, tasks(pair), output, **inputs)
 
 
 SETTINGS = settings_of(
@@ -164,6 +164,87 @@ def test_a_rerun_evaluates_only_what_is_new(pair, tmp_path, monkeypatch):
     (pair / "old.jsonl").write_text((pair / "old.jsonl").read_text() * 2)  # other data: nothing may be reused
     run(pair, tmp_path, SETTINGS[:1])
     assert len(seen) == 4
+
+
+def scored_models(monkeypatch):
+    """The names of the folders that are evaluated from now on: a list that grows."""
+    seen, real = [], sweep_module.score_model
+    monkeypatch.setattr(sweep_module, "score_model", lambda path, *rest: seen.append(path.name) or real(path, *rest))
+    return seen
+
+
+def test_other_statistics_are_other_results(pair, tmp_path, monkeypatch):
+    """The second of the two settings reads the retained statistics, too: what a setting reads decides."""
+    run(pair, tmp_path / "o", SETTINGS[:2])
+    options = CalibrateOptions(num_samples=5, seed=1)
+    calibrate_model(pair / "tuned", pair / "data.jsonl", tmp_path / "stats", options)
+    calibrate_model(pair / "base", pair / "data.jsonl", tmp_path / "retain", options)
+    seen = scored_models(monkeypatch)
+    run(pair, tmp_path / "o", SETTINGS[:2])
+    assert seen == []
+    run(pair, tmp_path / "o", SETTINGS[:2], retain=tmp_path / "retain")
+    assert seen == ["work"]
+    run(pair, tmp_path / "o", SETTINGS[:2], stats=tmp_path / "stats")
+    assert seen == ["work"] * 3
+
+
+@pytest.mark.parametrize("what", ["__version__", "_code_digest"])
+def test_another_version_or_other_code_measures_again(pair, tmp_path, monkeypatch, what):
+    run(pair, tmp_path, SETTINGS[:1])
+    monkeypatch.setattr(sweep_module, what, "9.9.9" if what == "__version__" else lambda: "changed")
+    seen = scored_models(monkeypatch)
+    run(pair, tmp_path, SETTINGS[:1])
+    assert seen == ["base", "tuned", "work"]
+
+
+def test_the_code_digest_is_of_every_source_file(tmp_path, monkeypatch):
+    (tmp_path / "core").mkdir()
+    for name in ("sweep.py", "core/scores.py"):
+        (tmp_path / name).write_text("x = 1")
+    monkeypatch.setattr(sweep_module, "__file__", str(tmp_path / "sweep.py"))
+    first = sweep_module._code_digest()
+    assert sweep_module._code_digest() == first
+    (tmp_path / "core" / "scores.py").write_text("x = 2")
+    second = sweep_module._code_digest()
+    (tmp_path / "core" / "new.py").write_text("")
+    assert len({first, second, sweep_module._code_digest()}) == 3
+
+
+def test_each_model_is_encoded_with_its_own_tokenizer(pair, tmp_path):
+    """Tuned's has two letters the other way round; base and tuned get what evaluate gives them, a patch tuned's."""
+    make_pair(tmp_path)
+    file = tmp_path / "tuned" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(content))
+    for name in ("old", "new"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"abba baba {name} aabb"}) + "\n")
+    settings = settings_of(PatchOptions(omega=1.0, solver="none"), solvers=["none"], omegas=[1.0])
+    inputs = {"origin": ["old"], "target": ["new"]}
+    report = run_sweep(tmp_path / "base", tmp_path / "tuned", settings, tasks(tmp_path), tmp_path / "o", **inputs)
+    patch_checkpoint(tmp_path / "base", tmp_path / "tuned", tmp_path / "p", options=settings[0].options)
+    alone = evaluate_models([tmp_path / name for name in ("base", "tuned", "p")], tasks(tmp_path)).scores
+    for point, name in zip(report.points, ("base", "tuned", "p"), strict=True):
+        for task in ("old", "new"):
+            assert point.scores["test"][task].loss.tolist() == alone[name][task].loss.tolist(), (name, task)
+
+
+def test_an_adapter_is_swept_as_the_model_that_it_makes(tmp_path, monkeypatch):
+    make_adapter(tmp_path, target_modules=["q_proj", "down_proj"])
+    for name, seed in (("old", 1), ("new", 2)):
+        write_data(tmp_path / f"{name}.jsonl", count=4, seed=seed)
+    settings = settings_of(PatchOptions(omega=1.0, solver="none"), solvers=["none"], omegas=[1.0])
+    inputs = {"origin": ["old"], "target": ["new"]}
+    arguments = (tmp_path / "base", tmp_path / "adapter", settings, tasks(tmp_path), tmp_path / "o")
+    report = run_sweep(*arguments, **inputs)
+    merged = evaluate_models([tmp_path / "merged"], tasks(tmp_path)).scores["merged"]
+    for task in ("old", "new"):
+        assert report.points[1].scores["test"][task].loss == pytest.approx(merged[task].loss, rel=1e-4)
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["settings", "sweep.json"]
+    seen = scored_models(monkeypatch)
+    run_sweep(*arguments, **inputs)
+    assert seen == []
 
 
 def test_an_interrupted_sweep_leaves_no_half_written_point(pair, tmp_path, monkeypatch):

@@ -164,7 +164,7 @@ def encode_for_all(
     for name, checkpoint in checkpoints.items():
         encoder = load_encoder(checkpoint.path, checkpoint.path, has_media, options)
         positions = most_tokens(checkpoint, read_config(checkpoint.path), options)
-        keys[name] = (_tokenizer_digest(checkpoint.path), positions, encoder.start_token)
+        keys[name] = (tokenizer_digest(checkpoint.path), positions, encoder.start_token)
         if keys[name] not in made:
             made[keys[name]] = {task.name: encode_task(task, encoder, options, positions) for task in tasks}
     for task in tasks:
@@ -181,7 +181,7 @@ _NO_TOKENIZER = ("config.json", "generation_config.json", "README.md", "training
 _NO_MATTER = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")  # of config.json; the rest may
 
 
-def _tokenizer_digest(folder: Path) -> str:
+def tokenizer_digest(folder: Path) -> str:
     """A hash of all that can decide how a folder's model encodes: its config, and every side file but a few."""
     config = {key: value for key, value in read_config(folder).items() if key not in _NO_MATTER}
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
