@@ -1,0 +1,1 @@
+"""Train the kept entries of a patch."""

@@ -1,0 +1,184 @@
+"""Train the kept entries of a patch to answer as its teachers do: tuned on the new task, the base on the rest."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tailorcli.core.distillation import rate_at
+from tailorcli.data.samples import batch_places, join
+from tailorcli.errors import DataError, NumericalError
+from tailorcli.models.running import to_device
+from tailorcli.training.entries import Trained
+from tailorcli.training.teachers import Teacher, loss, predicted
+
+if TYPE_CHECKING:
+    from tailorcli.data.samples import Inputs
+
+KINDS = ("new", "retained")
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """How the kept entries are trained.
+
+    ``rate`` is in units of the root mean square by which the patch moved a tensor's kept entries, so that it means
+    the same in every tensor and for models of every size. ``weight`` is that of the retained samples (B).
+    """
+
+    steps: int = 200
+    rate: float = 0.05
+    weight: float = 1.0
+    batch_size: int = 8
+    seed: int = 0
+    held_out: float = 0.1  # of each kind of samples
+    warmup: float = 0.05  # of the steps
+    evaluations: int = 20
+    patience: int = 5  # evaluations without a better objective after which it stops
+
+
+@dataclass
+class History:
+    """What a run saw: the held-out divergences in nats a token, before the first step and at each evaluation."""
+
+    steps: list[int] = field(default_factory=list)
+    new: list[float] = field(default_factory=list)
+    retained: list[float] = field(default_factory=list)
+    trained_new: list[float] = field(default_factory=list)  # means over the steps since the last evaluation
+    trained_retained: list[float] = field(default_factory=list)
+    best: int = 0  # the step of the state that was kept
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the report."""
+        return asdict(self)
+
+
+@dataclass
+class Material:
+    """One kind of samples with their teacher, split into those that are trained on and those held out."""
+
+    samples: list[Inputs]
+    teacher: Teacher
+    train: list[list[int]]  # batches of samples of one length
+    held: list[list[int]]
+
+    @classmethod
+    def split(cls, samples: list[Inputs], teacher: Teacher, options: DistillOptions) -> Material:
+        """Every tenth sample (``held_out``) in a drawn order is held out. Raises DataError for fewer than two."""
+        if len(samples) < 2:
+            raise DataError("distillation needs two samples of each kind at least", "calibrate on more data")
+        order = list(range(len(samples)))
+        random.Random(options.seed).shuffle(order)
+        count = max(1, round(options.held_out * len(order)))
+        held, train = sorted(order[:count]), sorted(order[count:])
+        batches = [_batches(samples, places, options.batch_size) for places in (train, held)]
+        return cls(samples, teacher, *batches)
+
+    def batch(self, step: int, seed: int) -> list[int]:
+        """The samples of a step: all batches in turn, in a new order each time round."""
+        turn, place = divmod(step, len(self.train))
+        order = list(range(len(self.train)))
+        random.Random(f"{seed} {turn}").shuffle(order)
+        return self.train[order[place]]
+
+    def loss(self, student: Any, places: list[int], media: tuple[int, ...], device: torch.device, grad: bool) -> Tensor:
+        """The mean divergence over a batch."""
+        batch = to_device(join([self.samples[place] for place in places]), device)
+        states = torch.stack([self.teacher.states[place] for place in places])
+        return loss(student, self.teacher, batch, states, predicted(batch, media), grad)
+
+    def held_out_loss(self, student: Any, media: tuple[int, ...], device: torch.device) -> float:
+        """The mean divergence over what is held out, each sample weighing as much as it has tokens."""
+        total, tokens = 0.0, 0
+        with torch.no_grad():
+            for places in self.held:
+                batch = join([self.samples[place] for place in places])
+                count = int(predicted(batch, media).sum())
+                total += count * float(self.loss(student, places, media, device, grad=False))
+                tokens += count
+        return total / max(tokens, 1)
+
+
+def _batches(samples: list[Inputs], places: list[int], size: int) -> list[list[int]]:
+    chosen = [samples[place] for place in places]
+    return [[places[inner] for inner in batch] for batch in batch_places(chosen, size)]
+
+
+def distill(
+    trained: Trained,
+    materials: dict[str, Material],
+    options: DistillOptions,
+    device: torch.device,
+    media: tuple[int, ...] = (),
+    history: History | None = None,
+    save: Callable[[int, History, dict[str, Tensor]], None] | None = None,
+    best: dict[str, Tensor] | None = None,
+    start: int = 0,
+    advance: Callable[[int, float, float], object] = lambda *_: None,
+) -> History:
+    """Train in place and leave the best state on the held-out samples in ``trained``.
+
+    ``materials`` holds "new" and "retained". Minimises KL(tuned || patched) + weight * KL(base || patched).
+    Raises NumericalError where the loss is no number.
+    """
+    history = history or History()
+    every = max(1, options.steps // options.evaluations)
+    warmup = max(1, round(options.warmup * options.steps))
+    sums = dict.fromkeys(KINDS, 0.0)
+    if not history.steps:
+        _evaluate(trained, materials, options, device, media, history, 0, None)
+        best = trained.state()
+        best = {name: value.clone() for name, value in best.items()}
+    assert best is not None
+    for step in range(start, options.steps):
+        for kind in KINDS:
+            material = materials[kind]
+            value = material.loss(trained.network, material.batch(step, options.seed), media, device, grad=True)
+            if not bool(value.isfinite()):
+                raise NumericalError(f"the {kind} loss is {float(value)} in step {step + 1}", "lower --distill-rate")
+            torch.autograd.backward(value if kind == "new" else options.weight * value)
+            sums[kind] += float(value.detach())
+        trained.step(step + 1, options.rate * rate_at(step + 1, options.steps, warmup))
+        advance(step + 1, history.new[-1], history.retained[-1])
+        if (step + 1) % every and step + 1 != options.steps:
+            continue
+        done = step + 1 - history.steps[-1]
+        means = {kind: total / done for kind, total in sums.items()}
+        sums = dict.fromkeys(KINDS, 0.0)
+        _evaluate(trained, materials, options, device, media, history, step + 1, means)
+        if history.best == step + 1:
+            best = {name: value.clone() for name, value in trained.state().items()}
+        if save is not None:
+            save(step + 1, history, best)
+        if sum(1 for past in history.steps if past > history.best) >= options.patience:
+            break
+    trained.load(best)
+    return history
+
+
+def _evaluate(
+    trained: Trained,
+    materials: dict[str, Material],
+    options: DistillOptions,
+    device: torch.device,
+    media: tuple[int, ...],
+    history: History,
+    step: int,
+    means: dict[str, float] | None,
+) -> None:
+    """Add the held-out losses at ``step`` to the history, and note whether it is the best."""
+    new, retained = (materials[kind].held_out_loss(trained.network, media, device) for kind in KINDS)
+    objectives = [a + options.weight * b for a, b in zip(history.new, history.retained, strict=True)]
+    if all(new + options.weight * retained < earlier for earlier in objectives):
+        history.best = step
+    history.steps.append(step)
+    history.new.append(new)
+    history.retained.append(retained)
+    if means is not None:
+        history.trained_new.append(means["new"])
+        history.trained_retained.append(means["retained"])

@@ -1,0 +1,127 @@
+"""What the teachers say of every sample: their last hidden states, worked out once; their heads make logits of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tailorcli.core.distillation import divergence
+from tailorcli.errors import CheckpointError
+from tailorcli.models.running import forward, to_device
+
+if TYPE_CHECKING:
+    from tailorcli.data.samples import Inputs
+
+_LOGITS_BYTES = 1 << 28  # float32 logits that are in memory at a time
+
+
+@dataclass
+class Teacher:
+    """One teacher: the last hidden states of its samples, and what makes logits of them."""
+
+    states: list[Tensor]  # of each sample, (T, I), on the CPU
+    head: Callable[[Tensor], Tensor]  # (N, I) -> (N, V)
+
+
+def head_of(network: Any) -> nn.Linear:
+    """The output layer. Raises CheckpointError for a model that has none over its vocabulary."""
+    get_head = getattr(network, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if not isinstance(head, nn.Linear):
+        raise CheckpointError(
+            f"{type(network).__name__} has no linear output layer over its vocabulary, whose answers could be learned",
+            "leave --distill out",
+        )
+    return head
+
+
+def logits_of(network: Any, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """A function from last hidden states (N, I) to logits (N, V), with what the model's class does to them after."""
+    config = network.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    factor = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+
+    def logits(hidden: Tensor) -> Tensor:
+        raw = nn.functional.linear(hidden, weight, bias) * (factor / divisor)
+        return torch.tanh(raw / cap) * cap if cap else raw
+
+    return logits
+
+
+def hidden_states(network: Any, batch: Inputs, grad: bool = False) -> Tensor:
+    """What goes into the output layer, (B, T, I); no logits are made but of the last token."""
+    held: list[Tensor] = []
+
+    def take(_: nn.Module, args: tuple[Any, ...]) -> Any:
+        held.append(args[0])
+        return (args[0][:, -1:], *args[1:])
+
+    handle = head_of(network).register_forward_pre_hook(take)
+    try:
+        if grad:
+            network(**batch)
+        else:
+            forward(network, batch)
+    finally:
+        handle.remove()
+    return held[0]
+
+
+def check_head(network: Any, sample: Inputs) -> None:
+    """``logits_of`` gives what the model itself gives. Raises CheckpointError where its class does something else."""
+    head = head_of(network)
+    found = logits_of(network, head.weight, head.bias)(hidden_states(network, sample))
+    wanted = forward(network, sample).logits
+    far = (found.float() - wanted.float()).abs().max()
+    if not bool(far <= 1e-2 * wanted.float().abs().max().clamp_min(1e-6)):
+        raise CheckpointError(
+            f"{type(network).__name__} makes its logits in a way that is not known here", "leave --distill out"
+        )
+
+
+def predicted(batch: Inputs, media: tuple[int, ...]) -> Tensor:
+    """Where the next token is predicted, (B, T) bool: all but the last, and no placeholders of images or sound."""
+    ids = batch.get("decoder_input_ids", batch["input_ids"])
+    after = ids[:, 1:]
+    wanted = torch.ones_like(after, dtype=torch.bool)
+    for token in media:
+        wanted &= after != token
+    return torch.cat([wanted, torch.zeros_like(wanted[:, :1])], dim=1)
+
+
+def teach(network: Any, samples: list[Inputs], device: torch.device, advance: Callable[[int], object]) -> Teacher:
+    """The teacher that ``network`` is: every sample run once, its hidden states kept on the CPU."""
+    states = []
+    for sample in samples:
+        states.append(hidden_states(network, to_device(sample, device))[0].cpu())
+        advance(1)
+    head = head_of(network)
+    bias = None if head.bias is None else head.bias.detach().clone()
+    return Teacher(states, logits_of(network, head.weight.detach().clone(), bias))
+
+
+def loss(student: Any, teacher: Teacher, batch: Inputs, states: Tensor, wanted: Tensor, grad: bool) -> Tensor:
+    """The mean divergence over the predicted tokens of a batch, in nats; ``states`` (B, T, I) are the teacher's.
+
+    Logits are made of so many tokens at a time, and made again in backward: (N, V) is the largest array there is.
+    """
+    head = head_of(student)
+    own = logits_of(student, head.weight, head.bias)
+    hidden = hidden_states(student, batch, grad)[wanted]  # (N, I)
+    taught = states.to(hidden.device)[wanted]
+    size = max(1, _LOGITS_BYTES // (4 * head.weight.shape[0]))
+
+    def part(x: Tensor, y: Tensor) -> Tensor:
+        return divergence(teacher.head(y), own(x)).sum()
+
+    total = hidden.new_zeros((), dtype=torch.float32)
+    pairs = zip(torch.split(hidden, size), torch.split(taught, size), strict=True)
+    for x, y in pairs:
+        total = total + (checkpoint(part, x, y, use_reentrant=False) if grad else part(x, y))
+    return total / max(len(hidden), 1)

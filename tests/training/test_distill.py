@@ -1,0 +1,230 @@
+"""Distillation into the kept entries: its loss, its steps, what moves and what does not."""
+
+import copy
+
+import pytest
+import torch
+from helpers import bits, make_model, perturb
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tailorcli.core.distillation import adam_step_, divergence, rate_at
+from tailorcli.errors import TailorError
+from tailorcli.models.places import Place
+from tailorcli.training.distill import DistillOptions, Material, distill
+from tailorcli.training.entries import Trained, entries_of, positions_in
+from tailorcli.training.teachers import check_head, hidden_states, loss, predicted, teach
+
+CPU = torch.device("cpu")
+
+
+def samples(count=20, length=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(2, 97, (1, length), generator=generator)} for _ in range(count)]
+
+
+def trained_of(network, tuned, density=0.3, seed=0):
+    """Every parameter of ``network``, with a random mask and tuned's values in it."""
+    generator = torch.Generator().manual_seed(seed)
+    other = dict(tuned.named_parameters())
+    entries = []
+    for name, parameter in network.named_parameters():
+        mask = torch.rand(parameter.shape, generator=generator) < density
+        values = other[name].detach()[mask]
+        entries.append(entries_of(name, Place((name,)), parameter.detach(), mask, values, CPU))
+    return Trained(network, entries)
+
+
+@given(seed=st.integers(0, 1000), tokens=st.integers(1, 9), size=st.integers(2, 20))
+@settings(max_examples=30, deadline=None)
+def test_the_divergence_is_kl_in_nats(seed, tokens, size):
+    generator = torch.Generator().manual_seed(seed)
+    teacher, student = (torch.randn(tokens, size, generator=generator) * 5 for _ in range(2))
+    p, q = teacher.double().softmax(-1), student.double().softmax(-1)
+    expected = (p * (p.log() - q.log())).sum(-1)
+    torch.testing.assert_close(divergence(teacher, student).double(), expected, rtol=1e-4, atol=1e-6)
+    assert bool((divergence(teacher, teacher).abs() < 1e-6).all())
+
+
+def test_a_step_is_that_of_torchs_adam():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(50, generator=generator)
+    theirs = torch.nn.Parameter(values.clone())
+    optimizer = torch.optim.Adam([theirs], lr=0.01)
+    first, second = torch.zeros(50), torch.zeros(50)
+    for step in range(1, 6):
+        gradient = torch.randn(50, generator=generator)
+        theirs.grad = gradient.clone()
+        optimizer.step()
+        adam_step_(values, gradient, first, second, step, 0.01)
+    torch.testing.assert_close(values, theirs.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_the_rate_goes_up_and_then_down_to_nothing():
+    rates = [rate_at(step, 20, 4) for step in range(1, 21)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0 < rates[-1] < 0.1
+
+
+@pytest.mark.parametrize("place", [Place(("p",)), Place(("p",), turned=True), Place(("p",), part=2)])
+@pytest.mark.parametrize("turned_part", [False, True])
+def test_entries_are_found_in_the_parameter_that_holds_their_tensor(place, turned_part):
+    if turned_part and place.part is not None:
+        place = Place(("p",), part=2, turned=True)
+    tensor = torch.arange(15.0).view(3, 5)
+    held = tensor.T.contiguous() if place.turned else tensor
+    if place.part is not None:
+        held = torch.stack([held - 100, held - 200, held, held - 300])
+    kept = torch.tensor([0, 4, 7, 14])
+    assert torch.equal(held.reshape(-1)[positions_in(place, (3, 5), kept)], tensor.reshape(-1)[kept])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_kept_entries_move_and_their_gradient_is_the_whole_ones_part(dtype, tied):
+    base, tuned = make_model(tied=tied).to(dtype), perturb(make_model(tied=tied)).to(dtype)
+    before = {name: value.detach().clone() for name, value in base.named_parameters()}
+    teacher = teach(tuned, samples(4), CPU, lambda _: None)
+    batch = {"input_ids": torch.cat([s["input_ids"] for s in samples(4)])}
+    states = torch.stack(teacher.states)
+    plain = copy.deepcopy(base)
+    trained = trained_of(base, tuned)
+    for (_, mine), (_, other) in zip(base.named_parameters(), plain.named_parameters(), strict=True):
+        other.data.copy_(mine.data)
+    wanted = predicted(batch, ())
+    loss(base, teacher, batch, states, wanted, grad=True).backward()
+    loss(plain, teacher, batch, states, wanted, grad=True).backward()
+    assert all(parameter.grad is None for parameter in base.parameters())
+    whole = dict(plain.named_parameters())
+    for each in trained.entries:
+        expected = whole[each.parameter].grad.reshape(-1)[each.positions].float()
+        torch.testing.assert_close(each.gradient, expected, rtol=1e-4, atol=1e-6)
+    trained.step(1, 0.5)
+    for name, value in base.named_parameters():
+        moved = torch.zeros(value.numel(), dtype=torch.bool)
+        for each in trained.entries:
+            if each.parameter == name:
+                moved[each.positions] = True
+        assert bits(value.detach().reshape(-1)[~moved]) == bits(before[name].reshape(-1)[~moved])
+        assert not torch.equal(value.detach(), before[name])
+
+
+def test_the_loss_is_the_mean_over_predicted_tokens_however_it_is_cut(monkeypatch):
+    base, tuned = make_model(), perturb(make_model())
+    data = samples(3)
+    teacher = teach(tuned, data, CPU, lambda _: None)
+    batch = {"input_ids": torch.cat([s["input_ids"] for s in data])}
+    with torch.no_grad():
+        p, q = (m(**batch).logits[:, :-1].double().log_softmax(-1) for m in (tuned, base))
+    expected = float((p.exp() * (p - q)).sum(-1).mean())
+    states = torch.stack(teacher.states)
+    for nbytes in (1 << 28, 4 * 100 * 5):
+        monkeypatch.setattr("tailorcli.training.teachers._LOGITS_BYTES", nbytes)
+        found = float(loss(base, teacher, batch, states, predicted(batch, ()), grad=False).detach())
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_placeholders_of_pictures_are_context():
+    ids = torch.tensor([[5, 9, 9, 6, 7]])
+    assert predicted({"input_ids": ids}, (9,)).tolist() == [[False, False, True, True, False]]
+
+
+def test_training_brings_the_patch_nearer_to_both_teachers():
+    base, tuned = make_model(), perturb(make_model(), scale=0.05)
+    new, old = samples(20, seed=1), samples(20, seed=2)
+    options = DistillOptions(steps=20, rate=0.1, batch_size=4, evaluations=4)
+    materials = {
+        "new": Material.split(new, teach(tuned, new, CPU, lambda _: None), options),
+        "retained": Material.split(old, teach(base, old, CPU, lambda _: None), options),
+    }
+    trained = trained_of(base, tuned)
+    history = distill(trained, materials, options, CPU)
+    objective = [a + b for a, b in zip(history.new, history.retained, strict=True)]
+    assert history.steps == [0, 5, 10, 15, 20]
+    assert min(objective) == objective[history.steps.index(history.best)] < 0.9 * objective[0]
+    now = [materials[kind].held_out_loss(base, (), CPU) for kind in ("new", "retained")]
+    assert sum(now) == pytest.approx(min(objective), rel=1e-5)  # the best state is left in it
+
+
+def test_it_stops_early_where_the_held_out_loss_rises_and_keeps_the_best_state():
+    base, tuned = make_model(), perturb(make_model(), scale=0.05)
+    new, old = samples(6, seed=1), samples(6, seed=2)
+    options = DistillOptions(steps=60, rate=50.0, batch_size=4, evaluations=20, patience=2)
+    materials = {
+        "new": Material.split(new, teach(tuned, new, CPU, lambda _: None), options),
+        "retained": Material.split(old, teach(base, old, CPU, lambda _: None), options),
+    }
+    trained = trained_of(base, tuned)
+    start = [each.values.clone() for each in trained.entries]
+    history = distill(trained, materials, options, CPU)
+    assert history.best == 0
+    assert history.steps[-1] < 60
+    assert all(torch.equal(each.values, value) for each, value in zip(trained.entries, start, strict=True))
+
+
+def test_a_run_that_goes_on_ends_as_one_that_was_never_broken_off():
+    def run(stop=None, state=None):
+        base, tuned = make_model(), perturb(make_model(), scale=0.05)
+        new, old = samples(10, seed=1), samples(10, seed=2)
+        options = DistillOptions(steps=12, rate=0.1, batch_size=4, evaluations=4)
+        materials = {
+            "new": Material.split(new, teach(tuned, new, CPU, lambda _: None), options),
+            "retained": Material.split(old, teach(base, old, CPU, lambda _: None), options),
+        }
+        trained = trained_of(base, tuned)
+        saved = {}
+
+        def save(step, history, best):
+            saved[step] = (copy.deepcopy(history), best, {n: v.clone() for n, v in trained.state().items()})
+            if step == stop:
+                raise KeyboardInterrupt
+
+        more = {}
+        if state is not None:
+            step, (history, best, values) = state
+            trained.load(values)
+            more = {"start": step, "history": history, "best": best}
+        try:
+            distill(trained, materials, options, CPU, save=save, **more)
+        except KeyboardInterrupt:
+            return saved
+        return {name: bits(value.detach()) for name, value in base.named_parameters()}
+
+    broken = run(stop=6)
+    assert run(state=(6, broken[6])) == run()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "granite", "cohere", "t5"])
+def test_logits_are_the_models_own(family):
+    import transformers
+
+    small = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    if family == "gpt2":
+        network = make_model("gpt2")
+    elif family == "gemma2":
+        config = transformers.Gemma2Config(**small, head_dim=8, final_logit_softcapping=0.5)
+        network = transformers.Gemma2ForCausalLM(config)
+    elif family == "granite":
+        network = transformers.GraniteForCausalLM(transformers.GraniteConfig(**small, logits_scaling=7.0))
+    elif family == "cohere":
+        network = transformers.CohereForCausalLM(transformers.CohereConfig(**small, logit_scale=0.3))
+    else:
+        config = transformers.T5Config(vocab_size=50, d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8)
+        network = transformers.T5ForConditionalGeneration(config)
+    ids = torch.randint(2, 50, (1, 7))
+    batch = {"input_ids": ids} | ({"decoder_input_ids": ids} if family == "t5" else {})
+    check_head(network.eval(), batch)
+    assert hidden_states(network, batch).shape == (1, 7, 32)
+
+
+def test_a_model_without_such_an_output_layer_is_refused():
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    with pytest.raises(TailorError, match="no linear output layer"):
+        check_head(transformers.BertModel(config), {"input_ids": torch.ones(1, 4, dtype=torch.long)})
