@@ -54,7 +54,7 @@ bench-large: $(VENV)/dev
 
 # For a machine with a CUDA build of torch: PYTHON and VENV choose its environment.
 bench-gpu: $(VENV)/dev
-	$(BIN)/python -m benchmarks.gpu docs/gpu.md
+	$(BIN)/python -m benchmarks.gpu docs/results/gpu.md
 
 real: $(VENV)/real
 	$(BIN)/python -m benchmarks.real

@@ -1,4 +1,4 @@
-"""Run all benchmarks but the real models' and write what they print into docs/benchmarks.md.
+"""Run all benchmarks but the real models' and write what they print into docs/results/speed.md.
 
 ``large`` needs much disk and time, ``dare`` the pair of ``benchmarks.real`` and mergekit from PyPI: they run only when
 they are named.
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results" / "speed.md"
 
 HEAD = """# Speed and memory
 

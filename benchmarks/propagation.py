@@ -10,7 +10,7 @@ X' its inputs where all blocks before it are patched already, three ways to fit 
 - unpatched targets minimise ||W X' - W_tuned X||^2: the layer's outputs in the unpatched model as targets
 
 All other tensors are those of ``tailorcli patch`` at the same density. At density 1 the three are one and the same:
-every entry is kept, the blocks before are the tuned ones, X' = X. Writes docs/propagation.md.
+every entry is kept, the blocks before are the tuned ones, X' = X. Writes docs/results/propagation.md.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tailorcli.data.records import read_records
 from tailorcli.data.samples import draw_samples, make_batches
 from tailorcli.options import CalibrateOptions
 
-DOCUMENT = Path("docs/propagation.md")
+DOCUMENT = Path("docs/results/propagation.md")
 RUNS = [(0.1, way) for way in ("plain", "patched inputs", "unpatched targets")]
 RUNS += [(0.3, way) for way in ("plain", "unpatched targets")]
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -68,7 +68,8 @@ entries to undo a drift that comes from W, not from the fine-tune's delta: each 
 but its entries move several times as far from the base as fine-tuning moved the whole layer (3 to 11 times in the
 first three blocks, at density 0.1), and what that breaks on all other inputs adds up from block to block. Damping
 pulls towards delta, and 0.01 of the mean diagonal is too little for that; stronger damping was not tried. With a
-retain term, which holds the weights near the base where it matters, it is [another thing](method.md#propagation).
+retain term, which holds the weights near the base where it matters, it is
+[another thing](../concepts/paper.md#propagation).
 """
 
 

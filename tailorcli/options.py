@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from tailorcli.errors import OptionsError
 
 DAMPING = 0.01  # SparseGPT's
-RETAINED_DAMPING = 0.1  # with a retain term: docs/research.md
+RETAINED_DAMPING = 0.1  # with a retain term: docs/results/research.md
 
 
 class Solver(StrEnum):

@@ -167,7 +167,7 @@ def test_padding_of_images_and_texts_never_counts(chain, tmp_path):
 
 
 def test_the_documents_table_names_every_family():
-    text = Path(__file__).parent.parent.joinpath("docs", "architectures.md").read_text()
+    text = Path(__file__).parent.parent.joinpath("docs", "reference", "architectures.md").read_text()
     for name in FAMILIES:
         assert f"| {name} |" in text
     for tensors in LEFT_AT_BASE.values():

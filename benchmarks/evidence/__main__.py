@@ -1,7 +1,8 @@
 """Measure what each method gives back: `python -m benchmarks.evidence [quick] [text] [multimodal]`.
 
 Trains or fetches the models of several seeds, calibrates, sweeps over the settings of every method and writes
-docs/evidence-PART.md with its pictures and the README's table. Everything lies in a cache; a rerun goes on from there.
+docs/results/evidence-PART.md with its pictures and the README's table. Everything lies in a cache; a rerun goes on
+from there.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def recipe_of(recipe: Recipe) -> str:
     return f"{recipe.steps} steps of {recipe.batch}, learning rate {recipe.learning_rate:g}"
 
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-README = DOCS.parent / "README.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"
+README = DOCS.parents[1] / "README.md"
 PARTS = {"quick": pairs.quick, "text": pairs.text, "multimodal": pairs.multimodal}
 SETTINGS = {
     "quick": """Byte-level Llamas of 3 million parameters, trained 700 steps on Python source and English prose, then

@@ -1,4 +1,4 @@
-"""docs/evidence.md and the README's table; every figure and every verdict comes from the sweeps."""
+"""docs/results/evidence-*.md and the README's table; every figure and every verdict comes from the sweeps."""
 
 from __future__ import annotations
 

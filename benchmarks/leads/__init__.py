@@ -1,1 +1,1 @@
-"""What was tried to make the method better, on the pairs of the benchmark `quick`: the tables of docs/research.md."""
+"""What was tried to make the method better, on the pairs of `quick`: the tables of docs/results/research.md."""

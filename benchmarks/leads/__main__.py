@@ -1,4 +1,4 @@
-"""`python -m benchmarks.leads [LEAD]...`: measure what is not measured yet, and write the tables of docs/research.md.
+"""`python -m benchmarks.leads [LEAD]...`: measure what is missing, and write the tables of docs/results/research.md.
 
 On the pairs of the benchmark `quick`; all figures are of validation data: they chose what `patch` does.
 """
@@ -18,7 +18,7 @@ from benchmarks.leads.bench import Bench
 from benchmarks.real.render import between
 from benchmarks.real.setting import say
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "research.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "results" / "research.md"
 LEADS = {
     "leads": entries.report,
     "rule": rule.report,

@@ -18,7 +18,7 @@ from benchmarks.real.setting import COUNTS, SEED, environment, make_pair, parse,
 
 INTERPOLATION_WEIGHTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # from base to tuned
 SCALES = (0.5, 0.6, 0.7, 0.8)  # from base to the model patched with the default options
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "real-model.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "results" / "real-model.md"
 
 
 def main() -> None:

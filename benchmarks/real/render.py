@@ -1,4 +1,4 @@
-"""docs/real-model.md from results.json; every figure in the document comes from there."""
+"""docs/results/real-model.md from results.json; every figure in the document comes from there."""
 
 from __future__ import annotations
 

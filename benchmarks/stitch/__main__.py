@@ -23,7 +23,7 @@ from benchmarks.stitch import bytecode, lora, render
 from benchmarks.stitch.candidates import adapted, stitched
 from benchmarks.stitch.steps import ADAPTER, ADAPTER_PATCH, BYTECODE, NEW_TASKS, TASKS, UNICODE, steps
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "stitching-results.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "results" / "stitching.md"
 README = Path(__file__).resolve().parents[2] / "README.md"
 TUNED_RECIPE = model.Recipe(seed=SEED)
 LORA_RECIPE = model.Recipe(seed=SEED, learning_rate=lora.LEARNING_RATE)

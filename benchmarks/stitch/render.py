@@ -1,4 +1,4 @@
-"""docs/stitching-results.md from stitch.json; every figure and every verdict in the document comes from there."""
+"""docs/results/stitching.md from stitch.json; every figure and every verdict in the document comes from there."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ by `make stitch`.
 *scaled w* is base + w · (merged − base); there is no option for it yet. The best H here is that of
 *{title(best)}*. *{title(best_line)}*, the line that was best on validation text, is {word}
 *{title(rival)}* (H {difference:+.2f}, standard error over the text {error:.2f}; other seeds would add to it). The
-[full page](docs/stitching-results.md) has every weight that was tried, the single patches, and LoRA,
+[full page](docs/results/stitching.md) has every weight that was tried, the single patches, and LoRA,
 {lora}.
 """
 

@@ -38,7 +38,7 @@ class Layer:
 def find_layers(model: nn.Module) -> dict[str, Layer]:
     """Every weight that can be calibrated, by parameter name; biases go with their weights and are left out.
 
-    A tied embedding is found first as an embedding (its input role, docs/method.md) and stays one.
+    A tied embedding is found first as an embedding (its input role, docs/concepts/additions.md) and stays one.
     """
     by_parameter: dict[int, Layer] = {}
     layers: dict[str, Layer] = {}

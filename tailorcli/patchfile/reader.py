@@ -1,6 +1,6 @@
 """Patch files: the mask of every patched tensor and the final values of its kept entries, in one safetensors file.
 
-The header's metadata says what the patch is of, for which base, and how it was made; docs/formats.md describes it.
+The header's metadata says what the patch is of, for which base, and how it was made (docs/reference/formats.md).
 """
 
 from __future__ import annotations

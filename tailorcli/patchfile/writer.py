@@ -1,4 +1,4 @@
-"""Write a patch file tensor by tensor, so that an interrupted run can go on (the format: docs/formats.md)."""
+"""Write a patch file tensor by tensor, so that an interrupted run can go on (the format: docs/reference/formats.md)."""
 
 from __future__ import annotations
 

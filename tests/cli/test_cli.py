@@ -1,8 +1,6 @@
-"""The command line as a user meets it, and the documents that describe it."""
+"""The command line as a user meets it."""
 
 import json
-import re
-from pathlib import Path
 
 import pytest
 from helpers import run
@@ -10,7 +8,6 @@ from helpers import run
 from tailorcli import __version__, inspect_path
 from tailorcli.cli import app
 
-ROOT = Path(__file__).parent.parent.parent
 COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
 
 
@@ -19,29 +16,6 @@ def test_version_and_help():
     for command in COMMANDS:
         assert command in run("--help").stdout
         assert "--json" in run(command, "--help").stdout
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_a_page_that_names_all_its_options(command):
-    page = (ROOT / "docs" / "commands" / f"{command}.md").read_text()
-    help_text = re.sub(r"\x1b\[[0-9;]*m", "", run(command, "--help").stdout)
-    options = set(re.findall(r"--[a-z][a-z-]+", help_text)) - {"--help"}
-    documented = set(re.findall(r"--[a-z][a-z-]+", page))
-    assert options <= documented, f"{command}.md lacks {options - documented}"
-    assert documented <= options | mentioned_of_others(), f"{command}.md names {documented - options}"
-
-
-def mentioned_of_others():
-    """Options of all commands: a page may refer to those of another."""
-    return {o for command in COMMANDS for o in re.findall(r"--[a-z][a-z-]+", run(command, "--help").stdout)} | {
-        "--version"
-    }
-
-
-def test_the_documents_point_to_files_that_exist():
-    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} points to {target}"
 
 
 def test_data_on_stdout_and_the_rest_on_stderr(llama_pair, tmp_path):

@@ -48,7 +48,7 @@ METHODS = ("average", "joint", "patches")
 
 
 def test_the_two_by_two_example_of_the_documentation():
-    """docs/stitching.md, entry by entry."""
+    """docs/concepts/stitching.md, entry by entry."""
     base = torch.zeros(2, 2)
     tuned = [torch.tensor([[0.4, 0.2], [0.1, 0.0]]), torch.tensor([[0.6, 0.0], [0.3, 0.2]])]
     masks = [torch.tensor([[True, True], [False, False]]), torch.tensor([[True, False], [True, False]])]
