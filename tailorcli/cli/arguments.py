@@ -180,6 +180,8 @@ Overwrite = Annotated[
     bool,
     flag("--overwrite", help="Replace an earlier output of tailorcli.", panel=OUTPUT),
 ]
+Tensors = Annotated[bool, flag("--tensors", help="Show every tensor, not only kinds of layer and depth.", panel=OUTPUT)]
+All = Annotated[bool, flag("--all", help="Show every figure and interval, not only a handful a model.", panel=OUTPUT)]
 DryRun = Annotated[
     bool,
     flag("--dry-run", help="Check everything, show the plan and its cost.", panel=OUTPUT),

@@ -47,6 +47,7 @@ from tailorcli.cli.arguments import (
     SolverChoice,
     StatsIn,
     Task,
+    Tensors,
     Tolerance,
     TrustRemoteCode,
     Tuned,
@@ -65,8 +66,8 @@ from tailorcli.cli.output import (
     show_cost,
     show_merge,
     show_plan,
-    show_quantiles,
     show_reasons,
+    show_score,
     show_stages,
     show_summary,
     show_written,
@@ -226,11 +227,12 @@ def score(
             "--output", "-o", metavar="REPORT.json", help="Write the report here, too.", rich_help_panel=OUTPUT
         ),
     ] = None,
+    tensors: Tensors = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show what a patch would keep, tensor by tensor.
+    """Show what a patch would keep.
 
     Writes no checkpoint.
 
@@ -238,7 +240,6 @@ def score(
       tailorcli score BASE TUNED --stats stats
       tailorcli score BASE TUNED --stats stats --density 0.2 -o score.json
     """
-    from tailorcli.display.tables import tensor_table
     from tailorcli.patching.patch import score_checkpoint
     from tailorcli.runs.outputs import write_report
 
@@ -260,8 +261,7 @@ def score(
     if as_json:
         print_json(report.to_dict())
         return
-    print_rich(tensor_table(report.to_dict(), errors=False))
-    show_quantiles(report.to_dict())
+    show_score(report.to_dict(), tensors)
     show_reasons(reasons(report.tensors), "left at base")
 
 
@@ -343,6 +343,7 @@ def patch(
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
+    tensors: Tensors = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -392,7 +393,11 @@ def patch(
     )
     if dry_run:
         show_plan(
-            plan_patch(base, tuned, output, stats, options, patch_file, retain, data), output, patch_file, as_json
+            plan_patch(base, tuned, output, stats, options, patch_file, retain, data),
+            output,
+            patch_file,
+            as_json,
+            tensors,
         )
         return
     if output is not None and not ((base if is_adapter(tuned) else tuned) / "config.json").exists():
@@ -426,6 +431,7 @@ def apply(
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
+    tensors: Tensors = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -443,7 +449,7 @@ def apply(
     size = parse_size(max_shard_size) if max_shard_size else None
     if dry_run:
         plan = plan_apply(base, patch_path, output, max_shard_size=size, resume=resume, overwrite=overwrite)
-        show_plan(plan, output, None, as_json)
+        show_plan(plan, output, None, as_json, tensors)
         return
     report = apply_patch(
         base,
@@ -461,7 +467,7 @@ def apply(
         print_report(report, output, None)
         return
     totals = report.totals
-    say(f"changed {totals['kept']:,} entries in {counted(totals['tensors_patched'], 'tensor')}")
+    say(f"changed {totals['kept']:,} weights in {counted(totals['tensors_patched'], 'tensor')}")
     show_written(output, None, report.seconds)
     show_stages(report.stages)
 
@@ -496,6 +502,7 @@ def merge_multi(
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
+    tensors: Tensors = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -529,7 +536,8 @@ def merge_multi(
     )
     inputs = (tuple(tuned or ()), tuple(stats or ()))
     if dry_run:
-        show_plan(plan_merge(base, patches, output, *inputs, options, patch_file), output, patch_file, as_json)
+        plan = plan_merge(base, patches, output, *inputs, options, patch_file)
+        show_plan(plan, output, patch_file, as_json, tensors)
         return
     report = merge_patches(
         base,
@@ -580,7 +588,7 @@ def verify(
         print_json(report.to_dict())
     elif report.ok:
         say(
-            f"{checkpoint} is right: {counted(report.tensors, 'tensor')}, {report.entries:,} entries, of which "
+            f"{checkpoint} is right: {counted(report.tensors, 'tensor')}, {report.entries:,} weights, of which "
             f"{report.changed:,} differ from the base"
             + (", all as the patch says" if patch_path else f"; at most {report.kept:,} may (which: pass --patch)")
         )
@@ -595,6 +603,7 @@ def verify(
 def inspect_command(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Statistics, a report, a patch file, any checkpoint.")],
     plot: Plot = None,
+    tensors: Tensors = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -618,7 +627,7 @@ def inspect_command(
         return
     from tailorcli.display.tables import inspection_parts
 
-    print_rich(*inspection_parts(inspection))
+    print_rich(*inspection_parts(inspection, tensors=tensors))
 
 
 def demo(

@@ -14,6 +14,7 @@ from tailorcli.cli.arguments import (
     RUNNING,
     SOLVER,
     TASK_SPEC,
+    All,
     AsJson,
     Base,
     BatchSize,
@@ -68,6 +69,7 @@ def evaluate(
         ),
     ] = None,
     plot: Plot = None,
+    everything: All = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -125,7 +127,7 @@ def evaluate(
         return
     from tailorcli.display.tables import evaluation_parts
 
-    print_rich(*evaluation_parts(report.to_dict()))
+    print_rich(*evaluation_parts(report.to_dict(), everything=everything))
     say(f"{report.seconds:.1f} s", err=True)
 
 
@@ -233,6 +235,7 @@ def sweep(
     batch_size: BatchSize = 8,
     device: Device = "auto",
     plot: Plot = None,
+    everything: All = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -293,5 +296,5 @@ def sweep(
         return
     from tailorcli.display.tables import sweep_parts
 
-    print_rich(*sweep_parts(report.to_dict()))
+    print_rich(*sweep_parts(report.to_dict(), everything=everything))
     say(f"{report.seconds:.1f} s; everything is in {output}", err=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
+import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -25,7 +27,17 @@ def say(text: str, *, err: bool = False) -> None:
     What it quotes does nothing to a terminal.
     """
     if not (err and is_quiet()):
-        print(printable(text), file=sys.stderr if err else sys.stdout, flush=err)
+        stream = sys.stderr if err else sys.stdout
+        print(_at_words(printable(text), stream), file=stream, flush=err)
+
+
+def _at_words(line: str, stream: TextIO) -> str:
+    """The line as it fits a terminal, broken between words; but not one that has a command to copy."""
+    width = shutil.get_terminal_size().columns
+    if not stream.isatty() or len(line) <= width or "tailorcli " in line:
+        return line
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def say_error(message: str, hint: str = "") -> None:
@@ -71,7 +83,7 @@ def reasons(tensors: list[dict[str, Any]]) -> dict[str, str]:
     return {tensor["name"]: tensor["reason"] for tensor in tensors if tensor["status"] != "patched"}
 
 
-def show_reasons(reasons: dict[str, str], what: str) -> None:
+def show_reasons(reasons: dict[str, str], what: str, *, err: bool = True) -> None:
     """Every tensor that was not patched or not calibrated, gathered by reason: never silently."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in reasons.items():
@@ -79,7 +91,7 @@ def show_reasons(reasons: dict[str, str], what: str) -> None:
     for reason, names in by_reason.items():
         shown = names if is_verbose() else names[:4]
         more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-        say(f"{what}: {len(names)} ({reason}): {', '.join(shown)}{more}", err=True)
+        say(f"{what}: {len(names)} ({reason}): {', '.join(shown)}{more}", err=err)
 
 
 def require_output(output: Path | None, patch_file: Path | None) -> None:
@@ -94,10 +106,10 @@ def require_source(data: Path | None, synthetic: bool) -> None:
         raise typer.BadParameter("pass --data FILE, or --synthetic to let the model write its own samples")
 
 
-def cost(plan: Plan, output: Path | None, patch_file: Path | None) -> str:
-    """One line before the work starts."""
+def _cost(plan: Plan, output: Path | None, patch_file: Path | None) -> dict[str, str]:
+    """What a run does and costs, a few words each."""
     from tailorcli.runs.outputs import free_bytes
-    from tailorcli.units import format_bytes
+    from tailorcli.units import counted, format_bytes
 
     writes = []
     if output is not None:
@@ -107,31 +119,38 @@ def cost(plan: Plan, output: Path | None, patch_file: Path | None) -> str:
     retained = sum(bool(tensor.retain) for tensor in plan.patched)
     how = ", propagated: three models run block by block" if plan.propagates else ""
     term = f" ({retained} with the retain term{how})" if retained else ""
-    return (
-        f"patching {len(plan.patched)} tensors{term}, leaving {len(plan.left_at_base)} at base: "
-        f"{format_bytes(plan.read_bytes)} to read, to write {' and '.join(writes)}, "
-        f"about {format_bytes(plan.peak_bytes)} of memory at the peak"
-    )
+    return {
+        "tensors": f"patching {counted(len(plan.patched), 'tensor')}{term}, leaving {len(plan.left_at_base)} at base",
+        "read": format_bytes(plan.read_bytes),
+        "write": " and ".join(writes),
+        "memory": f"about {format_bytes(plan.peak_bytes)} at the peak",
+    }
 
 
 def show_cost(plan: Plan, output: Path | None, patch_file: Path | None) -> None:
     """What a run is about to do and will cost, on standard error before it starts."""
-    say(cost(plan, output, patch_file), err=True)
+    costs = _cost(plan, output, patch_file)
+    read, memory = costs["read"], costs["memory"].replace(" at", " of memory at")
+    say(f"{costs['tensors']}: {read} to read, to write {costs['write']}, {memory}", err=True)
 
 
-def show_plan(plan: Plan, output: Path | None, patch_file: Path | None, as_json: bool) -> None:
-    """What ``--dry-run`` shows: every tensor's treatment and the cost."""
+def show_plan(
+    plan: Plan, output: Path | None, patch_file: Path | None, as_json: bool, every_tensor: bool = False
+) -> None:
+    """What ``--dry-run`` shows: the treatment of each kind of layer, or of every tensor, and last what it costs."""
     from tailorcli.runs.outputs import free_bytes
 
     if as_json:
         where = output or patch_file or Path()
         print_json({**plan.to_dict(), "free_bytes": free_bytes(where)})
         return
+    from tailorcli.display.summary import facts_table, plan_summary
     from tailorcli.display.tables import plan_table
 
-    print_rich(plan_table(plan))
-    say(cost(plan, output, patch_file))
-    show_reasons({tensor.name: tensor.note for tensor in plan.patched if tensor.note}, "note")
+    print_rich(*([plan_table(plan)] if every_tensor else [*plan_summary(plan.tensors), "every tensor: --tensors"]))
+    show_reasons({tensor.name: tensor.reason for tensor in plan.left_at_base}, "left at base", err=False)
+    show_reasons({tensor.name: tensor.note for tensor in plan.patched if tensor.note}, "note", err=False)
+    print_rich("", facts_table(_cost(plan, output, patch_file)))
     say("dry run: nothing was written", err=True)
 
 
@@ -165,10 +184,7 @@ def show_summary(report: dict[str, Any]) -> None:
     from tailorcli.units import format_share
 
     totals = report["totals"]
-    say(
-        f"kept {totals['kept']:,} of {totals['numel']:,} entries ({format_share(totals['density'])}), which hold "
-        f"{format_share(totals['delta_share_kept'])} of the squared change"
-    )
+    show_kept(totals)
     if totals["error_before"] is not None:
         how = report["options"]["solver"] if report["options"]["method"] == "tailor" else report["options"]["method"]
         say(
@@ -213,8 +229,23 @@ def show_merge(report: dict[str, Any]) -> None:
     show_reasons(reasons(report["tensors"]), "left at base")
 
 
-def show_quantiles(report: dict[str, Any]) -> None:
-    """The table of score quantiles."""
-    from tailorcli.display.tables import quantile_table
+def show_score(report: dict[str, Any], every_tensor: bool) -> None:
+    """What the masks would capture, by kind of layer and by depth, or tensor by tensor with the scores' quantiles."""
+    from tailorcli.display.summary import report_summary
+    from tailorcli.display.tables import quantile_table, tensor_table
 
-    print_rich(quantile_table(report))
+    if every_tensor:
+        print_rich(tensor_table(report, errors=False), quantile_table(report))
+    else:
+        print_rich(*report_summary(report), "every tensor, and the quantiles of the scores: --tensors")
+    show_kept(report["totals"])
+
+
+def show_kept(totals: dict[str, Any]) -> None:
+    """How much of the tuned model's change the masks keep."""
+    from tailorcli.units import format_share
+
+    say(
+        f"kept {totals['kept']:,} of {totals['numel']:,} weights ({format_share(totals['density'])}), which hold "
+        f"{format_share(totals['delta_share_kept'])} of the squared change"
+    )

@@ -7,37 +7,123 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from tailorcli.display.inspection import KINDS, Inspection
-from tailorcli.patchfile.report import MERGE, share
+from tailorcli.display.names import short_names
+from tailorcli.display.summary import (
+    checkpoint_summary,
+    facts_table,
+    new_table,
+    report_summary,
+    shape_text,
+    stats_summary,
+    treatment,
+)
+from tailorcli.patchfile.report import MERGE, options_shown, share
 from tailorcli.units import format_bytes, format_share
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from tailorcli.runs.plan import Plan
 
-_MOST_ROWS = 400  # of a plain checkpoint's tensors
 
-
-def inspection_parts(inspection: Inspection) -> list[Any]:
-    """What to print for an inspection: its facts, then the table of its kind."""
-    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    facts.add_column(style="bold")
-    facts.add_column(overflow="fold")
-    facts.add_row("path", inspection.path)
-    facts.add_row("is a", KINDS[inspection.kind])
-    for key, value in inspection.facts.items():
-        facts.add_row(key.replace("_", " "), _show_fact(key, value))
-    parts: list[Any] = [facts]
-    if inspection.report is not None:
-        parts.append(tensor_table(inspection.report, errors=inspection.report["command"] == "patch"))
-        parts += _reason_parts(inspection.report)
+def inspection_parts(inspection: Inspection, *, tensors: bool = False) -> list[Any]:
+    """What to print for an inspection: its facts and a summary by kind and depth; with ``tensors`` the whole table."""
+    first = {"path": inspection.path, "is a": KINDS[inspection.kind]}
+    parts: list[Any] = [facts_table(first | dict(_shown_facts(inspection)))]
+    report = inspection.report
+    if report is not None:
+        parts += report_summary(report)
+        if tensors:
+            parts.append(tensor_table(report, errors=report["command"] == "patch"))
+        parts += by_reason(
+            {t["name"]: t["reason"] for t in report["tensors"] if t["status"] != "patched"}, "left at base"
+        )
     if inspection.hessians:
-        parts.append(_hessian_table(inspection.hessians))
-    parts += [f"no statistics: {name} ({reason})" for name, reason in inspection.uncalibrated.items()]
-    parts += [f"note: {name} ({note})" for name, note in inspection.notes.items()]
+        parts += [*stats_summary(inspection.hessians), *([_hessian_table(inspection.hessians)] if tensors else [])]
+    parts += by_reason(inspection.uncalibrated, "no statistics")
+    parts += by_reason(inspection.notes, "note")
     if inspection.tensors:
-        parts.append(_plain_table(inspection.tensors))
-    return parts
+        parts += [*checkpoint_summary(inspection.tensors), *([_plain_table(inspection.tensors)] if tensors else [])]
+    more = inspection.report is not None or inspection.hessians or inspection.tensors
+    return parts if tensors or not more else [*parts, "every tensor: --tensors"]
+
+
+def by_reason(reasons: dict[str, str], what: str) -> list[str]:
+    """A line for every reason, with the first names that it holds for."""
+    gathered: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        gathered.setdefault(reason, []).append(name)
+    return [
+        f"{what}: {len(names)} ({reason}): {', '.join(names[:4])}"
+        + (f" and {len(names) - 4} more" if names[4:] else "")
+        for reason, names in gathered.items()
+    ]
+
+
+_TITLES = {
+    "kept_by": "kept by each task",
+    "kept_by_all": "kept by all",
+    "jaccard": "overlap (Jaccard)",
+    "shared": "kept by several",
+    "sign_conflicts": "of them, signs differ",
+    "errors": "mean layer errors",
+}
+_HOLDS = ("tensors", "parameters", "bytes", "shards", "dtypes")  # of a checkpoint, in one line
+
+
+def _shown_facts(inspection: Inspection) -> list[tuple[str, str]]:
+    """Facts in words: figures that belong together in one line, none that says what another does."""
+    facts, report = dict(inspection.facts), inspection.report
+    rows: list[tuple[str, str]] = []
+    if facts.keys() >= set(_HOLDS):
+        rows.append(("holds", _holding(facts)))
+        facts = {key: value for key, value in facts.items() if key not in _HOLDS}
+    if report is None:
+        return rows + [(key.replace("_", " "), _show_fact(key, value)) for key, value in facts.items()]
+    totals, options = report["totals"], options_shown(report)
+    for key, value in facts.items():
+        if key not in options and key not in totals:
+            rows.append((key.replace("_", " "), _show_fact(key, value)))
+    said = (f"{name.replace('_', ' ')} {_option(value)}" for name, value in options.items())
+    return [*rows, ("options", ", ".join(said)), *_shown_totals(totals)]
+
+
+def _holding(facts: dict[str, Any]) -> str:
+    files = "1 file" if facts["shards"] == 1 else f"{facts['shards']} files"
+    dtypes = ", ".join(f"{count:,} in {dtype}" for dtype, count in facts["dtypes"].items())
+    weights = f"{facts['parameters']:,} weights"
+    return f"{facts['tensors']:,} tensors ({dtypes}), {weights}, {format_bytes(facts['bytes'])} in {files}"
+
+
+def _shown_totals(totals: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("patched", f"{totals['tensors_patched']:,} tensors, {totals['tensors_at_base']:,} left at base"),
+        ("weights kept", f"{totals['kept']:,} of {totals['numel']:,} ({format_share(totals['density'])})"),
+    ]
+    if totals.get("zero_delta_share"):
+        rows.append(("not tuned at all", f"{format_share(totals['zero_delta_share'])} of the weights"))
+    if totals.get("delta_share_kept") is not None:
+        of_both = [f"{format_share(totals['delta_share_kept'])} of the squared change"]
+        if totals["sensitivity_share_kept"] is not None:
+            of_both.append(f"{format_share(totals['sensitivity_share_kept'])} of the sensitivity")
+        rows.append(("they hold", ", ".join(of_both)))
+    if totals.get("error_before") is not None:
+        before, after = (format_share(totals[f"error_{when}"]) for when in ("before", "after"))
+        rows.append(("mean layer error", f"{before} before compensation, {after} after"))
+    if totals.get("drift") is not None:
+        rows.append(("mean drift", f"{format_share(totals['drift'])} of the tuned model's, on the retained data"))
+    if totals.get("propagated"):
+        new, old = format_share(totals["input_shift"]), format_share(totals["retained_input_shift"])
+        moved = f"inputs moved by {new} of their energy, on the retained data by {old}"
+        rows.append(("propagated", f"{totals['propagated']} layers: {moved}"))
+    rows += [(title, _show_fact(key, totals[key])) for key, title in _TITLES.items() if totals.get(key) is not None]
+    if totals["damped_further"]:
+        rows.append(("damped further", _show_fact("", totals["damped_further"])))
+    return rows
+
+
+def _option(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ", ".join(map(_option, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _show_fact(key: str, value: Any) -> str:
@@ -56,17 +142,13 @@ def _show_fact(key: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
-def _reason_parts(report: dict[str, Any]) -> list[str]:
-    return [f"left at base: {t['name']} ({t['reason']})" for t in report["tensors"] if t["status"] != "patched"]
-
-
 def _hessian_table(hessians: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title="Hessians")
-    for column in ("hessian", "kind", "channels", "tokens", "tensors", "mean diag", "dead"):
-        table.add_column(column, justify="left" if column in ("hessian", "kind") else "right", overflow="fold")
-    for name, info in hessians.items():
+    columns = ("kind", "channels", "tokens", "tensors", "mean diag", "dead")
+    table = new_table("Hessians", "Hessian", columns, left=("kind",))
+    for name, short in short_names(hessians).items():
+        info = hessians[name]
         table.add_row(
-            name,
+            short,
             info["kind"],
             f"{info['size']:,}",
             f"{info['tokens']:,}",
@@ -78,29 +160,21 @@ def _hessian_table(hessians: dict[str, dict[str, Any]]) -> Table:
 
 
 def _plain_table(tensors: list[dict[str, Any]]) -> Table:
-    table = Table(title="tensors")
-    for column in ("tensor", "dtype", "shape", "bytes"):
-        table.add_column(column, justify="left" if column == "tensor" else "right", overflow="fold")
-    for tensor in tensors[:_MOST_ROWS]:
-        shape = "×".join(map(str, tensor["shape"])) or "scalar"
-        table.add_row(tensor["name"], tensor["dtype"], shape, format_bytes(tensor["bytes"]))
-    if len(tensors) > _MOST_ROWS:
-        table.add_row(f"and {len(tensors) - _MOST_ROWS} more (--json shows all)", "", "", "")
+    table = new_table("tensors", "tensor", ("dtype", "shape", "bytes"), left=("dtype",))
+    found = {tensor["name"]: tensor for tensor in tensors}
+    for name, short in short_names(found).items():
+        tensor = found[name]
+        table.add_row(short, tensor["dtype"], shape_text(tensor["shape"]), format_bytes(tensor["bytes"]))
     return table
 
 
 def plan_table(plan: Plan) -> Table:
     """Every tensor's treatment."""
-    table = Table(title="plan")
-    for column in ("tensor", "dtype", "shape", "treatment", "by"):
-        table.add_column(column, overflow="fold")
-    for tensor in plan.tensors:
-        treatment = "patch" if tensor.action == "patch" else f"base: {tensor.reason}"
-        shape = "×".join(map(str, tensor.shape)) or "scalar"
-        own = f"{len(tensor.experts)} experts" if tensor.experts else tensor.hessian
-        shared = own or tensor.reason or "salience alone" if tensor.action == "patch" else ""
-        shared += ", retained" if tensor.retain else ""
-        table.add_row(tensor.name, tensor.dtype, shape, treatment, shared)
+    table = new_table("plan", "tensor", ("dtype", "shape", "treatment"), left=("dtype", "treatment"))
+    found = {tensor.name: tensor for tensor in plan.tensors}
+    for name, short in short_names(found).items():
+        tensor = found[name]
+        table.add_row(short, tensor.dtype, shape_text(tensor.shape), treatment(tensor))
     return table
 
 
@@ -108,14 +182,15 @@ def quantile_table(report: dict[str, Any]) -> Table:
     """Quantiles of both scores, tensor by tensor."""
     from tailorcli.core.figures import QUANTILES
 
-    table = Table(title="quantiles of salience |dW| (above) and sensitivity (below), from a sample of each tensor")
-    table.add_column("tensor", overflow="fold")
-    for level in QUANTILES:
-        table.add_column({0.0: "least", 1.0: "most"}.get(level, f"{level:.0%}"), justify="right")
-    for tensor in report["tensors"]:
-        if tensor["status"] != "patched" or not tensor["salience_quantiles"]:
+    title = "quantiles of salience |dW| (above) and sensitivity (below), from a sample of each tensor"
+    levels = [{0.0: "least", 1.0: "most"}.get(level, f"{level:.0%}") for level in QUANTILES]
+    table = new_table(title, "tensor", levels)
+    found = {tensor["name"]: tensor for tensor in report["tensors"] if tensor["status"] == "patched"}
+    for name, short in short_names(found).items():
+        tensor = found[name]
+        if not tensor["salience_quantiles"]:
             continue
-        table.add_row(tensor["name"], *(f"{value:.2e}" for value in tensor["salience_quantiles"]))
+        table.add_row(short, *(f"{value:.2e}" for value in tensor["salience_quantiles"]))
         if tensor["sensitivity_quantiles"]:
             table.add_row("", *(f"{value:.2e}" for value in tensor["sensitivity_quantiles"]), style="dim")
     return table
@@ -141,38 +216,83 @@ _COMPARED = {
 }
 
 
-def evaluation_parts(report: dict[str, Any]) -> list[Any]:
-    """What to print for an evaluation: a table of the tasks, then one of averages and H where tasks are old and new."""
-    models, tasks = report["models"], report["tasks"]
-    table = Table(title="percent right [95% interval over the items]")
-    table.add_column("model", overflow="fold")
-    for name, facts in tasks.items():
-        role = {"origin": ", old", "target": ", new", None: ""}[facts["role"]]
-        table.add_column(f"{name} ({facts['kind']}{role}, {facts['items']:,})", justify="right")
-        if facts["kind"] == "text":
-            table.add_column("loss", justify="right")
-    for model in models:
-        row = [_model_title(model["name"], report)]
-        for name, facts in tasks.items():
-            figures = model["tasks"][name]
-            row += [_show_estimate(figures), *([f"{figures['loss']:.3f}"] if facts["kind"] == "text" else [])]
-        table.add_row(*row)
-    parts: list[Any] = [table]
-    if models[0]["summary"]:
+_SHORT = {"origin": "old", "target": "new", "h_score": "H", "origin_kept": "old kept", "target_kept": "new kept"}
+_MOST_TASKS = 4  # in columns; more of them are rows
+
+
+def evaluation_parts(report: dict[str, Any], *, everything: bool = False) -> list[Any]:
+    """What to print for an evaluation: one table, of old, new and H, or of the tasks where none is old or new.
+
+    With ``everything``, all tasks with their losses, both averages, and what is kept of base and tuned.
+    """
+    summarised = bool(report["models"][0]["summary"])
+    if not everything:
+        return [_short_table(report) if summarised else _tasks_table(report)]
+    parts: list[Any] = [_tasks_table(report)]
+    if _has_losses(report):
+        parts.append(_losses_table(report))
+    if summarised:
         parts.append(_figures_table("old and new tasks, their H-score", _SUMMARY, report))
-        compared = {key: title for key, title in _COMPARED.items() if key in models[0]["summary"]}
+        compared = {key: title for key, title in _COMPARED.items() if key in report["models"][0]["summary"]}
         if compared:
             parts.append(_figures_table("beside base and tuned", compared, report))
     return parts
 
 
-def _figures_table(title: str, columns: dict[str, str], report: dict[str, Any]) -> Table:
-    table = Table(title=title)
-    table.add_column("model", overflow="fold")
-    for column in columns.values():
-        table.add_column(column, justify="right")
+def _short_table(report: dict[str, Any]) -> Table:
+    """Old, new and H of each model, with their intervals below; beside base and tuned, what is kept of them."""
+    columns = {key: title for key, title in _SHORT.items() if key in report["models"][0]["summary"]}
+    names = {role: [n for n, f in report["tasks"].items() if f["role"] == role] for role in ("origin", "target")}
+    told = "; ".join(f"{_SHORT[role]}: {', '.join(found)}" for role, found in names.items())
+    table = new_table(f"percent right [95% interval over the items]; {told}", "model", list(columns.values()))
     for model in report["models"]:
-        cells = [_show_estimate(model["summary"][key], signed=key == "h_minus_tuned") for key in columns]
+        table.add_row(_model_title(model["name"], report), *(_above(model["summary"][key]) for key in columns))
+    return table
+
+
+def _tasks_table(report: dict[str, Any]) -> Table:
+    """Every task of every model: models in rows, or tasks where they are many."""
+    models, tasks = report["models"], report["tasks"]
+    titles = {
+        name: f"{name} ({', '.join(filter(None, (facts['kind'], _ROLES[facts['role']])))}, {facts['items']:,})"
+        for name, facts in tasks.items()
+    }
+    title = "percent right [95% interval over the items]"
+    if len(tasks) > _MOST_TASKS:
+        table = new_table(title, "task", [_model_title(model["name"], report) for model in models])
+        for name, shown in titles.items():
+            table.add_row(shown, *(_above(model["tasks"][name]) for model in models))
+        return table
+    table = new_table(title, "model", [shown.replace(" (", "\n(") for shown in titles.values()])
+    for model in models:
+        table.add_row(_model_title(model["name"], report), *(_above(model["tasks"][name]) for name in tasks))
+    return table
+
+
+_ROLES = {"origin": "old", "target": "new", None: ""}
+
+
+def _has_losses(report: dict[str, Any]) -> bool:
+    return any(facts["kind"] == "text" for facts in report["tasks"].values())
+
+
+def _losses_table(report: dict[str, Any]) -> Table:
+    names = [name for name, facts in report["tasks"].items() if facts["kind"] == "text"]
+    table = new_table("loss, nats a token", "model", names)
+    for model in report["models"]:
+        table.add_row(_model_title(model["name"], report), *(f"{model['tasks'][name]['loss']:.3f}" for name in names))
+    return table
+
+
+def _above(estimate: dict[str, Any], signed: bool = False) -> str:
+    """A value with its interval below it, which is narrower than both in a line."""
+    return _show_estimate(estimate, signed).replace(" [", "\n[")
+
+
+def _figures_table(title: str, columns: dict[str, str], report: dict[str, Any]) -> Table:
+    table = new_table(title, "model", [column.replace(", ", ",\n") for column in columns.values()])
+    for model in report["models"]:
+        cells = [_above(model["summary"][key], signed=key == "h_minus_tuned") for key in columns]
         table.add_row(_model_title(model["name"], report), *cells)
     return table
 
@@ -196,7 +316,7 @@ def _show_estimate(estimate: dict[str, Any], signed: bool = False) -> str:
 def results_table(report: dict[str, Any]) -> Table:
     """One row a result file of lm-evaluation-harness."""
     rows, roles = report["results"], {"origin": "old", "target": "new"}
-    table = Table(title="percent ± standard error")
+    table = Table(title="percent ± standard error", title_justify="left")
     table.add_column("file", overflow="fold")
     table.add_column("model", overflow="fold")
     for role, title in roles.items():
@@ -212,34 +332,37 @@ def results_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def sweep_parts(report: dict[str, Any]) -> list[Any]:
-    """What to print for a sweep: each family's picked setting with its figures on the test tasks, and its area."""
-    table = Table(title=f"picked {report['rule']}; percent on the test tasks [95% interval over the items]")
-    table.add_column("family")
-    table.add_column("setting", overflow="fold")
-    for column in ("old", "new", "H", "area under the frontier"):
-        table.add_column(column, justify="right")
-    points = {point["label"]: point for point in report["points"]}
-    ends = {name: name for name in ("base", "tuned")}
-    for family, label in {**ends, **report["picked"]}.items():
-        figures = points[label]["test"]
-        shown = [_show_estimate(figures[name]) for name in ("origin", "target", "h_score")]
-        area = report["areas"]["test"].get(family)
-        setting = "" if label == family else label.removeprefix(f"{family}, ").removeprefix(f"{family} ")
-        table.add_row(family, setting, *shown, _show_estimate(area) if area else "")
+def sweep_parts(report: dict[str, Any], *, everything: bool = False) -> list[Any]:
+    """What to print for a sweep: every setting that ran with its figures on the test tasks, and each family's area.
+
+    With ``everything``, the 95% intervals, too.
+    """
+    shown = "percent on the test tasks" + (" [95% interval over the items]" if everything else "")
+    table = new_table(f"{shown}; * picked {report['rule']}", "setting", ("old", "new", "H", "area"))
+    show = _above if everything else _value
+    picked = set(report["picked"].values())
+    family = None
+    for point in report["points"]:
+        area = report["areas"]["test"].get(point["family"]) if point["family"] != family else None
+        family = point["family"]
+        figures = [show(point["test"][name]) for name in ("origin", "target", "h_score")]
+        star = "* " if point["label"] in picked else "  "
+        table.add_row(star + point["label"], *figures, show(area) if area else "")
     return [
         table,
-        "area 0.5: the straight line from base to tuned; 1 and more: all of the old and all of the new at once",
+        "area under a family's frontier: 0.5 is the straight line from base to tuned, 1 all of old and new at once",
     ]
 
 
-_COLUMNS = ("tensor", "shape", "kept", "density", "|dW|² kept", "sens. kept", "dW=0", "dead", "damping")
+def _value(estimate: dict[str, Any]) -> str:
+    return "-" if estimate["value"] is None else f"{estimate['value']:.2f}"
+
+
+_COLUMNS = ("shape", "kept", "density", "|dW|² kept", "sens. kept", "dW=0", "dead", "damping")
 
 
 def tensor_table(report: dict[str, Any], *, errors: bool) -> Table:
     """One row a patched tensor and a row of totals; with ``errors`` the layer errors before and after."""
-    from rich.table import Table
-
     if report["command"] == MERGE:
         return _merge_table(report)
 
@@ -249,13 +372,13 @@ def tensor_table(report: dict[str, Any], *, errors: bool) -> Table:
     if report["options"].get("propagate"):
         title += ", propagated"
     drifts = errors and "drift" in report["totals"]
-    table = Table(title=title)
-    for column in (*_COLUMNS, *(("error before", "after") if errors else ()), *(("drift",) if drifts else ())):
-        table.add_column(column, justify="left" if column == "tensor" else "right", overflow="fold")
-    for tensor in report["tensors"]:
-        if tensor["status"] == "patched":
-            drift = [format_share(tensor.get("drift"))] if drifts else []
-            table.add_row(*_tensor_row(tensor, errors), *drift)
+    more = (*(("error before", "after") if errors else ()), *(("drift",) if drifts else ()))
+    table = new_table(title, "tensor", (*_COLUMNS, *more))
+    found = {tensor["name"]: tensor for tensor in report["tensors"] if tensor["status"] == "patched"}
+    for name, short in short_names(found).items():
+        tensor = found[name]
+        drift = [format_share(tensor.get("drift"))] if drifts else []
+        table.add_row(short, *_tensor_row(tensor, errors), *drift)
     totals = report["totals"]
     last = [
         f"total: {totals['tensors_patched']} patched, {totals['tensors_at_base']} left at base",
@@ -278,7 +401,7 @@ def tensor_table(report: dict[str, Any], *, errors: bool) -> Table:
 
 
 def _choice(options: dict[str, Any]) -> str:
-    """How the entries were chosen, for a title."""
+    """How the weights were chosen, for a title."""
     method, weight = options.get("method", "tailor"), options.get("weight", 1.0)  # earlier reports have neither
     scaled = f", weight {weight:g}" if weight != 1.0 else ""
     if method == "tailor":
@@ -288,8 +411,7 @@ def _choice(options: dict[str, Any]) -> str:
 
 def _tensor_row(tensor: dict[str, Any], errors: bool) -> list[str]:
     row = [
-        tensor["name"],
-        "×".join(str(size) for size in tensor["shape"]),
+        shape_text(tensor["shape"]),
         f"{tensor['kept']:,}",
         format_share(share(tensor["kept"], tensor["numel"])),
         format_share(share(tensor["delta_sq_kept"], tensor["delta_sq"])),
@@ -305,18 +427,12 @@ def _tensor_row(tensor: dict[str, Any], errors: bool) -> list[str]:
 
 def _merge_table(report: dict[str, Any]) -> Table:
     """One row a merged tensor: kept by whom, how the masks overlap, each task's layer error."""
-    from rich.table import Table
-
     tasks, totals = [str(task) for task in report["options"]["tasks"]], report["totals"]
     mixed = len(totals["methods"]) > 1
     measured = totals["errors"] is not None
-    table = Table(title=f"{MERGE}, {report['options']['method']}: {', '.join(tasks)}")
-    table.add_column("tensor", overflow="fold", min_width=30)
-    table.add_column("shape", justify="right", overflow="fold")
-    if mixed:
-        table.add_column("by", overflow="fold")
-    for column in ("kept", "by each", "Jaccard", "signs differ", *(("layer errors",) if measured else ())):
-        table.add_column(column, justify="right", overflow="fold")
+    columns = ["shape", *(("by",) if mixed else ()), "kept", "by each", "Jaccard", "signs differ"]
+    columns += ["layer errors"] if measured else []
+    table = new_table(f"{MERGE}, {report['options']['method']}: {', '.join(tasks)}", "tensor", columns, left=("by",))
 
     def row(name: str, shape: str, method: str, figures: dict[str, Any]) -> list[str]:
         by_each = [format_share(share(kept, figures["numel"])) for kept in figures["kept_by"]]
@@ -328,10 +444,9 @@ def _merge_table(report: dict[str, Any]) -> Table:
             *((" ".join(errors) or "-",) if measured else ()),
         ]
 
-    for tensor in report["tensors"]:
-        if tensor["status"] == "patched":
-            shape = "×".join(str(size) for size in tensor["shape"])
-            table.add_row(*row(str(tensor["name"]), shape, str(tensor["method"]), tensor))
+    found = {tensor["name"]: tensor for tensor in report["tensors"] if tensor["status"] == "patched"}
+    for name, short in short_names(found).items():
+        table.add_row(*row(short, shape_text(found[name]["shape"]), str(found[name]["method"]), found[name]))
     table.add_section()
     name = f"total: {totals['tensors_patched']} merged, {totals['tensors_at_base']} left at base"
     table.add_row(*row(name, f"{totals['numel']:,}", "", totals), style="bold")

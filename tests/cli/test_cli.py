@@ -36,13 +36,19 @@ def test_dry_run_writes_nothing(llama_pair, tmp_path):
     plan = json.loads(run("patch", *arguments, "--dry-run", "--json").stdout)
     assert len(plan["tensors"]) == 21
     assert {"read_bytes", "write_bytes", "peak_memory_bytes", "free_bytes"} <= plan.keys()
-    assert "lm_head.weight" in run("patch", *arguments, "--dry-run").stdout
+    assert "lm_head" in run("patch", *arguments, "--dry-run").stdout
+    assert "layers.1" not in run("patch", *arguments, "--dry-run").stdout
+    assert "1.mlp.down_proj" in run("patch", *arguments, "--dry-run", "--tensors").stdout
     assert not (tmp_path / "out").exists()
 
 
 def test_score_shows_both_scores(llama_pair):
-    shown = run("score", llama_pair / "base", llama_pair / "tuned", "--stats", llama_pair / "stats").stdout
-    for word in ("model.layers.1.mlp.down_proj.weight", "density", "sens. kept", "dW=0", "dead", "quantiles", "75%"):
+    arguments = ("score", llama_pair / "base", llama_pair / "tuned", "--stats", llama_pair / "stats")
+    shown = run(*arguments, "--tensors").stdout
+    for word in ("1.mlp.down_proj ", "density", "sens. kept", "dW=0", "dead", "quantiles", "75%"):
+        assert word in shown
+    shown = run(*arguments).stdout
+    for word in ("by kind", "down_proj ", "sens. kept", "dW = 0", "by depth", "other"):
         assert word in shown
 
 

@@ -1,0 +1,67 @@
+"""What the commands show in a terminal of 80 columns: no line is wider, no name is broken, a screen or so in all."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers import make_pair, run
+
+pty = pytest.importorskip("pty")
+LAYERS = 24
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A pair of 24 layers, statistics, and a patched checkpoint."""
+    folder = make_pair(tmp_path_factory.mktemp("deep"), layers=LAYERS)
+    run("calibrate", folder / "tuned", "--data", folder / "data.jsonl", "-o", folder / "stats", "--num-samples", 4)
+    run("patch", folder / "base", folder / "tuned", "--stats", folder / "stats", "-o", folder / "out")
+    return folder
+
+
+def on_a_terminal(*arguments):
+    """The lines that a command shows on a terminal of 80 columns, without colours."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}
+    command = [sys.executable, "-m", "tailorcli", *map(str, arguments)]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                read = os.read(ours, 1 << 16)
+            except OSError:  # Linux' way to say that the other end is closed
+                break
+            if not read:
+                break
+            shown += read
+    os.close(ours)
+    assert process.returncode == 0, shown.decode()
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", shown.decode().replace("\r\n", "\n"))
+    return [line.rpartition("\r")[2].rstrip() for line in text.split("\n")]
+
+
+@pytest.mark.parametrize("what", ["base", "stats", "out", "score", "dry run"])
+def test_a_deep_model_fits_a_terminal(deep, what):
+    pair = (deep / "base", deep / "tuned", "--stats", deep / "stats")
+    arguments = {
+        "score": ("score", *pair),
+        "dry run": ("patch", *pair, "-o", deep / "other", "--dry-run"),
+    }.get(what, ("inspect", deep / what))
+    lines = on_a_terminal(*arguments)
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 52, "\n".join(lines)
+    words = {line.split()[0] for line in lines if line.strip()}
+    assert {"down_proj", "q_proj", "lm_head"} <= words
+    if what in ("out", "score", "stats"):
+        depths = [line.split()[0] for line in lines if re.match(r"\d+-\d+ ", line)]
+        assert depths == [f"{n}-{n + 2}" for n in range(0, LAYERS, 3)]
+
+
+def test_every_tensor_on_request_in_number_order(deep):
+    lines = on_a_terminal("inspect", deep / "base", "--tensors")
+    assert max(map(len, lines)) <= 80
+    names = [line.split()[0] for line in lines if "self_attn.q_proj" in line]
+    assert names == [f"{n}.self_attn.q_proj" for n in range(LAYERS)]
