@@ -21,6 +21,7 @@ from tailorcli.core.tailor import (
     Timer,
     assemble,
     difference,
+    is_finite,
     matrix_shape,
     require_finite,
     require_finite_inputs,
@@ -237,8 +238,10 @@ def released_sweep(
         stop = min(start + block_size, size)
         block, factor = work[start:stop], upper[start:stop, start:stop]
         moved = (block.T + base[:, start:stop].to(torch.float32)) / factor.diagonal()  # (O, B)
-        change = salience(delta[:, start:stop])
-        score = _DELTA_SHARE * _z_score(change) + (1.0 - _DELTA_SHARE) * _z_score(moved.square())
+        change, squares = salience(delta[:, start:stop]), moved.square()
+        if not is_finite(squares):
+            raise NumericalError("the released code's score overflows float32", "leave the tensor out: --exclude")
+        score = _DELTA_SHARE * _z_score(change) + (1.0 - _DELTA_SHARE) * _z_score(squares)
         kept = select_mask(score - score.min(), count_kept(density, score.numel()))
         mask[:, start:stop] = kept
         put_back = (~kept).T.to(work.dtype)  # (B, O)

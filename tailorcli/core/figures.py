@@ -14,13 +14,15 @@ from torch import Tensor
 
 from tailorcli.core.chunks import map_rows, row_chunks, row_slices
 from tailorcli.core.hessian import PreparedHessian
-from tailorcli.core.precision import gap, working_dtype
+from tailorcli.core.precision import extent, gap, working_dtype
 from tailorcli.core.scores import salience, sensitivity
 from tailorcli.core.solvers import Decoration
+from tailorcli.errors import NumericalError
 
 _FORM_BLOCK = 256  # columns of a quadratic form's product at a time
 _GPU_FORM_BLOCK = 2048  # narrower products leave most of a GPU idle
 _SAMPLE = 1 << 14  # entries from which quantiles are estimated
+_TOO_LARGE = "check that both checkpoints belong together, or leave the tensor at base: --exclude"
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
@@ -105,7 +107,7 @@ def measure(
     moved: bool = False,
     goal: Tensor | None = None,
 ) -> LayerFigures:
-    """All figures of one tensor, chunk by chunk; matrices are in the stored orientation.
+    """All figures of one tensor, chunk by chunk; matrices are in the stored orientation. Raises NumericalError.
 
     ``moved`` says that kept entries may differ from tuned's for another reason than a decoration; ``goal`` is what
     the kept ones change by before it, and what is scored, where that is not ``delta``.
@@ -136,7 +138,7 @@ def measure(
         errors.update(iterations=decoration.iterations, residual=decoration.residual)
     if prepared is not None:
         errors.update(dead_channels=prepared.num_dead, damping=prepared.damping)
-    return LayerFigures(
+    figures = LayerFigures(
         numel=delta.numel(),
         distance_after=distance_after,
         **sums,
@@ -144,6 +146,14 @@ def measure(
         **scores,
         **errors,
     )
+    return _require_finite(figures)
+
+
+def _require_finite(figures: LayerFigures) -> LayerFigures:
+    values = (value for value in vars(figures).values() if isinstance(value, float))
+    if _left_float32(list(values)):
+        raise NumericalError("what is patched differs from base or tuned by more than float32 holds", _TOO_LARGE)
+    return figures
 
 
 def _mask_sums(delta: Tensor, mask: Tensor) -> dict[str, Any]:
@@ -215,10 +225,10 @@ def _quantiles(delta: Tensor, inverse: Tensor | None, unit: float) -> dict[str, 
     found: dict[str, Any] = {"salience_quantiles": _levels(salience(sample))}
     if inverse is not None:
         inverse_sample = inverse.expand(delta.shape)[row, column]
-        levels = _levels(sensitivity(sample, inverse_sample))
-        if _left_float32(levels) or not levels[-1]:
-            levels = _levels(sensitivity(sample.double(), inverse_sample))
-        found["sensitivity_quantiles"] = [level * unit for level in levels]
+        score = sensitivity(sample, inverse_sample)
+        if extent(score) in (0.0, math.inf):
+            score = sensitivity(sample.double(), inverse_sample)
+        found["sensitivity_quantiles"] = [level * unit for level in _levels(score)]
     return found
 
 
@@ -310,7 +320,7 @@ def refit_figures(
         moved = gap(patched[rows], base[rows])  # (R, I)
         left += quadratic_form(moved, retained)
         distance += _sum_of_sizes(moved)
-    return replace(
+    figures = replace(
         plain,
         error_after=after / plain.output_energy if plain.output_energy else 0.0,
         drift=left / plain.drift_energy if plain.drift_energy else 0.0,
@@ -318,6 +328,7 @@ def refit_figures(
         iterations=iterations,
         residual=residual,
     )
+    return _require_finite(figures)
 
 
 def quadratic_form(rows: Tensor, hessian: Tensor) -> float:
