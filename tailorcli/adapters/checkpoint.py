@@ -192,6 +192,11 @@ def tokenizer_folder(tuned: Checkpoint) -> Path:
     return tuned.path
 
 
+def config_folder(tuned: Checkpoint) -> Path:
+    """Where the config of the tuned model, and of an output patched with it, lies: with an adapter, its base's."""
+    return tuned.base.path if isinstance(tuned, AdaptedCheckpoint) else tuned.path
+
+
 def _has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer_config.json").is_file() and any((folder / name).is_file() for name in _VOCABULARY)
 

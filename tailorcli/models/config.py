@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,38 @@ def read_config(path: Path) -> dict[str, Any]:
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path} has no config.json", "pass the folder that save_pretrained wrote")
     return read_json(path / "config.json")
+
+
+# Fields of a config that a forward pass does not depend on.
+_NO_MATTER = re.compile(
+    r"(^|\.)(_\w+|transformers_version|architectures|auto_map|dtype|torch_dtype|use_cache|quantization_config|"
+    r"\w*dropout\w*|\w*drop|\w*pdrop|initializer_\w+|\w+_token_id|\w+_token_index|task_specific_params.*|id2label.*|label2id.*|"
+    r"output_attentions|output_hidden_states|return_dict|vocab_size|router_aux_loss_coef|pretraining_tp|"
+    r"do_sample|max_length|min_length|num_beams|temperature|top_k|top_p|repetition_penalty|length_penalty)$"
+)
+
+
+def differing_fields(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The fields in which two configs ask for another forward pass, as "name (value, other value)", sorted."""
+    first, second = _flat(one), _flat(other)
+    names = sorted(name for name in first.keys() | second.keys() if not _NO_MATTER.search(name))
+    told = [(name, first.get(name), second.get(name)) for name in names if first.get(name) != second.get(name)]
+    return [f"{name} ({_shown(before)}, {_shown(after)})" for name, before, after in told]
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted name; a field that says nothing (null) is as good as none."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            found[prefix + name] = value
+    return found
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else reprlib.repr(value)
 
 
 def num_positions(config: dict[str, Any]) -> int:

@@ -82,16 +82,17 @@ def model_class_of(config: dict[str, Any], options: LoadOptions) -> Any:
     return getattr(transformers, name, automatic)
 
 
-def described(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions) -> Any:
+def described(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions, folder: Path | None = None) -> Any:
     """The configuration by which the model is run here, which is its own but for two things, each told in a note.
 
     A quantization that its weights no longer have (it stays behind where an adapter was merged in full precision)
-    is left out, and so is a kernel for its attention that this machine lacks. Raises CheckpointError.
+    is left out, and so is a kernel for its attention that this machine lacks. ``folder`` is where the configuration
+    lies, if that is another model's. Raises CheckpointError.
     """
     import torch
     import transformers
 
-    path, trust = checkpoint.path, {"trust_remote_code": options.trust_remote_code}
+    path, trust = folder or checkpoint.path, {"trust_remote_code": options.trust_remote_code}
     with quiet_transformers():
         try:
             found = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **trust)
@@ -125,18 +126,21 @@ def _on_meta(model_class: Any, config: Any, trust: dict[str, bool], torch: Any) 
         return model_class.from_config(config, **trust) if automatic else model_class(config)
 
 
-def load_model(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions) -> Any:
-    """The model in its own class, with every weight from the checkpoint; quantised ones as what they stand for."""
+def load_model(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions, folder: Path | None = None) -> Any:
+    """The model in its own class, with every weight from the checkpoint; quantised ones as what they stand for.
+
+    ``config`` is read from ``folder``, which is the checkpoint's own unless it is given.
+    """
     import torch
 
     if checkpoint.dequantized:
         from tailorcli.models.parts import load_from_view  # which imports this module
 
-        return load_from_view(checkpoint, config, options)
+        return load_from_view(checkpoint, config, options, folder)
     path = checkpoint.path
     model_class = model_class_of(config, options)
     dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
-    own = described(checkpoint, config, options)
+    own = described(checkpoint, config, options, folder)
     with quiet_transformers():
         try:
             network, info = model_class.from_pretrained(
@@ -213,15 +217,18 @@ def aliases(network: Any) -> dict[str, str]:
     return {name: first[id(value)] for name, value in every.items() if name not in parameters}
 
 
-def check_shapes(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions) -> None:
+def check_shapes(
+    checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions, folder: Path | None = None
+) -> None:
     """The config describes a model of these weights' shapes and size: asked of a model without memory.
 
-    transformers would fill what is missing with random numbers before it says so, however large it is.
+    transformers would fill what is missing with random numbers before it says so, however large it is. ``config`` is
+    read from ``folder``, which is the checkpoint's own unless it is given. Raises CheckpointError.
     """
     import torch
 
     path, trust = checkpoint.path, {"trust_remote_code": options.trust_remote_code}
-    own = described(checkpoint, config, options)
+    own = described(checkpoint, config, options, folder)
     if getattr(own, "quantization_config", None) is not None:
         return  # stored in other shapes on purpose
     with quiet_transformers():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint
@@ -89,11 +90,13 @@ class Parts:
         give_back_memory()
 
 
-def load_from_view(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions) -> Any:
+def load_from_view(
+    checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions, folder: Path | None = None
+) -> Any:
     """The model on the CPU, with every weight as ``checkpoint`` reads it rather than as its files hold it."""
     import torch
 
-    network = empty_model(checkpoint, config, options)
+    network = empty_model(checkpoint, config, options, folder)
     Parts(network, (), checkpoint, checkpoint, torch.device("cpu"), StageTimer()).load("")
     return network
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.folder import Checkpoint
@@ -16,13 +17,18 @@ if TYPE_CHECKING:
     import torch
 
 
-def empty_model(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions) -> Any:
-    """The model without its weights: parameters take no memory, buffers are real."""
+def empty_model(
+    checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions, folder: Path | None = None
+) -> Any:
+    """The model without its weights: parameters take no memory, buffers are real.
+
+    ``config`` is read from ``folder``, which is the checkpoint's own unless it is given.
+    """
     import torch
     import transformers
 
     model_class = model_class_of(config, options)
-    own = described(checkpoint, config, options)
+    own = described(checkpoint, config, options, folder)
     with quiet_transformers():
         try:
             dtype = run_dtype(checkpoint, own, options)

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.adapters.checkpoint import tokenizer_folder
+from tailorcli.adapters.checkpoint import config_folder, tokenizer_folder
 from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.grown import GrownCheckpoint
 from tailorcli.data.records import Record, read_records
 from tailorcli.data.samples import draw_samples, make_batches
 from tailorcli.device import is_out_of_memory
@@ -167,10 +168,12 @@ def train_masks(
     settings = CalibrateOptions(
         num_samples=options.graft_steps * options.batch_size or 1, seq_len=_SEQ_LEN, seed=options.seed
     )
-    config = read_config(base.path)
+    # What is patched will run under the tuned model's config, unless that is of another vocabulary.
+    folder = base.path if isinstance(base, GrownCheckpoint) else config_folder(tuned)
+    config = read_config(folder)
     samples = _samples(data, base, tuned, config, settings)
-    check_shapes(base, config, settings)
-    network = load_model(base, config, settings)
+    check_shapes(base, config, settings, folder)
+    network = load_model(base, config, settings, folder)
     expected = expected_names(network, base.tensors)
     places = map_names(base, dict(network.named_parameters()), aliases(network), expected)
     network.to(device).requires_grad_(False)

@@ -10,15 +10,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.adapters.checkpoint import AdaptedCheckpoint, open_tuned
+from tailorcli.adapters.checkpoint import AdaptedCheckpoint, config_folder, open_tuned
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import grow_vocabulary
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.checkpoint.readahead import ReadAhead
 from tailorcli.device import StageTimer, device_errors, exact_float32
-from tailorcli.errors import NumericalError, OptionsError
+from tailorcli.errors import NumericalError, OptionsError, note
 from tailorcli.files import PathLike, digest_of
+from tailorcli.models.config import differing_fields, read_config
 from tailorcli.options import PatchOptions
 from tailorcli.patchfile.reader import raw_bytes
 from tailorcli.patching.cost import working_set
@@ -60,6 +61,7 @@ class PatchInputs:
             check_graft(data, options)
         opened_base = stack.enter_context(open_checkpoint(base, options.fp8_output))
         opened_tuned = stack.enter_context(open_tuned(tuned, opened_base, options.fp8_output))
+        _note_config(opened_base, opened_tuned)
         opened_stats = _open_stats(stats, stack)
         opened_retain = _open_stats(retain, stack)
         if options.resized_vocab:
@@ -257,6 +259,18 @@ def _prepare(
             new, retained = unpacked
             return prepare_retaining(new, retained, options.retain_weight, options.effective_damping, **wanted)
         return prepare(unpacked[0], options.effective_damping, **wanted)
+
+
+def _note_config(base: Checkpoint, tuned: Checkpoint) -> None:
+    """Tell where base and tuned run differently: a patched model runs as tuned does, whose config it gets."""
+    folders = (base.path, config_folder(tuned))
+    if folders[0] == folders[1] or not all((folder / "config.json").is_file() for folder in folders):
+        return
+    fields = differing_fields(*(read_config(folder) for folder in folders))
+    if fields:
+        more = f" and {len(fields) - 4} more" if len(fields) > 4 else ""
+        told = f"base's and tuned's configs differ in {', '.join(fields[:4])}{more}"
+        note(f"{told}: the patched model gets tuned's, and is run under it")
 
 
 def _open_stats(path: PathLike | None, stack: ExitStack) -> Stats | None:

@@ -206,3 +206,20 @@ def test_a_tensor_that_the_model_holds_otherwise_is_named(tmp_path):
     assert "extra.weight" in refusal(folder, tmp_path, folder / "data.jsonl")
     report = graft(folder, tmp_path / "rest", exclude=("extra.*",), graft_steps=1)
     assert report.totals["tensors_at_base"] == 1
+
+
+def test_masks_are_trained_under_the_config_that_the_output_gets(task_pair, tmp_path, monkeypatch):
+    import shutil
+
+    import tailorcli.patching.graft as graft_module
+
+    shutil.copytree(task_pair / "tuned", tmp_path / "tuned")
+    config = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    (tmp_path / "tuned" / "config.json").write_text(json.dumps(config))
+    ran, load = [], graft_module.load_model
+    monkeypatch.setattr(graft_module, "load_model", lambda *a: ran.append(load(*a)) or ran[-1])
+    arguments = (task_pair / "base", tmp_path / "tuned", tmp_path / "out", None, PatchOptions(**FAST))
+    patch_checkpoint(*arguments, data=task_pair / "data.jsonl")
+    assert ran[0].config.rope_parameters["rope_theta"] == 1e6
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_parameters"]["rope_theta"] == 1e6
