@@ -17,7 +17,7 @@ from tailorcli.core.hessian import (
     pack_triangle,
     unpack_triangle,
 )
-from tailorcli.core.propagation import accumulate_moments_, refit
+from tailorcli.core.propagation import accumulate_moments_, propagated_errors, refit, solve_propagated
 from tailorcli.core.retain import prepare_retaining, retained_goal
 from tailorcli.core.scores import count_kept, fuse, minmax, salience, select_mask, sensitivity
 from tailorcli.core.solvers import Decoration, decorate_joint, decorate_sequential
@@ -53,6 +53,7 @@ __all__ = [
     "overlap_figures",
     "pack_triangle",
     "prepare_retaining",
+    "propagated_errors",
     "random_mask",
     "refit",
     "released_layer",
@@ -60,6 +61,7 @@ __all__ = [
     "salience",
     "select_mask",
     "sensitivity",
+    "solve_propagated",
     "stitch_average",
     "stitch_joint",
     "stitch_patches",

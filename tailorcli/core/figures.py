@@ -298,7 +298,7 @@ def drift(delta: Tensor, patched: Tensor, tuned: Tensor, retained: Tensor, trans
     return {"drift_energy": whole, "drift": left / whole if whole > 0 else 0.0}
 
 
-def refit_figures(
+def figures_after_fit(
     plain: LayerFigures,
     base: Tensor,
     tuned: Tensor,
@@ -306,12 +306,10 @@ def refit_figures(
     hessian: Tensor,
     retained: Tensor,
     transposed: bool,
-    iterations: int,
-    residual: float,
 ) -> LayerFigures:
     """The figures of a plain patch after its kept entries were fitted again; tensors are in the stored orientation.
 
-    ``hessian`` and ``retained`` (I, I) are those of the unpatched models' inputs, by which every report measures.
+    ``hessian`` and ``retained`` (I, I) are those of the unpatched models' inputs.
     """
     base, tuned, patched = (t.T if transposed else t for t in (base, tuned, patched))
     after, left, distance = 0.0, 0.0, 0.0
@@ -325,8 +323,6 @@ def refit_figures(
         error_after=after / plain.output_energy if plain.output_energy else 0.0,
         drift=left / plain.drift_energy if plain.drift_energy else 0.0,
         distance_after=distance,
-        iterations=iterations,
-        residual=residual,
     )
     return _require_finite(figures)
 

@@ -12,15 +12,22 @@ of its kept entries solves A_SS C_S = b_S with
     b = (W_tuned - W_0) H' + W_tuned D + beta s ((W_base - W_0) H'_r + W_base D_r),
 
 H' = (2/N) X' X'^T and D = (2/N) (X - X') X'^T. Damping pulls towards the plain patch, not towards zero.
+
+Either term is worked out from moments alone: with E = W - W_tuned and G = X - X', the gap between the inputs,
+
+    (2/N) ||W X' - W_tuned X||^2 = tr E H' E^T - 2 tr E (W_tuned D)^T + tr W_tuned K W_tuned^T,   K = (2/N) G G^T.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tailorcli.core.chunks import row_chunks
+from tailorcli.core.figures import quadratic_form
 from tailorcli.core.hessian import accumulate_, combine_hessians, dampen
 from tailorcli.core.precision import gap
 from tailorcli.core.retain import retain_scale
@@ -33,12 +40,13 @@ from tailorcli.errors import NumericalError
 class Moments:
     """Of a layer's inputs X' in the patched model, beside X in the unpatched one, over ``tokens`` tokens.
 
-    ``hessian`` is H' (I, I), only its lower triangle before ``complete_``; ``drift`` is D (I, I); ``moved`` and
-    ``whole`` are the sums of (x - x')^2 and of x^2.
+    ``hessian`` is H' and ``gap`` is K, both (I, I) and only their lower triangles before ``complete_``; ``drift`` is D
+    (I, I); ``moved`` and ``whole`` are the sums of (x - x')^2 and of x^2.
     """
 
     hessian: Tensor
     drift: Tensor
+    gap: Tensor
     tokens: int = 0
     moved: float = 0.0
     whole: float = 0.0
@@ -52,29 +60,31 @@ class Moments:
 def no_moments(size: int, device: torch.device) -> Moments:
     """Moments of no token yet."""
     hessian = torch.zeros(size, size, dtype=torch.float32, device=device)
-    return Moments(hessian, torch.zeros_like(hessian))
+    return Moments(hessian, torch.zeros_like(hessian), torch.zeros_like(hessian))
 
 
 def accumulate_moments_(moments: Moments, patched: Tensor, unpatched: Tensor) -> None:
     """Fold inputs X' and X, (N, I) in any float dtype, row for row of the same tokens, into the means, in place."""
     x, reference = patched.to(torch.float32), unpatched.to(torch.float32)  # (N, I) each; squares overflow in halves
-    gap = reference - x
+    apart = reference - x
     before = moments.tokens
     moments.tokens = accumulate_(moments.hessian, x, before)
     if moments.tokens > before:
-        moments.drift.addmm_(gap.T, x, beta=before / moments.tokens, alpha=2.0 / moments.tokens)
-        moments.moved += float(gap.square().sum(dtype=torch.float64))
+        accumulate_(moments.gap, apart, before)
+        moments.drift.addmm_(apart.T, x, beta=before / moments.tokens, alpha=2.0 / moments.tokens)
+        moments.moved += float(apart.square().sum(dtype=torch.float64))
         moments.whole += float(reference.square().sum(dtype=torch.float64))
 
 
 def complete_(moments: Moments) -> None:
-    """Mirror the lower triangle of H' into the upper, in place."""
-    lower = moments.hessian.tril_()
-    lower += lower.tril(-1).T
+    """Mirror the lower triangles of H' and K into the upper, in place."""
+    for matrix in (moments.hessian, moments.gap):
+        lower = matrix.tril_()
+        lower += lower.tril(-1).T
 
 
 @dataclass(frozen=True)
-class Refit:
+class PropagatedLayer:
     """A propagated tensor in the base's dtype and stored shape, and how well its equations are solved."""
 
     patched: Tensor
@@ -82,7 +92,7 @@ class Refit:
     residual: float  # ||A_SS C - b|| / ||b||, Frobenius over all rows
 
 
-def refit(
+def solve_propagated(
     base: Tensor,
     tuned: Tensor,
     plain: Tensor,
@@ -95,7 +105,7 @@ def refit(
     transposed: bool = False,
     tolerance: float = 1e-4,
     max_iterations: int = 300,
-) -> Refit:
+) -> PropagatedLayer:
     """Change the kept entries of ``plain`` so that the layer's outputs are the unpatched models', both terms together.
 
     The four tensors are in the stored orientation, (O, I), or (I, O) with ``transposed``; outside the mask the result
@@ -118,4 +128,72 @@ def refit(
     patched = assemble(base, plain, mask, decorator)
     if not is_finite(patched):
         raise NumericalError(f"a propagated value overflows {patched.dtype}", "pass --no-propagate")
-    return Refit(patched, found.iterations, found.residual)
+    return PropagatedLayer(patched, found.iterations, found.residual)
+
+
+refit = solve_propagated  # its earlier name
+
+
+@dataclass(frozen=True)
+class PropagatedErrors:
+    """How far a layer's outputs in the patched model are from the unpatched models', as shares.
+
+    ``error_*`` is ||W X' - W_tuned X||^2 over the same of W_base: 0 is the tuned model's output, 1 what the layer
+    would give were it left at base; ``before`` with tuned's own values in the mask, ``after`` as fitted. ``drift`` is
+    ||W X'_r - W_base X_r||^2 over the same of W_tuned: 0 is the base's output, 1 what the tuned layer would give.
+    ``*_energy`` are the denominators, times 2/N.
+    """
+
+    output_energy: float
+    error_before: float
+    error_after: float
+    drift_energy: float
+    drift: float
+
+
+def propagated_errors(
+    base: Tensor,
+    tuned: Tensor,
+    patched: Tensor,
+    mask: Tensor,
+    new: Moments,
+    retained: Moments,
+    transposed: bool = False,
+) -> PropagatedErrors:
+    """The errors of a layer on the inputs that it has in the patched model; ``new`` and ``retained`` are complete.
+
+    The four tensors are in the stored orientation, (O, I), or (I, O) with ``transposed``.
+    """
+    matrices = [t.T if transposed else t for t in (base, tuned, patched)]  # (O, I) each
+    kept = mask.T if transposed else mask
+    energy, before, after, whole, left = 0.0, 0.0, 0.0, 0.0, 0.0
+    for rows in row_chunks(*kept.shape):
+        w_base, w_tuned, w_patched = (matrix[rows] for matrix in matrices)  # (R, I)
+        distance = _distances(w_tuned, new)
+        energy += distance(w_base)
+        before += distance(torch.where(kept[rows], w_tuned, w_base))
+        after += distance(w_patched)
+        distance = _distances(w_base, retained)
+        whole += distance(w_tuned)
+        left += distance(w_patched)
+    return PropagatedErrors(
+        output_energy=energy,
+        error_before=before / energy if energy > 0 else 0.0,
+        error_after=after / energy if energy > 0 else 0.0,
+        drift_energy=whole,
+        drift=left / whole if whole > 0 else 0.0,
+    )
+
+
+def _distances(reference: Tensor, moments: Moments) -> Callable[[Tensor], float]:
+    """(2/N) ||W X' - W_ref X||^2 as a function of W, both (R, I)."""
+    rows = reference.to(torch.float32)
+    moved = rows @ moments.drift
+    fixed = quadratic_form(rows, moments.gap)
+
+    def distance(weight: Tensor) -> float:
+        away = gap(weight, reference)
+        crossed = float((away * moved).sum(1).sum(dtype=torch.float64))
+        return max(0.0, quadratic_form(away, moments.hessian) - 2.0 * crossed + fixed)
+
+    return distance

@@ -74,6 +74,7 @@ def totals_of(command: str, tensors: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 _SHIFTS = ("input_shift", "retained_input_shift")  # how far patching moves a propagated layer's inputs
+_UNPATCHED = "_unpatched_inputs"  # ends a propagated layer's figures on the inputs of the unpatched models
 
 
 def total_figures(tensors: list[dict[str, Any]]) -> dict[str, Any]:
@@ -92,11 +93,19 @@ def total_figures(tensors: list[dict[str, Any]]) -> dict[str, Any]:
         values = [t[key] for t in measured if t.get(key) is not None]
         return sum(values) / len(values) if values else None
 
+    def mean_unpatched(key: str) -> float | None:
+        values = [t.get(f"{key}{_UNPATCHED}", t.get(key)) for t in measured]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known else None
+
     numel, kept = int(total("numel")), int(total("kept"))
     scored = [t for t in patched if t.get("sensitivity_sum") is not None]
     drift = mean("drift")
     propagated = [t for t in patched if t.get("propagated")]
     sensitivity = sum(t["sensitivity_sum"] for t in scored)
+    # Reports of earlier versions have no other figures of propagated layers than these.
+    twice = ("error_before", "error_after", "drift")
+    measured_twice = [name for name in twice if any(f"{name}{_UNPATCHED}" in t for t in propagated)]
     return {
         "tensors_patched": len(patched),
         "tensors_at_base": len(tensors) - len(patched),
@@ -112,6 +121,7 @@ def total_figures(tensors: list[dict[str, Any]]) -> dict[str, Any]:
         **({"drift": drift} if drift is not None else {}),  # with a retain term alone
         **({"propagated": len(propagated)} if propagated else {}),
         **{name: sum(t[name] for t in propagated) / len(propagated) for name in _SHIFTS if propagated},
+        **{f"{name}{_UNPATCHED}": mean_unpatched(name) for name in measured_twice},
         "largest_residual": max((t.get("residual", 0.0) for t in patched), default=0.0),
         "damped_further": [t["name"] for t in patched if t.get("damped_further")],
     }

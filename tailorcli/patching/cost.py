@@ -57,7 +57,7 @@ def propagation_bytes(tensors: list[TensorPlan], base: Checkpoint, stats: Stats 
     # Of each token, in two models: what a block holds while it waits within (its input, the residual stream, what its
     # norm makes of that, queries, keys and values, or what the widest layer takes), and the holes between.
     hidden = 2 * tokens * (5 * embedding + embedding * widest // width)
-    return _TRANSFORMERS_BYTES + 5 * max(blocks.values()) + 8 * max(moments, default=0) + hidden
+    return _TRANSFORMERS_BYTES + 5 * max(blocks.values()) + 10 * max(moments, default=0) + hidden
 
 
 def pair_bytes(tensors: list[TensorPlan], tuned: Checkpoint) -> int:

@@ -21,7 +21,7 @@ from tailorcli.patching.graft import MaskFile, trained_masks
 from tailorcli.patching.methods import find_cut
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs, record_of, tailored
-from tailorcli.runs.outputs import Outputs, Target, identity_of, progress_bar
+from tailorcli.runs.outputs import Target, identity_of, progress_bar
 from tailorcli.runs.plan import Plan, TensorPlan
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from tailorcli.core.tailor import LayerResult
     from tailorcli.patching.methods import MaskOf
-    from tailorcli.patching.propagate import Propagation
 
 
 def plan_patch(
@@ -176,7 +175,12 @@ def patch_checkpoint(
 
         if options.propagate:
             with exact_float32(), device_errors():
-                _propagation(inputs, options, device, timer, target, outputs, plain, write).run(plan.tensors)
+                from tailorcli.patching.propagate import Steps, patch_propagated
+
+                done = frozenset(outputs.done)
+                steps = Steps(plain, write, lambda name: outputs.read(name, inputs.base.tensors[name]), done)
+                scratch = target.folder if target.folder is not None else target.place.parent
+                patch_propagated(plan.tensors, inputs, options, device, timer, scratch, steps)
         else:
             for tensor, result, digest in plain(todo):
                 write(tensor, result, digest, {})
@@ -211,28 +215,3 @@ def _masks_first(
     if options.counts_first:
         return None, find_cut(plan.patched, done, *both, options.density, device).mask
     return None, None
-
-
-def _propagation(
-    inputs: PatchInputs,
-    options: PatchOptions,
-    device: torch.device,
-    timer: StageTimer,
-    target: Target,
-    outputs: Outputs,
-    plain: Callable[[list[TensorPlan]], Iterator[tuple[TensorPlan, LayerResult | None, str]]],
-    write: Callable[[TensorPlan, LayerResult | None, str, dict[str, Any]], None],
-) -> Propagation:
-    from tailorcli.patching.propagate import Propagation
-
-    assert inputs.stats is not None
-    assert inputs.retain is not None
-    done = frozenset(outputs.done)
-    return Propagation(
-        *(inputs.base, inputs.tuned, inputs.stats, inputs.retain, options, device, timer),
-        scratch=target.folder if target.folder is not None else target.place.parent,
-        plain=plain,
-        write=write,
-        stored=lambda name: outputs.read(name, inputs.base.tensors[name]),
-        done=done,
-    )

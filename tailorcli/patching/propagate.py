@@ -1,40 +1,41 @@
 """Patch a model in the order in which it runs: each layer is fitted from the inputs that the patched model gives it.
 
-Three models go in step, block by block (``blocks``): the tuned one on the samples of its statistics, the base on those
-that it retains, and on both the model that is being patched. A block is first patched by itself, as without
+Three models go in step, block by block (``models.lockstep``): the tuned one on the samples of its statistics, the base
+on those that it retains, and on both the model that is being patched. A block is first patched by itself, as without
 propagation. Then its linear layers are fitted to the outputs of the unpatched models (``core.propagation``) in the
-order in which they are called, those that share their input together, and the patched model goes on through the result.
-What is no linear layer, and a layer whose inputs in two models cannot be told to be of the same tokens, keeps its plain
-patch.
+order in which they are called, those that share their input together, and the patched model goes on through the
+result. What is no linear layer, and a layer whose inputs in two models cannot be told to be of the same tokens, keeps
+its plain patch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tailorcli.adapters.checkpoint import AdaptedCheckpoint
-from tailorcli.calibration.stats import Stats
-from tailorcli.checkpoint.folder import Checkpoint
-from tailorcli.checkpoint.header import TensorInfo
-from tailorcli.core.figures import LayerFigures, refit_figures
+from tailorcli.core.figures import LayerFigures, figures_after_fit
 from tailorcli.core.hessian import unpack_triangle
-from tailorcli.core.propagation import Moments, accumulate_moments_, complete_, no_moments, refit
+from tailorcli.core.propagation import (
+    Moments,
+    accumulate_moments_,
+    complete_,
+    no_moments,
+    propagated_errors,
+    solve_propagated,
+)
 from tailorcli.core.tailor import LayerResult
 from tailorcli.data.samples import make_batches
 from tailorcli.device import StageTimer, free_memory
 from tailorcli.errors import NumericalError, TailorError
-from tailorcli.models.config import read_config
-from tailorcli.models.layers import Layer, find_layers, is_convolution
-from tailorcli.models.lockstep import Lane, Lockstep, find_blocks
-from tailorcli.models.parts import Parts
+from tailorcli.models.layers import Layer, find_layers
+from tailorcli.models.lockstep import Lane, Lockstep
 from tailorcli.models.places import Place
 from tailorcli.models.running import (
     HIDDEN_SHARE,
@@ -45,9 +46,10 @@ from tailorcli.models.running import (
     samples_in,
     to_device,
 )
-from tailorcli.models.skeleton import empty_model
 from tailorcli.models.spill import Spill
-from tailorcli.options import CalibrateOptions, PatchOptions
+from tailorcli.options import PatchOptions
+from tailorcli.patching.stream import PatchInputs
+from tailorcli.patching.three_models import PartModel, PatchedView, ThreeModels, is_linear, options_of
 from tailorcli.runs.plan import TensorPlan
 
 if TYPE_CHECKING:
@@ -58,37 +60,30 @@ if TYPE_CHECKING:
 NEW, RETAINED = "new", "retained"
 
 
-@dataclass
-class _Model:
-    """One of the three models, without its weights but those of the parts that are loaded."""
+@dataclass(frozen=True)
+class Steps:
+    """What a run does with its tensors, however it patches them.
 
-    network: Any
-    stations: dict[str, nn.Module]  # where its batches may wait: blocks and linear layers
-    parts: Parts
+    ``plain`` patches tensors by themselves; ``write`` takes each final result with further facts for its record;
+    ``stored`` gives the value of a tensor that an interrupted run has written (None where it cannot), ``done`` says
+    which ones those are.
+    """
 
-    @property
-    def head(self) -> nn.Module | None:
-        """Its output layer."""
-        get_head = getattr(self.network, "get_output_embeddings", None)
-        found = get_head() if callable(get_head) else None
-        return found if isinstance(found, nn.Linear) else None
+    plain: Callable[[list[TensorPlan]], Iterable[Result]]
+    write: Callable[[TensorPlan, LayerResult | None, str, dict[str, Any]], None]
+    stored: Callable[[str], Tensor | None]
+    done: Container[str]
 
 
-class _PatchedView(Checkpoint):
-    """The base, but with the ``values`` of tensors that are patched in their place."""
+@dataclass(eq=False)
+class _Batch:
+    """One batch on its way: through its unpatched ``model`` in ``lane``, and through the patched one in ``mate``."""
 
-    def __init__(self, base: Checkpoint) -> None:
-        super().__init__(base.path, base.tensors, base.shards)
-        self.values: dict[str, Tensor] = {}
-
-    def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
-        """Fill ``buffer`` with the tensor's bytes from ``start`` on."""
-        value = self.values.get(info.name)
-        if value is None:
-            super().read_into(info, buffer, start)
-        else:
-            raw = value.reshape(-1).view(torch.uint8).numpy()
-            buffer[:] = raw[start : start + len(buffer)].data
+    lane: Lane
+    mate: Lane
+    kind: str
+    model: PartModel
+    tokens: int | None = None  # of its hidden states, as they went into the block where it is
 
 
 @dataclass
@@ -110,123 +105,125 @@ class _Group:
     aligned: bool = True  # the two models' inputs are of the same tokens
 
 
-@dataclass
-class Propagation:
-    """What a propagating patch needs; ``run`` patches and writes every tensor once.
+def patch_propagated(
+    tensors: Iterable[TensorPlan],
+    inputs: PatchInputs,
+    options: PatchOptions,
+    device: torch.device,
+    timer: StageTimer,
+    scratch: Path,
+    steps: Steps,
+) -> None:
+    """Patch and write each of ``tensors`` once; hidden states wait in ``scratch`` where they outgrow the memory.
 
-    ``plain`` patches tensors by themselves; ``write`` takes each final result with further facts for its record;
-    ``stored`` gives the value of a tensor that an interrupted run has written (None where it cannot), ``done`` says
-    which ones those are. Hidden states wait in ``scratch`` where they outgrow the memory.
+    Raises TailorError.
     """
-
-    base: Checkpoint
-    tuned: Checkpoint
-    stats: Stats
-    retain: Stats
-    options: PatchOptions
-    device: torch.device
-    timer: StageTimer
-    scratch: Path
-    plain: Callable[[list[TensorPlan]], Iterable[Result]]
-    write: Callable[[TensorPlan, LayerResult | None, str, dict[str, Any]], None]
-    stored: Callable[[str], Tensor | None]
-    done: Container[str]
-
-    def run(self, tensors: Iterable[TensorPlan]) -> None:
-        """Patch all of ``tensors``. Raises TailorError."""
-        self._tensors = {tensor.name: tensor for tensor in tensors}
-        with ExitStack() as stack:
-            self._open(stack)
-            for name, layer in self._load("").items():
-                self._groups[name] = _Group({name: layer})
-            host = free_memory(torch.device("cpu")) or 1 << 40
-            self._spill = Spill(self.device, self.scratch, int(host * HIDDEN_SHARE))
-            self._line_up()
-            self._lockstep.run(lambda lane: None, self._visit, self._spill)
-        for group in self._groups.values():  # layers that this data never reaches
-            self._refit(group)
-        left = [tensor for tensor in self._tensors.values() if tensor.name not in self._seen]
-        for tensor, result, digest in self.plain(left):
-            if tensor.name not in self.done:
-                self.write(tensor, result, digest, {})
-
-    def _open(self, stack: ExitStack) -> None:
-        """The three models, the unpatched ones with the weights that lie in no block."""
-        self._view = _PatchedView(self.base)
-        stack.callback(self._view.close)
-        stored = self.base if isinstance(self.tuned, AdaptedCheckpoint) else self.tuned
-        of_new, of_retained = _options_of(self.stats), _options_of(self.retain)
-        with self.timer.stage("load"):
-            self._tuned = self._model(stored, self.tuned, of_new)
-            self._base = self._model(self.base, self.base, of_retained)
-            self._patched = self._model(self._view, self._view, of_new)
-        self._layers = {layer.name: layer for layer in find_layers(self._patched.network).values()}
-        for model in (self._tuned, self._base):
-            model.parts.load("")
-        for model in (self._tuned, self._base, self._patched):
-            if model.head not in model.stations.values():  # else what it sees is wanted whole
+    with ExitStack() as stack:
+        view = stack.enter_context(closing(PatchedView(inputs.base)))
+        models = ThreeModels.of(inputs, view, device, timer)
+        for model in models.each:
+            if not model.waits_at_head():
                 stack.enter_context(last_logits_only(model.network))
+        run = Propagation(list(tensors), inputs, options, device, timer, scratch, steps, models)
+        run.through_the_models()
+    run.finish()  # without the models
 
-    def _line_up(self) -> None:
-        """A lane for every batch in its unpatched model, and its mate in the patched one."""
-        runs = [
-            (kind, batch, model)
-            for kind, stats, reference in ((NEW, self.stats, self._tuned), (RETAINED, self.retain, self._base))
-            for batch in make_batches(stats.samples(), _options_of(stats).batch_size)
-            for model in (reference, self._patched)
-        ]
-        calls = [(self._call(model.network, batch), samples_in(batch)) for _, batch, model in runs]
-        others = [model.stations for model in (self._base, self._patched)]
-        self._lockstep = Lockstep(self._tuned.stations, calls, others)
-        self._lockstep.passed = {name for name in self._tuned.stations if self._block_of(name) not in ("", name)}
-        lanes = self._lockstep.lanes
-        self._mates = {id(lane): mate for lane, mate in zip(lanes[::2], lanes[1::2], strict=True)}
-        self._kinds = {id(lane): kind for lane, (kind, _, _) in zip(lanes, runs, strict=True)}
-        self._runs = {id(lane): model for lane, (_, _, model) in zip(lanes, runs, strict=True)}
 
-    def __post_init__(self) -> None:
+class Propagation:
+    """A propagating patch under way; ``patch_propagated`` runs it."""
+
+    def __init__(
+        self,
+        tensors: list[TensorPlan],
+        inputs: PatchInputs,
+        options: PatchOptions,
+        device: torch.device,
+        timer: StageTimer,
+        scratch: Path,
+        steps: Steps,
+        models: ThreeModels,
+    ) -> None:
+        assert inputs.stats is not None
+        assert inputs.retain is not None
+        self._tensors = {tensor.name: tensor for tensor in tensors}
+        self._inputs = inputs
+        self._stats, self._retain = inputs.stats, inputs.retain
+        self._options = options
+        self._device = device
+        self._timer = timer
+        self._steps = steps
+        self._models = models
+        self._layers = find_layers(models.patched.network)
+        self._loaded: list[str] = []  # blocks
         self._seen: set[str] = set()  # tensors of the parts that were loaded
         self._groups: dict[str, _Group] = {}  # that are not fitted yet, by the layer that is called first
-        self._loaded: list[str] = []  # blocks
-        self._tokens: dict[int, int] = {}  # of a batch's hidden states, as they go into the block where it is
+        for name, layer in self._load("").items():
+            self._groups[name] = _Group({name: layer})
+        host = free_memory(torch.device("cpu")) or 1 << 40
+        self._spill = Spill(device, scratch, int(host * HIDDEN_SHARE))
+        kinds = ((NEW, self._stats, models.tuned), (RETAINED, self._retain, models.base))
+        runs = [
+            (kind, batch, model)
+            for kind, stats, model in kinds
+            for batch in make_batches(stats.samples(), options_of(stats).batch_size)
+        ]
+        calls = [
+            (self._call(each.network, batch), samples_in(batch))
+            for _, batch, model in runs
+            for each in (model, models.patched)
+        ]
+        self._lockstep = Lockstep(models.tuned.stations, calls, [models.base.stations, models.patched.stations])
+        self._lockstep.passed = {name for name in models.tuned.stations if self._block_of(name) not in ("", name)}
+        lanes = self._lockstep.lanes
+        both = zip(lanes[::2], lanes[1::2], runs, strict=True)
+        batches = [_Batch(lane, mate, kind, model) for lane, mate, (kind, _, model) in both]
+        self._batches = {lane: batch for batch in batches for lane in (batch.lane, batch.mate)}
 
-    def _model(self, stored: Checkpoint, tuned: Checkpoint, options: CalibrateOptions) -> _Model:
-        network = empty_model(stored, read_config(stored.path), options)
-        blocks = find_blocks(network)
-        parts = Parts(network, list(blocks), stored, tuned, self.device, self.timer)
-        return _Model(network, _stations(network, blocks), parts)
+    def through_the_models(self) -> None:
+        """Take all batches through the models, and fit the layers that they reach."""
+        self._lockstep.run(lambda lane: None, self._visit, self._spill)
+
+    def finish(self) -> None:
+        """Write the layers that this data never reaches, and the tensors that no model loads."""
+        for group in self._groups.values():
+            self._finish_group(group)
+        left = [tensor for tensor in self._tensors.values() if tensor.name not in self._seen]
+        for tensor, result, digest in self._steps.plain(left):
+            if tensor.name not in self._steps.done:
+                self._steps.write(tensor, result, digest, {})
 
     def _call(self, network: Any, batch: Inputs) -> Callable[[], Any]:
-        return lambda: forward(network, to_device(batch, self.device))
+        return lambda: forward(network, to_device(batch, self._device))
 
     def _load(self, part: str) -> dict[str, _Pending]:
         """Patch a part's tensors by themselves, load them, and write those that stay so; gives the others by module."""
-        names = [name for name in self._patched.parts.tensors[part] if name in self._tensors]
-        chosen = [tensor for tensor in self._tensors.values() if tensor.name in set(names)]  # in the plan's order
-        self._seen.update(names)
+        patched, view, done = self._models.patched, self._models.view, self._steps.done
+        names = {name for name in patched.parts.tensors[part] if name in self._tensors}
+        chosen = [tensor for tensor in self._tensors.values() if tensor.name in names]  # in the plan's order
+        self._seen |= names
         results: list[Result] = []
         if not self._restore(chosen):
-            for tensor, result, digest in self.plain(chosen):
+            for tensor, result, digest in self._steps.plain(chosen):
                 if result is not None and result.patched is not None and not _is_frozen(result):
-                    self._view.values[tensor.name] = result.patched.cpu()
+                    view.values[tensor.name] = result.patched.cpu()
                 results.append((tensor, result, digest))
-        places = self._patched.parts.load(part)
-        self._view.values.clear()
+        places = patched.parts.load(part)
+        view.values.clear()
         pending: dict[str, _Pending] = {}
         for tensor, result, digest in results:
             layer = self._layer_of(tensor, places.get(tensor.name))
             if layer is not None and result is not None and not _is_frozen(result):
                 pending[layer.name.removesuffix(".weight")] = _Pending(layer, tensor, result, digest)
-            elif tensor.name not in self.done:
-                self.write(tensor, result, digest, {})
+            elif tensor.name not in done:
+                self._steps.write(tensor, result, digest, {})
         return pending
 
     def _restore(self, chosen: list[TensorPlan]) -> bool:
         """Take the values of a part that an interrupted run has written whole; a part of it is worked out again."""
-        if not all(tensor.name in self.done for tensor in chosen):
+        if not all(tensor.name in self._steps.done for tensor in chosen):
             return False
-        values = {tensor.name: self.stored(tensor.name) for tensor in chosen if tensor.action == "patch"}
-        self._view.values |= {name: value for name, value in values.items() if value is not None}
+        values = {tensor.name: self._steps.stored(tensor.name) for tensor in chosen if tensor.action == "patch"}
+        self._models.view.values |= {name: value for name, value in values.items() if value is not None}
         return all(value is not None for value in values.values())
 
     def _layer_of(self, tensor: TensorPlan, place: Place | None) -> Layer | None:
@@ -234,44 +231,47 @@ class Propagation:
         if place is None or len(place.parameters) != 1 or place.part is not None or place.turned:
             return None
         layer = self._layers.get(place.parameters[0])
-        if layer is None or not _is_linear(layer) or not tensor.retain or tensor.experts or tensor.role != "linear":
+        if layer is None or not is_linear(layer) or not tensor.retain or tensor.experts or tensor.role != "linear":
             return None
         return layer if tuple(self._parameter(layer).shape) == tensor.shape else None
 
     def _parameter(self, layer: Layer) -> Tensor:
-        parameter: Tensor = self._patched.network.get_parameter(layer.name)
+        parameter: Tensor = self._models.patched.network.get_parameter(layer.name)
         return parameter
 
     def _block_of(self, station: str) -> str:
-        return self._patched.parts.part_of(f"{station}.weight")
+        return self._models.patched.parts.part_of(f"{station}.weight")
 
     def _visit(self, station: str, waiting: list[Lane]) -> None:
         """Take all batches that wait at a block into it, or those that wait at a linear layer through it."""
         if self._block_of(station) == station:
-            self._enter(station, waiting)
+            self._start_block(station, waiting)
         elif station in self._groups:
-            self._fit(self._groups.pop(station), station, waiting)
+            group = self._groups.pop(station)
+            self._accumulate_group(group, station, waiting)
+            self._finish_group(group)
         for lane in waiting:
-            self._pass(station, lane)
+            self._run_through(station, lane)
 
-    def _enter(self, block: str, waiting: list[Lane]) -> None:
+    def _start_block(self, block: str, waiting: list[Lane]) -> None:
         """Load a block, and tell by a run of one batch in which order its layers are called, and which together."""
         for name in [name for name in self._loaded if not self._is_inside(name)]:
-            for model in (self._tuned, self._base, self._patched):
-                model.parts.drop(name)
+            self._models.drop(name)
             self._loaded.remove(name)
-        if not self._seen.isdisjoint(self._patched.parts.tensors[block]):
+        if not self._seen.isdisjoint(self._models.patched.parts.tensors[block]):
             raise TailorError(f"the model calls its block {block} more than once", "pass --no-propagate")
         pending = self._load(block)
-        for model in (self._tuned, self._base):
-            model.parts.load(block)
+        self._models.load_unpatched(block)
         self._loaded.append(block)
         for lane in waiting:
-            self._tokens[id(lane)] = math.prod(lane.held[0].shape[:-1])
+            batch = self._batches[lane]
+            if lane is batch.lane:
+                batch.tokens = math.prod(lane.held[0].shape[:-1])
         seen: dict[str, list[Tensor]] = {}  # in the order of the calls
-        mates = [lane for lane in waiting if id(lane) not in self._mates]  # of the patched model
+        mates = [lane for lane in waiting if lane is self._batches[lane].mate]
         if pending and mates:
-            with self._moved(mates[0]), self.timer.stage("run"), _watching(self._patched.network, list(pending), seen):
+            network = self._models.patched.network
+            with self._moved(mates[0]), self._timer.stage("run"), _watching(network, list(pending), seen):
                 mates[0].compute()
         leaders: dict[tuple[int, ...], str] = {}
         for name, inputs in seen.items():
@@ -295,31 +295,24 @@ class Propagation:
         for lane in lanes:
             lane.move(self._spill.out)
 
-    def _fit(self, group: _Group, station: str, waiting: list[Lane]) -> None:
-        """Fold what goes into a group's layers in the patched model beside the same in the unpatched ones; then fit."""
-        lanes = [lane for lane in waiting if id(lane) in self._mates]
-        mates = [self._mates[id(lane)] for lane in lanes]
-        group.aligned = len(waiting) == 2 * len(lanes) and all(
-            mate.wanted == station and self._are_aligned(lane, mate) for lane, mate in zip(lanes, mates, strict=True)
+    def _accumulate_group(self, group: _Group, station: str, waiting: list[Lane]) -> None:
+        """Fold what goes into a group's layers in the patched model beside the same in the unpatched ones."""
+        batches = [batch for lane in waiting if (batch := self._batches[lane]).lane is lane]
+        group.aligned = len(waiting) == 2 * len(batches) and all(
+            batch.mate.wanted == station and _are_aligned(batch) for batch in batches
         )
-        for lane, mate in zip(lanes, mates, strict=True) if group.aligned else ():
-            with self._moved(lane, mate), self.timer.stage("moments"):
-                unpatched, patched = (one.held[0].flatten(0, -2) for one in (lane, mate))
-                found = group.moments.setdefault(self._kinds[id(lane)], no_moments(patched.shape[-1], self.device))
+        for batch in batches if group.aligned else ():
+            with self._moved(batch.lane, batch.mate), self._timer.stage("moments"):
+                unpatched, patched = (lane.held[0].flatten(0, -2) for lane in (batch.lane, batch.mate))
+                found = group.moments.setdefault(batch.kind, no_moments(patched.shape[-1], self._device))
                 accumulate_moments_(found, patched, unpatched)
-        self._refit(group)
 
-    def _are_aligned(self, lane: Lane, mate: Lane) -> bool:
-        """Whether two models' inputs are of the same tokens; rows of tokens that were routed here may not be."""
-        shape = mate.held[0].shape
-        rows = math.prod(shape[:-1])
-        return lane.held[0].shape == shape and (len(shape) > 2 or rows == self._tokens.get(id(lane), rows))
-
-    def _pass(self, station: str, lane: Lane) -> None:
+    def _run_through(self, station: str, lane: Lane) -> None:
         """Run a lane through a linear layer, or into a block, and on to where it waits next."""
         lane.move(self._spill.back)
-        with self.timer.stage("run"):
-            model = self._runs[id(lane)]
+        with self._timer.stage("run"):
+            batch = self._batches[lane]
+            model = batch.model if lane is batch.lane else self._models.patched
             module = model.stations[station]
             if module is model.head:  # no one reads its logits
                 assert isinstance(module, nn.Linear)
@@ -329,7 +322,7 @@ class Propagation:
             lane.advance()
         lane.move(self._spill.out)
 
-    def _refit(self, group: _Group) -> None:
+    def _finish_group(self, group: _Group) -> None:
         """Fit layers again, put them into the patched model, and write them."""
         sound = group.aligned and {*group.moments} == {NEW, RETAINED}
         for moments in group.moments.values():
@@ -339,65 +332,59 @@ class Propagation:
                 self._write_plain(layer)
                 continue
             try:
-                result, facts = self._refitted(layer, group.moments[NEW], group.moments[RETAINED])
+                result, facts = self._solve_layer(layer, group.moments[NEW], group.moments[RETAINED])
             except NumericalError as error:
                 raise NumericalError(f"tensor {layer.tensor.name!r}: {error.message}", error.hint) from error
             assert result.patched is not None
             with torch.no_grad():
                 self._parameter(layer.layer).copy_(result.patched)
-            if layer.tensor.name not in self.done:
-                self.write(layer.tensor, result, layer.digest, facts)
+            if layer.tensor.name not in self._steps.done:
+                self._steps.write(layer.tensor, result, layer.digest, facts)
         group.moments.clear()
 
-    def _refitted(self, layer: _Pending, new: Moments, retained: Moments) -> tuple[LayerResult, dict[str, Any]]:
-        tensor = layer.tensor
-        base, tuned = (source.read(tensor.name).to(self.device) for source in (self.base, self.tuned))
+    def _solve_layer(self, layer: _Pending, new: Moments, retained: Moments) -> tuple[LayerResult, dict[str, Any]]:
+        """The fitted layer with its figures, and what its record says besides."""
+        tensor, mask = layer.tensor, layer.result.mask
+        base, tuned = (s.read(tensor.name).to(self._device) for s in (self._inputs.base, self._inputs.tuned))
         assert layer.result.patched is not None
-        with self.timer.stage("solve"):
-            found = refit(
-                *(base, tuned, layer.result.patched, layer.result.mask, new, retained),
-                retain_weight=self.options.retain_weight,
-                damping=self.options.effective_damping,
+        with self._timer.stage("solve"):
+            found = solve_propagated(
+                *(base, tuned, layer.result.patched, mask, new, retained),
+                retain_weight=self._options.retain_weight,
+                damping=self._options.effective_damping,
                 transposed=tensor.transposed,
-                tolerance=self.options.tolerance,
-                max_iterations=self.options.max_iterations,
+                tolerance=self._options.tolerance,
+                max_iterations=self._options.max_iterations,
             )
-        with self.timer.stage("measure"):
-            figures = self._figures(layer, base, tuned, found.patched, found.iterations, found.residual)
+        with self._timer.stage("measure"):
+            unpatched = self._unpatched_figures(layer, base, tuned, found.patched)
+            errors = propagated_errors(base, tuned, found.patched, mask, new, retained, tensor.transposed)
+        figures = replace(unpatched, **asdict(errors), iterations=found.iterations, residual=found.residual)
         facts = {"propagated": True, "input_shift": new.shift, "retained_input_shift": retained.shift}
-        return LayerResult(found.patched, layer.result.mask, figures), facts
+        facts |= {f"{name}_unpatched_inputs": getattr(unpatched, name) for name in asdict(errors)}
+        return LayerResult(found.patched, mask, figures), facts
 
-    def _figures(
-        self, layer: _Pending, base: Tensor, tuned: Tensor, patched: Tensor, iterations: int, residual: float
-    ) -> LayerFigures:
-        """The figures of the plain patch, with what the fit has changed: on the unpatched inputs, as all reports."""
+    def _unpatched_figures(self, layer: _Pending, base: Tensor, tuned: Tensor, patched: Tensor) -> LayerFigures:
+        """The figures of the plain patch, with what the fit has changed: on the inputs of the unpatched models."""
         tensor = layer.tensor
         assert tensor.hessian is not None
-        sources = ((self.stats, tensor.hessian), (self.retain, tensor.retain[0]))
-        hessians = [unpack_triangle(s.load(name).to(self.device), s.hessians[name].size) for s, name in sources]
-        how = (tensor.transposed, iterations, residual)
-        return refit_figures(layer.result.figures, base, tuned, patched, hessians[0], hessians[1], *how)
+        sources = ((self._stats, tensor.hessian), (self._retain, tensor.retain[0]))
+        hessian, retained = (
+            unpack_triangle(source.load(name).to(self._device), source.hessians[name].size) for source, name in sources
+        )
+        return figures_after_fit(layer.result.figures, base, tuned, patched, hessian, retained, tensor.transposed)
 
     def _write_plain(self, layer: _Pending) -> None:
-        if layer.tensor.name not in self.done:
-            self.write(layer.tensor, layer.result, layer.digest, {})
+        if layer.tensor.name not in self._steps.done:
+            self._steps.write(layer.tensor, layer.result, layer.digest, {})
 
 
-def _options_of(stats: Stats) -> CalibrateOptions:
-    """How a model ran when it was calibrated: its dtype and its batches."""
-    saved = stats.manifest["options"]
-    return CalibrateOptions(dtype=saved["dtype"], batch_size=saved["batch_size"])
-
-
-def _stations(network: Any, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Where batches may wait for one another: blocks and linear layers, in the order of the modules."""
-    linear = {layer.name.removesuffix(".weight") for layer in find_layers(network).values() if _is_linear(layer)}
-    return {name: module for name, module in network.named_modules() if name in blocks or name in linear}
-
-
-def _is_linear(layer: Layer) -> bool:
-    """Whether one module alone holds a layer, as a matrix that multiplies its inputs, whole."""
-    return layer.role == "linear" and len(layer.modules) == 1 and not is_convolution(layer.modules[0])
+def _are_aligned(batch: _Batch) -> bool:
+    """Whether two models' inputs are of the same tokens; rows of tokens that were routed here may not be."""
+    shape = batch.mate.held[0].shape
+    rows = math.prod(shape[:-1])
+    same = batch.lane.held[0].shape == shape
+    return same and (len(shape) > 2 or batch.tokens is None or rows == batch.tokens)
 
 
 def _is_frozen(result: LayerResult) -> bool:

@@ -1,0 +1,131 @@
+"""The three models of propagation: the tuned one, the base, and the one that is being patched, loaded part by part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tailorcli.adapters.checkpoint import AdaptedCheckpoint
+from tailorcli.calibration.stats import Stats
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.header import TensorInfo
+from tailorcli.models.config import read_config
+from tailorcli.models.layers import Layer, find_layers, is_convolution
+from tailorcli.models.lockstep import find_blocks
+from tailorcli.models.parts import Parts
+from tailorcli.models.skeleton import empty_model
+from tailorcli.options import CalibrateOptions
+
+if TYPE_CHECKING:
+    from tailorcli.device import StageTimer
+    from tailorcli.patching.stream import PatchInputs
+
+
+@dataclass(frozen=True)
+class PartModel:
+    """One of the three, without its weights but those of the parts that are loaded."""
+
+    network: Any
+    stations: dict[str, nn.Module]  # where its batches may wait: blocks and linear layers
+    parts: Parts
+
+    @classmethod
+    def of(
+        cls,
+        stored: Checkpoint,
+        tuned: Checkpoint,
+        options: CalibrateOptions,
+        device: torch.device,
+        timer: StageTimer,
+    ) -> PartModel:
+        """The model of a checkpoint ``stored``, or of an adapter ``tuned`` on it, run as ``options`` say."""
+        network = empty_model(stored, read_config(stored.path), options)
+        blocks = find_blocks(network)
+        parts = Parts(network, list(blocks), stored, tuned, device, timer)
+        linear = {layer.name.removesuffix(".weight") for layer in find_layers(network).values() if is_linear(layer)}
+        modules = network.named_modules()  # in the order of the modules
+        return cls(network, {name: module for name, module in modules if name in blocks or name in linear}, parts)
+
+    @property
+    def head(self) -> nn.Module | None:
+        """Its output layer."""
+        get_head = getattr(self.network, "get_output_embeddings", None)
+        found = get_head() if callable(get_head) else None
+        return found if isinstance(found, nn.Linear) else None
+
+    def waits_at_head(self) -> bool:
+        """Whether its batches may wait at its output layer: what goes in is then wanted whole."""
+        return self.head in self.stations.values()
+
+
+class PatchedView(Checkpoint):
+    """The base, but with the ``values`` of tensors that are patched in their place."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        super().__init__(base.path, base.tensors, base.shards)
+        self.values: dict[str, Tensor] = {}
+
+    def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
+        """Fill ``buffer`` with the tensor's bytes from ``start`` on."""
+        value = self.values.get(info.name)
+        if value is None:
+            super().read_into(info, buffer, start)
+        else:
+            raw = value.reshape(-1).view(torch.uint8).numpy()
+            buffer[:] = raw[start : start + len(buffer)].data
+
+
+@dataclass(frozen=True)
+class ThreeModels:
+    """The models that go in step; the unpatched two begin with the weights that lie in no block."""
+
+    tuned: PartModel
+    base: PartModel
+    patched: PartModel
+    view: PatchedView  # from which the patched one is loaded
+
+    @classmethod
+    def of(cls, inputs: PatchInputs, view: PatchedView, device: torch.device, timer: StageTimer) -> ThreeModels:
+        """The models of a patch's inputs."""
+        assert inputs.stats is not None
+        assert inputs.retain is not None
+        stored = inputs.base if isinstance(inputs.tuned, AdaptedCheckpoint) else inputs.tuned
+        of_new, of_retained = options_of(inputs.stats), options_of(inputs.retain)
+        with timer.stage("load"):
+            models = cls(
+                PartModel.of(stored, inputs.tuned, of_new, device, timer),
+                PartModel.of(inputs.base, inputs.base, of_retained, device, timer),
+                PartModel.of(view, view, of_new, device, timer),
+                view,
+            )
+        models.load_unpatched("")
+        return models
+
+    @property
+    def each(self) -> tuple[PartModel, PartModel, PartModel]:
+        """All of them."""
+        return self.tuned, self.base, self.patched
+
+    def load_unpatched(self, part: str) -> None:
+        """Load a part of the tuned model and of the base."""
+        for model in (self.tuned, self.base):
+            model.parts.load(part)
+
+    def drop(self, part: str) -> None:
+        """Give up a part of all three."""
+        for model in self.each:
+            model.parts.drop(part)
+
+
+def options_of(stats: Stats) -> CalibrateOptions:
+    """How a model ran when it was calibrated: its dtype and its batches."""
+    saved = stats.manifest["options"]
+    return CalibrateOptions(dtype=saved["dtype"], batch_size=saved["batch_size"])
+
+
+def is_linear(layer: Layer) -> bool:
+    """Whether one module alone holds a layer, as a matrix that multiplies its inputs, whole."""
+    return layer.role == "linear" and len(layer.modules) == 1 and not is_convolution(layer.modules[0])
