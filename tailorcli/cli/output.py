@@ -185,16 +185,17 @@ def show_summary(report: dict[str, Any]) -> None:
 
     totals = report["totals"]
     show_kept(totals)
+    own = "on the patched model's inputs, " if "error_after_unpatched_inputs" in totals else ""
     if totals["error_before"] is not None:
         how = report["options"]["solver"] if report["options"]["method"] == "tailor" else report["options"]["method"]
         say(
             f"mean layer error against the tuned model: {format_share(totals['error_before'])} before compensation, "
-            f"{format_share(totals['error_after'])} after ({how})"
+            f"{format_share(totals['error_after'])} after ({own}{how})"
         )
     if "drift" in totals:
         say(
             f"mean drift on the retained data: {format_share(totals['drift'])} of the tuned model's (0% is the base; "
-            f"retain weight {report['options']['retain_weight']:g})"
+            f"{own}retain weight {report['options']['retain_weight']:g})"
         )
     if "propagated" in totals:
         say(

@@ -168,7 +168,7 @@ def _sum(tensors: list[dict[str, Any]], key: str) -> float:
 def _errors(axes: Any, tensors: list[dict[str, Any]], *, by_layer: bool) -> None:
     measured = [t for t in tensors if t.get("kind") == "full" and t.get("error_after") is not None]
     where = "layer" if by_layer else "module kind"
-    axes.set(title=f"Layer error against the tuned layer, by {where}", ylabel="% of ‖ΔW X‖²")
+    axes.set(title=f"Layer error against the tuned layer, by {where}", ylabel="% of the error at base")
     if not measured:
         axes.text(0.5, 0.5, "not measured: no compensation was solved for", ha="center", transform=axes.transAxes)
         return

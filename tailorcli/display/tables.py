@@ -136,7 +136,7 @@ def _show_fact(key: str, value: Any) -> str:
     if key == "bytes" or key.endswith("_bytes"):
         return format_bytes(value)
     if isinstance(value, float) and (
-        "share" in key or key.startswith("error") or key.endswith("shift") or key in ("jaccard", "density", "drift")
+        "share" in key or key.startswith(("error", "drift")) or key.endswith("shift") or key in ("jaccard", "density")
     ):
         return format_share(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"

@@ -121,8 +121,9 @@ def _read_retain(value: Any) -> tuple[str, ...]:
 class TensorRecord:
     """What a run did to one tensor of the base; every field is named as in the report file.
 
-    ``error_*`` are relative layer errors, ``*_energy`` and sums as in ``core.figures.LayerFigures``. The figures of a
-    tensor that stays at base are 0 or None, and the file leaves them out. With ``of_merge`` it is a record of
+    ``error_*`` are relative layer errors, ``*_energy`` and sums as in ``core.figures.LayerFigures``, or, where it was
+    propagated, as in ``core.propagation.PropagatedErrors``. The figures of a tensor that stays at base are 0 or None,
+    and the file leaves them out. With ``of_merge`` it is a record of
     ``merge-multi``: ``method`` is how the tasks were merged, and ``errors``, ``kept_by`` have a figure for each task.
     """
 
@@ -164,6 +165,11 @@ class TensorRecord:
     propagated: bool = False
     input_shift: float | None = None
     retained_input_shift: float | None = None
+    output_energy_unpatched_inputs: float | None = None  # these five are missing in early reports
+    error_before_unpatched_inputs: float | None = None
+    error_after_unpatched_inputs: float | None = None
+    drift_energy_unpatched_inputs: float | None = None
+    drift_unpatched_inputs: float | None = None
 
     of_merge: bool = False
     method: str | None = None
@@ -191,7 +197,9 @@ class TensorRecord:
         if self.patched and self.of_merge:
             keys += [*_MERGE_FIGURES, *(key for key in _MERGE_SOLVED if getattr(self, key) is not None)]
         elif self.patched:
-            keys += [*_FIGURES, *(_PROPAGATED if self.propagated else ())]
+            keys += _FIGURES
+        if self.patched and self.propagated:
+            keys += [*_PROPAGATED, *(key for key in _UNPATCHED if getattr(self, key) is not None)]
         values = {key: getattr(self, key) for key in keys}
         if len(self.retain) == 1 and not self.of_merge:
             values["retain"] = self.retain[0]
@@ -207,6 +215,9 @@ _FIGURES = (
     *("iterations", "residual", "damped_further"),
 )
 _PROPAGATED = ("propagated", "input_shift", "retained_input_shift")
+_UNPATCHED = tuple(  # figures on the inputs of the unpatched models, beside those on the patched model's own
+    f"{name}_unpatched_inputs" for name in ("output_energy", "error_before", "error_after", "drift_energy", "drift")
+)
 _MERGED = ("name", "status", "reason", "method", "role", "shape", "dtype", "hessian", "kind", "errors")
 _MERGE_FIGURES = ("numel", "kept", "kept_by", "kept_by_all", "jaccard", "pairs", "shared", "sign_conflicts")
 _MERGE_SOLVED = ("iterations", "residual", "damping", "damped_further")
@@ -232,7 +243,7 @@ _READERS: dict[str, Reader] = {
     **dict.fromkeys(("sensitivity_quantiles", "errors"), maybe(list_of(read_number))),
     **dict.fromkeys(("sensitivity_sum", "sensitivity_kept", "output_energy"), maybe(read_number)),
     **dict.fromkeys(("error_before", "error_after", "drift_energy", "drift"), maybe(read_number)),
-    **dict.fromkeys(("input_shift", "retained_input_shift"), maybe(read_number)),
+    **dict.fromkeys(("input_shift", "retained_input_shift", *_UNPATCHED), maybe(read_number)),
     **dict.fromkeys(("dead_channels", "iterations"), maybe(read_count)),
     "damped_further": maybe(read_flag),
     "propagated": read_flag,

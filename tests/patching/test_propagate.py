@@ -18,9 +18,17 @@ from tailorcli import PatchOptions, TailorError, apply_patch, calibrate_model, p
 from tailorcli.calibration.stats import SAMPLES, Stats
 from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.cli import app
-from tailorcli.core.propagation import accumulate_moments_, complete_, no_moments, refit
+from tailorcli.core.hessian import unpack_triangle
+from tailorcli.core.propagation import (
+    accumulate_moments_,
+    complete_,
+    no_moments,
+    propagated_errors,
+    solve_propagated,
+)
 from tailorcli.core.retain import retain_scale
 from tailorcli.options import CalibrateOptions
+from tailorcli.patchfile.report import load_report
 from tailorcli.patchfile.writer import PatchWriter
 
 PROPAGATED = PatchOptions(propagate=True, retain_weight=0.3, damping=0.1)
@@ -62,7 +70,9 @@ def test_the_fit_is_the_minimum_of_both_terms_on_the_mask(size, rows, seed, tran
     moved, moved_r = x + 0.3 * torch.randn(x.shape, generator=g), x_r + 0.3 * torch.randn(x.shape, generator=g)
     new, retained = moments_of(moved, x), moments_of(moved_r, x_r)
     given_ = [t.T.contiguous() if transposed else t for t in (base, tuned, plain, mask)]
-    found = refit(*given_, new, retained, retain_weight=0.7, damping=0.05, transposed=transposed, tolerance=1e-7)
+    found = solve_propagated(
+        *given_, new, retained, retain_weight=0.7, damping=0.05, transposed=transposed, tolerance=1e-7
+    )
     result = found.patched.T if transposed else found.patched
     assert bits(result[~mask]) == bits(base[~mask])
 
@@ -145,14 +155,20 @@ def test_a_float16_model_with_large_activations_reports_the_shifts_of_a_float32_
         assert found == pytest.approx(shifts["float32"][name], rel=0.05, abs=1e-4), name
 
 
+def test_the_fit_has_its_earlier_name_in_the_core():
+    import tailorcli.core
+
+    assert tailorcli.core.refit is tailorcli.core.solve_propagated is solve_propagated
+
+
 def test_unmoved_inputs_leave_an_undamped_optimum_where_it_is():
     g = torch.Generator().manual_seed(0)
     base, tuned = torch.randn(4, 8, generator=g), torch.randn(4, 8, generator=g)
     x, x_r = torch.randn(50, 8, generator=g), torch.randn(50, 8, generator=g)
     new, retained = moments_of(x, x), moments_of(x_r, x_r)
     mask = torch.ones(4, 8, dtype=torch.bool)
-    first = refit(base, tuned, base, mask, new, retained, retain_weight=1.0, damping=0.0).patched
-    again = refit(base, tuned, first, mask, new, retained, retain_weight=1.0, damping=0.0)
+    first = solve_propagated(base, tuned, base, mask, new, retained, retain_weight=1.0, damping=0.0).patched
+    again = solve_propagated(base, tuned, first, mask, new, retained, retain_weight=1.0, damping=0.0)
     torch.testing.assert_close(again.patched, first, rtol=1e-4, atol=1e-5)
     scale = retain_scale(new.hessian, retained.hessian, 1.0)
     system = new.hessian + scale * retained.hessian
@@ -203,7 +219,7 @@ def test_a_model_is_fitted_block_by_block_from_the_patched_blocks_before(pair, t
             moments = {w: moments_of(patched[w][name], references[w][name]) for w in samples}
             weight = f"{name}.weight"
             mask = plain[weight] != base[weight]
-            expected = refit(
+            expected = solve_propagated(
                 *(base[weight], tuned[weight], plain[weight], mask, moments["tuned"], moments["base"]),
                 retain_weight=0.3,
                 damping=0.1,
@@ -223,23 +239,99 @@ def test_a_model_is_fitted_block_by_block_from_the_patched_blocks_before(pair, t
     assert len(moved) == 3 * 7 + 1
 
 
-def test_the_report_measures_what_is_stored(pair, tmp_path):
+def patched_errors(base, tuned, patched, mask, inputs, unpatched):
+    """A dense float64 reading of what a report says: figures from the very inputs, each kind (N, I)."""
+    base, tuned, patched = (t.double() for t in (base, tuned, patched))
+    x, y, x_r, y_r = (t.double() for t in (inputs["tuned"], unpatched["tuned"], inputs["base"], unpatched["base"]))
+
+    def error(weight):
+        return float((x @ weight.T - y @ tuned.T).square().sum())
+
+    def drift(weight):
+        return float((x_r @ weight.T - y_r @ base.T).square().sum())
+
+    return {
+        "output_energy": 2 / len(x) * error(base),
+        "error_before": error(torch.where(mask, tuned, base)) / error(base),
+        "error_after": error(patched) / error(base),
+        "drift_energy": 2 / len(x_r) * drift(tuned),
+        "drift": drift(patched) / drift(tuned),
+    }
+
+
+@given(
+    size=st.integers(1, 12),
+    rows=st.integers(1, 5),
+    shift=st.sampled_from([0.0, 0.01, 0.5]),
+    seed=st.integers(0, 10_000),
+    transposed=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_errors_are_those_of_the_inputs_in_the_patched_model(size, rows, shift, seed, transposed, dtype):
+    g = torch.Generator().manual_seed(seed)
+    base, change, fit = (torch.randn(rows, size, generator=g) for _ in range(3))
+    base, tuned, patched = (t.to(dtype) for t in (base, base + 0.3 * change, base + 0.3 * fit))
+    mask = torch.rand(rows, size, generator=g) < 0.5
+    patched = torch.where(mask, patched, base)
+    unpatched = {which: torch.randn(3 * size + 4, size, generator=g) for which in ("tuned", "base")}
+    inputs = {which: x + shift * torch.randn(x.shape, generator=g) for which, x in unpatched.items()}
+    moments = [moments_of(inputs[which], unpatched[which]) for which in ("tuned", "base")]
+    stored = [t.T.contiguous() if transposed else t for t in (base, tuned, patched, mask)]
+    found = propagated_errors(*stored, *moments, transposed=transposed)
+    for name, expected in patched_errors(base, tuned, patched, mask, inputs, unpatched).items():
+        assert getattr(found, name) == pytest.approx(expected, rel=1e-3, abs=1e-5), name
+
+
+def test_the_report_measures_what_is_stored_on_the_inputs_that_the_patched_model_has(pair, tmp_path):
     report = run(pair, tmp_path / "out")
     base, tuned, found = (read_tensors(path) for path in (pair / "base", pair / "tuned", tmp_path / "out"))
     stats, retain = Stats.open(pair / "stats"), Stats.open(pair / "retain")
-    for record in report.tensors:
-        if not record.get("propagated"):
-            continue
+    samples = {"tuned": stats.samples(), "base": retain.samples()}
+    fitted = [record for record in report.tensors if record.get("propagated")]
+    modules = [record["name"].removesuffix(".weight") for record in fitted]
+    load = lambda path: AutoModelForCausalLM.from_pretrained(path).eval()  # noqa: E731
+    unpatched = {which: inputs_of(load(pair / which), samples[which], modules) for which in samples}
+    inputs = {which: inputs_of(load(tmp_path / "out"), samples[which], modules) for which in samples}
+    for record, module in zip(fitted, modules, strict=True):
         name = record["name"]
-        from tailorcli.core.hessian import unpack_triangle
-
+        both = ({which: seen[which][module] for which in samples} for seen in (inputs, unpatched))
+        mask = found[name] != base[name]  # but for a kept entry that was fitted to base's value to the bit
+        for figure, expected in patched_errors(base[name], tuned[name], found[name], mask, *both).items():
+            assert record[figure] == pytest.approx(expected, rel=2e-3, abs=1e-5), (name, figure)
+        assert record["error_after"] < record["error_before"]
         delta, moved, error = ((a[name] - b[name]).double() for a, b in ((tuned, base), (found, base), (found, tuned)))
         h, r = (unpack_triangle(s.load(s.tensors[name].hessian), delta.shape[1]).double() for s in (stats, retain))
         form = lambda d, matrix: float((d @ matrix * d).sum())  # noqa: E731
-        assert record["error_after"] == pytest.approx(form(error, h) / form(delta, h), rel=1e-3)
-        assert record["drift"] == pytest.approx(form(moved, r) / form(delta, r), rel=1e-3)
+        assert record["error_after_unpatched_inputs"] == pytest.approx(form(error, h) / form(delta, h), rel=1e-3)
+        assert record["drift_unpatched_inputs"] == pytest.approx(form(moved, r) / form(delta, r), rel=1e-3)
+        assert record["output_energy_unpatched_inputs"] == pytest.approx(form(delta, h), rel=1e-3)
+        assert record["drift_energy_unpatched_inputs"] == pytest.approx(form(delta, r), rel=1e-3)
         assert record["distance_after"] == pytest.approx(float(moved.abs().sum()), rel=1e-4)
         assert record["kept"] == round(0.1 * delta.numel())
+    measured = [record for record in report.tensors if record["kind"] == "full"]
+    for name in ("error_before", "error_after", "drift"):
+        mean = sum(record[name] for record in measured) / len(measured)
+        assert report.totals[name] == pytest.approx(mean)
+        mean = sum(record[f"{name}_unpatched_inputs"] for record in measured) / len(measured)
+        assert report.totals[f"{name}_unpatched_inputs"] == pytest.approx(mean)
+    plain = run(pair, tmp_path / "plain", replace(PROPAGATED, propagate=False))
+    assert not any("unpatched" in name for name in plain.totals)
+    assert report.totals["error_before_unpatched_inputs"] == pytest.approx(plain.totals["error_before"])
+
+
+def test_a_propagated_report_without_the_unpatched_figures_opens(pair, tmp_path):
+    """As earlier versions wrote them."""
+    run(pair, tmp_path / "out")
+    path = tmp_path / "out" / "tailor_report.json"
+    report = json.loads(path.read_text())
+    for part in (report["totals"], *report["tensors"]):
+        for name in [name for name in part if name.endswith("_unpatched_inputs")]:
+            del part[name]
+    path.write_text(json.dumps(report))
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--plot", str(tmp_path / "plot.png")])
+    assert shown.exit_code == 0, shown.output
+    assert load_report(path)["totals"] == report["totals"]
 
 
 @pytest.mark.parametrize("batch", [1, 5])
@@ -317,6 +409,10 @@ def test_the_command_says_what_it_does_and_costs(pair, tmp_path):
     result = propagate_by_command(pair, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "propagated" in result.output
+    totals = json.loads((tmp_path / "out" / "tailor_report.json").read_text())["totals"]
+    before, after, drift = (f"{100 * totals[name]:.1f}%" for name in ("error_before", "error_after", "drift"))
+    assert f"{before} before compensation, {after} after (on the patched model's inputs, joint)" in result.output
+    assert f"{drift} of the tuned model's (0% is the base; on the patched model's inputs, " in result.output
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
 
 
