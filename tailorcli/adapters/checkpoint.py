@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tailorcli.adapters.config import CONFIG_FILE, read_settings
-from tailorcli.adapters.fit import WEIGHTS_FILE, Formula, fit_adapter
+from tailorcli.adapters.fit import WEIGHTS_FILE, Formula, LoadedNames, fit_adapter
 from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, side_files
 from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.quantized import open_checkpoint
@@ -169,11 +169,14 @@ def is_adapter(path: PathLike) -> bool:
         return False
 
 
-def open_tuned(path: PathLike, base: Checkpoint, form: str = "fp8") -> Checkpoint:
+def open_tuned(
+    path: PathLike, base: Checkpoint, form: str = "fp8", loaded_names: LoadedNames | None = None
+) -> Checkpoint:
     """The tuned model in ``path``: a full checkpoint, or an adapter on ``base``, which must stay open meanwhile.
 
-    ``form`` is for FP8 weights (see DequantizedCheckpoint). Reads headers alone. Raises CheckpointError with what is
-    wrong and where, for an adapter also where it does not fit ``base`` or is of a kind that is not read.
+    ``form`` is for FP8 weights (see DequantizedCheckpoint). ``loaded_names`` gives names of the base or the adapter
+    those that the loaded model has, by which PEFT names its tensors. Reads headers alone. Raises CheckpointError with
+    what is wrong and where, for an adapter also where it does not fit ``base`` or is of a kind that is not read.
     """
     if not is_adapter(path):
         return open_checkpoint(path, form)
@@ -181,7 +184,7 @@ def open_tuned(path: PathLike, base: Checkpoint, form: str = "fp8") -> Checkpoin
     if base.dequantized:
         what = f"the adapter {folder} is to be merged into quantised weights ({base.path})"
         raise CheckpointError(what, "pass the base as it was before it was quantised")
-    formulas, saved = fit_adapter(folder, base, read_settings(folder))
+    formulas, saved = fit_adapter(folder, base, read_settings(folder), loaded_names)
     return AdaptedCheckpoint(folder, base, formulas, saved)
 
 

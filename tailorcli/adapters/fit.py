@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,20 +63,26 @@ class Formula:
         return [part for part in (self.down, self.up, self.magnitude, self.shift, self.row_values) if part is not None]
 
 
+LoadedNames = Callable[[Checkpoint, Iterable[str]], dict[str, str]]  # of a model's tensors, once it is loaded
+
+
 def fit_adapter(
-    folder: Path, base: Checkpoint, settings: LoraSettings
+    folder: Path, base: Checkpoint, settings: LoraSettings, loaded_names: LoadedNames | None = None
 ) -> tuple[dict[str, Formula], dict[str, TensorInfo]]:
     """What the adapter in ``folder`` does to ``base``: formulas of the tensors to form, and tensors that it replaces.
 
     Both are keyed by the base's names. Raises CheckpointError for whatever does not fit or has no place in the base.
     """
-    return _Fit(folder, base, settings).fit()
+    return _Fit(folder, base, settings, loaded_names).fit()
 
 
 class _Fit:
     """Fits an adapter's tensors to its base, by names and shapes."""
 
-    def __init__(self, folder: Path, base: Checkpoint, settings: LoraSettings) -> None:
+    def __init__(
+        self, folder: Path, base: Checkpoint, settings: LoraSettings, loaded_names: LoadedNames | None
+    ) -> None:
+        self.loaded_names = loaded_names
         self.folder = folder
         self.base = base
         self.settings = settings
@@ -151,9 +157,15 @@ class _Fit:
                 self.whole[name] = info
 
     def _match(self, names: list[str]) -> dict[str, str]:
-        """The base's name of each tensor: the same, or all the others with one and the same prefix more or less."""
-        missing = [name for name in names if name not in self.base.tensors]
+        """The base's name of each tensor: the same, or that of the same parameter of the loaded model.
+
+        Or all that are left have one and the same prefix more or less.
+        """
         found = {name: name for name in names if name in self.base.tensors}
+        missing = [name for name in names if name not in found]
+        if missing and self.loaded_names is not None:
+            found |= self._by_loaded_names(missing, self.loaded_names)
+            missing = [name for name in names if name not in found]
         if not missing:
             return found
         shifts = self._shifts(missing)
@@ -173,6 +185,14 @@ class _Fit:
         if twice:
             raise self._error(f"{_some(twice)} are the same tensor of {self.base.path}", _OTHER_BASE)
         return found
+
+    def _by_loaded_names(self, names: list[str], loaded_names: LoadedNames) -> dict[str, str]:
+        """The base's tensors that become the same parameters of the loaded model as these, one each."""
+        loaded = loaded_names(self.base, [*names, *self.base.tensors])
+        stored: dict[str, list[str]] = defaultdict(list)
+        for name in self.base.tensors:
+            stored[loaded[name]].append(name)
+        return {name: stored[loaded[name]][0] for name in names if len(stored[loaded[name]]) == 1}
 
     def _shifts(self, names: list[str]) -> list[set[tuple[str, str]]]:
         """For each name the prefixes (dropped, added) that turn it into a name of the base."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.adapters.checkpoint import is_adapter, open_tuned, tokenizer_folder
+from tailorcli.adapters.checkpoint import is_adapter, tokenizer_folder
 from tailorcli.adapters.config import CONFIG_FILE, read_settings
 from tailorcli.calibration.passes import Run, collect_blockwise, collect_whole, guessed_places
 from tailorcli.calibration.stats import HESSIANS, HessianInfo, TensorStats
@@ -38,6 +38,7 @@ from tailorcli.models.loading import (
     most_tokens,
     package_versions,
 )
+from tailorcli.models.naming import open_for
 from tailorcli.models.places import Place
 from tailorcli.models.skeleton import empty_model
 from tailorcli.options import CalibrateOptions, matches
@@ -161,7 +162,7 @@ def _open(model: Path, base: PathLike | None, stack: ExitStack) -> tuple[Checkpo
             note(f"{model} holds full weights, which are taken as they are: the adapter beside them is not applied")
         return checkpoint, checkpoint
     stored = stack.enter_context(open_checkpoint(_named_base(model) if base is None else base))
-    return stored, stack.enter_context(open_tuned(model, stored))
+    return stored, stack.enter_context(open_for(stored, model))
 
 
 def _named_base(adapter: Path) -> Path:

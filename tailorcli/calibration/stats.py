@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import read_header
+from tailorcli.checkpoint.renamed import RenamedCheckpoint
 from tailorcli.errors import CheckpointError, StatsError
 from tailorcli.files import PathLike, file_digest, read_json
 
@@ -159,6 +160,12 @@ class Stats:
             for hessian in tensor.hessians:
                 if hessian not in self.hessians:
                     raise StatsError(f"{manifest_path}: {name!r} refers to no Hessian {hessian!r}", _AGAIN)
+
+    def rename_for(self, model: Checkpoint) -> None:
+        """Take on the names under which ``model``, of which these statistics may be, is compared with another."""
+        if isinstance(model, RenamedCheckpoint):
+            known = self.tensors
+            self.tensors = {name: known[own] for name, own in model.names.items() if own in known}
 
     def load(self, name: str, pinned: bool = False) -> Tensor:
         """The stored numbers of one Hessian, float32: a packed triangle, or a diagonal (I,)."""

@@ -36,6 +36,8 @@ class Checkpoint:
     manager, or call ``close``. Reading is safe from several threads.
     """
 
+    is_found = True  # whether from_pretrained finds the tensors in the folder
+    absent: frozenset[str] = frozenset()  # names of its counterpart's tensors that it lacks and need not have
     dequantized = False  # whether tensors read as other numbers than their files hold
 
     def __init__(self, path: Path, tensors: dict[str, TensorInfo], shards: list[Path]) -> None:
@@ -59,6 +61,10 @@ class Checkpoint:
                 return cls(folder, tensors, [folder / SINGLE_FILE])
             if (folder / INDEX_FILE).exists():
                 return cls(folder, *_open_shards(folder))
+            if (shards := _shards_without_index(folder)) is not None:
+                checkpoint = cls(folder, {n: i for shard in shards for n, i in read_header(shard)[0].items()}, shards)
+                checkpoint.is_found = False
+                return checkpoint
             raise _no_weights(folder)
         except OSError as error:
             raise unreadable(folder, error) from error
@@ -174,6 +180,14 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _shards_without_index(folder: Path) -> list[Path] | None:
+    """All of model-00001-of-00002.safetensors and its kin, where the index was lost; None where any is missing."""
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    count = len(shards)
+    complete = [folder / f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    return shards if count and shards == complete else None
 
 
 def _open_shards(folder: Path) -> tuple[dict[str, TensorInfo], list[Path]]:

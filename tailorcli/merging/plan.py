@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from tailorcli.adapters.checkpoint import open_tuned
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
@@ -15,6 +14,7 @@ from tailorcli.checkpoint.layout import plan_layout
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.errors import OptionsError, PatchError, StatsError
 from tailorcli.files import PathLike
+from tailorcli.models.naming import open_for
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patching.checks import check_pair, check_stats
@@ -61,7 +61,7 @@ class MergeInputs:
             patch.check_base(opened)
             patch.check()
             tasks.append(Task(patch))
-        models = [stack.enter_context(open_tuned(path, opened)) for path in tuned]
+        models = [stack.enter_context(open_for(opened, path)) for path in tuned]
         folders = [Stats.open(path) for path in stats]
         for folder in folders:
             stack.callback(folder.close)
@@ -70,6 +70,7 @@ class MergeInputs:
             if task.tuned is not None:
                 check_pair(opened, task.tuned, allow_dtype_mismatch=True)
                 if task.stats is not None:
+                    task.stats.rename_for(task.tuned)
                     check_stats(opened, task.tuned, task.stats)
         return cls(opened, tasks)
 

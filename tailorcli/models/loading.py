@@ -19,6 +19,11 @@ from tailorcli.errors import CheckpointError, first_line, note
 from tailorcli.models.config import num_positions, read_config
 from tailorcli.options import LoadOptions
 
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+HOLLOW_HINT = (
+    "DeepSpeed ZeRO-3 saved it without gathering its weights: set stage3_gather_16bit_weights_on_model_save, or make "
+    "the checkpoint with zero_to_fp32.py"
+)
 # Files of an adapter that was merged into these very weights may lie beside them: transformers would apply it again.
 _NO_ADAPTER = {"subfolder": "an adapter that was merged"}
 
@@ -117,6 +122,24 @@ def described(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptio
     return found
 
 
+def empty_on_meta(
+    checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions, folder: Path | None = None
+) -> Any:
+    """The model without weights, in no memory at all. Raises CheckpointError.
+
+    ``config`` is read from ``folder``, which is the checkpoint's own unless it is given.
+    """
+    import torch
+
+    own = described(checkpoint, config, options, folder)
+    with quiet_transformers():
+        try:
+            trust = {"trust_remote_code": options.trust_remote_code}
+            return _on_meta(model_class_of(config, options), own, trust, torch)
+        except Exception as error:  # transformers raises whatever its parts raise
+            raise cannot_load(checkpoint.path, config, error, options) from error
+
+
 def _on_meta(model_class: Any, config: Any, trust: dict[str, bool], torch: Any) -> Any:
     """A model of this config that takes no memory and has no weights."""
     import transformers
@@ -133,7 +156,7 @@ def load_model(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOpti
     """
     import torch
 
-    if checkpoint.dequantized:
+    if checkpoint.dequantized or not checkpoint.is_found or any(unwrapped(n) != n for n in checkpoint.tensors):
         from tailorcli.models.parts import load_from_view  # which imports this module
 
         return load_from_view(checkpoint, config, options, folder)
@@ -183,6 +206,12 @@ def _has_fused_experts(network: Any) -> bool:
     return any(parameter.dim() == 3 for parameter in network.parameters())
 
 
+def unwrapped(name: str) -> str:
+    """A tensor's name without what torch's wrappers put into it: compiled, sharded and parallel modules."""
+    words = name.removeprefix("module.").split(".")
+    return ".".join(word for word in words if word not in _WRAPPERS)
+
+
 def expected_names(network: Any, names: Iterable[str]) -> dict[str, str]:
     """The parameter in which each checkpoint tensor should be found, by transformers' conversion tables.
 
@@ -192,19 +221,20 @@ def expected_names(network: Any, names: Iterable[str]) -> dict[str, str]:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:
-        return {name: name for name in names}
+        return {name: unwrapped(name) for name in names}
     mapping = get_model_conversion_mapping(network)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     held = dict.fromkeys((*dict(network.named_parameters(remove_duplicate=False)), *network.state_dict()), True)
     found = {}
     for name in names:
-        renamed, _ = rename_source_key(name, renamings, converters, network.base_model_prefix, held)
-        if renamed not in held and name in held:
-            renamed = name
+        plain = name if name in held else unwrapped(name)
+        renamed, _ = rename_source_key(plain, renamings, converters, network.base_model_prefix, held)
+        if renamed not in held and plain in held:
+            renamed = plain
         elif renamed not in held:
-            plain, _ = rename_source_key(name, [], [], network.base_model_prefix, held)
-            renamed = plain if plain in held else renamed
+            bare, _ = rename_source_key(plain, [], [], network.base_model_prefix, held)
+            renamed = bare if bare in held else renamed
         found[name] = renamed
     return found
 
@@ -225,18 +255,12 @@ def check_shapes(
     transformers would fill what is missing with random numbers before it says so, however large it is. ``config`` is
     read from ``folder``, which is the checkpoint's own unless it is given. Raises CheckpointError.
     """
-    import torch
-
-    path, trust = checkpoint.path, {"trust_remote_code": options.trust_remote_code}
-    own = described(checkpoint, config, options, folder)
-    if getattr(own, "quantization_config", None) is not None:
+    path = checkpoint.path
+    empty = empty_on_meta(checkpoint, config, options, folder)
+    if getattr(empty.config, "quantization_config", None) is not None:
         return  # stored in other shapes on purpose
-    with quiet_transformers():
-        try:
-            empty = _on_meta(model_class_of(config, options), own, trust, torch)
-        except Exception as error:  # transformers raises whatever its parts raise
-            raise cannot_load(path, config, error, options) from error
-    hint = "save model and config again, together"
+    hollow = next((info.name for info in checkpoint.tensors.values() if 0 in info.shape), None)
+    hint = "save model and config again, together" if hollow is None else HOLLOW_HINT
     for name, parameter in empty.named_parameters(remove_duplicate=False):
         info = checkpoint.tensors.get(name)
         if info is not None and info.shape != tuple(parameter.shape):
@@ -254,17 +278,8 @@ def most_tokens(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOpt
     A table with a row for padding (RoBERTa's and its kin's) counts from the row after it, so that the first
     ``padding_idx`` + 1 rows are no token's position. Raises CheckpointError.
     """
-    import torch
-
-    limit, own = num_positions(config), described(checkpoint, config, options)
-    with quiet_transformers():
-        try:
-            empty = _on_meta(
-                model_class_of(config, options), own, {"trust_remote_code": options.trust_remote_code}, torch
-            )
-        except Exception as error:  # transformers raises whatever its parts raise
-            raise cannot_load(checkpoint.path, config, error, options) from error
-    for name, module in empty.named_modules():
+    limit = num_positions(config)
+    for name, module in empty_on_meta(checkpoint, config, options).named_modules():
         padding, rows = getattr(module, "padding_idx", None), getattr(module, "num_embeddings", None)
         if "position" in name.rpartition(".")[2] and isinstance(padding, int) and isinstance(rows, int):
             limit = min(limit, rows - padding - 1)

@@ -12,7 +12,7 @@ from tailorcli.adapters.config import MERGE_HINT
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.device import StageTimer
 from tailorcli.errors import CheckpointError
-from tailorcli.models.loading import aliases, expected_names, require_all
+from tailorcli.models.loading import aliases, expected_names, require_all, unwrapped
 from tailorcli.models.places import Place, map_names
 from tailorcli.models.skeleton import empty_model, fill_computed, load_weights
 from tailorcli.options import LoadOptions
@@ -63,7 +63,7 @@ class Parts:
         network, stored = self._network, self._stored
         with self._timer.stage("load"):
             names = [name for name in self.tensors[part] if name not in stored.scales]
-            load_weights(network, {name: stored.read(name) for name in names}, self._device)
+            load_weights(network, {unwrapped(name): stored.read(name) for name in names}, self._device)
             if part == "":
                 network.tie_weights()
             every = dict(network.named_parameters())

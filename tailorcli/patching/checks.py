@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint
+from tailorcli.adapters.config import CONFIG_FILE as ADAPTER_CONFIG
 from tailorcli.calibration.stats import Stats, TensorStats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
+from tailorcli.checkpoint.renamed import RenamedCheckpoint
 from tailorcli.errors import CheckpointError, OptionsError, StatsError
+from tailorcli.models.loading import HOLLOW_HINT, unwrapped
 from tailorcli.options import PatchOptions
+
+_QUANTISED = (".qweight", ".weight_packed", ".absmax", ".SCB", ".weight_scale", ".weight_scale_inv")
 
 
 def check_pair(base: Checkpoint, tuned: Checkpoint, allow_dtype_mismatch: bool) -> None:
@@ -17,12 +22,12 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, allow_dtype_mismatch: bool) 
     """
     _check_names(base, tuned)
     free = tuned.changed if isinstance(tuned, AdaptedCheckpoint) else frozenset()
-    for name, info in base.tensors.items():
-        other = tuned.tensors[name]
+    for name, other in tuned.tensors.items():
+        info = base.tensors[name]
         if info.shape != other.shape:
             raise CheckpointError(_shape_message(info, other), _shape_hint(base, tuned, info, other))
         if info.dtype != other.dtype and not allow_dtype_mismatch and name not in free:
-            differing = sum(i.dtype != tuned.tensors[n].dtype for n, i in base.tensors.items())
+            differing = sum(i.dtype != base.tensors[n].dtype for n, i in tuned.tensors.items())
             raise CheckpointError(
                 f"tensor {name!r} is {info.dtype} in base ({base.path}) and {other.dtype} in tuned ({tuned.path}); "
                 f"{differing} tensors differ in dtype",
@@ -30,25 +35,37 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, allow_dtype_mismatch: bool) 
             )
     if isinstance(tuned, AdaptedCheckpoint) and tuned.is_untrained():
         raise CheckpointError(f"the adapter {tuned.path} changes nothing: it is untrained", "pass a trained adapter")
-    if base.fingerprint() == tuned.fingerprint() and _equal_bytes(base, tuned):
+    if _have_equal_samples(base, tuned) and _equal_bytes(base, tuned):
         raise CheckpointError(
             f"base and tuned are identical ({base.path} and {tuned.path})",
-            "pass the pre-trained folder, then the tuned",
+            "its weights are the base's, and an adapter lies beside them: pass a folder of the adapter alone"
+            if (tuned.path / ADAPTER_CONFIG).exists()
+            else "pass the pre-trained folder, then the tuned",
         )
 
 
 def _check_names(base: Checkpoint, tuned: Checkpoint) -> None:
-    only_base = [name for name in base.tensors if name not in tuned.tensors]
+    only_base = [name for name in base.tensors if name not in tuned.tensors and name not in tuned.absent]
     only_tuned = [name for name in tuned.tensors if name not in base.tensors]
     if not only_base and not only_tuned:
         return
+    plain = {unwrapped(name) for name in only_base} & {unwrapped(name) for name in only_tuned}
+    only_base, only_tuned = (  # a wrapper's prefix is not what is wrong
+        [name for name in names if unwrapped(name) not in plain] for names in (only_base, only_tuned)
+    )
     missing = "; ".join(
         f"only in {where}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
         for where, names in (("base", only_base), ("tuned", only_tuned))
         if names
     )
     hint = "pass a tuned checkpoint of the same architecture, saved in full"
-    if any(name.endswith("lm_head.weight") for name in (*only_base, *only_tuned)) and len(only_base + only_tuned) == 1:
+    if any(".lora_A." in name or name.endswith(".base_layer.weight") for name in only_tuned):
+        hint = "tuned was saved from a PEFT model before its adapter was merged: model.merge_and_unload() first"
+    elif any(name.endswith(_QUANTISED) for name in only_tuned):
+        hint = "tuned is quantised and base is not: pass the fine-tuned model as it was before it was quantised"
+    elif (
+        any(name.endswith("lm_head.weight") for name in (*only_base, *only_tuned)) and len(only_base + only_tuned) == 1
+    ):
         hint = "one of them ties its embeddings and the other does not: save both the same way"
     raise CheckpointError(f"base ({base.path}) and tuned ({tuned.path}) hold different tensors: {missing}", hint)
 
@@ -59,7 +76,9 @@ def _shape_message(base: TensorInfo, tuned: TensorInfo) -> str:
 
 def _shape_hint(base: Checkpoint, tuned: Checkpoint, first: TensorInfo, other: TensorInfo) -> str:
     """A vocabulary is resized where a table of tokens, or two, and nothing else has other rows."""
-    differing = [info for name, info in base.tensors.items() if info.shape != tuned.tensors[name].shape]
+    if 0 in other.shape and 0 not in first.shape:
+        return HOLLOW_HINT
+    differing = [base.tensors[name] for name, info in tuned.tensors.items() if base.tensors[name].shape != info.shape]
     rows = {(info.shape[:1], tuned.tensors[info.name].shape[:1]) for info in differing}
     rest = all(info.shape[1:] == tuned.tensors[info.name].shape[1:] for info in differing)
     tables = len([info for info in differing if len(info.shape) == 2])  # a head may have a bias besides
@@ -73,10 +92,20 @@ def _shape_hint(base: Checkpoint, tuned: Checkpoint, first: TensorInfo, other: T
     return "pass checkpoints of one architecture and size"
 
 
+def _have_equal_samples(base: Checkpoint, tuned: Checkpoint) -> bool:
+    """Whether no sample tells them apart, under whatever names they store their tensors."""
+    if not isinstance(tuned, RenamedCheckpoint):
+        return base.fingerprint() == tuned.fingerprint()
+    return all(
+        base.sample_bytes(base.tensors[name]) == tuned.sample_bytes(info) for name, info in tuned.tensors.items()
+    )
+
+
 def _equal_bytes(base: Checkpoint, tuned: Checkpoint) -> bool:
     """Whether all tensors are equal to the byte; only asked when their samples are."""
     step = 1 << 24
-    for name, info in base.tensors.items():
+    for name in tuned.tensors:
+        info = base.tensors[name]
         for start in range(0, info.nbytes, step):
             parts = []
             for checkpoint in (base, tuned):

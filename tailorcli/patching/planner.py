@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint
 from tailorcli.calibration.stats import Stats, TensorStats
 from tailorcli.checkpoint.folder import Checkpoint
@@ -41,9 +43,12 @@ def build_plan(
         check_retain(base, tuned, retain, options)
     if options.propagate:
         check_propagate(stats, retain, options)
-    changed = tuned.changed if isinstance(tuned, AdaptedCheckpoint) else base.tensors.keys()
+    changed: Collection[str] = tuned.tensors.keys()
+    unchanged = "tuned does not hold it, and its model does not use it"
+    if isinstance(tuned, AdaptedCheckpoint):
+        changed, unchanged = tuned.changed, "the adapter leaves it alone"
     tensors = [
-        _plan_tensor(info, info.name in changed, info.name in base.scales, stats, options, retain)
+        _plan_tensor(info, "" if info.name in changed else unchanged, info.name in base.scales, stats, options, retain)
         for info in base.tensors.values()
     ]
     if not any(tensor.action == "patch" for tensor in tensors):
@@ -74,9 +79,9 @@ def build_plan(
 
 
 def _plan_tensor(
-    info: TensorInfo, changed: bool, scale: bool, stats: Stats | None, options: PatchOptions, retain: Stats | None
+    info: TensorInfo, unchanged: str, scale: bool, stats: Stats | None, options: PatchOptions, retain: Stats | None
 ) -> TensorPlan:
-    entry = stats.tensors[info.name] if stats is not None else TensorStats(None)
+    entry = stats.tensors.get(info.name, TensorStats(None)) if stats is not None else TensorStats(None)
     reason = ""
     if not matches(info.name, options.include, options.exclude):
         reason = "not chosen by --include and --exclude"
@@ -86,8 +91,8 @@ def _plan_tensor(
         reason = "it holds the scales of a quantised weight, which stay the base's"
     elif info.numel == 0:
         reason = "it has no entries"
-    elif not changed:
-        reason = "the adapter leaves it alone"
+    elif unchanged:
+        reason = unchanged
     elif options.needs_hessians and not entry.hessians:
         reason = f"no statistics: {entry.reason}"
     elif options.method == RELEASED and not _is_linear(entry, stats):

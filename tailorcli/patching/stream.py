@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.adapters.checkpoint import AdaptedCheckpoint, config_folder, open_tuned
+from tailorcli.adapters.checkpoint import AdaptedCheckpoint, config_folder
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import grow_vocabulary
@@ -20,6 +20,7 @@ from tailorcli.device import StageTimer, device_errors, exact_float32
 from tailorcli.errors import NumericalError, OptionsError, note
 from tailorcli.files import PathLike, digest_of
 from tailorcli.models.config import differing_fields, read_config
+from tailorcli.models.naming import open_for
 from tailorcli.options import PatchOptions
 from tailorcli.patchfile.reader import raw_bytes
 from tailorcli.patching.cost import working_set
@@ -60,9 +61,11 @@ class PatchInputs:
         if options.method == "graft":
             check_graft(data, options)
         opened_base = stack.enter_context(open_checkpoint(base, options.fp8_output))
-        opened_tuned = stack.enter_context(open_tuned(tuned, opened_base, options.fp8_output))
+        opened_tuned = stack.enter_context(open_for(opened_base, tuned, options.fp8_output))
         _note_config(opened_base, opened_tuned)
         opened_stats = _open_stats(stats, stack)
+        if opened_stats is not None:
+            opened_stats.rename_for(opened_tuned)
         opened_retain = _open_stats(retain, stack)
         if options.resized_vocab:
             if opened_base.dequantized:
