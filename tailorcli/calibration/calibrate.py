@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.adapters.checkpoint import is_adapter, tokenizer_folder
 from tailorcli.adapters.config import CONFIG_FILE, read_settings
 from tailorcli.calibration.passes import Run, collect_blockwise, collect_whole, guessed_places
-from tailorcli.calibration.stats import HESSIANS, HessianInfo, TensorStats
+from tailorcli.calibration.stats import HESSIANS, HessianInfo, TensorStats, too_few_tokens
 from tailorcli.calibration.stats_writer import StatsWriter, prepare_folder
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
@@ -136,6 +136,8 @@ def calibrate_model(
             if options.keep_samples:
                 facts["samples"] = writer.store_samples(samples.inputs)
             writer.finish(tensors, facts)
+    if few := too_few_tokens(writer.infos):
+        note(f"{folder}: {few}")
     uncalibrated = {name: entry.reason for name, entry in tensors.items() if not entry.hessians}
     return CalibrateReport(
         output=str(folder),
@@ -185,7 +187,13 @@ def _draw(data: Path, stored: Checkpoint, folder: Path, config: dict[str, Any], 
     has_media = any(record.has_media for record in records)
     seq_len = min(options.length, most_tokens(stored, config, options))
     encoder = load_encoder(processor_folder(folder, stored.path, has_media), stored.path, has_media, options)
-    return draw_samples(data, records, encoder.encode, replace(options, seq_len=seq_len))
+    samples = draw_samples(data, records, encoder.encode, replace(options, seq_len=seq_len))
+    if encoder.cuts:
+        lost = sum(before - after for before, after in encoder.cuts)
+        why = f"--seq-len {seq_len}" if seq_len == options.length else f"the model's {seq_len} positions"
+        share = f"{lost:,} of their {sum(before for before, _ in encoder.cuts):,} tokens are left out"
+        note(f"{data}: {len(encoder.cuts)} of {len(samples.inputs)} samples are longer than {why} and are cut: {share}")
+    return samples
 
 
 def _check_source(data: PathLike | None, options: CalibrateOptions, held_out: PathLike | None) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,20 @@ class TensorStats:
         texts = (self.role, self.reason, self.note, self.hessian or "", *self.experts)
         named = self.hessian is None or isinstance(self.hessian, str)
         return named and isinstance(self.transposed, bool) and all(isinstance(text, str) for text in texts)
+
+
+def too_few_tokens(hessians: Mapping[str, HessianInfo]) -> str:
+    """A warning where full Hessians were measured on fewer tokens than they have channels; else empty.
+
+    They tell nothing of some directions of their inputs. Experts have their own notes.
+    """
+    single = [info for name, info in hessians.items() if not name.endswith("]")]
+    thin = [info for info in single if info.kind == "full" and info.tokens < info.size]
+    if not thin:
+        return ""
+    worst = max(thin, key=lambda info: info.size / max(info.tokens, 1))
+    more = "take more data, a larger --num-samples or --seq-len"
+    return f"{worst.tokens:,} tokens for layers of {worst.size:,} inputs ({len(thin)} Hessians): {more}"
 
 
 class Stats:

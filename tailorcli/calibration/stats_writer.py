@@ -70,6 +70,11 @@ class StatsWriter:
             raise _cannot_write(folder, error) from error
 
     @property
+    def infos(self) -> dict[str, HessianInfo]:
+        """What each Hessian is that was written so far."""
+        return dict(self._infos)
+
+    @property
     def count(self) -> int:
         """Hessians written so far."""
         return len(self._infos)

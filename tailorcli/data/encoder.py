@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.data.media import read_image, read_wav
 from tailorcli.data.records import FIELDS, Record, content_parts
-from tailorcli.errors import DataError, first_line
+from tailorcli.errors import DataError, first_line, note
 
 if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 # Masks of one sample hold nothing but ones; labels (PaliGemma's) are for a loss that no one asks for.
 _DROPPED = ("attention_mask", "decoder_attention_mask", "labels")
 
+_TEMPLATE_HINT = 'give these records in the form that the template asks for, or rendered, as "text"'
 _IMAGE_HINT = 'write {"type": "image", "path": "FILE"}, relative to the data file; nothing is downloaded'
 
 
@@ -33,6 +35,9 @@ class Encoder:
     processor: Any
     start_token: int | None = None
     takes_media: bool = False
+    cuts: list[tuple[int, int]] = field(
+        default_factory=list, compare=False
+    )  # tokens of each record that was cut, before and after
 
     @property
     def tokenizer(self) -> Any:
@@ -67,7 +72,13 @@ class Encoder:
         if self.takes_media and isinstance(token, str) and any(token in value for value in _texts(record)):
             raise DataError(f"{record.where} marks an image with {token!r} and names none", _IMAGE_HINT)
         plain = "text" in record.fields or "messages" not in record.fields  # a template writes special tokens itself
-        return _as_inputs(self.tokens(record, self._text_of(record), special=plain)[:seq_len])
+        return _as_inputs(self._within(self.tokens(record, self._text_of(record), special=plain), seq_len))
+
+    def _within(self, ids: list[int], seq_len: int) -> list[int]:
+        """The first ``seq_len`` tokens; what is cut is counted."""
+        if len(ids) > seq_len:
+            self.cuts.append((len(ids), seq_len))
+        return ids[:seq_len]
 
     def _text_of(self, record: Record) -> str:
         """The text of a record without media, messages through the chat template."""
@@ -83,25 +94,59 @@ class Encoder:
             )
         problem: Exception | None = None
         rendered: list[str] = []
+        tools = fields.get("tools") or None
         for messages in (fields["messages"], *_other_forms(fields["messages"])):
             try:
-                text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+                text = str(self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
             except Exception as error:  # whatever a model's own template raises
                 problem = problem or error
             else:
                 whole = all(words.strip() in text for words in _words_of(messages))
                 if whole and not any(str(m["content"]) in text for m in messages if content_parts(m)):
+                    self._tell_of_tools(record, text)
                     return text
                 rendered.append(text)
         if not rendered:
             what = f"{record.where}: the chat template refuses these messages: {problem}"
-            raise DataError(what, FIELDS) from problem
+            raise DataError(what, _TEMPLATE_HINT) from problem
+        self._tell_of_tools(record, rendered[0])
         return rendered[0]  # it leaves words out whatever their form: thoughts of earlier turns, for example
 
+    def _tell_of_tools(self, record: Record, text: str) -> None:
+        """Note where a template has left the tools, or the calls of them, out of its text."""
+        made = [message.get("tool_calls") for message in record.fields["messages"]]
+        calls = [call for some in made if isinstance(some, list) for call in some if isinstance(call, dict)]
+        named = [tool.get("function", tool) for tool in (*(record.fields.get("tools") or ()), *calls)]
+        lost = [str(f["name"]) for f in named if isinstance(f, dict) and "name" in f and str(f["name"]) not in text]
+        if lost:
+            where = f"{record.where}, and maybe in others"
+            note(
+                f"the model's chat template does not write the tool {lost[0]!r} of {where}: a template with tools does"
+            )
+
+    @cached_property
+    def _frame(self) -> tuple[str, str]:
+        """What the tokenizer itself puts before and after a text, such as its BOS, as text."""
+        tokenizer = self.tokenizer
+        ids = list(tokenizer("x")["input_ids"])
+        own = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        first, last = (tokenizer.convert_ids_to_tokens(i) if i in own else "" for i in (ids[0], ids[-1]))
+        return str(first), str(last)
+
+    def unframed(self, text: str) -> str:
+        """A text without the special tokens at its ends that the tokenizer will add by itself."""
+        first, last = self._frame
+        text = text.removeprefix(first) if first else text
+        return text.removesuffix(last) if last else text
+
     def tokens(self, record: Record, text: str, special: bool = True) -> list[int]:
-        """Token ids of a text of ``record``. Raises DataError."""
+        """Token ids of a text of ``record``; with ``special`` it has the tokenizer's own at its ends, once.
+
+        Raises DataError.
+        """
         try:
             text.encode("utf-8")  # JSON can escape half a character, of which tokenizers only say it is no string
+            text = self.unframed(text) if special else text
             return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
         except Exception as error:  # whatever a model's own tokenizer raises
             raise DataError(f"{record.where}: the tokenizer refuses this text: {error}", FIELDS) from error
@@ -113,7 +158,7 @@ class Encoder:
                 f'{record.where} has no "prompt": this model is an encoder-decoder',
                 'give its records a "prompt", for the encoder, and a "response", for the decoder',
             )
-        inputs = _as_inputs(self.tokens(record, record.fields["prompt"])[:seq_len])
+        inputs = _as_inputs(self._within(self.tokens(record, record.fields["prompt"]), seq_len))
         if inputs is None:
             return None
         response = self.tokens(record, record.fields["response"])
@@ -125,7 +170,7 @@ class Encoder:
 
         assert self.start_token is not None
         shifted = ids[:-1] if ids[:1] == [self.start_token] else [self.start_token, *ids[:-1]]
-        return torch.tensor([shifted[:seq_len] or [self.start_token]])
+        return torch.tensor([self._within(shifted, seq_len) or [self.start_token]])
 
     def _speech(self, record: Record, seq_len: int) -> Inputs:
         """Sound for the encoder, the response for the decoder, where the model has one."""
@@ -153,7 +198,8 @@ class Encoder:
                     'mark its place with a part {"type": "image"}',
                 )
             call = self.processor.apply_chat_template
-            inputs = self._call(record, lambda: call(messages, tokenize=True, return_dict=True, return_tensors="pt"))
+            how = {"tools": record.fields.get("tools") or None, "tokenize": True, "return_dict": True}
+            inputs = self._call(record, lambda: call(messages, **how, return_tensors="pt"))
         else:
             images = [read_image(path, record.where) for path in record.images]
             if not hasattr(self.processor, "tokenizer"):
@@ -165,6 +211,7 @@ class Encoder:
         """Where neither the text nor the processor names the place of the images, they come first, a line each."""
         fields = record.fields
         text = fields["text"] if "text" in fields else fields.get("prompt", "") + fields.get("response", "")
+        text = self.unframed(text)
         if not hasattr(self.processor, "num_query_tokens"):  # such a processor puts its query tokens in by itself
             mark = self.image_mark
             known = (mark.strip(), getattr(self.processor, "image_token", None))
@@ -200,6 +247,7 @@ class Encoder:
                 f"{record.where} has {length} tokens with its images, more than --seq-len {seq_len}",
                 "pass a larger --seq-len, or smaller images",
             )
+        self.cuts.append((length, seq_len))
         alike = {name for name, value in inputs.items() if value.shape[:2] == (1, length)}
         return {name: value[:, :seq_len] if name in alike else value for name, value in inputs.items()}
 
@@ -237,7 +285,14 @@ def _words_of(messages: list[dict[str, Any]]) -> list[str]:
 
 
 def _other_forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Messages of text as lists of parts, and as strings: some templates silently drop the form they do not know."""
+    """Messages in forms that other templates take: some refuse a form that they do not know, some drop it silently.
+
+    A turn without content (one that calls a tool) has an empty one; the arguments of a call are objects, not JSON; the
+    text is a list of parts, or a string.
+    """
+    messages = [{**message, "content": ""} if message.get("content") is None else message for message in messages]
+    yield messages
+    yield (messages := [_with_read_calls(message) for message in messages])
     yield [
         {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
         for m in messages
@@ -246,6 +301,21 @@ def _other_forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]
         {**m, "content": "".join(str(part.get("text", "")) for part in content_parts(m))} if content_parts(m) else m
         for m in messages
     ]
+
+
+def _with_read_calls(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls of tools have their arguments as objects, which some data holds as JSON."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    ready = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            with suppress(ValueError, RecursionError):
+                call = {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+        ready.append(call)
+    return {**message, "tool_calls": ready}
 
 
 def _with_paths(message: dict[str, Any], record: Record, beside: Iterator[Path]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _FORMATS = ".jsonl, .json or .txt"
 FIELDS = 'a record needs "text", or "messages", or "prompt" and "response", with "images" or "audio" as the model takes'
+_TOOLS_HINT = 'each is {"type": "function", "function": {"name": ..., "parameters": ...}}'
 _TEXT_FIELDS = ("text", "prompt", "response", "audio")
 
 
@@ -108,6 +109,8 @@ def check_record(where: str, value: Any, folder: Path) -> Record:
     if "images" not in value and "image" in value:
         value = {**value, "images": [value["image"]]}
     if "messages" in value and "text" not in value:
+        if value.get("tools"):
+            value = {**value, "tools": _tools(where, value["tools"])}
         messages = value["messages"]
         sound = isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages)
         if not sound:
@@ -121,3 +124,15 @@ def check_record(where: str, value: Any, folder: Path) -> Record:
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         raise DataError(f'{where}: "images" must be a list of file names', "paths are relative to the data file")
     return Record(where, value, folder)
+
+
+def _tools(where: str, tools: Any) -> list[Any]:
+    """The definitions of tools beside messages: a list, or the same as JSON, as tables of mixed types hold it."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f'{where}: "tools" is a string that is not JSON: {error}', _TOOLS_HINT) from error
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f'{where}: "tools" must be a list of objects', _TOOLS_HINT)
+    return tools

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint
 from tailorcli.adapters.config import CONFIG_FILE as ADAPTER_CONFIG
-from tailorcli.calibration.stats import Stats, TensorStats
+from tailorcli.calibration.stats import Stats, TensorStats, too_few_tokens
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.renamed import RenamedCheckpoint
-from tailorcli.errors import CheckpointError, OptionsError, StatsError
+from tailorcli.errors import CheckpointError, OptionsError, StatsError, note
 from tailorcli.models.loading import HOLLOW_HINT, unwrapped
 from tailorcli.options import PatchOptions
 
@@ -137,6 +137,7 @@ def check_retain(base: Checkpoint, tuned: Checkpoint, retain: Stats, options: Pa
             f"make them: tailorcli calibrate {base.path} --synthetic -o NEW_STATS",
         )
     check_shapes(base, retain)
+    _warn_of_few_tokens(retain)
 
 
 def check_propagate(stats: Stats | None, retain: Stats | None, options: PatchOptions) -> None:
@@ -165,6 +166,12 @@ def check_stats(base: Checkpoint, tuned: Checkpoint, stats: Stats) -> None:
             f"calibrate it: tailorcli calibrate {tuned.path}{option} --data FILE -o NEW_STATS",
         )
     check_shapes(tuned, stats)
+    _warn_of_few_tokens(stats)
+
+
+def _warn_of_few_tokens(stats: Stats) -> None:
+    if few := too_few_tokens(stats.hessians):
+        note(f"{stats.path}: {few} and calibrate again")
 
 
 def check_shapes(model: Checkpoint, stats: Stats) -> None:

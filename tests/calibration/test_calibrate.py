@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import make_model, make_pair, make_tokenizer, perturb, read_tensors, write_data
+from helpers import make_model, make_pair, make_tokenizer, perturb, read_tensors, run, write_data
 
 from tailorcli import TailorError, calibrate_model
 from tailorcli.calibration.stats import Stats
@@ -342,3 +342,19 @@ def test_inputs_that_the_model_does_not_take_are_an_error_of_the_data(tmp_path):
     (folder / "data.jsonl").write_text('{"text": "no image"}\n')
     with pytest.raises(TailorError, match="the model cannot run on a sample of this data"):
         calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
+
+
+def test_cuts_and_too_few_tokens_are_told_of(tmp_path, caplog):
+    folder = make_pair(tmp_path)
+    (folder / "long.jsonl").write_text(json.dumps({"text": "a" * 30}) + "\n" + json.dumps({"text": "b" * 10}) + "\n")
+    given = ["--data", folder / "long.jsonl", "--seq-len", 20, "-o", folder / "stats"]
+    run("calibrate", folder / "tuned", *given)
+    assert "1 of 2 samples are longer than --seq-len 20 and are cut: 10 of their 30 tokens are left out" in caplog.text
+    assert "30 tokens for layers of 48 inputs (9 Hessians): take more data" in caplog.text
+    caplog.clear()
+    run("patch", folder / "base", folder / "tuned", "--stats", folder / "stats", "-o", folder / "out")
+    assert "30 tokens for layers of 48 inputs" in caplog.text
+    run("calibrate", folder / "tuned", "--data", folder / "data.jsonl", "-o", folder / "enough")
+    caplog.clear()
+    run("patch", folder / "base", folder / "tuned", "--stats", folder / "enough", "-o", folder / "more")
+    assert caplog.text == ""

@@ -385,3 +385,70 @@ def test_an_image_too_large_to_be_real_is_an_error_of_the_data(llava, monkeypatc
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
     with pytest.raises(DataError, match="cannot read the image"):
         encode(llava, {"images": ["images/0.png"]})
+
+
+# --- calls of tools, special tokens in the text, cuts ---------------------------------------------------------
+
+TOOLS_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<{{ m['role'] }}>{{ '' + m['content'] }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.name }}("
+    "{% for key, value in call.function.arguments.items() %}{{ key }}={{ value }}{% endfor %}){% endfor %}{% endfor %}"
+)
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+def calling(turn, arguments=None):
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments or {"city": "Oslo"}}}
+    return [{"role": "user", "content": "Hm?"}, {"role": "assistant", "tool_calls": [call], **turn}]
+
+
+@pytest.mark.parametrize("turn", [{"content": ""}, {"content": None}, {}], ids=["empty", "null", "absent"])
+@pytest.mark.parametrize("arguments", [{"city": "Oslo"}, '{"city": "Oslo"}'], ids=["object", "JSON"])
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])], ids=["list", "string"])
+def test_tools_and_calls_of_them_reach_the_template(write, turn, arguments, tools):
+    tokenizer = make_tokenizer(TOOLS_TEMPLATE)
+    path = write("data.jsonl", [{"messages": calling(turn, arguments), "tools": tools}])
+    ready = calling({"content": ""})
+    assert texts(path, tokenizer) == [tokenizer.apply_chat_template(ready, tools=[TOOL], tokenize=False)]
+    assert "weather(city=Oslo)" in texts(path, tokenizer)[0]
+
+
+def test_a_template_that_leaves_tools_out_is_told_of(write, caplog):
+    path = write("data.jsonl", [{"messages": calling({"content": ""}), "tools": [TOOL]}])
+    draw(path, make_tokenizer(TEMPLATE))
+    assert "does not write the tool 'weather'" in caplog.text
+
+
+@pytest.mark.parametrize("tools", ["{", '{"a": 1}', 5, ["weather"]])
+def test_tools_that_are_none_are_refused(write, tokenizer, tools):
+    with pytest.raises(DataError, match=r"data\.jsonl:1: \"tools\"") as caught:
+        draw(write("data.jsonl", [{"messages": calling({}), "tools": tools}]), tokenizer)
+    assert "function" in caught.value.hint
+
+
+def framed():
+    """A tokenizer that puts <s> before a text and </s> after it."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer(TEMPLATE)
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    ends = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    return tokenizer
+
+
+def test_special_tokens_that_stand_in_the_text_are_not_doubled(write):
+    tokenizer = framed()
+    expected = tokenizer("ab")["input_ids"]
+    assert expected == [tokenizer.bos_token_id, *ids("ab"), tokenizer.eos_token_id]
+    records = [{"text": "ab"}, {"text": "<s>ab"}, {"text": "<s>ab</s>"}, {"prompt": "<s>a", "response": "b"}]
+    assert drawn_ids(draw(write("data.jsonl", records), tokenizer)) == [expected] * 4
+    inside = drawn_ids(draw(write("more.jsonl", [{"text": "a<s>b"}]), tokenizer))
+    assert inside == [tokenizer("a<s>b")["input_ids"]]  # only at the ends
+
+
+def test_cuts_are_counted(write, tokenizer):
+    path = write("data.jsonl", [{"text": "abcdefgh"}, {"text": "xy"}, {"text": "abcdef"}])
+    encoder, options = Encoder(tokenizer), CalibrateOptions(seq_len=5)
+    draw_samples(path, read_records(path), encoder.encode, options)
+    assert sorted(encoder.cuts) == [(6, 5), (8, 5)]
