@@ -444,9 +444,11 @@ class MergeOptions(OutputOptions):
 
     def identity(self, num_tasks: int) -> dict[str, Any]:
         """The options that decide what is written: an interrupted run goes on only under the same."""
-        values = self.to_dict() | {"weights": self.shares(num_tasks)}
-        solved = () if self.method == "joint" else ("damping", "tolerance", "max_iterations")
-        return {name: value for name, value in values.items() if name not in ("device", *solved)}
+        used = {"method", "max_shard_size", "task", "license"}
+        if self.method == "joint":
+            used |= {"damping", "tolerance", "max_iterations"}
+        chosen = {name: value for name, value in self.to_dict().items() if name in used}
+        return chosen | {"shares": self.shares(num_tasks)}  # weights of one unit or another are the same
 
 
 def matches(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import platform
 import sys
-import traceback
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,6 +46,8 @@ def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
             return command(**{name: _expanded(value) for name, value in given.items()})
         except TailorError as error:
             if is_verbose():
+                import traceback
+
                 for line in traceback.format_exc().splitlines():
                     say(line, err=True)
             say_error(error.message, error.hint)
@@ -111,6 +110,9 @@ def _show_versions(shown: bool) -> None:
     """Print what a report of a bug should name; importing torch for it would take seconds."""
     if not shown:
         return
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
     say(f"tailorcli {__version__}")
     for package in ("torch", "transformers"):
         try:
