@@ -54,6 +54,8 @@ class Checkpoint:
         folder = Path(path)
         try:
             if not folder.is_dir():
+                if folder.suffix.lower() == GGUF and folder.is_file():
+                    raise gguf_error(folder)
                 kind = "a file, not a folder" if folder.exists() else "not there"
                 raise CheckpointError(f"{folder} is {kind}", "pass the folder that save_pretrained wrote")
             if (folder / SINGLE_FILE).exists():
@@ -251,11 +253,26 @@ def _no_weights(folder: Path) -> CheckpointError:
         return CheckpointError(
             f"{folder} is an unfinished output of tailorcli", "finish it with the same command and --resume"
         )
+    quantised = sorted(name for name in names if name.lower().endswith(GGUF))
+    if quantised:
+        return gguf_error(folder / quantised[0])
+    inside = [at for at in folder.glob("checkpoint-*") if (at / SINGLE_FILE).exists() or (at / INDEX_FILE).exists()]
+    hint = "pass the folder that save_pretrained wrote"
+    if inside:  # a Trainer's output folder
+        last = max(inside, key=lambda at: (len(at.name), at.name))
+        hint = f"pass {last}" if len(inside) == 1 else f"pass one of its {len(inside)} checkpoints, such as {last}"
+    return CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}", hint)
+
+
+def gguf_error(file: Path) -> CheckpointError:
+    """A GGUF file is not what is patched, but what is made of the result."""
     return CheckpointError(
-        f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}", "pass the folder that save_pretrained wrote"
+        f"{file} is a GGUF file, which tailorcli does not read",
+        "pass the safetensors checkpoint that it was made from; llama.cpp's convert_hf_to_gguf.py converts the result",
     )
 
 
+GGUF = ".gguf"
 WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".part"),
     *(".safetensors.index.json", ".bin.index.json"),

@@ -419,7 +419,7 @@ def patch(
         return
     show_summary(report.to_dict())
     show_reasons({record["name"]: record["note"] for record in report.tensors if "note" in record}, "note")
-    show_written(output, patch_file, report.seconds)
+    show_written(output, patch_file, report)
     show_stages(report.stages)
 
 
@@ -468,7 +468,7 @@ def apply(
         return
     totals = report.totals
     say(f"changed {totals['kept']:,} weights in {counted(totals['tensors_patched'], 'tensor')}")
-    show_written(output, None, report.seconds)
+    show_written(output, None, report)
     show_stages(report.stages)
 
 
@@ -555,7 +555,7 @@ def merge_multi(
         print_report(report, output, patch_file)
         return
     show_merge(report.to_dict())
-    show_written(output, patch_file, report.seconds)
+    show_written(output, patch_file, report)
     show_stages(report.stages)
 
 

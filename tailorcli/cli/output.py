@@ -161,16 +161,20 @@ def print_report(report: PatchReport, output: Path | None, patch_file: Path | No
     print_json({**where, **report.to_dict(), "stages": report.stages, "seconds": report.seconds})
 
 
-def show_written(output: Path | None, patch_file: Path | None, seconds: float) -> None:
-    """The last lines: what was written, and what to look at next."""
+def show_written(output: Path | None, patch_file: Path | None, report: PatchReport) -> None:
+    """The last lines: what was written, and what to look at next; or that all was there already."""
     from tailorcli.units import format_bytes
 
+    if report.is_earlier:
+        there = " and ".join(str(path) for path in (patch_file, output) if path is not None)
+        say(f"{there}: already finished by an earlier run of this command; nothing was written")
+        return
     if patch_file is not None:
         size = format_bytes(patch_file.stat().st_size)
         say(f"wrote {patch_file} ({size}); apply it: tailorcli apply BASE {patch_file} -o OUT")
     if output is not None:
-        say(f"wrote {output}; per tensor: tailorcli inspect {output}")
-    say(f"{seconds:.1f} s", err=True)
+        say(f"wrote {output}; its figures: tailorcli inspect {output}")
+    say(f"{report.seconds:.1f} s", err=True)
 
 
 def show_stages(stages: dict[str, float]) -> None:

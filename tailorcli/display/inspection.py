@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tailorcli.calibration.stats import MANIFEST, Stats
-from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.folder import GGUF, Checkpoint, gguf_error
 from tailorcli.checkpoint.writer import JOURNAL, WORK_FOLDER
 from tailorcli.errors import CheckpointError, TailorError
 from tailorcli.files import PathLike, read_json
@@ -50,6 +50,8 @@ def inspect_path(path: PathLike) -> Inspection:
     Raises TailorError where it is none of these.
     """
     target = Path(path)
+    if target.is_file() and target.suffix.lower() == GGUF:
+        raise gguf_error(target)
     if target.is_file() and target.suffix == SUFFIX:
         return _inspect_patch(target)
     if target.is_file():

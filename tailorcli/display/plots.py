@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from tailorcli.display.inspection import Inspection
+from tailorcli.display.names import by_kind, by_layer, place_of
 from tailorcli.errors import OptionsError, OutputError, TailorError
+from tailorcli.files import as_output_error
 from tailorcli.patchfile.report import MERGE, share
 
 BEFORE, AFTER, TUNED, _NEUTRAL = "#d08a3c", "#2f6f9f", "#8a8a8a", "#4d8f57"
@@ -21,8 +21,9 @@ def plot_inspection(inspection: Inspection, file: Path) -> None:
 
     Raises TailorError without matplotlib, or for something that has no picture.
     """
+    check_picture(file)
     if inspection.report is not None:
-        figure = new_figure(13, 8.5)
+        figure = new_figure(13, 9.5)
         _draw_report(figure, inspection.report)
     elif inspection.hessians:
         figure = new_figure(11, 4.5)
@@ -44,11 +45,23 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def check_picture(file: Path) -> None:
+    """Whether a picture can be written there: its suffix and its folder. Raises OutputError."""
+    if file.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise OutputError(f"cannot write the plot {file}", "use a path that ends in .png, .pdf or .svg")
+    if not file.parent.is_dir():
+        raise OutputError(
+            f"cannot write the plot {file}: there is no folder {file.parent}", "make it or choose another"
+        )
+
+
 def save_figure(figure: Any, file: Path) -> None:
     """Write a figure into ``file``. Raises OutputError."""
     try:
         figure.savefig(file, dpi=110)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise as_output_error(file, error) from error
+    except ValueError as error:
         raise OutputError(
             f"cannot write the plot {file}: {error}", "use a path that ends in .png, .pdf or .svg"
         ) from error
@@ -62,7 +75,10 @@ def _draw_report(figure: Any, report: dict[str, Any]) -> None:
     top = figure.subplots(2, 2)
     _captured_by_layer(top[0][0], tensors)
     _errors(top[0][1], tensors, by_layer=True)
-    _errors(top[1][0], tensors, by_layer=False)
+    if report["totals"].get("drift") is None:
+        _errors(top[1][0], tensors, by_layer=False)
+    else:
+        _drifts(top[1][0], tensors)
     _distances(top[1][1], tensors)
 
 
@@ -86,8 +102,8 @@ def _draw_merge(figure: Any, tensors: list[dict[str, Any]], tasks: list[str]) ->
         kept.plot(positions, shares, "o-", color=color, label=task)
     union = [100 * (share(_sum(group, "kept"), _sum(group, "numel")) or 0.0) for group in groups]
     kept.plot(positions, union, "--", color="black", label="union")
-    kept.set(title="Entries kept by each task, and by any, by layer", ylabel="% of entries")
-    kept.set_ylim(0, 1.3 * kept.get_ylim()[1])
+    kept.set(title="Weights kept by each task, and by any, by layer", ylabel="% of weights")
+    _share_axis(kept)
     kept.legend(loc="upper left", ncols=2)
     jaccard = [100 * (share(_sum(group, "kept_by_all"), _sum(group, "kept")) or 0.0) for group in groups]
     overlap.bar(positions, jaccard, color=AFTER, label="kept by all tasks / kept by any (Jaccard)")
@@ -100,7 +116,7 @@ def _draw_merge(figure: Any, tensors: list[dict[str, Any]], tasks: list[str]) ->
     conflicts = [100 * (share(_sum(group, "sign_conflicts"), _sum(group, "shared")) or 0.0) for group in groups]
     signs.bar(positions, conflicts, color=BEFORE)
     signs.axhline(50, color="black", lw=0.8, ls="--")
-    signs.set(title="Shared entries whose changes differ in sign, by layer", ylabel="% of those kept by several")
+    signs.set(title="Shared weights whose changes differ in sign, by layer", ylabel="% of those kept by several")
     if any(t["errors"] is not None and t["kind"] == "full" for t in tensors):
         for number, (task, color) in enumerate(zip(tasks, colors, strict=True)):
             errors.plot(positions, [mean_error(group, number) for group in groups], "o-", color=color, label=task)
@@ -127,20 +143,13 @@ def _overlap_by_chance(group: list[dict[str, Any]], num_tasks: int) -> float | N
 
 
 def layers_of(tensors: list[dict[str, Any]]) -> tuple[list[str], list[list[dict[str, Any]]]]:
-    """Tensors gathered by layer number; those outside any layer come last as "other"."""
-    groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for tensor in tensors:
-        number, _ = split_name(tensor["name"])
-        groups[1 << 30 if number is None else number].append(tensor)
-    keys = sorted(groups)
-    return ["other" if key == 1 << 30 else str(key) for key in keys], [groups[key] for key in keys]
+    """Tensors gathered by layer, each stack of layers for itself; those outside any layer come last as "other"."""
+    groups = by_layer(tensors, lambda tensor: str(tensor["name"]))
+    return list(groups), list(groups.values())
 
 
 def _by_kind(tensors: list[dict[str, Any]]) -> tuple[list[str], list[list[dict[str, Any]]]]:
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for tensor in tensors:
-        _, kind = split_name(tensor["name"])
-        groups[kind.removesuffix(".weight")].append(tensor)
+    groups = by_kind(tensors, lambda tensor: str(tensor["name"]), lambda tensor: False)
     return list(groups), list(groups.values())
 
 
@@ -155,10 +164,29 @@ def _captured_by_layer(axes: Any, tensors: list[dict[str, Any]]) -> None:
     if any(t.get("sensitivity_sum") for t in tensors):
         values = shares("sensitivity_kept", "sensitivity_sum")
         axes.plot(positions, values, "s-", color=BEFORE, label="of the summed sensitivity")
-    axes.plot(positions, shares("kept", "numel"), "--", color=TUNED, label="of the entries (density)")
-    axes.set(title="What the mask captures, by layer", ylabel="%", ylim=(0, 1.3 * axes.get_ylim()[1]))
+    axes.plot(positions, shares("kept", "numel"), "--", color=TUNED, label="of the weights (density)")
+    axes.set(title="What the mask captures, by layer", ylabel="%")
+    _share_axis(axes)
     _name_positions(axes, labels)
     axes.legend(loc="upper left")
+
+
+def _share_axis(axes: Any) -> None:
+    """From 0 with room for a legend, and no tick above 100%."""
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
+    axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= min(100, axes.get_ylim()[1])])
+
+
+def _drifts(axes: Any, tensors: list[dict[str, Any]]) -> None:
+    """How much of the tuned layers' drift on the retained data the patched ones have."""
+    measured = [t for t in tensors if t.get("kind") == "full" and t.get("drift") is not None]
+    labels, groups = layers_of(measured)
+    values = [100 * _sum(group, "drift") / len(group) for group in groups]
+    draw_bars(axes, labels, [("patched", _NEUTRAL, values)])
+    axes.axhline(100, color=TUNED, lw=0.8, ls="--", label="tuned")
+    axes.set(title="Drift on the retained data, by layer (0 is the base)", ylabel="% of the tuned layer's")
+    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
+    axes.legend(loc="upper right", ncols=2)
 
 
 def _sum(tensors: list[dict[str, Any]], key: str) -> float:
@@ -184,9 +212,22 @@ def _distances(axes: Any, tensors: list[dict[str, Any]]) -> None:
     axes.set(title="Distance from base, Σ|W − W_base| (the paper's Fig. 6)", ylabel="")
     after = "distance_after" if any(t.get("distance_after") is not None for t in tensors) else "distance_before"
     _paired_bars(axes, labels, groups, "distance_before", after, scale=1.0, mean=False)
-    axes.plot(range(len(labels)), [_sum(g, "distance_tuned") for g in groups], "_", color="black", ms=9, label="tuned")
-    axes.set_yscale("log")
-    axes.legend()
+    tuned = [_sum(group, "distance_tuned") for group in groups]
+    axes.plot(range(len(labels)), tuned, "_", color="black", ms=9, label="tuned")
+    inside = [value for label, value in zip(labels, tuned, strict=True) if label != "other"]
+    if inside and max(tuned) > 3 * max(inside):  # an embedding has many times the weights of a layer
+        axes.set_ylim(0, 1.35 * max(inside))
+        axes.annotate(
+            f"tuned: {tuned[-1]:.3g}",
+            (len(labels) - 1, max(inside)),
+            ha="right",
+            fontsize=8,
+            xytext=(0, 4),
+            textcoords="offset points",
+        )
+    else:
+        axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
+    axes.legend(loc="upper left", ncols=3)
 
 
 def _paired_bars(
@@ -219,11 +260,9 @@ def draw_bars(axes: Any, labels: list[str], kinds: list[tuple[str, str, list[flo
 def _draw_stats(figure: Any, hessians: dict[str, dict[str, Any]]) -> None:
     left, right = figure.subplots(1, 2)
     full = {name: info for name, info in hessians.items() if info["kind"] == "full"}
-    groups: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
-    for name, info in full.items():
-        number, kind = split_name(name)
-        groups[kind.removesuffix(".weight")][number or 0] = info
-    for kind, layers in groups.items():
+    gathered = by_kind(full, lambda name: name, lambda name: False)
+    for kind, names in gathered.items():
+        layers = {place_of(name).number or 0: full[name] for name in names}  # of experts, the last
         numbers = sorted(layers)
         left.plot(numbers, [layers[n]["mean_diagonal"] for n in numbers], "o-", label=kind)
         right.plot(numbers, [100 * layers[n]["dead"] / layers[n]["size"] for n in numbers], "o-", label=kind)
@@ -237,8 +276,7 @@ def check_plot(file: Path, has_roles: bool) -> None:
     new_figure(1, 1)
     if not has_roles:
         raise OptionsError("--plot draws old against new tasks", "name them by --origin and --target")
-    if file.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise OutputError(f"cannot write the plot {file}", "use a path that ends in .png, .pdf or .svg")
+    check_picture(file)
 
 
 def plot_evaluation(report: dict[str, Any], file: Path) -> None:
@@ -341,17 +379,8 @@ def _name_positions(axes: Any, labels: list[str]) -> None:
     """Label every position, or every few of many."""
     step = max(1, len(labels) // 24)
     longest = max(map(len, labels), default=0)
-    turned = {"rotation": 35, "ha": "right"} if longest > 6 else {"rotation": 90 if longest > 2 else 0}
+    turned = (
+        {"rotation": 35, "ha": "right"} if longest > 6 else {"rotation": 90 if longest > 2 and len(labels) > 12 else 0}
+    )
     axes.set_xticks(range(0, len(labels), step))
     axes.set_xticklabels(labels[::step], fontsize=8, **turned)
-
-
-_LAYER = re.compile(r"^(?P<before>.*?)\.(?P<number>\d+)\.(?P<kind>.*)$")
-
-
-def split_name(name: str) -> tuple[int | None, str]:
-    """The layer number in a tensor's name (its first number) and the module kind, what follows it."""
-    match = _LAYER.match(name)
-    if match is None:
-        return None, name
-    return int(match["number"]), match["kind"]

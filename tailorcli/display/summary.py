@@ -13,6 +13,8 @@ from tailorcli.terminal import printable
 from tailorcli.units import format_bytes, format_share
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
     from tailorcli.runs.plan import TensorPlan
 
 MOST_RUNS = 8  # of layers, by depth
@@ -22,9 +24,20 @@ Item = TypeVar("Item")
 Column = tuple[str, Callable[[list[Any]], str]]
 
 
+class _Titled(Table):
+    """A table below its title, which takes the width of the terminal and not that of the table."""
+
+    heading = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield console.render_str(f"\n{self.heading}", style="italic")
+        yield from super().__rich_console__(console, options)
+
+
 def new_table(title: str, first: str, columns: Sequence[str], *, left: Sequence[str] = ()) -> Table:
     """A table without frames: its first column may fold, the others, right-aligned, never do."""
-    table = Table(title=f"\n{title}", title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table = _Titled(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.heading = title
     table.add_column(first, overflow="fold")
     for column in columns:
         table.add_column(column, justify="left" if column in left else "right", no_wrap=True)

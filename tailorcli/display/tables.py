@@ -229,7 +229,7 @@ def evaluation_parts(report: dict[str, Any], *, everything: bool = False) -> lis
     if not everything:
         return [_short_table(report) if summarised else _tasks_table(report)]
     parts: list[Any] = [_tasks_table(report)]
-    if _has_losses(report):
+    if len(report["tasks"]) > _MOST_TASKS and any(facts["kind"] == "text" for facts in report["tasks"].values()):
         parts.append(_losses_table(report))
     if summarised:
         parts.append(_figures_table("old and new tasks, their H-score", _SUMMARY, report))
@@ -263,17 +263,20 @@ def _tasks_table(report: dict[str, Any]) -> Table:
         for name, shown in titles.items():
             table.add_row(shown, *(_above(model["tasks"][name]) for model in models))
         return table
-    table = new_table(title, "model", [shown.replace(" (", "\n(") for shown in titles.values()])
+    columns: list[str] = []
+    for name, shown in titles.items():
+        columns += [shown.replace(" (", "\n("), *(["loss"] if tasks[name]["kind"] == "text" else [])]
+    table = new_table(title, "model", columns)
     for model in models:
-        table.add_row(_model_title(model["name"], report), *(_above(model["tasks"][name]) for name in tasks))
+        cells: list[str] = []
+        for name, facts in tasks.items():
+            figures = model["tasks"][name]
+            cells += [_above(figures), *([f"{figures['loss']:.3f}"] if facts["kind"] == "text" else [])]
+        table.add_row(_model_title(model["name"], report), *cells)
     return table
 
 
 _ROLES = {"origin": "old", "target": "new", None: ""}
-
-
-def _has_losses(report: dict[str, Any]) -> bool:
-    return any(facts["kind"] == "text" for facts in report["tasks"].values())
 
 
 def _losses_table(report: dict[str, Any]) -> Table:

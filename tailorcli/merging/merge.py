@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.readahead import ReadAhead
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import NumericalError, OptionsError, PatchError
 from tailorcli.files import PathLike
 from tailorcli.merging.plan import MergeInputs, build_merge_plan, merge_working_set
 from tailorcli.options import MergeOptions
+from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport
 from tailorcli.patching.apply import patched_tensor, side_sources
 from tailorcli.runs.outputs import Target, identity_of, progress_bar
@@ -80,7 +83,7 @@ def merge_patches(
         timer = StageTimer(device)
         side, notes = _side_files(inputs)
         if options.method == "joint":  # which starts from the tuned models again
-            made = [task.patch.name for task in inputs.tasks if task.patch.input_fingerprint("retain") is not None]
+            made = [task.title for task in inputs.tasks if task.patch.input_fingerprint("retain") is not None]
             notes += tuple(
                 f"{name} was made with a retain term, which joint leaves out; --method patches keeps it"
                 for name in made
@@ -108,7 +111,7 @@ def merge_patches(
         timer.seconds["write"] = outputs.seconds
         ordered = [records[name] for name in inputs.base.tensors]
         described = options.to_dict() | {
-            "tasks": [task.patch.name for task in inputs.tasks],
+            "tasks": [task.title for task in inputs.tasks],
             "weights": list(options.shares(len(patches))),
         }
         seconds = perf_counter() - started
@@ -136,6 +139,7 @@ def _manifest(inputs: MergeInputs, facts: dict[str, dict[str, str]], options: Me
 def _side_files(inputs: MergeInputs) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
     """The first patch's side files, and a note for each that another patch has differently."""
     first, *others = [task.patch for task in inputs.tasks]
+    kept, *titles = [task.title for task in inputs.tasks]
     side, notes = side_sources(inputs.base, first)
     fingerprints = [task.patch.fingerprint() for task in inputs.tasks]
     found = [
@@ -143,15 +147,34 @@ def _side_files(inputs: MergeInputs) -> tuple[dict[str, Path | bytes], tuple[str
         for task, count in zip(inputs.tasks, map(fingerprints.count, fingerprints), strict=True)
         if count > 1
     ]
-    for other in others:
+    for title, other in zip(titles, others, strict=True):
         for name, entry in other.side_files.items():
             if name == REPORT_FILE:
                 continue
             if name not in first.side_files:
-                found.append(f"side file {name} of {other.name} is left out: {first.name} has none")
-            elif entry.digest != first.side_files[name].digest:
-                found.append(f"side file {name} is that of {first.name}; {other.name} has another")
+                found.append(f"side file {name} of {title} is left out: {kept} has none")
+            elif entry.digest != first.side_files[name].digest and not _same_model(name, first, other, inputs.base):
+                found.append(f"side file {name} is that of {kept}; {title} has another")
     return side, notes + tuple(dict.fromkeys(found))
+
+
+def _same_model(name: str, first: PatchFile, other: PatchFile, base: Checkpoint) -> bool:
+    """Whether a side file that differs is a config.json of the same model: ``use_cache`` is worth no line."""
+    return name == "config.json" and _config(first, base) == _config(other, base)
+
+
+def _config(patch: PatchFile, base: Checkpoint) -> Any:
+    """A patch's config.json without what changes nothing of the model, or its bytes where it is no JSON object."""
+    stored = patch.side_files["config.json"].stored
+    content = patch.side_file("config.json") if stored else (base.path / "config.json").read_bytes()
+    try:
+        config = json.loads(content)
+        return {key: value for key, value in config.items() if key not in _NOT_OF_THE_MODEL}
+    except (ValueError, RecursionError, AttributeError):
+        return content
+
+
+_NOT_OF_THE_MODEL = ("use_cache", "transformers_version", "_name_or_path")
 
 
 @dataclass

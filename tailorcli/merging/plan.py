@@ -17,6 +17,7 @@ from tailorcli.files import PathLike
 from tailorcli.models.naming import open_for
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile.reader import PatchFile
+from tailorcli.patching.apply import side_sources
 from tailorcli.patching.checks import check_pair, check_stats
 from tailorcli.runs.plan import RUNTIME_BYTES, Plan, TensorPlan, group_by_hessian, most_patch_bytes
 
@@ -30,6 +31,18 @@ class Task:
     patch: PatchFile
     tuned: Checkpoint | None = None
     stats: Stats | None = None
+    title: str = ""  # its name, with its file where another task has the same
+
+
+def _told_apart(tasks: list[Task]) -> list[Task]:
+    """The tasks with titles that tell them apart: by their names, else their files, else their paths."""
+    names = [task.patch.name for task in tasks]
+    files = [f"{name} ({task.patch.path.name})" for name, task in zip(names, tasks, strict=True)]
+    paths = [f"{name} ({task.patch.path})" for name, task in zip(names, tasks, strict=True)]
+    for task, *titles in zip(tasks, names, files, paths, strict=True):
+        of_all = zip(titles, (names, files, paths), strict=True)
+        task.title = next((title for title, others in of_all if others.count(title) == 1), titles[-1])
+    return tasks
 
 
 @dataclass
@@ -72,7 +85,7 @@ class MergeInputs:
                 if task.stats is not None:
                     task.stats.rename_for(task.tuned)
                     check_stats(opened, task.tuned, task.stats)
-        return cls(opened, tasks)
+        return cls(opened, _told_apart(tasks))
 
     def describe(self) -> dict[str, dict[str, str]]:
         """Path and fingerprint of each."""
@@ -173,7 +186,9 @@ def build_merge_plan(inputs: MergeInputs, options: MergeOptions) -> tuple[Plan, 
         layout=layout,
         read_bytes=read + sum(_hessian_bytes(names, inputs) for names in set(hessians.values())),
         write_bytes=layout.nbytes,
-        patch_bytes=most_patch_bytes(zip(patched, kept, strict=True)),
+        patch_bytes=most_patch_bytes(
+            zip(patched, kept, strict=True), ordered, side_sources(inputs.base, inputs.tasks[0].patch)[0].values()
+        ),
         peak_bytes=RUNTIME_BYTES + max(merge_working_set(tensor, hessians, inputs) for tensor in patched),
         largest_hessian=max((_hessian_size(names, inputs) for names in hessians.values()), default=0),
     )
@@ -201,7 +216,7 @@ def _plan_tensor(
         joint = options.method == "joint"
         return TensorPlan(*common, "patch", "average: it fuses experts" if joint else options.method, role=first.role)
     if len(names) < len(entries) or not alike:
-        missing = [task.patch.name for task, entry in zip(inputs.tasks, entries, strict=True) if entry.hessian is None]
+        missing = [task.title for task, entry in zip(inputs.tasks, entries, strict=True) if entry.hessian is None]
         why = f"no statistics of {', '.join(missing)}" if missing else "the tasks' statistics are of different kinds"
         reason = f"average: {why}" if options.method == "joint" else options.method
         return TensorPlan(*common, "patch", reason, role=first.role)

@@ -46,6 +46,7 @@ class PatchReport:
     stages: dict[str, float]
     seconds: float
     notes: tuple[str, ...] = ()  # what the user should know besides; not in the report file
+    is_earlier: bool = False  # of a run that had finished before this one was asked to go on with it
 
     @property
     def totals(self) -> dict[str, Any]:

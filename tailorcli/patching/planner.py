@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from tailorcli.adapters.checkpoint import AdaptedCheckpoint
+from tailorcli.adapters.checkpoint import AdaptedCheckpoint, tuned_side_files
 from tailorcli.calibration.stats import Stats, TensorStats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
@@ -71,7 +71,9 @@ def build_plan(
         + passes * pair_bytes(ordered, tuned)
         + (3 * base.nbytes if options.propagate else 0),  # the three models' weights, to run them
         write_bytes=layout.nbytes,
-        patch_bytes=most_patch_bytes(most_kept([t for t in ordered if t.action == "patch"], options)),
+        patch_bytes=most_patch_bytes(
+            most_kept([t for t in ordered if t.action == "patch"], options), ordered, tuned_side_files(tuned).values()
+        ),
         peak_bytes=RUNTIME_BYTES + max(held) + propagated,
         propagates=bool(options.propagate),
         largest_hessian=max((stats.hessians[h].size for t in ordered if stats for h in t.hessians), default=0),

@@ -137,11 +137,12 @@ class Target:
             assert self.patch_file is not None
             with PatchFile.open(self.patch_file) as patch:
                 saved = patch.report()
-            return PatchReport(command, saved["options"], saved["inputs"], saved["tensors"], {}, 0.0)
+            return PatchReport(command, saved["options"], saved["inputs"], saved["tensors"], {}, 0.0, is_earlier=True)
         saved = load_report(self.folder / REPORT_FILE)
         if not isinstance(run.get("stages"), dict) or not isinstance(run.get("seconds"), float):
             raise OutputError(f"{self.folder / RUN_FILE} is damaged", "start anew with --overwrite")
-        return PatchReport(command, saved["options"], saved["inputs"], saved["tensors"], run["stages"], run["seconds"])
+        whole = (saved["options"], saved["inputs"], saved["tensors"], run["stages"], run["seconds"])
+        return PatchReport(command, *whole, is_earlier=True)
 
     def _patch_is_finished(self, identity: dict[str, Any]) -> bool:
         """Whether the patch file, if one is asked for, is there whole; another run's is an error."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from tailorcli.checkpoint.layout import ShardLayout
@@ -82,10 +83,23 @@ class Plan:
         }
 
 
-def most_patch_bytes(tensors: Iterable[tuple[TensorPlan, int]]) -> int:
-    """An upper bound for a patch file of these tensors with so many kept entries each."""
+_REPORT_BYTES = 3072  # of a tensor's record in the report that a patch file carries, without the names in it
+
+
+def most_patch_bytes(
+    kept: Iterable[tuple[TensorPlan, int]], tensors: Iterable[TensorPlan], side_files: Iterable[Path | bytes]
+) -> int:
+    """An upper bound for a patch file: so many kept entries of tensors, a report of all, and side files."""
     header = 1 << 16
-    return header + sum(n * t.nbytes // max(t.numel, 1) + t.numel // 8 + 2048 for t, n in tensors)
+    entries = sum(n * t.nbytes // max(t.numel, 1) + t.numel // 8 + 2048 for t, n in kept)
+    report = sum(_REPORT_BYTES + 8 * len(tensor.name) for tensor in tensors)
+    return header + entries + report + sum(_size(source) for source in side_files)
+
+
+def _size(source: Path | bytes) -> int:
+    if isinstance(source, bytes):
+        return len(source)
+    return source.stat().st_size if source.is_file() else 0
 
 
 def group_by_hessian(tensors: list[TensorPlan]) -> list[TensorPlan]:

@@ -419,6 +419,10 @@ def test_the_report_lets_anyone_work_out_its_figures(pair, tmp_path):
         assert {"origin_kept", "target_kept", "gain_kept", "h_minus_tuned"} <= model["summary"].keys()
     shown = run("evaluate", *models, *specs, *roles, "--limit", 8)
     assert "patched" in shown.stdout
+    for column in ("old", "new", "H", "old kept", "new kept"):
+        assert column in shown.stdout
+    assert "Avg" not in shown.stdout
+    shown = run("evaluate", *models, *specs, *roles, "--limit", 8, "--all")
     assert "H - tuned's H" in shown.stdout
     assert shown.stderr.endswith(" s\n")
 
