@@ -125,14 +125,14 @@ def _patch_columns(report: dict[str, Any]) -> list[Column]:
     totals = report["totals"]
     columns: list[Column] = [
         ("kept", _share_of("kept", "numel")),
-        ("|dW|² kept", _share_of("delta_sq_kept", "delta_sq")),
+        ("|dW|²\nkept", _share_of("delta_sq_kept", "delta_sq")),
     ]
     if totals["sensitivity_share_kept"] is not None and report["command"] == "score":
-        columns.append(("sens. kept", _share_of("sensitivity_kept", "sensitivity_sum")))
+        columns.append(("sens.\nkept", _share_of("sensitivity_kept", "sensitivity_sum")))
     if report["command"] == "score":
         columns.append(("dW = 0", _share_of("zero_delta", "numel")))
     if totals["error_before"] is not None:
-        columns += [("error before", _mean_of("error_before")), ("after", _mean_of("error_after"))]
+        columns += [("error\nbefore", _mean_of("error_before")), ("\nafter", _mean_of("error_after"))]
     if totals.get("drift") is not None:
         columns.append(("drift", _mean_of("drift")))
     return columns
@@ -154,7 +154,7 @@ def _merge_columns(report: dict[str, Any]) -> list[Column]:
     columns: list[Column] = [("kept", _share_of("kept", "numel"))]
     if len(tasks) <= _MOST_TASKS:
         columns += [(f"by {number}", kept_by(number - 1)) for number in range(1, len(tasks) + 1)]
-    columns += [("by all", _share_of("kept_by_all", "kept")), ("signs differ", _share_of("sign_conflicts", "shared"))]
+    columns += [("by all", _share_of("kept_by_all", "kept")), ("signs\ndiffer", _share_of("sign_conflicts", "shared"))]
     if report["totals"]["errors"] is not None and len(tasks) <= _MOST_TASKS:
         columns += [(f"error {number}", error_of(number - 1)) for number in range(1, len(tasks) + 1)]
     return columns
@@ -212,7 +212,7 @@ def stats_summary(hessians: dict[str, dict[str, Any]]) -> list[Table]:
         ("tensors", lambda group: f"{sum(info['used_by'] for _, info in group):,}"),
         ("channels", least_and_most("{:,}".format, lambda info: info["size"])),
         ("tokens", least_and_most(short_count, lambda info: info["tokens"])),
-        ("mean diagonal", least_and_most("{:.2g}".format, lambda info: info["mean_diagonal"])),
+        ("mean\ndiagonal", least_and_most("{:.2g}".format, lambda info: info["mean_diagonal"])),
         ("dead", lambda group: f"{sum(info['dead'] for _, info in group):,}"),
     ]
     return summary_tables(list(hessians.items()), columns, lambda item: item[0], _is_of_vector, depth=columns)

@@ -1,5 +1,6 @@
 """What the commands show in a terminal of 80 columns: no line is wider, no name is broken, a screen or so in all."""
 
+import json
 import os
 import re
 import subprocess
@@ -58,6 +59,20 @@ def test_a_deep_model_fits_a_terminal(deep, what):
     if what in ("out", "score", "stats"):
         depths = [line.split()[0] for line in lines if re.match(r"\d+-\d+ ", line)]
         assert depths == [f"{n}-{n + 2}" for n in range(0, LAYERS, 3)]
+
+
+def test_two_stacks_of_layers_fit_a_terminal(deep, tmp_path):
+    """A vision tower's layers beside a decoder's: longer names of kinds, and none of them broken."""
+    report = json.loads((deep / "out" / "tailor_report.json").read_text())
+    for tensor in report["tensors"]:
+        number = int(tensor["name"].split(".")[2]) if tensor["name"].startswith("model.layers.") else 0
+        stack = "vision_tower.encoder" if number >= LAYERS - 2 else "language_model"
+        tensor["name"] = tensor["name"].replace("model.layers.", f"model.{stack}.layers.")
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    lines = on_a_terminal("inspect", tmp_path / "report.json")
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("language_model down_proj ") for line in lines) == 1
+    assert any(line.startswith("vision_tower 23 ") for line in lines)
 
 
 def test_every_tensor_on_request_in_number_order(deep):
