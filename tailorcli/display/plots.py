@@ -218,7 +218,7 @@ def _distances(axes: Any, tensors: list[dict[str, Any]]) -> None:
     if inside and max(tuned) > 3 * max(inside):  # an embedding has many times the weights of a layer
         axes.set_ylim(0, 1.35 * max(inside))
         axes.annotate(
-            f"tuned: {tuned[-1]:.3g}",
+            f"tuned: {tuned[-1]:,.0f}",
             (len(labels) - 1, max(inside)),
             ha="right",
             fontsize=8,
@@ -376,7 +376,12 @@ def _tasks_of(report: dict[str, Any], role: str) -> str:
 
 
 def _name_positions(axes: Any, labels: list[str]) -> None:
-    """Label every position, or every few of many."""
+    """Label every position, or every few of many; a stack of layers is named at its first layer alone."""
+    stacks = [label.rpartition(" ")[0] for label in labels]
+    labels = [
+        label.rpartition(" ")[2] if number and stacks[number] == stacks[number - 1] else label
+        for number, label in enumerate(labels)
+    ]
     step = max(1, len(labels) // 24)
     longest = max(map(len, labels), default=0)
     turned = (
