@@ -1,6 +1,9 @@
 """``python -m tailorcli``."""
 
-from tailorcli.cli import main
-
 if __name__ == "__main__":
-    main()
+    try:
+        from tailorcli.cli import main
+
+        main()
+    except KeyboardInterrupt:  # before a command has begun, or after it: there is nothing to tell
+        raise SystemExit(130) from None

@@ -371,3 +371,14 @@ def quantise(folder, kind):
     )
     (folder / "config.json").write_text(json.dumps(config))
     return values
+
+
+def write_stats(folder, hessians, tensors, facts):
+    """A whole folder of statistics: Hessians (name, info, values) already packed, what each tensor uses, the facts."""
+    from tailorcli.calibration.stats_writer import StatsWriter
+
+    ready = list(hessians)
+    with StatsWriter(folder, [name for name, _, _ in ready]) as writer:
+        for name, info, values in ready:
+            writer.write(name, info, values)
+        writer.finish(tensors, facts)

@@ -180,7 +180,7 @@ def _stats(folder: Path, model: Path, data: Path | None, length: int = SEQ_LEN, 
         found = Stats.open(folder)
         found.close()
         with Checkpoint.open(model) as checkpoint:
-            fits = found.model_fingerprint == checkpoint.fingerprint() and found.has_samples
+            fits = found.model_fingerprint == checkpoint.fingerprint() and found.manifest.get("samples")
     except TailorError:
         fits = False
     if not fits or (held_out is not None and not held_out.exists()):

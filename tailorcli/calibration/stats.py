@@ -221,11 +221,6 @@ class Stats:
         return found
 
     @property
-    def has_samples(self) -> bool:
-        """Whether the samples were kept."""
-        return self.manifest.get("samples") is not None
-
-    @property
     def model_fingerprint(self) -> str:
         """The fingerprint of the checkpoint that was calibrated."""
         return str(self.manifest["model"]["fingerprint"])

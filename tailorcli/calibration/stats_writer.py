@@ -19,6 +19,7 @@ from tailorcli.calibration.stats import (
     HessianInfo,
     TensorStats,
 )
+from tailorcli.checkpoint.header import build_header, header_entry
 from tailorcli.errors import OutputError
 from tailorcli.files import as_output_error, file_digest, write_text_atomically
 from tailorcli.system import sync_path
@@ -29,10 +30,14 @@ if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
 
 
+_MOVED_BYTES = 1 << 24
+_OTHER_PLACE = "free some space or choose another folder for -o"
+
+
 def prepare_folder(folder: Path, overwrite: bool) -> None:
     """See that ``folder`` may take new statistics: it is made, empty, or holds old ones that ``overwrite`` gives up.
 
-    The old ones stay until ``write_stats`` has written the new.
+    The old ones stay until ``StatsWriter.finish`` has written the new.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} exists and is a file", "choose another folder for -o")
@@ -52,7 +57,8 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
 class StatsWriter:
     """Writes Hessians one at a time, then the manifest: without it the folder is not statistics.
 
-    ``room`` bounds the names that will be written: their header comes first in the file, and is padded.
+    ``room`` are the names that are expected, as long as they may be: their header comes first in the file, and is
+    padded. Where others come, the data move up.
     """
 
     def __init__(self, folder: Path, room: Iterable[str]) -> None:
@@ -62,10 +68,10 @@ class StatsWriter:
         self._ends: dict[str, tuple[int, int]] = {}
         self._size = 0
         header = sum(len(json.dumps(name)) + HEADER_ENTRY for name in room) + HEADER_ENTRY
-        self._header = header + -header % 8
+        self._start = 8 + header + -header % 8  # of the data
         try:
             self._file = self._part.open("w+b")
-            self._file.seek(8 + self._header)
+            self._file.seek(self._start)
         except OSError as error:
             raise _cannot_write(folder, error) from error
 
@@ -99,7 +105,7 @@ class StatsWriter:
         start, stop = self._ends.setdefault(name, (self._size, self._size + 4 * data.numel()))
         self._size = max(self._size, stop)
         try:
-            self._file.seek(8 + self._header + start)
+            self._file.seek(self._start + start)
             self._file.write(data.view(torch.uint8).numpy().data)
         except OSError as error:
             raise _cannot_write(self._part, error) from error
@@ -112,11 +118,12 @@ class StatsWriter:
         if name not in self._infos:
             return None
         start, stop = self._ends[name]
-        self._file.seek(8 + self._header + start)
+        self._file.seek(self._start + start)
         return self._infos[name], torch.frombuffer(bytearray(self._file.read(stop - start)), dtype=torch.float32)
 
     def store_samples(self, samples: Sequence[Inputs]) -> dict[str, Any]:
-        """Store the samples, and give what the manifest says of them."""
+        """Store the samples, and give what the manifest says of them. Raises OutputError on a full disk."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         part = self.folder / f"{SAMPLES}.part"
@@ -127,16 +134,26 @@ class StatsWriter:
             return {"count": len(samples), "blake2b": file_digest(part)}
         except OSError as error:
             raise _cannot_write(part, error) from error
+        except SafetensorError as error:  # which tells of a full disk, too
+            raise OutputError(f"cannot write {part}: {error}", _OTHER_PLACE) from error
+
+    def _move_data(self, start: int) -> None:
+        """Let the data begin at byte ``start``, at or behind the one where they do; the last piece moves first."""
+        if start == self._start:
+            return
+        for first in reversed(range(0, self._size, _MOVED_BYTES)):
+            self._file.seek(self._start + first)
+            piece = self._file.read(min(_MOVED_BYTES, self._size - first))
+            self._file.seek(start + first)
+            self._file.write(piece)
+        self._start = start
 
     def finish(self, tensors: dict[str, TensorStats], facts: dict[str, Any]) -> None:
         """Write the header and the manifest, and give the files their names."""
         entries = {
-            name: {"dtype": "F32", "shape": [info.stored_numel], "data_offsets": list(self._ends[name])}
-            for name, info in self._infos.items()
+            name: header_entry("F32", [info.stored_numel], *self._ends[name]) for name, info in self._infos.items()
         }
-        header = json.dumps(entries).encode().ljust(self._header)
-        if len(header) > self._header:
-            raise RuntimeError(f"{len(entries)} Hessians, more than room was made for")
+        header = build_header(entries, self._start)
         manifest = {
             "format_version": FORMAT_VERSION,
             **facts,
@@ -144,8 +161,9 @@ class StatsWriter:
             "tensors": {name: asdict(entry) for name, entry in tensors.items()},
         }
         try:
+            self._move_data(len(header))
             self._file.seek(0)
-            self._file.write(len(header).to_bytes(8, "little") + header)
+            self._file.write(header)
             self._file.close()
             sync_path(self._part)
             (self.folder / MANIFEST).unlink(missing_ok=True)  # an old one, which does not fit the new Hessians
@@ -161,18 +179,4 @@ class StatsWriter:
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:
     """The error without a word of --resume: a calibration starts again."""
-    return OutputError(as_output_error(path, error).message, "free some space or choose another folder for -o")
-
-
-def write_stats(
-    folder: Path,
-    hessians: Iterable[tuple[str, HessianInfo, Tensor]],
-    tensors: dict[str, TensorStats],
-    facts: dict[str, Any],
-) -> None:
-    """Write a whole folder of statistics: Hessians already packed, what each tensor uses, and the facts."""
-    ready = list(hessians)
-    with StatsWriter(folder, [name for name, _, _ in ready]) as writer:
-        for name, info, values in ready:
-            writer.write(name, info, values)
-        writer.finish(tensors, facts)
+    return OutputError(as_output_error(path, error).message, _OTHER_PLACE)

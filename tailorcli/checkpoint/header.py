@@ -7,6 +7,7 @@ import math
 import reprlib
 import struct
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,22 @@ class TensorInfo:
     def numel(self) -> int:
         """Entries."""
         return math.prod(self.shape)
+
+
+def header_entry(dtype: str, shape: Sequence[int], start: int, stop: int) -> dict[str, Any]:
+    """One tensor's entry in a header; its bytes are those from ``start`` to ``stop`` behind the header."""
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+
+
+def build_header(entries: Mapping[str, Any], room: int = 0) -> bytes:
+    """What a safetensors file begins with, its length and ``entries`` as JSON, up to the first byte of the data.
+
+    It is padded with blanks to a multiple of 8 bytes, and to ``room`` bytes where it is shorter than those.
+    """
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    size = max(8 + len(text), room)
+    text = text.ljust(size + -size % 8 - 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:

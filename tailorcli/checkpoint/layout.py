@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tailorcli.checkpoint.folder import SINGLE_FILE, Checkpoint
-from tailorcli.checkpoint.header import TensorInfo
+from tailorcli.checkpoint.header import TensorInfo, build_header, header_entry
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def plan_layout(base: Checkpoint, max_shard_size: int | None) -> ShardLayout:
         by_file = dict(zip(names if count > 1 else [SINGLE_FILE], shards, strict=True))
     headers, sizes, slots = {}, {}, {}
     for file_name, tensor_names in by_file.items():
-        header, placed = _build_header([base.output_tensors[name] for name in tensor_names])
+        header, placed = _lay_out([base.output_tensors[name] for name in tensor_names])
         headers[file_name] = header
         for info, offset in placed:
             slots[info.name] = Slot(file_name, offset, info.nbytes)
@@ -68,19 +67,13 @@ def plan_layout(base: Checkpoint, max_shard_size: int | None) -> ShardLayout:
     return ShardLayout(headers, sizes, slots)
 
 
-def _build_header(infos: Sequence[TensorInfo]) -> tuple[bytes, list[tuple[TensorInfo, int]]]:
-    """The bytes before the data, padded to a multiple of 8, and each tensor's offset in the file."""
+def _lay_out(infos: Sequence[TensorInfo]) -> tuple[bytes, list[tuple[TensorInfo, int]]]:
+    """A shard's header, and each tensor's offset in the file."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position, starts = 0, []
     for info in infos:
-        entries[info.name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [position, position + info.nbytes],
-        }
+        entries[info.name] = header_entry(info.dtype, info.shape, position, position + info.nbytes)
         starts.append(position)
         position += info.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
+    header = build_header(entries)
     return header, [(info, len(header) + start) for info, start in zip(infos, starts, strict=True)]

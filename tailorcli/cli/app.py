@@ -147,5 +147,7 @@ def main() -> None:
     guard_streams()
     try:
         app()
+    except KeyboardInterrupt:  # before a command has begun: there is nothing to tell
+        sys.exit(130)
     finally:
         sys.stdout.flush()  # here, where a failure is an exit code and no traceback

@@ -6,12 +6,9 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tailorcli.errors import DataError
-
-if TYPE_CHECKING:
-    pass
 
 _FORMATS = ".jsonl, .json or .txt"
 FIELDS = 'a record needs "text", or "messages", or "prompt" and "response", with "images" or "audio" as the model takes'

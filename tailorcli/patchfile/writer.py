@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.folder import Checkpoint
-from tailorcli.checkpoint.header import TensorInfo
+from tailorcli.checkpoint.header import TensorInfo, build_header, header_entry
 from tailorcli.checkpoint.journal import Journal, WriteQueue, write_all
 from tailorcli.errors import OutputError
 from tailorcli.files import as_output_error, digest_of
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DIGEST = "0" * 64  # in the place of one that is not known yet
-_SPARE = 4096  # bytes
+_SPARE = 4096  # bytes of the header left free: a resumed run may name its inputs by longer paths
 
 
 class PatchWriter:
@@ -67,7 +67,8 @@ class PatchWriter:
         self._entries: dict[str, PatchTensor] = {}
         self._sizes: dict[str, tuple[int, int]] = {}  # bytes of the mask and of the values
         self._infos = {info.name: info for info in shapes}
-        self._reserved = self._reserve()
+        self._needed = self._longest_header()
+        self._reserved = self._needed + _SPARE
         self._position = self._reserved
         self._part = file.with_name(file.name + ".part")
         self._journal = Journal(file.with_name(file.name + ".journal"))
@@ -103,6 +104,11 @@ class PatchWriter:
                 mask, values = entry["bytes"]
                 if not self._entries:  # the room that was left for the header then
                     self._reserved = self._position = int(entry["at"])
+                    if self._reserved < self._needed:
+                        raise OutputError(
+                            f"cannot resume {self.file}: its inputs are named by much longer paths now",
+                            "name them as before, or start anew with --overwrite",
+                        )
                 if entry["at"] != self._position:
                     raise ValueError(entry["at"])
                 self._entries[name] = PatchTensor(**entry["entry"])
@@ -172,11 +178,10 @@ class PatchWriter:
             for content in stored.values():
                 write_all(self._descriptor, memoryview(content), self._position)
                 self._position += len(content)
-            header = self._header(self._entries, self._sizes, {n: len(c) for n, c in stored.items()}, _describe(side))
-            if len(header) > self._reserved:  # resumed with much longer paths
-                raise OutputError(f"{self.file}: its header has outgrown its room", "start anew with --overwrite")
-            text = header[8:] + b" " * (self._reserved - len(header))
-            write_all(self._descriptor, memoryview(len(text).to_bytes(8, "little") + text), 0)
+            sizes = {name: len(content) for name, content in stored.items()}
+            header = self._header(self._entries, self._sizes, sizes, _describe(side), self._reserved)
+            assert len(header) == self._reserved, "no header is longer than the longest"
+            write_all(self._descriptor, memoryview(header), 0)
             os.ftruncate(self._descriptor, self._position)
             os.fsync(self._descriptor)
             self._close_file()  # Windows names no open file anew
@@ -186,18 +191,14 @@ class PatchWriter:
         except OSError as error:
             raise as_output_error(self.file, error) from error
 
-    def _reserve(self) -> int:
-        """The header's size with every number as long as it can get, with room to spare, a multiple of 8.
-
-        A resumed run may name its inputs by longer paths.
-        """
+    def _longest_header(self) -> int:
+        """The header's size with every number as long as it can get."""
         longest = max(CODINGS, key=len)
         entries = {n: PatchTensor(info.numel, longest, _DIGEST) for n, info in self._infos.items()}
         sizes = {name: (info.nbytes + PADDING, info.nbytes) for name, info in self._infos.items()}
         stored = {name: len(content) for name, content in self._side.items() if isinstance(content, bytes)}
         side: dict[str, bytes | str] = {**self._side, REPORT_FILE: b""}
-        header = self._header(entries, sizes, {**stored, REPORT_FILE: 1 << 40}, _describe(side))
-        return -(-(len(header) + _SPARE) // 8) * 8
+        return len(self._header(entries, sizes, {**stored, REPORT_FILE: 1 << 40}, _describe(side)))
 
     def _header(
         self,
@@ -205,6 +206,7 @@ class PatchWriter:
         sizes: dict[str, tuple[int, int]],
         stored: dict[str, int],
         side: dict[str, Any],
+        room: int = 0,
     ) -> bytes:
         base = {"fingerprint": self._base.fingerprint(), "tensors": self._base_tensors}
         manifest = {
@@ -218,14 +220,13 @@ class PatchWriter:
         for name, (mask, values) in sizes.items():
             dtype = self._infos[name].dtype
             kept = entries[name].kept
-            header[MASK + name] = _entry("U8", mask, position, mask)
-            header[VALUES + name] = _entry(dtype, kept, position + mask, values)
+            header[MASK + name] = header_entry("U8", [mask], position, position + mask)
+            header[VALUES + name] = header_entry(dtype, [kept], position + mask, position + mask + values)
             position += mask + values
         for name, nbytes in stored.items():
-            header[FILE + name] = _entry("U8", nbytes, position, nbytes)
+            header[FILE + name] = header_entry("U8", [nbytes], position, position + nbytes)
             position += nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        return len(text).to_bytes(8, "little") + text
+        return build_header(header, room)
 
     def close(self) -> None:
         """Stop the thread and close the file; what is written stays for ``resume``."""
@@ -245,10 +246,6 @@ class PatchWriter:
         self.close()
         self._part.unlink(missing_ok=True)
         self._journal.path.unlink(missing_ok=True)
-
-
-def _entry(dtype: str, numel: int, start: int, nbytes: int) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": [numel], "data_offsets": [start, start + nbytes]}
 
 
 def _describe(side: dict[str, bytes | str]) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class MaskFile:
         """Store the masks whole or not at all."""
         import numpy as np
         import torch
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         packed = {n: torch.from_numpy(np.packbits(mask.reshape(-1).numpy())) for n, mask in masks.items()}
@@ -79,8 +80,8 @@ class MaskFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_file(packed, part, {_METADATA: json.dumps(identity)})
             part.replace(self.path)
-        except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {error.strerror or error}", "free some disk") from error
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"cannot write {self.path}: {error}", "free some disk") from error
 
     def read(self, name: str, shape: Sequence[int]) -> Tensor:
         """One tensor's mask."""

@@ -8,11 +8,11 @@ import time
 
 import pytest
 import torch
-from helpers import mutate_bytes, mutate_json
+from helpers import mutate_bytes, mutate_json, write_stats
 from safetensors.torch import load_file, save_file
 
-from tailorcli.calibration.stats import HESSIANS, MANIFEST, HessianInfo, Stats, TensorStats
-from tailorcli.calibration.stats_writer import StatsWriter, prepare_folder, write_stats
+from tailorcli.calibration.stats import HESSIANS, MANIFEST, SAMPLES, HessianInfo, Stats, TensorStats
+from tailorcli.calibration.stats_writer import StatsWriter, prepare_folder
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.display.inspection import inspect_path
 from tailorcli.errors import OutputError, StatsError, TailorError
@@ -294,15 +294,6 @@ def test_hessians_written_one_at_a_time_can_be_read_back_and_replaced(tmp_path):
     assert torch.equal(load_file(tmp_path / HESSIANS)["c"], values["c"])
 
 
-def test_more_hessians_than_room_was_made_for_are_not_written_over_each_other(tmp_path):
-    with StatsWriter(tmp_path, ["short"]) as writer:
-        for number in range(20):
-            writer.write(f"a long name {number}", HessianInfo(1, "diagonal", 1), torch.ones(1))
-        with pytest.raises(RuntimeError, match="room"):
-            writer.finish({}, FACTS)
-    refusal(tmp_path, MANIFEST)
-
-
 def test_a_failed_write_leaves_no_statistics(tmp_path, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -316,3 +307,33 @@ def test_a_failed_write_leaves_no_statistics(tmp_path, monkeypatch):
     write_stats(tmp_path, [("h", HessianInfo(1, "diagonal", 1), torch.ones(1))], {}, FACTS)
     with pytest.raises(TailorError):
         prepare_folder(tmp_path, overwrite=False)
+
+
+@pytest.mark.parametrize("room", [0, 1, 1000])
+def test_names_longer_than_expected_move_the_data_up(tmp_path, monkeypatch, room):
+    monkeypatch.setattr("tailorcli.calibration.stats_writer._MOVED_BYTES", 16)
+    names = [f"a.much.longer.name.than.was.expected.{number}.weight" * 20 for number in range(5)]
+    with StatsWriter(tmp_path, ["h"] * room) as writer:
+        for number, name in enumerate(names):
+            writer.write(name, HessianInfo(9, "diagonal", 1), torch.full((9,), float(number)))
+        assert writer.read(names[3])[1].tolist() == [3.0] * 9
+        writer.finish({}, FACTS)
+    stats = Stats.open(tmp_path)
+    assert [stats.load(name).tolist() for name in names] == [[float(number)] * 9 for number in range(5)]
+    assert set(load_file(tmp_path / HESSIANS)) == set(names)  # by the library, too
+
+
+def test_a_full_disk_while_samples_are_saved_is_told(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    for error in (OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left")):
+
+        def full(*_, error=error):
+            raise error
+
+        monkeypatch.setattr("safetensors.torch.save_file", full)
+        with StatsWriter(tmp_path, []) as writer, pytest.raises(OutputError, match=SAMPLES) as found:
+            writer.store_samples([{"input_ids": torch.ones(1, 3, dtype=torch.int64)}])
+        assert "space" in found.value.message
+        assert found.value.hint
+        assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,8 @@
 """The command line as a user meets it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from helpers import run
@@ -96,3 +98,20 @@ def test_usage_errors_exit_with_2():
     run("patch", expect=2)
     run("nothing", expect=2)
     run("score", "a", "b", "--density", "much", expect=2)
+
+
+@pytest.mark.parametrize("module", ["tailorcli.cli.app", "typer"])
+@pytest.mark.parametrize("start", ["from tailorcli.cli import main; main()", "-m tailorcli"])
+def test_ctrl_c_while_the_program_is_imported_ends_it_quietly(module, start):
+    hook = f"""
+import sys
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupts())
+"""
+    as_module = "import runpy; runpy.run_module('tailorcli', run_name='__main__')"
+    code = hook + (as_module if start.startswith("-m") else start)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

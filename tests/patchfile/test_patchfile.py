@@ -456,6 +456,26 @@ def test_resumed_under_longer_or_shorter_paths(llama_pair, tmp_path, monkeypatch
         assert verify_checkpoint(tmp_path / f"out{number}", llama_pair / "base", file).ok
 
 
+def test_resumed_under_paths_too_long_for_the_header_is_refused_before_the_work(llama_pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(llama_pair)
+    file = tmp_path / "patch.safetensors"
+
+    def patch(folder, **changes):
+        inputs = (f"{folder}/base", f"{folder}/tuned", None, f"{folder}/stats", PatchOptions(**changes))
+        patch_checkpoint(*inputs, patch_file=file)
+
+    with broken_off(PatchWriter, 7):
+        patch(".")
+    step = f"../{llama_pair.name}"
+    longer = "/".join([step] * (3000 // len(step)))
+    with monkeypatch.context() as watched:
+        watched.setattr(PatchWriter, "_write_now", None)
+        with pytest.raises(TailorError, match="much longer paths"):
+            patch(longer, resume=True)
+    patch(".", resume=True)
+    apply_patch(llama_pair / "base", file, tmp_path / "out")
+
+
 def test_what_was_written_before_an_error_is_kept(llama_pair, tmp_path):
     """Not only what filled the journal: closing takes down the rest."""
     import tailorcli.checkpoint.journal

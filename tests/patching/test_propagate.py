@@ -454,7 +454,7 @@ def test_a_second_calibration_without_samples_takes_the_old_ones_away(pair, tmp_
     calibrate_model(
         pair / "base", pair / "data.jsonl", tmp_path / "stats", replace(few, keep_samples=False, overwrite=True)
     )
-    assert not Stats.open(tmp_path / "stats").has_samples
+    assert not Stats.open(tmp_path / "stats").manifest.get("samples")
     assert sorted(file.name for file in (tmp_path / "stats").iterdir()) == ["hessians.safetensors", "manifest.json"]
 
 
