@@ -130,7 +130,7 @@ def measure_correct(bench: Bench) -> Figures:
     found: Figures = {name: compare_stats(folder / "cpu", folder / name) for name in ("whole", "blocks")}
     options = PatchOptions(density=DENSITY)
     scores = [score_checkpoint(base, tuned, folder / "cpu", replace(options, device=d)) for d in ("cpu", here)]
-    sums = [[t["sensitivity_kept"] for t in s.tensors if t.get("sensitivity_kept")] for s in scores]
+    sums = [[t.sensitivity_kept for t in s.tensors if t.sensitivity_kept] for s in scores]
     found["score"] = max(abs(a - b) / abs(a) for a, b in zip(*sums, strict=True))
     solvers: tuple[Solver | str, ...] = ("joint", "sequential", "none")
     for solver in solvers:
@@ -390,17 +390,17 @@ def measure_patch(bench: Bench) -> Figures:
     report = patch_checkpoint(base, tuned, output, stats, options, progress=True)
     shutil.rmtree(output)
     shutil.rmtree(stats)
-    patched = [tensor for tensor in report.tensors if tensor["status"] == "patched"]
+    patched = [tensor for tensor in report.tensors if tensor.patched]
     return {
         "layers": bench.shape.layers,
         "layers_asked": bench.args.layers,
-        "parameters": sum(tensor["numel"] for tensor in patched),
+        "parameters": sum(tensor.numel for tensor in patched),
         "seconds": report.seconds,
         "plain_seconds": plain_seconds,
         "stages": report.stages,
         "peak_bytes": bench.peak,
         "checkpoint_bytes": nbytes,
-        "iterations": {tensor["name"]: tensor.get("iterations", 0) for tensor in report.tensors},
+        "iterations": {tensor.name: tensor.iterations or 0 for tensor in report.tensors},
     }
 
 

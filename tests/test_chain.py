@@ -64,7 +64,7 @@ def test_a_sparse_patch_loads_and_keeps_its_density(chain, tmp_path, name):
     report = patch_checkpoint(folder / "base", folder / "tuned", tmp_path / "out", folder / "stats", options)
     base, patched = read_tensors(folder / "base"), read_tensors(tmp_path / "out")
     assert patched.keys() == base.keys()  # the input's own names
-    for record in report.tensors:
+    for record in report.to_dict()["tensors"]:
         numel, parts = record.get("numel", 0), len(record.get("experts", [None]))
         if record["status"] == "patched":
             assert record["kept"] == parts * round(0.3 * (numel // parts))
@@ -122,7 +122,7 @@ def test_experts_with_too_few_tokens_share_the_hessian_of_all_and_say_so(chain, 
     gate = next(h for h in pooled if "gate_up_proj" in h)
     assert stats.hessians[gate].tokens == 2 * report.tokens  # every token, once for each of its two experts
     patched = patch_checkpoint(folder / "base", folder / "tuned", tmp_path / "out", tmp_path / "stats")
-    assert {record["name"] for record in patched.tensors if "note" in record} == set(report.notes)
+    assert {record["name"] for record in patched.to_dict()["tensors"] if "note" in record} == set(report.notes)
 
 
 def test_fused_and_separate_experts_are_patched_alike(chain, tmp_path):
@@ -198,5 +198,5 @@ def test_two_equal_tasks_of_any_layer_kind_merge_to_their_patch(chain, tmp_path,
     expected = read_tensors(tmp_path / "out")
     for tensor, value in read_tensors(tmp_path / "merged").items():
         torch.testing.assert_close(value, expected[tensor], rtol=1e-5, atol=1e-6)
-    fused = [record for record in report.tensors if "fuses experts" in (record["method"] or "")]
+    fused = [record for record in report.to_dict()["tensors"] if "fuses experts" in (record["method"] or "")]
     assert len(fused) == (4 if (name, method) == ("gpt-oss", "joint") else 0)

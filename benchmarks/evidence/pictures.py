@@ -15,7 +15,8 @@ from benchmarks.real.setting import say
 from tailorcli import Checkpoint, PatchOptions, Stats, TailorError, patch_checkpoint
 from tailorcli.display.plots import AFTER, BEFORE, TUNED, draw_bars, layers_of, new_figure, save_figure
 from tailorcli.files import write_text_atomically
-from tailorcli.patchfile.report import REPORT_FILE, load_report
+from tailorcli.patchfile.records import TensorRecord
+from tailorcli.patchfile.report import REPORT_FILE, PatchReport, load_report
 from tailorcli.sweep import Setting
 
 DECORATED = (Setting(PatchOptions(solver="sequential")), Setting(PatchOptions(), retained=True))
@@ -121,7 +122,7 @@ def decorations_part(part: str, group: Group, folder: Path, docs: Path) -> str:
     return f"![Distance from base by layer, before and after compensation]({picture})\n\n{seen}"
 
 
-def make_report(pair: Pair, setting: Setting, folder: Path) -> dict[str, Any]:
+def make_report(pair: Pair, setting: Setting, folder: Path) -> PatchReport:
     """The report of a patch of ``pair`` from the statistics in ``folder``; kept there, where the patch is not."""
     file = folder / "reports" / f"{setting.options.solver}{'-retained' if setting.retained else ''}.json"
     inputs = {"base": pair.base, "tuned": pair.tuned, "stats": folder / "stats"}
@@ -147,9 +148,9 @@ def _is_of(file: Path, setting: Setting, inputs: dict[str, Path]) -> bool:
         report = load_report(file)
     except TailorError:
         return False
-    known = {name: entry["fingerprint"] for name, entry in report["inputs"].items()}
+    known = {name: entry["fingerprint"] for name, entry in report.inputs.items()}
     expected = {name: _fingerprint(name, path) for name, path in inputs.items()}
-    return known == expected and report["options"] == json.loads(json.dumps(setting.chosen.to_dict()))
+    return known == expected and report.options == json.loads(json.dumps(setting.chosen.to_dict()))
 
 
 def _fingerprint(name: str, path: Path) -> str:
@@ -160,26 +161,26 @@ def _fingerprint(name: str, path: Path) -> str:
         opened.close()
 
 
-def decoration_of(label: str, report: dict[str, Any]) -> Decoration:
+def decoration_of(label: str, report: PatchReport) -> Decoration:
     """Sum a report's distances over each layer of the decoder."""
-    patched = [tensor for tensor in report["tensors"] if tensor["status"] == "patched"]
+    patched = [tensor for tensor in report.tensors if tensor.patched]
     labels, groups = layers_of(_decoder(patched))
 
     def distances(key: str) -> tuple[float, ...]:
-        return tuple(sum(tensor[f"distance_{key}"] for tensor in group) for group in groups)
+        return tuple(sum(getattr(tensor, f"distance_{key}") for tensor in group) for group in groups)
 
-    errors = (report["totals"]["error_before"], report["totals"]["error_after"])
+    errors = (report.totals["error_before"], report.totals["error_after"])
     return Decoration(label, tuple(labels), distances("tuned"), distances("before"), distances("after"), errors)
 
 
-def _decoder(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _decoder(tensors: list[TensorRecord]) -> list[TensorRecord]:
     """The tensors of the stack of layers that has the most entries: a vision tower has layers of its own."""
-    stacks: dict[str, list[dict[str, Any]]] = {}
+    stacks: dict[str, list[TensorRecord]] = {}
     for tensor in tensors:
         labels, _ = layers_of([tensor])
         if labels != ["other"]:
-            stacks.setdefault(tensor["name"].partition(f".{labels[0]}.")[0], []).append(tensor)
-    return max(stacks.values(), key=lambda stack: sum(tensor["numel"] for tensor in stack))
+            stacks.setdefault(tensor.name.partition(f".{labels[0]}.")[0], []).append(tensor)
+    return max(stacks.values(), key=lambda stack: sum(tensor.numel for tensor in stack))
 
 
 def plot_decorations(found: Sequence[Decoration], file: Path) -> None:

@@ -261,7 +261,7 @@ def score(
     if as_json:
         print_json(report.to_dict())
         return
-    show_score(report.to_dict(), tensors)
+    show_score(report, tensors)
     show_reasons(reasons(report.tensors), "left at base")
 
 
@@ -417,8 +417,8 @@ def patch(
     if as_json:
         print_report(report, output, patch_file)
         return
-    show_summary(report.to_dict())
-    show_reasons({record["name"]: record["note"] for record in report.tensors if "note" in record}, "note")
+    show_summary(report)
+    show_reasons({record.name: record.note for record in report.tensors if record.note}, "note")
     show_written(output, patch_file, report)
     show_stages(report.stages)
 
@@ -554,7 +554,7 @@ def merge_multi(
     if as_json:
         print_report(report, output, patch_file)
         return
-    show_merge(report.to_dict())
+    show_merge(report)
     show_written(output, patch_file, report)
     show_stages(report.stages)
 

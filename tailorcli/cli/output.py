@@ -17,6 +17,7 @@ from tailorcli.cli.verbosity import is_quiet, is_verbose
 from tailorcli.terminal import printable
 
 if TYPE_CHECKING:
+    from tailorcli.patchfile.records import TensorRecord
     from tailorcli.patchfile.report import PatchReport
     from tailorcli.runs.plan import Plan
 
@@ -78,9 +79,9 @@ def print_rich(*parts: Any) -> None:
         console.print(part)
 
 
-def reasons(tensors: list[dict[str, Any]]) -> dict[str, str]:
+def reasons(tensors: list[TensorRecord]) -> dict[str, str]:
     """Why each tensor that was left at base was."""
-    return {tensor["name"]: tensor["reason"] for tensor in tensors if tensor["status"] != "patched"}
+    return {tensor.name: tensor.reason for tensor in tensors if not tensor.patched}
 
 
 def show_reasons(reasons: dict[str, str], what: str, *, err: bool = True) -> None:
@@ -183,15 +184,15 @@ def show_stages(stages: dict[str, float]) -> None:
         say("of which " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages.items()), err=True)
 
 
-def show_summary(report: dict[str, Any]) -> None:
+def show_summary(report: PatchReport) -> None:
     """The totals of a patch in a few lines."""
     from tailorcli.units import format_share
 
-    totals = report["totals"]
+    totals = report.totals
     show_kept(totals)
     own = "on the patched model's inputs, " if "error_after_unpatched_inputs" in totals else ""
     if totals["error_before"] is not None:
-        how = report["options"]["solver"] if report["options"]["method"] == "tailor" else report["options"]["method"]
+        how = report.options["solver"] if report.options["method"] == "tailor" else report.options["method"]
         say(
             f"mean layer error against the tuned model: {format_share(totals['error_before'])} before compensation, "
             f"{format_share(totals['error_after'])} after ({own}{how})"
@@ -199,7 +200,7 @@ def show_summary(report: dict[str, Any]) -> None:
     if "drift" in totals:
         say(
             f"mean drift on the retained data: {format_share(totals['drift'])} of the tuned model's (0% is the base; "
-            f"{own}retain weight {report['options']['retain_weight']:g})"
+            f"{own}retain weight {report.options['retain_weight']:g})"
         )
     if "propagated" in totals:
         say(
@@ -209,17 +210,17 @@ def show_summary(report: dict[str, Any]) -> None:
         )
     if totals["damped_further"]:
         say(f"damped further than asked: {', '.join(totals['damped_further'])}", err=True)
-    show_reasons(reasons(report["tensors"]), "left at base")
+    show_reasons(reasons(report.tensors), "left at base")
 
 
-def show_merge(report: dict[str, Any]) -> None:
+def show_merge(report: PatchReport) -> None:
     """The totals of a merge in a few lines."""
     from tailorcli.units import format_share
 
-    totals, tasks = report["totals"], report["options"]["tasks"]
+    totals, tasks = report.totals, report.options["tasks"]
     kept = ", ".join(f"{task} {count:,}" for task, count in zip(tasks, totals["kept_by"], strict=True))
     say(
-        f"merged {len(tasks)} tasks ({report['options']['method']}): {totals['kept']:,} of {totals['numel']:,} entries "
+        f"merged {len(tasks)} tasks ({report.options['method']}): {totals['kept']:,} of {totals['numel']:,} entries "
         f"({format_share(totals['density'])}); kept by {kept}; by all {totals['kept_by_all']:,} "
         f"(Jaccard {format_share(totals['jaccard'])}), {totals['sign_conflicts']:,} with changes of both signs"
     )
@@ -227,14 +228,14 @@ def show_merge(report: dict[str, Any]) -> None:
         errors = ", ".join(f"{task} {format_share(e)}" for task, e in zip(tasks, totals["errors"], strict=True))
         say(f"mean layer error against each tuned model: {errors}")
     for method, count in totals["methods"].items():
-        if method != report["options"]["method"]:
+        if method != report.options["method"]:
             say(f"{count} tensors by {method}", err=True)
     if totals["damped_further"]:
         say(f"damped further than asked: {', '.join(totals['damped_further'])}", err=True)
-    show_reasons(reasons(report["tensors"]), "left at base")
+    show_reasons(reasons(report.tensors), "left at base")
 
 
-def show_score(report: dict[str, Any], every_tensor: bool) -> None:
+def show_score(report: PatchReport, every_tensor: bool) -> None:
     """What the masks would capture, by kind of layer and by depth, or tensor by tensor with the scores' quantiles."""
     from tailorcli.display.summary import report_summary
     from tailorcli.display.tables import quantile_table, tensor_table
@@ -243,7 +244,7 @@ def show_score(report: dict[str, Any], every_tensor: bool) -> None:
         print_rich(tensor_table(report, errors=False), quantile_table(report))
     else:
         print_rich(*report_summary(report), "every tensor, and the quantiles of the scores: --tensors")
-    show_kept(report["totals"])
+    show_kept(report.totals)
 
 
 def show_kept(totals: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tailorcli.checkpoint.writer import JOURNAL, WORK_FOLDER
 from tailorcli.errors import CheckpointError, TailorError
 from tailorcli.files import PathLike, read_json
 from tailorcli.patchfile.reader import SUFFIX, PatchFile
-from tailorcli.patchfile.report import REPORT_FILE, RUN_FILE, load_report, options_shown
+from tailorcli.patchfile.report import REPORT_FILE, RUN_FILE, PatchReport, load_report, options_shown
 
 KINDS = {
     "stats": "statistics for calibrated patching",
@@ -33,7 +33,7 @@ class Inspection:
     path: str
     kind: str
     facts: dict[str, Any]
-    report: dict[str, Any] | None = None  # of a report a patch file or a patched checkpoint
+    report: PatchReport | None = None  # of a report a patch file or a patched checkpoint
     hessians: dict[str, dict[str, Any]] = field(default_factory=dict)  # of statistics
     tensors: list[dict[str, Any]] = field(default_factory=list)  # of a plain checkpoint
     uncalibrated: dict[str, str] = field(default_factory=dict)  # of statistics
@@ -41,7 +41,8 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
-        return asdict(self)
+        plain = asdict(replace(self, report=None))
+        return plain | {"report": self.report.to_dict()} if self.report is not None else plain
 
 
 def inspect_path(path: PathLike) -> Inspection:
@@ -99,10 +100,10 @@ def _inspect_report(target: Path, file: Path, kind: str, facts: dict[str, Any]) 
     return _with_report(target, load_report(file), kind, facts)
 
 
-def _with_report(target: Path, report: dict[str, Any], kind: str, facts: dict[str, Any]) -> Inspection:
-    inputs = {role: entry["path"] for role, entry in report["inputs"].items()}
-    facts = {**facts, "command": report["command"], **inputs, **options_shown(report)}
-    facts |= {key: value for key, value in report["totals"].items() if value is not None and value != []}
+def _with_report(target: Path, report: PatchReport, kind: str, facts: dict[str, Any]) -> Inspection:
+    inputs = {role: entry["path"] for role, entry in report.inputs.items()}
+    facts = {**facts, "command": report.command, **inputs, **options_shown(report)}
+    facts |= {key: value for key, value in report.totals.items() if value is not None and value != []}
     return Inspection(str(target), kind, facts, report=report)
 
 

@@ -9,7 +9,8 @@ from tailorcli.display.inspection import Inspection
 from tailorcli.display.names import by_kind, by_layer, place_of
 from tailorcli.errors import OptionsError, OutputError, TailorError
 from tailorcli.files import as_output_error
-from tailorcli.patchfile.report import MERGE, share
+from tailorcli.patchfile.records import TensorRecord
+from tailorcli.patchfile.report import MERGE, PatchReport, share
 
 BEFORE, AFTER, TUNED, _NEUTRAL = "#d08a3c", "#2f6f9f", "#8a8a8a", "#4d8f57"
 _PALETTE = ("#2f6f9f", "#d08a3c", "#4d8f57", "#8f4d7f", "#7a6a3a", "#3a8f8f")
@@ -67,33 +68,33 @@ def save_figure(figure: Any, file: Path) -> None:
         ) from error
 
 
-def _draw_report(figure: Any, report: dict[str, Any]) -> None:
-    tensors = [t for t in report["tensors"] if t["status"] == "patched"]
-    if report["command"] == MERGE:
-        _draw_merge(figure, tensors, [str(task).replace("$", r"\$") for task in report["options"]["tasks"]])
+def _draw_report(figure: Any, report: PatchReport) -> None:
+    tensors = [tensor for tensor in report.tensors if tensor.patched]
+    if report.command == MERGE:
+        _draw_merge(figure, tensors, [task.replace("$", r"\$") for task in report.options["tasks"]])
         return
     top = figure.subplots(2, 2)
     _captured_by_layer(top[0][0], tensors)
     _errors(top[0][1], tensors, by_layer=True)
-    if report["totals"].get("drift") is None:
+    if report.totals.get("drift") is None:
         _errors(top[1][0], tensors, by_layer=False)
     else:
         _drifts(top[1][0], tensors)
     _distances(top[1][1], tensors)
 
 
-def _draw_merge(figure: Any, tensors: list[dict[str, Any]], tasks: list[str]) -> None:
+def _draw_merge(figure: Any, tensors: list[TensorRecord], tasks: list[str]) -> None:
     """How the tasks' masks overlap, where they disagree, and how far each task's layers are, by layer."""
     top = figure.subplots(2, 2)
     labels, groups = layers_of(tensors)
     positions = list(range(len(labels)))
     colors = [_PALETTE[i % len(_PALETTE)] for i in range(len(tasks))]
 
-    def total(group: list[dict[str, Any]], number: int) -> float:
-        return float(sum(tensor["kept_by"][number] for tensor in group))
+    def total(group: list[TensorRecord], number: int) -> float:
+        return float(sum(tensor.kept_by[number] for tensor in group))
 
-    def mean_error(group: list[dict[str, Any]], number: int) -> float:
-        values = [t["errors"][number] for t in group if t["errors"] is not None and t["kind"] == "full"]
+    def mean_error(group: list[TensorRecord], number: int) -> float:
+        values = [t.errors[number] for t in group if t.errors is not None and t.kind == "full"]
         return 100 * sum(values) / len(values) if values else float("nan")
 
     kept, overlap, signs, errors = top[0][0], top[0][1], top[1][0], top[1][1]
@@ -117,7 +118,7 @@ def _draw_merge(figure: Any, tensors: list[dict[str, Any]], tasks: list[str]) ->
     signs.bar(positions, conflicts, color=BEFORE)
     signs.axhline(50, color="black", lw=0.8, ls="--")
     signs.set(title="Shared weights whose changes differ in sign, by layer", ylabel="% of those kept by several")
-    if any(t["errors"] is not None and t["kind"] == "full" for t in tensors):
+    if any(t.errors is not None and t.kind == "full" for t in tensors):
         for number, (task, color) in enumerate(zip(tasks, colors, strict=True)):
             errors.plot(positions, [mean_error(group, number) for group in groups], "o-", color=color, label=task)
         errors.legend()
@@ -128,32 +129,32 @@ def _draw_merge(figure: Any, tensors: list[dict[str, Any]], tasks: list[str]) ->
         _name_positions(axes, labels)
 
 
-def _overlap_by_chance(group: list[dict[str, Any]], num_tasks: int) -> float | None:
+def _overlap_by_chance(group: list[TensorRecord], num_tasks: int) -> float | None:
     """The expected Jaccard index of masks of the same densities drawn independently."""
     common, union = 0.0, 0.0
     for tensor in group:
         inside, outside = 1.0, 1.0
         for number in range(num_tasks):
-            density = tensor["kept_by"][number] / tensor["numel"]
+            density = tensor.kept_by[number] / tensor.numel
             inside *= density
             outside *= 1.0 - density
-        common += inside * tensor["numel"]
-        union += (1.0 - outside) * tensor["numel"]
+        common += inside * tensor.numel
+        union += (1.0 - outside) * tensor.numel
     return share(common, union)
 
 
-def layers_of(tensors: list[dict[str, Any]]) -> tuple[list[str], list[list[dict[str, Any]]]]:
+def layers_of(tensors: list[TensorRecord]) -> tuple[list[str], list[list[TensorRecord]]]:
     """Tensors gathered by layer, each stack of layers for itself; those outside any layer come last as "other"."""
-    groups = by_layer(tensors, lambda tensor: str(tensor["name"]))
+    groups = by_layer(tensors, lambda tensor: tensor.name)
     return list(groups), list(groups.values())
 
 
-def _by_kind(tensors: list[dict[str, Any]]) -> tuple[list[str], list[list[dict[str, Any]]]]:
-    groups = by_kind(tensors, lambda tensor: str(tensor["name"]), lambda tensor: False)
+def _by_kind(tensors: list[TensorRecord]) -> tuple[list[str], list[list[TensorRecord]]]:
+    groups = by_kind(tensors, lambda tensor: tensor.name, lambda tensor: False)
     return list(groups), list(groups.values())
 
 
-def _captured_by_layer(axes: Any, tensors: list[dict[str, Any]]) -> None:
+def _captured_by_layer(axes: Any, tensors: list[TensorRecord]) -> None:
     labels, groups = layers_of(tensors)
 
     def shares(part: str, whole: str) -> list[float]:
@@ -161,7 +162,7 @@ def _captured_by_layer(axes: Any, tensors: list[dict[str, Any]]) -> None:
 
     positions = range(len(labels))
     axes.plot(positions, shares("delta_sq_kept", "delta_sq"), "o-", color=AFTER, label="of the squared change ‖ΔW‖²")
-    if any(t.get("sensitivity_sum") for t in tensors):
+    if any(t.sensitivity_sum for t in tensors):
         values = shares("sensitivity_kept", "sensitivity_sum")
         axes.plot(positions, values, "s-", color=BEFORE, label="of the summed sensitivity")
     axes.plot(positions, shares("kept", "numel"), "--", color=TUNED, label="of the weights (density)")
@@ -177,9 +178,9 @@ def _share_axis(axes: Any) -> None:
     axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= min(100, axes.get_ylim()[1])])
 
 
-def _drifts(axes: Any, tensors: list[dict[str, Any]]) -> None:
+def _drifts(axes: Any, tensors: list[TensorRecord]) -> None:
     """How much of the tuned layers' drift on the retained data the patched ones have."""
-    measured = [t for t in tensors if t.get("kind") == "full" and t.get("drift") is not None]
+    measured = [t for t in tensors if t.kind == "full" and t.drift is not None]
     labels, groups = layers_of(measured)
     values = [100 * _sum(group, "drift") / len(group) for group in groups]
     draw_bars(axes, labels, [("patched", _NEUTRAL, values)])
@@ -189,12 +190,12 @@ def _drifts(axes: Any, tensors: list[dict[str, Any]]) -> None:
     axes.legend(loc="upper right", ncols=2)
 
 
-def _sum(tensors: list[dict[str, Any]], key: str) -> float:
-    return sum(tensor.get(key) or 0.0 for tensor in tensors)
+def _sum(tensors: list[TensorRecord], key: str) -> float:
+    return sum(getattr(tensor, key) or 0.0 for tensor in tensors)
 
 
-def _errors(axes: Any, tensors: list[dict[str, Any]], *, by_layer: bool) -> None:
-    measured = [t for t in tensors if t.get("kind") == "full" and t.get("error_after") is not None]
+def _errors(axes: Any, tensors: list[TensorRecord], *, by_layer: bool) -> None:
+    measured = [t for t in tensors if t.kind == "full" and t.error_after is not None]
     where = "layer" if by_layer else "module kind"
     axes.set(title=f"Layer error against the tuned layer, by {where}", ylabel="% of the error at base")
     if not measured:
@@ -206,11 +207,11 @@ def _errors(axes: Any, tensors: list[dict[str, Any]], *, by_layer: bool) -> None
     axes.legend(loc="upper right", ncols=2)
 
 
-def _distances(axes: Any, tensors: list[dict[str, Any]]) -> None:
+def _distances(axes: Any, tensors: list[TensorRecord]) -> None:
     """The paper's Fig. 6: the distance from base before and after the decorator."""
     labels, groups = layers_of(tensors)
     axes.set(title="Distance from base, Σ|W − W_base| (the paper's Fig. 6)", ylabel="")
-    after = "distance_after" if any(t.get("distance_after") is not None for t in tensors) else "distance_before"
+    after = "distance_after" if any(t.distance_after is not None for t in tensors) else "distance_before"
     _paired_bars(axes, labels, groups, "distance_before", after, scale=1.0, mean=False)
     tuned = [_sum(group, "distance_tuned") for group in groups]
     axes.plot(range(len(labels)), tuned, "_", color="black", ms=9, label="tuned")
@@ -233,7 +234,7 @@ def _distances(axes: Any, tensors: list[dict[str, Any]]) -> None:
 def _paired_bars(
     axes: Any,
     labels: list[str],
-    groups: list[list[dict[str, Any]]],
+    groups: list[list[TensorRecord]],
     before: str,
     after: str,
     *,

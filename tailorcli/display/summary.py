@@ -15,6 +15,8 @@ from tailorcli.units import format_bytes, format_share
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
+    from tailorcli.patchfile.records import TensorRecord
+    from tailorcli.patchfile.report import PatchReport
     from tailorcli.runs.plan import TensorPlan
 
 MOST_RUNS = 8  # of layers, by depth
@@ -76,13 +78,13 @@ def summary_tables(
     return tables
 
 
-def report_summary(report: dict[str, Any]) -> list[Table]:
+def report_summary(report: PatchReport) -> list[Table]:
     """Masks, errors and drift of a report's patched tensors, by kind and by depth."""
-    tensors = [tensor for tensor in report["tensors"] if tensor["status"] == "patched"]
-    columns = _merge_columns(report) if report["command"] == MERGE else _patch_columns(report)
+    tensors = [tensor for tensor in report.tensors if tensor.patched]
+    columns = _merge_columns(report) if report.command == MERGE else _patch_columns(report)
     counted: list[Column] = [("tensors", _count), ("weights", _sum_of("numel")), *columns]
     return summary_tables(
-        tensors, counted, lambda t: str(t["name"]), lambda t: len(t["shape"]) == 1, depth=counted if tensors else None
+        tensors, counted, lambda t: t.name, lambda t: len(t.shape) == 1, depth=counted if tensors else None
     )
 
 
@@ -90,7 +92,7 @@ def _count(group: list[Any]) -> str:
     return f"{len(group):,}"
 
 
-def _sum_of(key: str) -> Callable[[list[dict[str, Any]]], str]:
+def _sum_of(key: str) -> Callable[[list[TensorRecord]], str]:
     return lambda group: short_count(int(_sum(group, key)))
 
 
@@ -103,33 +105,33 @@ def short_count(number: int) -> str:
     return f"{value:.3g}{unit}" if unit else str(number)
 
 
-def _sum(group: list[dict[str, Any]], key: str) -> float:
-    return float(sum(tensor.get(key) or 0 for tensor in group))
+def _sum(group: list[TensorRecord], key: str) -> float:
+    return float(sum(getattr(tensor, key) or 0 for tensor in group))
 
 
-def _share_of(part: str, whole: str) -> Callable[[list[dict[str, Any]]], str]:
+def _share_of(part: str, whole: str) -> Callable[[list[TensorRecord]], str]:
     return lambda group: format_share(share(_sum(group, part), _sum(group, whole)))
 
 
-def _mean_of(key: str) -> Callable[[list[dict[str, Any]]], str]:
+def _mean_of(key: str) -> Callable[[list[TensorRecord]], str]:
     """The plain mean over the tensors with a full Hessian, as in the totals."""
 
-    def mean(group: list[dict[str, Any]]) -> str:
-        values = [t[key] for t in group if t.get("kind") == "full" and t.get(key) is not None]
+    def mean(group: list[TensorRecord]) -> str:
+        values = [getattr(t, key) for t in group if t.kind == "full" and getattr(t, key) is not None]
         return format_share(sum(values) / len(values) if values else None)
 
     return mean
 
 
-def _patch_columns(report: dict[str, Any]) -> list[Column]:
-    totals = report["totals"]
+def _patch_columns(report: PatchReport) -> list[Column]:
+    totals = report.totals
     columns: list[Column] = [
         ("kept", _share_of("kept", "numel")),
         ("|dW|²\nkept", _share_of("delta_sq_kept", "delta_sq")),
     ]
-    if totals["sensitivity_share_kept"] is not None and report["command"] == "score":
+    if totals["sensitivity_share_kept"] is not None and report.command == "score":
         columns.append(("sens.\nkept", _share_of("sensitivity_kept", "sensitivity_sum")))
-    if report["command"] == "score":
+    if report.command == "score":
         columns.append(("dW = 0", _share_of("zero_delta", "numel")))
     if totals["error_before"] is not None:
         columns += [("error\nbefore", _mean_of("error_before")), ("\nafter", _mean_of("error_after"))]
@@ -138,15 +140,15 @@ def _patch_columns(report: dict[str, Any]) -> list[Column]:
     return columns
 
 
-def _merge_columns(report: dict[str, Any]) -> list[Column]:
-    tasks = [str(task) for task in report["options"]["tasks"]]
+def _merge_columns(report: PatchReport) -> list[Column]:
+    tasks = report.options["tasks"]
 
-    def kept_by(number: int) -> Callable[[list[dict[str, Any]]], str]:
-        return lambda group: format_share(share(sum(t["kept_by"][number] for t in group), _sum(group, "numel")))
+    def kept_by(number: int) -> Callable[[list[TensorRecord]], str]:
+        return lambda group: format_share(share(sum(t.kept_by[number] for t in group), _sum(group, "numel")))
 
-    def error_of(number: int) -> Callable[[list[dict[str, Any]]], str]:
-        def mean(group: list[dict[str, Any]]) -> str:
-            values = [t["errors"][number] for t in group if t["errors"] is not None and t["kind"] == "full"]
+    def error_of(number: int) -> Callable[[list[TensorRecord]], str]:
+        def mean(group: list[TensorRecord]) -> str:
+            values = [t.errors[number] for t in group if t.errors is not None and t.kind == "full"]
             return format_share(sum(values) / len(values) if values else None)
 
         return mean
@@ -155,7 +157,7 @@ def _merge_columns(report: dict[str, Any]) -> list[Column]:
     if len(tasks) <= _MOST_TASKS:
         columns += [(f"by {number}", kept_by(number - 1)) for number in range(1, len(tasks) + 1)]
     columns += [("by all", _share_of("kept_by_all", "kept")), ("signs\ndiffer", _share_of("sign_conflicts", "shared"))]
-    if report["totals"]["errors"] is not None and len(tasks) <= _MOST_TASKS:
+    if report.totals["errors"] is not None and len(tasks) <= _MOST_TASKS:
         columns += [(f"error {number}", error_of(number - 1)) for number in range(1, len(tasks) + 1)]
     return columns
 
@@ -190,7 +192,7 @@ def treatment(tensor: TensorPlan) -> str:
     if tensor.experts:
         how = f"a Hessian for each of {len(tensor.experts)} experts"
     else:
-        how = "" if tensor.hessian else "by salience alone"
+        how = "" if tensor.hessian else tensor.method or "by salience alone"
     return ", ".join(filter(None, ("patch", how, "retained" if tensor.retain else "")))
 
 

@@ -21,6 +21,8 @@ from tailorcli.patchfile.report import MERGE, options_shown, share
 from tailorcli.units import format_bytes, format_share
 
 if TYPE_CHECKING:
+    from tailorcli.patchfile.records import TensorRecord
+    from tailorcli.patchfile.report import PatchReport
     from tailorcli.runs.plan import Plan
 
 
@@ -32,10 +34,8 @@ def inspection_parts(inspection: Inspection, *, tensors: bool = False) -> list[A
     if report is not None:
         parts += report_summary(report)
         if tensors:
-            parts.append(tensor_table(report, errors=report["command"] == "patch"))
-        parts += by_reason(
-            {t["name"]: t["reason"] for t in report["tensors"] if t["status"] != "patched"}, "left at base"
-        )
+            parts.append(tensor_table(report, errors=report.command == "patch"))
+        parts += by_reason({t.name: t.reason for t in report.tensors if not t.patched}, "left at base")
     if inspection.hessians:
         parts += [*stats_summary(inspection.hessians), *([_hessian_table(inspection.hessians)] if tensors else [])]
     parts += by_reason(inspection.uncalibrated, "no statistics")
@@ -78,7 +78,7 @@ def _shown_facts(inspection: Inspection) -> list[tuple[str, str]]:
         facts = {key: value for key, value in facts.items() if key not in _HOLDS}
     if report is None:
         return rows + [(key.replace("_", " "), _show_fact(key, value)) for key, value in facts.items()]
-    totals, options = report["totals"], options_shown(report)
+    totals, options = report.totals, options_shown(report)
     for key, value in facts.items():
         if key not in options and key not in totals:
             rows.append((key.replace("_", " "), _show_fact(key, value)))
@@ -178,21 +178,21 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def quantile_table(report: dict[str, Any]) -> Table:
+def quantile_table(report: PatchReport) -> Table:
     """Quantiles of both scores, tensor by tensor."""
     from tailorcli.core.figures import QUANTILES
 
     title = "quantiles of salience |dW| (above) and sensitivity (below), from a sample of each tensor"
     levels = [{0.0: "least", 1.0: "most"}.get(level, f"{level:.0%}") for level in QUANTILES]
     table = new_table(title, "tensor", levels)
-    found = {tensor["name"]: tensor for tensor in report["tensors"] if tensor["status"] == "patched"}
+    found = {tensor.name: tensor for tensor in report.tensors if tensor.patched}
     for name, short in short_names(found).items():
         tensor = found[name]
-        if not tensor["salience_quantiles"]:
+        if not tensor.salience_quantiles:
             continue
-        table.add_row(short, *(f"{value:.2e}" for value in tensor["salience_quantiles"]))
-        if tensor["sensitivity_quantiles"]:
-            table.add_row("", *(f"{value:.2e}" for value in tensor["sensitivity_quantiles"]), style="dim")
+        table.add_row(short, *(f"{value:.2e}" for value in tensor.salience_quantiles))
+        if tensor.sensitivity_quantiles:
+            table.add_row("", *(f"{value:.2e}" for value in tensor.sensitivity_quantiles), style="dim")
     return table
 
 
@@ -364,25 +364,25 @@ def _value(estimate: dict[str, Any]) -> str:
 _COLUMNS = ("shape", "kept", "density", "|dW|² kept", "sens. kept", "dW=0", "dead", "damping")
 
 
-def tensor_table(report: dict[str, Any], *, errors: bool) -> Table:
+def tensor_table(report: PatchReport, *, errors: bool) -> Table:
     """One row a patched tensor and a row of totals; with ``errors`` the layer errors before and after."""
-    if report["command"] == MERGE:
+    if report.command == MERGE:
         return _merge_table(report)
 
-    title = f"{report['command']}: {_choice(report['options'])}"
-    if "retain" in report["inputs"]:
-        title += f", retain weight {report['options']['retain_weight']:g}"
-    if report["options"].get("propagate"):
+    title = f"{report.command}: {_choice(report.options)}"
+    if "retain" in report.inputs:
+        title += f", retain weight {report.options['retain_weight']:g}"
+    if report.options.get("propagate"):
         title += ", propagated"
-    drifts = errors and "drift" in report["totals"]
+    drifts = errors and "drift" in report.totals
     more = (*(("error before", "after") if errors else ()), *(("drift",) if drifts else ()))
     table = new_table(title, "tensor", (*_COLUMNS, *more))
-    found = {tensor["name"]: tensor for tensor in report["tensors"] if tensor["status"] == "patched"}
+    found = {tensor.name: tensor for tensor in report.tensors if tensor.patched}
     for name, short in short_names(found).items():
         tensor = found[name]
-        drift = [format_share(tensor.get("drift"))] if drifts else []
+        drift = [format_share(tensor.drift)] if drifts else []
         table.add_row(short, *_tensor_row(tensor, errors), *drift)
-    totals = report["totals"]
+    totals = report.totals
     last = [
         f"total: {totals['tensors_patched']} patched, {totals['tensors_at_base']} left at base",
         f"{totals['numel']:,}",
@@ -412,30 +412,30 @@ def _choice(options: dict[str, Any]) -> str:
     return f"{method}{scaled}" if method == "interpolate" else f"{method}, density {options['density']:g}{scaled}"
 
 
-def _tensor_row(tensor: dict[str, Any], errors: bool) -> list[str]:
+def _tensor_row(tensor: TensorRecord, errors: bool) -> list[str]:
     row = [
-        shape_text(tensor["shape"]),
-        f"{tensor['kept']:,}",
-        format_share(share(tensor["kept"], tensor["numel"])),
-        format_share(share(tensor["delta_sq_kept"], tensor["delta_sq"])),
-        format_share(share(tensor["sensitivity_kept"], tensor["sensitivity_sum"])),
-        format_share(share(tensor["zero_delta"], tensor["numel"])),
-        "-" if tensor["dead_channels"] is None else str(tensor["dead_channels"]),
-        "-" if tensor["damping"] is None else f"{tensor['damping']:g}",
+        shape_text(tensor.shape),
+        f"{tensor.kept:,}",
+        format_share(share(tensor.kept, tensor.numel)),
+        format_share(share(tensor.delta_sq_kept, tensor.delta_sq)),
+        format_share(share(tensor.sensitivity_kept, tensor.sensitivity_sum)),
+        format_share(share(tensor.zero_delta, tensor.numel)),
+        "-" if tensor.dead_channels is None else str(tensor.dead_channels),
+        "-" if tensor.damping is None else f"{tensor.damping:g}",
     ]
     if errors:
-        row += [format_share(tensor["error_before"]), format_share(tensor["error_after"])]
+        row += [format_share(tensor.error_before), format_share(tensor.error_after)]
     return row
 
 
-def _merge_table(report: dict[str, Any]) -> Table:
+def _merge_table(report: PatchReport) -> Table:
     """One row a merged tensor: kept by whom, how the masks overlap, each task's layer error."""
-    tasks, totals = [str(task) for task in report["options"]["tasks"]], report["totals"]
+    tasks, totals = report.options["tasks"], report.totals
     mixed = len(totals["methods"]) > 1
     measured = totals["errors"] is not None
     columns = ["shape", *(("by",) if mixed else ()), "kept", "by each", "Jaccard", "signs differ"]
     columns += ["layer errors"] if measured else []
-    table = new_table(f"{MERGE}, {report['options']['method']}: {', '.join(tasks)}", "tensor", columns, left=("by",))
+    table = new_table(f"{MERGE}, {report.options['method']}: {', '.join(tasks)}", "tensor", columns, left=("by",))
 
     def row(name: str, shape: str, method: str, figures: dict[str, Any]) -> list[str]:
         by_each = [format_share(share(kept, figures["numel"])) for kept in figures["kept_by"]]
@@ -447,9 +447,10 @@ def _merge_table(report: dict[str, Any]) -> Table:
             *((" ".join(errors) or "-",) if measured else ()),
         ]
 
-    found = {tensor["name"]: tensor for tensor in report["tensors"] if tensor["status"] == "patched"}
+    found = {tensor.name: tensor for tensor in report.tensors if tensor.patched}
     for name, short in short_names(found).items():
-        table.add_row(*row(short, shape_text(found[name]["shape"]), str(found[name]["method"]), found[name]))
+        tensor = found[name]
+        table.add_row(*row(short, shape_text(tensor.shape), str(tensor.method), tensor.to_dict()))
     table.add_section()
     name = f"total: {totals['tensors_patched']} merged, {totals['tensors_at_base']} left at base"
     table.add_row(*row(name, f"{totals['numel']:,}", "", totals), style="bold")

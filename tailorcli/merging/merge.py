@@ -15,9 +15,10 @@ from tailorcli.checkpoint.readahead import ReadAhead
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import NumericalError, OptionsError, PatchError
 from tailorcli.files import PathLike
-from tailorcli.merging.plan import MergeInputs, build_merge_plan, merge_working_set
+from tailorcli.merging.plan import MergeInputs, build_merge_plan
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile.reader import PatchFile
+from tailorcli.patchfile.records import AT_BASE, PATCHED, TensorRecord, fields_of
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport
 from tailorcli.patching.apply import patched_tensor, side_sources
 from tailorcli.runs.outputs import Target, identity_of, progress_bar
@@ -42,7 +43,7 @@ def plan_merge(
     """What ``merge_patches`` would do to each tensor and what it would cost; reads and checks all of the patches."""
     with ExitStack() as stack:
         inputs = MergeInputs.open(base, patches, tuned, stats, options, stack)
-        plan, _ = build_merge_plan(inputs, options)
+        plan = build_merge_plan(inputs, options)
         Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite).check(inputs.paths, plan)
         return plan
 
@@ -70,7 +71,7 @@ def merge_patches(
         raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
     with ExitStack() as stack:
         inputs = MergeInputs.open(base, patches, tuned, stats, options, stack)
-        plan, hessians = build_merge_plan(inputs, options)
+        plan = build_merge_plan(inputs, options)
         device = resolve_device(options.device)
         target.check(inputs.paths, plan)
         facts = inputs.describe()
@@ -89,13 +90,13 @@ def merge_patches(
                 for name in made
             )
         outputs = stack.enter_context(target.open(plan, inputs.base, identity, _manifest(inputs, facts, options), side))
-        records = dict(outputs.done)
+        records = dict(outputs.records)
         bar = stack.enter_context(progress_bar(plan.tensors, "merging", progress))
         bar.start_at(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
         todo = [tensor for tensor in plan.tensors if tensor.name not in records]
         digests = {name: tensor.digest for name, tensor in inputs.tasks[0].patch.base.items()}
         try:
-            for tensor, merged in _merged(todo, hessians, inputs, options, device, timer):
+            for tensor, merged in _merged(todo, inputs, options, device, timer):
                 record = records[tensor.name] = _record(tensor, merged)
                 with timer.stage("wait for write"):
                     if merged is None:
@@ -197,12 +198,13 @@ class Merged:
     figures: dict[str, Any]
 
 
-def _reader(tensors: list[TensorPlan], hessians: dict[str, tuple[str, ...]], inputs: MergeInputs) -> ReadAhead[_Loaded]:
+def _reader(tensors: list[TensorPlan], inputs: MergeInputs) -> ReadAhead[_Loaded]:
     """Reads what each of ``tensors`` needs from every task."""
+    import torch
 
     def needed(position: int) -> tuple[str, ...]:
-        names = hessians.get(tensors[position].name, ())
-        return () if position and hessians.get(tensors[position - 1].name) == names else names
+        names = tensors[position].task_hessians
+        return () if position and tensors[position - 1].task_hessians == names else names
 
     def load(position: int) -> _Loaded:
         name = tensors[position].name
@@ -213,7 +215,7 @@ def _reader(tensors: list[TensorPlan], hessians: dict[str, tuple[str, ...]], inp
                 loaded.masks.append(task.patch.mask(name))
                 loaded.patched.append(patched_tensor(base, task.patch, name, inputs.base.path))
             else:
-                loaded.masks.append(base.new_zeros(base.shape, dtype=_bool()))
+                loaded.masks.append(torch.zeros(base.shape, dtype=torch.bool))
                 loaded.patched.append(base)
             if task.tuned is not None:
                 loaded.tuned.append(task.tuned.read(name))
@@ -222,30 +224,22 @@ def _reader(tensors: list[TensorPlan], hessians: dict[str, tuple[str, ...]], inp
             loaded.packed.append(task.stats.load(hessian))
         return loaded
 
-    sizes = [merge_working_set(tensor, hessians, inputs) for tensor in tensors]
-    return ReadAhead(load, [(size, size // 2) for size in sizes])
-
-
-def _bool() -> torch.dtype:
-    import torch
-
-    return torch.bool
+    return ReadAhead(load, [(tensor.held_bytes, tensor.held_bytes // 2) for tensor in tensors])
 
 
 def _merged(
     tensors: list[TensorPlan],
-    hessians: dict[str, tuple[str, ...]],
     inputs: MergeInputs,
     options: MergeOptions,
     device: torch.device,
     timer: StageTimer,
 ) -> Iterator[tuple[TensorPlan, Merged | None]]:
     """Each tensor with its merged value, in order; None for a tensor that no task patches."""
-    reader = _reader([tensor for tensor in tensors if tensor.action == "patch"], hessians, inputs)
+    reader = _reader([tensor for tensor in tensors if tensor.action == "patch"], inputs)
     loads = iter(reader)
     opened: list[Tensor] = []  # the tasks' Hessians, on the device
     combined: PreparedHessian | None = None
-    previous: tuple[str, ...] | None = None
+    previous: tuple[str, ...] = ()
     try:
         with exact_float32(), device_errors():
             for tensor in tensors:
@@ -254,11 +248,11 @@ def _merged(
                     continue
                 with timer.stage("wait for read"):
                     loaded = next(loads)
-                names = hessians.get(tensor.name)
+                names = tensor.task_hessians
                 try:
                     if names != previous:
                         opened, combined = [], None  # freed before the next ones are unpacked
-                        if names is not None:
+                        if names:
                             opened, combined = _prepare(names, loaded, inputs, options, device, timer)
                         previous = names
                     yield tensor, _merge_tensor(tensor, loaded, opened, combined, options, device, timer)
@@ -322,7 +316,7 @@ def _merge_tensor(
     weights = options.shares(count)
     with timer.stage("overlap"):
         union = stitch.union_mask(masks)
-        figures: dict[str, Any] = {"numel": base.numel(), **stitch.overlap_figures(base, patched, masks)}
+        figures = stitch.overlap_figures(base, patched, masks)
     with timer.stage("solve"):
         if options.method == "patches":
             merged = stitch.stitch_patches(base, patched, masks, weights)
@@ -351,20 +345,17 @@ def _merge_tensor(
     return Merged(merged.view(loaded.base.shape), union.view(loaded.base.shape), figures)
 
 
-def _record(tensor: TensorPlan, merged: Merged | None) -> dict[str, Any]:
+def _record(tensor: TensorPlan, merged: Merged | None) -> TensorRecord:
     """The report's entry for one tensor."""
-    record: dict[str, Any] = {
-        "name": tensor.name,
-        "status": "patched" if merged is not None else "base",
-        "reason": "" if merged is not None else tensor.reason,
-        "method": tensor.reason if merged is not None else None,
-        "role": tensor.role,
-        "shape": list(tensor.shape),
-        "dtype": tensor.dtype,
-        "hessian": tensor.hessian,
-        "kind": None,
-        "errors": None,
-    }
-    if merged is not None:
-        record |= merged.figures
-    return record
+    return TensorRecord(
+        name=tensor.name,
+        status=PATCHED if merged is not None else AT_BASE,
+        reason=tensor.reason,
+        method=tensor.method if merged is not None else None,
+        role=tensor.role,
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        hessian=tensor.hessian,
+        of_merge=True,
+        **(fields_of(merged.figures) if merged is not None else {}),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tailorcli.calibration.stats import Stats
@@ -169,10 +169,10 @@ def _pair_up(tasks: list[Task], models: list[Checkpoint], folders: list[Stats]) 
             raise OptionsError(f"{kind} {unused[0].path} belongs to none of the patches", "leave it out")
 
 
-def build_merge_plan(inputs: MergeInputs, options: MergeOptions) -> tuple[Plan, dict[str, tuple[str, ...]]]:
-    """Every tensor's treatment, and the tasks' Hessians for those that are solved or measured with them."""
-    hessians: dict[str, tuple[str, ...]] = {}
-    tensors = [_plan_tensor(info, inputs, options, hessians) for info in inputs.base.tensors.values()]
+def build_merge_plan(inputs: MergeInputs, options: MergeOptions) -> Plan:
+    """Every tensor's treatment and the cost, from headers. Raises OptionsError where there is nothing to merge."""
+    tensors = [_plan_tensor(info, inputs, options) for info in inputs.base.tensors.values()]
+    tensors = [replace(tensor, held_bytes=merge_working_set(tensor, inputs)) for tensor in tensors]
     ordered = group_by_hessian(tensors)
     layout = plan_layout(inputs.base, options.max_shard_size)
     patched = [tensor for tensor in ordered if tensor.action == "patch"]
@@ -181,28 +181,25 @@ def build_merge_plan(inputs: MergeInputs, options: MergeOptions) -> tuple[Plan, 
     kept = [min(t.numel, sum(k.patch.kept_of(t.name) for k in inputs.tasks)) for t in patched]
     read = inputs.base.nbytes + sum(task.patch.nbytes for task in inputs.tasks)
     read += sum(t.tuned.read_cost(p.name) for t in inputs.tasks if t.tuned is not None for p in patched)
-    plan = Plan(
+    hessians = {tensor.task_hessians for tensor in patched if tensor.task_hessians}
+    return Plan(
         tensors=tuple(ordered),
         layout=layout,
-        read_bytes=read + sum(_hessian_bytes(names, inputs) for names in set(hessians.values())),
+        read_bytes=read + sum(_hessian_bytes(names, inputs) for names in hessians),
         write_bytes=layout.nbytes,
         patch_bytes=most_patch_bytes(
             zip(patched, kept, strict=True), ordered, side_sources(inputs.base, inputs.tasks[0].patch)[0].values()
         ),
-        peak_bytes=RUNTIME_BYTES + max(merge_working_set(tensor, hessians, inputs) for tensor in patched),
-        largest_hessian=max((_hessian_size(names, inputs) for names in hessians.values()), default=0),
+        peak_bytes=RUNTIME_BYTES + max(tensor.held_bytes for tensor in patched),
     )
-    return plan, hessians
 
 
-def _plan_tensor(
-    info: TensorInfo, inputs: MergeInputs, options: MergeOptions, hessians: dict[str, tuple[str, ...]]
-) -> TensorPlan:
+def _plan_tensor(info: TensorInfo, inputs: MergeInputs, options: MergeOptions) -> TensorPlan:
     common = (info.name, info.dtype, info.shape, info.nbytes)
     if not any(info.name in task.patch.tensors for task in inputs.tasks):
         return TensorPlan(*common, "base", "no task patches it")
     if inputs.tasks[0].stats is None:
-        return TensorPlan(*common, "patch", options.method)
+        return TensorPlan(*common, "patch", method=options.method)
     entries = [task.stats.tensors[info.name] for task in inputs.tasks if task.stats is not None]
     names = tuple(entry.hessian for entry in entries if entry.hessian is not None)
     first = entries[0]
@@ -213,15 +210,22 @@ def _plan_tensor(
     ]
     alike = len({(entry.transposed, entry.role) for entry in entries}) == 1 and len({i.kind for i in infos}) == 1
     if any(entry.experts for entry in entries):
-        joint = options.method == "joint"
-        return TensorPlan(*common, "patch", "average: it fuses experts" if joint else options.method, role=first.role)
+        why = "it fuses experts"
+        return TensorPlan(*common, "patch", role=first.role, method=_without_joint(options, why))
     if len(names) < len(entries) or not alike:
         missing = [task.title for task, entry in zip(inputs.tasks, entries, strict=True) if entry.hessian is None]
         why = f"no statistics of {', '.join(missing)}" if missing else "the tasks' statistics are of different kinds"
-        reason = f"average: {why}" if options.method == "joint" else options.method
-        return TensorPlan(*common, "patch", reason, role=first.role)
-    hessians[info.name] = names
-    return TensorPlan(*common, "patch", options.method, first.hessian, first.role, first.transposed)
+        return TensorPlan(*common, "patch", role=first.role, method=_without_joint(options, why))
+    return TensorPlan(
+        *(*common, "patch", "", first.hessian, first.role, first.transposed),
+        method=options.method,
+        task_hessians=names,
+    )
+
+
+def _without_joint(options: MergeOptions, why: str) -> str:
+    """The method for a tensor that has no Hessians of all tasks."""
+    return f"average: {why}" if options.method == "joint" else options.method
 
 
 def _hessian_bytes(names: tuple[str, ...], inputs: MergeInputs) -> int:
@@ -232,15 +236,17 @@ def _hessian_size(names: tuple[str, ...], inputs: MergeInputs) -> int:
     return max(t.stats.hessians[name].size for t, name in zip(inputs.tasks, names, strict=True) if t.stats)
 
 
-def merge_working_set(tensor: TensorPlan, hessians: dict[str, tuple[str, ...]], inputs: MergeInputs) -> int:
+def merge_working_set(tensor: TensorPlan, inputs: MergeInputs) -> int:
     """Bytes held while one tensor is merged: every task's weights and mask, the mean, the result, all Hessians."""
+    if tensor.action != "patch":
+        return 0  # it goes through in pieces
     full = 4 * tensor.numel
     held = 2 * tensor.nbytes + 2 * full
     for task in inputs.tasks:
         held += tensor.nbytes + tensor.numel
         held += task.tuned.tensors[tensor.name].nbytes if task.tuned is not None else 0
-    names = hessians.get(tensor.name)
-    if names is None:
+    names = tensor.task_hessians
+    if not names:
         return held
     held += full + min(_WORK_ARRAYS * (64 << 20), _WORK_ARRAYS * full)  # the compensation, and row chunks
     if inputs.tasks[0].stats and inputs.tasks[0].stats.hessians[names[0]].kind == "full":

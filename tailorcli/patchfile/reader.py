@@ -19,7 +19,7 @@ from tailorcli.errors import CheckpointError, PatchError, other_base
 from tailorcli.files import PathLike, digest_of
 from tailorcli.options import is_label
 from tailorcli.patchfile.coding import CODINGS, Places, check, decode, decode_mask
-from tailorcli.patchfile.report import REPORT_FILE, check_report
+from tailorcli.patchfile.report import REPORT_FILE, PatchReport, read_report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -233,7 +233,7 @@ class PatchFile:
         """A side file that the patch holds."""
         return self._bytes(FILE + name).tobytes()
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> PatchReport:
         """The report of the run that made the patch."""
         try:
             report = json.loads(self.side_file(REPORT_FILE).decode("utf-8"))
@@ -242,7 +242,7 @@ class PatchFile:
         if not isinstance(report, dict):
             raise self._damaged("its report is no JSON object")
         try:
-            return check_report(report, self.path)
+            return read_report(report, self.path)
         except CheckpointError as error:
             raise PatchError(error.message, _MAKE_AGAIN) from error
 

@@ -206,6 +206,11 @@ class TensorRecord:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
+def fields_of(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures of ``core`` as fields of a record: lists become tuples; ``numel`` is told by the shape."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in figures.items() if key != "numel"}
+
+
 _FIRST = ("name", "status", "reason", "role", "shape", "dtype", "hessian", "kind", "tokens")
 _WHERE_ANY = ("experts", "note", "retain")
 _SUMS = ("numel", "kept", "zero_delta", "delta_sq", "delta_sq_kept", "distance_tuned", "distance_before")

@@ -42,7 +42,7 @@ class PatchReport:
     command: str
     options: dict[str, Any]
     inputs: dict[str, dict[str, str]]  # base, tuned, stats: path and fingerprint
-    tensors: list[dict[str, Any]]
+    tensors: list[TensorRecord]
     stages: dict[str, float]
     seconds: float
     notes: tuple[str, ...] = ()  # what the user should know besides; not in the report file
@@ -61,7 +61,7 @@ class PatchReport:
             "options": self.options,
             "inputs": self.inputs,
             "totals": self.totals,
-            "tensors": self.tensors,
+            "tensors": [tensor.to_dict() for tensor in self.tensors],
         }
 
     def to_json(self) -> str:
@@ -69,7 +69,7 @@ class PatchReport:
         return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
 
-def totals_of(command: str, tensors: list[dict[str, Any]]) -> dict[str, Any]:
+def totals_of(command: str, tensors: list[TensorRecord]) -> dict[str, Any]:
     """The totals of a command's records."""
     return total_merge_figures(tensors) if command == MERGE else total_figures(tensors)
 
@@ -78,82 +78,79 @@ _SHIFTS = ("input_shift", "retained_input_shift")  # how far patching moves a pr
 _UNPATCHED = "_unpatched_inputs"  # ends a propagated layer's figures on the inputs of the unpatched models
 
 
-def total_figures(tensors: list[dict[str, Any]]) -> dict[str, Any]:
+def total_figures(tensors: list[TensorRecord]) -> dict[str, Any]:
     """Entries, shares and errors over the patched tensors.
 
     The errors are plain means over the tensors with a full Hessian: outputs of different layers have no common
     unit in which they could be added.
     """
-    patched = [t for t in tensors if t["status"] == "patched"]
-    measured = [t for t in patched if t.get("kind") == "full" and t.get("error_before") is not None]
-
-    def total(key: str) -> float:
-        return float(sum(t[key] for t in patched if t.get(key) is not None))
+    patched = [t for t in tensors if t.patched]
+    measured = [t for t in patched if t.kind == "full" and t.error_before is not None]
 
     def mean(key: str) -> float | None:
-        values = [t[key] for t in measured if t.get(key) is not None]
+        values = [getattr(t, key) for t in measured if getattr(t, key) is not None]
         return sum(values) / len(values) if values else None
 
     def mean_unpatched(key: str) -> float | None:
-        values = [t.get(f"{key}{_UNPATCHED}", t.get(key)) for t in measured]
-        known = [value for value in values if value is not None]
+        pairs = [(getattr(t, f"{key}{_UNPATCHED}"), getattr(t, key)) for t in measured]
+        known = [other if value is None else value for value, other in pairs if (value, other) != (None, None)]
         return sum(known) / len(known) if known else None
 
-    numel, kept = int(total("numel")), int(total("kept"))
-    scored = [t for t in patched if t.get("sensitivity_sum") is not None]
+    numel, kept = sum(t.numel for t in patched), sum(t.kept for t in patched)
     drift = mean("drift")
-    propagated = [t for t in patched if t.get("propagated")]
-    sensitivity = sum(t["sensitivity_sum"] for t in scored)
+    propagated = [t for t in patched if t.propagated]
+    sensitivity = sum(t.sensitivity_sum or 0.0 for t in patched)
+    sensitivity_kept = sum(t.sensitivity_kept or 0.0 for t in patched)
     # Reports of earlier versions have no other figures of propagated layers than these.
     twice = ("error_before", "error_after", "drift")
-    measured_twice = [name for name in twice if any(f"{name}{_UNPATCHED}" in t for t in propagated)]
+    measured_twice = [k for k in twice if any(getattr(t, f"{k}{_UNPATCHED}") is not None for t in propagated)]
     return {
         "tensors_patched": len(patched),
         "tensors_at_base": len(tensors) - len(patched),
         "numel": numel,
         "kept": kept,
         "density": share(kept, numel),
-        "numel_at_base": sum(_numel(t["shape"]) for t in tensors if t["status"] != "patched"),
-        "zero_delta_share": share(total("zero_delta"), numel),
-        "delta_share_kept": share(total("delta_sq_kept"), total("delta_sq")),
-        "sensitivity_share_kept": share(sum(t["sensitivity_kept"] for t in scored), sensitivity),
+        "numel_at_base": sum(t.numel for t in tensors if not t.patched),
+        "zero_delta_share": share(sum(t.zero_delta for t in patched), numel),
+        "delta_share_kept": share(sum(t.delta_sq_kept for t in patched), sum(t.delta_sq for t in patched)),
+        "sensitivity_share_kept": share(sensitivity_kept, sensitivity),
         "error_before": mean("error_before"),
         "error_after": mean("error_after"),
         **({"drift": drift} if drift is not None else {}),  # with a retain term alone
         **({"propagated": len(propagated)} if propagated else {}),
-        **{name: sum(t[name] for t in propagated) / len(propagated) for name in _SHIFTS if propagated},
+        **{name: sum(getattr(t, name) for t in propagated) / len(propagated) for name in _SHIFTS if propagated},
         **{f"{name}{_UNPATCHED}": mean_unpatched(name) for name in measured_twice},
-        "largest_residual": max((t.get("residual", 0.0) for t in patched), default=0.0),
-        "damped_further": [t["name"] for t in patched if t.get("damped_further")],
+        "largest_residual": max((t.residual or 0.0 for t in patched), default=0.0),
+        "damped_further": [t.name for t in patched if t.damped_further],
     }
 
 
-def total_merge_figures(tensors: list[dict[str, Any]]) -> dict[str, Any]:
+def total_merge_figures(tensors: list[TensorRecord]) -> dict[str, Any]:
     """Entries kept by each task, overlaps and layer errors over the merged tensors.
 
     ``errors`` holds for each task the plain mean over the tensors with full Hessians.
     """
-    merged = [t for t in tensors if t["status"] == "patched"]
-    measured = [t["errors"] for t in merged if t.get("kind") == "full" and t["errors"] is not None]
-    numel, kept = sum(t["numel"] for t in merged), sum(t["kept"] for t in merged)
-    common = sum(t["kept_by_all"] for t in merged)
-    methods = [t["method"] for t in merged]
+    merged = [t for t in tensors if t.patched]
+    measured = [t.errors for t in merged if t.kind == "full" and t.errors is not None]
+    numel, kept = sum(t.numel for t in merged), sum(t.kept for t in merged)
+    common = sum(t.kept_by_all for t in merged)
+    methods = [str(t.method) for t in merged]
     return {
         "tensors_patched": len(merged),
         "tensors_at_base": len(tensors) - len(merged),
         "numel": numel,
         "kept": kept,
         "density": share(kept, numel),
-        "numel_at_base": sum(_numel(t["shape"]) for t in tensors if t["status"] != "patched"),
-        "kept_by": [sum(counts) for counts in zip(*(t["kept_by"] for t in merged), strict=True)],
+        "numel_at_base": sum(t.numel for t in tensors if not t.patched),
+        "kept_by": [sum(counts) for counts in zip(*(t.kept_by for t in merged), strict=True)],
         "kept_by_all": common,
         "jaccard": share(common, kept),
-        "shared": sum(t["shared"] for t in merged),
-        "sign_conflicts": sum(t["sign_conflicts"] for t in merged),
+        "shared": sum(t.shared for t in merged),
+        "sign_conflicts": sum(t.sign_conflicts for t in merged),
         "errors": [sum(column) / len(measured) for column in zip(*measured, strict=True)] if measured else None,
         "methods": {method: methods.count(method) for method in dict.fromkeys(methods)},
-        "largest_residual": max((t.get("residual", 0.0) for t in merged), default=0.0),
-        "damped_further": [t["name"] for t in merged if t.get("damped_further")],
+        "largest_residual": max((t.residual or 0.0 for t in merged), default=0.0),
+        "damped_further": [t.name for t in merged if t.damped_further],
     }
 
 
@@ -162,28 +159,24 @@ def share(part: float | None, whole: float | None) -> float | None:
     return part / whole if part is not None and whole else None
 
 
-def _numel(shape: list[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
-
-
 _MAKE_AGAIN = "make it again: tailorcli score ... -o REPORT.json"
 
 
-def load_report(path: Path) -> dict[str, Any]:
-    """A report file, checked to be one."""
-    return check_report(read_json(path), path)
+def load_report(path: Path) -> PatchReport:
+    """What a report file holds. Raises CheckpointError."""
+    return read_report(read_json(path), path)
 
 
-def check_report(report: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A report as read from ``path``, checked to be one. Raises CheckpointError."""
+def read_report(report: dict[str, Any], path: Path) -> PatchReport:
+    """The report that was read from ``path``, each of its values checked. Raises CheckpointError.
+
+    Its totals are worked out again from its tensors; it has neither stages nor seconds.
+    """
     if not isinstance(report.get("tensors"), list) or "totals" not in report:
         raise CheckpointError(f"{path} is no report of tailorcli", f"pass a {REPORT_FILE} or what score -o wrote")
-    found = report.get("format_version")
-    if type(found) is not int or found != FORMAT_VERSION:
-        what = f"{path} has format_version {ascii(found)[:60]}, expected {FORMAT_VERSION}"
+    version = report.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        what = f"{path} has format_version {ascii(version)[:60]}, expected {FORMAT_VERSION}"
         raise CheckpointError(what, _MAKE_AGAIN)
     try:
         require_plain(report)
@@ -191,10 +184,11 @@ def check_report(report: dict[str, Any], path: Path) -> dict[str, Any]:
         _check_options(report.get("options"))
         _check_inputs(report.get("inputs"))
         records = [read_record(tensor) for tensor in report["tensors"]]
-        _check_together(report, command, records)
+        found = PatchReport(command, report["options"], report["inputs"], records, {}, 0.0)
+        _check_together(found)
     except ValueError as error:
         raise CheckpointError(f"{path} is malformed: {str(error)[:300]}", _MAKE_AGAIN) from error
-    return report | {"totals": totals_of(command, [record.to_dict() for record in records])}
+    return found
 
 
 _NUMBERS = ("density", "omega", "damping", "weight", "retain_weight")  # options that are read again
@@ -220,22 +214,21 @@ def _check_inputs(inputs: Any) -> None:
             _named(f"{key} of the {role}", read_text, entry.get(key) if isinstance(entry, dict) else None)
 
 
-def _check_together(report: dict[str, Any], command: str, records: list[TensorRecord]) -> None:
+def _check_together(report: PatchReport) -> None:
     """Records are those of the command, each name once, with figures of every task. Raises ValueError."""
-    if len({record.name for record in records}) != len(records):
+    if len({record.name for record in report.tensors}) != len(report.tensors):
         raise ValueError("a tensor is there twice")
-    if any(record.of_merge != (command == MERGE) for record in records):
-        raise ValueError(f"a record is not one of {command}")
+    merged = report.command == MERGE
+    if any(record.of_merge != merged for record in report.tensors):
+        raise ValueError(f"a record is not one of {report.command}")
     try:
         options_shown(report)
     except KeyError as error:
         raise ValueError(f"it lacks the option {error}") from error
-
-    if command == MERGE:
-        tasks = len(report["options"]["tasks"])
-        for record in records:
-            if record.patched and {len(record.kept_by), len(record.errors or record.kept_by)} != {tasks}:
-                raise ValueError(f"tensor {ascii(record.name)[:80]} has not a figure for each of {tasks} tasks")
+    tasks = len(report.options["tasks"]) if merged else 0
+    for record in report.tensors:
+        if merged and record.patched and {len(record.kept_by), len(record.errors or record.kept_by)} != {tasks}:
+            raise ValueError(f"tensor {ascii(record.name)[:80]} has not a figure for each of {tasks} tasks")
 
 
 def _named(what: str, read: Reader, value: Any) -> Any:
@@ -245,11 +238,11 @@ def _named(what: str, read: Reader, value: Any) -> Any:
         raise ValueError(f"{what}: {error}") from error
 
 
-def options_shown(report: dict[str, Any]) -> dict[str, Any]:
+def options_shown(report: PatchReport) -> dict[str, Any]:
     """The options of a report that matter to its reader."""
-    options, method = report["options"], report["options"].get("method", "tailor")
-    if report["command"] != "patch" or method == "tailor":
-        shown: tuple[str, ...] = OPTIONS_SHOWN[report["command"]]
+    options, method = report.options, report.options.get("method", "tailor")
+    if report.command != "patch" or method == "tailor":
+        shown: tuple[str, ...] = OPTIONS_SHOWN[report.command]
     else:
         shown = {
             "interpolate": ("method",),
@@ -258,6 +251,6 @@ def options_shown(report: dict[str, Any]) -> dict[str, Any]:
             "graft": ("method", "density", "threshold", "graft_steps", "graft_rate"),
         }.get(method, ("method", "density", "damping"))
     weight = ("weight",) if options.get("weight", 1.0) != 1.0 else ()
-    retained = ("retain_weight",) if "retain" in report["inputs"] else ()
+    retained = ("retain_weight",) if "retain" in report.inputs else ()
     propagated = ("propagate",) if options.get("propagate") else ()
     return {key: options[key] for key in (*shown, *retained, *propagated, *weight)}

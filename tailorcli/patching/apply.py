@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FROM_PATCH, _LEFT_OUT = "the patch file", "the patch leaves it alone"
+_COPIED_BYTES = 1 << 24  # of a tensor that goes through in pieces
 
 
 def plan_apply(
@@ -88,18 +90,17 @@ def apply_patch(
         try:
             for tensor, patched in _patched_tensors(todo, opened, file):
                 if patched is None:
-                    outputs.copy(tensor.name, opened, {}, file.base[tensor.name].digest)
+                    outputs.copy(tensor.name, opened, None, file.base[tensor.name].digest)
                 else:
-                    outputs.write(tensor.name, patched, None, {}, "")
+                    outputs.write(tensor.name, patched, None, None, "")
                 bar.update(tensor.nbytes)
             outputs.drain()
         except PatchError:  # a wrong base: no resumed run would get over it
             outputs.discard()
             raise
         text = file.side_file(REPORT_FILE).decode()
-        saved = file.report()
         seconds = perf_counter() - started
-        report = PatchReport("apply", saved["options"], saved["inputs"], saved["tensors"], {}, seconds, notes)
+        report = replace(file.report(), command="apply", seconds=seconds, notes=notes)
         outputs.finish(report, text)
         return report
 
@@ -114,10 +115,13 @@ def _open(base: PathLike, patch: PathLike, stack: ExitStack) -> tuple[Checkpoint
 
 
 def _plan(base: Checkpoint, file: PatchFile, max_shard_size: int | None) -> Plan:
-
     def plan_tensor(info: TensorInfo) -> TensorPlan:
         common = (info.name, info.dtype, info.shape, info.nbytes)
-        return TensorPlan(*common, *(("patch", _FROM_PATCH) if info.name in file.tensors else ("base", _LEFT_OUT)))
+        if info.name not in file.tensors:
+            return TensorPlan(*common, "base", _LEFT_OUT, held_bytes=_COPIED_BYTES)
+        # Its patched and (waiting to be written) its predecessor's values, mask, indices.
+        held = 3 * info.nbytes + info.numel + 2 * file.nbytes_of(info.name) + (32 << 20)
+        return TensorPlan(*common, "patch", method=_FROM_PATCH, held_bytes=held)
 
     tensors = tuple(plan_tensor(info) for info in base.tensors.values())
     layout = plan_layout(base, max_shard_size)
@@ -127,16 +131,8 @@ def _plan(base: Checkpoint, file: PatchFile, max_shard_size: int | None) -> Plan
         read_bytes=base.nbytes + file.nbytes,
         write_bytes=layout.nbytes,
         patch_bytes=0,
-        peak_bytes=RUNTIME_BYTES + max((_working_set(t, file) for t in tensors), default=0),
-        largest_hessian=0,
+        peak_bytes=RUNTIME_BYTES + max((tensor.held_bytes for tensor in tensors), default=0),
     )
-
-
-def _working_set(tensor: TensorPlan, file: PatchFile) -> int:
-    """Bytes held for one tensor: its patched and (waiting to be written) its predecessor's values, mask, indices."""
-    if tensor.name not in file.tensors:
-        return 1 << 24
-    return 3 * tensor.nbytes + tensor.numel + 2 * file.nbytes_of(tensor.name) + (32 << 20)
 
 
 def _patched_tensors(
@@ -144,7 +140,7 @@ def _patched_tensors(
 ) -> Iterator[tuple[TensorPlan, Tensor | None]]:
     """Each tensor with its patched value, None where the patch leaves it at base; the next is made ahead."""
     changed = [tensor for tensor in tensors if tensor.name in file.tensors]
-    sizes = [_working_set(tensor, file) for tensor in changed]
+    sizes = [tensor.held_bytes for tensor in changed]
     reader = ReadAhead(
         lambda i: patched_tensor(base.read(changed[i].name), file, changed[i].name, base.path),
         list(zip(sizes, sizes, strict=True)),

@@ -147,7 +147,7 @@ def patch_checkpoint(
             side["config.json"] = plain_config(inputs.tuned.path)
         manifest = {"task": options.task, "license": options.license, "inputs": described}
         outputs = stack.enter_context(target.open(plan, inputs.base, identity, manifest, side))
-        records = dict(outputs.done)
+        records = dict(outputs.records)
         bar = stack.enter_context(progress_bar(plan.tensors, "patching", progress))
         bar.start_at(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
         todo = [tensor for tensor in plan.tensors if tensor.name not in records]
@@ -155,12 +155,11 @@ def patch_checkpoint(
             trained, masks = _masks_first(target, plan, records, inputs, options, identity, device, progress)
 
         def write(tensor: TensorPlan, result: LayerResult | None, digest: str, facts: dict[str, Any]) -> None:
-            record = record_of(tensor, result, inputs.stats, options) | facts
             if isinstance(inputs.base, GrownCheckpoint) and tensor.name in inputs.base.grown:
-                record["note"] = f"the last {inputs.base.new_rows(tensor.name)} rows are new, and tuned's own"
-            records[tensor.name] = record
+                facts = facts | {"note": f"the last {inputs.base.new_rows(tensor.name)} rows are new, and tuned's own"}
+            record = records[tensor.name] = record_of(tensor, result, inputs.stats, options, facts)
             with timer.stage("wait for write"):
-                if result is None or result.patched is None or record["status"] == "base":
+                if result is None or result.patched is None or not record.patched:
                     outputs.copy(tensor.name, inputs.base, record)
                 else:
                     stored = result.patched
@@ -177,8 +176,7 @@ def patch_checkpoint(
             with exact_float32(), device_errors():
                 from tailorcli.patching.propagate import Steps, patch_propagated
 
-                done = frozenset(outputs.done)
-                steps = Steps(plain, write, lambda name: outputs.read(name, inputs.base.tensors[name]), done)
+                steps = Steps(plain, write, lambda name: outputs.read(name, inputs.base.tensors[name]), outputs.done)
                 scratch = target.folder if target.folder is not None else target.place.parent
                 patch_propagated(plan.tensors, inputs, options, device, timer, scratch, steps)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint, tuned_side_files
 from tailorcli.calibration.stats import Stats, TensorStats
@@ -61,7 +62,8 @@ def build_plan(
     ordered = group_by_hessian(tensors)
     layout = plan_layout(base, options.max_shard_size)
     passes = {"graft": 1, "magnitude": 2 * options.counts_first}.get(options.method, 0)  # over both before the work
-    held = [working_set(tensor, tuned, stats, options) for tensor in ordered]
+    ordered = [replace(tensor, held_bytes=working_set(tensor, tuned, stats, options)) for tensor in ordered]
+    held = [tensor.held_bytes for tensor in ordered]
     held.append(training_bytes(ordered, base, tuned, options))
     propagated = propagation_bytes(ordered, base, stats, retain) if options.propagate else 0
     return Plan(
@@ -76,7 +78,6 @@ def build_plan(
         ),
         peak_bytes=RUNTIME_BYTES + max(held) + propagated,
         propagates=bool(options.propagate),
-        largest_hessian=max((stats.hessians[h].size for t in ordered if stats for h in t.hessians), default=0),
     )
 
 

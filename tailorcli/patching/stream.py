@@ -23,7 +23,7 @@ from tailorcli.models.config import differing_fields, read_config
 from tailorcli.models.naming import open_for
 from tailorcli.options import PatchOptions
 from tailorcli.patchfile.reader import raw_bytes
-from tailorcli.patching.cost import working_set
+from tailorcli.patchfile.records import AT_BASE, PATCHED, TensorRecord, fields_of
 from tailorcli.patching.graft import check_graft
 from tailorcli.patching.methods import patch_by_method
 from tailorcli.runs.plan import TensorPlan
@@ -140,8 +140,7 @@ def _reader(
             digest_of(raw_bytes(base)) if digests else "",
         )
 
-    held = [working_set(tensor, inputs.tuned, stats, options) for tensor in tensors]
-    return ReadAhead(load, [(size, nbytes(position)) for position, size in enumerate(held)])
+    return ReadAhead(load, [(tensor.held_bytes, nbytes(position)) for position, tensor in enumerate(tensors)])
 
 
 def tailored(
@@ -285,31 +284,35 @@ def _open_stats(path: PathLike | None, stack: ExitStack) -> Stats | None:
 
 
 def record_of(
-    tensor: TensorPlan, result: LayerResult | None, stats: Stats | None, options: PatchOptions
-) -> dict[str, Any]:
-    """The report's entry for one tensor; one that fine-tuning did not change has nothing to patch."""
+    tensor: TensorPlan,
+    result: LayerResult | None,
+    stats: Stats | None,
+    options: PatchOptions,
+    further: dict[str, Any] | None = None,
+) -> TensorRecord:
+    """The report's entry for one tensor, with ``further`` fields; one that fine-tuning did not change stays at base."""
     frozen = result is not None and result.figures.zero_delta == result.figures.numel
     used = [stats.hessians[name] for name in tensor.hessians] if stats else []
-    record: dict[str, Any] = {
+    notes = [stats.tensors[tensor.name].note if stats is not None and used else "", tensor.note]
+    figures: dict[str, Any] = {}
+    if result is not None and not frozen:
+        figures = fields_of(result.figures.to_dict())
+        damping = result.figures.damping
+        figures["damped_further"] = damping is not None and damping > options.effective_damping
+    found: dict[str, Any] = {
         "name": tensor.name,
-        "status": "patched" if tensor.action == "patch" and not frozen else "base",
+        "status": PATCHED if tensor.action == "patch" and not frozen else AT_BASE,
         "reason": "fine-tuning did not change it" if frozen else tensor.reason,
         "role": tensor.role,
-        "shape": list(tensor.shape),
+        "shape": tensor.shape,
         "dtype": tensor.dtype,
         "hessian": tensor.hessian,
         "kind": used[0].kind if used else None,
         "tokens": min(info.tokens for info in used) if used else None,
+        "experts": tensor.experts,
+        "note": "; ".join(note for note in notes if note),
+        "retain": tensor.retain,
+        **figures,
+        **(further or {}),
     }
-    if tensor.experts:
-        record["experts"] = list(tensor.experts)
-    notes = [stats.tensors[tensor.name].note if stats is not None and used else "", tensor.note]
-    if any(notes):
-        record["note"] = "; ".join(note for note in notes if note)
-    if tensor.retain:
-        record["retain"] = tensor.retain[0] if len(tensor.retain) == 1 else list(tensor.retain)
-    if result is not None and not frozen:
-        record |= result.figures.to_dict()
-        damping = result.figures.damping
-        record["damped_further"] = damping is not None and damping > options.effective_damping
-    return record
+    return TensorRecord(**found)

@@ -91,9 +91,9 @@ def _kept_by_report(found: Checkpoint, base: Checkpoint) -> dict[str, int]:
     if not path.exists():
         raise CheckpointError(f"{found.path} has no {REPORT_FILE} that would say what was kept", hint)
     saved = load_report(path)
-    if saved["inputs"]["base"]["fingerprint"] != base.fingerprint():
+    if saved.inputs["base"]["fingerprint"] != base.fingerprint():
         raise CheckpointError(f"{path} says that it was made from another base than {base.path}", hint)
-    return {t["name"]: int(t["kept"]) for t in saved["tensors"] if t["status"] == "patched"}
+    return {tensor.name: tensor.kept for tensor in saved.tensors if tensor.patched}
 
 
 def _check_files(found: Checkpoint, report: VerifyReport) -> None:

@@ -7,7 +7,7 @@ import platform
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from tailorcli.checkpoint.writer import JOURNAL, WORK_FOLDER, CheckpointWriter
 from tailorcli.errors import CheckpointError, OutputError, PatchError
 from tailorcli.files import as_output_error, digest_of, read_json, write_text_atomically
 from tailorcli.patchfile.reader import SUFFIX, PatchFile
+from tailorcli.patchfile.records import TensorRecord, read_record
 from tailorcli.patchfile.report import REPORT_FILE, RUN_FILE, PatchReport, load_report
 from tailorcli.patchfile.writer import PatchWriter
 from tailorcli.runs.plan import Plan
@@ -136,13 +137,11 @@ class Target:
         if self.folder is None:
             assert self.patch_file is not None
             with PatchFile.open(self.patch_file) as patch:
-                saved = patch.report()
-            return PatchReport(command, saved["options"], saved["inputs"], saved["tensors"], {}, 0.0, is_earlier=True)
+                return replace(patch.report(), command=command, is_earlier=True)
         saved = load_report(self.folder / REPORT_FILE)
         if not isinstance(run.get("stages"), dict) or not isinstance(run.get("seconds"), float):
             raise OutputError(f"{self.folder / RUN_FILE} is damaged", "start anew with --overwrite")
-        whole = (saved["options"], saved["inputs"], saved["tensors"], run["stages"], run["seconds"])
-        return PatchReport(command, *whole, is_earlier=True)
+        return replace(saved, command=command, stages=run["stages"], seconds=run["seconds"], is_earlier=True)
 
     def _patch_is_finished(self, identity: dict[str, Any]) -> bool:
         """Whether the patch file, if one is asked for, is there whole; another run's is an error."""
@@ -188,7 +187,7 @@ class Target:
 
 
 class Outputs:
-    """The open outputs of a run; ``done`` maps the tensors that need not be worked on again to their records."""
+    """The open outputs of a run; ``done`` names what is written already, ``records`` says what was done to it."""
 
     def __init__(
         self,
@@ -205,27 +204,30 @@ class Outputs:
         self._stack = stack
         self.wants_digest = patch is not None
         written = [writer.done for writer in (folder, patch) if writer is not None]
-        self.done = {name: record for name, record in written[0].items() if all(name in done for done in written)}
-        self._resumed = len(self.done)
+        found = {name: record for name, record in written[0].items() if all(name in done for done in written)}
+        self.done = frozenset(found)
+        self.records = {name: _record_again(record) for name, record in found.items() if record}
 
     @property
     def seconds(self) -> float:
         """Seconds of writing."""
         return sum(writer.seconds for writer in (self._folder, self._patch) if writer is not None)
 
-    def write(self, name: str, patched: Tensor, mask: Tensor | None, record: dict[str, Any], base_digest: str) -> None:
+    def write(
+        self, name: str, patched: Tensor, mask: Tensor | None, record: TensorRecord | None, base_digest: str
+    ) -> None:
         """Queue a patched tensor; mask and digest of the base are for a patch file (``wants_digest``)."""
         if self._folder is not None:
-            self._folder.write(name, patched, record)
+            self._folder.write(name, patched, _plain(record))
         if self._patch is not None and mask is not None:
-            self._patch.write(name, mask, patched, record, base_digest)
+            self._patch.write(name, mask, patched, _plain(record), base_digest)
 
-    def copy(self, name: str, base: Checkpoint, record: dict[str, Any], digest: str | None = None) -> None:
+    def copy(self, name: str, base: Checkpoint, record: TensorRecord | None, digest: str | None = None) -> None:
         """Queue a tensor that stays as it is in the base; with a ``digest`` its bytes must have it."""
         if self._folder is not None:
-            self._folder.copy(name, base, record, digest)
+            self._folder.copy(name, base, _plain(record), digest)
         if self._patch is not None:
-            self._patch.note(name, record)
+            self._patch.note(name, _plain(record))
 
     def read(self, name: str, like: TensorInfo) -> Tensor | None:
         """The value of a tensor of ``done`` from the checkpoint that is being written; None where none is."""
@@ -246,7 +248,7 @@ class Outputs:
         if self._patch is not None:
             self._patch.finish(text)
         if self._folder is not None:
-            texts = {REPORT_FILE: text, RUN_FILE: run_record(report, self._identity, self._resumed)}
+            texts = {REPORT_FILE: text, RUN_FILE: run_record(report, self._identity, len(self.done))}
             self._folder.finish(self._side, texts)
 
     def discard(self) -> None:
@@ -261,6 +263,19 @@ class Outputs:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+
+def _plain(record: TensorRecord | None) -> dict[str, Any]:
+    """A record as a journal holds it."""
+    return {} if record is None else record.to_dict()
+
+
+def _record_again(value: dict[str, Any]) -> TensorRecord:
+    """A record as an interrupted run wrote it into its journal. Raises OutputError."""
+    try:
+        return read_record(value)
+    except ValueError as error:
+        raise OutputError(f"cannot resume: the journal is damaged: {error}", "start anew with --overwrite") from error
 
 
 def identity_of(

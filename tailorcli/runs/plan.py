@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,14 +29,14 @@ class TensorPlan:
     experts: tuple[str, ...] = ()  # a Hessian for each slice of a tensor that fuses experts, instead of one
     retain: tuple[str, ...] = ()  # of the retained statistics, as many; none: without a retain term
     note: str = ""  # why it has none, where others do
+    method: str = ""  # how it is patched, where the tensors of a run may differ in that
+    task_hessians: tuple[str, ...] = ()  # of merged tasks, one of each, where it is solved or measured with them
+    held_bytes: int = 0  # of memory while it is worked on
 
     @property
     def numel(self) -> int:
         """Entries."""
-        result = 1
-        for size in self.shape:
-            result *= size
-        return result
+        return math.prod(self.shape)
 
     def shares(self, other: TensorPlan) -> bool:
         """Whether both use the same Hessians."""
@@ -57,7 +58,6 @@ class Plan:
     write_bytes: int
     patch_bytes: int  # of a patch file, at most
     peak_bytes: int
-    largest_hessian: int
     propagates: bool = False  # the models are run over the statistics' samples
 
     @property

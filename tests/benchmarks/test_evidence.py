@@ -12,7 +12,8 @@ from benchmarks.quick import model as quick_model
 from benchmarks.real.model import Recipe
 from tailorcli import PatchOptions, patch_checkpoint
 from tailorcli.evaluation.metrics import Roles
-from tailorcli.patchfile.report import REPORT_FILE, load_report
+from tailorcli.patchfile.records import TensorRecord
+from tailorcli.patchfile.report import REPORT_FILE, PatchReport, load_report
 from tailorcli.sweep import Point, Setting, SweepReport
 
 
@@ -143,9 +144,10 @@ def test_the_density_and_omega_picture_says_what_is_seen(tmp_path):
 def made_report(layers):
     """A report with a decoder, a smaller stack of layers of a vision tower, an embedding and a tensor left at base."""
 
-    def tensor(name, numel, tuned, before, after, status="patched"):
+    def tensor(name, numel, tuned, before, after):
         distances = {"distance_tuned": tuned, "distance_before": before, "distance_after": after}
-        return {"name": name, "numel": numel, "status": status} | distances
+        errors = {"kind": "full", "error_before": 0.5, "error_after": 0.25}
+        return TensorRecord(name, "patched", (numel,), "F32", **distances, **errors)
 
     decoder = [
         tensor(f"model.layers.{i}.mlp.{kind}.weight", 64, 10.0 + i, 2.0, 3.0)
@@ -155,9 +157,9 @@ def made_report(layers):
     tower = [tensor(f"tower.encoder.layer.{i}.fc.weight", 8, 100.0, 50.0, 60.0) for i in range(layers)]
     rest = [
         tensor("model.embed_tokens.weight", 9999, 7.0, 7.0, 7.0),
-        {"name": "model.layers.0.bias", "numel": 4, "status": "base"},
+        TensorRecord("model.layers.0.bias", "base", (4,), "F32"),
     ]
-    return {"tensors": [*tower, *decoder, *rest], "totals": {"error_before": 0.5, "error_after": 0.25}}
+    return PatchReport("patch", {}, {}, [*tower, *decoder, *rest], {}, 0.0)
 
 
 @pytest.mark.parametrize("layers", [2, 30])
@@ -260,6 +262,6 @@ def test_quick_in_a_reduced_form(tmp_path, monkeypatch):
     patch_checkpoint(pair.base, pair.tuned, tmp_path / "joint", folder / "stats")
     paper, _ = check_reports(pair, folder, monkeypatch)
     bare, swept = (paper["totals"][name] for name in ("error_before", "error_after"))
-    solved = load_report(tmp_path / "joint" / REPORT_FILE)["totals"]["error_after"]
+    solved = load_report(tmp_path / "joint" / REPORT_FILE).totals["error_after"]
     assert solved < 0.6 * swept  # 0.38 to 0.41
     assert swept < 0.8 * bare  # 0.64 to 0.69

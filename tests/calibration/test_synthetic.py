@@ -296,9 +296,7 @@ def test_the_retain_term_reaches_the_vision_tower(tmp_path):
     patched = patch_checkpoint(
         folder / "base", folder / "tuned", folder / "out", folder / "stats", retain=folder / "retained"
     )
-    drifts = [
-        record["drift"] for record in patched.tensors if "vision" in record["name"] and record["drift"] is not None
-    ]
+    drifts = [record.drift for record in patched.tensors if "vision" in record.name and record.drift is not None]
     assert drifts
 
 
@@ -389,7 +387,7 @@ def test_a_multimodal_model_writes_text_alone(family, tmp_path):
     patched = patch_checkpoint(
         folder / "base", folder / "tuned", folder / "out", folder / "stats", retain=folder / "retained"
     )
-    for record in patched.tensors:
+    for record in patched.to_dict()["tensors"]:
         if record["status"] == "patched" and record["name"] in report.uncalibrated:
             assert "without the retain term: no retained statistics" in record["note"]
             assert record["drift"] is None

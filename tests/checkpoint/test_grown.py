@@ -30,7 +30,7 @@ def test_common_rows_are_patched_and_new_rows_are_tuned_s(grown_pair, tmp_path, 
     options = PatchOptions(density=density, solver=solver, resized_vocab=True)
     report = patch_checkpoint(folder / "base", folder / "tuned", tmp_path / "out", folder / "stats", options)
     base, tuned, out = (read_tensors(path) for path in (folder / "base", folder / "tuned", tmp_path / "out"))
-    records = {record["name"]: record for record in report.tensors}
+    records = {record["name"]: record for record in report.to_dict()["tensors"]}
     for name in TABLES:
         assert bits(out[name][100:]) == bits(tuned[name][100:])
         changed = out[name][:100] != base[name]
@@ -59,7 +59,7 @@ def test_a_run_with_new_rows_resumes_and_scores(grown_pair, tmp_path):
     folder = grown_pair
     options = PatchOptions(resized_vocab=True)
     report = score_checkpoint(folder / "base", folder / "tuned", folder / "stats", options)
-    assert {r["status"] for r in report.tensors} == {"patched"}
+    assert {r["status"] for r in report.to_dict()["tensors"]} == {"patched"}
     inputs = folder / "base", folder / "tuned"
     patch_checkpoint(*inputs, tmp_path / "whole", folder / "stats", options)
     with broken_off(CheckpointWriter, after=5):

@@ -279,7 +279,7 @@ def test_merged_tensors_against_the_equations(tasks, tmp_path, method):
     out, base = read_tensors(tmp_path / "out"), read_tensors(tasks / "base")
     tuned = [read_tensors(tasks / name) for name in ("one", "two")]
     outs = [read_tensors(tasks / f"{name}-out") for name in ("one", "two")]
-    records = {record["name"]: record for record in report.tensors}
+    records = {record["name"]: record for record in report.to_dict()["tensors"]}
     with PatchFile.open(tasks / "one.safetensors") as one, PatchFile.open(tasks / "two.safetensors") as two:
         for name, tensor in base.items():
             masks = [one.mask(name), two.mask(name)]
@@ -306,7 +306,7 @@ def test_joint_follows_both_tasks_better_than_average(tasks, tmp_path):
         options = MergeOptions(method=method)
         report = merge_patches(tasks / "base", patches, tmp_path / method, tuned, stats, options)
         found[method] = report
-    for ours, theirs in zip(found["joint"].tensors, found["average"].tensors, strict=True):
+    for ours, theirs in zip(found["joint"].to_dict()["tensors"], found["average"].to_dict()["tensors"], strict=True):
         assert ours["errors"] is not None
         energies = [1.0, 1.0] if ours["kind"] == "diagonal" else ours["errors"]
         assert len(energies) == len(theirs["errors"]) == 2

@@ -173,7 +173,7 @@ def test_the_report_says_what_the_patch_is(patched):
     file = patched / "patch.safetensors"
     inspection = inspect_path(file)
     assert (inspection.kind, inspection.facts["task"], inspection.facts["license"]) == ("patch", "poems", "CC-BY-4.0")
-    assert inspection.report == json.loads((patched / "out" / "tailor_report.json").read_text())
+    assert inspection.to_dict()["report"] == json.loads((patched / "out" / "tailor_report.json").read_text())
     shown = invoke("inspect", file, "--plot", patched / "plot.png")
     assert shown.exit_code == 0, shown.stderr
     assert "poems" in shown.stdout
@@ -541,7 +541,7 @@ def test_a_tensor_that_did_not_change_stays_out_of_the_patch(tmp_path):
         save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
     file = tmp_path / "patch.safetensors"
     report = patch_checkpoint(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", None, SALIENCE, patch_file=file)
-    records = {record["name"]: record for record in report.tensors}
+    records = {record["name"]: record for record in report.to_dict()["tensors"]}
     assert (records["frozen"]["status"], records["frozen"]["reason"]) == ("base", "fine-tuning did not change it")
     with PatchFile.open(file) as patch:
         assert list(patch.tensors) == ["changed"]

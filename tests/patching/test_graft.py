@@ -70,7 +70,7 @@ def test_the_trained_mask_does_the_task_better_than_the_largest_changes(task_pai
     assert report.totals["kept"] == magnitude.totals["kept"]
     if threshold == "global":
         assert report.totals["kept"] == round(0.1 * report.totals["numel"])
-    for record in report.tensors:
+    for record in report.to_dict()["tensors"]:
         n = record["name"]
         if threshold == "tensor":
             assert record["kept"] == round(0.1 * base[n].numel())

@@ -176,7 +176,7 @@ def test_a_patch_file_gives_the_same_bytes_and_outside_the_mask_is_base(llama_pa
     apply_patch(llama_pair / "base", file, tmp_path / "applied")
     assert folder_digest(tmp_path / "applied") == folder_digest(out)
     base, patched = read_tensors(llama_pair / "base"), read_tensors(out)
-    for record in report.tensors:
+    for record in report.to_dict()["tensors"]:
         changed = patched[record["name"]] != base[record["name"]]
         assert changed.sum() <= record.get("kept", 0)
         assert record["status"] == "patched" or record["reason"]
@@ -194,7 +194,7 @@ def test_the_values_are_those_of_the_method(llama_pair, tmp_path, name):
     flat = torch.cat([d.abs().flatten() for d in deltas.values()])
     every = select_mask(flat, round(options.density * flat.numel()))
     places = dict(zip(base, every.split([d.numel() for d in deltas.values()]), strict=True))
-    for record in report.tensors:
+    for record in report.to_dict()["tensors"]:
         n = record["name"]
         delta, change = deltas[n].double(), out[n].double() - base[n].double()
         if name == "interpolate":
@@ -235,7 +235,7 @@ def test_a_run_broken_off_ends_with_the_same_bytes(llama_pair, tmp_path, name, w
     )
     if name == "ties":
         assert whole.totals["kept"] == round(0.2 * whole.totals["numel"])
-        assert [t["kept"] for t in whole.tensors][-1] == 0  # the first tensors have taken all
+        assert [t["kept"] for t in whole.to_dict()["tensors"]][-1] == 0  # the first tensors have taken all
     for after in (1, 3, 9):
         out, file = tmp_path / f"out{after}", tmp_path / f"out{after}.safetensors"
         with broken_off(writer, after):
@@ -282,7 +282,7 @@ def test_the_released_code_leaves_all_but_linear_layers(llama_pair, tmp_path):
     with pytest.raises(TailorError, match="no statistics"):
         patch_checkpoint(*arguments, None, options)
     report = patch_checkpoint(*arguments, llama_pair / "stats", options)
-    for record in report.tensors:
+    for record in report.to_dict()["tensors"]:
         linear = record["kind"] == "full" or "proj" in record["name"] or record["name"] == "lm_head.weight"
         assert (record["status"] == "patched") == linear
         assert linear or record["reason"] == "the released code patches linear layers alone"

@@ -124,7 +124,7 @@ def test_what_has_no_statistics_stays_at_base_and_is_listed(llama_pair, tmp_path
     options = PatchOptions(exclude=("*norm*",))
     report = patch_checkpoint(llama_pair / "base", llama_pair / "tuned", tmp_path / "o", llama_pair / "stats", options)
     base, out = read_tensors(llama_pair / "base"), read_tensors(tmp_path / "o")
-    left = [record for record in report.tensors if record["status"] == "base"]
+    left = [record for record in report.to_dict()["tensors"] if record["status"] == "base"]
     assert {record["name"] for record in left} == {name for name in base if "norm" in name}
     assert all(record["reason"] for record in left)
     assert all(bits(out[record["name"]]) == bits(base[record["name"]]) for record in left)
@@ -142,7 +142,7 @@ def test_integer_buffers_and_unknown_tensors_pass_through(tmp_path):
         save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
     calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
     report = patch_checkpoint(folder / "base", folder / "tuned", folder / "out", folder / "stats")
-    reasons = {r["name"]: r["reason"] for r in report.tensors if r["status"] == "base"}
+    reasons = {r["name"]: r["reason"] for r in report.to_dict()["tensors"] if r["status"] == "base"}
     assert set(reasons) == {"extra.counter", "extra.conv.weight"}
     assert "I64" in reasons["extra.counter"]
     base, out = read_tensors(folder / "base"), read_tensors(folder / "out")
@@ -157,7 +157,7 @@ def test_tied_embeddings_stay_one_tensor(tmp_path):
     calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
     report = patch_checkpoint(folder / "base", folder / "tuned", folder / "out", folder / "stats")
     assert "lm_head.weight" not in read_tensors(folder / "out")
-    embedding = next(r for r in report.tensors if r["name"] == "model.embed_tokens.weight")
+    embedding = next(r for r in report.to_dict()["tensors"] if r["name"] == "model.embed_tokens.weight")
     assert embedding["status"] == "patched"
     model = AutoModelForCausalLM.from_pretrained(folder / "out")
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
@@ -179,7 +179,7 @@ def test_score_says_what_patch_will_keep(llama_pair, tmp_path):
     scored = score_checkpoint(*arguments, llama_pair / "stats", PatchOptions(solver="none"))
     patched = patch_checkpoint(*arguments, tmp_path / "out", llama_pair / "stats")
     keys = ("kept", "delta_sq_kept", "sensitivity_kept", "zero_delta", "dead_channels", "salience_quantiles")
-    for ours, theirs in zip(scored.tensors, patched.tensors, strict=True):
+    for ours, theirs in zip(scored.to_dict()["tensors"], patched.to_dict()["tensors"], strict=True):
         assert [ours[key] for key in keys] == [theirs[key] for key in keys]
 
 
@@ -189,7 +189,7 @@ def test_the_plan_is_what_happens(llama_pair, tmp_path):
     assert not (tmp_path / "out").exists()
     report = patch_checkpoint(*arguments, PatchOptions(exclude=("lm_head*",)))
     assert {t.name: t.action == "patch" for t in plan.tensors} == {
-        r["name"]: r["status"] == "patched" for r in report.tensors
+        r["name"]: r["status"] == "patched" for r in report.to_dict()["tensors"]
     }
     assert plan.write_bytes == sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
 

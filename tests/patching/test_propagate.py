@@ -143,9 +143,7 @@ def test_a_float16_model_with_large_activations_reports_the_shifts_of_a_float32_
             *(tmp_path / "base", tmp_path / "tuned", tmp_path / dtype, stats["tuned"], PROPAGATED),
             retain=stats["base"],
         )
-        shifts[dtype] = {
-            r["name"]: (r["input_shift"], r["retained_input_shift"]) for r in report.tensors if "input_shift" in r
-        }
+        shifts[dtype] = {r.name: (r.input_shift, r.retained_input_shift) for r in report.tensors if r.propagated}
     loud = "model.layers.1.mlp.gate_proj.weight"
     hessian = Stats.open(tmp_path / "tuned-float16").hessians[loud]
     assert hessian.mean_diagonal > 2 * 256**2
@@ -226,7 +224,7 @@ def test_a_model_is_fitted_block_by_block_from_the_patched_blocks_before(pair, t
             ).patched
             # An entry that a plain patch happens to leave at base to the bit is not in this mask.
             torch.testing.assert_close(found[weight], expected, rtol=1e-3, atol=1e-4)
-            record = next(record for record in report.tensors if record["name"] == weight)
+            record = next(record for record in report.to_dict()["tensors"] if record["name"] == weight)
             assert record["propagated"]
             assert record["input_shift"] == pytest.approx(moments["tuned"].shift, rel=1e-3)
             assert record["retained_input_shift"] == pytest.approx(moments["base"].shift, rel=1e-3)
@@ -288,7 +286,7 @@ def test_the_report_measures_what_is_stored_on_the_inputs_that_the_patched_model
     base, tuned, found = (read_tensors(path) for path in (pair / "base", pair / "tuned", tmp_path / "out"))
     stats, retain = Stats.open(pair / "stats"), Stats.open(pair / "retain")
     samples = {"tuned": stats.samples(), "base": retain.samples()}
-    fitted = [record for record in report.tensors if record.get("propagated")]
+    fitted = [record for record in report.to_dict()["tensors"] if record.get("propagated")]
     modules = [record["name"].removesuffix(".weight") for record in fitted]
     load = lambda path: AutoModelForCausalLM.from_pretrained(path).eval()  # noqa: E731
     unpatched = {which: inputs_of(load(pair / which), samples[which], modules) for which in samples}
@@ -309,7 +307,7 @@ def test_the_report_measures_what_is_stored_on_the_inputs_that_the_patched_model
         assert record["drift_energy_unpatched_inputs"] == pytest.approx(form(delta, r), rel=1e-3)
         assert record["distance_after"] == pytest.approx(float(moved.abs().sum()), rel=1e-4)
         assert record["kept"] == round(0.1 * delta.numel())
-    measured = [record for record in report.tensors if record["kind"] == "full"]
+    measured = [record for record in report.to_dict()["tensors"] if record["kind"] == "full"]
     for name in ("error_before", "error_after", "drift"):
         mean = sum(record[name] for record in measured) / len(measured)
         assert report.totals[name] == pytest.approx(mean)
@@ -482,7 +480,7 @@ def test_other_families_are_propagated_as_far_as_their_inputs_can_be_told(tmp_pa
         *(*common, tmp_path / "plain", tmp_path / "tuned-stats", replace(PROPAGATED, propagate=False)),
         retain=tmp_path / "base-stats",
     )
-    fitted = [record["name"] for record in report.tensors if record.get("propagated")]
+    fitted = [record["name"] for record in report.to_dict()["tensors"] if record.get("propagated")]
     assert count is None or len(fitted) == count
     for part in reached:
         assert any(part in name for name in fitted), (part, fitted)
@@ -490,8 +488,8 @@ def test_other_families_are_propagated_as_far_as_their_inputs_can_be_told(tmp_pa
     found, expected = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "plain")
     changed = {name for name, value in found.items() if bits(value) != bits(expected[name])}
     assert changed == set(fitted)
-    assert [r["name"] for r in report.tensors] == [r["name"] for r in plain.tensors]
-    assert [r["kept"] for r in report.tensors if "kept" in r] == [r["kept"] for r in plain.tensors if "kept" in r]
+    assert [r.name for r in report.tensors] == [r.name for r in plain.tensors]
+    assert [r.kept for r in report.tensors] == [r.kept for r in plain.tensors]
 
 
 def test_an_adapter_is_propagated_as_the_model_that_it_makes(tmp_path):

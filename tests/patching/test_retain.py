@@ -331,7 +331,7 @@ def test_every_tensor_of_a_checkpoint_is_the_minimum(kind, request, tmp_path):
     new, old = Stats.open(pair / "stats"), Stats.open(other)
     assert report.totals["tensors_at_base"] == 0
     roles = set()
-    for record in report.tensors:
+    for record in report.to_dict()["tensors"]:
         name = record["name"]
         entry = new.tensors[name]
         hessians = dense(new, entry.hessian), dense(old, old.tensors[name].hessian)
@@ -376,7 +376,7 @@ def test_score_says_what_patch_will_keep(llama_pair, retained, tmp_path):
     scored = score_checkpoint(*arguments, llama_pair / "stats", PatchOptions(solver="none"), retain=retained)
     patched = patch_checkpoint(*arguments, tmp_path / "out", llama_pair / "stats", retain=retained)
     keys = ("kept", "delta_sq_kept", "sensitivity_kept", "salience_quantiles", "sensitivity_quantiles", "retain")
-    for ours, theirs in zip(scored.tensors, patched.tensors, strict=True):
+    for ours, theirs in zip(scored.to_dict()["tensors"], patched.to_dict()["tensors"], strict=True):
         assert [ours[key] for key in keys] == [theirs[key] for key in keys]
     without = score_checkpoint(*arguments, llama_pair / "stats", PatchOptions(solver="none"))
     assert scored.totals["delta_share_kept"] != without.totals["delta_share_kept"]
@@ -429,7 +429,7 @@ def test_experts_have_retained_hessians_of_their_own(family, tmp_path):
     report = patch_checkpoint(
         folder / "base", folder / "tuned", folder / "out", folder / "stats", options, retain=folder / "retained"
     )
-    fused = [record for record in report.tensors if record.get("experts")]
+    fused = [record for record in report.to_dict()["tensors"] if record.get("experts")]
     base, out = read_tensors(folder / "base"), read_tensors(folder / "out")
     tuned, new, old = read_tensors(folder / "tuned"), Stats.open(folder / "stats"), Stats.open(folder / "retained")
     for record in fused:
@@ -441,7 +441,7 @@ def test_experts_have_retained_hessians_of_their_own(family, tmp_path):
             delta, change = (delta.T, change.T) if turned else (delta, change)
             best = best_change(delta.numpy(), (change != 0).numpy(), dense(new, first), dense(old, second), 0.1)
             np.testing.assert_allclose(change.numpy(), best, atol=1e-3 * float(delta.abs().max()))
-    patched = [record for record in report.tensors if record["status"] == "patched"]
+    patched = [record for record in report.to_dict()["tensors"] if record["status"] == "patched"]
     assert all("retain" in record or "retain term" in record["note"] for record in patched)
     assert fused or family != "gpt_oss"
 
