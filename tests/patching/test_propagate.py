@@ -329,7 +329,7 @@ def test_a_propagated_report_without_the_unpatched_figures_opens(pair, tmp_path)
     path.write_text(json.dumps(report))
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--plot", str(tmp_path / "plot.png")])
     assert shown.exit_code == 0, shown.output
-    assert load_report(path)["totals"] == report["totals"]
+    assert load_report(path).totals == report["totals"]
 
 
 @pytest.mark.parametrize("batch", [1, 5])
