@@ -195,7 +195,7 @@ def show_summary(report: PatchReport) -> None:
         how = report.options["solver"] if report.options["method"] == "tailor" else report.options["method"]
         say(
             f"mean layer error against the tuned model: {format_share(totals['error_before'])} before compensation, "
-            f"{format_share(totals['error_after'])} after ({own}{how})"
+            f"{format_share(totals['error_after'])} after (100% is the base; {own}{how})"
         )
     if "drift" in totals:
         say(

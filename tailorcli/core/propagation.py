@@ -138,17 +138,18 @@ refit = solve_propagated  # its earlier name
 class PropagatedErrors:
     """How far a layer's outputs in the patched model are from the unpatched models', as shares.
 
-    ``error_*`` is ||W X' - W_tuned X||^2 over the same of W_base: 0 is the tuned model's output, 1 what the layer
-    would give were it left at base; ``before`` with tuned's own values in the mask, ``after`` as fitted. ``drift`` is
-    ||W X'_r - W_base X_r||^2 over the same of W_tuned: 0 is the base's output, 1 what the tuned layer would give.
-    ``*_energy`` are the denominators, times 2/N.
+    ``error_*`` is ||W X' - W_tuned X||^2 on the new task's samples over ``output_energy``: ``before`` with tuned's own
+    values in the mask, ``after`` as fitted. ``drift`` is ||W X'_r - W_base X_r||^2 on the retained samples over
+    ``drift_energy``. The energies are (2/N) ||W_base X_base - W_tuned X_tuned||^2 on the same samples, each model with
+    its own inputs: an error of 0 is the tuned model, 1 the base; a drift of 0 is the base, 1 the tuned model. None
+    where the two models' inputs could not be compared.
     """
 
-    output_energy: float
-    error_before: float
-    error_after: float
-    drift_energy: float
-    drift: float
+    output_energy: float | None
+    error_before: float | None
+    error_after: float | None
+    drift_energy: float | None
+    drift: float | None
 
 
 def propagated_errors(
@@ -158,31 +159,36 @@ def propagated_errors(
     mask: Tensor,
     new: Moments,
     retained: Moments,
+    *,
+    output_energy: float | None,
+    drift_energy: float | None,
     transposed: bool = False,
 ) -> PropagatedErrors:
     """The errors of a layer on the inputs that it has in the patched model; ``new`` and ``retained`` are complete.
 
-    The four tensors are in the stored orientation, (O, I), or (I, O) with ``transposed``.
+    The four tensors are in the stored orientation, (O, I), or (I, O) with ``transposed``; the energies are those of
+    ``PropagatedErrors``.
     """
     matrices = [t.T if transposed else t for t in (base, tuned, patched)]  # (O, I) each
     kept = mask.T if transposed else mask
-    energy, before, after, whole, left = 0.0, 0.0, 0.0, 0.0, 0.0
+    before, after, left = 0.0, 0.0, 0.0
     for rows in row_chunks(*kept.shape):
         w_base, w_tuned, w_patched = (matrix[rows] for matrix in matrices)  # (R, I)
         distance = _distances(w_tuned, new)
-        energy += distance(w_base)
         before += distance(torch.where(kept[rows], w_tuned, w_base))
         after += distance(w_patched)
-        distance = _distances(w_base, retained)
-        whole += distance(w_tuned)
-        left += distance(w_patched)
+        left += _distances(w_base, retained)(w_patched)
     return PropagatedErrors(
-        output_energy=energy,
-        error_before=before / energy if energy > 0 else 0.0,
-        error_after=after / energy if energy > 0 else 0.0,
-        drift_energy=whole,
-        drift=left / whole if whole > 0 else 0.0,
+        output_energy=output_energy,
+        error_before=_share(before, output_energy),
+        error_after=_share(after, output_energy),
+        drift_energy=drift_energy,
+        drift=_share(left, drift_energy),
     )
+
+
+def _share(part: float, whole: float | None) -> float | None:
+    return None if whole is None else part / whole if whole > 0 else 0.0
 
 
 def _distances(reference: Tensor, moments: Moments) -> Callable[[Tensor], float]:

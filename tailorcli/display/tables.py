@@ -107,7 +107,8 @@ def _shown_totals(totals: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("they hold", ", ".join(of_both)))
     if totals.get("error_before") is not None:
         before, after = (format_share(totals[f"error_{when}"]) for when in ("before", "after"))
-        rows.append(("mean layer error", f"{before} before compensation, {after} after"))
+        own = ", on the patched model's inputs" if "error_after_unpatched_inputs" in totals else ""
+        rows.append(("mean layer error", f"{before} before compensation, {after} after (100% is the base{own})"))
     if totals.get("drift") is not None:
         rows.append(("mean drift", f"{format_share(totals['drift'])} of the tuned model's, on the retained data"))
     if totals.get("propagated"):

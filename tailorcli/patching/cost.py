@@ -10,6 +10,7 @@ from tailorcli.options import KeepOptions, PatchOptions
 from tailorcli.runs.plan import TensorPlan
 
 _CHUNK_BYTES = 64 << 20
+COMPARED = 32  # samples of each kind on which propagation runs both unpatched models, to say how far they are apart
 _WORK_BYTES = 12 * _CHUNK_BYTES  # the solver's work arrays, bounded by the row chunks in core.solvers
 
 
@@ -53,10 +54,13 @@ def propagation_bytes(tensors: list[TensorPlan], base: Checkpoint, stats: Stats 
     widest = max((info.size for info in sizes.values() if info.kind == "full"), default=0)
     embedding = max((t.nbytes // t.shape[0] for t in tensors if t.role == "embedding" and len(t.shape) == 2), default=0)
     width = max((t.shape[-1] for t in tensors if t.role == "embedding" and len(t.shape) == 2), default=1)
-    tokens = sum(int(source.manifest["data"].get("tokens", 0)) for source in known)
-    # Of each token, in two models: what a block holds while it waits within (its input, the residual stream, what its
-    # norm makes of that, queries, keys and values, or what the widest layer takes), and the holes between.
-    hidden = 2 * tokens * (5 * embedding + embedding * widest // width)
+    tokens = [int(source.manifest["data"].get("tokens", 0)) for source in known]
+    counts = [max(1, int((source.manifest.get("samples") or {}).get("count", 1))) for source in known]
+    passes = sum(number * (2 + min(1.0, COMPARED / count)) for number, count in zip(tokens, counts, strict=True))
+    # Of each token, in two models, and of some in a third: what a block holds while it waits within (its input, the
+    # residual stream, what its norm makes of that, queries, keys and values, or what the widest layer takes), and the
+    # holes between.
+    hidden = int(passes * (5 * embedding + embedding * widest // width))
     return _TRANSFORMERS_BYTES + 5 * max(blocks.values()) + 10 * max(moments, default=0) + hidden
 
 

@@ -48,6 +48,7 @@ from tailorcli.models.running import (
 )
 from tailorcli.models.spill import Spill
 from tailorcli.options import PatchOptions
+from tailorcli.patching.cost import COMPARED
 from tailorcli.patching.stream import PatchInputs
 from tailorcli.patching.three_models import PartModel, PatchedView, ThreeModels, is_linear, options_of
 from tailorcli.runs.plan import TensorPlan
@@ -77,12 +78,17 @@ class Steps:
 
 @dataclass(eq=False)
 class _Batch:
-    """One batch on its way: through its unpatched ``model`` in ``lane``, and through the patched one in ``mate``."""
+    """One batch on its way: through its unpatched ``model`` in ``lane``, and through the patched one in ``mate``.
 
-    lane: Lane
-    mate: Lane
+    Some go through the ``other`` unpatched model as well, in ``rival``, only to be measured.
+    """
+
     kind: str
     model: PartModel
+    other: PartModel
+    lane: Lane
+    mate: Lane
+    rival: Lane | None = None
     tokens: int | None = None  # of its hidden states, as they went into the block where it is
 
 
@@ -97,11 +103,25 @@ class _Pending:
 
 
 @dataclass
+class _Apart:
+    """The sum of ||W_base x_base - W_tuned x_tuned||^2 over so many tokens: how far a layer's two outputs are apart."""
+
+    total: float = 0.0
+    tokens: int = 0
+
+    @property
+    def energy(self) -> float | None:
+        """Twice the mean over the tokens; None without any."""
+        return 2.0 * self.total / self.tokens if self.tokens else None
+
+
+@dataclass
 class _Group:
     """Linear layers that see the very same input, by the names of their modules."""
 
     layers: dict[str, _Pending]
     moments: dict[str, Moments] = field(default_factory=dict)  # by kind of data
+    apart: dict[tuple[str, str], _Apart] = field(default_factory=dict)  # by kind of data and layer
     aligned: bool = True  # the two models' inputs are of the same tokens
 
 
@@ -161,23 +181,26 @@ class Propagation:
             self._groups[name] = _Group({name: layer})
         host = free_memory(torch.device("cpu")) or 1 << 40
         self._spill = Spill(device, scratch, int(host * HIDDEN_SHARE))
-        kinds = ((NEW, self._stats, models.tuned), (RETAINED, self._retain, models.base))
-        runs = [
-            (kind, batch, model)
-            for kind, stats, model in kinds
-            for batch in make_batches(stats.samples(), options_of(stats).batch_size)
-        ]
-        calls = [
-            (self._call(each.network, batch), samples_in(batch))
-            for _, batch, model in runs
-            for each in (model, models.patched)
-        ]
+        kinds = (
+            (NEW, self._stats, models.tuned, models.base),
+            (RETAINED, self._retain, models.base, models.tuned),
+        )
+        found: list[tuple[str, PartModel, PartModel, int]] = []  # a batch's lanes are two or three
+        calls: list[tuple[Callable[[], Any], int]] = []
+        for kind, stats, model, other in kinds:
+            batches = list(make_batches(stats.samples(), options_of(stats).batch_size))
+            for batch, compared in zip(batches, _spread([samples_in(batch) for batch in batches]), strict=True):
+                each = (model, models.patched, *((other,) if compared else ()))
+                calls += [(self._call(one.network, batch), samples_in(batch)) for one in each]
+                found.append((kind, model, other, len(each)))
         self._lockstep = Lockstep(models.tuned.stations, calls, [models.base.stations, models.patched.stations])
         self._lockstep.passed = {name for name in models.tuned.stations if self._block_of(name) not in ("", name)}
-        lanes = self._lockstep.lanes
-        both = zip(lanes[::2], lanes[1::2], runs, strict=True)
-        batches = [_Batch(lane, mate, kind, model) for lane, mate, (kind, _, model) in both]
-        self._batches = {lane: batch for batch in batches for lane in (batch.lane, batch.mate)}
+        self._batches: dict[Lane, _Batch] = {}  # by each of its lanes
+        lanes = iter(self._lockstep.lanes)
+        for kind, model, other, count in found:
+            lane, mate, *rivals = (next(lanes) for _ in range(count))
+            batch_of = _Batch(kind, model, other, lane, mate, rivals[0] if rivals else None)
+            self._batches |= dict.fromkeys((lane, mate, *rivals), batch_of)
 
     def through_the_models(self) -> None:
         """Take all batches through the models, and fit the layers that they reach."""
@@ -298,7 +321,8 @@ class Propagation:
     def _accumulate_group(self, group: _Group, station: str, waiting: list[Lane]) -> None:
         """Fold what goes into a group's layers in the patched model beside the same in the unpatched ones."""
         batches = [batch for lane in waiting if (batch := self._batches[lane]).lane is lane]
-        group.aligned = len(waiting) == 2 * len(batches) and all(
+        mates = sum(self._batches[lane].mate is lane for lane in waiting)
+        group.aligned = len(batches) == mates and all(
             batch.mate.wanted == station and _are_aligned(batch) for batch in batches
         )
         for batch in batches if group.aligned else ():
@@ -306,13 +330,29 @@ class Propagation:
                 unpatched, patched = (lane.held[0].flatten(0, -2) for lane in (batch.lane, batch.mate))
                 found = group.moments.setdefault(batch.kind, no_moments(patched.shape[-1], self._device))
                 accumulate_moments_(found, patched, unpatched)
+        for batch in batches if group.aligned else ():
+            rival = batch.rival
+            if rival is not None and rival.wanted == station and rival.held[0].shape == batch.lane.held[0].shape:
+                with self._moved(batch.lane, rival), self._timer.stage("moments"):
+                    self._measure_apart(group, batch, rival)
+
+    def _measure_apart(self, group: _Group, batch: _Batch, rival: Lane) -> None:
+        """Add how far a batch's outputs of a group's layers in the two unpatched models are apart."""
+        for name in group.layers:
+            first, second = (
+                nn.functional.linear(lane.held[0].flatten(0, -2).float(), _weight_of(model.stations[name]).float())
+                for lane, model in ((batch.lane, batch.model), (rival, batch.other))
+            )
+            apart = group.apart.setdefault((batch.kind, name), _Apart())
+            apart.total += float((first - second).square().sum(dtype=torch.float64))
+            apart.tokens += len(first)
 
     def _run_through(self, station: str, lane: Lane) -> None:
         """Run a lane through a linear layer, or into a block, and on to where it waits next."""
         lane.move(self._spill.back)
         with self._timer.stage("run"):
             batch = self._batches[lane]
-            model = batch.model if lane is batch.lane else self._models.patched
+            model = {batch.lane: batch.model, batch.mate: self._models.patched}.get(lane, batch.other)
             module = model.stations[station]
             if module is model.head:  # no one reads its logits
                 assert isinstance(module, nn.Linear)
@@ -332,7 +372,7 @@ class Propagation:
                 self._write_plain(layer)
                 continue
             try:
-                result, facts = self._solve_layer(layer, group.moments[NEW], group.moments[RETAINED])
+                result, facts = self._solve_layer(layer, group)
             except NumericalError as error:
                 raise NumericalError(f"tensor {layer.tensor.name!r}: {error.message}", error.hint) from error
             assert result.patched is not None
@@ -342,9 +382,12 @@ class Propagation:
                 self._steps.write(layer.tensor, result, layer.digest, facts)
         group.moments.clear()
 
-    def _solve_layer(self, layer: _Pending, new: Moments, retained: Moments) -> tuple[LayerResult, dict[str, Any]]:
+    def _solve_layer(self, layer: _Pending, group: _Group) -> tuple[LayerResult, dict[str, Any]]:
         """The fitted layer with its figures, and what its record says besides."""
         tensor, mask = layer.tensor, layer.result.mask
+        new, retained = group.moments[NEW], group.moments[RETAINED]
+        name = layer.layer.name.removesuffix(".weight")
+        energy, drift_energy = (group.apart.get((kind, name), _Apart()).energy for kind in (NEW, RETAINED))
         base, tuned = (s.read(tensor.name).to(self._device) for s in (self._inputs.base, self._inputs.tuned))
         assert layer.result.patched is not None
         with self._timer.stage("solve"):
@@ -358,7 +401,12 @@ class Propagation:
             )
         with self._timer.stage("measure"):
             unpatched = self._unpatched_figures(layer, base, tuned, found.patched)
-            errors = propagated_errors(base, tuned, found.patched, mask, new, retained, tensor.transposed)
+            errors = propagated_errors(
+                *(base, tuned, found.patched, mask, new, retained),
+                output_energy=energy,
+                drift_energy=drift_energy,
+                transposed=tensor.transposed,
+            )
         figures = replace(unpatched, **asdict(errors), iterations=found.iterations, residual=found.residual)
         facts = {"propagated": True, "input_shift": new.shift, "retained_input_shift": retained.shift}
         facts |= {f"{name}_unpatched_inputs": getattr(unpatched, name) for name in asdict(errors)}
@@ -379,12 +427,29 @@ class Propagation:
             self._steps.write(layer.tensor, layer.result, layer.digest, {})
 
 
+def _spread(sizes: list[int]) -> list[bool]:
+    """Which of batches with so many samples are compared: some ``COMPARED`` samples, from all over them."""
+    share = min(1.0, COMPARED / max(1, sum(sizes)))
+    seen, taken, chosen = 0, 0, []
+    for size in sizes:
+        chosen.append(taken <= seen * share)
+        seen += size
+        taken += size if chosen[-1] else 0
+    return chosen
+
+
 def _are_aligned(batch: _Batch) -> bool:
     """Whether two models' inputs are of the same tokens; rows of tokens that were routed here may not be."""
     shape = batch.mate.held[0].shape
     rows = math.prod(shape[:-1])
     same = batch.lane.held[0].shape == shape
     return same and (len(shape) > 2 or batch.tokens is None or rows == batch.tokens)
+
+
+def _weight_of(module: nn.Module) -> Tensor:
+    """A linear layer's weight as (O, I), also of one that holds it as (I, O)."""
+    weight = module.get_parameter("weight")
+    return weight if isinstance(module, nn.Linear) else weight.T
 
 
 def _is_frozen(result: LayerResult) -> bool:

@@ -30,9 +30,11 @@ from tailorcli.core.retain import retain_scale
 from tailorcli.options import CalibrateOptions
 from tailorcli.patchfile.report import load_report
 from tailorcli.patchfile.writer import PatchWriter
+from tailorcli.patching.propagate import _spread
 
 PROPAGATED = PatchOptions(propagate=True, retain_weight=0.3, damping=0.1)
 CPU = torch.device("cpu")
+OTHER = {"tuned": "base", "base": "tuned"}  # the model whose samples they are not
 
 
 @pytest.fixture(scope="module")
@@ -237,23 +239,20 @@ def test_a_model_is_fitted_block_by_block_from_the_patched_blocks_before(pair, t
     assert len(moved) == 3 * 7 + 1
 
 
-def patched_errors(base, tuned, patched, mask, inputs, unpatched):
+def patched_errors(base, tuned, patched, mask, inputs, unpatched, energies):
     """A dense float64 reading of what a report says: figures from the very inputs, each kind (N, I)."""
     base, tuned, patched = (t.double() for t in (base, tuned, patched))
     x, y, x_r, y_r = (t.double() for t in (inputs["tuned"], unpatched["tuned"], inputs["base"], unpatched["base"]))
 
     def error(weight):
-        return float((x @ weight.T - y @ tuned.T).square().sum())
-
-    def drift(weight):
-        return float((x_r @ weight.T - y_r @ base.T).square().sum())
+        return 2 / len(x) * float((x @ weight.T - y @ tuned.T).square().sum())
 
     return {
-        "output_energy": 2 / len(x) * error(base),
-        "error_before": error(torch.where(mask, tuned, base)) / error(base),
-        "error_after": error(patched) / error(base),
-        "drift_energy": 2 / len(x_r) * drift(tuned),
-        "drift": drift(patched) / drift(tuned),
+        "output_energy": energies["tuned"],
+        "error_before": error(torch.where(mask, tuned, base)) / energies["tuned"],
+        "error_after": error(patched) / energies["tuned"],
+        "drift_energy": energies["base"],
+        "drift": 2 / len(x_r) * float((x_r @ patched.T - y_r @ base.T).square().sum()) / energies["base"],
     }
 
 
@@ -276,12 +275,17 @@ def test_the_errors_are_those_of_the_inputs_in_the_patched_model(size, rows, shi
     inputs = {which: x + shift * torch.randn(x.shape, generator=g) for which, x in unpatched.items()}
     moments = [moments_of(inputs[which], unpatched[which]) for which in ("tuned", "base")]
     stored = [t.T.contiguous() if transposed else t for t in (base, tuned, patched, mask)]
-    found = propagated_errors(*stored, *moments, transposed=transposed)
-    for name, expected in patched_errors(base, tuned, patched, mask, inputs, unpatched).items():
+    energies = {"tuned": 0.7 * size * rows, "base": 0.3 * size * rows}
+    given_ = {"output_energy": energies["tuned"], "drift_energy": energies["base"], "transposed": transposed}
+    found = propagated_errors(*stored, *moments, **given_)
+    for name, expected in patched_errors(base, tuned, patched, mask, inputs, unpatched, energies).items():
         assert getattr(found, name) == pytest.approx(expected, rel=1e-3, abs=1e-5), name
+    unknown = propagated_errors(*stored, *moments, **given_ | {"output_energy": None, "drift_energy": 0.0})
+    assert (unknown.error_before, unknown.error_after, unknown.drift) == (None, None, 0.0)
 
 
-def test_the_report_measures_what_is_stored_on_the_inputs_that_the_patched_model_has(pair, tmp_path):
+def test_the_report_measures_what_is_stored_on_the_inputs_that_the_patched_model_has(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("tailorcli.patching.propagate.COMPARED", 1000)
     report = run(pair, tmp_path / "out")
     base, tuned, found = (read_tensors(path) for path in (pair / "base", pair / "tuned", tmp_path / "out"))
     stats, retain = Stats.open(pair / "stats"), Stats.open(pair / "retain")
@@ -291,11 +295,18 @@ def test_the_report_measures_what_is_stored_on_the_inputs_that_the_patched_model
     load = lambda path: AutoModelForCausalLM.from_pretrained(path).eval()  # noqa: E731
     unpatched = {which: inputs_of(load(pair / which), samples[which], modules) for which in samples}
     inputs = {which: inputs_of(load(tmp_path / "out"), samples[which], modules) for which in samples}
+    others = {which: inputs_of(load(pair / name), samples[which], modules) for which, name in OTHER.items()}
+    weights = {"base": base, "tuned": tuned}
     for record, module in zip(fitted, modules, strict=True):
         name = record["name"]
         both = ({which: seen[which][module] for which in samples} for seen in (inputs, unpatched))
         mask = found[name] != base[name]  # but for a kept entry that was fitted to base's value to the bit
-        for figure, expected in patched_errors(base[name], tuned[name], found[name], mask, *both).items():
+        energies = {}
+        for which, other in OTHER.items():
+            own = unpatched[which][module].double() @ weights[which][name].double().T
+            apart = own - others[which][module].double() @ weights[other][name].double().T
+            energies[which] = 2 / len(own) * float(apart.square().sum())
+        for figure, expected in patched_errors(base[name], tuned[name], found[name], mask, *both, energies).items():
             assert record[figure] == pytest.approx(expected, rel=2e-3, abs=1e-5), (name, figure)
         assert record["error_after"] < record["error_before"]
         delta, moved, error = ((a[name] - b[name]).double() for a, b in ((tuned, base), (found, base), (found, tuned)))
@@ -316,6 +327,31 @@ def test_the_report_measures_what_is_stored_on_the_inputs_that_the_patched_model
     plain = run(pair, tmp_path / "plain", replace(PROPAGATED, propagate=False))
     assert not any("unpatched" in name for name in plain.totals)
     assert report.totals["error_before_unpatched_inputs"] == pytest.approx(plain.totals["error_before"])
+
+
+def test_the_batches_that_are_compared_are_spread():
+    assert _spread([1] * 128) == [number % 4 == 0 for number in range(128)]
+    assert _spread([8] * 16) == [number % 4 == 0 for number in range(16)]
+    assert _spread([5, 7]) == [True, True]
+    assert _spread([100, 100]) == [True, False]
+    assert _spread([]) == []
+
+
+def test_a_few_samples_tell_how_far_the_unpatched_models_are_apart(pair, tmp_path, monkeypatch):
+    """Only what is divided by is an estimate, and the output is the same to the byte."""
+    monkeypatch.setattr("tailorcli.patching.propagate.options_of", lambda stats: CalibrateOptions(batch_size=1))
+    reports = {}
+    for count in (1000, 3):
+        monkeypatch.setattr("tailorcli.patching.propagate.COMPARED", count)
+        reports[count] = run(pair, tmp_path / str(count))
+    whole, few = (read_tensors(tmp_path / str(count)) for count in reports)
+    assert all(bits(value) == bits(few[name]) for name, value in whole.items())
+    for one, other in zip(reports[1000].tensors, reports[3].tensors, strict=True):
+        if one.get("propagated"):
+            for energy, figure in (("output_energy", "error_after"), ("drift_energy", "drift")):
+                assert one[energy] != other[energy]
+                assert 1 / 3 < one[energy] / other[energy] < 3
+                assert one[energy] * one[figure] == pytest.approx(other[energy] * other[figure], rel=1e-5)
 
 
 def test_a_propagated_report_without_the_unpatched_figures_opens(pair, tmp_path):
@@ -409,7 +445,10 @@ def test_the_command_says_what_it_does_and_costs(pair, tmp_path):
     assert "propagated" in result.output
     totals = json.loads((tmp_path / "out" / "tailor_report.json").read_text())["totals"]
     before, after, drift = (f"{100 * totals[name]:.1f}%" for name in ("error_before", "error_after", "drift"))
-    assert f"{before} before compensation, {after} after (on the patched model's inputs, joint)" in result.output
+    assert (
+        f"{before} before compensation, {after} after (100% is the base; on the patched model's inputs, joint)"
+        in result.output
+    )
     assert f"{drift} of the tuned model's (0% is the base; on the patched model's inputs, " in result.output
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
 
