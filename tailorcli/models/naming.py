@@ -130,3 +130,38 @@ def _are_equal(checkpoint: Checkpoint, name: str, other: str) -> bool:
         return False
     pieces = zip(checkpoint.pieces(first), checkpoint.pieces(second), strict=True)
     return all(mine == theirs for mine, theirs in pieces)
+
+
+def tied_copies(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[str, ...]]:
+    """Tensors that the model holds as one, stored more than once and equal in both: each with its further names.
+
+    Older versions saved an output layer that is tied to the embedding as a copy of it. A copy that differs in either
+    is none: transformers unties it.
+    """
+    common = [info for name, info in base.tensors.items() if name in tuned.tensors and len(info.shape) > 1]
+    seen: dict[tuple[str, tuple[int, ...], bytes], list[str]] = {}
+    for info in common:
+        if info.numel:
+            seen.setdefault((info.dtype, info.shape, base.sample_bytes(info)), []).append(info.name)
+    alike = [names for names in seen.values() if len(names) > 1]
+    samples = [{tuned.sample_bytes(tuned.tensors[name]) for name in names} for names in alike]
+    if all(len(found) == len(names) for names, found in zip(alike, samples, strict=True)):
+        return {}
+    network = _network(tuned.base if isinstance(tuned, AdaptedCheckpoint) else tuned)
+    if network is None:
+        return {}
+    tied, expected = aliases(network), expected_names(network, tuned.tensors)
+    groups: dict[str, list[str]] = {}
+    for name in base.tensors:
+        if name in expected:
+            parameter = tied.get(expected[name], expected[name])
+            groups.setdefault(parameter, []).append(name)
+    found: dict[str, tuple[str, ...]] = {}
+    for parameter, names in groups.items():
+        if parameter not in tied.values() or len(names) == 1:
+            continue
+        names.sort(key=lambda name: expected[name] != parameter)  # the embedding before what is tied to it
+        copies = [n for n in names[1:] if all(_are_equal(source, n, names[0]) for source in (base, tuned))]
+        if copies:
+            found[names[0]] = tuple(copies)
+    return found

@@ -21,7 +21,7 @@ from tailorcli.patching.graft import MaskFile, trained_masks
 from tailorcli.patching.methods import find_cut
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs, record_of, tailored
-from tailorcli.runs.outputs import Target, identity_of, progress_bar
+from tailorcli.runs.outputs import Target, identity_of, progress_bar, records_of
 from tailorcli.runs.plan import Plan, TensorPlan
 
 if TYPE_CHECKING:
@@ -88,10 +88,12 @@ def score_checkpoint(
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
         device = resolve_device(options.device)
         timer = StageTimer(device)
-        records = {t.name: record_of(t, None, inputs.stats, options) for t in plan.left_at_base}
+        records: dict[str, Any] = {}
+        for tensor in plan.left_at_base:
+            records |= records_of(tensor.name, tensor.copies, record_of(tensor, None, inputs.stats, options))
         bar = stack.enter_context(progress_bar(plan.patched, "scoring", progress))
         for tensor, result, _ in tailored(plan.patched, inputs, options, device, timer, score_only=True):
-            records[tensor.name] = record_of(tensor, result, inputs.stats, options)
+            records |= records_of(tensor.name, tensor.copies, record_of(tensor, result, inputs.stats, options))
             bar.update(tensor.nbytes)
         ordered = [records[name] for name in inputs.base.tensors]
         seconds = perf_counter() - started
@@ -157,7 +159,8 @@ def patch_checkpoint(
         def write(tensor: TensorPlan, result: LayerResult | None, digest: str, facts: dict[str, Any]) -> None:
             if isinstance(inputs.base, GrownCheckpoint) and tensor.name in inputs.base.grown:
                 facts = facts | {"note": f"the last {inputs.base.new_rows(tensor.name)} rows are new, and tuned's own"}
-            record = records[tensor.name] = record_of(tensor, result, inputs.stats, options, facts)
+            record = record_of(tensor, result, inputs.stats, options, facts)
+            records.update(records_of(tensor.name, tensor.copies, record))
             with timer.stage("wait for write"):
                 if result is None or result.patched is None or not record.patched:
                     outputs.copy(tensor.name, inputs.base, record)

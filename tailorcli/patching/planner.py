@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint, tuned_side_files
@@ -11,6 +11,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
 from tailorcli.checkpoint.layout import plan_layout
 from tailorcli.errors import OptionsError, StatsError
+from tailorcli.models.naming import tied_copies
 from tailorcli.options import RELEASED, PatchOptions, matches
 from tailorcli.patching.checks import check_pair, check_propagate, check_retain, check_stats
 from tailorcli.patching.cost import (
@@ -44,13 +45,24 @@ def build_plan(
         check_retain(base, tuned, retain, options)
     if options.propagate:
         check_propagate(stats, retain, options)
+    copies = tied_copies(base, tuned)
+    further = {name for names in copies.values() for name in names}
     changed: Collection[str] = tuned.tensors.keys()
     unchanged = "tuned does not hold it, and its model does not use it"
     if isinstance(tuned, AdaptedCheckpoint):
         changed, unchanged = tuned.changed, "the adapter leaves it alone"
     tensors = [
-        _plan_tensor(info, "" if info.name in changed else unchanged, info.name in base.scales, stats, options, retain)
+        _plan_tensor(
+            info,
+            "" if info.name in changed else unchanged,
+            info.name in base.scales,
+            stats,
+            options,
+            retain,
+            copies.get(info.name, ()),
+        )
         for info in base.tensors.values()
+        if info.name not in further
     ]
     if not any(tensor.action == "patch" for tensor in tensors):
         raise OptionsError("no tensor would be patched", "check --include and --exclude, and those of calibrate")
@@ -82,11 +94,19 @@ def build_plan(
 
 
 def _plan_tensor(
-    info: TensorInfo, unchanged: str, scale: bool, stats: Stats | None, options: PatchOptions, retain: Stats | None
+    info: TensorInfo,
+    unchanged: str,
+    scale: bool,
+    stats: Stats | None,
+    options: PatchOptions,
+    retain: Stats | None,
+    copies: tuple[str, ...],
 ) -> TensorPlan:
-    entry = stats.tensors.get(info.name, TensorStats(None)) if stats is not None else TensorStats(None)
+    names = (info.name, *copies)
+    entry = _entry(names, stats)
     reason = ""
-    if not matches(info.name, options.include, options.exclude):
+    included = any(matches(name, options.include, ()) for name in names)
+    if not included or not all(matches(name, (), options.exclude) for name in names):
         reason = "not chosen by --include and --exclude"
     elif info.dtype not in PATCHABLE_DTYPES:
         reason = f"{info.dtype} is no floating-point dtype that can be patched"
@@ -102,13 +122,22 @@ def _plan_tensor(
         reason = "the released code patches linear layers alone"
     common = (info.name, info.dtype, info.shape, info.nbytes)
     if reason:
-        return TensorPlan(*common, action="base", reason=reason, role=entry.role)
+        return TensorPlan(*common, action="base", reason=reason, role=entry.role, copies=copies)
     hessian, experts = (entry.hessian, tuple(entry.experts)) if options.needs_hessians else (None, ())
     retained: tuple[str, ...] = ()
     note = ""
     if retain is not None and options.retain_weight > 0.0:
-        retained, note = _retained(entry, retain.tensors[info.name], stats, retain)
-    return TensorPlan(*common, "patch", "", hessian, entry.role, entry.transposed, experts, retained, note)
+        retained, note = _retained(entry, _entry(names, retain), stats, retain)
+    return TensorPlan(
+        *common, "patch", "", hessian, entry.role, entry.transposed, experts, retained, note, copies=copies
+    )
+
+
+def _entry(names: Sequence[str], stats: Stats | None) -> TensorStats:
+    """What statistics say of a tensor that is stored under these names: under one of them it may be left out."""
+    entries = [stats.tensors[name] for name in names if stats is not None and name in stats.tensors]
+    known = [entry for entry in entries if entry.hessians]
+    return next(iter((*known, *entries)), TensorStats(None))
 
 
 def _retained(

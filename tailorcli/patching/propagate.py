@@ -139,12 +139,14 @@ def patch_propagated(
     Raises TailorError.
     """
     with ExitStack() as stack:
-        view = stack.enter_context(closing(PatchedView(inputs.base)))
+        chosen = list(tensors)
+        copies = {copy: tensor.name for tensor in chosen for copy in tensor.copies}
+        view = stack.enter_context(closing(PatchedView(inputs.base, copies)))
         models = ThreeModels.of(inputs, view, device, timer)
         for model in models.each:
             if not model.waits_at_head():
                 stack.enter_context(last_logits_only(model.network))
-        run = Propagation(list(tensors), inputs, options, device, timer, scratch, steps, models)
+        run = Propagation(chosen, inputs, options, device, timer, scratch, steps, models)
         run.through_the_models()
     run.finish()  # without the models
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,15 +63,19 @@ class PartModel:
 
 
 class PatchedView(Checkpoint):
-    """The base, but with the ``values`` of tensors that are patched in their place."""
+    """The base, but with the ``values`` of tensors that are patched in their place.
 
-    def __init__(self, base: Checkpoint) -> None:
+    A tensor that is one with another, under a further name, has the value of that: ``copies`` gives its name.
+    """
+
+    def __init__(self, base: Checkpoint, copies: Mapping[str, str]) -> None:
         super().__init__(base.path, base.tensors, base.shards)
+        self._copies = copies
         self.values: dict[str, Tensor] = {}
 
     def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
         """Fill ``buffer`` with the tensor's bytes from ``start`` on."""
-        value = self.values.get(info.name)
+        value = self.values.get(self._copies.get(info.name, info.name))
         if value is None:
             super().read_into(info, buffer, start)
         else:

@@ -173,7 +173,7 @@ class Target:
             if self.patch_file is not None and not (self.resume and self._patch_is_finished(identity)):
                 if self.overwrite:
                     self.patch_file.unlink(missing_ok=True)
-                infos = [base.tensors[tensor.name] for tensor in plan.patched]
+                infos = [base.tensors[name] for tensor in plan.patched for name in tensor.names]
                 contents = _differing(side, base)
                 full = {**manifest, "run": identity}
                 patch_writer = PatchWriter(self.patch_file, base, infos, full, contents, identity, self.resume)
@@ -183,7 +183,8 @@ class Target:
                     _clear(self.folder)
                 folder_writer = CheckpointWriter(self.folder, plan.layout, identity, self.resume)
                 stack.callback(folder_writer.close)
-            return Outputs(folder_writer, patch_writer, side, identity, stack.pop_all())
+            copies = {tensor.name: tensor.copies for tensor in plan.tensors}
+            return Outputs(folder_writer, patch_writer, side, identity, copies, stack.pop_all())
 
 
 class Outputs:
@@ -195,18 +196,21 @@ class Outputs:
         patch: PatchWriter | None,
         side: Mapping[str, Path | bytes],
         identity: dict[str, Any],
+        copies: Mapping[str, tuple[str, ...]],
         stack: ExitStack,
     ) -> None:
         self._folder = folder
         self._patch = patch
         self._side = side
         self._identity = identity
+        self._copies = copies
         self._stack = stack
         self.wants_digest = patch is not None
         written = [writer.done for writer in (folder, patch) if writer is not None]
         found = {name: record for name, record in written[0].items() if all(name in done for done in written)}
-        self.done = frozenset(found)
-        self.records = {name: _record_again(record) for name, record in found.items() if record}
+        # A tensor that is stored under further names is done when all of these are.
+        self.done = frozenset(name for name in found if all(copy in found for copy in copies.get(name, ())))
+        self.records = {name: _record_again(found[name]) for name in self.done if found[name]}
 
     @property
     def seconds(self) -> float:
@@ -217,17 +221,26 @@ class Outputs:
         self, name: str, patched: Tensor, mask: Tensor | None, record: TensorRecord | None, base_digest: str
     ) -> None:
         """Queue a patched tensor; mask and digest of the base are for a patch file (``wants_digest``)."""
-        if self._folder is not None:
-            self._folder.write(name, patched, _plain(record))
-        if self._patch is not None and mask is not None:
-            self._patch.write(name, mask, patched, _plain(record), base_digest)
+        for each, own in self._by_name(name, record):
+            if self._folder is not None and each not in self._folder.done:
+                self._folder.write(each, patched, _plain(own))
+            if self._patch is not None and mask is not None and each not in self._patch.done:
+                self._patch.write(each, mask, patched, _plain(own), base_digest)
 
     def copy(self, name: str, base: Checkpoint, record: TensorRecord | None, digest: str | None = None) -> None:
         """Queue a tensor that stays as it is in the base; with a ``digest`` its bytes must have it."""
-        if self._folder is not None:
-            self._folder.copy(name, base, _plain(record), digest)
-        if self._patch is not None:
-            self._patch.note(name, _plain(record))
+        for each, own in self._by_name(name, record):
+            if self._folder is not None and each not in self._folder.done:
+                self._folder.copy(each, base, _plain(own), digest)
+            if self._patch is not None and each not in self._patch.done:
+                self._patch.note(each, _plain(own))
+
+    def _by_name(self, name: str, record: TensorRecord | None) -> list[tuple[str, TensorRecord | None]]:
+        """A tensor's record under each of its names."""
+        copies = self._copies.get(name, ())
+        if record is None:
+            return [(each, None) for each in (name, *copies)]
+        return [*records_of(name, copies, record).items()]
 
     def read(self, name: str, like: TensorInfo) -> Tensor | None:
         """The value of a tensor of ``done`` from the checkpoint that is being written; None where none is."""
@@ -276,6 +289,12 @@ def _record_again(value: dict[str, Any]) -> TensorRecord:
         return read_record(value)
     except ValueError as error:
         raise OutputError(f"cannot resume: the journal is damaged: {error}", "start anew with --overwrite") from error
+
+
+def records_of(name: str, copies: Iterable[str], record: TensorRecord) -> dict[str, TensorRecord]:
+    """The record of a tensor and, with a note, of its copies under further names."""
+    shown = f"one tensor with {name}"
+    return {name: record} | {copy: replace(record, name=copy, note=shown) for copy in copies}
 
 
 def identity_of(

@@ -32,6 +32,12 @@ class TensorPlan:
     method: str = ""  # how it is patched, where the tensors of a run may differ in that
     task_hessians: tuple[str, ...] = ()  # of merged tasks, one of each, where it is solved or measured with them
     held_bytes: int = 0  # of memory while it is worked on
+    copies: tuple[str, ...] = ()  # further names under which the very same tensor is stored
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name under which it is stored."""
+        return (self.name, *self.copies)
 
     @property
     def numel(self) -> int:
