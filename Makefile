@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-fast test-slow lint bench bench-large bench-gpu real stitch evidence clean
+.PHONY: demo test test-fast test-slow lint bench bench-large bench-gpu real stitch evidence docs clean
 
 # torch comes first and pinned, so that nothing else chooses its build.
 $(BIN)/tailorcli: pyproject.toml constraints.txt
@@ -66,5 +66,14 @@ stitch: $(VENV)/real
 evidence: $(VENV)/real
 	$(BIN)/python -m benchmarks.evidence
 
+# The pages of docs/ as a site in site/, each link and anchor checked.
+$(VENV)/docs: $(BIN)/tailorcli
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/docs
+	$(BIN)/python scripts/reference_pages.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.pages import reflow
+
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results" / "speed.md"
 
 HEAD = """# Speed and memory
@@ -65,7 +67,13 @@ ON_REQUEST = ("dare", "large")
 def section(name: str, text: str) -> str:
     """One part of the page, from what it printed on standard output."""
     title, introduction = PARTS[name]
-    return f"## {title}\n\n{introduction}\n\n{text.strip()}\n"
+    return f"## {title}\n\n{introduction}\n\n{remarks_listed(text.strip())}\n"
+
+
+def remarks_listed(text: str) -> str:
+    """What a part printed, each line outside its tables an item of a list."""
+    lines = text.splitlines()
+    return "\n".join(f"- {line.strip()}" if line.strip() and not line.startswith("|") else line for line in lines)
 
 
 def document(outputs: dict[str, str], earlier: str) -> str:
@@ -77,7 +85,7 @@ def document(outputs: dict[str, str], earlier: str) -> str:
             sections.append(section(name, outputs[name]))
         elif found:
             sections.append(f"## {title}\n{rest.partition(chr(10) + '## ')[0].rstrip()}\n")
-    return "\n".join([HEAD, *sections])
+    return reflow("\n".join([HEAD, *sections]))
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ X' its inputs where all blocks before it are patched already, three ways to fit 
 - unpatched targets minimise ||W X' - W_tuned X||^2: the layer's outputs in the unpatched model as targets
 
 All other tensors are those of ``tailorcli patch`` at the same density. At density 1 the three are one and the same:
-every entry is kept, the blocks before are the tuned ones, X' = X. Writes docs/results/propagation.md.
+every entry is kept, the blocks before are the tuned ones, X' = X. Writes a table of docs/results/research.md.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks.common import markdown
 from benchmarks.real import data, measure, setting
 from benchmarks.real.chain import SEQ_LEN, load_cached, patch_step, run_chain, store
+from benchmarks.real.render import between
 from tailorcli.core.hessian import PreparedHessian, prepare
 from tailorcli.core.scores import count_kept, select_mask
 from tailorcli.core.solvers import solve_on_mask
@@ -37,40 +38,13 @@ from tailorcli.data.records import read_records
 from tailorcli.data.samples import draw_samples, make_batches
 from tailorcli.options import CalibrateOptions
 
-DOCUMENT = Path("docs/results/propagation.md")
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results" / "research.md"
 RUNS = [(0.1, way) for way in ("plain", "patched inputs", "unpatched targets")]
 RUNS += [(0.3, way) for way in ("plain", "unpatched targets")]
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 DAMPING, OMEGA = 0.01, 0.5  # the defaults of tailorcli patch
 SAMPLES = 64  # of the fine-tuning data, half of what benchmarks.real takes: each block runs them four times
 WINDOWS = 32  # of test text of each task, half as well
-
-
-PAGE = """# Propagation without a retain term: tried, and left out
-
-Written by `python -m benchmarks.propagation` but for the last paragraph. `patch` solves every layer against the
-inputs that it has in the fine-tuned model. In the patched model a layer's inputs X' are a little different, as the
-blocks before it are patched, too. Calibrating and patching in one pass over the blocks could take that into account:
-
-- **plain**: minimise ‖(W − W_tuned) X‖², what `patch` does;
-- **patched inputs**: minimise ‖(W − W_tuned) X'‖²;
-- **unpatched targets**: minimise ‖W X' − W_tuned X‖², the layer's outputs in the unpatched model as targets.
-
-SmolLM2-135M and its fine-tune of [real-model.md](real-model.md), 64 samples, the same masks, damping 0.01; tensors
-that are no linear layers of a block are those of `patch` at the same density. Output error: squared distance of the
-last hidden states from the tuned model's on the calibration samples, relative to the base's. Accuracies on 32 windows
-of test text a task. At density 1 all three are the tuned model: every entry is kept, and X' = X.
-
-{table}
-
-So without a retain term `patch` does not propagate. Patched inputs change nothing. Unpatched targets ask the kept
-entries to undo a drift that comes from W, not from the fine-tune's delta: each layer's own objective falls by half,
-but its entries move several times as far from the base as fine-tuning moved the whole layer (3 to 11 times in the
-first three blocks, at density 0.1), and what that breaks on all other inputs adds up from block to block. Damping
-pulls towards delta, and 0.01 of the mean diagonal is too little for that; stronger damping was not tried. With a
-retain term, which holds the weights near the base where it matters, it is
-[another thing](../concepts/paper.md#propagation).
-"""
 
 
 class Products:
@@ -223,7 +197,8 @@ def main() -> None:
         for row in rows
     ]
     table = markdown(["density", "way", "output error", "old", "new", "H"], cells, text=(0, 1))
-    options.document.write_text(PAGE.format(table=table), encoding="utf-8")
+    page = between(options.document.read_text(encoding="utf-8"), "propagation-without", table)
+    options.document.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """The pages are true: each command has one with all its options, and every link meets its target."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from helpers import run
 
+from benchmarks.evidence.readme import first_table
+from benchmarks.pages import reflow
+from benchmarks.real.render import between
 from tailorcli.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +37,45 @@ def test_every_command_has_a_page_that_names_all_its_options(command):
     assert documented <= everywhere, f"{command}.md names {documented - everywhere}"
 
 
+def test_option_tables_and_the_python_api_are_as_the_code_has_them():
+    script = ROOT / "scripts" / "reference_pages.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_is_short_and_its_table_is_the_evidence():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 110
+    assert max(map(len, text.splitlines())) < 100
+    page = (ROOT / "docs" / "results" / "evidence-text.md").read_text()
+    assert between(text, "first-screen", first_table(page)) == text, "run: python -m benchmarks.evidence.readme"
+    base, _, interpolated, patched = re.findall(r"^\| .* \|$", first_table(page), re.MULTILINE)[2:]
+    assert base.endswith("| 35.7 | 11.6 | 17.5 |")
+    assert interpolated.startswith("| plain interpolation: base + 0.5")
+    assert patched.count("**") == 8
+    with pytest.raises(ValueError, match="no row for"):
+        first_table(page.replace("| tuned |", "| other |"))
+
+
+def test_a_page_that_a_benchmark_writes_keeps_its_words_tables_and_code():
+    long = {letter: f"{letter} " * 60 for letter in "abcde"}
+    prose = f"# {long['a']}\n\n" + "word " * 40 + f"+ 1 - 2\n- item {long['b']}\n\n    code {long['c']}"
+    page = f"{prose}\n\n| a | {long['d']}|\n```\n{long['e']}\n```\n"
+    shown = reflow(page)
+    assert shown.split() == page.split()
+    assert reflow(shown) == shown
+    lines = shown.splitlines()
+    assert all(len(line) <= WIDTH for line in lines if line.startswith(("word", "- item", "  b")))
+    assert not any(line.startswith(("+", "- 2")) for line in lines)
+    assert f"    code {long['c']}" in lines
+
+
+def test_every_page_has_its_place_on_the_site():
+    config = (ROOT / "mkdocs.yml").read_text()
+    listed = set(re.findall(r"[\w/-]+\.md", config))
+    assert listed == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+
+
 def anchor_of(heading):
     """The anchor that code hosts and the site give to a heading."""
     words = re.sub(r"[^\w\s-]", "", heading.strip().lower().replace("`", ""))
@@ -50,3 +94,52 @@ def test_links_point_to_files_and_headings_that_exist(page):
         assert found.exists(), f"{page.name} points to {target}"
         if anchor:
             assert anchor in anchors_of(found), f"{page.name} points to {target}#{anchor}"
+
+
+PROSE = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which is a list of lines
+WIDTH = 100  # of a line of prose
+MOST_FIGURES = 3  # in a paragraph: more of them belong into a table or a list
+
+
+def prose_of(page):
+    """(number, line) of every line that is no code, table or picture."""
+    fenced = False
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        if line.startswith("```"):
+            fenced = not fenced
+        elif not fenced and not line.startswith(("|", "    ", "<!--", "![")):
+            yield number, line
+
+
+@pytest.mark.parametrize("page", PROSE, ids=name_of)
+def test_no_line_of_prose_is_wider_than_a_screen(page):
+    wide = [number for number, line in prose_of(page) if len(line) > WIDTH]
+    assert not wide, f"{name_of(page)}: lines {wide} are over {WIDTH} columns"
+
+
+def paragraphs_of(page):
+    """(number of its first line, text) of every paragraph; lists and headings are none."""
+    lines, start = [], 0
+    for number, line in [*prose_of(page), (0, "")]:
+        if line.strip() and not lines:
+            start = number
+        if line.strip() and (not lines or number == start + len(lines)):
+            lines.append(line)
+            continue
+        if lines and not re.match(r"\s*([-*#!]|\d+\.) ", lines[0]):
+            yield start, " ".join(lines)
+        lines, start = ([line], number) if line.strip() else ([], 0)
+
+
+def figures_in(paragraph):
+    """The numbers in it that are neither code nor a reference."""
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)|arXiv [\d.]+", " ", paragraph)
+    text = re.sub(r"\b(Eq\.|Fig\.|Table|Theorem) \d+(\.\d+)?(, \d+| to \d+| and \d+)*", " ", text)
+    return re.findall(r"(?<![\w.])[+−-]?\d[\d.,]*(?![\w])", text)
+
+
+@pytest.mark.parametrize("page", PROSE, ids=name_of)
+def test_no_paragraph_is_full_of_figures(page):
+    for number, paragraph in paragraphs_of(page):
+        found = figures_in(paragraph)
+        assert len(found) <= MOST_FIGURES, f"{name_of(page)}:{number} has {len(found)} figures: {found}"

@@ -1,8 +1,8 @@
 """Measure what each method gives back: `python -m benchmarks.evidence [quick] [text] [multimodal]`.
 
 Trains or fetches the models of several seeds, calibrates, sweeps over the settings of every method and writes
-docs/results/evidence-PART.md with its pictures and the README's table. Everything lies in a cache; a rerun goes on
-from there.
+docs/results/evidence-PART.md with its pictures, the tables of what-to-expect.md and README's. Everything lies in a
+cache; a rerun goes on from there.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import argparse
 import os
 from pathlib import Path
 
-from benchmarks.evidence import pairs, pictures, render, summary
+from benchmarks.evidence import pairs, pictures, readme, render, summary
 from benchmarks.evidence.run import SAMPLES, run_all
 from benchmarks.multimodal.data import COUNTS
 from benchmarks.multimodal.model import BASE_RECIPE, PATCH, PIXELS, TUNED_RECIPE
+from benchmarks.pages import reflow
 from benchmarks.real.model import Recipe
 from benchmarks.real.render import between
 from benchmarks.real.setting import environment, say
@@ -27,22 +28,25 @@ def recipe_of(recipe: Recipe) -> str:
 
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"
-README = DOCS.parents[1] / "README.md"
+SUMMARY = DOCS / "what-to-expect.md"
 PARTS = {"quick": pairs.quick, "text": pairs.text, "multimodal": pairs.multimodal}
 SETTINGS = {
     "quick": """Byte-level Llamas of 3 million parameters, trained 700 steps on Python source and English prose, then
 200 steps on the new task; accuracy is the share of next bytes guessed right.""",
-    "text": """SmolLM2-135M-Instruct in bfloat16, fine-tuned for 60 steps on records of Unicode characters. Accuracy is
-the share of next tokens guessed right (texts of 32 tokens, 300 a task), and of 300 cities put on the right one of four
-continents.""",
+    "text": """SmolLM2-135M-Instruct in bfloat16, fine-tuned for 60 steps on records of Unicode characters.
+
+Accuracy is the share of next tokens guessed right (texts of 32 tokens, 300 a task), and of 300 cities put on the right
+one of four continents.""",
     "multimodal": f"""A LLaVA in bfloat16 of SmolLM2-135M-Instruct, a vision tower of the shape of DINOv2-small and a
-new projector, on pictures of {PIXELS} by {PIXELS} pixels ({(PIXELS // PATCH) ** 2} tokens). Base: first the projector
-alone on captions, then projector and language model ({recipe_of(BASE_RECIPE)}; half of
-them questions on coloured shapes (easy-VQA, its three kinds in equal numbers), half what a photo shows (CIFAR-10)).
-Tuned: {recipe_of(TUNED_RECIPE)} on "What is this?" of Fashion-MNIST. Accuracy is the share of
-{COUNTS["test"]} questions a task that are answered exactly, greedily from the whole vocabulary. The base wrote its own
-samples behind questions of the old tasks' kind on pictures of something else (emoji): neither the right answers nor the
-old tasks' pictures were used.""",
+new projector, on pictures of {PIXELS} by {PIXELS} pixels ({(PIXELS // PATCH) ** 2} tokens).
+
+- **Base**: first the projector alone on captions, then projector and language model ({recipe_of(BASE_RECIPE)}; half of
+  them questions on coloured shapes (easy-VQA, its three kinds in equal numbers), half what a photo shows (CIFAR-10)).
+- **Tuned**: {recipe_of(TUNED_RECIPE)} on "What is this?" of Fashion-MNIST.
+- **Accuracy**: the share of {COUNTS["test"]} questions a task that are answered exactly, greedily from the whole
+  vocabulary.
+- **Samples of the base**: written behind questions of the old tasks' kind on pictures of something else (emoji):
+  neither the right answers nor the old tasks' pictures were used.""",
 }
 
 
@@ -73,24 +77,30 @@ def main() -> None:
             )
             texts.append(render.section(part, group, SETTINGS[part], picture, *drawn))
             short.append(f"**{part}, {group.name}**\n\n{render.short_table(group)}")
-        file.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+        file.write_text(reflow("\n\n".join(texts)), encoding="utf-8")
         sections.append(file.name)
-        readme = between(README.read_text(encoding="utf-8"), f"evidence-{part}", "\n\n".join(short))
-        README.write_text(readme, encoding="utf-8")
-    say(f"wrote {', '.join(sections)}, their pictures and the README's tables")
+        shown = between(SUMMARY.read_text(encoding="utf-8"), f"evidence-{part}", "\n\n".join(short))
+        SUMMARY.write_text(shown, encoding="utf-8")
+    readme.main()
+    say(f"wrote {', '.join(sections)}, their pictures, the tables in {SUMMARY.name} and README's")
 
 
 def _head(part: str) -> str:
     machine = environment()
     return f"""# The evidence: {part}
 
-Written by `make evidence` (`python -m benchmarks.evidence {part}`); every figure is from its last run, on
-{machine["processor"]}, {machine["cores"]} cores, torch {machine["torch"]}, transformers {machine["transformers"]},
-tailorcli {machine["tailorcli"]}. Settings are picked on validation data, figures are of test data; old and new are
-averages in percent, H is their harmonic mean (Eq. 32), intervals are a bootstrap over the test items. *old kept* is the
-share of the base's old performance, *gain kept* that of the tuned model's gain on the new task. *retained* is the
-retain term on samples that the base wrote itself ({SAMPLES} of them), *retained on old samples* on some of the old
-tasks' own training data; beta is its weight. `patch, s` was taken on a busy machine: compare it within a table only."""
+Written by `make evidence` (`python -m benchmarks.evidence {part}`); every figure is from its last run.
+
+- **Ran on**: {machine["processor"]}, {machine["cores"]} cores, torch {machine["torch"]},
+  transformers {machine["transformers"]}, tailorcli {machine["tailorcli"]}.
+- **Figures**: settings are picked on validation data, figures are of test data. Old and new are averages in percent,
+  H is their harmonic mean (Eq. 32), intervals are a bootstrap over the test items.
+- **old kept** is the share of the base's old performance, **gain kept** that of the tuned model's gain on the new task.
+- **retained** is the retain term on samples that the base wrote itself ({SAMPLES} of them), **retained on old samples**
+  on some of the old tasks' own training data; its weight is `--retain-weight`.
+- **patch, s** was taken on a busy machine: compare it within a table only.
+
+What the words mean: [glossary](../concepts/glossary.md)."""
 
 
 if __name__ == "__main__":

@@ -77,19 +77,19 @@ def _draw_curve(axes: Any, curve: Curve, ends: dict[str, float]) -> None:
 
 def curves_seen(curves: Sequence[Curve]) -> str:
     """Where H is highest along each option, and what the ends of omega do to old and new."""
-    tops = [
-        f"at {c.option} {c.values[c.best]:g} with *{c.family}* ({max(c.figures['h_score']):.1f}, "
-        f"lowest {min(c.figures['h_score']):.1f})"
+    seen = [
+        f"H is highest at {c.option} {c.values[c.best]:g} with *{c.family}* ({max(c.figures['h_score']):.1f}, "
+        f"lowest {min(c.figures['h_score']):.1f})."
         for c in curves
     ]
-    text = f"H is highest {'; '.join(tops)}."
-    omegas = [c for c in curves if c.option == "omega"]
-    if omegas:
-        moves = [f"{_change(c, 'origin'):+.1f} and {_change(c, 'target'):+.1f} with *{c.family}*" for c in omegas]
-        low, high = omegas[0].values[0], omegas[0].values[-1]
-        text += f"\nFrom omega {low:g} to {high:g}, old and new move by {', '.join(moves)}"
-        text += "; in the paper old falls and new rises."
-    return text
+    for c in curves:
+        if c.option == "omega":
+            seen.append(
+                f"From omega {c.values[0]:g} to {c.values[-1]:g}, old and new move by "
+                f"{_change(c, 'origin'):+.1f} and {_change(c, 'target'):+.1f} with *{c.family}*; "
+                "in the paper old falls and new rises."
+            )
+    return "\n".join(f"- {sentence}" for sentence in seen)
 
 
 def _change(curve: Curve, name: str) -> float:
@@ -210,12 +210,15 @@ def _title(label: str) -> str:
 def decorations_seen(found: Sequence[Decoration], seed: int) -> str:
     """How far compensation takes each patch from base, and what that does to the layer error."""
     each = [
-        f"from {one.share(one.before):.0f}% to {one.share(one.after):.0f}% of the tuned model's with *{one.label}* "
+        f"- from {one.share(one.before):.0f}% to {one.share(one.after):.0f}% of the tuned model's with *{one.label}* "
         f"(layer error {one.errors[0]:.2f} to {one.errors[1]:.2f})"
         for one in found
     ]
-    return (
-        f"Compensation takes the distance of the decoder's layers {' and '.join(each)}; seed {seed}.\n"
-        "The kept entries start at the tuned model's values (with the retain term at its goal), so that a longer bar "
-        "is no nearer weight; how near the outputs are, the layer error says."
+    return "\n\n".join(
+        [
+            f"Compensation takes the distance of the decoder's layers (seed {seed}):",
+            "\n".join(each),
+            "The kept entries start at the tuned model's values (with the retain term at its goal), so that a longer "
+            "bar is no nearer weight; how near the outputs are, the layer error says.",
+        ]
     )

@@ -1,4 +1,4 @@
-"""docs/results/evidence-*.md and the README's table; every figure and every verdict comes from the sweeps."""
+"""The pages of the evidence and their short tables; every figure and every verdict comes from the sweeps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from benchmarks.evidence.summary import BASELINES, PAPER, PROPAGATED, RETAINED, 
 from benchmarks.real.render import table
 from tailorcli.evaluation.metrics import Estimate, estimate
 
-_SHORT_FAMILIES = ("base", "tuned", "interpolate", "dare", "magnitude", "graft")  # of README
+_SHORT_FAMILIES = ("base", "tuned", "interpolate", "dare", "magnitude", "graft")  # of docs/results/what-to-expect.md
 
 
 def section(name: str, group: Group, setting: str, picture: str, curves: str = "", decorations: str = "") -> str:
@@ -27,7 +27,7 @@ def section(name: str, group: Group, setting: str, picture: str, curves: str = "
             verdict(group),
             "### Area under the frontier",
             area_table(group),
-            "### Density, beta and omega",
+            "### Density, retain weight and omega",
             grid_table(group),
             curves,
             "### What compensation moves" if decorations else "",
@@ -106,7 +106,8 @@ def outcome_of(group: Group, ours: tuple[str, str], rival: tuple[str, str]) -> s
 
 def verdict(group: Group) -> str:
     """Where our settings win and lose, and how near the frontier comes to keeping both."""
-    return "\n".join([*(_ranking(group, *one) for one in group.ours()), *_nearest(group)])
+    found = [*(_ranking(group, *one) for one in group.ours()), *_nearest(group)]
+    return "\n".join(f"- {sentence}" for sentence in found)
 
 
 def _ranking(group: Group, title: str, family: str, label: str) -> str:
@@ -117,9 +118,9 @@ def _ranking(group: Group, title: str, family: str, label: str) -> str:
     ranking = "; ".join(f"{word} {', '.join(names)}" for word, names in words.items())
     names = {
         "default": "The default is",
-        "picked on validation data": f"The setting picked on validation data ({_beta(label)}) is",
+        "picked on validation data": f"The setting picked on validation data ({_weight_of(label)}) is",
     }
-    return f"{names.get(title, f'With {title} it is')} {ranking}."
+    return f"{names.get(title, f'With the {title} it is')} {ranking}."
 
 
 def _nearest(group: Group) -> list[str]:
@@ -148,23 +149,29 @@ def _nearest(group: Group) -> list[str]:
 
 
 def short_table(group: Group) -> str:
-    """README's lines: the ends, the baselines, the paper, ours at density 0.1, and our best at any density."""
+    """What to expect: the ends, the baselines, the paper, ours at density 0.1, and our best at any density."""
     ours = {(family, label): title for title, family, label in group.ours()}
-    rows = []
+    rows: list[tuple[list[str], bool, list[str]]] = []  # names, whether ours, figures
     for title, family, label in lines_of(group):
-        shown = family in _SHORT_FAMILIES or label == PAPER or (family, label) in ours
+        is_ours = (family, label) in ours
+        shown = is_ours or family in _SHORT_FAMILIES or label == PAPER
         if not shown and not (family == PROPAGATED and label == group.best(PROPAGATED)):
             continue
-        name = title
-        if (family, label) in ours:
-            name = f"**density 0.1: {ours[family, label]}{'' if family != PROPAGATED else f' ({_beta(label)})'}**"
+        setting = f" ({_weight_of(label)})" if family == PROPAGATED else ""
+        name = f"{ours[family, label]}{setting}" if is_ours else title
         h = estimate(group.mean(family, label, "h_score"))
         values = [f"{group.value(family, label, key):.1f}" for key in ("origin", "target")]
-        rows.append([name, *values, f"{h.value:.1f}", _interval(h)])
-    return table(["model", "old", "new", "H", "95%"], rows)
+        figures = [*values, f"{h.value:.1f}", _interval(h)]
+        alike = next((names for names, other, known in rows if is_ours and other and known == figures), None)
+        if alike is None:
+            rows.append(([name], is_ours, figures))
+        else:
+            alike.append(name)
+    cells = [[f"**density 0.1: {'; '.join(n)}**" if is_ours else n[0], *figures] for n, is_ours, figures in rows]
+    return table(["model", "old", "new", "H", "95%"], cells)
 
 
-def _beta(label: str) -> str:
+def _weight_of(label: str) -> str:
     return _settings(label).removeprefix("density 0.1, ")
 
 

@@ -15,7 +15,7 @@ from tailorcli.sweep import Point, Setting, SweepReport, run_sweep
 SAMPLES = 128
 SEQ_LEN = 256
 WRITTEN = "written"  # the task of going on as the base did
-PICKED = "joint, propagated, density 0.1, beta picked on written samples"  # family and label
+PICKED = "joint, propagated, density 0.1, retain weight picked on written samples"  # family and label
 OWN_DATA = "retained on old samples"  # the family that a user has who kept some of the old data
 _OPTIONS = PatchOptions(overwrite=True)
 

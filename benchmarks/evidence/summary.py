@@ -97,7 +97,7 @@ class Group:
         """(title, family, label) of our settings at density 0.1: the default, and beta picked in two ways."""
         found = [("default", PROPAGATED, DEFAULT)]
         if (PICKED, PICKED) in self.labels:
-            found.append(("beta picked on written samples", PICKED, PICKED))
+            found.append(("retain weight picked on written samples", PICKED, PICKED))
         label = self.best(PROPAGATED, at_tenth)
         if label is not None and label != DEFAULT:
             found.append(("picked on validation data", PROPAGATED, label))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.pages import reflow
 from benchmarks.real.chain import DEFAULT_PATCH, SAMPLES, SEQ_LEN, patch_folder, patches
 from benchmarks.real.data import NEW_TASK, OLD_TASKS, WINDOW
 from benchmarks.real.measure import h_difference
@@ -28,7 +29,7 @@ def render(results: dict[str, Any]) -> str:
         "## What follows",
         _verdict(results),
     ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    return reflow("\n\n".join(part.strip() for part in parts))
 
 
 def _setting(results: dict[str, Any]) -> str:
@@ -85,13 +86,13 @@ Relative layer error ‖(W − W_tuned)X‖² / ‖delta X‖² over the calibra
 """
 
 
-def between(readme: str, mark: str, text: str) -> str:
-    """Return a README with ``text`` between the comments ``mark:begin`` and ``mark:end``."""
+def between(page: str, mark: str, text: str) -> str:
+    """Return a page with ``text`` between the comments ``mark:begin`` and ``mark:end``."""
     begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
-    before, _, rest = readme.partition(begin)
+    before, _, rest = page.partition(begin)
     _, _, after = rest.partition(end)
     if not after:
-        raise ValueError(f"the README lacks {begin} and {end}")
+        raise ValueError(f"the page lacks {begin} and {end}")
     return f"{before}{begin}\n{text.strip()}\n{end}{after}"
 
 
@@ -148,9 +149,9 @@ def _verdict(results: dict[str, Any]) -> str:
     winner = max(tested, key=lambda label: float(summary[label]["test"]["h"]))
     best = ", ".join(f"{_title(label)} ({summary[label]['test']['h']:.2f})" for label in (line, tailored, scaled))
     return f"""
-Fine-tuning cost {drop:.1f} points of the old tasks and brought {gain:.1f} of the new one. The highest H-score on the
-test text is {summary[winner]["test"]["h"]:.2f}, of **{_title(winner)}**. The best on validation text were, with H on
-the test text: {best}.
+- Fine-tuning cost {drop:.1f} points of the old tasks and brought {gain:.1f} of the new one.
+- The highest H-score on the test text is {summary[winner]["test"]["h"]:.2f}, of **{_title(winner)}**.
+- The best on validation text were, with H on the test text: {best}.
 
 Differences of H on the test text, with the standard error over its windows (other seeds of the fine-tuning would add
 to it):

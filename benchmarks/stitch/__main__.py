@@ -24,13 +24,13 @@ from benchmarks.stitch.candidates import adapted, stitched
 from benchmarks.stitch.steps import ADAPTER, ADAPTER_PATCH, BYTECODE, NEW_TASKS, TASKS, UNICODE, steps
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "results" / "stitching.md"
-README = Path(__file__).resolve().parents[2] / "README.md"
+SUMMARY = DOCUMENT.parent / "what-to-expect.md"
 TUNED_RECIPE = model.Recipe(seed=SEED)
 LORA_RECIPE = model.Recipe(seed=SEED, learning_rate=lora.LEARNING_RATE)
 
 
 def main() -> None:
-    """Run everything that has not run yet and write stitch.json, the document and the README's table."""
+    """Run everything that has not run yet and write stitch.json, the document and its short table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stitch", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models-only", action="store_true", help="stop when the fine-tuned models are made")
     options = parse(parser, DOCUMENT)
@@ -69,8 +69,8 @@ def main() -> None:
     (cache / "stitch.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     options.document.parent.mkdir(exist_ok=True)
     options.document.write_text(render.render(results), encoding="utf-8")
-    README.write_text(render.update_readme(README.read_text(encoding="utf-8"), results), encoding="utf-8")
-    say(f"wrote {cache / 'stitch.json'}, {options.document} and the table in {README.name}")
+    SUMMARY.write_text(render.update_summary(SUMMARY.read_text(encoding="utf-8"), results), encoding="utf-8")
+    say(f"wrote {cache / 'stitch.json'}, {options.document} and the table in {SUMMARY.name}")
 
 
 def make_models(cache: Path, texts: Texts) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.pages import reflow
 from benchmarks.real.chain import SAMPLES, SEQ_LEN
 from benchmarks.real.data import OLD_TASKS, WINDOW
 from benchmarks.real.measure import h_difference
@@ -48,16 +49,16 @@ def render(results: dict[str, Any]) -> str:
         "## What the commands cost",
         steps_table(results["steps"]),
     ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    return reflow("\n\n".join(part.strip() for part in parts))
 
 
-def update_readme(readme: str, results: dict[str, Any]) -> str:
-    """Return the README's text with the short table of this run in its place."""
-    return between(readme, "stitch", _short(results))
+def update_summary(page: str, results: dict[str, Any]) -> str:
+    """Return docs/results/what-to-expect.md with the short table of this run in its place."""
+    return between(page, "stitch", reflow(_short(results)))
 
 
 def _short(results: dict[str, Any]) -> str:
-    """Return the README's paragraph and table: the baselines and what merges two patches."""
+    """Return the summary's paragraph and table: the baselines and what merges two patches."""
     models = results["stitched"]
     lines = [label for label in _tested(models) if label.startswith((ARITHMETIC, "scaled-"))]
     shown = ["base", *(task.tuned for task in TASKS), PLAIN_AVERAGE]
@@ -81,16 +82,15 @@ def _short(results: dict[str, Any]) -> str:
     return f"""
 SmolLM2-135M-Instruct, two full fine-tunes of it ({NEW_TASKS[0]} records and {NEW_TASKS[1]} listings), each made into a
 patch file of density {HALF_DENSITY} ({share:.1f}% of the checkpoint) and the two stitched. Next-token accuracy in
-percent on held-out text, H the harmonic mean of old and new; weights *w* chosen on validation text, one seed, written
-by `make stitch`.
+percent on held-out text; weights *w* chosen on validation text, one seed, written by `make stitch`.
 
 {_figures_table(_header()[:-1], rows)}
 
-*scaled w* is base + w · (merged − base); there is no option for it yet. The best H here is that of
-*{title(best)}*. *{title(best_line)}*, the line that was best on validation text, is {word}
-*{title(rival)}* (H {difference:+.2f}, standard error over the text {error:.2f}; other seeds would add to it). The
-[full page](docs/results/stitching.md) has every weight that was tried, the single patches, and LoRA,
-{lora}.
+- *scaled w* is base + w · (merged − base); there is no option for it yet.
+- The best H here is that of *{title(best)}*.
+- *{title(best_line)}*, the line that was best on validation text, is {word} *{title(rival)}* (H {difference:+.2f},
+  standard error over the text {error:.2f}; other seeds would add to it).
+- The [full page](stitching.md) has every weight that was tried, the single patches, and LoRA, {lora}.
 """
 
 
@@ -246,15 +246,15 @@ def _stitched_verdict(models: dict[str, Any]) -> str:
         gained = accuracy(task.tuned, task.name) - accuracy("base", task.name)
         elsewhere = accuracy(task.tuned, other.name) - accuracy("base", other.name)
         lost.append(
-            f"Fine-tuning on {task.name} moved {task.name} by {gained:+.1f} points, the old tasks by {-old:+.1f} and "
+            f"- Fine-tuning on {task.name} moved {task.name} by {gained:+.1f} points, the old tasks by {-old:+.1f} and "
             f"{other.name} by {elsewhere:+.1f}."
         )
     return f"""
-{" ".join(lost)}
-
-The highest H on test text is {summary[winner]["test"]["h"]:.2f}, of **{title(winner)}**. Of the three merging methods,
-{title(merged)} was best on validation text; with a weight chosen there too, {title(best_scaled)}.
-{_interpolation_sentence(models, [best_scaled, merged], [PLAIN_AVERAGE, arithmetic], NEW_TASKS)}
+{chr(10).join(lost)}
+- The highest H on test text is {summary[winner]["test"]["h"]:.2f}, of **{title(winner)}**.
+- Of the three merging methods, {title(merged)} was best on validation text; with a weight chosen there too,
+  {title(best_scaled)}.
+- {_interpolation_sentence(models, [best_scaled, merged], [PLAIN_AVERAGE, arithmetic], NEW_TASKS)}
 
 Differences of H on test text, with the standard error over the windows (other seeds of the fine-tuning would add to
 it); *level* means within {_LEVEL:g} standard errors:
@@ -304,8 +304,8 @@ with its scale turned down.
 
 {_weights_tried(models)}
 
-LoRA moved the old tasks by {-drop:+.1f} points and {UNICODE.name} by {gain:+.1f}.
-{_interpolation_sentence(models, [ADAPTER_PATCH, scaled], [weight, ADAPTER], only)}
+- LoRA moved the old tasks by {-drop:+.1f} points and {UNICODE.name} by {gain:+.1f}.
+- {_interpolation_sentence(models, [ADAPTER_PATCH, scaled], [weight, ADAPTER], only)}
 
 {_differences(models, pairs, only)}
 """

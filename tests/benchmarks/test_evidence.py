@@ -57,25 +57,26 @@ def test_our_settings_stand_against_each_method_at_its_best():
     picked = replace(points[-2], family=run.PICKED, label=run.PICKED)
     group = group_of(points, points, own=[picked])
     assert [title for title, *_ in group.ours()] == [
-        *("default", "beta picked on written samples", "picked on validation data")
+        *("default", "retain weight picked on written samples", "picked on validation data")
     ]
     assert run.PICKED not in group.families()
     all_of_them = "ahead of *interpolate 0.5*, *graft, density 0.1*, *sequential, density 0.1*."
     assert render.verdict(group).splitlines()[:3] == [
-        "The default is behind *interpolate 0.5*, *graft, density 0.1*; level with *sequential, density 0.1*.",
-        f"With beta picked on written samples it is {all_of_them}",
-        f"The setting picked on validation data (retain weight 1) is {all_of_them}",
+        "- The default is behind *interpolate 0.5*, *graft, density 0.1*; level with *sequential, density 0.1*.",
+        f"- With the retain weight picked on written samples it is {all_of_them}",
+        f"- The setting picked on validation data (retain weight 1) is {all_of_them}",
     ]
     short = render.short_table(group)
     lines = [line.split(" | ")[0].removeprefix("| ") for line in short.splitlines()[2:]]
     assert lines == [
         *("base", "tuned", "interpolate 0.5", "graft, density 0.1", "sequential, density 0.1 (the paper)"),
         "**density 0.1: default (retain weight 0.3)**",
-        "**density 0.1: beta picked on written samples**",
-        "**density 0.1: picked on validation data (retain weight 1)**",
+        "**density 0.1: retain weight picked on written samples; picked on validation data (retain weight 1)**",
         "joint, propagated, density 0.5, retain weight 1",
     ]
-    assert "minus | default | 95% | each seed | beta picked on written samples" in render.difference_table(group)
+    assert "minus | default | 95% | each seed | retain weight picked on written samples" in render.difference_table(
+        group
+    )
 
 
 DENSITIES = [setting_of(solver="sequential", density=d) for d in (0.5, 0.02, 0.1)]
