@@ -73,15 +73,8 @@ def merge_patches(
         inputs = MergeInputs.open(base, patches, tuned, stats, options, stack)
         plan = build_merge_plan(inputs, options)
         device = resolve_device(options.device)
-        target.check(inputs.paths, plan)
         facts = inputs.describe()
         identity = identity_of(facts, options.identity(len(patches)), device, command="merge-multi")
-        finished = target.finished(identity, "merge-multi")
-        if finished is not None:
-            return finished
-        if announce is not None:
-            announce(plan)
-        timer = StageTimer(device)
         side, notes = _side_files(inputs)
         if options.method == "joint":  # which starts from the tuned models again
             made = [task.title for task in inputs.tasks if task.patch.input_fingerprint("retain") is not None]
@@ -89,7 +82,12 @@ def merge_patches(
                 f"{name} was made with a retain term, which joint leaves out; --method patches keeps it"
                 for name in made
             )
-        outputs = stack.enter_context(target.open(plan, inputs.base, identity, _manifest(inputs, facts, options), side))
+        what = (plan, inputs.base, inputs.paths, identity, "merge-multi", side, _manifest(inputs, facts, options))
+        begun = target.begin(*what, announce=announce)
+        if isinstance(begun, PatchReport):
+            return begun
+        outputs = stack.enter_context(begun)
+        timer = StageTimer(device)
         records = dict(outputs.records)
         bar = stack.enter_context(progress_bar(plan.tensors, "merging", progress))
         bar.start_at(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))

@@ -67,7 +67,6 @@ def apply_patch(
     with ExitStack() as stack:
         opened, file = _open(base, patch, stack)
         plan = _plan(opened, file, max_shard_size)
-        target.check([opened.path, file.path], plan)
         identity = {
             "tailorcli": __version__,
             "command": "apply",
@@ -75,15 +74,15 @@ def apply_patch(
             "patch fingerprint": file.fingerprint(),
             "max_shard_size": max_shard_size,
         }
-        finished = target.finished(identity, "apply")
-        if finished is not None:
-            return finished
-        if announce is not None:
-            announce(plan)
         side, notes = side_sources(opened, file)
-        if overwrite and target.folder is not None and target.folder.exists():
-            file.check_base(opened, thorough=True)  # before what is there is given up
-        outputs = stack.enter_context(target.open(plan, opened, identity, {}, side))
+        begun = target.begin(
+            *(plan, opened, [opened.path, file.path], identity, "apply", side),
+            announce=announce,
+            before_replacing=lambda: file.check_base(opened, thorough=True),
+        )
+        if isinstance(begun, PatchReport):
+            return begun
+        outputs = stack.enter_context(begun)
         bar = stack.enter_context(progress_bar(plan.tensors, "applying", progress))
         bar.start_at(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in outputs.done))
         todo = [tensor for tensor in plan.tensors if tensor.name not in outputs.done]

@@ -133,22 +133,15 @@ def patch_checkpoint(
         _require_plain_weights(target, inputs.base)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
         device = resolve_device(options.device)
-        target.check(inputs.paths, plan)
         described = inputs.describe()
         identity = identity_of(described, options.identity(retain is not None), device)
-        finished = target.finished(identity, "patch")
-        if finished is not None:
-            return finished
-        if announce is not None:
-            announce(plan)
-        timer = StageTimer(device)
-        side: dict[str, Path | bytes] = {
-            place.as_posix(): source for place, source in tuned_side_files(inputs.tuned).items()
-        }
-        if inputs.base.dequantized and options.fp8_output == "bf16":
-            side["config.json"] = plain_config(inputs.tuned.path)
         manifest = {"task": options.task, "license": options.license, "inputs": described}
-        outputs = stack.enter_context(target.open(plan, inputs.base, identity, manifest, side))
+        what = (plan, inputs.base, inputs.paths, identity, "patch", _side_files(inputs, options), manifest)
+        begun = target.begin(*what, announce=announce)
+        if isinstance(begun, PatchReport):
+            return begun
+        outputs = stack.enter_context(begun)
+        timer = StageTimer(device)
         records = dict(outputs.records)
         bar = stack.enter_context(progress_bar(plan.tensors, "patching", progress))
         bar.start_at(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
@@ -196,6 +189,16 @@ def patch_checkpoint(
         if trained is not None:
             trained.remove()
         return report
+
+
+def _side_files(inputs: PatchInputs, options: PatchOptions) -> dict[str, Path | bytes]:
+    """Tuned's side files by their names in the output; its config without quantisation, where that is undone."""
+    side: dict[str, Path | bytes] = {}
+    for place, source in tuned_side_files(inputs.tuned).items():
+        side[place.as_posix()] = source
+    if inputs.base.dequantized and options.fp8_output == "bf16":
+        side["config.json"] = plain_config(inputs.tuned.path)
+    return side
 
 
 def _masks_first(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,7 +121,35 @@ class Target:
             except PatchError as error:
                 raise OutputError(f"{file} exists and is no patch file of tailorcli", _ANOTHER_FILE) from error
 
-    def finished(self, identity: dict[str, Any], command: str) -> PatchReport | None:
+    def begin(
+        self,
+        plan: Plan,
+        base: Checkpoint,
+        inputs: Sequence[Path],
+        identity: dict[str, Any],
+        command: str,
+        side: Mapping[str, Path | bytes],
+        manifest: dict[str, Any] | None = None,
+        announce: Callable[[Plan], None] | None = None,
+        before_replacing: Callable[[], None] | None = None,
+    ) -> Outputs | PatchReport:
+        """Check that the plan can be written, and start; or the report of the same run, where it has finished earlier.
+
+        ``inputs`` are the paths that no output may touch; ``side`` maps the names of side files to what is copied
+        there; ``manifest`` goes into a patch file. ``announce`` is called with the plan when there is work to do,
+        ``before_replacing`` before a folder that is there is given up. Raises TailorError.
+        """
+        self.check(inputs, plan)
+        finished = self._finished(identity, command)
+        if finished is not None:
+            return finished
+        if announce is not None:
+            announce(plan)
+        if before_replacing is not None and self.overwrite and self.folder is not None and self.folder.exists():
+            before_replacing()
+        return self._open(plan, base, identity, manifest or {}, side)
+
+    def _finished(self, identity: dict[str, Any], command: str) -> PatchReport | None:
         """The report of a run that had already finished with the same identity, when asked to resume it."""
         if not self.resume:
             return None
@@ -156,7 +184,7 @@ class Target:
                 )
         return True
 
-    def open(
+    def _open(
         self,
         plan: Plan,
         base: Checkpoint,
@@ -164,10 +192,7 @@ class Target:
         manifest: dict[str, Any],
         side: Mapping[str, Path | bytes],
     ) -> Outputs:
-        """Start writing, or go on after what an interrupted run has safely written.
-
-        ``side`` maps the names of side files to what is copied there; ``manifest`` goes into the patch file.
-        """
+        """Start writing, or go on after what an interrupted run has safely written."""
         with ExitStack() as stack:
             folder_writer, patch_writer = None, None
             if self.patch_file is not None and not (self.resume and self._patch_is_finished(identity)):
