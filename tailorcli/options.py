@@ -323,7 +323,7 @@ _REPORTED = (
     *("density", "omega", "solver", "damping", "block_size", "tolerance", "max_iterations", "method", "retain_weight"),
     *("propagate", "weight", "seed", "threshold", "graft_steps", "graft_rate", "batch_size", "device"),
     *("max_shard_size", "include", "exclude", "allow_dtype_mismatch"),
-    *("fp8_output", "resized_vocab", "task", "license"),
+    *("fp8_output", "trust_remote_code", "resized_vocab", "task", "license"),
 )
 
 
@@ -335,6 +335,7 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
     """
 
     fp8_output: Fp8Output | str = Fp8Output.FP8  # of FP8 weights: the base's own scheme, or bfloat16
+    trust_remote_code: bool = False  # run the models' own code, where they are run
 
     def __post_init__(self) -> None:
         _choose(self, "fp8_output", Fp8Output)
@@ -372,6 +373,8 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
         values["propagate"] = bool(self.propagate)
         if self.fp8_output == "fp8":  # the default says nothing of all the other checkpoints
             del values["fp8_output"]
+        if not self.trust_remote_code:
+            del values["trust_remote_code"]
         return {name: values[name] for name in _REPORTED if name in values}
 
     def identity(self, retained: bool) -> dict[str, Any]:

@@ -17,7 +17,9 @@ def test_patch_options_are_flat_and_made_of_parts_by_purpose():
     assert (options.density, options.solver, options.graft_steps, options.task) == (0.2, "none", 3, "mine")
     parts = [{field.name for field in fields(part)} for part in (KeepOptions, SolverOptions, GraftOptions)]
     parts.append({field.name for field in fields(OutputOptions)})
-    assert sum(map(len, parts)) == len(set.union(*parts)) == len(fields(PatchOptions)) - 1  # fp8_output is its own
+    assert (
+        sum(map(len, parts)) == len(set.union(*parts)) == len(fields(PatchOptions)) - 2
+    )  # fp8_output and trust_remote_code are its own
     assert fields(PatchOptions)[0].name == "density"  # PatchOptions(0.2)
     with pytest.raises(TypeError):
         PatchOptions(densty=0.2)
@@ -51,14 +53,17 @@ def test_a_word_that_is_no_choice_is_refused_with_those_that_are(make, what):
 
 def test_the_report_holds_every_option_but_how_an_earlier_output_is_met():
     names = {field.name for field in fields(PatchOptions)} - {"resume", "overwrite"}
-    assert set(PatchOptions(fp8_output="bf16").to_dict()) == names
-    assert set(PatchOptions().to_dict()) == names - {"fp8_output"}  # which most checkpoints do not know
+    assert set(PatchOptions(fp8_output="bf16", trust_remote_code=True).to_dict()) == names
+    assert set(PatchOptions().to_dict()) == names - {
+        "fp8_output",
+        "trust_remote_code",
+    }  # which most checkpoints do not know
     names = {field.name for field in fields(MergeOptions)} - {"resume", "overwrite"}
     assert set(MergeOptions().to_dict()) == names
 
 
 # A way to patch, and for each option in turn a value that makes another output of it (True) or the same (False).
-SAME = {"device": "cpu", "allow_dtype_mismatch": True}
+SAME = {"device": "cpu", "trust_remote_code": True, "allow_dtype_mismatch": True}
 GRAFTS = {"graft_steps": 3, "graft_rate": 0.2, "batch_size": 2}
 IDENTITIES = {
     "joint": (

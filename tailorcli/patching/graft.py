@@ -167,7 +167,10 @@ def train_masks(
     import torch
 
     settings = CalibrateOptions(
-        num_samples=options.graft_steps * options.batch_size or 1, seq_len=_SEQ_LEN, seed=options.seed
+        num_samples=options.graft_steps * options.batch_size or 1,
+        seq_len=_SEQ_LEN,
+        seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
     )
     # What is patched will run under the tuned model's config, unless that is of another vocabulary.
     folder = base.path if isinstance(base, GrownCheckpoint) else config_folder(tuned)

@@ -142,7 +142,7 @@ def patch_propagated(
         chosen = list(tensors)
         copies = {copy: tensor.name for tensor in chosen for copy in tensor.copies}
         view = stack.enter_context(closing(PatchedView(inputs.base, copies)))
-        models = ThreeModels.of(inputs, view, device, timer)
+        models = ThreeModels.of(inputs, view, device, timer, options.trust_remote_code)
         for model in models.each:
             if not model.waits_at_head():
                 stack.enter_context(last_logits_only(model.network))

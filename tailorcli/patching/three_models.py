@@ -93,12 +93,14 @@ class ThreeModels:
     view: PatchedView  # from which the patched one is loaded
 
     @classmethod
-    def of(cls, inputs: PatchInputs, view: PatchedView, device: torch.device, timer: StageTimer) -> ThreeModels:
-        """The models of a patch's inputs."""
+    def of(
+        cls, inputs: PatchInputs, view: PatchedView, device: torch.device, timer: StageTimer, trust: bool
+    ) -> ThreeModels:
+        """The models of a patch's inputs; ``trust`` lets their own code run."""
         assert inputs.stats is not None
         assert inputs.retain is not None
         stored = inputs.base if isinstance(inputs.tuned, AdaptedCheckpoint) else inputs.tuned
-        of_new, of_retained = options_of(inputs.stats), options_of(inputs.retain)
+        of_new, of_retained = options_of(inputs.stats, trust), options_of(inputs.retain, trust)
         with timer.stage("load"):
             models = cls(
                 PartModel.of(stored, inputs.tuned, of_new, device, timer),
@@ -125,10 +127,10 @@ class ThreeModels:
             model.parts.drop(part)
 
 
-def options_of(stats: Stats) -> CalibrateOptions:
-    """How a model ran when it was calibrated: its dtype and its batches."""
+def options_of(stats: Stats, trust: bool = False) -> CalibrateOptions:
+    """How a model ran when it was calibrated: its dtype and its batches; ``trust`` lets its own code run."""
     saved = stats.manifest["options"]
-    return CalibrateOptions(dtype=saved["dtype"], batch_size=saved["batch_size"])
+    return CalibrateOptions(dtype=saved["dtype"], batch_size=saved["batch_size"], trust_remote_code=trust)
 
 
 def is_linear(layer: Layer) -> bool:

@@ -190,3 +190,22 @@ def test_hints_never_advise_an_option_that_is_given(tmp_path):
     with Checkpoint.open(folder) as checkpoint, pytest.raises(CheckpointError) as raised:
         load_model(checkpoint, read_config(folder), TRUSTED)
     assert "--trust-remote-code" not in raised.value.hint
+
+
+def test_a_patch_runs_code_of_the_models_own_where_it_may(tmp_path):
+    for name in ("base", "tuned"):
+        llama = make_own(tmp_path / name, ["AutoModel"])
+    from safetensors.torch import save_file
+
+    tuned = {f"language_model.{n}": v.contiguous() for n, v in perturb(llama, seed=5).state_dict().items()}
+    save_file(tuned, tmp_path / "tuned/model.safetensors", {"format": "pt"})
+    write_data(tmp_path / "data.jsonl")
+    given = ["--data", tmp_path / "data.jsonl", "--trust-remote-code"]
+    run("calibrate", tmp_path / "tuned", *given, "-o", tmp_path / "stats")
+    run("calibrate", tmp_path / "base", *given, "-o", tmp_path / "retained")
+    how = ["patch", tmp_path / "base", tmp_path / "tuned", "-o", tmp_path / "out", "--stats", tmp_path / "stats"]
+    how += ["--retain", tmp_path / "retained"]
+    assert "pass --trust-remote-code" in refused(*how)
+    run(*how, "--overwrite", "--trust-remote-code")
+    report = json.loads((tmp_path / "out/tailor_report.json").read_text())
+    assert sum(tensor.get("propagated", False) for tensor in report["tensors"]) > 0
