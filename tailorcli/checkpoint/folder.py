@@ -94,6 +94,10 @@ class Checkpoint:
         """What an output stores for ``value``: the value itself unless it is quantised."""
         return value
 
+    def decoded(self, name: str, stored: Tensor) -> Tensor:
+        """The value of what ``encode`` gave."""
+        return stored
+
     def read_cost(self, name: str) -> int:
         """Bytes that ``read`` takes from the disk."""
         return self.tensors[name].nbytes

@@ -105,6 +105,10 @@ class DequantizedCheckpoint(Checkpoint):
         raw, new = codes.view(torch.uint8), kept.view(torch.uint8)
         return torch.where(mask.cpu(), new, raw).view(codes.dtype)
 
+    def decoded(self, name: str, stored: Tensor) -> Tensor:
+        """The weight that codes of ``encode`` stand for."""
+        return self._decode(name, stored) if self.form == "fp8" and name in self.scale_of else stored
+
     def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
         """Fill ``buffer`` with bytes of the tensor as ``info`` lists it: stored, or worked out as a whole."""
         import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,12 @@ from tailorcli.patching.graft import MaskFile, trained_masks
 from tailorcli.patching.methods import find_cut
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs, record_of, tailored
-from tailorcli.runs.outputs import Target, identity_of, progress_bar, records_of
+from tailorcli.runs.outputs import Outputs, Target, identity_of, progress_bar, records_of
 from tailorcli.runs.plan import Plan, TensorPlan
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from tailorcli.core.tailor import LayerResult
     from tailorcli.patching.methods import MaskOf
@@ -172,7 +174,7 @@ def patch_checkpoint(
             with exact_float32(), device_errors():
                 from tailorcli.patching.propagate import Steps, patch_propagated
 
-                steps = Steps(plain, write, lambda name: outputs.read(name, inputs.base.tensors[name]), outputs.done)
+                steps = Steps(plain, write, partial(_read_again, outputs, inputs.base), outputs.done)
                 scratch = target.folder if target.folder is not None else target.place.parent
                 patch_propagated(plan.tensors, inputs, options, device, timer, scratch, steps)
         else:
@@ -219,3 +221,9 @@ def _masks_first(
     if options.counts_first:
         return None, find_cut(plan.patched, done, *both, options.density, device).mask
     return None, None
+
+
+def _read_again(outputs: Outputs, base: Checkpoint, name: str) -> Tensor | None:
+    """The value of a tensor that an interrupted run has written; None where it cannot be read back."""
+    written = outputs.read(name, base.output_tensors[name])
+    return None if written is None else base.decoded(name, written)

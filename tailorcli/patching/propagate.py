@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tailorcli.adapters.checkpoint import config_folder
 from tailorcli.core.figures import LayerFigures, figures_after_fit
 from tailorcli.core.hessian import unpack_triangle
 from tailorcli.core.propagation import (
@@ -141,7 +142,7 @@ def patch_propagated(
     with ExitStack() as stack:
         chosen = list(tensors)
         copies = {copy: tensor.name for tensor in chosen for copy in tensor.copies}
-        view = stack.enter_context(closing(PatchedView(inputs.base, copies)))
+        view = stack.enter_context(closing(PatchedView(inputs.base, config_folder(inputs.tuned), copies)))
         models = ThreeModels.of(inputs, view, device, timer, options.trust_remote_code)
         for model in models.each:
             if not model.waits_at_head():
@@ -401,10 +402,11 @@ class Propagation:
                 tolerance=self._options.tolerance,
                 max_iterations=self._options.max_iterations,
             )
+        patched = self._inputs.base.rounded(tensor.name, found.patched, mask)
         with self._timer.stage("measure"):
-            unpatched = self._unpatched_figures(layer, base, tuned, found.patched)
+            unpatched = self._unpatched_figures(layer, base, tuned, patched)
             errors = propagated_errors(
-                *(base, tuned, found.patched, mask, new, retained),
+                *(base, tuned, patched, mask, new, retained),
                 output_energy=energy,
                 drift_energy=drift_energy,
                 transposed=tensor.transposed,
@@ -412,7 +414,7 @@ class Propagation:
         figures = replace(unpatched, **asdict(errors), iterations=found.iterations, residual=found.residual)
         facts = {"propagated": True, "input_shift": new.shift, "retained_input_shift": retained.shift}
         facts |= {f"{name}_unpatched_inputs": getattr(unpatched, name) for name in asdict(errors)}
-        return LayerResult(found.patched, mask, figures), facts
+        return LayerResult(patched, mask, figures), facts
 
     def _unpatched_figures(self, layer: _Pending, base: Tensor, tuned: Tensor, patched: Tensor) -> LayerFigures:
         """The figures of the plain patch, with what the fit has changed: on the inputs of the unpatched models."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,21 +64,28 @@ class PartModel:
 
 
 class PatchedView(Checkpoint):
-    """The base, but with the ``values`` of tensors that are patched in their place.
+    """The base, but with the ``values`` of tensors that are patched in their place, and the config in ``folder``.
 
     A tensor that is one with another, under a further name, has the value of that: ``copies`` gives its name.
     """
 
-    def __init__(self, base: Checkpoint, copies: Mapping[str, str]) -> None:
-        super().__init__(base.path, base.tensors, base.shards)
+    def __init__(self, base: Checkpoint, folder: Path, copies: Mapping[str, str]) -> None:
+        super().__init__(folder, base.tensors, base.shards)
+        self._base = base
+        self.dequantized = base.dequantized
         self._copies = copies
         self.values: dict[str, Tensor] = {}
+
+    @property
+    def scales(self) -> frozenset[str]:
+        """Those of the base."""
+        return self._base.scales
 
     def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
         """Fill ``buffer`` with the tensor's bytes from ``start`` on."""
         value = self.values.get(self._copies.get(info.name, info.name))
         if value is None:
-            super().read_into(info, buffer, start)
+            self._base.read_into(info, buffer, start)
         else:
             raw = value.reshape(-1).view(torch.uint8).numpy()
             buffer[:] = raw[start : start + len(buffer)].data

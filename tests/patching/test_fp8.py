@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from helpers import bits, make_pair, quantise, read_tensors, refused
+from helpers import bits, broken_off, folder_digest, make_pair, quantise, read_tensors, refused
 
 from tailorcli import PatchOptions, Stats, calibrate_model, patch_checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
+from tailorcli.checkpoint.writer import CheckpointWriter
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +106,22 @@ def test_what_does_not_go_with_fp8_is_refused(fp8_pair, tmp_path):
     refused("patch", *pair, *how, "--patch-file", tmp_path / "p.safetensors", mentions=["quantised"])
     refused("patch", *pair, *how, "--resized-vocab", "-o", tmp_path / "o", mentions=["quantised"])
     assert not (tmp_path / "o").exists()
+
+
+def test_propagation_sees_the_rounded_weights_and_resumes_to_the_same_bytes(fp8_pair, tmp_path):
+    folder, _ = fp8_pair
+    calibrate_model(folder / "base", folder / "data.jsonl", folder / "retain")
+    arguments = (folder / "base", folder / "tuned")
+    more = {"retain": folder / "retain"}
+    options = PatchOptions(density=0.3, propagate=True)
+    report = patch_checkpoint(*arguments, tmp_path / "whole", folder / "stats", options, **more)
+    assert report.totals["propagated"] > 0
+    with broken_off(CheckpointWriter, 9):
+        patch_checkpoint(*arguments, tmp_path / "out", folder / "stats", options, **more)
+    again = PatchOptions(density=0.3, propagate=True, resume=True)
+    patch_checkpoint(*arguments, tmp_path / "out", folder / "stats", again, **more)
+    assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "whole")
+    base, out = read_tensors(folder / "base"), read_tensors(tmp_path / "out")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    same = out[name].view(torch.uint8) == base[name].view(torch.uint8)
+    assert 0.69 < same.float().mean() < 1.0

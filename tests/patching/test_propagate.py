@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 from families import make_family_pair
-from helpers import bits, broken_off, count_mapped_files, folder_digest, make_pair, make_tokenizer, read_tensors
+from helpers import (
+    bits,
+    broken_off,
+    count_mapped_files,
+    folder_digest,
+    make_model,
+    make_pair,
+    make_tokenizer,
+    perturb,
+    read_tensors,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -556,3 +566,34 @@ def test_an_adapter_is_propagated_as_the_model_that_it_makes(tmp_path):
     for name, value in one.items():
         agree = (value - other[name]).abs() < 1e-3 * (1 + value.abs())
         assert float(agree.float().mean()) > 0.999, name
+
+
+def test_the_patched_model_runs_under_the_config_that_the_output_gets(tmp_path):
+    """Every entry kept and next to no retain term: the output's logits are tuned's, under tuned's own rope_theta."""
+    import json
+
+    from transformers import AutoModelForCausalLM
+
+    def sharp(model):
+        with torch.no_grad():
+            for layer in model.model.layers:
+                for weight in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                    weight.weight.mul_(12)
+                for weight in (layer.self_attn.o_proj, layer.self_attn.v_proj):
+                    weight.weight.mul_(6)
+        return model
+
+    folder = make_pair(tmp_path)
+    sharp(make_model()).save_pretrained(folder / "base")
+    sharp(perturb(make_model(), scale=0.05)).save_pretrained(folder / "tuned")
+    config = json.loads((folder / "tuned" / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    (folder / "tuned" / "config.json").write_text(json.dumps(config))
+    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
+    calibrate_model(folder / "base", folder / "data.jsonl", folder / "retain")
+    options = PatchOptions(density=1.0, retain_weight=1e-6, damping=1e-4, propagate=True)
+    run(folder, tmp_path / "out", options)
+    ids = torch.randint(2, 97, (4, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out, tuned = (AutoModelForCausalLM.from_pretrained(p)(ids).logits for p in (tmp_path / "out", folder / "tuned"))
+    assert (out - tuned).norm() / tuned.norm() < 0.01
