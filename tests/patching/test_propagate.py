@@ -357,6 +357,7 @@ def test_a_few_samples_tell_how_far_the_unpatched_models_are_apart(pair, tmp_pat
     whole, few = (read_tensors(tmp_path / str(count)) for count in reports)
     assert all(bits(value) == bits(few[name]) for name, value in whole.items())
     for one, other in zip(reports[1000].tensors, reports[3].tensors, strict=True):
+        one, other = one.to_dict(), other.to_dict()
         if one.get("propagated"):
             for energy, figure in (("output_energy", "error_after"), ("drift_energy", "drift")):
                 assert one[energy] != other[energy]
