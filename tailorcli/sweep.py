@@ -60,14 +60,14 @@ class Setting:
     retained: bool = False
 
     @property
-    def chosen(self) -> PatchOptions:
+    def resolved(self) -> PatchOptions:
         """The options with a value for everything."""
         return self.options.resolved(self.retained)
 
     @property
     def family(self) -> str:
         """What it is compared as; the settings of a family make one frontier."""
-        o = self.chosen
+        o = self.resolved
         if o.method != "tailor":
             return o.method
         return f"{o.solver}{', propagated' if o.propagate else ', retained' if self.retained else ''}"
@@ -75,7 +75,7 @@ class Setting:
     @property
     def label(self) -> str:
         """The family with what distinguishes its settings."""
-        o = self.chosen
+        o = self.resolved
         if o.method == "interpolate":
             return f"interpolate {o.effective_weight:g}"
         parts = [self.family, f"density {o.density:g}"]
@@ -205,14 +205,14 @@ def run_sweep(
     stats: PathLike | None = None,
     retain: PathLike | None = None,
     data: PathLike | None = None,
-    keep: float | None = None,
+    min_old_kept: float | None = None,
     options: EvaluateOptions = EvaluateOptions(),
     announce: Callable[[str], object] | None = None,
 ) -> SweepReport:
     """Evaluate base, tuned and every setting on ``tasks`` (NAME=FILE:KIND), and on ``validation`` of the same names.
 
-    The setting of each family is picked on the validation tasks, where there are any: the best H, or, with ``keep``,
-    the most of the new among those that keep that percentage of the base's old performance. The folder ``output``
+    The setting of each family is picked on the validation tasks, where there are any: the best H, or, with
+    ``min_old_kept``, the most of the new among those with that percentage of the base's old performance. ``output``
     takes a file for each setting that is done, which a rerun of the same version reuses, and ``sweep.json``. Each
     model is encoded with its own tokenizer; a patched one has tuned's. Raises TailorError.
     """
@@ -246,8 +246,9 @@ def run_sweep(
         roles=roles,
         parts=parts,
         areas={part: _areas(points, part) for part in parts},
-        picked=_pick(points, parts[-1], keep),
-        rule=f"on {parts[-1]}: " + ("the best H" if keep is None else f"most of the new with {keep:g}% of the old"),
+        picked=_pick(points, parts[-1], min_old_kept),
+        rule=f"on {parts[-1]}: "
+        + ("the best H" if min_old_kept is None else f"most of the new with {min_old_kept:g}% of the old"),
         seconds=perf_counter() - started,
     )
     write_text_atomically(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
@@ -350,7 +351,7 @@ class _Scorer:
     def patched(self, setting: Setting, base: PathLike, tuned: PathLike, inputs: dict[str, PathLike | None]) -> _Result:
         """A setting's model, which is written, evaluated and removed."""
         work = self.folder / _WORK
-        options = setting.chosen
+        options = setting.resolved
 
         def make() -> tuple[Path, float]:
             shutil.rmtree(work, ignore_errors=True)
@@ -433,9 +434,9 @@ def area_figure(points: Sequence[Point], family: str, part: str) -> Array:
     return np.array([frontier_area(old[:, r], new[:, r], old[:2, r], new[:2, r]) for r in range(old.shape[1])])
 
 
-def _pick(points: list[Point], part: str, keep: float | None) -> dict[str, str]:
+def _pick(points: list[Point], part: str, min_old_kept: float | None) -> dict[str, str]:
     """Each family's setting by the rule; without one that keeps enough, the one that keeps the most."""
-    floor = None if keep is None else keep / 100 * points[0].at(part, "origin")
+    floor = None if min_old_kept is None else min_old_kept / 100 * points[0].at(part, "origin")
     picked = {}
     for family in families_of(points):
         members = [point for point in points if point.options is not None and point.family == family]

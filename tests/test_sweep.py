@@ -142,7 +142,7 @@ def test_every_point_is_what_patch_and_evaluate_give(pair, tmp_path):
 
 
 def test_keep_picks_the_most_of_the_new_that_keeps_enough(pair, tmp_path):
-    report = run(pair, tmp_path, SETTINGS, keep=95.0)
+    report = run(pair, tmp_path, SETTINGS, min_old_kept=95.0)
     floor = 0.95 * report.points[0].at("test", "origin")
     for family, label in report.picked.items():
         members = [p for p in report.points if p.family == family]

@@ -134,7 +134,7 @@ def make_report(pair: Pair, setting: Setting, folder: Path) -> PatchReport:
         shutil.rmtree(work, ignore_errors=True)
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            options = (pair.base, pair.tuned, work, inputs["stats"], setting.chosen)
+            options = (pair.base, pair.tuned, work, inputs["stats"], setting.resolved)
             patch_checkpoint(*options, retain=inputs.get("retain"))
             write_text_atomically(file, (work / REPORT_FILE).read_text(encoding="utf-8"))
         finally:
@@ -150,7 +150,7 @@ def _is_of(file: Path, setting: Setting, inputs: dict[str, Path]) -> bool:
         return False
     known = {name: entry["fingerprint"] for name, entry in report.inputs.items()}
     expected = {name: _fingerprint(name, path) for name, path in inputs.items()}
-    return known == expected and report.options == json.loads(json.dumps(setting.chosen.to_dict()))
+    return known == expected and report.options == json.loads(json.dumps(setting.resolved.to_dict()))
 
 
 def _fingerprint(name: str, path: Path) -> str:

@@ -362,7 +362,7 @@ def _entry(tensor: str, run: Run, layers: dict[str, Layer]) -> TensorStats:
         return TensorStats(None, reason="transformers splits it into layers that do not share their inputs")
     if layer.experts:
         return _expert_entry(layer, entry, place, info)
-    return replace(entry, transposed=entry.transposed != place.turned) if place.turned else entry
+    return replace(entry, transposed=entry.transposed != place.transposed) if place.transposed else entry
 
 
 def _expert_entry(layer: Layer, entry: TensorStats, place: Place, info: TensorInfo) -> TensorStats:
@@ -374,7 +374,7 @@ def _expert_entry(layer: Layer, entry: TensorStats, place: Place, info: TensorIn
     hessian = entry.experts[place.part]
     note = "too few tokens reached this expert: the Hessian of all tokens of its layer serves for it"
     note = note if place.part in layer.pooled else ""
-    return TensorStats(hessian, entry.role, entry.transposed != place.turned, note=note)
+    return TensorStats(hessian, entry.role, entry.transposed != place.transposed, note=note)
 
 
 def stats_of(layer: Layer) -> TensorStats:

@@ -191,7 +191,7 @@ def sweep(
     omega: Annotated[
         list[float] | None, typer.Option(metavar="W", help="Values of omega to try; repeatable.", show_default="0.5")
     ] = None,
-    keep: Annotated[
+    min_old_kept: Annotated[
         float | None,
         typer.Option(
             metavar="PERCENT",
@@ -282,7 +282,7 @@ def sweep(
         stats=stats,
         retain=retain,
         data=data,
-        keep=keep,
+        min_old_kept=min_old_kept,
         options=EvaluateOptions(batch_size=batch_size, seq_len=seq_len, limit=limit, device=device),
         announce=None if as_json else partial(say, err=True),
     )

@@ -117,7 +117,7 @@ def _cost(plan: Plan, output: Path | None, patch_file: Path | None) -> dict[str,
         writes.append(f"{format_bytes(plan.write_bytes)} to {output} ({format_bytes(free_bytes(output))} free)")
     if patch_file is not None:
         writes.append(f"at most {format_bytes(plan.patch_bytes)} to {patch_file}")
-    retained = sum(bool(tensor.retain) for tensor in plan.patched)
+    retained = sum(bool(tensor.retained_hessians) for tensor in plan.patched)
     how = ", propagated: three models run block by block" if plan.propagates else ""
     term = f" ({retained} with the retain term{how})" if retained else ""
     return {

@@ -112,9 +112,9 @@ def measure(
     ``moved`` says that kept entries may differ from tuned's for another reason than a decoration; ``goal`` is what
     the kept ones change by before it, and what is scored, where that is not ``delta``.
     """
-    retain = prepared.retain if prepared is not None else None
+    term = prepared.retain_term if prepared is not None else None
     moved = moved or decoration is not None
-    scored = delta if retain is None or goal is None else goal
+    scored = delta if term is None or goal is None else goal
     sums = _mask_sums(delta, mask)
     if scored is not delta:
         sums["distance_before"] = _kept_distance(scored, mask)
@@ -127,13 +127,13 @@ def measure(
         if moved:
             distance_after = _distance(patched, tuned, delta)
         if prepared is not None:
-            hessian = prepared.hessian if retain is None else retain.hessian
-            goal = None if retain is None else goal
+            hessian = prepared.hessian if term is None else term.hessian
+            goal = None if term is None else goal
             errors = layer_errors(delta, mask, patched, tuned, hessian, transposed, decoration, moved, goal)
             errors["output_energy"] *= unit
-        if retain is not None:
-            errors |= drift(delta, patched, tuned, retain.retained, transposed)
-            errors["drift_energy"] *= retain.unit
+        if term is not None:
+            errors |= drift(delta, patched, tuned, term.retained, transposed)
+            errors["drift_energy"] *= term.unit
     if decoration is not None:
         errors.update(iterations=decoration.iterations, residual=decoration.residual)
     if prepared is not None:

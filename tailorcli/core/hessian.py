@@ -178,7 +178,7 @@ def combine_hessians(hessians: Sequence[Tensor], weights: Sequence[float]) -> Te
 
 
 @dataclass(frozen=True)
-class Retained:
+class RetainTerm:
     """What a retain term adds to a prepared Hessian A = H + beta s H_r (``core.retain``).
 
     ``hessian`` is H and ``retained`` H_r, both (I, I) or (I,), H_r divided by ``unit``; ``amount`` is what damping
@@ -200,7 +200,7 @@ class PreparedHessian:
 
     ``hessian`` is (I, I), or (I,) for a diagonal one, divided by ``unit`` (1 but for very large and very small ones);
     all the others are of that; ``inverse_diagonal`` is [(H + amount I)^-1]_jj;
-    ``inverse_factor`` is there only for the sequential solver, ``retain`` only with a retain term, whose combined
+    ``inverse_factor`` is there only for the sequential solver, ``retain_term`` only with a retain term, whose combined
     Hessian all the others are of.
     """
 
@@ -210,7 +210,7 @@ class PreparedHessian:
     damping: float
     amount: float
     num_dead: int
-    retain: Retained | None = None
+    retain_term: RetainTerm | None = None
     unit: float = 1.0
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor
 from tailorcli.core.chunks import row_chunks
 from tailorcli.core.hessian import (
     PreparedHessian,
-    Retained,
+    RetainTerm,
     combine_hessians,
     dead_channels,
     diagonal_of,
@@ -47,8 +47,8 @@ def prepare_retaining(
     prepared, factor = prepare_with_factor(system, damping, sensitivity=sensitivity, sequential=sequential)
     mean, mean_new = float(diagonal_of(system).mean()), float(diagonal_of(hessian).mean())
     share = mean_new / mean if mean > 0 else 1.0
-    term = Retained(hessian, retained, prepared.damping * mean_new, share, factor, units[1])
-    return replace(prepared, retain=term, unit=units[0])
+    term = RetainTerm(hessian, retained, prepared.damping * mean_new, share, factor, units[1])
+    return replace(prepared, retain_term=term, unit=units[0])
 
 
 def retained_goal(delta: Tensor, prepared: PreparedHessian) -> Tensor:
@@ -57,19 +57,19 @@ def retained_goal(delta: Tensor, prepared: PreparedHessian) -> Tensor:
     ``a`` and ``b`` are what damping adds, so that weight zero gives delta. A channel that no data reach goes as far as
     a diagonal H and H_r that are alike would take it, 1 / (1 + beta), which is what damping alone says of it.
     """
-    of_new = prepared.retain
-    assert of_new is not None
+    term = prepared.retain_term
+    assert term is not None
     dead = dead_channels(prepared.hessian)
-    if of_new.factor is None:
-        left = (of_new.hessian + of_new.amount) / (prepared.hessian + prepared.amount)  # (I,)
-        return delta * left.masked_fill(dead, of_new.share)
+    if term.factor is None:
+        left = (term.hessian + term.amount) / (prepared.hessian + prepared.amount)  # (I,)
+        return delta * left.masked_fill(dead, term.share)
     goal = torch.empty_like(delta)
     for rows in row_chunks(*delta.shape):
-        target = delta[rows] @ of_new.hessian
-        target.add_(delta[rows], alpha=of_new.amount)  # (R, I)
+        target = delta[rows] @ term.hessian
+        target.add_(delta[rows], alpha=term.amount)  # (R, I)
         # The factor is that of A with its channels reversed.
-        solved = torch.cholesky_solve(target.flip(1).T, of_new.factor.chol)  # (I, R)
+        solved = torch.cholesky_solve(target.flip(1).T, term.factor.chol)  # (I, R)
         goal[rows] = solved.T.flip(1)
     if bool(dead.any()):
-        goal[:, dead] = of_new.share * delta[:, dead]
+        goal[:, dead] = term.share * delta[:, dead]
     return goal

@@ -267,7 +267,7 @@ def _decorate(
 
 def _goal(delta: Tensor, prepared: PreparedHessian | None, transposed: bool) -> Tensor:
     """What every entry is to change by, in the stored orientation: delta itself, unless there is a retain term."""
-    if prepared is None or prepared.retain is None:
+    if prepared is None or prepared.retain_term is None:
         return delta
     goal = retained_goal(delta.T if transposed else delta, prepared)
     if not is_finite(goal):

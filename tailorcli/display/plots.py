@@ -385,8 +385,8 @@ def _name_positions(axes: Any, labels: list[str]) -> None:
     ]
     step = max(1, len(labels) // 24)
     longest = max(map(len, labels), default=0)
-    turned = (
+    rotated = (
         {"rotation": 35, "ha": "right"} if longest > 6 else {"rotation": 90 if longest > 2 and len(labels) > 12 else 0}
     )
     axes.set_xticks(range(0, len(labels), step))
-    axes.set_xticklabels(labels[::step], fontsize=8, **turned)
+    axes.set_xticklabels(labels[::step], fontsize=8, **rotated)

@@ -193,7 +193,7 @@ def treatment(tensor: TensorPlan) -> str:
         how = f"a Hessian for each of {len(tensor.experts)} experts"
     else:
         how = "" if tensor.hessian else tensor.method or "by salience alone"
-    return ", ".join(filter(None, ("patch", how, "retained" if tensor.retain else "")))
+    return ", ".join(filter(None, ("patch", how, "retained" if tensor.retained_hessians else "")))
 
 
 def stats_summary(hessians: dict[str, dict[str, Any]]) -> list[Table]:

@@ -27,12 +27,12 @@ class Place:
     """Where a checkpoint tensor went in the model, or the ``reason`` why that is not known.
 
     Most are one parameter as it is. A tensor can also be rows of a larger one (gate or up of a joined pair), lie in
-    slice ``part`` of one of three dimensions (an expert), be ``turned`` in it, or have been split over several.
+    slice ``part`` of one of three dimensions (an expert), be ``transposed`` in it, or have been split over several.
     """
 
     parameters: tuple[str, ...] = ()
     part: int | None = None
-    turned: bool = False
+    transposed: bool = False
     reason: str = ""
 
 
@@ -54,21 +54,21 @@ class Parameters:
             self._samples[name] = _sample(self.by_name[name].detach().reshape(-1))
         return self._samples[name]
 
-    def slices(self, shape: tuple[int, int], turned: bool) -> dict[bytes, list[tuple[str, int]]]:
+    def slices(self, shape: tuple[int, int], transposed: bool) -> dict[bytes, list[tuple[str, int]]]:
         """(parameter, number) of every slice of this matrix shape in a larger parameter, by its first values.
 
         Number counts slices of so many entries from the parameter's start.
         """
-        key = (*shape, int(turned))
+        key = (*shape, int(transposed))
         if key not in self._slices:
             found: dict[bytes, list[tuple[str, int]]] = {}
-            held = shape[::-1] if turned else shape
+            held = shape[::-1] if transposed else shape
             for name, value in self.by_name.items():
                 if value.dim() in (2, 3) and value.shape[-1] == held[1] and value.numel() > shape[0] * shape[1]:
                     whole = value.shape[-2] == held[0]
-                    if value.shape[-2] % held[0] == 0 and (whole or not turned):
+                    if value.shape[-2] % held[0] == 0 and (whole or not transposed):
                         stacked = value.detach().reshape(-1, *held)
-                        first = stacked[:, :_KEY, 0] if turned else stacked.flatten(1)[:, :_KEY]
+                        first = stacked[:, :_KEY, 0] if transposed else stacked.flatten(1)[:, :_KEY]
                         for number, values in enumerate(first.cpu()):
                             found.setdefault(_key(values), []).append((name, number))
             self._slices[key] = found
@@ -146,20 +146,20 @@ def _find_slice(
     """
     given: Place | None = None
     size = info.shape[0] * info.shape[1]
-    for turned in (False, True):
+    for transposed in (False, True):
         for dtype in {value.dtype for value in candidates.by_name.values()}:
             first = _read(checkpoint, info, [(0, min(_KEY, info.numel))], dtype)
-            hits = candidates.slices((info.shape[0], info.shape[1]), turned).get(_key(first), [])
+            hits = candidates.slices((info.shape[0], info.shape[1]), transposed).get(_key(first), [])
             new = {hit: (*hit, size) not in candidates.given for hit in hits}
             for name, number in sorted(hits, key=lambda hit: (not new[hit], -_common_ending(hit[0], guess))):
                 value = candidates.by_name[name]
                 if value.dtype != dtype or (among and name not in among):
                     continue
                 flat = value.detach().reshape(-1)[number * size : (number + 1) * size]
-                held = flat.view(info.shape[::-1]).T.reshape(-1) if turned else flat
+                held = flat.view(info.shape[::-1]).T.reshape(-1) if transposed else flat
                 if _equal(checkpoint, info, _sample(held)):
                     matrix = value.shape[-1] * value.shape[-2]
-                    place = Place((name,), number * size // matrix if value.dim() == 3 else None, turned)
+                    place = Place((name,), number * size // matrix if value.dim() == 3 else None, transposed)
                     if new[name, number]:
                         candidates.given.add((name, number, size))
                         return place

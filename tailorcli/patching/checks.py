@@ -117,7 +117,7 @@ def _equal_bytes(base: Checkpoint, tuned: Checkpoint) -> bool:
     return True
 
 
-def check_retain(base: Checkpoint, tuned: Checkpoint, retain: Stats, options: PatchOptions) -> None:
+def check_retain(base: Checkpoint, tuned: Checkpoint, retain_stats: Stats, options: PatchOptions) -> None:
     """The retained statistics were made on this very base, know all its tensors, and fit their shapes."""
     if not options.needs_hessians or options.method != "tailor":
         raise OptionsError("--retain is for the method tailor with statistics", "leave --retain out")
@@ -126,28 +126,30 @@ def check_retain(base: Checkpoint, tuned: Checkpoint, retain: Stats, options: Pa
             "--retain does not go with --resized-vocab: the base's statistics know nothing of the new rows",
             "give the base the new rows first (resize_token_embeddings) and calibrate that",
         )
-    if retain.model_fingerprint != base.fingerprint():
+    if retain_stats.model_fingerprint != base.fingerprint():
         whose = (
             f"on the model given as TUNED ({tuned.path})"
-            if retain.model_fingerprint == tuned.fingerprint()
-            else (f"from another model ({retain.manifest['model'].get('path', 'unknown')}) than base ({base.path})")
+            if retain_stats.model_fingerprint == tuned.fingerprint()
+            else (
+                f"from another model ({retain_stats.manifest['model'].get('path', 'unknown')}) than base ({base.path})"
+            )
         )
         raise StatsError(
-            f"{retain.path} was calibrated {whose}; --retain takes statistics of the base",
+            f"{retain_stats.path} was calibrated {whose}; --retain takes statistics of the base",
             f"make them: tailorcli calibrate {base.path} --synthetic -o NEW_STATS",
         )
-    check_shapes(base, retain)
-    _warn_of_few_tokens(retain)
+    check_shapes(base, retain_stats)
+    _warn_of_few_tokens(retain_stats)
 
 
-def check_propagate(stats: Stats | None, retain: Stats | None, options: PatchOptions) -> None:
+def check_propagate(stats: Stats | None, retain_stats: Stats | None, options: PatchOptions) -> None:
     """There is a retain term, without which propagation ruins a patch, and the samples to run the models over."""
-    if stats is None or retain is None or options.retain_weight <= 0.0:
+    if stats is None or retain_stats is None or options.retain_weight <= 0.0:
         raise OptionsError(
             "propagation needs the retain term: without it nothing holds the patched weights near the base",
             "pass --retain STATS (tailorcli calibrate BASE --synthetic -o STATS) and a positive --retain-weight",
         )
-    for source in (stats, retain):
+    for source in (stats, retain_stats):
         source.samples()
 
 

@@ -42,13 +42,15 @@ def training_bytes(tensors: list[TensorPlan], base: Checkpoint, tuned: Checkpoin
     return _TRANSFORMERS_BYTES + base.nbytes + held + max(chosen, 4 * max(work))
 
 
-def propagation_bytes(tensors: list[TensorPlan], base: Checkpoint, stats: Stats | None, retain: Stats | None) -> int:
+def propagation_bytes(
+    tensors: list[TensorPlan], base: Checkpoint, stats: Stats | None, retain_stats: Stats | None
+) -> int:
     """Bytes that propagation holds besides: a block of three models and its patch, moments, hidden states."""
     blocks: dict[str, int] = {}
     for info in base.tensors.values():
         block = re.sub(r"(\.\d+)\..*", r"\1", info.name)  # up to its first number
         blocks[block] = blocks.get(block, 0) + info.nbytes
-    known = [source for source in (stats, retain) if source is not None]
+    known = [source for source in (stats, retain_stats) if source is not None]
     sizes = {h: source.hessians[h] for source in known for t in tensors for h in t.hessians if h in source.hessians}
     moments = [4 * info.size**2 for info in sizes.values() if info.kind == "full"]
     widest = max((info.size for info in sizes.values() if info.kind == "full"), default=0)
@@ -69,13 +71,17 @@ def pair_bytes(tensors: list[TensorPlan], tuned: Checkpoint) -> int:
     return sum(tensor.nbytes + tuned.read_cost(tensor.name) for tensor in tensors if tensor.action == "patch")
 
 
-def bytes_to_read(tensors: list[TensorPlan], tuned: Checkpoint, stats: Stats | None, retain: Stats | None) -> int:
+def bytes_to_read(tensors: list[TensorPlan], tuned: Checkpoint, stats: Stats | None, retain_stats: Stats | None) -> int:
     """Bytes to read in all: every base tensor, tuned's where one changes, each Hessian in use once."""
     total = sum(tensor.nbytes for tensor in tensors)
     total += sum(tuned.read_cost(tensor.name) for tensor in tensors if tensor.action == "patch")
     used = {hessian for tensor in tensors for hessian in tensor.hessians}
     total += sum(stats.nbytes(name) for name in used if stats is not None)
-    return total + sum(retain.nbytes(name) for name in {h for t in tensors for h in t.retain} if retain is not None)
+    return total + sum(
+        retain_stats.nbytes(name)
+        for name in {h for t in tensors for h in t.retained_hessians}
+        if retain_stats is not None
+    )
 
 
 def working_set(tensor: TensorPlan, tuned: Checkpoint, stats: Stats | None, options: PatchOptions) -> int:
@@ -87,14 +93,14 @@ def working_set(tensor: TensorPlan, tuned: Checkpoint, stats: Stats | None, opti
     # The fullest moment is either the selection (delta, score, its copy) or the assembly (delta, decorator,
     # result); a result of the tensor before, and its mask, may still wait to be written.
     arrays = max(3 * full, 2 * full + tensor.nbytes) + full // 4 + tensor.nbytes + tensor.numel
-    if tensor.retain:  # the goal and the target values of every entry
+    if tensor.retained_hessians:  # the goal and the target values of every entry
         arrays += 2 * full
     hessian = 0
     sizes = [stats.hessians[h].size for h in tensor.hessians if stats.hessians[h].kind == "full"] if stats else []
     if sizes:
         square = 4 * max(sizes) ** 2
         hessian = square // 2 + square + 2 * square  # packed, unpacked, damped copy and factor
-        if tensor.retain:  # another of each, their sum
+        if tensor.retained_hessians:  # another of each, their sum
             hessian += square // 2 + 2 * square
     work = min(_WORK_BYTES, 12 * full) if hessian else min(_CHUNK_BYTES, full) * 2  # or the measuring of its chunks
     return weights + arrays + hessian + work

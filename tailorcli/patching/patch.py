@@ -47,7 +47,7 @@ def plan_patch(
     options = options.resolved(retain is not None)
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, data)
-        plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
+        plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain_stats)
         target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
         _require_stored_rows(target, options)
         _require_plain_weights(target, inputs.base)
@@ -87,7 +87,7 @@ def score_checkpoint(
     options = options.resolved(retain is not None)
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain)
-        plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
+        plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain_stats)
         device = resolve_device(options.device)
         timer = StageTimer(device)
         records: dict[str, Any] = {}
@@ -133,7 +133,7 @@ def patch_checkpoint(
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, data)
         _require_plain_weights(target, inputs.base)
-        plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain)
+        plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain_stats)
         device = resolve_device(options.device)
         described = inputs.describe()
         identity = identity_of(described, options.identity(retain is not None), device)

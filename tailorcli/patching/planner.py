@@ -26,7 +26,7 @@ from tailorcli.runs.plan import RUNTIME_BYTES, Plan, TensorPlan, group_by_hessia
 
 
 def build_plan(
-    base: Checkpoint, tuned: Checkpoint, stats: Stats | None, options: PatchOptions, retain: Stats | None = None
+    base: Checkpoint, tuned: Checkpoint, stats: Stats | None, options: PatchOptions, retain_stats: Stats | None = None
 ) -> Plan:
     """Check that the inputs belong together and decide every tensor's treatment.
 
@@ -41,10 +41,10 @@ def build_plan(
     check_pair(base, tuned, options.allow_dtype_mismatch)
     if stats is not None:
         check_stats(base, tuned, stats)
-    if retain is not None:
-        check_retain(base, tuned, retain, options)
+    if retain_stats is not None:
+        check_retain(base, tuned, retain_stats, options)
     if options.propagate:
-        check_propagate(stats, retain, options)
+        check_propagate(stats, retain_stats, options)
     copies = tied_copies(base, tuned)
     further = {name for names in copies.values() for name in names}
     changed: Collection[str] = tuned.tensors.keys()
@@ -58,7 +58,7 @@ def build_plan(
             info.name in base.scales,
             stats,
             options,
-            retain,
+            retain_stats,
             copies.get(info.name, ()),
         )
         for info in base.tensors.values()
@@ -66,9 +66,13 @@ def build_plan(
     ]
     if not any(tensor.action == "patch" for tensor in tensors):
         raise OptionsError("no tensor would be patched", "check --include and --exclude, and those of calibrate")
-    if retain is not None and options.retain_weight > 0.0 and not any(tensor.retain for tensor in tensors):
+    if (
+        retain_stats is not None
+        and options.retain_weight > 0.0
+        and not any(tensor.retained_hessians for tensor in tensors)
+    ):
         raise StatsError(
-            f"{retain.path} has statistics for none of the tensors that would be patched",
+            f"{retain_stats.path} has statistics for none of the tensors that would be patched",
             "check --include and --exclude, and those of calibrate",
         )
     ordered = group_by_hessian(tensors)
@@ -77,11 +81,11 @@ def build_plan(
     ordered = [replace(tensor, held_bytes=working_set(tensor, tuned, stats, options)) for tensor in ordered]
     held = [tensor.held_bytes for tensor in ordered]
     held.append(training_bytes(ordered, base, tuned, options))
-    propagated = propagation_bytes(ordered, base, stats, retain) if options.propagate else 0
+    propagated = propagation_bytes(ordered, base, stats, retain_stats) if options.propagate else 0
     return Plan(
         tensors=tuple(ordered),
         layout=layout,
-        read_bytes=bytes_to_read(ordered, tuned, stats, retain)
+        read_bytes=bytes_to_read(ordered, tuned, stats, retain_stats)
         + passes * pair_bytes(ordered, tuned)
         + (3 * base.nbytes if options.propagate else 0),  # the three models' weights, to run them
         write_bytes=layout.nbytes,
@@ -99,7 +103,7 @@ def _plan_tensor(
     scale: bool,
     stats: Stats | None,
     options: PatchOptions,
-    retain: Stats | None,
+    retain_stats: Stats | None,
     copies: tuple[str, ...],
 ) -> TensorPlan:
     names = (info.name, *copies)
@@ -126,8 +130,8 @@ def _plan_tensor(
     hessian, experts = (entry.hessian, tuple(entry.experts)) if options.needs_hessians else (None, ())
     retained: tuple[str, ...] = ()
     note = ""
-    if retain is not None and options.retain_weight > 0.0:
-        retained, note = _retained(entry, _entry(names, retain), stats, retain)
+    if retain_stats is not None and options.retain_weight > 0.0:
+        retained, note = _retained(entry, _entry(names, retain_stats), stats, retain_stats)
     return TensorPlan(
         *common, "patch", "", hessian, entry.role, entry.transposed, experts, retained, note, copies=copies
     )
@@ -141,7 +145,7 @@ def _entry(names: Sequence[str], stats: Stats | None) -> TensorStats:
 
 
 def _retained(
-    entry: TensorStats, other: TensorStats, stats: Stats | None, retain: Stats
+    entry: TensorStats, other: TensorStats, stats: Stats | None, retain_stats: Stats
 ) -> tuple[tuple[str, ...], str]:
     """The retained data's Hessians for a tensor, of the same kind as those of the new task; or why there are none."""
     names = tuple(other.hessians)
@@ -152,7 +156,7 @@ def _retained(
         stats is None
         or not alike
         or any(
-            stats.hessians[new].kind != retain.hessians[old].kind
+            stats.hessians[new].kind != retain_stats.hessians[old].kind
             for new, old in zip(entry.hessians, names, strict=True)
         )
     ):

@@ -167,10 +167,10 @@ class Propagation:
         models: ThreeModels,
     ) -> None:
         assert inputs.stats is not None
-        assert inputs.retain is not None
+        assert inputs.retain_stats is not None
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self._inputs = inputs
-        self._stats, self._retain = inputs.stats, inputs.retain
+        self._stats, self._retain_stats = inputs.stats, inputs.retain_stats
         self._options = options
         self._device = device
         self._timer = timer
@@ -186,7 +186,7 @@ class Propagation:
         self._spill = Spill(device, scratch, int(host * HIDDEN_SHARE))
         kinds = (
             (NEW, self._stats, models.tuned, models.base),
-            (RETAINED, self._retain, models.base, models.tuned),
+            (RETAINED, self._retain_stats, models.base, models.tuned),
         )
         found: list[tuple[str, PartModel, PartModel, int]] = []  # a batch's lanes are two or three
         calls: list[tuple[Callable[[], Any], int]] = []
@@ -254,10 +254,16 @@ class Propagation:
 
     def _layer_of(self, tensor: TensorPlan, place: Place | None) -> Layer | None:
         """The linear layer whose weight a tensor is, whole, if it can be fitted again."""
-        if place is None or len(place.parameters) != 1 or place.part is not None or place.turned:
+        if place is None or len(place.parameters) != 1 or place.part is not None or place.transposed:
             return None
         layer = self._layers.get(place.parameters[0])
-        if layer is None or not is_linear(layer) or not tensor.retain or tensor.experts or tensor.role != "linear":
+        if (
+            layer is None
+            or not is_linear(layer)
+            or not tensor.retained_hessians
+            or tensor.experts
+            or tensor.role != "linear"
+        ):
             return None
         return layer if tuple(self._parameter(layer).shape) == tensor.shape else None
 
@@ -420,7 +426,7 @@ class Propagation:
         """The figures of the plain patch, with what the fit has changed: on the inputs of the unpatched models."""
         tensor = layer.tensor
         assert tensor.hessian is not None
-        sources = ((self._stats, tensor.hessian), (self._retain, tensor.retain[0]))
+        sources = ((self._stats, tensor.hessian), (self._retain_stats, tensor.retained_hessians[0]))
         hessian, retained = (
             unpack_triangle(source.load(name).to(self._device), source.hessians[name].size) for source, name in sources
         )

@@ -43,7 +43,7 @@ class PatchInputs:
     base: Checkpoint
     tuned: Checkpoint
     stats: Stats | None
-    retain: Stats | None = None
+    retain_stats: Stats | None = None
     data: Path | None = None  # what graft trains on
 
     @classmethod
@@ -84,7 +84,7 @@ class PatchInputs:
             "base": {"path": str(self.base.path), "fingerprint": self.base.fingerprint()},
             "tuned": {"path": str(self.tuned.path), "fingerprint": self.tuned.fingerprint()},
         }
-        for name, stats in (("stats", self.stats), ("retain", self.retain)):
+        for name, stats in (("stats", self.stats), ("retain", self.retain_stats)):
             if stats is not None:
                 facts[name] = {"path": str(stats.path), "fingerprint": stats.fingerprint()}
         if self.data is not None:
@@ -94,7 +94,7 @@ class PatchInputs:
     @property
     def paths(self) -> list[Path]:
         """Where they lie: no output may."""
-        return [item.path for item in (self.base, self.tuned, self.stats, self.retain) if item is not None]
+        return [item.path for item in (self.base, self.tuned, self.stats, self.retain_stats) if item is not None]
 
 
 @dataclass
@@ -116,14 +116,17 @@ def _reader(
     tensors: list[TensorPlan], inputs: PatchInputs, options: PatchOptions, device: torch.device, digests: bool
 ) -> ReadAhead[_Loaded]:
     """Reads what each of ``tensors`` needs; a Hessian only for the first of those that share it."""
-    stats, retain = inputs.stats, inputs.retain
+    stats, retain_stats = inputs.stats, inputs.retain_stats
     pinned = device.type == "cuda"  # a GPU copies at full speed, and by itself, from pinned memory alone
 
     def needed(position: int) -> list[tuple[Stats, str]]:
         tensor = tensors[position]
         if tensor.hessian is None or stats is None or (position and tensors[position - 1].shares(tensor)):
             return []
-        return [(stats, tensor.hessian), *((retain, name) for name in tensor.retain if retain is not None)]
+        return [
+            (stats, tensor.hessian),
+            *((retain_stats, name) for name in tensor.retained_hessians if retain_stats is not None),
+        ]
 
     def nbytes(position: int) -> int:
         tensor = tensors[position]
@@ -185,7 +188,7 @@ def tailored(
                     if prepared_for is None or not tensor.shares(prepared_for):
                         prepared, prepared_for = None, tensor  # freed before the next one is unpacked
                         if tensor.hessian is not None:
-                            prepared = prepare_next((tensor.hessian, *tensor.retain), loaded.give_packed())
+                            prepared = prepare_next((tensor.hessian, *tensor.retained_hessians), loaded.give_packed())
                     with timer.stage("transfer"):
                         base, tuned = (t.to(device, non_blocking=True) for t in (loaded.base, loaded.tuned))
                     digest = loaded.digest
@@ -219,8 +222,12 @@ def _prepare_each(
 ) -> Iterator[PreparedHessian]:
     """The Hessians of fused experts, one at a time; one that serves several in a row is prepared once."""
     assert inputs.stats is not None
-    sources = (inputs.stats, inputs.retain)
-    each = zip(tensor.experts, tensor.retain, strict=True) if tensor.retain else ((name,) for name in tensor.experts)
+    sources = (inputs.stats, inputs.retain_stats)
+    each = (
+        zip(tensor.experts, tensor.retained_hessians, strict=True)
+        if tensor.retained_hessians
+        else ((name,) for name in tensor.experts)
+    )
     for names, same in groupby(each):
         with timer.stage("wait for read"):
             packed = [source.load(name) for source, name in zip(sources, names, strict=False) if source is not None]
@@ -244,7 +251,7 @@ def _prepare(
     from tailorcli.core.retain import prepare_retaining
 
     unpacked = []
-    for stats, name in zip((inputs.stats, inputs.retain), names, strict=False):
+    for stats, name in zip((inputs.stats, inputs.retain_stats), names, strict=False):
         assert stats is not None
         info = stats.hessians[name]
         with timer.stage("unpack"):
@@ -311,7 +318,7 @@ def record_of(
         "tokens": min(info.tokens for info in used) if used else None,
         "experts": tensor.experts,
         "note": "; ".join(note for note in notes if note),
-        "retain": tensor.retain,
+        "retain": tensor.retained_hessians,
         **figures,
         **(further or {}),
     }

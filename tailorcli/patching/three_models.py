@@ -106,9 +106,9 @@ class ThreeModels:
     ) -> ThreeModels:
         """The models of a patch's inputs; ``trust`` lets their own code run."""
         assert inputs.stats is not None
-        assert inputs.retain is not None
+        assert inputs.retain_stats is not None
         stored = inputs.base if isinstance(inputs.tuned, AdaptedCheckpoint) else inputs.tuned
-        of_new, of_retained = options_of(inputs.stats, trust), options_of(inputs.retain, trust)
+        of_new, of_retained = options_of(inputs.stats, trust), options_of(inputs.retain_stats, trust)
         with timer.stage("load"):
             models = cls(
                 PartModel.of(stored, inputs.tuned, of_new, device, timer),

@@ -27,7 +27,7 @@ class TensorPlan:
     role: str = ""
     transposed: bool = False
     experts: tuple[str, ...] = ()  # a Hessian for each slice of a tensor that fuses experts, instead of one
-    retain: tuple[str, ...] = ()  # of the retained statistics, as many; none: without a retain term
+    retained_hessians: tuple[str, ...] = ()  # one for each of `hessians`; empty without a retain term
     note: str = ""  # why it has none, where others do
     method: str = ""  # how it is patched, where the tensors of a run may differ in that
     task_hessians: tuple[str, ...] = ()  # of merged tasks, one of each, where it is solved or measured with them
@@ -46,12 +46,16 @@ class TensorPlan:
 
     def shares(self, other: TensorPlan) -> bool:
         """Whether both use the same Hessians."""
-        return (self.hessian, self.retain) == (other.hessian, other.retain)
+        return (self.hessian, self.retained_hessians) == (other.hessian, other.retained_hessians)
 
     @property
     def hessians(self) -> tuple[str, ...]:
         """Every Hessian that it uses."""
         return self.experts or ((self.hessian,) if self.hessian is not None else ())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; ``retained_hessians`` is called ``retain``, as in reports."""
+        return {"retain" if name == "retained_hessians" else name: value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``--dry-run --json``."""
         return {
-            "tensors": [asdict(tensor) for tensor in self.tensors],
+            "tensors": [tensor.to_dict() for tensor in self.tensors],
             "shards": self.layout.sizes,
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
@@ -112,6 +116,6 @@ def group_by_hessian(tensors: list[TensorPlan]) -> list[TensorPlan]:
     """File order, but tensors that share a Hessian follow the first of them."""
     groups: dict[str, list[TensorPlan]] = {}
     for tensor in tensors:
-        key = f"hessian {tensor.hessian} {tensor.retain}" if tensor.hessian else f"tensor {tensor.name}"
+        key = f"hessian {tensor.hessian} {tensor.retained_hessians}" if tensor.hessian else f"tensor {tensor.name}"
         groups.setdefault(key, []).append(tensor)
     return [tensor for group in groups.values() for tensor in group]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,10 +105,8 @@ class Trained:
 
 def positions_in(place: Place, shape: tuple[int, ...], kept: Tensor) -> Tensor:
     """Where entries of a checkpoint tensor lie in its flattened parameter: (K,) from flat positions ``kept`` (K,)."""
-    numel = 1
-    for size in shape:
-        numel *= size
-    if place.turned:
+    numel = math.prod(shape)
+    if place.transposed:
         rows, columns = shape[-2:]
         whole, inside = kept // (rows * columns), kept % (rows * columns)
         kept = whole * rows * columns + (inside % columns) * rows + inside // columns

@@ -24,7 +24,7 @@ def point(setting, old, new, label=None):
     parts = {"test": of_part, "validation": of_part}
     if setting is None:
         return Point(label, label, None, parts, {}, 0.0)
-    return Point(f"point {hash(setting)}", setting.family, setting.chosen.to_dict(), parts, {}, 1.0)
+    return Point(f"point {hash(setting)}", setting.family, setting.resolved.to_dict(), parts, {}, 1.0)
 
 
 def setting_of(retained=False, **options):

@@ -281,10 +281,10 @@ def test_transposed_storage_gives_the_same_layer(solver):
     base, tuned = layer(14, 22, seed=8)
     hessian = random_hessian(22, seed=8)
     plain = run_layer(base, tuned, hessian, solver=solver)
-    turned = run_layer(base.T.contiguous(), tuned.T.contiguous(), hessian, solver=solver, transposed=True)
-    assert torch.equal(plain.mask, turned.mask.T)
-    torch.testing.assert_close(plain.patched, turned.patched.T)
-    assert plain.figures.error_after == pytest.approx(turned.figures.error_after, rel=1e-4)
+    flipped = run_layer(base.T.contiguous(), tuned.T.contiguous(), hessian, solver=solver, transposed=True)
+    assert torch.equal(plain.mask, flipped.mask.T)
+    torch.testing.assert_close(plain.patched, flipped.patched.T)
+    assert plain.figures.error_after == pytest.approx(flipped.figures.error_after, rel=1e-4)
 
 
 # --- Figures ---------------------------------------------------------------------------------------------------

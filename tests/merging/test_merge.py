@@ -138,8 +138,8 @@ def test_joint_is_the_dense_least_squares_solution(seed, tasks, density, damping
     expected = dense_joint(base, tuned, union, hessians, weights, damping)
     np.testing.assert_allclose(found.double().numpy(), expected, atol=2e-4)
     assert bits(found[~union]) == bits(base[~union])
-    turned = joint(base.T, [t.T for t in tuned], union.T, hessians, weights, damping, transposed=True)
-    torch.testing.assert_close(turned.T, found, atol=1e-5, rtol=0)
+    flipped = joint(base.T, [t.T for t in tuned], union.T, hessians, weights, damping, transposed=True)
+    torch.testing.assert_close(flipped.T, found, atol=1e-5, rtol=0)
 
 
 def test_joint_with_many_entries_takes_the_iterative_solver():

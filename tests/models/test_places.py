@@ -94,4 +94,4 @@ def test_gate_and_up_of_equal_values_lie_in_the_slices_of_their_expert(tmp_path)
                 for part in ("w1", "w3"):
                     place = found[f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}.weight"]
                     assert place.parameters == (f"model.layers.{layer}.mlp.experts.gate_up_proj",)
-                    assert (place.part, place.turned) == (expert, False)
+                    assert (place.part, place.transposed) == (expert, False)

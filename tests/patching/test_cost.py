@@ -69,7 +69,7 @@ def test_the_plan_holds_what_a_run_allocates(inputs, solver, retained, monkeypat
     with ExitStack() as stack:
         retain = inputs.retain if retained else None
         opened = PatchInputs.open(inputs.base, inputs.tuned, inputs.stats, options, stack, retain)
-        plan = build_plan(opened.base, opened.tuned, opened.stats, options, opened.retain)
+        plan = build_plan(opened.base, opened.tuned, opened.stats, options, opened.retain_stats)
         for tensor in plan.patched:
             arguments = ([tensor], opened, options, device, StageTimer(device))
             peak = allocated_peak(lambda given=arguments: list(tailored(*given, score_only=False)))

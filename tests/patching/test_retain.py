@@ -91,9 +91,9 @@ def test_joint_is_the_minimum_on_the_mask(rows, columns, seed, weight, density):
     delta = (tuned - base).numpy()
     best = best_change(delta, result.mask.numpy(), *hessians, weight)
     np.testing.assert_allclose((result.patched - base).numpy(), best, atol=2e-4)
-    turned = run_layer(base.T.contiguous(), tuned.T.contiguous(), *hessians, weight, density=density, transposed=True)
+    flipped = run_layer(base.T.contiguous(), tuned.T.contiguous(), *hessians, weight, density=density, transposed=True)
     np.testing.assert_allclose(
-        (turned.patched.T - base).numpy(), best_change(delta, turned.mask.T.numpy(), *hessians, weight), atol=2e-4
+        (flipped.patched.T - base).numpy(), best_change(delta, flipped.mask.T.numpy(), *hessians, weight), atol=2e-4
     )
 
 
@@ -435,10 +435,10 @@ def test_experts_have_retained_hessians_of_their_own(family, tmp_path):
     for record in fused:
         assert len(record["retain"]) == len(record["experts"])
         assert 0.0 < record["drift"] < 1.0
-        name, turned = record["name"], new.tensors[record["name"]].transposed
+        name, flipped = record["name"], new.tensors[record["name"]].transposed
         for expert, (first, second) in enumerate(zip(record["experts"], record["retain"], strict=True)):
             delta, change = tuned[name][expert] - base[name][expert], out[name][expert] - base[name][expert]
-            delta, change = (delta.T, change.T) if turned else (delta, change)
+            delta, change = (delta.T, change.T) if flipped else (delta, change)
             best = best_change(delta.numpy(), (change != 0).numpy(), dense(new, first), dense(old, second), 0.1)
             np.testing.assert_allclose(change.numpy(), best, atol=1e-3 * float(delta.abs().max()))
     patched = [record for record in report.to_dict()["tensors"] if record["status"] == "patched"]

@@ -67,13 +67,13 @@ def test_the_rate_goes_up_and_then_down_to_nothing():
     assert 0 < rates[-1] < 0.1
 
 
-@pytest.mark.parametrize("place", [Place(("p",)), Place(("p",), turned=True), Place(("p",), part=2)])
+@pytest.mark.parametrize("place", [Place(("p",)), Place(("p",), transposed=True), Place(("p",), part=2)])
 @pytest.mark.parametrize("turned_part", [False, True])
 def test_entries_are_found_in_the_parameter_that_holds_their_tensor(place, turned_part):
     if turned_part and place.part is not None:
-        place = Place(("p",), part=2, turned=True)
+        place = Place(("p",), part=2, transposed=True)
     tensor = torch.arange(15.0).view(3, 5)
-    held = tensor.T.contiguous() if place.turned else tensor
+    held = tensor.T.contiguous() if place.transposed else tensor
     if place.part is not None:
         held = torch.stack([held - 100, held - 200, held, held - 300])
     kept = torch.tensor([0, 4, 7, 14])
