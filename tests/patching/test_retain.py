@@ -389,7 +389,7 @@ def test_tensors_without_retained_statistics_are_patched_without_the_term(llama_
     pair = (llama_pair / "base", llama_pair / "tuned", "--stats", llama_pair / "stats")
     planned = run("patch", *pair, "--retain", tmp_path / "some", "-o", tmp_path / "out", "--dry-run")
     assert "(15 with the retain term, propagated" in planned.stdout
-    assert re.search(r"note: 6 \(without the retain term: no retained statistics: not chosen", planned.stderr)
+    assert re.search(r"note: 6 \(without the retain term: no retained statistics: not chosen", planned.stdout)
     done = run("patch", *pair, "--retain", tmp_path / "some", "-o", tmp_path / "out")
     assert re.search(r"note: 6 \(without the retain term", done.stderr)
     report = json.loads((tmp_path / "out" / "tailor_report.json").read_text())
