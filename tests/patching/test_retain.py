@@ -478,7 +478,8 @@ def test_the_job_through_the_commands(llama_pair, tmp_path):
     run("apply", base, tmp_path / "p.safetensors", "-o", tmp_path / "applied")
     applied, out = read_tensors(tmp_path / "applied"), read_tensors(tmp_path / "out")
     assert {name: bits(tensor) for name, tensor in applied.items()} == {n: bits(t) for n, t in out.items()}
-    assert "retain weight 0.5" in run("score", *arguments, "-o", tmp_path / "score.json").stdout
+    scored = run("score", *arguments, "--tensors", "-o", tmp_path / "score.json").stdout
+    assert "retain weight 0.5" in " ".join(scored.split())
     run("inspect", tmp_path / "score.json", "--plot", tmp_path / "score.png")
 
 
