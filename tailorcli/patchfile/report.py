@@ -186,6 +186,10 @@ def read_report(report: dict[str, Any], path: Path) -> PatchReport:
         records = [read_record(tensor) for tensor in report["tensors"]]
         found = PatchReport(command, report["options"], report["inputs"], records, {}, 0.0)
         _check_together(found)
+        totals = report["totals"] if isinstance(report["totals"], dict) else {}
+        lacking = sorted(found.totals.keys() - totals.keys())
+        if lacking:
+            raise ValueError(f"its totals lack {lacking[0]!r}")
     except ValueError as error:
         raise CheckpointError(f"{path} is malformed: {str(error)[:300]}", _MAKE_AGAIN) from error
     return found
