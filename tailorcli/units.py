@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from rich.filesize import decimal
+
 from tailorcli.errors import OptionsError
 
 
@@ -21,11 +23,7 @@ def format_share(value: float | None) -> str:
 
 def format_bytes(count: float) -> str:
     """Bytes in decimal units, as file managers and transformers count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+    return decimal(int(count))
 
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*$", re.IGNORECASE)

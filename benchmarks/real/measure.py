@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.real.chain import load_cached, store
 from benchmarks.real.data import NEW_TASK, OLD_TASKS
+from tailorcli import h_score
 
 BATCH = 4  # windows at a time: the logits of one window take 25 MB, and 50 MB in float32
 CANDIDATES = 8
@@ -148,11 +149,6 @@ def evaluate(
     scores = {task: score(model, windows) for task, windows in tasks.items()}
     store(file, key, scores)
     return scores
-
-
-def h_score(old: float, new: float) -> float:
-    """Return the harmonic mean of the old tasks' average and the new task (Eq. 32)."""
-    return 2 * old * new / (old + new) if old + new > 0 else 0.0
 
 
 def summarise(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from tailorcli.adapters.config import CONFIG_FILE, read_settings
 from tailorcli.adapters.fit import WEIGHTS_FILE, Formula, LoadedNames, fit_adapter
 from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, side_files
-from tailorcli.checkpoint.header import TensorInfo
+from tailorcli.checkpoint.header import TensorInfo, torch_dtype
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.errors import CheckpointError, NumericalError
 from tailorcli.files import PathLike
@@ -142,7 +142,8 @@ class AdaptedCheckpoint(Checkpoint):
         """A stored tensor in ``dtype``, piece by piece, so that no second copy of it is held."""
         import torch
 
-        stored = _torch_dtype(info)
+        stored = torch_dtype(info.dtype)
+        assert stored is not None  # an adapter's other dtypes are refused when it is opened
         result = torch.empty(info.numel, dtype=dtype or stored)
         raw = torch.empty(min(_PIECE, info.numel) * stored.itemsize, dtype=torch.uint8)
         for start in range(0, info.numel, _PIECE):
@@ -151,12 +152,6 @@ class AdaptedCheckpoint(Checkpoint):
             super().read_into(info, piece.numpy().data, start * stored.itemsize)
             result[start : start + count] = piece.view(stored)
         return result.view(info.shape)
-
-
-def _torch_dtype(info: TensorInfo) -> torch.dtype:
-    import torch
-
-    return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}[info.dtype]
 
 
 def is_adapter(path: PathLike) -> bool:

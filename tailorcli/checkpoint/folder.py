@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.checkpoint.header import DTYPES, SAVE_AGAIN, TensorInfo, damaged, read_header
+from tailorcli.checkpoint.header import SAVE_AGAIN, TensorInfo, damaged, read_header, torch_dtype
 from tailorcli.errors import CheckpointError
 from tailorcli.files import PathLike, read_json, unreadable
 from tailorcli.system import open_for_reading, read_at
@@ -107,15 +107,15 @@ class Checkpoint:
         import torch
 
         info = self.tensors[name]
-        torch_name = DTYPES[info.dtype][1]
-        if torch_name is None:
+        dtype = torch_dtype(info.dtype)
+        if dtype is None:
             raise CheckpointError(
                 f"tensor {name!r} has dtype {info.dtype}, which torch cannot hold", "leave it out with --exclude"
             )
         raw = torch.empty(info.nbytes, dtype=torch.uint8, pin_memory=pinned)
         if info.nbytes:
             self.read_into(info, raw.numpy().data, 0)
-        return raw.view(getattr(torch, torch_name)).view(info.shape)
+        return raw.view(dtype).view(info.shape)
 
     def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
         """Fill ``buffer`` with the tensor's bytes from ``start`` on."""

@@ -10,10 +10,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tailorcli.errors import CheckpointError
 from tailorcli.files import unreadable
+
+if TYPE_CHECKING:
+    import torch
 
 # Bits of one element, and the torch dtype of the same layout where there is one.
 DTYPES: dict[str, tuple[int, str | None]] = {
@@ -55,6 +58,14 @@ _MAX_SIZE = 1 << 62  # of anything in a header, so that no product of sizes leav
 def bits_of(dtype: str) -> int:
     """Bits of one element of a dtype by its safetensors name; 0 for an unknown one."""
     return DTYPES[dtype][0] if dtype in DTYPES else 0
+
+
+def torch_dtype(name: str) -> torch.dtype | None:
+    """The torch dtype of a safetensors dtype such as ``BF16``; None where torch has none of that layout."""
+    import torch
+
+    torch_name = DTYPES[name][1]
+    return getattr(torch, torch_name) if torch_name is not None else None
 
 
 @dataclass(frozen=True)

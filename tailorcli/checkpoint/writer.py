@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
-from tailorcli.checkpoint.header import TensorInfo
+from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo, torch_dtype
 from tailorcli.checkpoint.journal import ANEW, Journal, WriteQueue, write_all
 from tailorcli.checkpoint.layout import ShardLayout
 from tailorcli.errors import NumericalError, OutputError, other_base
@@ -194,6 +194,6 @@ def _refuse_nan(piece: memoryview, info: TensorInfo, source: Checkpoint) -> None
     """A tensor that is only copied may hold infinities, as masks do, but no NaN."""
     import torch
 
-    dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}.get(info.dtype)
+    dtype = torch_dtype(info.dtype) if info.dtype in PATCHABLE_DTYPES else None
     if dtype is not None and bool(torch.frombuffer(piece, dtype=dtype).isnan().any()):
         raise NumericalError(f"NaN in tensor {info.name!r} of {source.path}", "check this checkpoint")

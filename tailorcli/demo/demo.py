@@ -111,7 +111,7 @@ class DemoRow:
     old: float
     new: float
     h_score: float
-    path: str | None  # None: not saved
+    path: str
     note: str = ""  # why this setting is shown
 
     @property
@@ -231,7 +231,7 @@ def follow_up_commands(report: DemoReport) -> list[str]:
     code = f"import tailorcli.demo as d; print(d.evaluate_checkpoint({mine!r}, {report.paths['data']!r}))"
     return [
         f"tailorcli inspect {path['stats']}",
-        f"tailorcli inspect {shlex.quote(str(default))}",
+        f"tailorcli inspect {shlex.quote(default)}",
         f"tailorcli score {inputs} --density 0.2",
         f"tailorcli patch {retaining} --density 0.3 -o {shlex.quote(mine)}",
         f"tailorcli patch {inputs} --density 0.3 --solver none -o {shlex.quote(mine)} --overwrite",
@@ -373,26 +373,11 @@ def _save(network: Any, path: Path) -> None:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A model to measure: a checkpoint, or with ``weight`` a step from it towards ``other``."""
+    """A checkpoint to measure: what kind of model it is, how it was made, and where it lies."""
 
     model: str
     setting: str
     path: Path
-    other: Path | None = None
-    weight: float = 0.0
-
-    def load(self) -> Any:
-        """The network, in float32 on the CPU."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        network = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32).eval()
-        if self.other is not None:
-            other = AutoModelForCausalLM.from_pretrained(self.other, dtype=torch.float32)
-            with torch.no_grad():
-                for mine, theirs in zip(network.parameters(), other.parameters(), strict=True):
-                    mine.lerp_(theirs, self.weight)
-        return network
 
 
 def _compare(
@@ -407,10 +392,14 @@ def _compare(
     from tailorcli.patching.patch import patch_checkpoint
 
     base, tuned = folder / "base", folder / "tuned"
-    mixed = [_Candidate("interpolation", f"weight {w}", base, tuned, w) for w in settings.weights]
+    mixed = {w: _interpolated(folder, w) for w in settings.weights}
     points = dict.fromkeys((_DEFAULT, _PAPER, *settings.operating_points))
     patched = {point: _patched(folder, *point) for point in points}
-    with timer.stage("patch"), Progress("patching", len(patched), "models", shown=progress) as bar:
+    with timer.stage("patch"), Progress("patching", len(mixed) + len(patched), "models", shown=progress) as bar:
+        for weight, candidate in mixed.items():
+            options = PatchOptions(method="interpolate", weight=weight, device="cpu")
+            patch_checkpoint(base, tuned, candidate.path, None, options)
+            bar.update()
         for (solver, density, retained), candidate in patched.items():
             options = PatchOptions(density, solver=solver, device="cpu")
             retain = folder / "base-stats" if retained else None
@@ -418,9 +407,9 @@ def _compare(
             bar.update()
     with timer.stage("validate"):
         texts = {n: samples(task.validation, settings.window, settings.validation_samples) for n, task in tasks.items()}
-        tried = _measure_all([*mixed, *patched.values()], texts, "choosing on validation", progress)
+        tried = _measure_all([*mixed.values(), *patched.values()], texts, "choosing on validation", progress)
         scores = {candidate: row.h_score for candidate, row in tried.items()}
-    best_mixed, best_patched = max(mixed, key=scores.__getitem__), max(patched.values(), key=scores.__getitem__)
+    best_mixed, best_patched = (max(some.values(), key=scores.__getitem__) for some in (mixed, patched))
     shown = {_Candidate("base", "", base): "", _Candidate("tuned", "", tuned): "", best_mixed: _CHOSEN}
     shown |= {patched[_DEFAULT]: "default", patched[_PAPER]: "the paper's"}
     shown[best_patched] = ", ".join(filter(None, (shown.get(best_patched), _CHOSEN)))
@@ -428,6 +417,10 @@ def _compare(
         tested = _measure_all(shown, test, "testing", progress)
         rows = [replace(tested[candidate], note=note) for candidate, note in shown.items()]
     return rows, {f"{candidate.model}, {candidate.setting}": score for candidate, score in scores.items()}
+
+
+def _interpolated(folder: Path, weight: float) -> _Candidate:
+    return _Candidate("interpolation", f"weight {weight}", folder / "patched" / f"interpolate-{weight}")
 
 
 def _patched(folder: Path, solver: Solver | str, density: float, retained: bool) -> _Candidate:
@@ -439,8 +432,11 @@ def _patched(folder: Path, solver: Solver | str, density: float, retained: bool)
 def _measure(candidate: _Candidate, texts: dict[str, list[str]]) -> DemoRow:
     """The share of next bytes that the model's first guess gets right, in percent, task by task."""
     import torch
+    from transformers import AutoModelForCausalLM
 
-    network = candidate.load()
+    from tailorcli.evaluation.metrics import h_score
+
+    network = AutoModelForCausalLM.from_pretrained(candidate.path, dtype=torch.float32).eval()
     accuracy = {}
     for name, task_texts in texts.items():
         right = total = 0
@@ -452,6 +448,5 @@ def _measure(candidate: _Candidate, texts: dict[str, list[str]]) -> DemoRow:
         accuracy[name] = 100 * right / total
     old = sum(accuracy[name] for name in OLD_TASKS) / len(OLD_TASKS)
     new = accuracy[NEW_TASK]
-    h_score = 2 * old * new / (old + new) if old + new else 0.0
-    saved = None if candidate.other else str(candidate.path)
-    return DemoRow(candidate.model, candidate.setting, accuracy, old, new, h_score, saved)
+    score = h_score(old, new)
+    return DemoRow(candidate.model, candidate.setting, accuracy, old, new, score, str(candidate.path))

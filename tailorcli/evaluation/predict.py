@@ -21,7 +21,7 @@ from tailorcli.evaluation.metrics import TaskScores
 from tailorcli.evaluation.tasks import EncodedTask, Item, Row, normalise
 from tailorcli.models.generation import greedy_generation
 from tailorcli.models.loading import quiet_transformers
-from tailorcli.models.running import check_ids, forward, to_device
+from tailorcli.models.running import check_ids, forward, output_head, to_device
 from tailorcli.options import EvaluateOptions
 
 if TYPE_CHECKING:
@@ -130,9 +130,7 @@ class _Reader:
     def __init__(self, network: Any) -> None:
         self.network = network
         self.device = next(network.parameters()).device
-        get_head = getattr(network, "get_output_embeddings", None)
-        found = get_head() if callable(get_head) else None
-        self._linear = found if isinstance(found, nn.Linear) else None
+        self._linear = output_head(network)
         self.head: nn.Linear | None = self._linear
 
     def check(self, row: Row, tokens: Tensor) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tailorcli.checkpoint.folder import Checkpoint
-from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
+from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -219,7 +219,8 @@ def _read(
     """The checkpoint tensor's values at (start, length) places, cast to a dtype."""
     import torch
 
-    dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}[info.dtype]
+    dtype = torch_dtype(info.dtype)
+    assert dtype is not None  # one of PATCHABLE_DTYPES
     parts = []
     for start, length in spots:
         raw = torch.empty(length * dtype.itemsize, dtype=torch.uint8)

@@ -73,15 +73,21 @@ def check_ids(samples: list[Inputs], network: Any) -> None:
         )
 
 
+def output_head(model: Any) -> nn.Linear | None:
+    """The linear layer that makes logits over the vocabulary; None for a model that has none."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    return head if isinstance(head, nn.Linear) else None
+
+
 @contextmanager
 def last_logits_only(model: nn.Module) -> Iterator[None]:
     """Give the output head only the last token of each sample while this lasts: no one reads its logits.
 
     Enter it after the hooks that look at the head's inputs, which then see all of them.
     """
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    handle = head.register_forward_pre_hook(_last_position) if isinstance(head, nn.Linear) else None
+    head = output_head(model)
+    handle = head.register_forward_pre_hook(_last_position) if head is not None else None
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.header import torch_dtype
 from tailorcli.errors import CheckpointError
 from tailorcli.models.loading import cannot_load, described, model_class_of, prepared, quiet_transformers
 from tailorcli.options import LoadOptions
@@ -47,9 +48,8 @@ def run_dtype(checkpoint: Checkpoint, config: Any, options: LoadOptions) -> torc
     if options.dtype != "auto":
         found = getattr(torch, options.dtype)
     else:
-        stored = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-        first = next((stored[i.dtype] for i in checkpoint.tensors.values() if i.dtype in stored), torch.float32)
-        found = getattr(config, "dtype", None) or first
+        stored = (i.dtype for i in checkpoint.tensors.values() if i.dtype in ("F32", "BF16", "F16"))
+        found = getattr(config, "dtype", None) or torch_dtype(next(stored, "F32"))
     assert isinstance(found, torch.dtype)
     return found
 

@@ -18,6 +18,7 @@ from tailorcli.models.config import read_config
 from tailorcli.models.layers import Layer, find_layers, is_convolution
 from tailorcli.models.lockstep import find_blocks
 from tailorcli.models.parts import Parts
+from tailorcli.models.running import output_head
 from tailorcli.models.skeleton import empty_model
 from tailorcli.options import CalibrateOptions
 
@@ -54,9 +55,7 @@ class PartModel:
     @property
     def head(self) -> nn.Module | None:
         """Its output layer."""
-        get_head = getattr(self.network, "get_output_embeddings", None)
-        found = get_head() if callable(get_head) else None
-        return found if isinstance(found, nn.Linear) else None
+        return output_head(self.network)
 
     def waits_at_head(self) -> bool:
         """Whether its batches may wait at its output layer: what goes in is then wanted whole."""

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tailorcli.core.distillation import divergence
 from tailorcli.errors import CheckpointError
-from tailorcli.models.running import forward, to_device
+from tailorcli.models.running import forward, output_head, to_device
 
 if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
@@ -30,9 +30,8 @@ class Teacher:
 
 def head_of(network: Any) -> nn.Linear:
     """The output layer. Raises CheckpointError for a model that has none over its vocabulary."""
-    get_head = getattr(network, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    if not isinstance(head, nn.Linear):
+    head = output_head(network)
+    if head is None:
         raise CheckpointError(
             f"{type(network).__name__} has no linear output layer over its vocabulary, whose answers could be learned",
             "leave --distill out",
