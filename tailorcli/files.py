@@ -6,14 +6,17 @@ import errno
 import hashlib
 import json
 import os
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from tailorcli.errors import CheckpointError, OutputError
-from tailorcli.system import sync_path
+from tailorcli.system import open_for_reading, sync_path
+from tailorcli.typed import require_sound
 
 PathLike = str | os.PathLike[str]
 
+_MOST_JSON = 1 << 27  # bytes: JSON takes up to twenty times as much memory
 _NO_MORE_FILES = (errno.EMFILE, errno.ENFILE)
 _MORE_FILES = "allow more of them (ulimit -n 4096), or save the checkpoints in fewer shards"
 _NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # a system may know no quotas
@@ -26,13 +29,51 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"cannot read {path}: {error.strerror or error}", "check the path and its permissions")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a CheckpointError that names the file."""
+def require_file(path: Path) -> None:
+    """Refuse a pipe, a socket or a device, at which another library would wait without end. Raises CheckpointError."""
+    if not path.is_file() and not path.is_dir() and path.exists():
+        raise CheckpointError(f"{path} is a pipe or a device, not a file", "take it away")
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """A regular file, open for reading. Raises OSError for whatever else is there; never waits for it."""
+    return os.fdopen(open_for_reading(path), "rb")
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a regular file. Raises OSError."""
+    with open_regular(path) as stream:
+        return stream.read()
+
+
+def read_text_file(path: Path, encoding: str = "utf-8") -> str:
+    """All of a regular file as text, each line end a newline. Raises OSError, UnicodeDecodeError."""
+    with open_regular(path) as stream:
+        return TextIOWrapper(stream, encoding).read()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value of few levels whose texts can be printed; its numbers may be any. Raises ValueError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    require_sound(value)
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, as ``parse_json`` reads it; a CheckpointError that names the file."""
+    try:
+        with open_regular(path) as stream:
+            text = stream.read(_MOST_JSON + 1)
     except OSError as error:
         raise unreadable(path, error) from error
-    except (ValueError, RecursionError) as error:
+    if len(text) > _MOST_JSON:
+        raise CheckpointError(f"{path} has more than {_MOST_JSON:,} bytes", "pass a file of JSON, not of data")
+    try:
+        value = parse_json(text.decode("utf-8"))
+    except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}", "download or save it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object", "download or save it again")
@@ -61,7 +102,7 @@ def as_output_error(path: Path, error: OSError) -> OutputError:
 
 def file_digest(path: Path) -> str:
     """A hash of a data file's bytes, by which a manifest or a report names it. Raises OSError."""
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 

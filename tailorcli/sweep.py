@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from tailorcli._version import __version__
 from tailorcli.adapters.checkpoint import is_adapter, open_tuned
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
-from tailorcli.errors import OptionsError, OutputError, TailorError
+from tailorcli.errors import CheckpointError, OptionsError, OutputError, TailorError
 from tailorcli.evaluation.evaluate import encode_for_all, score_model, tokenizer_digest
 from tailorcli.evaluation.metrics import (
     Array,
@@ -42,6 +43,7 @@ from tailorcli.evaluation.tasks import Task, read_tasks
 from tailorcli.files import PathLike, as_output_error, file_digest, read_json, write_text_atomically
 from tailorcli.options import EvaluateOptions, PatchMethod, PatchOptions, Solver
 from tailorcli.patching.patch import patch_checkpoint
+from tailorcli.typed import field_of, list_of, read_amount, read_number, read_object
 
 if TYPE_CHECKING:
     from tailorcli.evaluation.tasks import EncodedTask
@@ -388,13 +390,41 @@ class _Scorer:
             values = {"label": label, "options": options, "seconds": seconds}
             values["scores"] = {name: _plain(one) for name, one in scores.items()}
             write_text_atomically(file, json.dumps(values) + "\n")
+        items = {f"{part}/{n}": len(t.items) for part, ms in self.tasks.items() for n, t in ms[encoded_for].items()}
+        return _read_scores(file, items)
+
+
+def _read_scores(file: Path, items: Mapping[str, int]) -> tuple[dict[str, dict[str, TaskScores]], float]:
+    """What ``_scores`` stored of one model: part -> task -> scores of so many items, and its seconds.
+
+    Raises OutputError for a file that is damaged.
+    """
+    found: dict[str, dict[str, TaskScores]] = {}
+    try:
         stored = read_json(file)
-        found: dict[str, dict[str, TaskScores]] = {part: {} for part in self.tasks}
-        for name, values in stored["scores"].items():
+        scores = field_of(stored, "scores", read_object)
+        if scores.keys() != items.keys():
+            raise ValueError("it is of other tasks")
+        for name, values in scores.items():
             part, _, task = name.partition("/")
-            correct, count, loss = (np.array(values[key], float) for key in ("correct", "count", "loss"))
-            found[part][task] = TaskScores(correct, count, loss)
-        return found, float(stored["seconds"])
+            readers = {"correct": read_amount, "count": read_amount, "loss": _read_loss}
+            correct, count, loss = (
+                np.array(field_of(values, key, list_of(read)), float) for key, read in readers.items()
+            )
+            if {len(correct), len(count), len(loss)} != {items[name]} or not (count > 0).all():
+                raise ValueError(f"{name} has not a score for each of {items[name]} items")
+            found.setdefault(part, {})[task] = TaskScores(correct, count, loss)
+        seconds = float(field_of(stored, "seconds", read_amount))
+    except (ValueError, CheckpointError) as error:
+        raise OutputError(
+            f"the result of an earlier sweep in {file} is damaged: {error}", "remove that file"
+        ) from error
+    return found, seconds
+
+
+def _read_loss(value: Any) -> float:
+    """A loss, NaN where there is none. Raises ValueError."""
+    return math.nan if isinstance(value, float) and math.isnan(value) else read_number(value)
 
 
 def _plain(scores: TaskScores) -> dict[str, list[float]]:

@@ -7,20 +7,42 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends otherwise
+_NO_WAITING = getattr(os, "O_NONBLOCK", 0)
 _ZEROS = 1 << 24  # bytes written at a time where the system cannot reserve room
 _NO_RESERVING = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that cannot
 _seeking = threading.Lock()  # a file has one position: where it must be moved, one thread at a time reads or writes
 
 
 def open_for_reading(path: Path) -> int:
-    """A descriptor for ``read_at``. Raises OSError."""
-    return os.open(path, os.O_RDONLY | _BINARY)
+    """A descriptor of a regular file, for ``read_at``. Raises OSError, and never waits.
+
+    A pipe or a device in a file's place has no end and may have no beginning: opening one could block, or do things.
+    """
+    try:
+        _require_regular(path.stat())
+        descriptor = os.open(path, os.O_RDONLY | _BINARY | _NO_WAITING)
+    except ValueError as error:  # a null character, or half of one that the file system cannot name
+        raise OSError(errno.EINVAL, "no file can have this name") from error
+    try:
+        _require_regular(os.fstat(descriptor))  # it may have changed meanwhile
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _require_regular(found: os.stat_result) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
 
 
 def open_for_writing(path: Path) -> int:

@@ -17,6 +17,7 @@ from tailorcli.checkpoint.header import read_header
 from tailorcli.checkpoint.renamed import RenamedCheckpoint
 from tailorcli.errors import CheckpointError, StatsError
 from tailorcli.files import PathLike, file_digest, read_json
+from tailorcli.typed import field_of, read_index, read_text, require_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,9 +140,9 @@ class Stats:
                 )
             tensors = {name: TensorStats(**entry) for name, entry in manifest["tensors"].items()}
             hessians = {name: HessianInfo(**entry) for name, entry in manifest["hessians"].items()}
-            str(manifest["model"]["fingerprint"])
+            field_of(manifest["model"], "fingerprint", read_text)
             infos, _ = read_header(folder / HESSIANS)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise StatsError(f"{manifest_path} is malformed: {error!r}", _AGAIN) from error
         except CheckpointError as error:
             raise StatsError(error.message, _AGAIN) from error
@@ -160,6 +161,10 @@ class Stats:
             if not entry.is_sound:
                 what = f"the entry {name!r} has a field of the wrong type or range"
                 raise StatsError(f"{manifest_path} is malformed: {what}", _AGAIN)
+        try:
+            require_plain(self.manifest)
+        except ValueError as error:
+            raise StatsError(f"{manifest_path} is malformed: {error}", _AGAIN) from error
         stored = self._store.tensors
         for name, info in self.hessians.items():
             if name not in stored:
@@ -210,13 +215,15 @@ class Stats:
                 "calibrate again, without --no-samples; or pass --no-propagate",
             )
         try:
-            if file_digest(file) != kept["blake2b"]:
+            if file_digest(file) != field_of(kept, "blake2b", read_text):
                 raise StatsError(f"{file} is not the one that {MANIFEST} names", _AGAIN)
-            found: list[Inputs] = [{} for _ in range(kept["count"])]
-            for name, value in load_file(file).items():
+            values = load_file(file)
+            count = field_of(kept, "count", lambda value: read_index(value, len(values) + 1))  # each has a tensor
+            found: list[Inputs] = [{} for _ in range(count)]
+            for name, value in values.items():
                 position, _, field_name = name.partition(" ")
-                found[int(position)][field_name] = value
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
+                found[read_index(int(position), count)][field_name] = value
+        except (OSError, SafetensorError, ValueError) as error:
             raise StatsError(f"cannot read the samples in {file}: {error}", _AGAIN) from error
         return found
 

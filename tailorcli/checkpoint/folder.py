@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.header import SAVE_AGAIN, TensorInfo, damaged, read_header, torch_dtype
 from tailorcli.errors import CheckpointError
-from tailorcli.files import PathLike, read_json, unreadable
+from tailorcli.files import PathLike, read_json, require_file, unreadable
 from tailorcli.system import open_for_reading, read_at
 
 if TYPE_CHECKING:
@@ -286,9 +286,13 @@ _SKIPPED_FOLDERS = ("checkpoint-", "global_step", "runs", "original", "__pycache
 
 
 def side_files(folder: Path) -> Iterator[Path]:
-    """Config, tokenizer, templates, custom code: relative paths of what is no weight and no training state."""
+    """Config, tokenizer, templates, custom code: relative paths of what is no weight and no training state.
+
+    Raises CheckpointError where a pipe or a device lies among them: whoever copies it would wait without end.
+    """
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(_SKIPPED_FOLDERS))
         for name in sorted(files):
             if not name.endswith(WEIGHT_SUFFIXES) and name not in _TRAINING_STATE and not name.startswith("."):
+                require_file(Path(root) / name)
                 yield (Path(root) / name).relative_to(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import reprlib
 import struct
 from collections import Counter
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.errors import CheckpointError
-from tailorcli.files import unreadable
+from tailorcli.files import open_regular, unreadable
+from tailorcli.typed import require_sound
 
 if TYPE_CHECKING:
     import torch
@@ -104,8 +106,8 @@ def build_header(entries: Mapping[str, Any], room: int = 0) -> bytes:
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """The tensors and the metadata that a safetensors file declares, every claim checked against its size."""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
@@ -117,6 +119,10 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
         raise damaged(file, "its __metadata__ is not an object")
+    try:
+        require_sound(metadata)
+    except ValueError as error:
+        raise damaged(file, f"its __metadata__ is no plain text: {error}") from error
     start = 8 + length
     infos = [_parse_entry(file, name, entry, start) for name, entry in header.items()]
     infos.sort(key=lambda info: (info.offset, info.nbytes))

@@ -11,8 +11,9 @@ from time import perf_counter
 from typing import Any
 
 from tailorcli.errors import OutputError
-from tailorcli.files import as_output_error, write_text_atomically
+from tailorcli.files import as_output_error, parse_json, read_text_file, write_text_atomically
 from tailorcli.system import sync_data, write_at
+from tailorcli.typed import field_of, read_object, read_text, require_plain
 
 ANEW = "start anew with --overwrite"
 
@@ -40,11 +41,10 @@ class Journal:
         """The entries of an earlier run of the same ``identity``; ``folder`` is what the error names."""
         damaged = OutputError(f"cannot resume in {folder}: its journal is damaged", ANEW)
         try:
-            lines = self.path.read_text(encoding="utf-8").split("\n")
-            earlier = dict(json.loads(lines[0])["identity"])
-            entries = [dict(json.loads(line)) for line in lines[1:-1]]
-            _ = [(str(entry["name"]), dict(entry["record"])) for entry in entries]
-        except (ValueError, KeyError, TypeError) as error:
+            lines = read_text_file(self.path).split("\n")
+            earlier = identity_in(lines[0])
+            entries = [_entry(line) for line in lines[1:-1]]
+        except (OSError, ValueError) as error:
             raise damaged from error
         current = json.loads(json.dumps(identity))  # the same round trip: tuples become lists
         changed = sorted(key for key in {*earlier, *current} if earlier.get(key) != current.get(key))
@@ -76,6 +76,20 @@ class Journal:
         except OSError as error:
             raise as_output_error(self.path, error) from error
         self._lines, self._files, self._nbytes = [], set(), 0
+
+
+def identity_in(line: str) -> dict[str, Any]:
+    """Which run's a journal is, by its first line. Raises ValueError."""
+    first = parse_json(line)
+    require_plain(first)
+    return field_of(first, "identity", read_object)  # type: ignore[no-any-return]
+
+
+def _entry(line: str) -> dict[str, Any]:
+    entry = parse_json(line)
+    require_plain(entry)
+    field_of(entry, "name", read_text), field_of(entry, "record", read_object)
+    return read_object(entry)
 
 
 class WriteQueue:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.data.media import read_image, read_wav
 from tailorcli.data.records import FIELDS, Record, content_parts
 from tailorcli.errors import DataError, first_line, note
+from tailorcli.files import parse_json
 
 if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
@@ -312,8 +312,8 @@ def _with_read_calls(message: dict[str, Any]) -> dict[str, Any]:
     for call in calls:
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            with suppress(ValueError, RecursionError):
-                call = {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+            with suppress(ValueError):
+                call = {**call, "function": {**function, "arguments": parse_json(function["arguments"])}}
         ready.append(call)
     return {**message, "tool_calls": ready}
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tailorcli.errors import DataError
+from tailorcli.files import parse_json, read_text_file
 
 _FORMATS = ".jsonl, .json or .txt"
 FIELDS = 'a record needs "text", or "messages", or "prompt" and "response", with "images" or "audio" as the model takes'
@@ -55,7 +55,7 @@ def read_records(path: Path, text_mode: str = "line", check: Check | None = None
     """
     check = check or check_record
     try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
+        text = read_text_file(path, "utf-8-sig")  # a byte order mark is no text
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}", "pass --data FILE") from error
     except UnicodeDecodeError as error:
@@ -80,16 +80,16 @@ def _json_lines(path: Path, text: str, check: Check) -> Iterator[Record]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(line)
+        except ValueError as error:
             raise DataError(f"{path}:{number} is not JSON: {error}", "one JSON object a line") from error
         yield check(f"{path}:{number}", value, path.parent)
 
 
 def _json_list(path: Path, text: str, check: Check) -> Iterator[Record]:
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(text)
+    except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}", "a list of objects, or use .jsonl") from error
     if not isinstance(values, list):
         raise DataError(f"{path} holds a {type(values).__name__}, expected a list of objects", FIELDS)
@@ -127,8 +127,8 @@ def _tools(where: str, tools: Any) -> list[Any]:
     """The definitions of tools beside messages: a list, or the same as JSON, as tables of mixed types hold it."""
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
+            tools = parse_json(tools)
+        except ValueError as error:
             raise DataError(f'{where}: "tools" is a string that is not JSON: {error}', _TOOLS_HINT) from error
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f'{where}: "tools" must be a list of objects', _TOOLS_HINT)

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.errors import DataError
+from tailorcli.files import parse_json, read_text_file
+from tailorcli.typed import field_of, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,8 +91,8 @@ def write_jsonl(path: Path, texts: Iterable[str]) -> None:
 def read_jsonl(path: Path) -> list[str]:
     """Read the texts of a file that ``write_jsonl`` wrote. Raises DataError if it is missing or malformed."""
     try:
-        return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [field_of(parse_json(line), "text", read_text) for line in read_text_file(path).splitlines()]
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a file of the demo ({error})", "run tailorcli demo again") from error
 
 

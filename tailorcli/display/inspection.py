@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tailorcli.calibration.stats import MANIFEST, Stats
 from tailorcli.checkpoint.folder import GGUF, Checkpoint, gguf_error
+from tailorcli.checkpoint.journal import identity_in
 from tailorcli.checkpoint.writer import JOURNAL, WORK_FOLDER
 from tailorcli.errors import CheckpointError, TailorError
-from tailorcli.files import PathLike, read_json
+from tailorcli.files import PathLike, read_json, read_text_file
 from tailorcli.patchfile.reader import SUFFIX, PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, RUN_FILE, PatchReport, load_report, options_shown
+from tailorcli.typed import field_of, list_of, read_amount, read_text
 
 KINDS = {
     "stats": "statistics for calibrated patching",
@@ -68,8 +70,8 @@ def inspect_path(path: PathLike) -> Inspection:
     if (target / REPORT_FILE).exists():
         facts = _checkpoint_facts(target)
         run = read_json(target / RUN_FILE) if (target / RUN_FILE).exists() else {}
-        if isinstance(run.get("seconds"), float):
-            facts["seconds of work"] = round(run["seconds"], 1)
+        with suppress(ValueError):
+            facts["seconds of work"] = round(field_of(run, "seconds", read_amount), 1)
         return _inspect_report(target, target / REPORT_FILE, "patched", facts)
     with Checkpoint.open(target) as checkpoint:
         tensors = [
@@ -119,9 +121,10 @@ def _checkpoint_facts(folder: Path) -> dict[str, Any]:
             "fingerprint": checkpoint.fingerprint(),
         }
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        facts["architecture"] = (config.get("architectures") or ["unknown"])[0]
-    except (OSError, ValueError, AttributeError):
+        config = read_json(folder / "config.json")
+        named = list_of(read_text)(config.get("architectures") or ())
+        facts["architecture"] = named[0] if named else "unknown"
+    except (CheckpointError, ValueError):
         facts["architecture"] = "unknown (no readable config.json)"
     return facts
 
@@ -153,9 +156,9 @@ def _inspect_stats(folder: Path) -> Inspection:
 
 def _inspect_unfinished(folder: Path) -> Inspection:
     try:
-        lines = (folder / WORK_FOLDER / JOURNAL).read_text(encoding="utf-8").split("\n")
-        identity = json.loads(lines[0])["identity"]
-    except (OSError, ValueError, KeyError) as error:
+        lines = read_text_file(folder / WORK_FOLDER / JOURNAL).split("\n")
+        identity = identity_in(lines[0])
+    except (OSError, ValueError) as error:
         raise TailorError(f"{folder} is an unfinished output with a damaged journal", "remove it") from error
     facts = {
         "tensors safely written": len(lines) - 2,

@@ -17,7 +17,7 @@ from tailorcli.device import device_errors, resolve_device
 from tailorcli.errors import CheckpointError, DataError, OptionsError, TailorError
 from tailorcli.evaluation.metrics import LEVEL, Estimate, Roles, TaskScores, check_roles, compare
 from tailorcli.evaluation.tasks import EncodedTask, Task, encode_task, read_tasks
-from tailorcli.files import PathLike, as_output_error, write_text_atomically
+from tailorcli.files import PathLike, as_output_error, read_bytes, write_text_atomically
 from tailorcli.models.config import read_config
 from tailorcli.models.loading import check_shapes, load_encoder, load_model, most_tokens, package_versions
 from tailorcli.options import EvaluateOptions
@@ -188,7 +188,7 @@ def tokenizer_digest(folder: Path) -> str:
     for name in side_files(folder):
         if str(name) not in _NO_TOKENIZER:
             digest.update(f"{name}\0".encode())
-            digest.update(hashlib.blake2b((folder / name).read_bytes()).digest())
+            digest.update(hashlib.blake2b(read_bytes(folder / name)).digest())
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from tailorcli.errors import DataError, OptionsError
 from tailorcli.evaluation.metrics import check_roles, summarise
 from tailorcli.files import PathLike, read_json
+from tailorcli.typed import read_number
 
 # What is taken where --metric does not say: the first of these that a task has.
 METRICS = ("acc_norm", "acc", "exact_match", "em", "f1", "pass@1")
@@ -136,16 +137,21 @@ def _result(file: Path, task: str, figures: dict[str, Any], wanted: Mapping[str,
         raise DataError(f"{file}: task {task!r} has no metric {' or '.join(names)}", hint)
     if len(found) > 1:
         raise DataError(f"{file}: task {task!r} has {names[0] if asked else _plain(found[0])} of several filters", hint)
-    key, value = found[0], float(there[found[0]])
+    key = found[0]
+    try:
+        value = float(read_number(there[key]))
+    except ValueError as error:
+        raise DataError(f"{file}: {key} of task {task!r}: {error}", hint) from error
     if isinstance(better, dict) and isinstance(better.get(task), dict) and better[task].get(_plain(key)) is False:
         raise DataError(f"{file}: of {key} of task {task!r} less is better, which has no place in an average", hint)
     if not 0 <= value <= 1:
         raise DataError(f"{file}: {key} of task {task!r} is {value}, no share between 0 and 1", hint)
     name, comma, filtered = key.partition(",")
     stderr = figures.get(f"{name}_stderr{comma}{filtered}")
-    if not isinstance(stderr, (int, float)) or not math.isfinite(stderr):  # "N/A" where it was not worked out
+    try:
+        return Result(key, 100 * value, 100 * float(read_number(stderr)))
+    except ValueError:  # "N/A" where it was not worked out
         return Result(key, 100 * value, None)
-    return Result(key, 100 * value, 100 * float(stderr))
 
 
 def _plain(key: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.readahead import ReadAhead
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import NumericalError, OptionsError, PatchError
-from tailorcli.files import PathLike
+from tailorcli.files import PathLike, parse_json, read_bytes
 from tailorcli.merging.plan import MergeInputs, build_merge_plan
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile.reader import PatchFile
@@ -165,11 +164,11 @@ def _same_model(name: str, first: PatchFile, other: PatchFile, base: Checkpoint)
 def _config(patch: PatchFile, base: Checkpoint) -> Any:
     """A patch's config.json without what changes nothing of the model, or its bytes where it is no JSON object."""
     stored = patch.side_files["config.json"].stored
-    content = patch.side_file("config.json") if stored else (base.path / "config.json").read_bytes()
+    content = patch.side_file("config.json") if stored else read_bytes(base.path / "config.json")
     try:
-        config = json.loads(content)
+        config = parse_json(content)
         return {key: value for key, value in config.items() if key not in _NOT_OF_THE_MODEL}
-    except (ValueError, RecursionError, AttributeError):
+    except (ValueError, AttributeError):
         return content
 
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.checkpoint.folder import WEIGHT_SUFFIXES, Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, bits_of, read_header
 from tailorcli.errors import CheckpointError, PatchError, other_base
-from tailorcli.files import PathLike, digest_of
+from tailorcli.files import PathLike, digest_of, parse_json
 from tailorcli.options import is_label
 from tailorcli.patchfile.coding import CODINGS, Places, check, decode, decode_mask
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport, read_report
+from tailorcli.typed import read_object, require_plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,8 +119,6 @@ class PatchFile:
             text = manifest.get(key)
             if text is not None and not (isinstance(text, str) and is_label(text)):
                 raise self._damaged(f"its {key} is no plain text")
-        if not _is_encodable(manifest):
-            raise self._damaged("its metadata is no text")
         self._check_names()
 
     @classmethod
@@ -140,10 +139,12 @@ class PatchFile:
                 "pass a file that tailorcli patch --patch-file wrote",
             )
         try:
-            manifest = json.loads(metadata[METADATA_KEY])
+            manifest = read_object(parse_json(metadata[METADATA_KEY]))
+            require_plain(manifest)
             version = manifest["format_version"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise PatchError(f"{file} is a damaged patch file: its metadata is malformed", _MAKE_AGAIN) from error
+        except (ValueError, KeyError) as error:
+            what = f"{file} is a damaged patch file: its metadata is malformed: {error}"
+            raise PatchError(what, _MAKE_AGAIN) from error
         if type(version) is not int or version != FORMAT_VERSION:
             raise PatchError(
                 f"{file} has format_version {version!r}, expected {FORMAT_VERSION}",
@@ -236,8 +237,8 @@ class PatchFile:
     def report(self) -> PatchReport:
         """The report of the run that made the patch."""
         try:
-            report = json.loads(self.side_file(REPORT_FILE).decode("utf-8"))
-        except (ValueError, RecursionError) as error:
+            report = parse_json(self.side_file(REPORT_FILE).decode("utf-8"))
+        except ValueError as error:
             raise self._damaged("its report is not JSON") from error
         if not isinstance(report, dict):
             raise self._damaged("its report is no JSON object")
@@ -318,12 +319,3 @@ def _is_side_name(name: str) -> bool:
 def _parents(name: str) -> list[str]:
     """The folders above a side file: none of them may be a side file itself."""
     return [parent.as_posix() for parent in PurePosixPath(name).parents]
-
-
-def _is_encodable(value: Any) -> bool:
-    """Whether all texts inside a JSON value can be printed: lone surrogates cannot."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

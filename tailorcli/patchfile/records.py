@@ -1,116 +1,26 @@
-"""What a report says of one tensor, and the checks of every value that is read back from a file."""
+"""What a report says of one tensor, and how it is read back, every value checked."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tailorcli.typed import (
+    Reader,
+    list_of,
+    maybe,
+    one_of,
+    read_amount,
+    read_count,
+    read_flag,
+    read_number,
+    read_shape,
+    read_text,
+    wrong,
+)
+
 PATCHED, AT_BASE = "patched", "base"  # the two states of a tensor
-_MOST_ENTRIES = 1 << 62
-_MOST_DIMENSIONS = 64
-_LARGEST = 1e300  # so that sums over tensors stay finite, too
-_DEEPEST = 32  # levels of a JSON value
-Reader = Callable[[Any], Any]
-
-
-def require_plain(value: Any, depth: int = 0) -> None:
-    """``value`` is JSON that can be written and printed again: finite numbers, encodable text, few levels.
-
-    Raises ValueError that says what is not.
-    """
-    if depth > _DEEPEST:
-        raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
-    if isinstance(value, str):
-        read_text(value)
-    elif isinstance(value, dict):
-        for key, entry in value.items():
-            read_text(key)
-            require_plain(entry, depth + 1)
-    elif isinstance(value, list):
-        for entry in value:
-            require_plain(entry, depth + 1)
-    elif value is not None and not isinstance(value, bool):
-        read_number(value)
-
-
-def _wrong(value: Any, expected: str) -> ValueError:
-    return ValueError(f"it is {ascii(value)[:60]}, expected {expected}")
-
-
-def read_text(value: Any) -> str:
-    """Text that UTF-8 can hold: no lone surrogate. Raises ValueError."""
-    if not isinstance(value, str):
-        raise _wrong(value, "text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _wrong(value, "text without lone surrogates") from error
-    return value
-
-
-def read_count(value: Any) -> int:
-    """A whole number from 0 to 2^62. Raises ValueError."""
-    if type(value) is not int or not 0 <= value < _MOST_ENTRIES:
-        raise _wrong(value, "a whole number, 0 or more")
-    return value
-
-
-def read_number(value: Any) -> float:
-    """A finite number, as it is written: whole ones stay so. Raises ValueError."""
-    if type(value) not in (int, float) or not -_LARGEST <= value <= _LARGEST:  # NaN fails every comparison
-        raise _wrong(value, "a finite number")
-    return value  # type: ignore[no-any-return]
-
-
-def read_amount(value: Any) -> float:
-    """A finite number from 0. Raises ValueError."""
-    if read_number(value) < 0:
-        raise _wrong(value, "a number, 0 or more")
-    return value  # type: ignore[no-any-return]
-
-
-def read_flag(value: Any) -> bool:
-    """True or False. Raises ValueError."""
-    if type(value) is not bool:
-        raise _wrong(value, "true or false")
-    return value
-
-
-def read_shape(value: Any) -> tuple[int, ...]:
-    """The sizes of a tensor. Raises ValueError."""
-    shape: tuple[int, ...] = list_of(read_count)(value)
-    if len(shape) > _MOST_DIMENSIONS or math.prod(shape) >= _MOST_ENTRIES:
-        raise _wrong(value, "the shape of a tensor")
-    return shape
-
-
-def list_of(read: Reader) -> Reader:
-    """A reader of lists, which become tuples."""
-
-    def read_list(value: Any) -> tuple[Any, ...]:
-        if not isinstance(value, list | tuple):
-            raise _wrong(value, "a list")
-        return tuple(read(entry) for entry in value)
-
-    return read_list
-
-
-def maybe(read: Reader) -> Reader:
-    """A reader that also takes null."""
-    return lambda value: None if value is None else read(value)
-
-
-def one_of(*choices: str) -> Reader:
-    """A reader of one of these words."""
-
-    def read_choice(value: Any) -> str:
-        if not isinstance(value, str) or value not in choices:
-            raise _wrong(value, " or ".join(choices))
-        return value
-
-    return read_choice
 
 
 def _read_retain(value: Any) -> tuple[str, ...]:
@@ -264,7 +174,7 @@ def read_record(value: Any) -> TensorRecord:
     Raises ValueError that names the tensor and the field.
     """
     if not isinstance(value, dict):
-        raise _wrong(value, "the record of a tensor")
+        raise wrong(value, "the record of a tensor")
     of_merge = "method" in value
     try:
         read = {key: _read_field(key, entry) for key, entry in value.items() if key in _READERS}

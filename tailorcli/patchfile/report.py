@@ -9,16 +9,8 @@ from typing import Any
 
 from tailorcli.errors import CheckpointError
 from tailorcli.files import read_json
-from tailorcli.patchfile.records import (
-    Reader,
-    TensorRecord,
-    list_of,
-    one_of,
-    read_number,
-    read_record,
-    read_text,
-    require_plain,
-)
+from tailorcli.patchfile.records import TensorRecord, read_record
+from tailorcli.typed import Reader, list_of, one_of, read_number, read_text, require_plain
 
 FORMAT_VERSION = 1
 MERGE = "merge-multi"

@@ -28,6 +28,7 @@ from tailorcli.patchfile.reader import (
 )
 from tailorcli.patchfile.report import REPORT_FILE
 from tailorcli.system import open_for_writing, sync_path
+from tailorcli.typed import list_of, read_count, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,14 +97,14 @@ class PatchWriter:
         try:
             for entry in entries:
                 name = str(entry["name"])
-                self._base_tensors[name]["sha256"] = str(entry["sha256"])
+                self._base_tensors[name]["sha256"] = read_text(entry["sha256"])
                 self.done[name] = dict(entry["record"])
                 if "entry" not in entry:
                     continue
                 self._infos[name]
-                mask, values = entry["bytes"]
+                mask, values = list_of(read_count)(entry["bytes"])
                 if not self._entries:  # the room that was left for the header then
-                    self._reserved = self._position = int(entry["at"])
+                    self._reserved = self._position = read_count(entry["at"])
                     if self._reserved < self._needed:
                         raise OutputError(
                             f"cannot resume {self.file}: its inputs are named by much longer paths now",
@@ -112,8 +113,10 @@ class PatchWriter:
                 if entry["at"] != self._position:
                     raise ValueError(entry["at"])
                 self._entries[name] = PatchTensor(**entry["entry"])
-                self._sizes[name] = (int(mask), int(values))
-                self._position += int(mask) + int(values)
+                if not self._entries[name].is_sound:
+                    raise ValueError(name)
+                self._sizes[name] = (mask, values)
+                self._position += mask + values
         except (KeyError, TypeError, ValueError) as error:
             raise damaged from error
         if self._entries and self._part.stat().st_size < self._position:

@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.adapters.checkpoint import config_folder, tokenizer_folder
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import GrownCheckpoint
+from tailorcli.checkpoint.header import read_header
 from tailorcli.data.records import Record, read_records
 from tailorcli.data.samples import draw_samples, make_batches
 from tailorcli.device import is_out_of_memory
 from tailorcli.errors import CheckpointError, DataError, NumericalError, OptionsError, OutputError, first_line
-from tailorcli.files import PathLike
+from tailorcli.files import PathLike, parse_json
 from tailorcli.models.config import processor_folder, read_config
 from tailorcli.models.loading import aliases, check_shapes, expected_names, load_encoder, load_model, most_tokens
 from tailorcli.models.places import Place, map_names
 from tailorcli.options import CalibrateOptions, KeepOptions, PatchOptions
 from tailorcli.runs.plan import Plan, TensorPlan
 from tailorcli.terminal import Progress
+from tailorcli.typed import read_object
 
 if TYPE_CHECKING:
     import torch
@@ -59,12 +61,10 @@ class MaskFile:
 
     def identity(self) -> dict[str, Any] | None:
         """Of which run its masks are; None if it is no file of masks."""
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(self.path, framework="pt") as opened:
-                return dict(json.loads((opened.metadata() or {})[_METADATA]))
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+            _, metadata = read_header(self.path)
+            return read_object(parse_json(metadata[_METADATA]))
+        except (CheckpointError, KeyError, ValueError):
             return None
 
     def write(self, masks: dict[str, Tensor], identity: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from tailorcli.checkpoint.folder import INDEX_FILE, WEIGHT_SUFFIXES, Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.writer import JOURNAL, WORK_FOLDER, CheckpointWriter
 from tailorcli.errors import CheckpointError, OutputError, PatchError
-from tailorcli.files import as_output_error, digest_of, read_json, write_text_atomically
+from tailorcli.files import as_output_error, digest_of, read_bytes, read_json, write_text_atomically
 from tailorcli.patchfile.reader import SUFFIX, PatchFile
 from tailorcli.patchfile.records import TensorRecord, read_record
 from tailorcli.patchfile.report import REPORT_FILE, RUN_FILE, PatchReport, load_report
@@ -24,6 +24,7 @@ from tailorcli.patchfile.writer import PatchWriter
 from tailorcli.runs.plan import Plan
 from tailorcli.system import bytes_on_disk, peak_memory
 from tailorcli.terminal import Progress
+from tailorcli.typed import field_of, read_amount, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -167,9 +168,13 @@ class Target:
             with PatchFile.open(self.patch_file) as patch:
                 return replace(patch.report(), command=command, is_earlier=True)
         saved = load_report(self.folder / REPORT_FILE)
-        if not isinstance(run.get("stages"), dict) or not isinstance(run.get("seconds"), float):
-            raise OutputError(f"{self.folder / RUN_FILE} is damaged", "start anew with --overwrite")
-        return replace(saved, command=command, stages=run["stages"], seconds=run["seconds"], is_earlier=True)
+        try:
+            seconds = field_of(run, "seconds", read_amount)
+            stages = {name: read_amount(value) for name, value in field_of(run, "stages", read_object).items()}
+        except ValueError as error:
+            what = f"{self.folder / RUN_FILE} is damaged: {error}"
+            raise OutputError(what, "start anew with --overwrite") from error
+        return replace(saved, command=command, stages=stages, seconds=seconds, is_earlier=True)
 
     def _patch_is_finished(self, identity: dict[str, Any]) -> bool:
         """Whether the patch file, if one is asked for, is there whole; another run's is an error."""
@@ -397,9 +402,9 @@ def _differing(side: Mapping[str, Path | bytes], base: Checkpoint) -> dict[str, 
     contents: dict[str, bytes | str] = {}
     for name, source in side.items():
         try:
-            content = source if isinstance(source, bytes) else source.read_bytes()
+            content = source if isinstance(source, bytes) else read_bytes(source)
             same = base.path / name
-            equal = same.is_file() and same.read_bytes() == content
+            equal = same.is_file() and read_bytes(same) == content
         except OSError as error:
             raise CheckpointError(f"cannot read {name}: {error.strerror or error}", "check its permissions") from error
         contents[name] = digest_of(content) if equal else content
