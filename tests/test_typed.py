@@ -20,13 +20,13 @@ def test_only_a_finite_number_is_a_number(value):
     for read in (typed.read_number, typed.read_amount, typed.read_count):
         with pytest.raises(ValueError, match="expected"):
             read(value)
-    with (
-        pytest.raises(ValueError, match=r"expected|levels")
-        if not isinstance(value, str | list | bool | None)
-        else (pytest.raises(ZeroDivisionError))
-    ):
-        typed.require_plain({"a": [value]})
-        _ = 1 / 0  # it is plain: texts, lists, flags and null are
+
+
+@pytest.mark.parametrize("value", NUMBERS[:4])
+def test_what_is_plain_holds_finite_numbers_alone(value):
+    typed.require_plain({"a": [True, None, "1", 1.5, {"b": []}]})
+    with pytest.raises(ValueError, match="finite"):
+        typed.require_plain({"a": [{"b": value}]})
 
 
 def nested(depth):
@@ -71,11 +71,10 @@ def test_every_reader_gives_a_value_of_its_type_or_refuses_it(value):
     for read, kind in types.items():
         try:
             found = read(value)
-        except ValueError as error:
-            assert str(error).isascii()
-        else:
-            assert isinstance(found, kind)
-            json.dumps(found, allow_nan=False, ensure_ascii=False).encode()
+        except ValueError:
+            continue
+        assert isinstance(found, kind)
+        json.dumps(found, allow_nan=False, ensure_ascii=False).encode()
 
 
 def test_an_index_is_below_its_bound():
