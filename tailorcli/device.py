@@ -66,7 +66,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def device_errors(smaller: str = "") -> Iterator[None]:
-    """Turn an out-of-memory error into a DeviceError that says what to try.
+    """Raise DeviceError, which says what to try, in place of an out-of-memory error.
 
     ``smaller`` names the options that make the work smaller, as in "a smaller --batch-size".
     """

@@ -63,7 +63,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, as ``parse_json`` reads it; a CheckpointError that names the file."""
+    """A JSON object from a file, as ``parse_json`` reads it. Raises CheckpointError, which names the file."""
     try:
         with open_regular(path) as stream:
             text = stream.read(_MOST_JSON + 1)

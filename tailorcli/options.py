@@ -61,7 +61,7 @@ class MergeMethod(StrEnum):
 
 
 class TextMode(StrEnum):
-    """What of a text file is a document: a line, or a chunk of so many tokens."""
+    """What counts as a document of a text file: a line, or a chunk of so many tokens."""
 
     LINE = "line"
     CHUNK = "chunk"

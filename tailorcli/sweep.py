@@ -351,7 +351,7 @@ class _Scorer:
         return name, name, None, *self._scores(name, {}, (), lambda: (path, 0.0), name)
 
     def patched(self, setting: Setting, base: PathLike, tuned: PathLike, inputs: dict[str, PathLike | None]) -> _Result:
-        """A setting's model, which is written, evaluated and removed."""
+        """A setting's model, which is written, evaluated and removed. Raises TailorError, which names the setting."""
         work = self.folder / _WORK
         options = setting.resolved
 

@@ -162,7 +162,7 @@ def _new_bar(what: str, total: int, unit: str) -> Any:
 
 
 def _count(number: int) -> str:
-    """As tqdm writes it: 950, 12.3k, 4.56M."""
+    """A count as tqdm writes it: 950, 12.3k, 4.56M."""
     if number < 10_000:
         return f"{number:,}"
     value, units = float(number), iter(("", "k", "M", "G", "T", "P"))

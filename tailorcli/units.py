@@ -30,7 +30,7 @@ _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*$", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Bytes in a size such as ``5GB`` (decimal, as transformers counts) or ``512MiB`` (binary)."""
+    """Bytes in a size such as ``5GB`` (decimal, as transformers counts) or ``512MiB`` (binary). Raises OptionsError."""
     match = _SIZE.match(text)
     if match is None or len(text) > 40:  # more digits than that would leave the floats
         raise OptionsError(f"not a size: {text!r}", "write it like 5GB, 500MB or 512MiB")

@@ -92,7 +92,10 @@ class _Fit:
         self.whole: dict[str, TensorInfo] = {}  # tensors saved as they are
 
     def fit(self) -> tuple[dict[str, Formula], dict[str, TensorInfo]]:
-        """Check everything and decide how each tensor is formed."""
+        """Check everything and decide how each tensor is formed.
+
+        Raises CheckpointError for what the base or the adapter's config does not bear out.
+        """
         self._sort_tensors()
         targets = [f"{module}.weight" for module, parts in self.modules.items() if parts.keys() - {_BIAS, _BASE_BIAS}]
         targets += [f"{module}.bias" for module, parts in self.modules.items() if parts.keys() & {_BIAS, _BASE_BIAS}]

@@ -132,7 +132,7 @@ def _bar(run: Run, total: int) -> Progress:
 def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
     """Block by block: one block's weights and Hessians at a time, all samples through it before the next.
 
-    ``network`` is the model without its weights.
+    ``network`` is the model without its weights. Raises CheckpointError for a model without a list of blocks.
     """
     import torch
 
@@ -152,7 +152,7 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
     parts = Parts(network, list(blocks), run.stored, run.tuned, run.device, run.timer)
     layers = find_layers(network)
     run.note_buffers(network, parts.expected)
-    run.places = places = parts.load("")  # first of all: a checkpoint that lacks what its config asks for is told here
+    run.places = places = parts.load("")  # first: it refuses a checkpoint that lacks what its config asks for
     _require_any(run.wanted(layers.values(), guessed_places(parts.expected)))
     check_ids(run.samples.inputs, network)
     held: dict[str, list[Layer]] = {part: [] for part in ("", *blocks)}

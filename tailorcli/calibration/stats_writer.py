@@ -37,7 +37,8 @@ _OTHER_PLACE = "free some space or choose another folder for -o"
 def prepare_folder(folder: Path, overwrite: bool) -> None:
     """See that ``folder`` may take new statistics: it is made, empty, or holds old ones that ``overwrite`` gives up.
 
-    The old ones stay until ``StatsWriter.finish`` has written the new.
+    The old ones stay until ``StatsWriter.finish`` has written the new. Raises OutputError for a folder that holds
+    anything else.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} exists and is a file", "choose another folder for -o")
@@ -89,7 +90,7 @@ class StatsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # what a full disk refused was told when it was written
+        with suppress(OSError):  # what a full disk refused was reported when it was written
             self._file.close()
         with suppress(OSError):  # given up: nothing can go on with it, and it may be large
             self._part.unlink(missing_ok=True)
@@ -149,7 +150,7 @@ class StatsWriter:
         self._start = start
 
     def finish(self, tensors: dict[str, TensorStats], facts: dict[str, Any]) -> None:
-        """Write the header and the manifest, and give the files their names."""
+        """Write the header and the manifest, and give the files their names. Raises OutputError."""
         entries = {
             name: header_entry("F32", [info.stored_numel], *self._ends[name]) for name, info in self._infos.items()
         }

@@ -1,7 +1,7 @@
 """Samples that a model writes itself: for what it must not forget, where its training data are not at hand.
 
 Each starts from a random token of the vocabulary and is continued by the model's own sampling (Model-Dowser, "Synthetic
-Prompt Generation"); or from a record's pictures or prompt, for what the model does with such.
+Prompt Generation"); or from a record's pictures or prompt, for what the model does with those.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ def _check_start(where: str, value: Any, folder: Path) -> Record:
 
 
 def encode_starts(records: list[Record], encoder: Encoder, options: CalibrateOptions) -> list[Start]:
-    """The starts of as many samples as are asked for, in the order of the seed; each leaves room for a token."""
+    """The starts of as many samples as are asked for, in the order of the seed; each leaves room for a token.
+
+    Raises DataError where no record gives one.
+    """
     order = list(records)
     random.Random(options.seed).shuffle(order)
     starts: list[Start] = []
@@ -149,7 +152,7 @@ def _begun(starts: Sequence[Start], number: int, token: torch.Tensor) -> Inputs:
 
 
 def _lengthened(inputs: Inputs, ids: torch.Tensor) -> Inputs:
-    """The same inputs with further tokens (1, T): what goes with the tokens says that they are text (0)."""
+    """The inputs with their tokens replaced by more of them (1, T); the token types of the new ones say text (0)."""
     from torch.nn.functional import pad
 
     more = ids.shape[1] - inputs["input_ids"].shape[1]

@@ -103,7 +103,10 @@ class Checkpoint:
         return self.tensors[name].nbytes
 
     def read(self, name: str, pinned: bool = False) -> Tensor:
-        """One tensor in its stored dtype, on the CPU, in memory of its own; ``pinned`` for faster copies to a GPU."""
+        """One tensor in its stored dtype, on the CPU, in memory of its own; ``pinned`` for faster copies to a GPU.
+
+        Raises CheckpointError.
+        """
         import torch
 
         info = self.tensors[name]
@@ -118,7 +121,10 @@ class Checkpoint:
         return raw.view(dtype).view(info.shape)
 
     def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
-        """Fill ``buffer`` with the tensor's bytes from ``start`` on."""
+        """Fill ``buffer`` with the tensor's bytes from ``start`` on.
+
+        Raises CheckpointError for a file that cannot be read or is cut off.
+        """
         done = 0
         while done < len(buffer):
             try:
@@ -145,7 +151,7 @@ class Checkpoint:
         return self._fingerprint
 
     def tensor_fingerprint(self, info: TensorInfo) -> str:
-        """The same for one tensor."""
+        """A hash of one tensor's name, dtype, shape and a sample of its bytes."""
         digest = hashlib.blake2b(json.dumps([info.name, info.dtype, info.shape]).encode(), digest_size=16)
         digest.update(self.sample_bytes(info))
         return digest.hexdigest()

@@ -104,7 +104,10 @@ def build_header(entries: Mapping[str, Any], room: int = 0) -> bytes:
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors and the metadata that a safetensors file declares, every claim checked against its size."""
+    """The tensors and the metadata that a safetensors file declares, every claim checked against its size.
+
+    Raises CheckpointError.
+    """
     try:
         with open_regular(file) as stream:
             size = os.fstat(stream.fileno()).st_size

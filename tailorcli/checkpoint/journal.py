@@ -38,7 +38,10 @@ class Journal:
         write_text_atomically(self.path, json.dumps({"identity": identity}) + "\n")
 
     def load(self, identity: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-        """The entries of an earlier run of the same ``identity``; ``folder`` is what the error names."""
+        """The entries of an earlier run of the same ``identity``; ``folder`` is what the error names.
+
+        Raises OutputError for a damaged journal and for one of another identity.
+        """
         damaged = OutputError(f"cannot resume in {folder}: its journal is damaged", ANEW)
         try:
             lines = read_text_file(self.path).split("\n")

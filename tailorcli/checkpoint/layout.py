@@ -34,7 +34,11 @@ class ShardLayout:
 
 
 def split_shards(sizes: Sequence[tuple[str, int]], max_shard_size: int) -> list[list[str]]:
-    """Names in order, cut into shards of at most ``max_shard_size`` bytes; a larger tensor gets a shard alone."""
+    """Names in order, cut into shards of at most ``max_shard_size`` bytes; a larger tensor gets a shard alone.
+
+    >>> split_shards([("a", 3), ("b", 2), ("c", 2), ("d", 9), ("e", 1)], max_shard_size=5)
+    [['a', 'b'], ['c'], ['d'], ['e']]
+    """
     shards: list[list[str]] = []
     filled = 0
     for name, nbytes in sizes:

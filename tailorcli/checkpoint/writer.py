@@ -122,7 +122,8 @@ class CheckpointWriter:
     def finish(self, side: Mapping[str, Path | bytes], texts: dict[str, str]) -> None:
         """Side files and records first, then the shards' names, then the index: the last one makes it loadable.
 
-        ``side`` gives each side file, by its name relative to the folder, as a file to copy or as its bytes.
+        ``side`` gives each side file, by its name relative to the folder, as a file to copy or as its bytes. Raises
+        OutputError.
         """
         try:
             self.drain()

@@ -96,13 +96,13 @@ def show_reasons(reasons: dict[str, str], what: str, *, err: bool = True) -> Non
 
 
 def require_output(output: Path | None, patch_file: Path | None) -> None:
-    """A usage error (exit code 2) where there is nothing to write."""
+    """Raise typer.BadParameter (exit code 2) where there is nothing to write."""
     if output is None and patch_file is None:
         raise typer.BadParameter("pass --output OUT, --patch-file FILE.safetensors, or both")
 
 
 def require_source(data: Path | None, synthetic: bool) -> None:
-    """A usage error (exit code 2) where there is nothing to calibrate on."""
+    """Raise typer.BadParameter (exit code 2) where there is nothing to calibrate on."""
     if data is None and not synthetic:
         raise typer.BadParameter("pass --data FILE, or --synthetic to let the model write its own samples")
 

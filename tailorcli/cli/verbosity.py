@@ -36,7 +36,7 @@ def is_quiet() -> bool:
 
 
 def is_verbose() -> bool:
-    """Whether more is told than most people want to read."""
+    """Whether to show more than most people want to read."""
     return _of_this_run.verbose
 
 

@@ -197,6 +197,7 @@ def released_layer(
     factor of H^-1 = U^T U, whose squared diagonal is not that of H^-1. Each block has a threshold of its own and
     keeps its top ``density``. And the sweep adds each error times U's row to the columns on its right, where
     Theorem 4.5 subtracts it. Here a block keeps exactly round(density * numel) entries, ties to the lowest index.
+    Raises ValueError for a ``prepared`` without an inverse factor, NumericalError on NaN or infinity.
     """
     timer = timer or NoTimer()
     shape = matrix_shape(base, prepared)
@@ -230,7 +231,10 @@ def released_layer(
 def released_sweep(
     base: Tensor, delta: Tensor, upper: Tensor, density: float, block_size: int
 ) -> tuple[Tensor, Tensor]:
-    """The compensation C (O, I) and the mask of the released code, from left to right; see ``released_layer``."""
+    """The compensation C (O, I) and the mask of the released code, from left to right; see ``released_layer``.
+
+    Raises NumericalError where the score overflows float32.
+    """
     size = delta.shape[1]
     work = delta.T.clone(memory_format=torch.contiguous_format)  # (I, O): a column is one contiguous row here
     mask = torch.empty(delta.shape, dtype=torch.bool, device=delta.device)

@@ -198,10 +198,10 @@ class RetainTerm:
 class PreparedHessian:
     """A Hessian with all that the tensors which share it need, worked out once.
 
-    ``hessian`` is (I, I), or (I,) for a diagonal one, divided by ``unit`` (1 but for very large and very small ones);
-    all the others are of that; ``inverse_diagonal`` is [(H + amount I)^-1]_jj;
-    ``inverse_factor`` is there only for the sequential solver, ``retain_term`` only with a retain term, whose combined
-    Hessian all the others are of.
+    ``hessian`` H is (I, I), or (I,) for a diagonal one, divided by ``unit`` (1 but for very large and very small
+    ones). The other fields belong to that H: ``inverse_diagonal`` is [(H + amount I)^-1]_jj; ``inverse_factor`` is
+    there only for the sequential solver. ``retain_term`` is there only with a retain term; then H is the combined
+    Hessian A.
     """
 
     hessian: Tensor

@@ -52,7 +52,7 @@ def prepare_retaining(
 
 
 def retained_goal(delta: Tensor, prepared: PreparedHessian) -> Tensor:
-    """Goal = delta (H + a I) (A + b I)^-1 for rows (O, I): where the retain term wants every entry, were there no mask.
+    """Where the retain term wants every entry to go without a mask: delta (H + a I) (A + b I)^-1, rows (O, I).
 
     ``a`` and ``b`` are what damping adds, so that weight zero gives delta. A channel that no data reach goes as far as
     a diagonal H and H_r that are alike would take it, 1 / (1 + beta), which is what damping alone says of it.

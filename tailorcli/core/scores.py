@@ -44,6 +44,9 @@ def select_mask(score: Tensor, count: int) -> Tensor:
 
     ``score`` must be finite and not negative. Linear in the number of entries: it finds the threshold by
     selection, never by sorting.
+
+    >>> select_mask(torch.tensor([[1.0, 3.0], [3.0, 3.0]]), 2).tolist()
+    [[False, True], [True, False]]
     """
     flat = score.reshape(-1)
     if count <= 0:

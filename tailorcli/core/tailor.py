@@ -65,12 +65,30 @@ def tailor_layer(
 
     ``base`` and ``tuned`` have one shape: (O, I), or (I, O) with ``transposed`` (Conv1D weights, embedding
     tables), or (O, ...) for a convolution, or (I,) for a channel scale, or any for a bias, whose Hessian has one
-    channel. ``prepared`` is the
-    tensor's Hessian; without one only salience counts and nothing is compensated (``omega=1``,
-    ``solver="none"``). With a retain term in ``prepared`` the goal of every entry is not tuned's value but that of
-    ``core.retain``. The kept entries go the share ``weight`` of the way from base to their final values.
-    Outside the mask the result is bit for bit the base. Raises NumericalError on NaN or
-    infinity.
+    channel. ``prepared`` is the tensor's Hessian; without one only salience counts and nothing is compensated
+    (``omega=1``, ``solver="none"``). With a retain term in ``prepared`` the goal of every entry is not tuned's value
+    but that of ``core.retain``. The kept entries go the share ``weight`` of the way from base to their final values.
+    Outside the mask the result is bit for bit the base. Raises NumericalError on NaN or infinity.
+
+    Example: a quarter of the entries, without a Hessian.
+
+    >>> base, tuned = torch.zeros(2, 2), torch.tensor([[1.0, 4.0], [2.0, 3.0]])
+    >>> result = tailor_layer(base, tuned, None, density=0.25, omega=1.0, solver="none")
+    >>> result.patched.tolist()
+    [[0.0, 4.0], [0.0, 0.0]]
+    >>> result.mask.tolist()
+    [[False, True], [False, False]]
+
+    With the Hessian of inputs whose two channels are alike, what is put back in the first (here all of it) moves
+    into the second: the layer's outputs stay tuned's.
+
+    >>> inputs = torch.tensor([[1.0, 1.0], [2.0, 2.0]])  # (N, I)
+    >>> from tailorcli.core.hessian import prepare
+    >>> prepared = prepare(2 * inputs.T @ inputs / len(inputs), 1e-4, sensitivity=False, sequential=False)
+    >>> base, tuned = torch.zeros(1, 2), torch.tensor([[1.0, 3.0]])
+    >>> result = tailor_layer(base, tuned, prepared, density=0.5, omega=1.0, solver="joint")
+    >>> [round(value, 3) for value in result.patched.flatten().tolist()]
+    [0.0, 4.0]
     """
     timer = timer or NoTimer()
     shape = matrix_shape(base, prepared)
@@ -224,7 +242,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def as_bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers of the same width: for copies and comparisons to the bit."""
+    """A view of the tensor as integers of its width, for copies and comparisons to the bit."""
     return tensor.view(_BITS[tensor.element_size()])
 
 

@@ -98,7 +98,7 @@ def _json_list(path: Path, text: str, check: Check) -> Iterator[Record]:
 
 
 def check_record(where: str, value: Any, folder: Path) -> Record:
-    """A record with one of the known sets of fields, each of the right type."""
+    """A record with one of the known sets of fields, each of the right type. Raises DataError."""
     if not isinstance(value, dict):
         raise DataError(f"{where} is a {type(value).__name__}, expected an object", FIELDS)
     if "response" not in value and "completion" in value:  # the name that trl uses

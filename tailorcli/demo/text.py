@@ -121,7 +121,10 @@ def encode(texts: list[str]) -> Tensor:
 
 
 def split_documents(name: str, documents: Iterable[tuple[str, str]]) -> TaskText:
-    """Divide (key, text) documents by characters: a tenth for validation, 15% for test, the rest to train on."""
+    """Divide (key, text) documents by characters: a tenth for validation, 15% for test, the rest to train on.
+
+    Raises DataError for too little text.
+    """
     # In the order of their names' hashes: any stretch of it is a fair draw, the same one on every machine.
     ordered = sorted(documents, key=lambda document: hashlib.sha256(document[0].encode()).digest())
     total = sum(len(text) for _, text in ordered)

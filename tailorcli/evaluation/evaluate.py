@@ -157,7 +157,10 @@ def _which(path: PathLike | None, names: dict[str, Path]) -> str | None:
 def encode_for_all(
     tasks: list[Task], checkpoints: dict[str, Checkpoint], options: EvaluateOptions
 ) -> dict[str, dict[str, EncodedTask]]:
-    """Model -> task -> the same items, by each model's own tokenizer; models with the same one share the result."""
+    """Model -> task -> the same items, by each model's own tokenizer; models with the same one share the result.
+
+    Raises DataError for a task without an item that is short enough for all.
+    """
     has_media = any(record.has_media for task in tasks for record in task.records)
     made: dict[tuple[str, int, int | None], dict[str, EncodedTask]] = {}
     keys = {}

@@ -202,7 +202,7 @@ def _share(part: Array, whole: Array) -> Array:
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which of some (old, new) points no other beats in both, in the order of old from low to high."""
+    """The numbers of the (old, new) points that no other beats in both, by old from low to high."""
     order = sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1]))
     best, kept = -math.inf, []
     for i in order:
@@ -217,8 +217,8 @@ def frontier_area(
 ) -> float:
     """The area under the frontier of points (old, new): 0.5 is the straight line from the base to the tuned model.
 
-    The frontier's upper hull is taken: a straight line joins two points where none between them lies above it, so that
-    a poor setting more never takes from the area.
+    The frontier's upper hull is taken: a straight line joins two points where none between them lies above it. So a
+    further setting, however poor, never makes the area smaller.
 
     Both axes are scaled: old from the tuned model's (0) to the base's (1), new from the base's to the tuned model's;
     ``old_ends`` and ``new_ends`` hold the figures of base and tuned. Left of the first point the new performance stays

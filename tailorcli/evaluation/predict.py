@@ -209,7 +209,10 @@ class _Reader:
         return caught[0]
 
     def write(self, inputs: Inputs, max_new_tokens: int, decode: Callable[[list[int]], str]) -> list[str]:
-        """What the network writes greedily after each prompt, to the end of its first line that is not empty."""
+        """What the network writes greedily after each prompt, to the end of its first line that is not empty.
+
+        Raises DataError.
+        """
         prompt = inputs["input_ids"].to(self.device)
         encoder_decoder = bool(getattr(self.network.config, "is_encoder_decoder", False))
 

@@ -78,7 +78,7 @@ class EncodedTask:
     decode: Callable[[list[int]], str]
 
     def without(self, numbers: set[int]) -> EncodedTask:
-        """The same task, with further records left out."""
+        """The task without the items of these records, which count as left out."""
         items = tuple(item for item in self.items if item.number not in numbers)
         return replace(self, items=items, left_out=tuple(sorted(numbers.union(self.left_out))))
 

@@ -62,7 +62,10 @@ class MergeInputs:
         options: MergeOptions,
         stack: ExitStack,
     ) -> MergeInputs:
-        """Open all, check every byte of the patches, and find each patch its model and statistics by fingerprint."""
+        """Open all, check every byte of the patches, and find each patch its model and statistics by fingerprint.
+
+        Raises OptionsError for inputs that do not belong together, PatchError for a damaged patch.
+        """
         _check_counts(patches, tuned, stats, options)
         opened = stack.enter_context(open_checkpoint(base))
         if opened.dequantized:

@@ -15,7 +15,7 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A model folder's config.json."""
+    """A model folder's config.json. Raises CheckpointError where it is missing or not JSON."""
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path} has no config.json", "pass the folder that save_pretrained wrote")
     return read_json(path / "config.json")

@@ -134,7 +134,7 @@ def detect_norm(module: nn.Module, inputs: Tensor, call: Call) -> bool | None:
     if inputs.shape[-1:] != weight.shape or output.shape != inputs.shape:
         return None
     for centred, offset in ((True, 0.0), (False, 0.0), (False, 1.0)):
-        expected = normalised(module, inputs, centred) * (weight + offset)  # NaN is told at the end, with the name
+        expected = normalised(module, inputs, centred) * (weight + offset)  # NaN is reported at the end, with the name
         expected = expected if bias is None else expected + bias.to(torch.float32)
         if torch.allclose(expected, output.to(torch.float32), rtol=2e-2, atol=1e-3, equal_nan=True):
             return centred

@@ -31,7 +31,8 @@ _NO_ADAPTER = {"subfolder": "an adapter that was merged"}
 def load_encoder(folder: Path, model: Path, has_media: bool, options: LoadOptions) -> Encoder:
     """What turns records into inputs: the tokenizer in ``folder``, or its processor where the data has images or sound.
 
-    ``model`` is the folder whose config says whether there is a decoder to feed.
+    ``model`` is the folder whose config says whether there is a decoder to feed. Raises CheckpointError where the
+    folder has none that loads.
     """
     import transformers
 
@@ -152,7 +153,8 @@ def _on_meta(model_class: Any, config: Any, trust: dict[str, bool], torch: Any) 
 def load_model(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions, folder: Path | None = None) -> Any:
     """The model in its own class, with every weight from the checkpoint; quantised ones as what they stand for.
 
-    ``config`` is read from ``folder``, which is the checkpoint's own unless it is given.
+    ``config`` is read from ``folder``, which is the checkpoint's own unless it is given. Raises CheckpointError where
+    transformers cannot load it or weights are missing.
     """
     import torch
 
@@ -182,7 +184,7 @@ def load_model(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOpti
 
 
 def require_all(path: Path, missing: Iterable[object]) -> None:
-    """Refuse a checkpoint that lacks weights of its model."""
+    """Raise CheckpointError where a checkpoint lacks weights of its model."""
     names = sorted(map(str, missing))
     if names:
         raise CheckpointError(

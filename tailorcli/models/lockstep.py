@@ -70,12 +70,15 @@ class Lane:
         self._back.set()
 
     def wait_for(self, block: str, call: Callable[[], Any], tensors: list[Tensor]) -> Any:
-        """Called in the lane's own thread where the model calls a block: wait until someone ran it."""
+        """Called in the lane's own thread where the model calls a block: wait until someone ran it.
+
+        Raises _Stopped once the lane is to end.
+        """
         context = contextvars.copy_context()
         held = {id(tensor): tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)}
         self.wanted, self._call, self._held = block, lambda: context.run(call), list(held.values())
         self._go.clear()
-        if self._stop:  # told while it ran, and then the signal was cleared just now
+        if self._stop:  # it was asked to stop while it ran; the line above cleared that signal
             raise _Stopped
         self._back.set()
         self._go.wait()

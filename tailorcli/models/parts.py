@@ -102,7 +102,10 @@ def load_from_view(
 
 
 def adapt(network: Any, tuned: AdaptedCheckpoint, places: dict[str, Place]) -> None:
-    """Overwrite each parameter that the adapter changes, in place and in the network's dtype."""
+    """Overwrite each parameter that the adapter changes, in place and in the network's dtype.
+
+    Raises CheckpointError for a tensor that the network holds fused, split or tied.
+    """
     import torch
 
     users = Counter(parameter for place in places.values() for parameter in place.parameters)

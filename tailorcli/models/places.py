@@ -130,7 +130,7 @@ def _find(checkpoint: Checkpoint, info: TensorInfo, guess: str, candidates: Para
 
 
 def _fits(info: TensorInfo, parameter: torch.Tensor) -> bool:
-    """The same shape, or the same rows with the rest flattened, as a convolution's weight may be."""
+    """Whether both have one shape, or one number of rows and the rest flattened, as a convolution's weight may be."""
     shape = tuple(parameter.shape)
     return shape == info.shape or (
         len(shape) > 1 and shape[:1] == info.shape[:1] and 2 in (len(shape), len(info.shape))

@@ -43,7 +43,7 @@ def forward(network: Any, inputs: Inputs) -> Any:
 
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:
-    """The same inputs on a device."""
+    """A batch's inputs, moved to a device."""
     return {name: value.to(device) for name, value in inputs.items()}
 
 
@@ -55,7 +55,7 @@ def samples_in(batch: Inputs) -> int:
 
 
 def check_ids(samples: list[Inputs], network: Any) -> None:
-    """The tokenizer's ids fit the model's embedding: a mismatch would crash far inside the model."""
+    """Raise DataError where the tokenizer's ids do not fit the model's embedding, before it crashes far inside."""
     import torch
 
     try:
@@ -102,7 +102,7 @@ def _last_position(_: nn.Module, args: tuple[Any, ...]) -> Any:
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The module's input: its first tensor argument."""
+    """The module's input: its first tensor argument. Raises TypeError where there is none."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             return value

@@ -23,7 +23,8 @@ def empty_model(
 ) -> Any:
     """The model without its weights: parameters take no memory, buffers are real.
 
-    ``config`` is read from ``folder``, which is the checkpoint's own unless it is given.
+    ``config`` is read from ``folder``, which is the checkpoint's own unless it is given. Raises CheckpointError where
+    transformers cannot build it.
     """
     import torch
     import transformers
@@ -72,7 +73,10 @@ def _parameters_on_meta(torch: Any) -> Iterator[None]:
 
 
 def load_weights(network: Any, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Fill the parameters of an empty model that these checkpoint tensors belong to, as transformers converts them."""
+    """Fill the parameters of an empty model that these checkpoint tensors belong to, as transformers converts them.
+
+    Raises CheckpointError where they do not fit.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig

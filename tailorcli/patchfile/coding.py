@@ -38,6 +38,12 @@ def encode(mask: Mask, visit: Callable[[Places], None] | None = None) -> tuple[s
     """The smallest coding of a flat bool mask (numel,): its name and its bytes.
 
     ``visit`` is called with the positions of the kept entries, in order, chunk by chunk.
+
+    >>> mask = np.zeros(1000, dtype=np.bool_)
+    >>> mask[[3, 4, 300]] = True  # gaps of 3, 0 and 295 = 255 + 40 entries
+    >>> coding, codes = encode(mask)
+    >>> coding, codes.tolist()
+    ('gaps8', [3, 0, 255, 40])
     """
     gaps: list[Gaps] = []  # the number of entries left out before each kept one
     last = -1
@@ -93,7 +99,12 @@ def check(coding: str, data: Codes, num_entries: int) -> int:
 
 
 def decode(coding: str, data: Codes, num_entries: int) -> Iterator[Places]:
-    """The positions of the kept entries, in order, chunk by chunk. The bytes must have passed ``check``."""
+    """The positions of the kept entries, in order, chunk by chunk. The bytes must have passed ``check``.
+
+    >>> codes = np.array([3, 0, 255, 40], dtype=np.uint8)
+    >>> [places.tolist() for places in decode("gaps8", codes, 1000)]
+    [[3, 4, 300]]
+    """
     if coding == "bits":
         yield from kept_places(np.unpackbits(data, count=num_entries, bitorder="little").view(np.bool_))
         return

@@ -235,7 +235,7 @@ class PatchFile:
         return self._bytes(FILE + name).tobytes()
 
     def report(self) -> PatchReport:
-        """The report of the run that made the patch."""
+        """The report of the run that made the patch. Raises PatchError where it is damaged."""
         try:
             report = parse_json(self.side_file(REPORT_FILE).decode("utf-8"))
         except ValueError as error:
@@ -259,7 +259,10 @@ class PatchFile:
         return self._store.read(name).numpy()
 
     def check(self) -> None:
-        """Read everything once: digests are right, masks fit their tensors and keep what the metadata says."""
+        """Read everything once: digests are right, masks fit their tensors and keep what the metadata says.
+
+        Raises PatchError where they do not.
+        """
         for name, tensor in self.tensors.items():
             codes = self._bytes(MASK + name)
             try:
@@ -279,7 +282,10 @@ class PatchFile:
         self.report()
 
     def check_base(self, base: Checkpoint, *, thorough: bool = False) -> None:
-        """``base`` has the tensors of the patch's base, as far as their samples tell; to the bit with ``thorough``."""
+        """``base`` has the tensors of the patch's base, as far as their samples tell; to the bit with ``thorough``.
+
+        Raises PatchError where it has not.
+        """
         hint = "pass the checkpoint that the patch was made from: tailorcli inspect PATCH names it"
         for name, wanted in self.base.items():
             info = base.tensors.get(name)

@@ -173,7 +173,7 @@ class PatchWriter:
         self._queue.drain()
 
     def finish(self, report: str) -> None:
-        """The side files and the report, then the header, then the file's name."""
+        """The side files and the report, then the header, then the file's name. Raises OutputError."""
         try:
             self.drain()
             side = {**self._side, REPORT_FILE: report.encode()}

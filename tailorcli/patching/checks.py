@@ -1,4 +1,4 @@
-"""Whether base, tuned and statistics belong together, told before any work."""
+"""Checks that base, tuned and statistics belong together, before any work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _QUANTISED = (".qweight", ".weight_packed", ".absmax", ".SCB", ".weight_scale", 
 def check_pair(base: Checkpoint, tuned: Checkpoint, allow_dtype_mismatch: bool) -> None:
     """Both checkpoints have the same tensors: names, shapes, dtypes; and are not one and the same.
 
-    What an adapter makes or brings along is not stored in the base's dtype, and need not be.
+    What an adapter makes or brings along is not stored in the base's dtype, and need not be. Raises CheckpointError
+    where they do not go together.
     """
     _check_names(base, tuned)
     free = tuned.changed if isinstance(tuned, AdaptedCheckpoint) else frozenset()
@@ -118,7 +119,10 @@ def _equal_bytes(base: Checkpoint, tuned: Checkpoint) -> bool:
 
 
 def check_retain(base: Checkpoint, tuned: Checkpoint, retain_stats: Stats, options: PatchOptions) -> None:
-    """The retained statistics were made on this very base, know all its tensors, and fit their shapes."""
+    """The retained statistics were made on this very base, know all its tensors, and fit their shapes.
+
+    Raises OptionsError or StatsError otherwise.
+    """
     if not options.needs_hessians or options.method != "tailor":
         raise OptionsError("--retain is for the method tailor with statistics", "leave --retain out")
     if options.resized_vocab:
@@ -143,7 +147,10 @@ def check_retain(base: Checkpoint, tuned: Checkpoint, retain_stats: Stats, optio
 
 
 def check_propagate(stats: Stats | None, retain_stats: Stats | None, options: PatchOptions) -> None:
-    """There is a retain term, without which propagation ruins a patch, and the samples to run the models over."""
+    """There is a retain term, without which propagation ruins a patch, and the samples to run the models over.
+
+    Raises OptionsError otherwise.
+    """
     if stats is None or retain_stats is None or options.retain_weight <= 0.0:
         raise OptionsError(
             "propagation needs the retain term: without it nothing holds the patched weights near the base",
@@ -154,7 +161,10 @@ def check_propagate(stats: Stats | None, retain_stats: Stats | None, options: Pa
 
 
 def check_stats(base: Checkpoint, tuned: Checkpoint, stats: Stats) -> None:
-    """The statistics were made on this very tuned model, know all its tensors, and fit their shapes."""
+    """The statistics were made on this very tuned model, know all its tensors, and fit their shapes.
+
+    Raises StatsError otherwise.
+    """
     if stats.model_fingerprint != tuned.fingerprint():
         if stats.model_fingerprint == base.fingerprint():
             raise StatsError(
@@ -177,7 +187,7 @@ def _warn_of_few_tokens(stats: Stats) -> None:
 
 
 def check_shapes(model: Checkpoint, stats: Stats) -> None:
-    """The statistics know all tensors of the model, and fit their shapes."""
+    """The statistics know all tensors of the model, and fit their shapes. Raises StatsError otherwise."""
     for name, info in model.tensors.items():
         entry = stats.tensors.get(name)
         if entry is None:

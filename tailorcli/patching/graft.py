@@ -68,7 +68,7 @@ class MaskFile:
             return None
 
     def write(self, masks: dict[str, Tensor], identity: dict[str, Any]) -> None:
-        """Store the masks whole or not at all."""
+        """Store the masks whole or not at all. Raises OutputError."""
         import numpy as np
         import torch
         from safetensors import SafetensorError
@@ -96,7 +96,7 @@ class MaskFile:
         return mask
 
     def mask_of(self, tensor: TensorPlan, base: Tensor, tuned: Tensor) -> Tensor:
-        """The same for the streaming loop."""
+        """The mask of a planned tensor, as the streaming loop asks for it; the values do not matter."""
         return self.read(tensor.name, tensor.shape)
 
     def remove(self) -> None:
@@ -232,7 +232,7 @@ def _num_scored(inputs: Inputs) -> int:
 
 
 def _batches(samples: list[Inputs], size: int) -> Iterator[list[Inputs]]:
-    """So many samples a step, round and round."""
+    """Batches of ``size`` samples, round and round."""
     position = 0
     while True:
         yield [samples[(position + i) % len(samples)] for i in range(size)]

@@ -57,7 +57,10 @@ class PatchInputs:
         retain: PathLike | None = None,
         data: PathLike | None = None,
     ) -> PatchInputs:
-        """Open all by their headers; ``stack`` closes them."""
+        """Open all by their headers; ``stack`` closes them.
+
+        Raises TailorError where one cannot be opened or is not for these options.
+        """
         if options.method == "graft":
             check_graft(data, options)
         opened_base = stack.enter_context(open_checkpoint(base, options.fp8_output))
@@ -157,7 +160,10 @@ def tailored(
     digests: bool = False,
     masks: MaskOf | None = None,
 ) -> Iterator[tuple[TensorPlan, LayerResult | None, str]]:
-    """Each tensor with its result and its base's digest, in order; no result for a tensor that stays at base."""
+    """Each tensor with its result and its base's digest, in order; no result for a tensor that stays at base.
+
+    Raises NumericalError, which names the tensor.
+    """
     from tailorcli.core.tailor import tailor_experts, tailor_layer
 
     prepare_next = partial(_prepare, inputs=inputs, options=options, device=device, timer=timer)
@@ -271,7 +277,7 @@ def _prepare(
 
 
 def _note_config(base: Checkpoint, tuned: Checkpoint) -> None:
-    """Tell where base and tuned run differently: a patched model runs as tuned does, whose config it gets."""
+    """Note where base and tuned run differently. A patched model gets tuned's config, so it runs as tuned does."""
     folders = (base.path, config_folder(tuned))
     if folders[0] == folders[1] or not all((folder / "config.json").is_file() for folder in folders):
         return

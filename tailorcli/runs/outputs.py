@@ -45,7 +45,7 @@ class Target:
 
     @classmethod
     def of(cls, folder: Any, patch_file: Any, *, resume: bool, overwrite: bool) -> Target:
-        """The same from paths of any kind."""
+        """A target from paths of any kind; None where that output is not wanted."""
         return cls(
             Path(folder) if folder is not None else None,
             Path(patch_file) if patch_file is not None else None,
@@ -355,7 +355,7 @@ def run_record(report: PatchReport, identity: dict[str, Any], resumed: int) -> s
 
 
 def write_report(report: PatchReport, path: Any) -> None:
-    """Write the report as JSON, whole or not at all."""
+    """Write the report as JSON, whole or not at all. Raises OutputError."""
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

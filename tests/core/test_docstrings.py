@@ -1,0 +1,66 @@
+"""What docstrings show and promise: their examples run, and what raises says so."""
+
+import ast
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+import tailorcli
+
+PACKAGE = Path(tailorcli.__file__).parent
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+COMMANDS = ("cli/commands.py", "cli/measure.py")  # their docstrings are the commands' help
+WITH_EXAMPLES = [file for file in FILES if ">>> " in (PACKAGE / file).read_text(encoding="utf-8")]
+
+
+def raises(function):
+    """The errors that a function raises by name, without those of functions inside it."""
+    found, waiting = [], [function]
+    while waiting:
+        for node in ast.iter_child_nodes(waiting.pop()):
+            if isinstance(node, ast.Raise) and node.exc is not None:
+                found.append(ast.unparse(node.exc).partition("(")[0])
+            if not isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef):
+                waiting.append(node)
+    return found
+
+
+def documented(tree):
+    """Every public function and method that has a docstring."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and ast.get_docstring(node):
+            yield node
+
+
+def test_the_examples_stand_where_they_help():
+    wanted = {"core/tailor.py", "core/scores.py", "checkpoint/layout.py", "patchfile/coding.py"}
+    assert wanted <= {file.as_posix() for file in WITH_EXAMPLES}
+
+
+@pytest.mark.parametrize("file", WITH_EXAMPLES, ids=str)
+def test_the_examples_run(file):
+    module = importlib.import_module(".".join(("tailorcli", *file.with_suffix("").parts)))
+    outcome = doctest.testmod(module)
+    assert outcome.attempted > 0
+    assert outcome.failed == 0
+
+
+def test_what_raises_says_so():
+    silent, told = [], 0
+    for file in FILES:
+        for function in documented(ast.parse((PACKAGE / file).read_text(encoding="utf-8"))):
+            if raises(function) and file.as_posix() not in COMMANDS:
+                said = "raise" in (ast.get_docstring(function) or "").lower()
+                told += said
+                silent += [] if said else [f"{file}: {function.name}"]
+    assert not silent
+    assert told > 100
+
+
+def test_no_docstring_begins_with_the_same():
+    for file in FILES:
+        for node in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                assert not (ast.get_docstring(node) or "").startswith("The same"), file
