@@ -234,8 +234,8 @@ def test_quick_goes_through_on_a_tiny_network(tmp_path, monkeypatch):
             assert 0 <= point.at(part, "origin") <= 100
             assert 0 <= point.at(part, "target") <= 100
     paper, ours = check_reports(pair, folder, monkeypatch)
-    assert paper["totals"]["error_after"] < paper["totals"]["error_before"]
-    assert ours["options"]["propagate"]
+    assert paper.totals["error_after"] < paper.totals["error_before"]
+    assert ours.options["propagate"]
 
 
 @pytest.mark.slow
