@@ -334,7 +334,15 @@ def _code_digest() -> str:
     return digest.hexdigest()
 
 
-_Result = tuple[str, str, dict[str, Any] | None, dict[str, dict[str, TaskScores]], float]
+@dataclass(frozen=True)
+class _Result:
+    """One model as it was scored: base or tuned (without ``options``), or the model of a setting."""
+
+    label: str
+    family: str
+    options: dict[str, Any] | None
+    scores: dict[str, dict[str, TaskScores]]  # part -> task
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -348,7 +356,7 @@ class _Scorer:
 
     def end(self, name: str, path: Path) -> _Result:
         """Base or tuned."""
-        return name, name, None, *self._scores(name, {}, (), lambda: (path, 0.0), name)
+        return _Result(name, name, None, *self._scores(name, {}, (), lambda: (path, 0.0), name))
 
     def patched(self, setting: Setting, base: PathLike, tuned: PathLike, inputs: dict[str, PathLike | None]) -> _Result:
         """A setting's model, which is written, evaluated and removed. Raises TailorError, which names the setting."""
@@ -368,7 +376,7 @@ class _Scorer:
             raise type(error)(f"{setting.label}: {error.message}", error.hint) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        return setting.label, setting.family, options.to_dict(), *found
+        return _Result(setting.label, setting.family, options.to_dict(), *found)
 
     def _scores(
         self,
@@ -433,18 +441,18 @@ def _plain(scores: TaskScores) -> dict[str, list[float]]:
 
 def _with_figures(results: list[_Result], roles: Roles, options: EvaluateOptions) -> list[Point]:
     """The points with their averages and H, resampled alike, so that differences between them are paired."""
-    parts = list(results[0][3])
+    parts = list(results[0].scores)
     figures: list[dict[str, dict[str, Array]]] = [{part: {} for part in parts} for _ in results]
     for part in parts:
-        for task in results[0][3][part]:
-            scores = [result[3][part][task] for result in results]
+        for task in results[0].scores[part]:
+            scores = [result.scores[part][task] for result in results]
             for found, figure in zip(figures, bootstrap(scores, task, options.resamples, options.seed), strict=True):
                 found[part][task] = figure
         for found in figures:
             found[part] |= summarise(found[part], roles.origin, roles.target)
     return [
-        Point(label, family, chosen, found, scores, seconds)
-        for (label, family, chosen, scores, seconds), found in zip(results, figures, strict=True)
+        Point(result.label, result.family, result.options, found, result.scores, result.seconds)
+        for result, found in zip(results, figures, strict=True)
     ]
 
 

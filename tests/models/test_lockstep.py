@@ -150,7 +150,7 @@ def test_positions_that_a_model_works_out_are_filled_in(tmp_path, kind):
 def test_a_model_without_blocks_that_does_not_fit_takes_the_ordinary_way(tmp_path, monkeypatch, layers):
     folder = make_pair(tmp_path, layers=layers)
     monkeypatch.setattr("tailorcli.device.free_memory", lambda _: 1 << 20)
-    monkeypatch.setattr("tailorcli.calibration.calibrate._MARGIN", 1e-3)
+    monkeypatch.setattr("tailorcli.calibration.placement._MARGIN", 1e-3)
     report = calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
     assert report.blockwise == (layers > 1)
 

@@ -1,0 +1,121 @@
+"""Where the samples of a calibration come from: drawn from a data file, or written by the model itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tailorcli.adapters.checkpoint import tokenizer_folder
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.data.records import read_records
+from tailorcli.data.samples import Samples, draw_samples
+from tailorcli.device import device_errors
+from tailorcli.errors import OptionsError, note
+from tailorcli.files import PathLike, as_output_error, write_text_atomically
+from tailorcli.models.config import processor_folder
+from tailorcli.models.loading import load_encoder, load_model, most_tokens
+from tailorcli.options import CalibrateOptions
+from tailorcli.terminal import Progress
+from tailorcli.units import format_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the samples are made of: the model, its config, the options, and the files that were named."""
+
+    stored: Checkpoint  # from which the network is loaded
+    tuned: Checkpoint  # the same, but for an adapter
+    config: dict[str, Any]
+    options: CalibrateOptions
+    data: Path | None
+    held_out: Path | None  # takes further samples of those that the model writes
+
+
+def drawn(source: Source) -> Samples:
+    """Samples of the data file, by the model's own tokenizer or processor; a tokenizer may lie with an adapter."""
+    data, stored, options = source.data, source.stored, source.options
+    assert data is not None
+    folder = tokenizer_folder(source.tuned)
+    records = read_records(data, options.text_mode)
+    has_media = any(record.has_media for record in records)
+    seq_len = min(options.length, most_tokens(stored, source.config, options))
+    encoder = load_encoder(processor_folder(folder, stored.path, has_media), stored.path, has_media, options)
+    samples = draw_samples(data, records, encoder.encode, replace(options, seq_len=seq_len))
+    if encoder.cuts:
+        lost = sum(before - after for before, after in encoder.cuts)
+        why = f"--seq-len {seq_len}" if seq_len == options.length else f"the model's {seq_len} positions"
+        share = f"{lost:,} of their {sum(before for before, _ in encoder.cuts):,} tokens are left out"
+        note(f"{data}: {len(encoder.cuts)} of {len(samples.inputs)} samples are longer than {why} and are cut: {share}")
+    return samples
+
+
+def check_source(data: PathLike | None, options: CalibrateOptions, held_out: PathLike | None) -> None:
+    """Something to make samples of is named, and a file for further ones only where they are. Raises OptionsError."""
+    if data is None and not options.synthetic:
+        raise OptionsError(
+            "no calibration data given", "pass --data FILE, or --synthetic to let the model write its own"
+        )
+    if held_out is not None:
+        if not options.synthetic:
+            raise OptionsError("--held-out is for samples that the model writes", "pass --synthetic, or leave it out")
+        if Path(held_out).suffix != ".jsonl":
+            raise OptionsError(f"--held-out must name a .jsonl file, got {held_out}", "name it written.jsonl")
+
+
+def self_written(source: Source, device: torch.device, progress: bool) -> Samples:
+    """Samples that the model writes itself; it is loaded for that alone, and freed again.
+
+    Raises OptionsError for an adapter, and for a model that does not fit the device.
+    """
+    from tailorcli.calibration.synthetic import (
+        encode_starts,
+        read_starts,
+        require_writer,
+        to_records,
+        with_source,
+        write_samples,
+    )
+    from tailorcli.device import free_memory
+
+    stored, config, data, held_out = source.stored, source.config, source.data, source.held_out
+    if stored is not source.tuned:
+        raise OptionsError(
+            "--synthetic is for the model that must not forget, and this is an adapter", "calibrate its base"
+        )
+    free = free_memory(device)
+    if free is not None and stored.nbytes > free:
+        raise OptionsError(
+            f"{stored.path} takes {format_bytes(stored.nbytes)}, {format_bytes(free)} are free on {device}: it cannot "
+            "write samples there",
+            "pass --data FILE, which goes block by block",
+        )
+    options = replace(source.options, seq_len=min(source.options.length, most_tokens(stored, config, source.options)))
+    records = [] if data is None else read_starts(data)
+    network = load_model(stored, config, options)
+    require_writer(network)  # before its tokenizer, which a vision model has none of
+    encoder = load_encoder(stored.path, stored.path, any(record.has_media for record in records), options)
+    network.to(device)
+    further = replace(options, seed=options.seed + 1, num_samples=(options.num_samples + 1) // 2)
+    runs = [options] if held_out is None else [options, further]
+    total = sum(run.num_samples for run in runs) * (options.length - 1)
+    with device_errors("a smaller --seq-len"), Progress("writing", total, "tokens", shown=progress) as bar:
+        for run in runs:
+            starts = encode_starts(records, encoder, run) if records else []
+            found = write_samples(network, encoder.tokenizer, run, device, bar, starts, encoder.media_ids)
+            if run is options:
+                samples = found
+            elif held_out is not None:
+                _write_jsonl(to_records(found, starts, encoder.tokenizer), held_out)
+    return samples if data is None else with_source(samples, data, len(records))
+
+
+def _write_jsonl(records: list[dict[str, Any]], file: Path) -> None:
+    try:
+        write_text_atomically(file, "".join(json.dumps(record) + "\n" for record in records))
+    except OSError as error:
+        raise as_output_error(file, error) from error
