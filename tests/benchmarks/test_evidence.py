@@ -262,7 +262,7 @@ def test_quick_in_a_reduced_form(tmp_path, monkeypatch):
 
     patch_checkpoint(pair.base, pair.tuned, tmp_path / "joint", folder / "stats")
     paper, _ = check_reports(pair, folder, monkeypatch)
-    bare, swept = (paper["totals"][name] for name in ("error_before", "error_after"))
+    bare, swept = (paper.totals[name] for name in ("error_before", "error_after"))
     solved = load_report(tmp_path / "joint" / REPORT_FILE).totals["error_after"]
     assert solved < 0.6 * swept  # 0.38 to 0.41
     assert swept < 0.8 * bare  # 0.64 to 0.69
