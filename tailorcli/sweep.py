@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -41,6 +42,7 @@ from tailorcli.evaluation.metrics import (
 )
 from tailorcli.evaluation.tasks import Task, read_tasks
 from tailorcli.files import PathLike, as_output_error, file_digest, read_json, write_text_atomically
+from tailorcli.guard import OutputLock, entries, protect
 from tailorcli.options import EvaluateOptions, PatchMethod, PatchOptions, Solver
 from tailorcli.patching.patch import patch_checkpoint
 from tailorcli.typed import field_of, list_of, read_amount, read_number, read_object
@@ -52,6 +54,7 @@ FORMAT_VERSION = 1
 REPORT_FILE = "sweep.json"
 PARTS = ("test", "validation")
 _POINTS, _WORK, _MERGED = "settings", "work", "merged"
+_RESULT = re.compile(r"[0-9a-f]{24}\.json(\.part)?")
 
 
 @dataclass(frozen=True)
@@ -224,8 +227,11 @@ def run_sweep(
     roles = check_roles([task.name for task in read["test"]], origin, target)
     if not roles.origin:
         raise OptionsError("a sweep needs old and new tasks", "name them: --origin NAME --target NAME")
+    files = [task.path for of_part in read.values() for task in of_part]
+    protect([output], [base, tuned, stats, retain, data, *files], "choose another folder for -o")
     folder = _prepare(Path(output))
     with ExitStack() as stack:
+        stack.enter_context(OutputLock(folder, folder=True))
         folders = {"base": Path(base), "tuned": _full_weights(base, tuned, folder, options, stack)}
         whole = {name: stack.enter_context(Checkpoint.open(path)) for name, path in folders.items()}
         given = {"base": whole["base"], "tuned": stack.enter_context(open_tuned(tuned, whole["base"]))}
@@ -233,14 +239,14 @@ def run_sweep(
         encoded = {part: encode_for_all(of_part, whole, options) for part, of_part in read.items()}
         scorer = _Scorer(folder, encoded, options, known)
         results = [scorer.end(name, path) for name, path in folders.items()]
-    for number, setting in enumerate(settings, 1):
-        say(f"{number} of {len(settings)}: {setting.label}")
-        inputs = {
-            "stats": stats if setting.options.needs_hessians else None,
-            "retain": retain if setting.retained else None,
-            "data": data if setting.options.method == "graft" else None,
-        }
-        results.append(scorer.patched(setting, base, tuned, inputs))
+        for number, setting in enumerate(settings, 1):
+            say(f"{number} of {len(settings)}: {setting.label}")
+            inputs = {
+                "stats": stats if setting.options.needs_hessians else None,
+                "retain": retain if setting.retained else None,
+                "data": data if setting.options.method == "graft" else None,
+            }
+            results.append(scorer.patched(setting, base, tuned, inputs))
     points = _with_figures(results, roles, options)
     parts = tuple(read)
     report = SweepReport(
@@ -286,10 +292,14 @@ def _read_parts(tasks: Sequence[str], validation: Sequence[str], options: Evalua
 def _prepare(folder: Path) -> Path:
     """The output folder: empty, or with an earlier sweep in it."""
     try:
-        present = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+        present = [entry.name for entry in entries(folder)] if folder.exists() else []
         foreign = [
             name for name in present if name not in (_POINTS, _WORK, _MERGED, REPORT_FILE) and not name.endswith(".png")
         ]
+        results = (folder / _POINTS).iterdir() if (folder / _POINTS).is_dir() else iter(())
+        foreign += [place.name for place in results if not _RESULT.fullmatch(place.name)]
+        if not foreign and _POINTS not in present:  # ours is the first thing that a sweep makes
+            foreign = [name for name in present if not name.endswith(".png")]
         if foreign:
             raise OutputError(f"{folder} holds other files ({foreign[0]}, ...)", "choose another folder for -o")
         (folder / _POINTS).mkdir(parents=True, exist_ok=True)

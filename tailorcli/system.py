@@ -214,3 +214,18 @@ def give_back_memory() -> None:
 
     with suppress(OSError, AttributeError, TypeError):  # another C library, or another system
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def lock_descriptor(descriptor: int) -> bool | None:
+    """Lock an open file for this process alone, without waiting: whether it worked; None where none can be locked."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
+    return True

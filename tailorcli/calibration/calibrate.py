@@ -24,8 +24,9 @@ from tailorcli.calibration.stats_writer import StatsWriter, prepare_folder
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
-from tailorcli.errors import CheckpointError, OptionsError, note
+from tailorcli.errors import CheckpointError, OptionsError, OutputError, note
 from tailorcli.files import PathLike
+from tailorcli.guard import OutputLock, Watch, path_text, protect
 from tailorcli.models.config import read_config
 from tailorcli.models.loading import (
     check_shapes,
@@ -86,7 +87,12 @@ def calibrate_model(
     with ExitStack() as stack:
         stored, tuned = _open(Path(model), base, stack)
         device = resolve_device(options.device)
+        read = [stored.path, tuned.path, data]
+        protect([folder, held_out], read, "choose another folder for -o, or another file")
+        watch = Watch([*stored.shards, *tuned.shards, *([] if data is None else [Path(data)])])
         prepare_folder(folder, options.overwrite)
+        _require_new(held_out, options.overwrite)
+        stack.enter_context(OutputLock(folder, folder=True))
         timer = StageTimer(device)
         config = read_config(stored.path)
         with timer.stage("data"):
@@ -106,6 +112,7 @@ def calibrate_model(
             _write_bias(run)
         facts = _facts(run, dtype, blockwise)
         with timer.stage("write"):
+            watch.require_unchanged()
             if options.keep_samples:
                 facts["samples"] = writer.store_samples(samples.inputs)
             writer.finish(tensors, facts)
@@ -133,11 +140,17 @@ def _path(given: PathLike | None) -> Path | None:
 
 def _facts(run: Run, dtype: str, blockwise: bool) -> dict[str, Any]:
     """What the manifest says of the run: the model, the data, the options, the versions."""
-    model = {"path": str(run.tuned.path), "fingerprint": run.tuned.fingerprint(), "run_in": dtype}
+    model = {"path": path_text(run.tuned.path), "fingerprint": run.tuned.fingerprint(), "run_in": dtype}
     if run.stored is not run.tuned:
-        model["base"] = str(run.stored.path)
+        model["base"] = path_text(run.stored.path)
     options = run.options.to_dict() | {"overwrite": False, "blockwise": "always" if blockwise else "never"}
     return {"model": model, "data": run.samples.facts, "options": options, "versions": package_versions()}
+
+
+def _require_new(held_out: PathLike | None, overwrite: bool) -> None:
+    """Whoever writes samples of their own does not lose them."""
+    if held_out is not None and Path(held_out).exists() and not overwrite:
+        raise OutputError(f"{held_out} exists already", "choose another file for --held-out, or pass --overwrite")
 
 
 def _open(model: Path, base: PathLike | None, stack: ExitStack) -> tuple[Checkpoint, Checkpoint]:

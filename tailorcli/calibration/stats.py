@@ -120,6 +120,11 @@ class Stats:
         self.hessians = hessians
         self._store = store
 
+    @property
+    def files(self) -> list[Path]:
+        """What is read of it."""
+        return [file for name in (MANIFEST, HESSIANS, SAMPLES) if (file := self.path / name).is_file()]
+
     @classmethod
     def open(cls, path: PathLike) -> Stats:
         """Open the folder ``path``. Raises StatsError if it is missing, unfinished or inconsistent."""

@@ -20,8 +20,9 @@ from tailorcli.calibration.stats import (
     TensorStats,
 )
 from tailorcli.checkpoint.header import build_header, header_entry
-from tailorcli.errors import OutputError
-from tailorcli.files import as_output_error, file_digest, write_text_atomically
+from tailorcli.errors import CheckpointError, OutputError
+from tailorcli.files import as_output_error, file_digest, read_json, write_text_atomically
+from tailorcli.guard import entries
 from tailorcli.system import sync_path
 
 if TYPE_CHECKING:
@@ -42,17 +43,29 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} exists and is a file", "choose another folder for -o")
-    present = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+    present = [entry.name for entry in entries(folder)] if folder.exists() else []
     ours = (MANIFEST, *(name + end for name in (HESSIANS, SAMPLES) for end in ("", ".part")), MANIFEST + ".part")
     foreign = [name for name in present if name not in ours and not fnmatchcase(name, "hidden-*.part")]
     if foreign:
         raise OutputError(f"{folder} holds other files ({foreign[0]}, ...)", "choose another folder for -o")
     if MANIFEST in present and not overwrite:
         raise OutputError(f"{folder} already holds statistics", "choose another folder, or pass --overwrite")
+    if present and not _are_ours(folder, present):
+        raise OutputError(f"{folder} holds files that tailorcli did not write", "choose another folder for -o")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise as_output_error(folder, error) from error
+
+
+def _are_ours(folder: Path, present: Sequence[str]) -> bool:
+    """Whether the manifest, if there is one, is of statistics; what is unfinished has none."""
+    if MANIFEST not in present:
+        return all(name.endswith(".part") or name in (HESSIANS, SAMPLES) for name in present)
+    try:
+        return "hessians" in read_json(folder / MANIFEST)
+    except CheckpointError:
+        return False
 
 
 class StatsWriter:

@@ -16,6 +16,7 @@ from tailorcli.data.records import Record, check_record, read_records
 from tailorcli.data.samples import Samples, batch_places, join
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
 from tailorcli.files import file_digest
+from tailorcli.guard import path_text
 from tailorcli.models.generation import sampling_generation
 from tailorcli.options import CalibrateOptions
 from tailorcli.terminal import Progress
@@ -88,7 +89,7 @@ def encode_starts(records: list[Record], encoder: Encoder, options: CalibrateOpt
 
 def with_source(samples: Samples, path: Path, records: int) -> Samples:
     """The samples, with the file of their starts among their facts."""
-    facts = {"file": str(path), "blake2b": file_digest(path), "records": records}
+    facts = {"file": path_text(path), "blake2b": file_digest(path), "records": records}
     return replace(samples, facts=samples.facts | facts)
 
 

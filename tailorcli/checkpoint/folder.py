@@ -12,6 +12,7 @@ import os
 import reprlib
 import threading
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+WORK_FOLDER = ".tailorcli"  # there while an output of ours is unfinished
 
 _SAMPLE_BYTES = 4096  # read at the start, the middle and the end of a tensor for its fingerprint
 
@@ -195,7 +197,12 @@ class Checkpoint:
 
 
 def _shards_without_index(folder: Path) -> list[Path] | None:
-    """All of model-00001-of-00002.safetensors and its kin, where the index was lost; None where any is missing."""
+    """All of model-00001-of-00002.safetensors and its kin, where the index was lost; None where any is missing.
+
+    An output that is being written, or cleared for another, is none.
+    """
+    if (folder / WORK_FOLDER).exists():
+        return None
     shards = sorted(folder.glob("model-*-of-*.safetensors"))
     count = len(shards)
     complete = [folder / f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
@@ -287,18 +294,40 @@ WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".part"),
     *(".safetensors.index.json", ".bin.index.json"),
 )
+_STATE_SUFFIXES = (*WEIGHT_SUFFIXES, ".distcp", ".onnx_data", ".ot", ".tflite", ".pkl")
 _TRAINING_STATE = ("trainer_state.json", "tailor_run.json", "tailor_report.json")
 _SKIPPED_FOLDERS = ("checkpoint-", "global_step", "runs", "original", "__pycache__", ".")
 
+# What the loaders of transformers and its kin look for beside weights, and what a reader of the folder does.
+_SIDE_FILES = (
+    *("*config*.json", "modules.json", "normalizer.json", "*processor*.json", "*.py", "requirements*.txt"),
+    *("chat_template*", "*.jinja", "*.jinja2", "speaker_embeddings_path.json"),
+    *("tokenizer*", "*vocab*", "merges*", "special_tokens_map*.json", "added_tokens*.json", "tekken.json", "dict*.txt"),
+    *("*.model", "*.spm", "*.tiktoken", "*.bpe", "*.bpe.*", "bpe.codes", "spiece*", "sentencepiece*", "word_*.json"),
+    *("README*", "LICEN[CS]E*", "COPYING*", "NOTICE*", "USE_POLICY*"),
+)
+
 
 def side_files(folder: Path) -> Iterator[Path]:
-    """Config, tokenizer, templates, custom code: relative paths of what is no weight and no training state.
+    """Config, tokenizer, templates, custom code, licence: relative paths of what a loader, or a reader, looks for.
 
+    Nothing else is taken along: no weights in any format, no training state, no statistics; and nothing of a folder
+    inside that holds weights of its own, as an export to another format.
     Raises CheckpointError where a pipe or a device lies among them: whoever copies it would wait without end.
     """
+    for place in other_files(folder):
+        if any(fnmatchcase(place.name, pattern) for pattern in _SIDE_FILES):
+            require_file(folder / place)
+            yield place
+
+
+def other_files(folder: Path) -> Iterator[Path]:
+    """Relative paths of all that is no weight and no training state."""
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(_SKIPPED_FOLDERS))
+        if Path(root) != folder and any(name.endswith(_STATE_SUFFIXES) for name in files):
+            folders[:] = []
+            continue
         for name in sorted(files):
-            if not name.endswith(WEIGHT_SUFFIXES) and name not in _TRAINING_STATE and not name.startswith("."):
-                require_file(Path(root) / name)
+            if not name.endswith(_STATE_SUFFIXES) and name not in _TRAINING_STATE and not name.startswith("."):
                 yield (Path(root) / name).relative_to(folder)

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
+from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, WORK_FOLDER, Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo, torch_dtype
 from tailorcli.checkpoint.journal import ANEW, Journal, WriteQueue, write_all
 from tailorcli.checkpoint.layout import ShardLayout
@@ -27,7 +27,6 @@ from tailorcli.system import open_for_writing, sync_path
 if TYPE_CHECKING:
     from torch import Tensor
 
-WORK_FOLDER = ".tailorcli"
 JOURNAL = "journal.jsonl"
 
 
@@ -44,7 +43,6 @@ class CheckpointWriter:
         self._journal = Journal(folder / WORK_FOLDER / JOURNAL)
         self._queue = WriteQueue("writer")
         self._descriptors: dict[str, int] = {}
-        self._made_folder = not folder.exists()
         try:
             if resume and self._journal.path.exists():
                 for entry in self._journal.load(identity, folder):
@@ -130,10 +128,12 @@ class CheckpointWriter:
             for name, source in side.items():
                 target = self.folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
+                part = target.with_name(target.name + ".part")  # a link there is not written through
                 if isinstance(source, bytes):
-                    target.write_bytes(source)
+                    part.write_bytes(source)
                 else:
-                    shutil.copyfile(source, target)
+                    shutil.copyfile(source, part)
+                part.replace(target)
             for name, text in texts.items():
                 write_text_atomically(self.folder / name, text)
             self._close_files()
@@ -170,8 +170,6 @@ class CheckpointWriter:
         for shard in self.layout.headers:
             self._part(shard).unlink(missing_ok=True)
         shutil.rmtree(self.folder / WORK_FOLDER, ignore_errors=True)
-        if self._made_folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> CheckpointWriter:
         return self

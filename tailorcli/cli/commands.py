@@ -73,6 +73,7 @@ from tailorcli.cli.output import (
     show_written,
 )
 from tailorcli.cli.verbosity import wants_progress
+from tailorcli.guard import check_plot_file, check_result
 from tailorcli.options import (
     Blockwise,
     CalibrateOptions,
@@ -255,6 +256,7 @@ def score(
         allow_dtype_mismatch=allow_dtype_mismatch,
         resized_vocab=resized_vocab,
     )
+    check_result(output, [base, tuned, stats, retain])
     report = score_checkpoint(base, tuned, stats, options, progress=wants_progress(as_json), retain=retain)
     if output is not None:
         write_report(report, output)
@@ -618,6 +620,7 @@ def inspect_command(
     """
     from tailorcli.display.inspection import inspect_path
 
+    check_plot_file(plot, [path])
     inspection = inspect_path(path)
     if plot is not None:
         from tailorcli.display.plots import plot_inspection

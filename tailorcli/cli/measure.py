@@ -38,6 +38,7 @@ from tailorcli.cli.arguments import (
 )
 from tailorcli.cli.output import print_json, print_rich, say
 from tailorcli.cli.verbosity import wants_progress
+from tailorcli.guard import check_result
 from tailorcli.options import DTypeName, EvaluateOptions, PatchMethod, PatchOptions, Solver
 from tailorcli.units import counted
 
@@ -85,6 +86,7 @@ def evaluate(
         --task b=b.jsonl:choice --target b
     """
     from tailorcli.evaluation.evaluate import evaluate_models
+    from tailorcli.evaluation.tasks import parse_task
 
     options = EvaluateOptions(
         batch_size=batch_size,
@@ -95,10 +97,12 @@ def evaluate(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
+    read = [*models, *(parse_task(spec)[1] for spec in task)]
     if plot is not None:
         from tailorcli.display.plots import check_plot
 
-        check_plot(plot, bool(origin and target))
+        check_plot(plot, bool(origin and target), read)
+    check_result(output, read)
     report = evaluate_models(
         models,
         task,
@@ -250,6 +254,7 @@ def sweep(
       tailorcli sweep BASE TUNED -o DIR --stats stats --retain base-stats \
         --task a=a.jsonl:text --origin a --task b=b.jsonl:text --target b
     """
+    from tailorcli.evaluation.tasks import parse_task
     from tailorcli.sweep import run_sweep, settings_of
 
     if retain_weight and any(retain_weight) and retain is None:
@@ -269,7 +274,8 @@ def sweep(
     if plot is not None:
         from tailorcli.display.plots import check_plot
 
-        check_plot(plot, has_roles=True)
+        files = [parse_task(spec)[1] for spec in (*task, *(validation or ()))]
+        check_plot(plot, has_roles=True, inputs=[base, tuned, stats, retain, data, *files])
     report = run_sweep(
         base,
         tuned,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.data.records import FIELDS, Record
 from tailorcli.errors import DataError
 from tailorcli.files import file_digest
+from tailorcli.guard import path_text
 from tailorcli.options import CalibrateOptions
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def draw_samples(
     if not chosen:
         raise DataError(f"{path}: no record gives a single token", FIELDS)
     facts = {
-        "file": str(path),
+        "file": path_text(path),
         "blake2b": file_digest(path),
         "records": available,
         "samples": len(chosen),

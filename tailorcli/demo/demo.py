@@ -261,6 +261,15 @@ def _verdict(report: DemoReport) -> list[str]:
     ]
 
 
+def _is_ours(marker: Path) -> bool:
+    """Whether a demo's report, or the mark of one that has begun, lies in a folder."""
+    try:
+        found = json.loads(marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and ("finished" in found or {"settings", "rows"} <= found.keys())
+
+
 def _prepare_folder(folder: Path, overwrite: bool) -> None:
     """An empty folder that is marked as ours; an earlier demo in it goes only with ``overwrite``."""
     from tailorcli.files import as_output_error
@@ -270,7 +279,7 @@ def _prepare_folder(folder: Path, overwrite: bool) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             if not overwrite:
                 raise OutputError(f"{folder} exists and is not an empty folder", "choose another -o, or --overwrite")
-            if not marker.is_file():
+            if not _is_ours(marker):
                 raise OutputError(f"{folder} holds no demo that could be replaced", "choose another folder for -o")
             for part in _PARTS:  # the marker last: a removal that is cut off can be taken up again
                 path = folder / part

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tailorcli.calibration.stats import MANIFEST, Stats
-from tailorcli.checkpoint.folder import GGUF, Checkpoint, gguf_error
+from tailorcli.checkpoint.folder import GGUF, WORK_FOLDER, Checkpoint, gguf_error
 from tailorcli.checkpoint.journal import identity_in
-from tailorcli.checkpoint.writer import JOURNAL, WORK_FOLDER
+from tailorcli.checkpoint.writer import JOURNAL
 from tailorcli.errors import CheckpointError, TailorError
 from tailorcli.files import PathLike, read_json, read_text_file
 from tailorcli.patchfile.reader import SUFFIX, PatchFile

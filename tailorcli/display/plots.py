@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tailorcli.display.inspection import Inspection
 from tailorcli.display.names import by_kind, by_layer, place_of
 from tailorcli.errors import OptionsError, OutputError, TailorError
-from tailorcli.files import as_output_error
+from tailorcli.files import PathLike, as_output_error
+from tailorcli.guard import PICTURE_MARK, check_plot_file
 from tailorcli.patchfile.records import TensorRecord
 from tailorcli.patchfile.report import MERGE, PatchReport, share
 
@@ -58,8 +60,10 @@ def check_picture(file: Path) -> None:
 
 def save_figure(figure: Any, file: Path) -> None:
     """Write a figure into ``file``. Raises OutputError."""
+    kind = file.suffix.lower()
+    mark = {"Software" if kind == ".png" else "Creator": PICTURE_MARK}  # by which a later run knows it for ours
     try:
-        figure.savefig(file, dpi=110)
+        figure.savefig(file, dpi=110, metadata=mark if kind in (".png", ".pdf", ".svg") else None)
     except OSError as error:
         raise as_output_error(file, error) from error
     except ValueError as error:
@@ -272,8 +276,9 @@ def _draw_stats(figure: Any, hessians: dict[str, dict[str, Any]]) -> None:
     left.legend(fontsize=8)
 
 
-def check_plot(file: Path, has_roles: bool) -> None:
-    """Whether an evaluation can be drawn into ``file``, asked before hours of work. Raises TailorError."""
+def check_plot(file: Path, has_roles: bool, inputs: Iterable[PathLike | None]) -> None:
+    """Whether an evaluation of ``inputs`` can be drawn into ``file``, before hours of work. Raises TailorError."""
+    check_plot_file(file, inputs)
     new_figure(1, 1)
     if not has_roles:
         raise OptionsError("--plot draws old against new tasks", "name them by --origin and --target")

@@ -12,12 +12,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.checkpoint.folder import Checkpoint, side_files
+from tailorcli.checkpoint.folder import Checkpoint, other_files
 from tailorcli.device import device_errors, resolve_device
 from tailorcli.errors import CheckpointError, DataError, OptionsError, TailorError
 from tailorcli.evaluation.metrics import LEVEL, Estimate, Roles, TaskScores, check_roles, compare
 from tailorcli.evaluation.tasks import EncodedTask, Task, encode_task, read_tasks
 from tailorcli.files import PathLike, as_output_error, read_bytes, write_text_atomically
+from tailorcli.guard import path_text
 from tailorcli.models.config import read_config
 from tailorcli.models.loading import check_shapes, load_encoder, load_model, most_tokens, package_versions
 from tailorcli.options import EvaluateOptions
@@ -116,7 +117,7 @@ def evaluate_models(
         for name, checkpoint in checkpoints.items():
             with device_errors("a smaller --batch-size"):
                 scores[name], ran_in = _evaluate(name, checkpoint, encoded[name], options, device, progress)
-            facts[name] = {"path": str(names[name]), "fingerprint": checkpoint.fingerprint(), "run_in": ran_in}
+            facts[name] = {"path": path_text(names[name]), "fingerprint": checkpoint.fingerprint(), "run_in": ran_in}
     return EvaluateReport(
         options=options.to_dict(),
         versions=package_versions(),
@@ -188,7 +189,7 @@ def tokenizer_digest(folder: Path) -> str:
     """A hash of all that can decide how a folder's model encodes: its config, and every side file but a few."""
     config = {key: value for key, value in read_config(folder).items() if key not in _NO_MATTER}
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
-    for name in side_files(folder):
+    for name in other_files(folder):
         if str(name) not in _NO_TOKENIZER:
             digest.update(f"{name}\0".encode())
             digest.update(hashlib.blake2b(read_bytes(folder / name)).digest())
@@ -241,7 +242,7 @@ _METRICS = {
 
 def _task_facts(task: Task, encoded: EncodedTask, roles: Roles) -> dict[str, Any]:
     return {
-        "file": str(task.path),
+        "file": path_text(task.path),
         "blake2b": task.digest,
         "kind": task.kind,
         "percent_of": _METRICS[task.kind],

@@ -14,6 +14,7 @@ from tailorcli.checkpoint.readahead import ReadAhead
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import NumericalError, OptionsError, PatchError
 from tailorcli.files import PathLike, parse_json, read_bytes
+from tailorcli.guard import Watch
 from tailorcli.merging.plan import MergeInputs, build_merge_plan
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile.reader import PatchFile
@@ -70,6 +71,7 @@ def merge_patches(
         raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
     with ExitStack() as stack:
         inputs = MergeInputs.open(base, patches, tuned, stats, options, stack)
+        watch = Watch(inputs.files)
         plan = build_merge_plan(inputs, options)
         device = resolve_device(options.device)
         facts = inputs.describe()
@@ -114,7 +116,7 @@ def merge_patches(
         }
         seconds = perf_counter() - started
         report = PatchReport("merge-multi", described, facts, ordered, dict(timer.seconds), seconds, notes)
-        outputs.finish(report)
+        outputs.finish(report, watch)
         return report
 
 

@@ -14,6 +14,7 @@ from tailorcli.checkpoint.layout import plan_layout
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.errors import OptionsError, PatchError, StatsError
 from tailorcli.files import PathLike
+from tailorcli.guard import path_text
 from tailorcli.models.naming import open_for
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile.reader import PatchFile
@@ -92,11 +93,11 @@ class MergeInputs:
 
     def describe(self) -> dict[str, dict[str, str]]:
         """Path and fingerprint of each."""
-        facts = {"base": {"path": str(self.base.path), "fingerprint": self.base.fingerprint()}}
+        facts = {"base": {"path": path_text(self.base.path), "fingerprint": self.base.fingerprint()}}
         for number, task in enumerate(self.tasks, 1):
             for role, item in (("patch", task.patch), ("tuned", task.tuned), ("stats", task.stats)):
                 if item is not None:
-                    facts[f"{role} {number}"] = {"path": str(item.path), "fingerprint": item.fingerprint()}
+                    facts[f"{role} {number}"] = {"path": path_text(item.path), "fingerprint": item.fingerprint()}
         return facts
 
     @property
@@ -105,6 +106,16 @@ class MergeInputs:
         found = [self.base.path]
         for task in self.tasks:
             found += [item.path for item in (task.patch, task.tuned, task.stats) if item is not None]
+        return found
+
+    @property
+    def files(self) -> list[Path]:
+        """What is read of them."""
+        found = list(self.base.shards)
+        for task in self.tasks:
+            found.append(task.patch.path)
+            found += task.tuned.shards if task.tuned is not None else []
+            found += task.stats.files if task.stats is not None else []
         return found
 
 

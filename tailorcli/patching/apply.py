@@ -16,6 +16,7 @@ from tailorcli.checkpoint.layout import plan_layout
 from tailorcli.checkpoint.readahead import ReadAhead
 from tailorcli.errors import PatchError, other_base
 from tailorcli.files import PathLike, digest_of
+from tailorcli.guard import Watch
 from tailorcli.patchfile.reader import PatchFile, raw_bytes
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport
 from tailorcli.runs.outputs import Target, progress_bar
@@ -66,6 +67,7 @@ def apply_patch(
     target = Target.of(output, None, resume=resume, overwrite=overwrite)
     with ExitStack() as stack:
         opened, file = _open(base, patch, stack)
+        watch = Watch([*opened.shards, file.path])
         plan = _plan(opened, file, max_shard_size)
         identity = {
             "tailorcli": __version__,
@@ -100,7 +102,7 @@ def apply_patch(
         text = file.side_file(REPORT_FILE).decode()
         seconds = perf_counter() - started
         report = replace(file.report(), command="apply", seconds=seconds, notes=notes)
-        outputs.finish(report, text)
+        outputs.finish(report, watch, text)
         return report
 
 

@@ -16,6 +16,7 @@ from tailorcli.checkpoint.quantized import plain_config
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import OptionsError
 from tailorcli.files import PathLike
+from tailorcli.guard import Watch
 from tailorcli.options import PatchOptions
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.graft import MaskFile, trained_masks
@@ -132,13 +133,15 @@ def patch_checkpoint(
     _require_stored_rows(target, options)
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, data)
+        side = _side_files(inputs, options)
+        watch = Watch([*inputs.files, *(source for source in side.values() if isinstance(source, Path))])
         _require_plain_weights(target, inputs.base)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain_stats)
         device = resolve_device(options.device)
         described = inputs.describe()
         identity = identity_of(described, options.identity(retain is not None), device)
         manifest = {"task": options.task, "license": options.license, "inputs": described}
-        what = (plan, inputs.base, inputs.paths, identity, "patch", _side_files(inputs, options), manifest)
+        what = (plan, inputs.base, inputs.paths, identity, "patch", side, manifest)
         begun = target.begin(*what, announce=announce)
         if isinstance(begun, PatchReport):
             return begun
@@ -187,7 +190,7 @@ def patch_checkpoint(
         ordered = [records[name] for name in inputs.base.tensors]
         seconds = perf_counter() - started
         report = PatchReport("patch", options.to_dict(), described, ordered, dict(timer.seconds), seconds)
-        outputs.finish(report)
+        outputs.finish(report, watch)
         if trained is not None:
             trained.remove()
         return report

@@ -19,6 +19,7 @@ from tailorcli.checkpoint.readahead import ReadAhead
 from tailorcli.device import StageTimer, device_errors, exact_float32
 from tailorcli.errors import NumericalError, OptionsError, note
 from tailorcli.files import PathLike, digest_of
+from tailorcli.guard import path_text
 from tailorcli.models.config import differing_fields, read_config
 from tailorcli.models.naming import open_for
 from tailorcli.options import PatchOptions
@@ -84,20 +85,27 @@ class PatchInputs:
     def describe(self) -> dict[str, dict[str, str]]:
         """Path and fingerprint of each."""
         facts = {
-            "base": {"path": str(self.base.path), "fingerprint": self.base.fingerprint()},
-            "tuned": {"path": str(self.tuned.path), "fingerprint": self.tuned.fingerprint()},
+            "base": {"path": path_text(self.base.path), "fingerprint": self.base.fingerprint()},
+            "tuned": {"path": path_text(self.tuned.path), "fingerprint": self.tuned.fingerprint()},
         }
         for name, stats in (("stats", self.stats), ("retain", self.retain_stats)):
             if stats is not None:
-                facts[name] = {"path": str(stats.path), "fingerprint": stats.fingerprint()}
+                facts[name] = {"path": path_text(stats.path), "fingerprint": stats.fingerprint()}
         if self.data is not None:
-            facts["data"] = {"path": str(self.data), "fingerprint": digest_of(self.data.read_bytes())}
+            facts["data"] = {"path": path_text(self.data), "fingerprint": digest_of(self.data.read_bytes())}
         return facts
 
     @property
     def paths(self) -> list[Path]:
         """Where they lie: no output may."""
-        return [item.path for item in (self.base, self.tuned, self.stats, self.retain_stats) if item is not None]
+        found = [item.path for item in (self.base, self.tuned, self.stats, self.retain_stats) if item is not None]
+        return found if self.data is None else [*found, self.data]
+
+    @property
+    def files(self) -> list[Path]:
+        """What is read of them."""
+        stats = [file for item in (self.stats, self.retain_stats) if item is not None for file in item.files]
+        return [*self.base.shards, *self.tuned.shards, *stats, *([] if self.data is None else [self.data])]
 
 
 @dataclass

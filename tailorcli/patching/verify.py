@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from tailorcli.checkpoint.header import read_header
 from tailorcli.errors import CheckpointError, other_base
 from tailorcli.files import PathLike, digest_of, read_json
+from tailorcli.guard import Watch
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, load_report
 from tailorcli.patching.apply import patched_tensor
@@ -62,6 +64,7 @@ def verify_checkpoint(
     with ExitStack() as stack:
         opened = stack.enter_context(Checkpoint.open(base))
         found = stack.enter_context(Checkpoint.open(checkpoint))
+        watch = Watch([*opened.shards, *found.shards, *([] if patch is None else [Path(patch)])])
         file = None
         kept: dict[str, int] = {}
         if patch is not None:
@@ -81,6 +84,7 @@ def verify_checkpoint(
             report.entries += info.numel
             _verify_tensor(name, opened, found, file, kept, report)
             bar.update(info.nbytes)
+        watch.require_unchanged()
         return report
 
 

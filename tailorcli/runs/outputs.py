@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli._version import __version__
-from tailorcli.checkpoint.folder import INDEX_FILE, WEIGHT_SUFFIXES, Checkpoint
+from tailorcli.checkpoint.folder import INDEX_FILE, WORK_FOLDER, Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
-from tailorcli.checkpoint.writer import JOURNAL, WORK_FOLDER, CheckpointWriter
+from tailorcli.checkpoint.writer import JOURNAL, CheckpointWriter
 from tailorcli.errors import CheckpointError, OutputError, PatchError
 from tailorcli.files import as_output_error, digest_of, read_bytes, read_json, write_text_atomically
+from tailorcli.guard import OutputLock, Watch, entries, protect
 from tailorcli.patchfile.reader import SUFFIX, PatchFile
 from tailorcli.patchfile.records import TensorRecord, read_record
 from tailorcli.patchfile.report import REPORT_FILE, RUN_FILE, PatchReport, load_report
@@ -62,10 +63,12 @@ class Target:
 
     def check(self, inputs: Sequence[Path], plan: Plan) -> None:
         """Nothing that is there would be lost, and the disk has room. Raises OutputError."""
+        protect([self.folder], inputs, _ANOTHER)
+        protect([self.patch_file], inputs, _ANOTHER_FILE)
         if self.folder is not None:
-            self._check_folder(self.folder, inputs)
+            self._check_folder(self.folder)
         if self.patch_file is not None:
-            self._check_patch_file(self.patch_file, inputs)
+            self._check_patch_file(self.patch_file)
         needed = ((self.folder, plan.write_bytes), (self.patch_file, plan.patch_bytes))
         disks: dict[int, int] = {}  # bytes still to be written
         for path, nbytes in needed:
@@ -80,34 +83,26 @@ class Target:
                     "free some or choose another disk",
                 )
 
-    def _check_folder(self, output: Path, inputs: Sequence[Path]) -> None:
-        """The folder is new, or ours to resume or replace, and is none of the inputs."""
-        resolved = output.resolve()
-        for path in inputs:
-            if path.resolve().is_relative_to(resolved):
-                raise OutputError(f"the output {output} would replace an input ({path})", _ANOTHER)
-            if resolved.is_relative_to(path.resolve()):
-                raise OutputError(f"the output {output} lies inside an input ({path})", _ANOTHER)
+    def _check_folder(self, output: Path) -> None:
+        """The folder is new, or ours to resume or replace."""
         if output.exists() and not output.is_dir():
             raise OutputError(f"{output} exists and is a file", _ANOTHER)
-        if not output.exists() or not any(output.iterdir()):
+        if not output.exists() or not entries(output):
             return
         if not (self.resume or self.overwrite):
             raise OutputError(f"{output} exists and is not empty", "choose another, or pass --resume or --overwrite")
         ours = (output / WORK_FOLDER).exists() or (output / RUN_FILE).exists()
         if self.resume and not ours:
             raise OutputError(f"{output} holds no run that could be resumed", "choose another folder, or --overwrite")
-        if self.overwrite and not ours and any(file.name.endswith(WEIGHT_SUFFIXES) for file in output.rglob("*")):
-            raise OutputError(f"{output} holds a checkpoint that tailorcli did not write", _ANOTHER)
+        if self.overwrite and not ours:
+            raise OutputError(f"{output} holds files that tailorcli did not write", _ANOTHER)
 
-    def _check_patch_file(self, file: Path, inputs: Sequence[Path]) -> None:
-        """The file is new, or ours to resume or replace, and lies in none of the inputs, nor in the output."""
+    def _check_patch_file(self, file: Path) -> None:
+        """The file is new, or ours to resume or replace, and does not lie in the output folder."""
         if file.suffix != SUFFIX:
             raise OutputError(f"the patch file {file} must end in {SUFFIX}", _ANOTHER_FILE)
-        folder = [self.folder] if self.folder is not None else []
-        for path in (*inputs, *folder):
-            if file.resolve().is_relative_to(path.resolve()):
-                raise OutputError(f"the patch file {file} would lie in, or replace, {path}", _ANOTHER_FILE)
+        if self.folder is not None and file.resolve().is_relative_to(self.folder.resolve()):
+            raise OutputError(f"the patch file {file} would lie in {self.folder}", _ANOTHER_FILE)
         if file.is_dir():
             raise OutputError(f"{file} exists and is a folder", _ANOTHER_FILE)
         unfinished = file.with_name(file.name + ".journal").exists()
@@ -198,8 +193,14 @@ class Target:
         side: Mapping[str, Path | bytes],
     ) -> Outputs:
         """Start writing, or go on after what an interrupted run has safely written."""
-        with ExitStack() as stack:
+        with ExitStack() as locks, ExitStack() as stack:
             folder_writer, patch_writer = None, None
+            if self.folder is not None:
+                locks.enter_context(OutputLock(self.folder, folder=True))
+                self._check_folder(self.folder)  # another run may have ended since
+            if self.patch_file is not None:
+                locks.enter_context(OutputLock(self.patch_file, folder=False))
+                self._check_patch_file(self.patch_file)
             if self.patch_file is not None and not (self.resume and self._patch_is_finished(identity)):
                 if self.overwrite:
                     self.patch_file.unlink(missing_ok=True)
@@ -209,12 +210,15 @@ class Target:
                 patch_writer = PatchWriter(self.patch_file, base, infos, full, contents, identity, self.resume)
                 stack.callback(patch_writer.close)
             if self.folder is not None:
-                if self.overwrite and self.folder.exists():
+                unfinished = (self.folder / WORK_FOLDER / JOURNAL).exists()
+                if entries(self.folder) and (self.overwrite or not unfinished):
+                    if self.resume and _finished_run(self.folder, identity) is not None:
+                        raise OutputError(f"another run has just finished {self.folder}", "run the same command again")
                     _clear(self.folder)
                 folder_writer = CheckpointWriter(self.folder, plan.layout, identity, self.resume)
                 stack.callback(folder_writer.close)
             copies = {tensor.name: tensor.copies for tensor in plan.tensors}
-            return Outputs(folder_writer, patch_writer, side, identity, copies, stack.pop_all())
+            return Outputs(folder_writer, patch_writer, side, identity, copies, stack.pop_all(), locks.pop_all())
 
 
 class Outputs:
@@ -228,6 +232,7 @@ class Outputs:
         identity: dict[str, Any],
         copies: Mapping[str, tuple[str, ...]],
         stack: ExitStack,
+        locks: ExitStack,
     ) -> None:
         self._folder = folder
         self._patch = patch
@@ -235,6 +240,7 @@ class Outputs:
         self._identity = identity
         self._copies = copies
         self._stack = stack
+        self._locks = locks
         self.wants_digest = patch is not None
         written = [writer.done for writer in (folder, patch) if writer is not None]
         found = {name: record for name, record in written[0].items() if all(name in done for done in written)}
@@ -282,11 +288,17 @@ class Outputs:
             if writer is not None:
                 writer.drain()
 
-    def finish(self, report: PatchReport, text: str | None = None) -> None:
+    def finish(self, report: PatchReport, watch: Watch, text: str | None = None) -> None:
         """Give the outputs their names, the patch file first: a folder that loads comes last.
 
-        ``text`` is what the report file shall hold, if it is not ``report`` itself.
+        ``watch`` is over all that was read: what was made of files that have changed since is removed, and
+        CheckpointError raised. ``text`` is what the report file shall hold, if it is not ``report`` itself.
         """
+        try:
+            watch.require_unchanged()
+        except CheckpointError:
+            self.discard()
+            raise
         text = report.to_json() if text is None else text
         if self._patch is not None:
             self._patch.finish(text)
@@ -300,12 +312,14 @@ class Outputs:
         for writer in (self._folder, self._patch):
             if writer is not None:
                 writer.discard()
+        self._locks.close()
 
     def __enter__(self) -> Outputs:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+        self._locks.close()
 
 
 def _plain(record: TensorRecord | None) -> dict[str, Any]:
@@ -388,12 +402,19 @@ def _unfinished_bytes(path: Path) -> int:
 
 
 def _finished_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The run record of a finished output; None for an unfinished one, an error for another run's."""
+    """The run record of a finished output, whose shards are there; None for an unfinished one.
+
+    Raises OutputError for another run's.
+    """
     if (folder / WORK_FOLDER / JOURNAL).exists() or not (folder / RUN_FILE).exists():
         return None
     run = read_json(folder / RUN_FILE)
     if run.get("identity") != identity:
         raise OutputError(f"{folder} holds the finished output of another run", "choose another, or --overwrite")
+    try:
+        Checkpoint.open(folder).close()
+    except CheckpointError:
+        return None
     return run
 
 
@@ -412,18 +433,24 @@ def _differing(side: Mapping[str, Path | bytes], base: Checkpoint) -> dict[str, 
 
 
 def _clear(folder: Path) -> None:
-    """Take an earlier output of ours away, the index first so that no moment shows half a checkpoint."""
+    """Take an earlier output of ours away so that no moment shows half a checkpoint, nor a run that has finished.
+
+    The work folder marks the output as ours until the new run has begun; the record goes first, the index before its
+    shards.
+    """
     try:
         with Checkpoint.open(folder) as earlier:
             shards = earlier.shards
     except CheckpointError:  # unfinished or damaged
         shards = list(folder.glob("*.safetensors"))
     try:
-        (folder / INDEX_FILE).unlink(missing_ok=True)
+        (folder / WORK_FOLDER).mkdir(exist_ok=True)
+        for first in (RUN_FILE, f"{WORK_FOLDER}/{JOURNAL}", INDEX_FILE):
+            (folder / first).unlink(missing_ok=True)
         for path in [*shards, *folder.rglob("*.safetensors.part")]:
-            path.unlink()
-        for name in (REPORT_FILE, RUN_FILE):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+            path.unlink(missing_ok=True)
+        (folder / REPORT_FILE).unlink(missing_ok=True)
+        for path in (folder / WORK_FOLDER).iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     except OSError as error:
         raise as_output_error(folder, error) from error

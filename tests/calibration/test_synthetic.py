@@ -210,7 +210,7 @@ def test_further_samples_are_a_task(llama_pair, tmp_path):
     one, two = (Stats.open(tmp_path / name) for name in ("alone", "stats"))
     assert all(torch.equal(one.load(name), two.load(name)) for name in one.hessians)
     starts = write_lines(tmp_path / "starts.jsonl", {"prompt": "ab"}, {"text": "yz"})
-    run("calibrate", base, *common, "--data", starts, "-o", tmp_path / "more")
+    run("calibrate", base, *common, "--data", starts, "-o", tmp_path / "more", "--overwrite")
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(records) == 5
     assert {record["prompt"] for record in records if "prompt" in record} == {"ab"}

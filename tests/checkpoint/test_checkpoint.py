@@ -337,7 +337,9 @@ def test_folders_without_weights_are_told_apart(tmp_path):
     refusal(Checkpoint.open, tmp_path / "nowhere", mentions=["nowhere", "not there"])
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    refusal(Checkpoint.open, file, mentions=["a file, not a folder"])
+    refusal(Checkpoint.open, file, mentions=["GGUF"])
+    (tmp_path / "model.safetensors.txt").write_text("no folder")
+    refusal(Checkpoint.open, tmp_path / "model.safetensors.txt", mentions=["a file, not a folder"])
     folder = tmp_path / "folder"
     folder.mkdir()
     refusal(Checkpoint.open, folder, mentions=[SINGLE_FILE])
@@ -347,11 +349,34 @@ def test_folders_without_weights_are_told_apart(tmp_path):
     assert "merge_and_unload" in refusal(Checkpoint.open, folder, mentions=["adapter"]).hint
 
 
-def test_side_files_are_all_but_weights_and_training_state(tmp_path):
-    kept = ["config.json", "chat_template.jinja", "modeling_own.py", "tokenizer.model", "templates/one.jinja"]
+def test_side_files_are_what_a_loader_looks_for(tmp_path):
+    kept = [
+        *("config.json", "chat_template.jinja", "modeling_own.py", "tokenizer.model", "templates/one.jinja"),
+        *("generation_config.json", "preprocessor_config.json", "processor_config.json", "vocab.json", "merges.txt"),
+        *("special_tokens_map.json", "added_tokens.json", "tokenizer_config.json", "spiece.model", "source.spm"),
+        *("video_preprocessor_config.json", "tekken.json", "qwen.tiktoken", "bpe.codes", "sentencepiece.bpe.model"),
+        *("additional_chat_templates/tool.jinja", "1_Pooling/config.json", "modules.json", "LICENSE", "README.md"),
+    ]
     left = [
         *("model.safetensors", INDEX_FILE, "pytorch_model.bin", "training_args.bin", "optimizer.pt", "model.gguf"),
         *("trainer_state.json", "tailor_run.json", "tailor_report.json", "x.safetensors.part", ".gitattributes"),
+        *("optimizer_0/__0_0.distcp", "model.onnx", "onnx/model.onnx_data", "onnx/config.json", "rust_model.ot"),
+        *(
+            "64.tflite",
+            "data.pkl",
+            "all_results.json",
+            "train.log",
+            "stats/manifest.json",
+            "stats/hessians.safetensors",
+        ),
+        *(
+            "stats/samples.safetensors",
+            "wandb.txt",
+            "notes.txt",
+            "scheduler.pt",
+            "rng_state.pth",
+            "events.out.tfevents",
+        ),
         *("checkpoint-500/config.json", ".cache/x.json", ".tailorcli/journal.jsonl", "original/params.json"),
     ]
     for name in (*kept, *left):

@@ -1,0 +1,221 @@
+"""What no command may do to files: write over an input or what is not ours, beside another run, from moving inputs.
+
+Every command asks ``protect`` before it works, whatever it writes. Nothing here opens a file for writing but a lock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import stat
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from tailorcli.errors import CheckpointError, OutputError
+from tailorcli.files import PathLike, as_output_error
+from tailorcli.system import lock_descriptor
+
+LOCK = ".tailorcli.lock"
+PICTURE_MARK = "tailorcli"  # stands in every picture of ours
+_PICTURES = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
+_ELSEWHERE = "choose another path"
+
+
+def protect(outputs: Iterable[PathLike | None], inputs: Iterable[PathLike | None], hint: str = _ELSEWHERE) -> None:
+    """No output is an input, lies in the folder of one, or is a folder that holds one. Raises OutputError.
+
+    Links are followed: symbolic ones, and hard ones to a file of an input.
+    """
+    given = [Path(path) for path in inputs if path is not None]
+    for output in (Path(path) for path in outputs if path is not None):
+        try:
+            for path in given:
+                _refuse(output, path, hint)
+        except OSError as error:
+            raise as_output_error(output, error) from error
+
+
+def _refuse(output: Path, path: Path, hint: str) -> None:
+    target, source = output.resolve(), path.resolve()
+    above = {_identity(place) for place in (target, *target.parents)} - {None}
+    if source == target or _identity(source) in {_identity(target)} - {None}:
+        raise OutputError(f"the output {output} would replace an input ({path})", hint)
+    if _identity(target) is not None and _identity(target) in {_identity(place) for place in source.parents}:
+        raise OutputError(f"the output {output} would replace an input ({path})", hint)
+    if source in target.parents or (source.is_dir() and _identity(source) in above):
+        raise OutputError(f"the output {output} lies inside an input ({path})", hint)
+    if target.is_file() and target.stat().st_nlink > 1 and source.is_dir():
+        for folder, _, names in os.walk(source):
+            if any(_identity(Path(folder) / name) == _identity(target) for name in names):
+                raise OutputError(f"the output {output} would replace an input (a file of {path})", hint)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What a file is whatever its name: None for one that is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def check_result(file: PathLike | None, inputs: Iterable[PathLike | None]) -> None:
+    """A JSON result may go to ``file``: it is none of the inputs, and new or an earlier result of ours.
+
+    Raises OutputError.
+    """
+    if file is None:
+        return
+    protect([file], inputs)
+    _only_over(Path(file), _is_result, "a result of tailorcli")
+
+
+def check_plot_file(file: PathLike | None, inputs: Iterable[PathLike | None]) -> None:
+    """A picture may be drawn into ``file``: it is none of the inputs, and new or an earlier picture of ours.
+
+    Raises OutputError.
+    """
+    if file is None:
+        return
+    protect([file], inputs)
+    _only_over(Path(file), _is_picture, "a picture that tailorcli drew")
+
+
+def _only_over(file: Path, is_ours: Callable[[Path], bool], what: str) -> None:
+    if not file.exists():
+        return
+    if not stat.S_ISREG(file.stat().st_mode):
+        if file.is_dir():
+            raise OutputError(f"{file} exists and is a folder", _ELSEWHERE)
+        return  # /dev/stdout and its kind hold nothing that could be lost
+    if file.stat().st_size and not is_ours(file):
+        raise OutputError(f"{file} exists and is not {what}", "choose another path, or remove it first")
+
+
+def _is_result(file: Path) -> bool:
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and {"format_version", "command"} <= value.keys()
+
+
+def _is_picture(file: Path) -> bool:
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return False
+    start = _PICTURES.get(file.suffix.lower())
+    return start is not None and content.startswith(start) and PICTURE_MARK.encode() in content
+
+
+def path_text(path: PathLike) -> str:
+    r"""A path as text that any JSON holds: bytes of its name that are no UTF-8 are written as ``\xe9``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+class Watch:
+    """Files that must not change while a run reads them: their size, time and identity, taken when it begins."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._before = {file: _stamp(file) for file in files}
+
+    def require_unchanged(self) -> None:
+        """Raise CheckpointError for the first file that is no longer what it was."""
+        for file, before in self._before.items():
+            if _stamp(file) != before:
+                raise CheckpointError(
+                    f"{file} was changed while it was read: the result would fit neither its old content nor its new",
+                    "run it again when nothing writes to it any more",
+                )
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+class OutputLock:
+    """While it is held no other run writes to the same output: the folder ``place``, or the file of that name.
+
+    A lock file lies in the folder, or beside the file, and goes when the lock is released. Where the system can lock
+    files, a killed run's lock is free at once; elsewhere its file must be removed by hand, as the error says.
+    """
+
+    def __init__(self, place: Path, *, folder: bool) -> None:
+        """Take the lock; missing folders are made. Raises OutputError where another run holds it."""
+        self._folder = place if folder else None
+        self._made = folder and not place.exists()
+        self._file = place / LOCK if folder else place.with_name(place.name + ".lock")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor: int | None = self._take(place)
+        except OSError as error:
+            raise as_output_error(place, error) from error
+
+    def _take(self, place: Path) -> int:
+        while True:
+            descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
+            held = lock_descriptor(descriptor)
+            if held is None:
+                os.close(descriptor)
+                return self._make_alone(place)
+            if not held:
+                os.close(descriptor)
+                raise self._taken(place, "wait until it ends, or choose another output")
+            found = os.fstat(descriptor)
+            if _identity(self._file) == (found.st_dev, found.st_ino):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, _who())
+                return descriptor
+            os.close(descriptor)  # the run before removed the file between the two steps
+
+    def _make_alone(self, place: Path) -> int:
+        """On a system without locks: whoever makes the file has it."""
+        self._file.unlink()
+        self._file = self._file.with_name(self._file.name + ".held")
+        try:
+            descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            raise self._taken(place, f"wait until it ends; if it was killed, remove {self._file}") from None
+        os.write(descriptor, _who())
+        return descriptor
+
+    def _taken(self, place: Path, hint: str) -> OutputError:
+        owner = ""
+        with suppress(OSError):
+            owner = self._file.read_text("utf-8", "replace").strip()
+        return OutputError(f"another run is writing to {place}" + (f" ({owner})" if owner else ""), hint)
+
+    def release(self) -> None:
+        """Give the lock up, and remove its file; a folder that was made for it and holds nothing goes, too."""
+        if self._descriptor is None:
+            return
+        with suppress(OSError):
+            self._file.unlink(missing_ok=True)
+        os.close(self._descriptor)
+        self._descriptor = None
+        if self._folder is not None and self._made:
+            with suppress(OSError):
+                self._folder.rmdir()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _who() -> bytes:
+    return f"process {os.getpid()} on {platform.node()}\n".encode()
+
+
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, but for a lock. Raises OSError."""
+    return [entry for entry in folder.iterdir() if not entry.name.startswith(LOCK)]
