@@ -86,19 +86,26 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "processor": _processor(),
+        "processor": processor(),
         "python": platform.python_version(),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "load_average": round(os.getloadavg()[0], 2),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name where the system tells it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def cache_root() -> Path:
+    """The folder of weights and results, unless an option says another."""
+    return Path(os.environ.get("TAILORCLI_CACHE") or Path.home() / ".cache" / "tailorcli")
 
 
 def describe(facts: dict[str, Any]) -> str:

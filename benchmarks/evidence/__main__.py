@@ -8,9 +8,9 @@ cache; a rerun goes on from there.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
+from benchmarks.common import cache_root
 from benchmarks.evidence import pairs, pictures, readme, render, summary
 from benchmarks.evidence.run import SAMPLES, run_all
 from benchmarks.multimodal.data import COUNTS
@@ -54,8 +54,7 @@ def main() -> None:
     """Run the benchmarks that are asked for, and write the document from all that the cache holds."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="quick, text, multimodal; all without")
-    root = Path(os.environ.get("TAILORCLI_CACHE") or Path.home() / ".cache" / "tailorcli")
-    parser.add_argument("--cache", type=Path, default=root, help="folder for weights and results (%(default)s)")
+    parser.add_argument("--cache", type=Path, default=cache_root(), help="folder for weights and results (%(default)s)")
     options = parser.parse_args()
     parts = options.parts or list(PARTS)
     sections = []

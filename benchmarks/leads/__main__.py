@@ -6,11 +6,11 @@ On the pairs of the benchmark `quick`; all figures are of validation data: they 
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
 
+from benchmarks.common import cache_root
 from benchmarks.evidence.pairs import SEEDS, quick
 from benchmarks.evidence.run import GRIDS, run_pair
 from benchmarks.leads import damping, entries, frontiers, propagation, rule
@@ -31,10 +31,9 @@ LEADS = {
 def main() -> None:
     """Measure the chosen leads on every pair and write their tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.leads", description=(__doc__ or "").split("\n")[0])
-    root = Path(os.environ.get("TAILORCLI_CACHE") or Path.home() / ".cache" / "tailorcli")
     parser.add_argument("leads", nargs="*", help=f"which of {', '.join(LEADS)} (all)")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="only the first so many (%(default)s)")
-    parser.add_argument("--cache", type=Path, default=root, help="folder for weights and results (%(default)s)")
+    parser.add_argument("--cache", type=Path, default=cache_root(), help="folder for weights and results (%(default)s)")
     options = parser.parse_args()
     if unknown := set(options.leads) - set(LEADS):
         parser.error(f"there is no lead {', '.join(sorted(unknown))}")

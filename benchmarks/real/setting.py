@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from benchmarks.common import cache_root, processor
 from benchmarks.real import data, model
 from tailorcli import __version__
 
@@ -25,7 +26,7 @@ Texts = dict[str, dict[str, list[str]]]
 
 def default_cache() -> Path:
     """Return the folder of the language model, unless an option says another."""
-    return Path(os.environ.get("TAILORCLI_CACHE") or Path.home() / ".cache" / "tailorcli" / "real")
+    return cache_root() if os.environ.get("TAILORCLI_CACHE") else cache_root() / "real"
 
 
 def parse(parser: argparse.ArgumentParser, document: Path, cache: Path | None = None) -> argparse.Namespace:
@@ -77,13 +78,3 @@ def environment() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "tailorcli": __version__,
     }
-
-
-def processor() -> str:
-    """Return the processor's name where the system tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -35,7 +35,7 @@ class Inspection:
     path: str
     kind: str
     facts: dict[str, Any]
-    report: PatchReport | None = None  # of a report a patch file or a patched checkpoint
+    report: PatchReport | None = None  # of a report, a patch file or a patched checkpoint
     hessians: dict[str, dict[str, Any]] = field(default_factory=dict)  # of statistics
     tensors: list[dict[str, Any]] = field(default_factory=list)  # of a plain checkpoint
     uncalibrated: dict[str, str] = field(default_factory=dict)  # of statistics

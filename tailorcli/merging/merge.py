@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tailorcli.core.hessian import PreparedHessian
+    from tailorcli.runs.outputs import Outputs
 
 
 def plan_merge(
@@ -77,23 +78,41 @@ def merge_patches(
         facts = inputs.describe()
         identity = identity_of(facts, options.identity(len(patches)), device, command="merge-multi")
         side, notes = _side_files(inputs)
-        if options.method == "joint":  # which starts from the tuned models again
-            made = [task.title for task in inputs.tasks if task.patch.input_fingerprint("retain") is not None]
-            notes += tuple(
-                f"{name} was made with a retain term, which joint leaves out; --method patches keeps it"
-                for name in made
-            )
+        notes += _retain_notes(inputs, options)
         what = (plan, inputs.base, inputs.paths, identity, "merge-multi", side, _manifest(inputs, facts, options))
         begun = target.begin(*what, announce=announce)
         if isinstance(begun, PatchReport):
             return begun
         outputs = stack.enter_context(begun)
         timer = StageTimer(device)
-        records = dict(outputs.records)
-        bar = stack.enter_context(progress_bar(plan.tensors, "merging", progress))
+        records = _write_all(plan, inputs, options, outputs, device, timer, progress)
+        timer.seconds["write"] = outputs.seconds
+        ordered = [records[name] for name in inputs.base.tensors]
+        described = options.to_dict() | {
+            "tasks": [task.title for task in inputs.tasks],
+            "weights": list(options.shares(len(patches))),
+        }
+        seconds = perf_counter() - started
+        report = PatchReport("merge-multi", described, facts, ordered, dict(timer.seconds), seconds, notes)
+        outputs.finish(report, watch)
+        return report
+
+
+def _write_all(
+    plan: Plan,
+    inputs: MergeInputs,
+    options: MergeOptions,
+    outputs: Outputs,
+    device: torch.device,
+    timer: StageTimer,
+    progress: bool,
+) -> dict[str, TensorRecord]:
+    """Merge and write each tensor that an earlier run has not written; gives the records of all."""
+    records = dict(outputs.records)
+    todo = [tensor for tensor in plan.tensors if tensor.name not in records]
+    digests = {name: tensor.digest for name, tensor in inputs.tasks[0].patch.base.items()}
+    with progress_bar(plan.tensors, "merging", progress) as bar:
         bar.start_at(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
-        todo = [tensor for tensor in plan.tensors if tensor.name not in records]
-        digests = {name: tensor.digest for name, tensor in inputs.tasks[0].patch.base.items()}
         try:
             for tensor, merged in _merged(todo, inputs, options, device, timer):
                 record = records[tensor.name] = _record(tensor, merged)
@@ -108,16 +127,16 @@ def merge_patches(
         except PatchError:  # a wrong base: no resumed run would get over it
             outputs.discard()
             raise
-        timer.seconds["write"] = outputs.seconds
-        ordered = [records[name] for name in inputs.base.tensors]
-        described = options.to_dict() | {
-            "tasks": [task.title for task in inputs.tasks],
-            "weights": list(options.shares(len(patches))),
-        }
-        seconds = perf_counter() - started
-        report = PatchReport("merge-multi", described, facts, ordered, dict(timer.seconds), seconds, notes)
-        outputs.finish(report, watch)
-        return report
+    return records
+
+
+def _retain_notes(inputs: MergeInputs, options: MergeOptions) -> tuple[str, ...]:
+    """What joint leaves out of the patches: it starts from the tuned models again."""
+    if options.method != "joint":
+        return ()
+    made = [task.title for task in inputs.tasks if task.patch.input_fingerprint("retain") is not None]
+    what = "was made with a retain term, which joint leaves out; --method patches keeps it"
+    return tuple(f"{name} {what}" for name in made)
 
 
 def _manifest(inputs: MergeInputs, facts: dict[str, dict[str, str]], options: MergeOptions) -> dict[str, Any]:
