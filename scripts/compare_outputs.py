@@ -101,14 +101,18 @@ def differences(one: Any, other: Any, at: str = "") -> Iterator[str]:
         yield f"{at}: {str(one)[:40]} then, {str(other)[:40]} now"
 
 
-def header_of(file: Path) -> tuple[Any, bytes]:
-    """A safetensors file's header, with the JSON in its metadata read too, and the bytes of its tensors."""
+def parts_of(file: Path) -> dict[str, Any]:
+    """A safetensors file by its entries: each tensor's bytes, and JSON (metadata, a patch's own files) as values."""
     content = file.read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
-    metadata = header.get("__metadata__", {})
-    read = {key: json.loads(text) if text.startswith("{") else text for key, text in metadata.items()}
-    return header | {"__metadata__": read}, content[8 + size :]
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    metadata = header.pop("__metadata__", {})
+    parts = {key: json.loads(text) if text.startswith("{") else text for key, text in metadata.items()}
+    for name, entry in header.items():
+        raw = content[slice(*(start + offset for offset in entry["data_offsets"]))]
+        is_json = name.startswith("file:") and name.endswith(".json")
+        parts[name] = json.loads(raw) if is_json else [entry["dtype"], entry["shape"], raw.hex()]
+    return parts
 
 
 def compare_files(one: Path, other: Path) -> list[str]:
@@ -119,9 +123,8 @@ def compare_files(one: Path, other: Path) -> list[str]:
         both = (without_passing(json.loads(file.read_text())) for file in (one, other))
         return list(differences(*both))
     if one.suffix == ".safetensors":
-        (header, data), (other_header, other_data) = header_of(one), header_of(other)
-        found = list(differences(without_passing(header), without_passing(other_header)))
-        return found if data == other_data else ["the bytes of tensors", *found]
+        both = (without_passing(parts_of(file)) for file in (one, other))
+        return list(differences(*both))
     return ["its bytes"]
 
 
