@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 REPORT_FILE = "sweep.json"
-PARTS = ("test", "validation")
 _POINTS, _WORK, _MERGED = "settings", "work", "merged"
 _RESULT = re.compile(r"[0-9a-f]{24}\.json(\.part)?")
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from tailorcli._version import __version__
-from tailorcli.cli import commands, measure
+from tailorcli.cli import commands, measure, patchfiles
 from tailorcli.cli.arguments import flag
 from tailorcli.cli.output import say, say_error
 from tailorcli.cli.verbosity import is_verbose
@@ -101,9 +101,9 @@ _add(commands.inspect_command, PATCH, "inspect")
 _add(measure.evaluate, MEASURE)
 _add(measure.sweep, MEASURE)
 _add(measure.hscore, MEASURE)
-_add(commands.apply, FILES)
-_add(commands.verify, FILES)
-_add(commands.merge_multi, FILES, "merge-multi")
+_add(patchfiles.apply, FILES)
+_add(patchfiles.verify, FILES)
+_add(patchfiles.merge_multi, FILES, "merge-multi")
 
 
 def _show_versions(shown: bool) -> None:

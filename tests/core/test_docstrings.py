@@ -11,7 +11,7 @@ import tailorcli
 
 PACKAGE = Path(tailorcli.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
-COMMANDS = ("cli/commands.py", "cli/measure.py")  # their docstrings are the commands' help
+COMMANDS = ("cli/commands.py", "cli/measure.py", "cli/patchfiles.py")  # their docstrings are the commands' help
 WITH_EXAMPLES = [file for file in FILES if ">>> " in (PACKAGE / file).read_text(encoding="utf-8")]
 
 

@@ -1,0 +1,230 @@
+"""The commands that take patch files: apply, verify, merge-multi.
+
+Data goes to standard output; progress, notes and errors go to standard error.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tailorcli.cli.arguments import (
+    AsJson,
+    Base,
+    Damping,
+    Device,
+    DryRun,
+    License,
+    MaxIterations,
+    MaxShardSize,
+    OutFolder,
+    OutFolderNeeded,
+    Overwrite,
+    PatchIn,
+    PatchOut,
+    Quiet,
+    Resume,
+    Task,
+    Tensors,
+    Tolerance,
+    Verbose,
+)
+from tailorcli.cli.output import (
+    print_json,
+    print_report,
+    print_rich,
+    require_output,
+    say,
+    say_error,
+    show_cost,
+    show_merge,
+    show_plan,
+    show_stages,
+    show_written,
+)
+from tailorcli.cli.verbosity import wants_progress
+from tailorcli.options import (
+    MergeMethod,
+    MergeOptions,
+)
+from tailorcli.units import counted, parse_size
+
+
+def apply(
+    base: Base,
+    patch_path: PatchIn,
+    output: OutFolderNeeded,
+    max_shard_size: MaxShardSize = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    tensors: Tensors = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make the patched checkpoint from BASE and a patch file.
+
+    To the byte what patch -o writes. Refuses a base that is not the one the patch was made for.
+
+    Examples:
+      tailorcli apply BASE task.safetensors -o OUT
+      tailorcli apply BASE task.safetensors -o OUT --max-shard-size 5GB
+    """
+    from tailorcli.patching.apply import apply_patch, plan_apply
+
+    size = parse_size(max_shard_size) if max_shard_size else None
+    if dry_run:
+        plan = plan_apply(base, patch_path, output, max_shard_size=size, resume=resume, overwrite=overwrite)
+        show_plan(plan, output, None, as_json, tensors)
+        return
+    report = apply_patch(
+        base,
+        patch_path,
+        output,
+        max_shard_size=size,
+        resume=resume,
+        overwrite=overwrite,
+        progress=wants_progress(as_json),
+        announce=None if as_json else partial(show_cost, output=output, patch_file=None),
+    )
+    for note in report.notes:
+        say(f"note: {note}", err=True)
+    if as_json:
+        print_report(report, output, None)
+        return
+    totals = report.totals
+    say(f"changed {totals['kept']:,} weights in {counted(totals['tensors_patched'], 'tensor')}")
+    show_written(output, None, report)
+    show_stages(report.stages)
+
+
+def merge_multi(
+    base: Base,
+    patches: Annotated[list[Path], typer.Argument(metavar="PATCH", help="Patch files of the tasks, on one BASE.")],
+    output: OutFolder = None,
+    patch_file: PatchOut = None,
+    method: Annotated[
+        MergeMethod,
+        typer.Option(metavar="METHOD", help="average (the paper's), joint (one optimum for all tasks), or patches."),
+    ] = MergeMethod.AVERAGE,
+    tuned: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="TUNED", help="average, joint: a task's fine-tuned checkpoint; once for each task."),
+    ] = None,
+    stats: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="STATS", help="joint: a task's statistics; once for each task."),
+    ] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option(metavar="W", help="Weight of a task; once for each PATCH, in their order.")
+    ] = None,
+    damping: Damping = 0.01,
+    tolerance: Tolerance = 1e-4,
+    max_iterations: MaxIterations = 300,
+    device: Device = "auto",
+    max_shard_size: MaxShardSize = None,
+    task: Task = None,
+    license_: License = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    tensors: Tensors = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    r"""Stitch the patches of several tasks into one model.
+
+    average needs --tuned for each task, joint --stats as well, patches neither. Which belongs to which patch is
+    told by their contents, not by their order.
+
+    Examples:
+      tailorcli merge-multi BASE a.safetensors b.safetensors -o OUT \
+        --method patches
+      tailorcli merge-multi BASE a.safetensors b.safetensors -o OUT \
+        --tuned TUNED-A --tuned TUNED-B
+    """
+    from tailorcli.merging.merge import merge_patches, plan_merge
+
+    require_output(output, patch_file)
+    options = MergeOptions(
+        method=method,
+        weights=tuple(weight or ()),
+        damping=damping,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        device=device,
+        max_shard_size=parse_size(max_shard_size) if max_shard_size else None,
+        task=task,
+        license=license_,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    inputs = (tuple(tuned or ()), tuple(stats or ()))
+    if dry_run:
+        plan = plan_merge(base, patches, output, *inputs, options, patch_file)
+        show_plan(plan, output, patch_file, as_json, tensors)
+        return
+    report = merge_patches(
+        base,
+        patches,
+        output,
+        *inputs,
+        options,
+        progress=wants_progress(as_json),
+        patch_file=patch_file,
+        announce=None if as_json else partial(show_cost, output=output, patch_file=patch_file),
+    )
+    for note in report.notes:
+        say(f"note: {note}", err=True)
+    if as_json:
+        print_report(report, output, patch_file)
+        return
+    show_merge(report)
+    show_written(output, patch_file, report)
+    show_stages(report.stages)
+
+
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the checkpoint to verify.")],
+    base: Annotated[Path, typer.Option("--base", metavar="BASE", help="Folder of the pre-trained checkpoint.")],
+    patch_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--patch", metavar="PATCH", help="The patch file that was applied.", show_default="the report in OUT"
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Prove that OUT is BASE with a patch applied, bit for bit.
+
+    Exit code 1 if it is not.
+
+    Examples:
+      tailorcli verify OUT --base BASE
+      tailorcli verify OUT --base BASE --patch task.safetensors
+    """
+    from tailorcli.display.tables import problem_table
+    from tailorcli.patching.verify import verify_checkpoint
+
+    report = verify_checkpoint(checkpoint, base, patch_path, progress=wants_progress(as_json))
+    if as_json:
+        print_json(report.to_dict())
+    elif report.ok:
+        say(
+            f"{checkpoint} is right: {counted(report.tensors, 'tensor')}, {report.entries:,} weights, of which "
+            f"{report.changed:,} differ from the base"
+            + (", all as the patch says" if patch_path else f"; at most {report.kept:,} may (which: pass --patch)")
+        )
+    else:
+        count = f"{report.wrong_tensors} wrong, {len(report.problems)} of them listed"
+        say_error(f"{checkpoint} is not what it should be: {count}")
+        print_rich(problem_table(report.problems))
+    if not report.ok:
+        raise typer.Exit(1)
