@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-fast test-slow lint bench bench-large bench-gpu real stitch evidence docs clean
+.PHONY: demo test test-fast test-slow kills lint bench bench-large bench-gpu real stitch evidence docs clean
 
 # torch comes first and pinned, so that nothing else chooses its build.
 $(BIN)/tailorcli: pyproject.toml constraints.txt
@@ -44,6 +44,10 @@ test-fast: $(VENV)/dev
 # long ones.
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
+
+# Each command that writes models, ended at every one of its operations on files: twenty minutes on one core.
+kills: $(VENV)/dev
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=tests:. $(BIN)/python -m kills.harness
 
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks --rounds 3

@@ -1,0 +1,26 @@
+"""A few of the kills of ``make kills``, in a process of their own: it forks, and must have one thread for that."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent.parent
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="open files are told by /proc")
+def test_ended_at_an_operation_on_files_nothing_unfinished_opens_and_all_can_go_on():
+    path = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
+    command = [sys.executable, "-m", "kills.harness", "--share", "2", "--json"]
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    assert done.stdout, done.stderr
+    results = json.loads(done.stdout)
+    assert [failure for result in results for failure in result["failures"]] == []
+    assert done.returncode == 0
+    assert len(results) == 18
+    assert all(result["kills"] == 2 and result["operations"] > 20 for result in results)
