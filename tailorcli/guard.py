@@ -141,6 +141,11 @@ def _stamp(file: Path) -> tuple[int, int, int] | None:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
+def lock_file(place: Path, *, folder: bool) -> Path:
+    """Where the lock of an output lies: in the folder ``place``, or beside the file of that name."""
+    return place / LOCK if folder else place.with_name(place.name + ".lock")
+
+
 class OutputLock:
     """While it is held no other run writes to the same output: the folder ``place``, or the file of that name.
 
@@ -152,7 +157,7 @@ class OutputLock:
         """Take the lock; missing folders are made. Raises OutputError where another run holds it."""
         self._folder = place if folder else None
         self._made = folder and not place.exists()
-        self._file = place / LOCK if folder else place.with_name(place.name + ".lock")
+        self._file = lock_file(place, folder=folder)
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor: int | None = self._take(place)

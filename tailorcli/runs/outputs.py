@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.writer import JOURNAL, CheckpointWriter
 from tailorcli.errors import CheckpointError, OutputError, PatchError
 from tailorcli.files import as_output_error, digest_of, read_bytes, read_json, write_text_atomically
-from tailorcli.guard import OutputLock, Watch, entries, protect
+from tailorcli.guard import OutputLock, Watch, entries, lock_file, protect
 from tailorcli.patchfile.reader import SUFFIX, PatchFile
 from tailorcli.patchfile.records import TensorRecord, read_record
 from tailorcli.patchfile.report import REPORT_FILE, RUN_FILE, PatchReport, load_report
@@ -138,6 +138,7 @@ class Target:
         self.check(inputs, plan)
         finished = self._finished(identity, command)
         if finished is not None:
+            self._remove_leftovers()
             return finished
         if announce is not None:
             announce(plan)
@@ -170,6 +171,17 @@ class Target:
             what = f"{self.folder / RUN_FILE} is damaged: {error}"
             raise OutputError(what, "start anew with --overwrite") from error
         return replace(saved, command=command, stages=stages, seconds=seconds, is_earlier=True)
+
+    def _remove_leftovers(self) -> None:
+        """What a run that was ended after it had written all had no time to remove."""
+        for place, is_folder in ((self.folder, True), (self.patch_file, False)):
+            if place is None:
+                continue
+            work = place / WORK_FOLDER if is_folder else place.with_name(place.name + ".journal")
+            if not work.exists() and not lock_file(place, folder=is_folder).exists():
+                continue
+            with suppress(OutputError, OSError), OutputLock(place, folder=is_folder):  # it may be there to be read only
+                shutil.rmtree(work, ignore_errors=True) if is_folder else work.unlink(missing_ok=True)
 
     def _patch_is_finished(self, identity: dict[str, Any]) -> bool:
         """Whether the patch file, if one is asked for, is there whole; another run's is an error."""

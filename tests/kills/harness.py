@@ -97,13 +97,13 @@ def in_child(work):
 
 
 def digests(work, output, *, finished):
-    """A hash of each file of an output; what only an unfinished one has is left out where it is not ``finished``."""
+    """A hash of each file of an output, and its folders; without what an unfinished one has where not ``finished``."""
     place = work / output
     found = folder_digest(place) if place.is_dir() else {}
     if place.is_file():
         found = {file: digest for file, digest in folder_digest(work).items() if file.split("/")[0].startswith(output)}
     if finished:
-        return found
+        return found | {f"{path.relative_to(place)}/": "" for path in place.rglob("*") if path.is_dir()}
     return {
         name: digest
         for name, digest in found.items()
