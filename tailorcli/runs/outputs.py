@@ -105,7 +105,7 @@ class Target:
             raise OutputError(f"the patch file {file} would lie in {self.folder}", _ANOTHER_FILE)
         if file.is_dir():
             raise OutputError(f"{file} exists and is a folder", _ANOTHER_FILE)
-        unfinished = file.with_name(file.name + ".journal").exists()
+        unfinished = _journal_of(file).exists()
         if not file.exists() and not unfinished:
             return
         if not (self.resume or self.overwrite):
@@ -177,7 +177,7 @@ class Target:
         for place, is_folder in ((self.folder, True), (self.patch_file, False)):
             if place is None:
                 continue
-            work = place / WORK_FOLDER if is_folder else place.with_name(place.name + ".journal")
+            work = place / WORK_FOLDER if is_folder else _journal_of(place)
             if not work.exists() and not lock_file(place, folder=is_folder).exists():
                 continue
             with suppress(OutputError, OSError), OutputLock(place, folder=is_folder):  # it may be there to be read only
@@ -213,7 +213,9 @@ class Target:
             if self.patch_file is not None:
                 locks.enter_context(OutputLock(self.patch_file, folder=False))
                 self._check_patch_file(self.patch_file)
-            if self.patch_file is not None and not (self.resume and self._patch_is_finished(identity)):
+            if self.patch_file is not None and self.resume and self._patch_is_finished(identity):
+                _journal_of(self.patch_file).unlink(missing_ok=True)  # that it was ended before it could remove
+            elif self.patch_file is not None:
                 if self.overwrite:
                     self.patch_file.unlink(missing_ok=True)
                 infos = [base.tensors[name] for tensor in plan.patched for name in tensor.names]
@@ -428,6 +430,10 @@ def _finished_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | No
     except CheckpointError:
         return None
     return run
+
+
+def _journal_of(patch_file: Path) -> Path:
+    return patch_file.with_name(patch_file.name + ".journal")
 
 
 def _differing(side: Mapping[str, Path | bytes], base: Checkpoint) -> dict[str, bytes | str]:
