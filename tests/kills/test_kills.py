@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tailorcli import PatchOptions, patch_checkpoint
+
 TESTS = Path(__file__).parent.parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -24,3 +26,16 @@ def test_ended_at_an_operation_on_files_nothing_unfinished_opens_and_all_can_go_
     assert done.returncode == 0
     assert len(results) == 18
     assert all(result["kills"] == 2 and result["operations"] > 20 for result in results)
+
+
+def test_a_finished_output_that_is_resumed_keeps_nothing_that_a_kill_left(llama_pair, tmp_path):
+    out, file = tmp_path / "out", tmp_path / "patch.safetensors"
+    arguments = (llama_pair / "base", llama_pair / "tuned", out, llama_pair / "stats")
+    patch_checkpoint(*arguments, patch_file=file)
+    finished = sorted(tmp_path.rglob("*"))
+    (out / ".tailorcli").mkdir()
+    left = [out / ".tailorcli.lock", tmp_path / "patch.safetensors.lock", tmp_path / "patch.safetensors.journal"]
+    for path in left:
+        path.touch()
+    assert patch_checkpoint(*arguments, PatchOptions(resume=True), patch_file=file).is_earlier
+    assert sorted(tmp_path.rglob("*")) == finished
