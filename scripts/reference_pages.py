@@ -43,7 +43,9 @@ What a user can put right raises a `TailorError`, which says what, where, and wh
 page is written from the docstrings by `{COMMAND}`.
 """
 GROUPS = {
-    "Calibrate and patch": ("calibrate_model", "score_checkpoint", "plan_patch", "patch_checkpoint"),
+    "Calibrate and patch": (
+        *("calibrate_model", "score_checkpoint", "plan_patch", "patch_checkpoint", "distill_checkpoint"),
+    ),
     "Patch files and several tasks": ("apply_patch", "verify_checkpoint", "plan_merge", "merge_patches"),
     "Evaluate": (
         *("evaluate_models", "read_tasks", "encode_task", "evaluate_network"),

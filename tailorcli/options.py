@@ -318,6 +318,29 @@ class OutputOptions:
         _require_labels(self.task, self.license)
 
 
+@dataclass(frozen=True)
+class DistillOptions:
+    """How the kept entries of a patch are trained towards their teachers.
+
+    ``rate`` is in units of the root mean square by which the patch moved a tensor's kept entries, so that it means
+    the same in every tensor, and for models of every size. ``weight`` is that of the retained samples.
+    """
+
+    steps: int = 200
+    rate: float = 0.1
+    weight: float = 1.0
+    batch_size: int = 8  # samples of each kind in a step
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"distill-steps must be at least 1, got {self.steps}")
+        _require(self.batch_size >= 1, f"distill-batch-size must be at least 1, got {self.batch_size}")
+        for name in ("rate", "weight"):
+            value = getattr(self, name)
+            ok = isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+            _require(ok, f"distill-{name} must be positive, got {value}", "the usual range is 0.02 to 0.3 and about 1")
+
+
 # The fields of PatchOptions in the order of the report, which is older than their parts.
 _REPORTED = (
     *("density", "omega", "solver", "damping", "block_size", "tolerance", "max_iterations", "method", "retain_weight"),

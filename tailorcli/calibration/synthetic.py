@@ -17,7 +17,7 @@ from tailorcli.data.samples import Samples, batch_places, join
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
 from tailorcli.files import file_digest
 from tailorcli.guard import path_text
-from tailorcli.models.generation import sampling_generation
+from tailorcli.models.generation import media_token_ids, sampling_generation
 from tailorcli.options import CalibrateOptions
 from tailorcli.terminal import Progress
 
@@ -113,7 +113,7 @@ def write_samples(
     """
     import torch
 
-    barred = sorted({*media_ids, *_media_ids(network)}) if starts else []
+    barred = sorted({*media_ids, *media_token_ids(network)}) if starts else []
     first = _plain_tokens(tokenizer, network.get_input_embeddings().weight.shape[0])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(options.seed)
@@ -205,12 +205,6 @@ def _plain_tokens(tokenizer: Any, rows: int) -> torch.Tensor:
     if not plain:
         raise DataError("the tokenizer has no ordinary tokens to start samples from", _HINT)
     return torch.tensor(plain)
-
-
-def _media_ids(network: Any) -> list[int]:
-    """The ids that the model itself takes for places of images, which its processor need not know by this name."""
-    names = [f"{kind}_token_{what}" for kind in ("image", "video", "audio") for what in ("id", "index")]
-    return [value for name in names if isinstance(value := getattr(network.config, name, None), int)]
 
 
 def _end_ids(network: Any) -> list[int]:

@@ -15,6 +15,7 @@ from tailorcli.options import DTypeName, Solver
 
 TENSORS = "Which tensors"
 SOLVER = "Solver"
+DISTILL = "Distillation"
 OTHERS = "Other methods, to compare with"
 RUNNING = "How it runs"
 OUTPUT = "Output"

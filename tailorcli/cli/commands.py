@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tailorcli.cli.arguments import (
+    DISTILL,
     OTHERS,
     OUTPUT,
     RUNNING,
@@ -69,10 +70,12 @@ from tailorcli.cli.output import (
     show_written,
 )
 from tailorcli.cli.verbosity import wants_progress
+from tailorcli.errors import OptionsError
 from tailorcli.guard import check_plot_file, check_result
 from tailorcli.options import (
     Blockwise,
     CalibrateOptions,
+    DistillOptions,
     DTypeName,
     Fp8Output,
     PatchMethod,
@@ -288,6 +291,20 @@ def patch(
     block_size: Annotated[
         int, typer.Option(metavar="N", help="Columns per block of the sequential solver.", rich_help_panel=SOLVER)
     ] = 128,
+    distill: Annotated[
+        bool, flag("--distill", help="Then train the kept entries towards TUNED and BASE.", panel=DISTILL)
+    ] = False,
+    distill_steps: Annotated[int, typer.Option(metavar="N", help="Steps of training.", rich_help_panel=DISTILL)] = 200,
+    distill_rate: Annotated[
+        float,
+        typer.Option(metavar="R", help="Learning rate, in units of a tensor's own change.", rich_help_panel=DISTILL),
+    ] = 0.1,
+    distill_weight: Annotated[
+        float, typer.Option(metavar="B", help="Weight of BASE's answers against TUNED's.", rich_help_panel=DISTILL)
+    ] = 1.0,
+    distill_batch_size: Annotated[
+        int, typer.Option(metavar="N", help="Samples of each kind in a step.", rich_help_panel=DISTILL)
+    ] = 8,
     device: Device = "auto",
     method: Annotated[
         PatchMethod,
@@ -389,6 +406,11 @@ def patch(
         resume=resume,
         overwrite=overwrite,
     )
+    if distill and (stats is None or retain is None):
+        raise OptionsError(
+            "--distill needs the samples of both statistics",
+            "pass --stats STATS and --retain STATS (tailorcli calibrate BASE --synthetic -o STATS)",
+        )
     if dry_run:
         show_plan(
             plan_patch(base, tuned, output, stats, options, patch_file, retain, data),
@@ -400,18 +422,19 @@ def patch(
         return
     if output is not None and not ((base if is_adapter(tuned) else tuned) / "config.json").exists():
         say(f"note: {tuned} has no config.json, so {output} will not load with from_pretrained", err=True)
-    report = patch_checkpoint(
-        base,
-        tuned,
-        output,
-        stats,
-        options,
-        progress=wants_progress(as_json),
-        patch_file=patch_file,
-        announce=None if as_json else partial(show_cost, output=output, patch_file=patch_file),
-        retain=retain,
-        data=data,
-    )
+    shown: dict[str, Any] = {
+        "progress": wants_progress(as_json),
+        "patch_file": patch_file,
+        "announce": None if as_json else partial(show_cost, output=output, patch_file=patch_file),
+        "data": data,
+    }
+    if distill and stats is not None and retain is not None:
+        from tailorcli.patching.distilled import distill_checkpoint
+
+        how = DistillOptions(distill_steps, distill_rate, distill_weight, distill_batch_size, seed)
+        report = distill_checkpoint(base, tuned, output, stats, retain, options, how, **shown)
+    else:
+        report = patch_checkpoint(base, tuned, output, stats, options, retain=retain, **shown)
     if as_json:
         print_report(report, output, patch_file)
         return

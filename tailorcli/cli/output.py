@@ -208,9 +208,25 @@ def show_summary(report: PatchReport) -> None:
             f"moves by {format_share(totals['input_shift'])} of their energy on the new task, "
             f"{format_share(totals['retained_input_shift'])} on the retained data"
         )
+    if report.distillation is not None:
+        show_distillation(report.distillation)
     if totals["damped_further"]:
         say(f"damped further than asked: {', '.join(totals['damped_further'])}", err=True)
     show_reasons(reasons(report.tensors), "left at base")
+
+
+def show_distillation(found: dict[str, Any]) -> None:
+    """What training the kept entries did to both held-out divergences."""
+    from tailorcli.units import counted
+
+    before, after = (found["steps"].index(step) for step in (0, found["best"]))
+    new, retained = (f"{found[kind][before]:.4f} to {found[kind][after]:.4f}" for kind in ("new", "retained"))
+    say(
+        f"distilled in {counted(found['steps'][-1], 'step')} (the best: {found['best']}); held-out divergence, nats a "
+        f"token: from the tuned model {new} on the new task, from the base {retained} on the retained samples. "
+        "The figures above are those before"
+    )
+    show_reasons(found.get("untrained", {}), "not trained")
 
 
 def show_merge(report: PatchReport) -> None:

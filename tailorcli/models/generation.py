@@ -55,3 +55,9 @@ def _generating_by(network: Any, config: Any) -> Iterator[None]:
         yield
     finally:
         network.generation_config = own
+
+
+def media_token_ids(network: Any) -> list[int]:
+    """The ids that the model itself takes for places of images, which its processor need not know by this name."""
+    names = [f"{kind}_token_{what}" for kind in ("image", "video", "audio") for what in ("id", "index")]
+    return [value for name in names if isinstance(value := getattr(network.config, name, None), int)]

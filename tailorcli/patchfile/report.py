@@ -38,6 +38,7 @@ class PatchReport:
     stages: dict[str, float]
     seconds: float
     notes: tuple[str, ...] = ()  # what the user should know besides; not in the report file
+    distillation: dict[str, Any] | None = None  # options, losses and best step, where the kept entries were trained
     is_earlier: bool = False  # of a run that had finished before this one was asked to go on with it
 
     @property
@@ -54,6 +55,7 @@ class PatchReport:
             "inputs": self.inputs,
             "totals": self.totals,
             "tensors": [tensor.to_dict() for tensor in self.tensors],
+            **({"distillation": self.distillation} if self.distillation is not None else {}),
         }
 
     def to_json(self) -> str:
@@ -176,7 +178,8 @@ def read_report(report: dict[str, Any], path: Path) -> PatchReport:
         _check_options(report.get("options"))
         _check_inputs(report.get("inputs"))
         records = [read_record(tensor) for tensor in report["tensors"]]
-        found = PatchReport(command, report["options"], report["inputs"], records, {}, 0.0)
+        distillation = _read_distillation(report.get("distillation"))
+        found = PatchReport(command, report["options"], report["inputs"], records, {}, 0.0, distillation=distillation)
         _check_together(found)
         totals = report["totals"] if isinstance(report["totals"], dict) else {}
         lacking = sorted(found.totals.keys() - totals.keys())
@@ -185,6 +188,22 @@ def read_report(report: dict[str, Any], path: Path) -> PatchReport:
     except ValueError as error:
         raise CheckpointError(f"{path} is malformed: {str(error)[:300]}", _MAKE_AGAIN) from error
     return found
+
+
+def _read_distillation(found: Any) -> dict[str, Any] | None:
+    """What a report says of distillation. Raises ValueError."""
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        raise ValueError("its distillation is no object")
+    curves = [found.get(name) for name in ("steps", "new", "retained")]
+    steps = curves[0]
+    if not isinstance(steps, list) or not all(isinstance(c, list) and len(c) == len(steps) > 0 for c in curves):
+        raise ValueError("its distillation has no curves of one length")
+    numbers = [value for curve in curves for value in curve or ()]
+    if not all(type(value) in (int, float) for value in numbers) or found.get("best") not in steps:
+        raise ValueError("its distillation has a figure of the wrong type")
+    return dict(found)
 
 
 _NUMBERS = ("density", "omega", "damping", "weight", "retain_weight")  # options that are read again

@@ -133,7 +133,7 @@ def patch_checkpoint(
     _require_stored_rows(target, options)
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, data)
-        side = _side_files(inputs, options)
+        side = side_files_of(inputs, options)
         watch = Watch([*inputs.files, *(source for source in side.values() if isinstance(source, Path))])
         _require_plain_weights(target, inputs.base)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain_stats)
@@ -196,7 +196,7 @@ def patch_checkpoint(
         return report
 
 
-def _side_files(inputs: PatchInputs, options: PatchOptions) -> dict[str, Path | bytes]:
+def side_files_of(inputs: PatchInputs, options: PatchOptions) -> dict[str, Path | bytes]:
     """Tuned's side files by their names in the output; its config without quantisation, where that is undone."""
     side: dict[str, Path | bytes] = {}
     for place, source in tuned_side_files(inputs.tuned).items():

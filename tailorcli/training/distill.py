@@ -14,6 +14,7 @@ from tailorcli.core.distillation import rate_at
 from tailorcli.data.samples import batch_places, join
 from tailorcli.errors import DataError, NumericalError
 from tailorcli.models.running import to_device
+from tailorcli.options import DistillOptions
 from tailorcli.training.entries import Trained
 from tailorcli.training.teachers import Teacher, loss, predicted
 
@@ -21,25 +22,10 @@ if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
 
 KINDS = ("new", "retained")
-
-
-@dataclass(frozen=True)
-class DistillOptions:
-    """How the kept entries are trained.
-
-    ``rate`` is in units of the root mean square by which the patch moved a tensor's kept entries, so that it means
-    the same in every tensor and for models of every size. ``weight`` is that of the retained samples (B).
-    """
-
-    steps: int = 200
-    rate: float = 0.05
-    weight: float = 1.0
-    batch_size: int = 8
-    seed: int = 0
-    held_out: float = 0.1  # of each kind of samples
-    warmup: float = 0.05  # of the steps
-    evaluations: int = 20
-    patience: int = 5  # evaluations without a better objective after which it stops
+HELD_OUT = 0.1  # of each kind of samples
+WARMUP = 0.05  # of the steps
+EVALUATIONS = 20
+PATIENCE = 5  # evaluations without a better objective, after which it stops
 
 
 @dataclass
@@ -52,6 +38,8 @@ class History:
     trained_new: list[float] = field(default_factory=list)  # means over the steps since the last evaluation
     trained_retained: list[float] = field(default_factory=list)
     best: int = 0  # the step of the state that was kept
+    rounded_new: float = 0.0  # held out, once the values are rounded to the base's dtype
+    rounded_retained: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the report."""
@@ -69,12 +57,12 @@ class Material:
 
     @classmethod
     def split(cls, samples: list[Inputs], teacher: Teacher, options: DistillOptions) -> Material:
-        """Every tenth sample (``held_out``) in a drawn order is held out. Raises DataError for fewer than two."""
+        """Every tenth sample (``HELD_OUT``) in a drawn order is held out. Raises DataError for fewer than two."""
         if len(samples) < 2:
             raise DataError("distillation needs two samples of each kind at least", "calibrate on more data")
         order = list(range(len(samples)))
         random.Random(options.seed).shuffle(order)
-        count = max(1, round(options.held_out * len(order)))
+        count = max(1, round(HELD_OUT * len(order)))
         held, train = sorted(order[:count]), sorted(order[count:])
         batches = [_batches(samples, places, options.batch_size) for places in (train, held)]
         return cls(samples, teacher, *batches)
@@ -127,13 +115,12 @@ def distill(
     Raises NumericalError where the loss is no number.
     """
     history = history or History()
-    every = max(1, options.steps // options.evaluations)
-    warmup = max(1, round(options.warmup * options.steps))
+    every = max(1, options.steps // EVALUATIONS)
+    warmup = max(1, round(WARMUP * options.steps))
     sums = dict.fromkeys(KINDS, 0.0)
     if not history.steps:
         _evaluate(trained, materials, options, device, media, history, 0, None)
-        best = trained.state()
-        best = {name: value.clone() for name, value in best.items()}
+        best = trained.values()
     assert best is not None
     for step in range(start, options.steps):
         for kind in KINDS:
@@ -152,12 +139,12 @@ def distill(
         sums = dict.fromkeys(KINDS, 0.0)
         _evaluate(trained, materials, options, device, media, history, step + 1, means)
         if history.best == step + 1:
-            best = {name: value.clone() for name, value in trained.state().items()}
+            best = trained.values()
         if save is not None:
             save(step + 1, history, best)
-        if sum(1 for past in history.steps if past > history.best) >= options.patience:
+        if sum(1 for past in history.steps if past > history.best) >= PATIENCE:
             break
-    trained.load(best)
+    trained.set_values(best)
     return history
 
 

@@ -90,6 +90,16 @@ class Trained:
         parts = ("values", "first", "second")
         return {f"{part} {each.name}": getattr(each, part) for each in self.entries for part in parts}
 
+    def values(self) -> dict[str, Tensor]:
+        """A copy of the values by tensor."""
+        return {f"values {each.name}": each.values.clone() for each in self.entries}
+
+    def set_values(self, values: Mapping[str, Tensor]) -> None:
+        """Put back what ``values`` gave."""
+        for each in self.entries:
+            each.values.copy_(values[f"values {each.name}"])
+        self.put()
+
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take up an earlier ``state``."""
         for each in self.entries:

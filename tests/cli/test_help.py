@@ -49,7 +49,15 @@ def test_help_is_one_line_and_two_examples_that_fit_80_columns(name, monkeypatch
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_explained_and_stands_in_a_panel(name):
-    panels = {None, "Which tensors", "Solver", "How it runs", "Other methods, to compare with", "Output"}
+    panels = {
+        None,
+        "Which tensors",
+        "Solver",
+        "Distillation",
+        "How it runs",
+        "Other methods, to compare with",
+        "Output",
+    }
     for param in options_of(COMMANDS[name]):
         assert param.help, param.name
         assert not re.search(r"[Dd]efault|beta|numel|Eq\.", param.help), param.help  # Typer states the default

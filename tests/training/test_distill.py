@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tailorcli.core.distillation import adam_step_, divergence, rate_at
 from tailorcli.errors import TailorError
 from tailorcli.models.places import Place
-from tailorcli.training.distill import DistillOptions, Material, distill
+from tailorcli.options import DistillOptions
+from tailorcli.training.distill import Material, distill
 from tailorcli.training.entries import Trained, entries_of, positions_in
 from tailorcli.training.teachers import check_head, hidden_states, loss, predicted, teach
 
@@ -133,7 +134,7 @@ def test_placeholders_of_pictures_are_context():
 def test_training_brings_the_patch_nearer_to_both_teachers():
     base, tuned = make_model(), perturb(make_model(), scale=0.05)
     new, old = samples(20, seed=1), samples(20, seed=2)
-    options = DistillOptions(steps=20, rate=0.1, batch_size=4, evaluations=4)
+    options = DistillOptions(steps=20, rate=0.1, batch_size=4)
     materials = {
         "new": Material.split(new, teach(tuned, new, CPU, lambda _: None), options),
         "retained": Material.split(old, teach(base, old, CPU, lambda _: None), options),
@@ -141,7 +142,7 @@ def test_training_brings_the_patch_nearer_to_both_teachers():
     trained = trained_of(base, tuned)
     history = distill(trained, materials, options, CPU)
     objective = [a + b for a, b in zip(history.new, history.retained, strict=True)]
-    assert history.steps == [0, 5, 10, 15, 20]
+    assert history.steps == list(range(21))
     assert min(objective) == objective[history.steps.index(history.best)] < 0.9 * objective[0]
     now = [materials[kind].held_out_loss(base, (), CPU) for kind in ("new", "retained")]
     assert sum(now) == pytest.approx(min(objective), rel=1e-5)  # the best state is left in it
@@ -150,7 +151,7 @@ def test_training_brings_the_patch_nearer_to_both_teachers():
 def test_it_stops_early_where_the_held_out_loss_rises_and_keeps_the_best_state():
     base, tuned = make_model(), perturb(make_model(), scale=0.05)
     new, old = samples(6, seed=1), samples(6, seed=2)
-    options = DistillOptions(steps=60, rate=50.0, batch_size=4, evaluations=20, patience=2)
+    options = DistillOptions(steps=60, rate=50.0, batch_size=4)
     materials = {
         "new": Material.split(new, teach(tuned, new, CPU, lambda _: None), options),
         "retained": Material.split(old, teach(base, old, CPU, lambda _: None), options),
@@ -167,7 +168,7 @@ def test_a_run_that_goes_on_ends_as_one_that_was_never_broken_off():
     def run(stop=None, state=None):
         base, tuned = make_model(), perturb(make_model(), scale=0.05)
         new, old = samples(10, seed=1), samples(10, seed=2)
-        options = DistillOptions(steps=12, rate=0.1, batch_size=4, evaluations=4)
+        options = DistillOptions(steps=12, rate=0.1, batch_size=4)
         materials = {
             "new": Material.split(new, teach(tuned, new, CPU, lambda _: None), options),
             "retained": Material.split(old, teach(base, old, CPU, lambda _: None), options),

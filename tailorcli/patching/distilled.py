@@ -1,0 +1,170 @@
+"""Patch, then train the kept entries towards both teachers, then write: ``patch --distill``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from tailorcli.calibration.stats import Stats
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
+from tailorcli.errors import OptionsError, OutputError
+from tailorcli.files import PathLike, as_output_error, digest_of
+from tailorcli.guard import Watch
+from tailorcli.options import DistillOptions, PatchOptions
+from tailorcli.patchfile.reader import PatchFile, raw_bytes
+from tailorcli.patchfile.report import PatchReport
+from tailorcli.patching.checks import check_retain, check_stats
+from tailorcli.patching.patch import patch_checkpoint, side_files_of
+from tailorcli.patching.planner import build_plan
+from tailorcli.patching.stream import PatchInputs
+from tailorcli.runs.outputs import Outputs, Target, identity_of, progress_bar, records_of
+from tailorcli.runs.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tailorcli.patchfile.records import TensorRecord
+
+START, STATE = "start.safetensors", "state.safetensors"
+SUFFIX = ".distill"  # of the folder beside the output that an interrupted run goes on from
+
+
+def distill_checkpoint(
+    base: PathLike,
+    tuned: PathLike,
+    output: PathLike | None,
+    stats: PathLike,
+    retain: PathLike,
+    options: PatchOptions = PatchOptions(),
+    distill: DistillOptions = DistillOptions(),
+    progress: bool = False,
+    patch_file: PathLike | None = None,
+    announce: Callable[[Plan], None] | None = None,
+    data: PathLike | None = None,
+) -> PatchReport:
+    """``patch_checkpoint``, and then the kept entries trained on KL(tuned || patched) + weight * KL(base || patched).
+
+    The divergences are means over the predicted tokens of the samples in ``stats`` (new task) and ``retain`` (what the
+    base must keep); a tenth of each is held out, and the state that is best on it is written. Outside the mask the
+    output is the base, bit for bit. Raises TailorError.
+    """
+    started = perf_counter()
+    options = options.resolved(True)
+    target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
+    if target.folder is None and target.patch_file is None:
+        raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
+    with ExitStack() as stack:
+        fitted = options.method == "tailor" and options.needs_hessians
+        used, used_retain = (stats, retain) if fitted else (None, None)  # else the samples of both are used alone
+        inputs = PatchInputs.open(base, tuned, used, options, stack, used_retain, data)
+        if inputs.base.dequantized or options.resized_vocab:
+            what = "quantised checkpoints" if inputs.base.dequantized else "--resized-vocab"
+            raise OptionsError(f"--distill does not go with {what}", "leave --distill out")
+        both = [stack.enter_context(closing(Stats.open(path))) for path in (stats, retain)]
+        side = side_files_of(inputs, options)
+        read = [*inputs.files, *both[0].files, *both[1].files]
+        watch = Watch([*read, *(source for source in side.values() if isinstance(source, Path))])
+        check_stats(inputs.base, inputs.tuned, both[0])
+        check_retain(inputs.base, inputs.tuned, both[1], PatchOptions())
+        plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain_stats)
+        device = resolve_device(options.device)
+        described = inputs.describe()
+        settings = {f"distill {name}": value for name, value in asdict(distill).items()}
+        settings |= {f"distilled on {number}": found.fingerprint() for number, found in enumerate(both)}
+        identity = identity_of(described, options.identity(True) | settings, device)
+        manifest = {"task": options.task, "license": options.license, "inputs": described}
+        paths = [*inputs.paths, *(found.path for found in both)]
+        job = (plan, inputs.base, paths, identity, "patch", side, manifest)
+        begun = target.begin(*job, announce=announce)
+        if isinstance(begun, PatchReport):
+            return begun
+        outputs = stack.enter_context(begun)
+        work = target.place.with_name(target.place.name + SUFFIX)
+        if not options.resume:
+            remove_work(work)
+        closed = _closed_form(base, tuned, work, used, used_retain, options, progress, data)
+        timer = StageTimer(device)
+        with PatchFile.open(work / START) as file:
+            from tailorcli.training.run import distill_patch_file
+
+            with timer.stage("distill"), exact_float32(), device_errors("a smaller --distill-batch-size"):
+                pair = (inputs.base, inputs.tuned, both[0], both[1])
+                how = (progress, options.trust_remote_code)
+                found = distill_patch_file(file, *pair, distill, device, work / STATE, *how)
+            bar = stack.enter_context(progress_bar(plan.tensors, "writing", progress))
+            with timer.stage("write"):
+                records = _write(plan, inputs.base, file, found.values, closed, outputs, bar.update)
+        ordered = [records[name] for name in inputs.base.tensors]
+        stages = dict(closed.stages) | dict(timer.seconds)
+        report = PatchReport("patch", options.to_dict(), described, ordered, stages, perf_counter() - started)
+        facts = {"options": asdict(distill), "untrained": found.untrained, **found.history.to_dict()}
+        report = replace(report, distillation=facts)
+        outputs.finish(report, watch)
+        remove_work(work)
+        return report
+
+
+def _closed_form(
+    base: PathLike,
+    tuned: PathLike,
+    work: Path,
+    stats: PathLike | None,
+    retain: PathLike | None,
+    options: PatchOptions,
+    progress: bool,
+    data: PathLike | None,
+) -> PatchReport:
+    """The patch that training starts from, as a patch file in ``work``; one that is there already is taken."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise as_output_error(work, error) from error
+    begun = any(path.name.startswith(START) for path in work.iterdir())
+    own = replace(options, resume=begun, overwrite=False, max_shard_size=None)
+    return patch_checkpoint(base, tuned, None, stats, own, progress, work / START, None, retain, data)
+
+
+def _write(
+    plan: Plan,
+    base: Checkpoint,
+    file: PatchFile,
+    values: dict[str, Tensor],
+    closed: PatchReport,
+    outputs: Outputs,
+    advance: Callable[[int], object],
+) -> dict[str, TensorRecord]:
+    """Every tensor with its trained values, or as the patch it started from has it; and its record."""
+    by_name = {record.name: record for record in closed.tensors}
+    records = dict(outputs.records)
+    for tensor in plan.tensors:
+        if tensor.name in records:
+            continue
+        record = by_name[tensor.name]
+        records.update(records_of(tensor.name, tensor.copies, record))
+        if tensor.name not in file.tensors:
+            outputs.copy(tensor.name, base, record)
+        else:
+            value = base.read(tensor.name)
+            digest = digest_of(raw_bytes(value)) if outputs.wants_digest else ""
+            mask = file.mask(tensor.name)
+            value[mask] = values.get(tensor.name, file.values(tensor.name))
+            outputs.write(tensor.name, value, mask, record, digest)
+        advance(tensor.nbytes)
+    outputs.drain()
+    return records
+
+
+def remove_work(work: Path) -> None:
+    """Take away what an interrupted run left. Raises OutputError where something else lies there."""
+    if not work.exists():
+        return
+    strange = [path.name for path in work.iterdir() if not path.name.startswith((START, STATE))]
+    if strange or not work.is_dir():
+        raise OutputError(f"{work} holds {strange[0]!r}, which no run of ours wrote", "move it away")
+    shutil.rmtree(work)

@@ -1,0 +1,201 @@
+"""Distil a patch file: its teachers run once, then its kept entries are trained in the patched model."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tailorcli.adapters.checkpoint import AdaptedCheckpoint, config_folder
+from tailorcli.calibration.stats import Stats
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.header import read_header
+from tailorcli.errors import CheckpointError, OptionsError, OutputError
+from tailorcli.files import as_output_error
+from tailorcli.models.config import read_config
+from tailorcli.models.generation import media_token_ids
+from tailorcli.models.loading import aliases, expected_names, load_model
+from tailorcli.models.parts import adapt
+from tailorcli.models.places import Place, map_names
+from tailorcli.models.skeleton import load_weights
+from tailorcli.options import CalibrateOptions, DistillOptions
+from tailorcli.patchfile.reader import PatchFile
+from tailorcli.system import give_back_memory, sync_path
+from tailorcli.terminal import Progress
+from tailorcli.training.distill import History, Material, distill
+from tailorcli.training.entries import Trained, entries_of
+from tailorcli.training.teachers import Teacher, check_head, teach
+
+if TYPE_CHECKING:
+    from tailorcli.data.samples import Inputs
+
+_STATE, _HISTORY = "state", "history"  # in the metadata of a saved state
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a run gave: the values of each trained tensor's kept entries in the stored dtype, and how it went."""
+
+    values: dict[str, Tensor]
+    history: History
+    untrained: dict[str, str]  # tensors of the patch that kept their values, each with the reason
+
+
+def distill_patch_file(
+    file: PatchFile,
+    base: Checkpoint,
+    tuned: Checkpoint,
+    stats: Stats,
+    retain: Stats,
+    options: DistillOptions,
+    device: torch.device,
+    state: Path,
+    progress: bool = False,
+    trust_remote_code: bool = False,
+) -> Distilled:
+    """Train the kept entries of ``file``, a patch of ``base`` towards ``tuned``, on the samples of both statistics.
+
+    ``state`` is where an interrupted run is taken up, and where this one leaves its own. Raises TailorError.
+    """
+    of_new, of_retained = (_options_of(source, trust_remote_code) for source in (stats, retain))
+    new, retained = stats.samples(), retain.samples()
+    with Progress("teachers", len(new) + len(retained), "samples", shown=progress) as bar:
+        network, _ = _network(base if isinstance(tuned, AdaptedCheckpoint) else tuned, tuned, of_new, None, device)
+        teacher = _teach(network, new, device, bar.update)
+        del network
+        _give_back()
+        network, places = _network(base, base, of_retained, None, device)
+        base_teacher = _teach(network, retained, device, bar.update)
+    if config_folder(tuned) != base.path or of_new != of_retained:  # the patched model runs as tuned does
+        del network
+        _give_back()
+        network, places = _network(base, base, of_new, config_folder(tuned), device)
+    entries, untrained = [], {}
+    for name in file.tensors:
+        reason = _why_not(places.get(name))
+        if reason:
+            untrained[name] = reason
+        else:
+            entries.append(entries_of(name, places[name], base.read(name), file.mask(name), file.values(name), device))
+    if not entries:
+        raise OptionsError("no tensor of this patch can be trained", "leave --distill out")
+    whole = {name: _patched(file, base, name) for name in untrained if name in places and places[name].parameters}
+    if whole:  # through transformers' conversion, as the output is loaded
+        load_weights(network, whole, device)
+    trained = Trained(network, entries)
+    materials = {
+        "new": Material.split(new, teacher, options),
+        "retained": Material.split(retained, base_teacher, options),
+    }
+    media = tuple(media_token_ids(network))
+    earlier = _load_state(state, trained) if state.exists() else {}
+    with Progress("distilling", options.steps, "steps", shown=progress) as bar:
+        bar.start_at(earlier.get("start", 0))
+
+        def advance(step: int, held_new: float, held_retained: float) -> None:
+            bar.update()
+            bar.note(f"held out: {held_new:.4f} new, {held_retained:.4f} retained")
+
+        def save(step: int, history: History, best: dict[str, Tensor]) -> None:
+            _save_state(state, step, history, trained.state(), best)
+
+        history = distill(trained, materials, options, device, media, save=save, advance=advance, **earlier)
+    values = _rounded(trained, base)
+    history.rounded_new, history.rounded_retained = (
+        materials[kind].held_out_loss(network, media, device) for kind in ("new", "retained")
+    )
+    trained.close()
+    return Distilled(values, history, untrained)
+
+
+def _options_of(stats: Stats, trust_remote_code: bool) -> CalibrateOptions:
+    """How the model ran when it was calibrated."""
+    saved = stats.manifest["options"]
+    return CalibrateOptions(dtype=saved["dtype"], trust_remote_code=trust_remote_code)
+
+
+def _network(
+    stored: Checkpoint, tuned: Checkpoint, options: CalibrateOptions, folder: Path | None, device: torch.device
+) -> tuple[Any, dict[str, Place]]:
+    """A model with its weights on the device, and the place of each checkpoint tensor in it."""
+    network = load_model(stored, read_config(folder or stored.path), options, folder)
+    expected = expected_names(network, stored.tensors)
+    places = map_names(stored, dict(network.named_parameters()), aliases(network), expected)
+    if isinstance(tuned, AdaptedCheckpoint):
+        adapt(network, tuned, places)
+    return network.to(device), places
+
+
+def _teach(network: Any, samples: list[Inputs], device: torch.device, advance: Callable[[int], object]) -> Teacher:
+    check_head(network, {name: value.to(device) for name, value in samples[0].items()})
+    return teach(network, samples, device, advance)
+
+
+def _give_back() -> None:
+    gc.collect()
+    give_back_memory()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _why_not(place: Place | None) -> str:
+    """Why a tensor is not trained; empty where it is."""
+    if place is None or not place.parameters:
+        return "the loaded model has no parameter for it"
+    return "the loaded model splits it over several parameters" if len(place.parameters) > 1 else ""
+
+
+def _patched(file: PatchFile, base: Checkpoint, name: str) -> Tensor:
+    """A tensor with the patch in it, in the base's dtype."""
+    value = base.read(name)
+    value[file.mask(name)] = file.values(name)
+    return value
+
+
+def _rounded(trained: Trained, base: Checkpoint) -> dict[str, Tensor]:
+    """The values in the base's dtype, which the network then holds, too: what is written is what was measured."""
+    values = {}
+    for each in trained.entries:
+        stored = base.read(each.name).dtype
+        values[each.name] = each.values.to(stored).cpu()
+        each.values.copy_(values[each.name].to(each.values))
+    trained.put()
+    return values
+
+
+def _save_state(path: Path, step: int, history: History, now: dict[str, Tensor], best: dict[str, Tensor]) -> None:
+    """Leave what an interrupted run goes on from, whole or not at all."""
+    from safetensors.torch import save_file
+
+    tensors = {f"now {name}": value.cpu() for name, value in now.items()}
+    tensors |= {f"best {name}": value.cpu() for name, value in best.items() if name.startswith("values ")}
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, part, metadata={_STATE: str(step), _HISTORY: json.dumps(history.to_dict())})
+        sync_path(part)
+        part.replace(path)
+    except OSError as error:
+        raise as_output_error(path, error) from error
+
+
+def _load_state(path: Path, trained: Trained) -> dict[str, Any]:
+    """Take up a saved state: the arguments with which ``distill`` goes on."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        _, metadata = read_header(path)
+        tensors = load_file(path)
+        trained.load({name.removeprefix("now "): value for name, value in tensors.items() if name.startswith("now ")})
+        best = {name.removeprefix("best "): value for name, value in tensors.items() if name.startswith("best ")}
+        found = History(**json.loads(metadata[_HISTORY]))
+        return {"start": int(metadata[_STATE]), "history": found, "best": best}
+    except (CheckpointError, SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise OutputError(f"{path} is no state of this run: {error}", "start anew with --overwrite") from error

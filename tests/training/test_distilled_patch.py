@@ -1,0 +1,122 @@
+"""patch --distill from end to end."""
+
+import json
+
+import pytest
+import torch
+from helpers import bits, folder_digest, make_pair, read_tensors, refused, run
+
+from tailorcli import (
+    DistillOptions,
+    PatchFile,
+    PatchOptions,
+    calibrate_model,
+    distill_checkpoint,
+    patch_checkpoint,
+    verify_checkpoint,
+)
+from tailorcli.options import CalibrateOptions
+
+DISTILL = DistillOptions(steps=6, batch_size=4)
+OPTIONS = PatchOptions(density=0.2, propagate=False)
+
+
+def with_statistics(folder):
+    """``folder`` with statistics of both models over 12 samples each."""
+    options = CalibrateOptions(num_samples=12, seq_len=24)
+    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats", options)
+    calibrate_model(folder / "base", None, folder / "retain", CalibrateOptions(12, 24, synthetic=True))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def pair(request, tmp_path_factory):
+    return with_statistics(make_pair(tmp_path_factory.mktemp(request.param), request.param))
+
+
+def arguments(pair, output):
+    return pair / "base", pair / "tuned", output, pair / "stats", pair / "retain"
+
+
+def distilled(pair, output, options=OPTIONS, **more):
+    return distill_checkpoint(*arguments(pair, output), options, DISTILL, **more)
+
+
+def test_the_same_entries_hold_better_values_and_all_others_are_the_bases(pair, tmp_path):
+    report = distilled(pair, tmp_path / "out", patch_file=tmp_path / "p.safetensors")
+    found = report.distillation
+    objective = [a + b for a, b in zip(found["new"], found["retained"], strict=True)]
+    assert min(objective) < objective[0]
+    patch_checkpoint(*arguments(pair, tmp_path / "closed")[:4], OPTIONS, retain=pair / "retain")
+    base, closed, out = (read_tensors(p) for p in (pair / "base", tmp_path / "closed", tmp_path / "out"))
+    moved = 0
+    with PatchFile.open(tmp_path / "p.safetensors") as file:
+        for name, value in out.items():
+            mask = file.mask(name) if name in file.tensors else torch.zeros(value.shape, dtype=torch.bool)
+            assert bits(value[~mask]) == bits(base[name][~mask])
+            assert bits(closed[name][~mask]) == bits(base[name][~mask])
+            moved += int((value != closed[name]).sum())
+    assert moved > 1000
+    assert verify_checkpoint(tmp_path / "out", pair / "base", tmp_path / "p.safetensors").ok
+    assert json.loads((tmp_path / "out" / "tailor_report.json").read_text())["distillation"]["best"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["closed", "out", "p.safetensors"]
+
+
+@pytest.mark.parametrize("when", ["the closed form", "the training", "the writing"])
+def test_a_run_that_was_broken_off_is_finished_to_the_same_bytes(pair, tmp_path, monkeypatch, when):
+    from dataclasses import replace
+
+    import tailorcli.patching.distilled as module
+    import tailorcli.training.run as training
+
+    distilled(pair, tmp_path / "whole")
+
+    def broken(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if when == "the closed form":
+            patched.setattr(module, "patch_checkpoint", broken)
+        elif when == "the training":
+            save = training._save_state
+            patched.setattr(
+                training, "_save_state", lambda path, step, *a: save(path, step, *a) or step < 3 or broken()
+            )
+        else:
+            patched.setattr(module, "_write", broken)
+        with pytest.raises(KeyboardInterrupt):
+            distilled(pair, tmp_path / "out")
+    distilled(pair, tmp_path / "out", replace(OPTIONS, resume=True))
+    assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "whole")
+
+
+def test_any_method_with_a_mask_can_be_distilled(pair, tmp_path):
+    options = PatchOptions(density=0.2, method="magnitude")
+    found = distilled(pair, tmp_path / "out", options).distillation
+    objective = [a + b for a, b in zip(found["new"], found["retained"], strict=True)]
+    assert objective[found["steps"].index(found["best"])] < objective[0]
+
+
+def test_the_command(pair, tmp_path):
+    base, tuned, output, stats, retain = arguments(pair, tmp_path / "out")
+    how = ("--distill", "--distill-steps", 4, "--no-propagate", "--density", 0.2)
+    result = run("patch", base, tuned, "--stats", stats, "--retain", retain, *how, "-o", output)
+    assert "held-out divergence" in result.stdout.replace("\n", " ")
+    run("inspect", output)
+    refused("patch", base, tuned, "--stats", stats, *how, "-o", tmp_path / "no", mentions=["both statistics"])
+    zero = ("--distill", "--distill-steps", 0)
+    refused(
+        "patch", base, tuned, "--stats", stats, "--retain", retain, *zero, "-o", tmp_path / "no", mentions=["steps"]
+    )
+    assert not (tmp_path / "no").exists()
+
+
+def test_tied_tables_in_half_precision(tmp_path):
+    folder = with_statistics(make_pair(tmp_path, dtype=torch.bfloat16, tied=True))
+    report = distilled(folder, tmp_path / "out")
+    base, out = read_tensors(folder / "base"), read_tensors(tmp_path / "out")
+    assert out["model.embed_tokens.weight"].dtype == torch.bfloat16
+    moved = int((out["model.embed_tokens.weight"] != base["model.embed_tokens.weight"]).sum())
+    assert 0 < moved <= 0.2 * 3200
+    found = report.distillation
+    assert found["rounded_new"] == pytest.approx(found["new"][found["steps"].index(found["best"])], rel=0.05)
