@@ -35,6 +35,15 @@ def require_file(path: Path) -> None:
         raise CheckpointError(f"{path} is a pipe or a device, not a file", "take it away")
 
 
+def require_files(folder: Path) -> None:
+    """The same of all that lies in a folder which another library is about to read. Raises CheckpointError."""
+    try:
+        for path in folder.iterdir():
+            require_file(path)
+    except OSError as error:
+        raise unreadable(folder, error) from error
+
+
 def open_regular(path: Path) -> BufferedReader:
     """A regular file, open for reading. Raises OSError for whatever else is there; never waits for it."""
     return os.fdopen(open_for_reading(path), "rb")

@@ -7,13 +7,13 @@ slightly wrong would go unnoticed.
 from __future__ import annotations
 
 import math
-import re
 import reprlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tailorcli.adapters.patterns import first_matches
 from tailorcli.errors import CheckpointError
 from tailorcli.files import read_json
 
@@ -68,23 +68,35 @@ class LoraSettings:
     fan_in_fan_out: bool = False
     token_indices: Mapping[str, tuple[int, ...]] | tuple[int, ...] | None = None
     base_name: str | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)  # of the modules that a pattern names
+    alphas: Mapping[str, float] = field(default_factory=dict)
 
     def rank_of(self, module: str) -> int:
         """The rank R of one module, named as in the network."""
-        return int(self._matching(self.rank_pattern, module, self.rank))
+        return int(self.ranks.get(module, self.rank))
 
     def scale_of(self, module: str) -> float:
         """The factor before B A for one module: alpha / R, for rsLoRA alpha / sqrt(R)."""
-        rank, alpha = self.rank_of(module), float(self._matching(self.alpha_pattern, module, self.alpha))
+        rank, alpha = self.rank_of(module), float(self.alphas.get(module, self.alpha))
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
-    @staticmethod
-    def _matching(patterns: Mapping[str, float], module: str, default: float) -> float:
-        """The value of the first pattern, a regular expression, that is the module's name or a dotted ending of it."""
-        for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return default
+    def match(self, modules: Iterable[str]) -> LoraSettings:
+        """The same with the ranks and alphas of these modules worked out: do so before asking for one's.
+
+        Raises CheckpointError for a pattern that does not end.
+        """
+        found = {}
+        for name in ("rank_pattern", "alpha_pattern"):
+            patterns = getattr(self, name)
+            try:
+                first = first_matches(list(patterns), modules)
+            except (TimeoutError, ValueError) as error:
+                what = f"{name} of {reprlib.repr(list(patterns))}: {error}"
+                raise CheckpointError(
+                    f"{self.file}: {what}", f"write the modules' names out, or {MERGE_HINT}"
+                ) from error
+            found[name] = {module: patterns[key] for module, key in first.items() if key is not None}
+        return replace(self, ranks=found["rank_pattern"], alphas=found["alpha_pattern"])
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
         """The token ids whose rows were trained in the table ``module``. Raises CheckpointError where it is unclear."""
@@ -176,10 +188,9 @@ def _pattern(
         raise CheckpointError(f"{file}: {name} {what}", _SAVE_AGAIN)
     for key in pattern:
         try:
-            re.compile(rf"(.*\.)?({key})$")
-        except (re.error, RecursionError, OverflowError) as error:
-            what = f"{name} has {reprlib.repr(key)}, which is no regular expression ({error})"
-            raise CheckpointError(f"{file}: {what}", _SAVE_AGAIN) from error
+            first_matches([key], ())
+        except ValueError as error:
+            raise CheckpointError(f"{file}: {name} has {reprlib.repr(key)}: {error}", _SAVE_AGAIN) from error
     return pattern
 
 

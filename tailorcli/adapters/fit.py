@@ -97,6 +97,7 @@ class _Fit:
         Raises CheckpointError for what the base or the adapter's config does not bear out.
         """
         self._sort_tensors()
+        self.settings = self.settings.match(self.modules)
         targets = [f"{module}.weight" for module, parts in self.modules.items() if parts.keys() - {_BIAS, _BASE_BIAS}]
         targets += [f"{module}.bias" for module, parts in self.modules.items() if parts.keys() & {_BIAS, _BASE_BIAS}]
         repeated = [name for name in targets if name in self.whole]

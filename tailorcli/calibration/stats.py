@@ -130,7 +130,7 @@ class Stats:
         """Open the folder ``path``. Raises StatsError if it is missing, unfinished or inconsistent."""
         folder = Path(path)
         manifest_path = folder / MANIFEST
-        if not manifest_path.is_file():
+        if not manifest_path.exists():
             raise StatsError(
                 f"{folder} holds no statistics ({MANIFEST} is missing)",
                 "make them: tailorcli calibrate TUNED --data FILE -o STATS",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.data.media import read_image, read_wav
 from tailorcli.data.records import FIELDS, Record, content_parts
+from tailorcli.data.timed import within
 from tailorcli.errors import DataError, first_line, note
 from tailorcli.files import parse_json
 
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
 
 # Masks of one sample hold nothing but ones; labels (PaliGemma's) are for a loss that no one asks for.
 _DROPPED = ("attention_mask", "decoder_attention_mask", "labels")
+
+_LONG = 1 << 20  # characters of a text beyond which only as many are tokenised as are needed
+_PER_TOKEN = 64  # characters, at first: few texts have longer tokens on average
+_MARGIN = 64  # tokens at the end of a piece of text that the whole text may have otherwise
+_SECONDS = 5.0  # that a chat template may take for one record; milliseconds are usual
 
 _TEMPLATE_HINT = 'give these records in the form that the template asks for, or rendered, as "text"'
 _IMAGE_HINT = 'write {"type": "image", "path": "FILE"}, relative to the data file; nothing is downloaded'
@@ -72,7 +79,7 @@ class Encoder:
         if self.takes_media and isinstance(token, str) and any(token in value for value in _texts(record)):
             raise DataError(f"{record.where} marks an image with {token!r} and names none", _IMAGE_HINT)
         plain = "text" in record.fields or "messages" not in record.fields  # a template writes special tokens itself
-        return _as_inputs(self._within(self.tokens(record, self._text_of(record), special=plain), seq_len))
+        return _as_inputs(self._within(self.tokens(record, self._text_of(record), plain, seq_len), seq_len))
 
     def _within(self, ids: list[int], seq_len: int) -> list[int]:
         """The first ``seq_len`` tokens; what is cut is counted."""
@@ -97,7 +104,10 @@ class Encoder:
         tools = fields.get("tools") or None
         for messages in (fields["messages"], *_other_forms(fields["messages"])):
             try:
-                text = str(self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+                call = partial(self.tokenizer.apply_chat_template, messages, tools=tools, tokenize=False)
+                text = str(within(_SECONDS, call))
+            except TimeoutError as error:
+                raise _endless(record) from error
             except Exception as error:  # whatever a model's own template raises
                 problem = problem or error
             else:
@@ -139,15 +149,43 @@ class Encoder:
         text = text.removeprefix(first) if first else text
         return text.removesuffix(last) if last else text
 
-    def tokens(self, record: Record, text: str, special: bool = True) -> list[int]:
+    def tokens(self, record: Record, text: str, special: bool = True, most: int = sys.maxsize) -> list[int]:
         """Token ids of a text of ``record``; with ``special`` it has the tokenizer's own at its ends, once.
 
+        Of a very long text only the first ``most``; how many are left out is then counted in ``cuts`` by its length.
         Raises DataError.
         """
         try:
             text.encode("utf-8")  # JSON can escape half a character, of which tokenizers only say it is no string
             text = self.unframed(text) if special else text
-            return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+            piece = self._piece(text, special, most)
+            if piece is not None:
+                self.cuts.append((most * len(text) // piece[1], most))
+                return piece[0][:most]
+            return self._ids(text, special)
+        except Exception as error:  # whatever a model's own tokenizer raises
+            raise DataError(f"{record.where}: the tokenizer refuses this text: {error}", FIELDS) from error
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def _piece(self, text: str, special: bool, most: int) -> tuple[list[int], int] | None:
+        """The tokens of the beginning of a very long text, more than ``most``, and the characters that make ``most``.
+
+        None for a text that is not long, or has no more tokens.
+        """
+        room = max(_LONG, _PER_TOKEN * most)
+        while len(text) > room:
+            ids = self._ids(text[:room], special)
+            if len(ids) > most + _MARGIN:
+                return ids, max(1, room * most // len(ids))
+            room *= 4
+        return None
+
+    def exceeds(self, record: Record, texts: Iterable[str], limit: int) -> bool:
+        """Whether one of these is a very long text of more than ``limit`` tokens. Raises DataError."""
+        try:
+            return any(len(text) > _LONG and self._piece(text, False, limit) is not None for text in texts)
         except Exception as error:  # whatever a model's own tokenizer raises
             raise DataError(f"{record.where}: the tokenizer refuses this text: {error}", FIELDS) from error
 
@@ -158,10 +196,10 @@ class Encoder:
                 f'{record.where} has no "prompt": this model is an encoder-decoder',
                 'give its records a "prompt", for the encoder, and a "response", for the decoder',
             )
-        inputs = _as_inputs(self._within(self.tokens(record, record.fields["prompt"]), seq_len))
+        inputs = _as_inputs(self._within(self.tokens(record, record.fields["prompt"], most=seq_len), seq_len))
         if inputs is None:
             return None
-        response = self.tokens(record, record.fields["response"])
+        response = self.tokens(record, record.fields["response"], most=seq_len)
         return inputs | {"decoder_input_ids": self._decoder_ids(response, seq_len)}
 
     def _decoder_ids(self, ids: list[int], seq_len: int) -> Any:
@@ -184,7 +222,7 @@ class Encoder:
         inputs = self._call(record, lambda: extractor(sound, sampling_rate=rate, return_tensors="pt"))
         if self.start_token is None:
             return inputs
-        response = self.tokens(record, record.fields.get("response", record.fields.get("text", "")))
+        response = self.tokens(record, record.fields.get("response", record.fields.get("text", "")), most=seq_len)
         return inputs | {"decoder_input_ids": self._decoder_ids(response, seq_len)}
 
     def _with_images(self, record: Record, seq_len: int) -> Inputs:
@@ -198,20 +236,27 @@ class Encoder:
                     'mark its place with a part {"type": "image"}',
                 )
             call = self.processor.apply_chat_template
-            how = {"tools": record.fields.get("tools") or None, "tokenize": True, "return_dict": True}
+            tools = record.fields.get("tools") or None
+            try:  # once for the time it takes: decoding large images may well take longer
+                within(_SECONDS, partial(call, messages, tools=tools, tokenize=False))
+            except TimeoutError as error:
+                raise _endless(record) from error
+            except Exception:  # whatever a model's own template raises, it will again
+                pass
+            how = {"tools": tools, "tokenize": True, "return_dict": True}
             inputs = self._call(record, lambda: call(messages, **how, return_tensors="pt"))
         else:
             images = [read_image(path, record.where) for path in record.images]
             if not hasattr(self.processor, "tokenizer"):
                 return self._call(record, lambda: self.processor(images=images, return_tensors="pt"))
-            inputs = self._call_with_text(record, images)
+            inputs = self._call_with_text(record, images, seq_len)
         return self._cut(record, inputs, seq_len)
 
-    def _call_with_text(self, record: Record, images: list[Any]) -> Inputs:
+    def _call_with_text(self, record: Record, images: list[Any], seq_len: int) -> Inputs:
         """Where neither the text nor the processor names the place of the images, they come first, a line each."""
         fields = record.fields
         text = fields["text"] if "text" in fields else fields.get("prompt", "") + fields.get("response", "")
-        text = self.unframed(text)
+        text = self.unframed(text[: max(_LONG, _PER_TOKEN * seq_len)])
         if not hasattr(self.processor, "num_query_tokens"):  # such a processor puts its query tokens in by itself
             mark = self.image_mark
             known = (mark.strip(), getattr(self.processor, "image_token", None))
@@ -227,7 +272,7 @@ class Encoder:
             words = {"type": "text", "text": "x"}
             with suppress(Exception):  # whatever a model's own template raises: then there is the token
                 bare, marked = (
-                    render([{"role": "user", "content": parts}], tokenize=False)
+                    within(_SECONDS, partial(render, [{"role": "user", "content": parts}], tokenize=False))
                     for parts in ([words], [{"type": "image"}, words])
                 )
                 start = next((i for i, (a, b) in enumerate(zip(bare, marked, strict=False)) if a != b), len(bare))
@@ -264,6 +309,11 @@ class Encoder:
         # An empty text has no tokens from which their dtype could be told.
         tensors |= {name: value.long() for name, value in tensors.items() if not value.numel()}
         return {name: value for name, value in tensors.items() if name not in _DROPPED}
+
+
+def _endless(record: Record) -> DataError:
+    what = f"{record.where}: the model's chat template does not end within {_SECONDS:g} seconds"
+    return DataError(what, 'give the records rendered, as "text", or mend the template')
 
 
 def _texts(record: Record) -> list[str]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 import wave
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.errors import DataError
+from tailorcli.files import open_regular
 
 if TYPE_CHECKING:
     import numpy as np
+
+_MOST_PIXELS = 89_478_485  # Pillow warns beyond: a quarter of a gigabyte, some copies of which are needed
+_MOST_SOUND = 1 << 28  # bytes: more than two hours at 16 kHz
 
 
 def read_image(path: Path, where: str) -> Any:
@@ -19,8 +25,15 @@ def read_image(path: Path, where: str) -> Any:
     except ImportError as error:
         raise DataError(f"{where} has images, and Pillow is not installed", "pip install pillow") from error
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")  # as transformers reads images
+        with open_regular(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
+            with Image.open(file) as image:
+                width, height = image.size  # as the header says: nothing is decoded yet
+                if width * height > _MOST_PIXELS:
+                    raise ValueError(f"it has {width:,} x {height:,} pixels, more than {_MOST_PIXELS:,}: shrink it")
+                if image.format == "EPS":
+                    raise ValueError("it is a program (EPS), which would have to be run")
+                return ImageOps.exif_transpose(image).convert("RGB")  # as transformers reads images
     except Exception as error:  # whatever a decoder raises: for a broken file, or one too large to be real
         raise DataError(f"{where}: cannot read the image {path}: {error}", "paths start at the data file") from error
 
@@ -30,10 +43,15 @@ def read_wav(path: Path, rate: int, where: str) -> np.ndarray:
     import numpy as np
 
     try:
-        with wave.open(str(path), "rb") as file:
+        with open_regular(path) as stream, wave.open(stream, "rb") as file:
             channels, width, found = file.getnchannels(), file.getsampwidth(), file.getframerate()
-            raw = file.readframes(file.getnframes())
-    except (OSError, EOFError, wave.Error) as error:
+            held = os.fstat(stream.fileno()).st_size
+            if held > _MOST_SOUND:
+                raise wave.Error(f"it has {held:,} bytes, more than {_MOST_SOUND:,}: cut it into pieces")
+            frame = channels * width
+            raw = file.readframes(min(file.getnframes(), held // frame))  # a header may claim any number
+            raw = raw[: len(raw) // frame * frame]
+    except (OSError, EOFError, wave.Error, RuntimeError, ValueError) as error:  # the last two from a header's sizes
         raise DataError(
             f"{where}: cannot read the sound {path}: {error or 'it ends early'}", "convert it to PCM WAV"
         ) from error

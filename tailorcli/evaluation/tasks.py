@@ -215,6 +215,8 @@ def _text_item(number: int, record: Record, encoder: Encoder, limit: int) -> Ite
 
     if _is_pair(record):
         prompt = record.fields.get("prompt", "")
+        if encoder.exceeds(record, (prompt, record.fields["response"]), limit):
+            return None
         row = _continuation(encoder, record, prompt, record.fields["response"], _alone(encoder, record, prompt))
         return Item(number, (row,)) if _num_tokens(row.inputs) <= limit else None
     inputs = encoder.encode(record, limit)
@@ -231,6 +233,8 @@ def _choice_item(number: int, record: Record, encoder: Encoder, limit: int, *, r
     import torch
 
     prompt, choices = record.fields["prompt"], record.fields["choices"]
+    if encoder.exceeds(record, (prompt, *choices), limit):
+        return None
     alone = _alone(encoder, record, prompt)
     rows: dict[tuple[int, ...], Row] = {}
     for choice, text in enumerate(choices):
@@ -254,6 +258,8 @@ def _generate_item(number: int, record: Record, encoder: Encoder, limit: int, *,
     """The prompt to go on from, if it leaves ``room`` for so many new tokens."""
     import torch
 
+    if encoder.exceeds(record, (record.fields["prompt"],), limit):
+        return None
     inputs = _alone(encoder, record, record.fields["prompt"])
     if inputs is None:
         raise DataError(f"{record.where}: its prompt gives no token to go on from", _GENERATE)

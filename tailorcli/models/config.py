@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tailorcli.errors import CheckpointError
-from tailorcli.files import read_json
+from tailorcli.files import read_json, require_files
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
 
@@ -18,7 +18,38 @@ def read_config(path: Path) -> dict[str, Any]:
     """A model folder's config.json. Raises CheckpointError where it is missing or not JSON."""
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path} has no config.json", "pass the folder that save_pretrained wrote")
-    return read_json(path / "config.json")
+    require_files(path)
+    config = read_json(path / "config.json")
+    require_counts(path, config, _MOST_OF_ANYTHING)
+    return config
+
+
+_COUNTED = re.compile(r"layer|block|depth|stage|expert|head|group|label|class")  # a part of the model, or a name
+_BUILT = re.compile(r"layer|block|depth|stage|expert")  # each has tensors of its own, but where they are shared
+_NO_COUNT = re.compile(r"size|dim|_ids?$|token|length|factor|offset|2id$|2label$|^task_specific_params$")
+_MOST_OF_ANYTHING = 1 << 17
+_MOST_SHARED = 1024  # layers that one tensor may serve
+
+
+def require_counts(path: Path, config: dict[str, Any], most: int, names: re.Pattern[str] = _COUNTED) -> None:
+    """No count of parts is above ``most``: transformers would build them one by one, without end.
+
+    Raises CheckpointError that names the field.
+    """
+    for name, value in config.items():
+        if _NO_COUNT.search(name):
+            continue
+        if isinstance(value, dict):
+            require_counts(path, value, most, names)
+        numbers = value if isinstance(value, list) else [value]
+        if names.search(name) and any(type(number) in (int, float) and number > most for number in numbers):
+            what = f"{path / 'config.json'}: {name} is {reprlib.repr(value)}, expected {most:,} at most"
+            raise CheckpointError(what, "see that it belongs to these weights; download or save it again")
+
+
+def require_buildable(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """A model of so many ``tensors`` can have the layers and experts that the config counts. Raises CheckpointError."""
+    require_counts(path, config, max(_MOST_SHARED, tensors), _BUILT)
 
 
 # Fields of a config that a forward pass does not depend on.

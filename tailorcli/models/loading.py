@@ -16,7 +16,8 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES
 from tailorcli.data.encoder import Encoder
 from tailorcli.errors import CheckpointError, first_line, note
-from tailorcli.models.config import num_positions, read_config
+from tailorcli.files import require_files
+from tailorcli.models.config import num_positions, read_config, require_buildable
 from tailorcli.options import LoadOptions
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -37,6 +38,8 @@ def load_encoder(folder: Path, model: Path, has_media: bool, options: LoadOption
     import transformers
 
     start = None
+    read_config(model)
+    require_files(folder)
     with quiet_transformers():
         try:
             config = transformers.AutoConfig.from_pretrained(
@@ -99,6 +102,7 @@ def described(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptio
     import transformers
 
     path, trust = folder or checkpoint.path, {"trust_remote_code": options.trust_remote_code}
+    require_buildable(path, config, len(checkpoint.tensors))
     with quiet_transformers():
         try:
             found = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **trust)
