@@ -18,7 +18,7 @@ from tailorcli.adapters.config import CONFIG_FILE, read_settings
 from tailorcli.calibration.entries import entry_of
 from tailorcli.calibration.passes import Run, collect_blockwise, collect_whole
 from tailorcli.calibration.placement import skeleton_for_blocks
-from tailorcli.calibration.sources import Source, check_source, drawn, self_written
+from tailorcli.calibration.sources import Source, check_source, drawn, self_written, write_jsonl
 from tailorcli.calibration.stats import HESSIANS, HessianInfo, too_few_tokens
 from tailorcli.calibration.stats_writer import StatsWriter, prepare_folder
 from tailorcli.checkpoint.folder import Checkpoint
@@ -97,7 +97,7 @@ def calibrate_model(
         config = read_config(stored.path)
         with timer.stage("data"):
             source = Source(stored, tuned, config, options, _path(data), _path(held_out))
-            samples = self_written(source, device, progress) if options.synthetic else drawn(source)
+            samples, further = self_written(source, device, progress) if options.synthetic else (drawn(source), [])
         writer = stack.enter_context(StatsWriter(folder, _longest_hessian_names(stored)))
         run = Run(stored, tuned, samples, options, device, timer, writer, progress)
         with timer.stage("load"):
@@ -115,6 +115,8 @@ def calibrate_model(
             watch.require_unchanged()
             if options.keep_samples:
                 facts["samples"] = writer.store_samples(samples.inputs)
+            if source.held_out is not None:
+                write_jsonl(further, source.held_out)  # only now: a run that is ended earlier leaves none in the way
             writer.finish(tensors, facts)
     if few := too_few_tokens(writer.infos):
         note(f"{folder}: {few}")
@@ -148,8 +150,12 @@ def _facts(run: Run, dtype: str, blockwise: bool) -> dict[str, Any]:
 
 
 def _require_new(held_out: PathLike | None, overwrite: bool) -> None:
-    """Whoever writes samples of their own does not lose them."""
-    if held_out is not None and Path(held_out).exists() and not overwrite:
+    """Whoever writes samples of their own does not lose them; and the file can be made when the work is done."""
+    if held_out is None:
+        return
+    if not Path(held_out).parent.is_dir():
+        raise OutputError(f"cannot write {held_out}: its folder is not there", "make it first, or choose another file")
+    if Path(held_out).exists() and not overwrite:
         raise OutputError(f"{held_out} exists already", "choose another file for --held-out, or pass --overwrite")
 
 

@@ -67,8 +67,8 @@ def check_source(data: PathLike | None, options: CalibrateOptions, held_out: Pat
             raise OptionsError(f"--held-out must name a .jsonl file, got {held_out}", "name it written.jsonl")
 
 
-def self_written(source: Source, device: torch.device, progress: bool) -> Samples:
-    """Samples that the model writes itself; it is loaded for that alone, and freed again.
+def self_written(source: Source, device: torch.device, progress: bool) -> tuple[Samples, list[dict[str, Any]]]:
+    """Samples that the model writes itself, and records of the held-out ones; it is loaded for that alone, then freed.
 
     Raises OptionsError for an adapter, and for a model that does not fit the device.
     """
@@ -103,18 +103,20 @@ def self_written(source: Source, device: torch.device, progress: bool) -> Sample
     further = replace(options, seed=options.seed + 1, num_samples=(options.num_samples + 1) // 2)
     runs = [options] if held_out is None else [options, further]
     total = sum(run.num_samples for run in runs) * (options.length - 1)
+    further_records: list[dict[str, Any]] = []
     with device_errors("a smaller --seq-len"), Progress("writing", total, "tokens", shown=progress) as bar:
         for run in runs:
             starts = encode_starts(records, encoder, run) if records else []
             found = write_samples(network, encoder.tokenizer, run, device, bar, starts, encoder.media_ids)
             if run is options:
                 samples = found
-            elif held_out is not None:
-                _write_jsonl(to_records(found, starts, encoder.tokenizer), held_out)
-    return samples if data is None else with_source(samples, data, len(records))
+            else:
+                further_records = to_records(found, starts, encoder.tokenizer)
+    return (samples if data is None else with_source(samples, data, len(records))), further_records
 
 
-def _write_jsonl(records: list[dict[str, Any]], file: Path) -> None:
+def write_jsonl(records: list[dict[str, Any]], file: Path) -> None:
+    """A JSON object a line, whole or not at all. Raises OutputError."""
     try:
         write_text_atomically(file, "".join(json.dumps(record) + "\n" for record in records))
     except OSError as error:

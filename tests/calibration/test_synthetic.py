@@ -229,6 +229,22 @@ def test_held_out_samples_name_their_pictures(tmp_path):
     assert len(report.scores["base"]["written"].count) == 3
 
 
+def test_a_run_that_fails_leaves_no_held_out_samples_in_the_way_of_the_next(llama_pair, tmp_path, monkeypatch):
+    import tailorcli.calibration.calibrate as module
+
+    file = tmp_path / "written.jsonl"
+    given = (llama_pair / "base", None, tmp_path / "s", options())
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "collect_whole", lambda *_: (_ for _ in ()).throw(TailorError("no memory")))
+        with pytest.raises(TailorError, match="no memory"):
+            calibrate_model(*given, held_out=file)
+    assert not file.exists()
+    with pytest.raises(TailorError, match="its folder is not there"):  # before the work, not after it
+        calibrate_model(*given, held_out=tmp_path / "nowhere" / "written.jsonl")
+    calibrate_model(*given, held_out=file)
+    assert len(file.read_text().splitlines()) == 3
+
+
 def test_only_written_samples_are_held_out(llama_pair, tmp_path):
     base, data = llama_pair / "base", llama_pair / "data.jsonl"
     stats = tmp_path / "stats"
