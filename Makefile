@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-fast test-slow kills lint bench bench-large bench-gpu real stitch evidence docs clean
+.PHONY: demo test test-fast test-slow kills fuzz lint bench bench-large bench-gpu real stitch evidence docs clean
 
 # torch comes first and pinned, so that nothing else chooses its build.
 $(BIN)/tailorcli: pyproject.toml constraints.txt
@@ -48,6 +48,10 @@ test-slow: $(VENV)/dev
 # Each command that writes models, ended at every one of its operations on files: twenty minutes on one core.
 kills: $(VENV)/dev
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=tests:. $(BIN)/python -m kills.harness
+
+# Every reader against 10,000 damaged files, each within 10 s and 2 GB; `make test` has a share of it.
+fuzz: $(VENV)/dev
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m fuzz --inputs 10000
 
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks --rounds 3
