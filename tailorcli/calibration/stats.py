@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import read_header
 from tailorcli.checkpoint.renamed import RenamedCheckpoint
-from tailorcli.errors import CheckpointError, StatsError
+from tailorcli.errors import CheckpointError, NumericalError, StatsError
 from tailorcli.files import PathLike, file_digest, read_json
 from tailorcli.typed import field_of, read_index, read_text, require_plain
 
@@ -195,6 +195,18 @@ class Stats:
     def load(self, name: str, pinned: bool = False) -> Tensor:
         """The stored numbers of one Hessian, float32: a packed triangle, or a diagonal (I,)."""
         return self._store.read(name, pinned)
+
+    def unpack(self, name: str, packed: Tensor) -> Tensor:
+        """The Hessian (I, I), or its diagonal (I,), from what ``load`` gave, on the device where that lies now.
+
+        Raises NumericalError where it is not finite.
+        """
+        from tailorcli.core.hessian import unpack_triangle
+
+        info = self.hessians[name]
+        if not bool(packed.isfinite().all()):
+            raise NumericalError(f"NaN or infinity in the Hessian {name!r} of {self.path}", "calibrate again")
+        return unpack_triangle(packed, info.size) if info.kind == "full" else packed
 
     def nbytes(self, name: str) -> int:
         """Bytes of one Hessian on disk."""

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.folder import Checkpoint
-from tailorcli.checkpoint.readahead import ReadAhead
-from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
-from tailorcli.errors import NumericalError, OptionsError, PatchError
+from tailorcli.device import StageTimer, resolve_device
+from tailorcli.errors import OptionsError, PatchError
 from tailorcli.files import PathLike, parse_json, read_bytes
 from tailorcli.guard import Watch
 from tailorcli.merging.plan import MergeInputs, build_merge_plan
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile.reader import PatchFile
-from tailorcli.patchfile.records import AT_BASE, PATCHED, TensorRecord, fields_of
+from tailorcli.patchfile.records import TensorRecord, fields_of
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport
 from tailorcli.patching.apply import patched_tensor, side_sources
+from tailorcli.runs.loop import LastPrepared, worked_on
 from tailorcli.runs.outputs import Target, identity_of, progress_bar
 from tailorcli.runs.plan import Plan, TensorPlan
 
@@ -208,6 +209,14 @@ class _Loaded:
 
 
 @dataclass
+class _Hessians:
+    """The tasks' Hessians on the device, and what the joint solver has of them together."""
+
+    each: list[Tensor]
+    combined: PreparedHessian | None
+
+
+@dataclass
 class Merged:
     """One merged tensor, the union of its masks, and its figures."""
 
@@ -216,33 +225,26 @@ class Merged:
     figures: dict[str, Any]
 
 
-def _reader(tensors: list[TensorPlan], inputs: MergeInputs) -> ReadAhead[_Loaded]:
-    """Reads what each of ``tensors`` needs from every task."""
+def _load(tensor: TensorPlan, hessians: tuple[str, ...], inputs: MergeInputs) -> _Loaded:
+    """What a tensor needs from every task."""
     import torch
 
-    def needed(position: int) -> tuple[str, ...]:
-        names = tensors[position].task_hessians
-        return () if position and tensors[position - 1].task_hessians == names else names
-
-    def load(position: int) -> _Loaded:
-        name = tensors[position].name
-        base = inputs.base.read(name)
-        loaded = _Loaded(base, [], [], [], [])
-        for task in inputs.tasks:
-            if name in task.patch.tensors:
-                loaded.masks.append(task.patch.mask(name))
-                loaded.patched.append(patched_tensor(base, task.patch, name, inputs.base.path))
-            else:
-                loaded.masks.append(torch.zeros(base.shape, dtype=torch.bool))
-                loaded.patched.append(base)
-            if task.tuned is not None:
-                loaded.tuned.append(task.tuned.read(name))
-        for task, hessian in zip(inputs.tasks, needed(position), strict=False):
-            assert task.stats is not None
-            loaded.packed.append(task.stats.load(hessian))
-        return loaded
-
-    return ReadAhead(load, [(tensor.held_bytes, tensor.held_bytes // 2) for tensor in tensors])
+    name = tensor.name
+    base = inputs.base.read(name)
+    loaded = _Loaded(base, [], [], [], [])
+    for task in inputs.tasks:
+        if name in task.patch.tensors:
+            loaded.masks.append(task.patch.mask(name))
+            loaded.patched.append(patched_tensor(base, task.patch, name, inputs.base.path))
+        else:
+            loaded.masks.append(torch.zeros(base.shape, dtype=torch.bool))
+            loaded.patched.append(base)
+        if task.tuned is not None:
+            loaded.tuned.append(task.tuned.read(name))
+    for task, hessian in zip(inputs.tasks, hessians, strict=False):
+        assert task.stats is not None
+        loaded.packed.append(task.stats.load(hessian))
+    return loaded
 
 
 def _merged(
@@ -253,33 +255,17 @@ def _merged(
     timer: StageTimer,
 ) -> Iterator[tuple[TensorPlan, Merged | None]]:
     """Each tensor with its merged value, in order; None for a tensor that no task patches."""
-    reader = _reader([tensor for tensor in tensors if tensor.action == "patch"], inputs)
-    loads = iter(reader)
-    opened: list[Tensor] = []  # the tasks' Hessians, on the device
-    combined: PreparedHessian | None = None
-    previous: tuple[str, ...] = ()
-    try:
-        with exact_float32(), device_errors():
-            for tensor in tensors:
-                if tensor.action != "patch":
-                    yield tensor, None
-                    continue
-                with timer.stage("wait for read"):
-                    loaded = next(loads)
-                names = tensor.task_hessians
-                try:
-                    if names != previous:
-                        opened, combined = [], None  # freed before the next ones are unpacked
-                        if names:
-                            opened, combined = _prepare(names, loaded, inputs, options, device, timer)
-                        previous = names
-                    yield tensor, _merge_tensor(tensor, loaded, opened, combined, options, device, timer)
-                except NumericalError as error:
-                    raise NumericalError(f"tensor {tensor.name!r}: {error.message}", error.hint) from error
-                del loaded
-    finally:
-        reader.close()
-        timer.seconds["read"] = reader.seconds
+    last: LastPrepared[_Hessians] = LastPrepared()
+
+    def work(tensor: TensorPlan, held: list[_Loaded]) -> Merged:
+        loaded, names = held.pop(), tensor.task_hessians
+        hessians = last.of(names, lambda: _prepare(names, loaded, inputs, options, device, timer))
+        return _merge_tensor(tensor, loaded, hessians or _Hessians([], None), options, device, timer)
+
+    def nbytes(tensor: TensorPlan, _: tuple[str, ...]) -> int:
+        return tensor.held_bytes // 2
+
+    return worked_on(tensors, partial(_load, inputs=inputs), nbytes, work, timer)
 
 
 def _prepare(
@@ -289,31 +275,26 @@ def _prepare(
     options: MergeOptions,
     device: torch.device,
     timer: StageTimer,
-) -> tuple[list[Tensor], PreparedHessian | None]:
+) -> _Hessians:
     """Unpack the tasks' Hessians, and combine and factorise them where the joint solver will use them."""
-    from tailorcli.core.hessian import combine_hessians, prepare, unpack_triangle
+    from tailorcli.core.hessian import combine_hessians, prepare
 
     opened = []
     with timer.stage("unpack"):
         for task, name in zip(inputs.tasks, names, strict=True):
             assert task.stats is not None
-            info = task.stats.hessians[name]
-            packed = loaded.packed.pop(0).to(device)
-            opened.append(unpack_triangle(packed, info.size) if info.kind == "full" else packed)
-            if not bool(packed.isfinite().all()):
-                raise NumericalError(f"NaN or infinity in the Hessian {name!r} of {task.stats.path}", "calibrate again")
+            opened.append(task.stats.unpack(name, loaded.packed.pop(0).to(device)))
     if options.method != "joint":
-        return opened, None
+        return _Hessians(opened, None)
     with timer.stage("factorise"):
         hessian = combine_hessians(opened, options.shares(len(names)))
-        return opened, prepare(hessian, options.damping, sensitivity=False, sequential=False)
+        return _Hessians(opened, prepare(hessian, options.damping, sensitivity=False, sequential=False))
 
 
 def _merge_tensor(
     tensor: TensorPlan,
     loaded: _Loaded,
-    hessians: list[Tensor],
-    combined: PreparedHessian | None,
+    opened: _Hessians,
     options: MergeOptions,
     device: torch.device,
     timer: StageTimer,
@@ -322,6 +303,7 @@ def _merge_tensor(
     from tailorcli.core import stitch
     from tailorcli.core.tailor import layer_shape, require_finite
 
+    hessians, combined = opened.each, opened.combined
     with timer.stage("transfer"):
         shape = layer_shape(loaded.base, hessians[0].shape[0] if hessians else None)
         base, *rest = (
@@ -365,15 +347,6 @@ def _merge_tensor(
 
 def _record(tensor: TensorPlan, merged: Merged | None) -> TensorRecord:
     """The report's entry for one tensor."""
-    return TensorRecord(
-        name=tensor.name,
-        status=PATCHED if merged is not None else AT_BASE,
-        reason=tensor.reason,
-        method=tensor.method if merged is not None else None,
-        role=tensor.role,
-        shape=tensor.shape,
-        dtype=tensor.dtype,
-        hessian=tensor.hessian,
-        of_merge=True,
-        **(fields_of(merged.figures) if merged is not None else {}),
-    )
+    if merged is None:
+        return tensor.to_record(patched=False, of_merge=True)
+    return tensor.to_record(patched=True, of_merge=True, method=tensor.method, **fields_of(merged.figures))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapters.checkpoint import tuned_side_files
 from tailorcli.checkpoint.folder import Checkpoint
-from tailorcli.checkpoint.grown import GrownCheckpoint
 from tailorcli.checkpoint.quantized import plain_config
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import OptionsError
@@ -22,15 +21,12 @@ from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.graft import MaskFile, trained_masks
 from tailorcli.patching.methods import find_cut
 from tailorcli.patching.planner import build_plan
-from tailorcli.patching.stream import PatchInputs, record_of, tailored
-from tailorcli.runs.outputs import Outputs, Target, identity_of, progress_bar, records_of
-from tailorcli.runs.plan import Plan, TensorPlan
+from tailorcli.patching.run import Run
+from tailorcli.patching.stream import PatchInputs, tailored
+from tailorcli.runs.outputs import Target, identity_of, progress_bar
+from tailorcli.runs.plan import Plan
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from tailorcli.core.tailor import LayerResult
     from tailorcli.patching.methods import MaskOf
 
 
@@ -90,17 +86,14 @@ def score_checkpoint(
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain_stats)
         device = resolve_device(options.device)
-        timer = StageTimer(device)
-        records: dict[str, Any] = {}
-        for tensor in plan.left_at_base:
-            records |= records_of(tensor.name, tensor.copies, record_of(tensor, None, inputs.stats, options))
         bar = stack.enter_context(progress_bar(plan.patched, "scoring", progress))
-        for tensor, result, _ in tailored(plan.patched, inputs, options, device, timer, score_only=True):
-            records |= records_of(tensor.name, tensor.copies, record_of(tensor, result, inputs.stats, options))
-            bar.update(tensor.nbytes)
-        ordered = [records[name] for name in inputs.base.tensors]
-        seconds = perf_counter() - started
-        return PatchReport("score", options.to_dict(), inputs.describe(), ordered, dict(timer.seconds), seconds)
+        run = Run(inputs, options, device, StageTimer(device), bar=bar)
+        for tensor in plan.left_at_base:
+            run.note(tensor, None)
+        for tensor, result, _ in tailored(plan.patched, run, score_only=True):
+            run.note(tensor, result)
+            run.advance(tensor)
+        return run.report("score", inputs.describe(), started)
 
 
 def patch_checkpoint(
@@ -146,54 +139,33 @@ def patch_checkpoint(
         if isinstance(begun, PatchReport):
             return begun
         outputs = stack.enter_context(begun)
-        timer = StageTimer(device)
-        records = dict(outputs.records)
         bar = stack.enter_context(progress_bar(plan.tensors, "patching", progress))
+        records = dict(outputs.records)
         bar.start_at(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
-        todo = [tensor for tensor in plan.tensors if tensor.name not in records]
-        with timer.stage("masks"), exact_float32(), device_errors("a smaller --batch-size"):
-            trained, masks = _masks_first(target, plan, records, inputs, options, identity, device, progress)
-
-        def write(tensor: TensorPlan, result: LayerResult | None, digest: str, facts: dict[str, Any]) -> None:
-            if isinstance(inputs.base, GrownCheckpoint) and tensor.name in inputs.base.grown:
-                facts = facts | {"note": f"the last {inputs.base.new_rows(tensor.name)} rows are new, and tuned's own"}
-            record = record_of(tensor, result, inputs.stats, options, facts)
-            records.update(records_of(tensor.name, tensor.copies, record))
-            with timer.stage("wait for write"):
-                if result is None or result.patched is None or not record.patched:
-                    outputs.copy(tensor.name, inputs.base, record)
-                else:
-                    stored = result.patched
-                    if result.mask is not None:
-                        stored = inputs.base.encode(tensor.name, stored, result.mask)
-                    outputs.write(tensor.name, stored, result.mask, record, digest)
-            bar.update(tensor.nbytes)
-
-        def plain(tensors: list[TensorPlan]) -> Iterator[tuple[TensorPlan, LayerResult | None, str]]:
-            wanted: dict[str, Any] = {"score_only": False, "digests": outputs.wants_digest, "masks": masks}
-            return tailored(tensors, inputs, options, device, timer, **wanted)
-
-        if options.propagate:
-            with exact_float32(), device_errors():
-                from tailorcli.patching.propagate import Steps, patch_propagated
-
-                steps = Steps(plain, write, partial(_read_again, outputs, inputs.base), outputs.done)
-                scratch = target.folder if target.folder is not None else target.place.parent
-                patch_propagated(plan.tensors, inputs, options, device, timer, scratch, steps)
-        else:
-            for tensor, result, digest in plain(todo):
-                write(tensor, result, digest, {})
-                del result
-        with timer.stage("wait for write"):
-            outputs.drain()
-        timer.seconds["write"] = outputs.seconds
-        ordered = [records[name] for name in inputs.base.tensors]
-        seconds = perf_counter() - started
-        report = PatchReport("patch", options.to_dict(), described, ordered, dict(timer.seconds), seconds)
+        run = Run(inputs, options, device, StageTimer(device), outputs, bar=bar, records=records)
+        trained, masks = _masks_first(target.place, plan, run, identity, progress)
+        _patch_all(plan, replace(run, masks=masks), target)
+        run.drain()
+        report = run.report("patch", described, started)
         outputs.finish(report, watch)
         if trained is not None:
             trained.remove()
         return report
+
+
+def _patch_all(plan: Plan, run: Run, target: Target) -> None:
+    """Patch and write each tensor that an interrupted run has not written."""
+    if run.options.propagate:
+        from tailorcli.patching.propagate import patch_propagated
+
+        scratch = target.folder if target.folder is not None else target.place.parent
+        with exact_float32(), device_errors():
+            patch_propagated(plan.tensors, run, scratch)
+        return
+    todo = [tensor for tensor in plan.tensors if tensor.name not in run.records]
+    for tensor, result, digest in tailored(todo, run):
+        run.write(tensor, result, digest)
+        del result
 
 
 def side_files_of(inputs: PatchInputs, options: PatchOptions) -> dict[str, Path | bytes]:
@@ -207,26 +179,15 @@ def side_files_of(inputs: PatchInputs, options: PatchOptions) -> dict[str, Path 
 
 
 def _masks_first(
-    target: Target,
-    plan: Plan,
-    done: dict[str, Any],
-    inputs: PatchInputs,
-    options: PatchOptions,
-    identity: dict[str, Any],
-    device: torch.device,
-    progress: bool,
+    place: Path, plan: Plan, run: Run, identity: dict[str, Any], progress: bool
 ) -> tuple[MaskFile | None, MaskOf | None]:
     """What has to look at all tensors before the first is patched: trained masks, or one threshold for all."""
+    inputs, options, device = run.inputs, run.options, run.device
     both = (inputs.base, inputs.tuned)
-    if inputs.data is not None:
-        trained = trained_masks(target.place, plan, *both, inputs.data, options, identity, device, progress)
-        return trained, trained.mask_of
-    if options.counts_first:
-        return None, find_cut(plan.patched, done, *both, options.density, device).mask
+    with run.timer.stage("masks"), exact_float32(), device_errors("a smaller --batch-size"):
+        if inputs.data is not None:
+            trained = trained_masks(place, plan, *both, inputs.data, options, identity, device, progress)
+            return trained, trained.mask_of
+        if options.counts_first:
+            return None, find_cut(plan.patched, run.records, *both, options.density, device).mask
     return None, None
-
-
-def _read_again(outputs: Outputs, base: Checkpoint, name: str) -> Tensor | None:
-    """The value of a tensor that an interrupted run has written; None where it cannot be read back."""
-    written = outputs.read(name, base.output_tensors[name])
-    return None if written is None else base.decoded(name, written)

@@ -11,7 +11,7 @@ its plain patch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from tailorcli.adapters.checkpoint import config_folder
 from tailorcli.core.figures import LayerFigures, figures_after_fit
-from tailorcli.core.hessian import unpack_triangle
 from tailorcli.core.propagation import (
     Moments,
     accumulate_moments_,
@@ -33,7 +32,7 @@ from tailorcli.core.propagation import (
 )
 from tailorcli.core.tailor import LayerResult
 from tailorcli.data.samples import make_batches
-from tailorcli.device import StageTimer, free_memory
+from tailorcli.device import free_memory
 from tailorcli.errors import NumericalError, TailorError
 from tailorcli.models.layers import Layer, find_layers
 from tailorcli.models.lockstep import Lane, Lockstep
@@ -48,9 +47,9 @@ from tailorcli.models.running import (
     to_device,
 )
 from tailorcli.models.spill import Spill
-from tailorcli.options import PatchOptions
 from tailorcli.patching.cost import COMPARED
-from tailorcli.patching.stream import PatchInputs
+from tailorcli.patching.run import Run
+from tailorcli.patching.stream import tailored
 from tailorcli.patching.three_models import PartModel, PatchedView, ThreeModels, is_linear, options_of
 from tailorcli.runs.plan import TensorPlan
 
@@ -60,21 +59,6 @@ if TYPE_CHECKING:
     Result = tuple[TensorPlan, LayerResult | None, str]
 
 NEW, RETAINED = "new", "retained"
-
-
-@dataclass(frozen=True)
-class Steps:
-    """What a run does with its tensors, however it patches them.
-
-    ``plain`` patches tensors by themselves; ``write`` takes each final result with further facts for its record;
-    ``stored`` gives the value of a tensor that an interrupted run has written (None where it cannot), ``done`` says
-    which ones those are.
-    """
-
-    plain: Callable[[list[TensorPlan]], Iterable[Result]]
-    write: Callable[[TensorPlan, LayerResult | None, str, dict[str, Any]], None]
-    stored: Callable[[str], Tensor | None]
-    done: Container[str]
 
 
 @dataclass(eq=False)
@@ -126,55 +110,35 @@ class _Group:
     aligned: bool = True  # the two models' inputs are of the same tokens
 
 
-def patch_propagated(
-    tensors: Iterable[TensorPlan],
-    inputs: PatchInputs,
-    options: PatchOptions,
-    device: torch.device,
-    timer: StageTimer,
-    scratch: Path,
-    steps: Steps,
-) -> None:
+def patch_propagated(tensors: Iterable[TensorPlan], run: Run, scratch: Path) -> None:
     """Patch and write each of ``tensors`` once; hidden states wait in ``scratch`` where they outgrow the memory.
 
     Raises TailorError.
     """
     with ExitStack() as stack:
-        chosen = list(tensors)
+        chosen, inputs = list(tensors), run.inputs
         copies = {copy: tensor.name for tensor in chosen for copy in tensor.copies}
         view = stack.enter_context(closing(PatchedView(inputs.base, config_folder(inputs.tuned), copies)))
-        models = ThreeModels.of(inputs, view, device, timer, options.trust_remote_code)
+        models = ThreeModels.of(run, view)
         for model in models.each:
             if not model.waits_at_head():
                 stack.enter_context(last_logits_only(model.network))
-        run = Propagation(chosen, inputs, options, device, timer, scratch, steps, models)
-        run.through_the_models()
-    run.finish()  # without the models
+        propagation = Propagation(chosen, run, scratch, models)
+        propagation.through_the_models()
+    propagation.finish()  # without the models
 
 
 class Propagation:
     """A propagating patch under way; ``patch_propagated`` runs it."""
 
-    def __init__(
-        self,
-        tensors: list[TensorPlan],
-        inputs: PatchInputs,
-        options: PatchOptions,
-        device: torch.device,
-        timer: StageTimer,
-        scratch: Path,
-        steps: Steps,
-        models: ThreeModels,
-    ) -> None:
-        assert inputs.stats is not None
-        assert inputs.retain_stats is not None
+    def __init__(self, tensors: list[TensorPlan], run: Run, scratch: Path, models: ThreeModels) -> None:
+        assert run.inputs.stats is not None
+        assert run.inputs.retain_stats is not None
         self._tensors = {tensor.name: tensor for tensor in tensors}
-        self._inputs = inputs
-        self._stats, self._retain_stats = inputs.stats, inputs.retain_stats
-        self._options = options
-        self._device = device
-        self._timer = timer
-        self._steps = steps
+        self._run = run
+        self._stats, self._retain_stats = run.inputs.stats, run.inputs.retain_stats
+        self._device = run.device
+        self._timer = run.timer
         self._models = models
         self._layers = find_layers(models.patched.network)
         self._loaded: list[str] = []  # blocks
@@ -183,7 +147,7 @@ class Propagation:
         for name, layer in self._load("").items():
             self._groups[name] = _Group({name: layer})
         host = free_memory(torch.device("cpu")) or 1 << 40
-        self._spill = Spill(device, scratch, int(host * HIDDEN_SHARE))
+        self._spill = Spill(run.device, scratch, int(host * HIDDEN_SHARE))
         kinds = (
             (NEW, self._stats, models.tuned, models.base),
             (RETAINED, self._retain_stats, models.base, models.tuned),
@@ -214,22 +178,22 @@ class Propagation:
         for group in self._groups.values():
             self._finish_group(group)
         left = [tensor for tensor in self._tensors.values() if tensor.name not in self._seen]
-        for tensor, result, digest in self._steps.plain(left):
-            if tensor.name not in self._steps.done:
-                self._steps.write(tensor, result, digest, {})
+        for tensor, result, digest in tailored(left, self._run):
+            if tensor.name not in self._run.done:
+                self._run.write(tensor, result, digest)
 
     def _call(self, network: Any, batch: Inputs) -> Callable[[], Any]:
         return lambda: forward(network, to_device(batch, self._device))
 
     def _load(self, part: str) -> dict[str, _Pending]:
         """Patch a part's tensors by themselves, load them, and write those that stay so; gives the others by module."""
-        patched, view, done = self._models.patched, self._models.view, self._steps.done
+        patched, view, done = self._models.patched, self._models.view, self._run.done
         names = {name for name in patched.parts.tensors[part] if name in self._tensors}
         chosen = [tensor for tensor in self._tensors.values() if tensor.name in names]  # in the plan's order
         self._seen |= names
         results: list[Result] = []
         if not self._restore(chosen):
-            for tensor, result, digest in self._steps.plain(chosen):
+            for tensor, result, digest in tailored(chosen, self._run):
                 if result is not None and result.patched is not None and not _is_frozen(result):
                     view.values[tensor.name] = result.patched.cpu()
                 results.append((tensor, result, digest))
@@ -241,14 +205,14 @@ class Propagation:
             if layer is not None and result is not None and not _is_frozen(result):
                 pending[layer.name.removesuffix(".weight")] = _Pending(layer, tensor, result, digest)
             elif tensor.name not in done:
-                self._steps.write(tensor, result, digest, {})
+                self._run.write(tensor, result, digest)
         return pending
 
     def _restore(self, chosen: list[TensorPlan]) -> bool:
         """Take the values of a part that an interrupted run has written whole; a part of it is worked out again."""
-        if not all(tensor.name in self._steps.done for tensor in chosen):
+        if not all(tensor.name in self._run.done for tensor in chosen):
             return False
-        values = {tensor.name: self._steps.stored(tensor.name) for tensor in chosen if tensor.action == "patch"}
+        values = {tensor.name: self._run.written(tensor.name) for tensor in chosen if tensor.action == "patch"}
         self._models.view.values |= {name: value for name, value in values.items() if value is not None}
         return all(value is not None for value in values.values())
 
@@ -387,8 +351,8 @@ class Propagation:
             assert result.patched is not None
             with torch.no_grad():
                 self._parameter(layer.layer).copy_(result.patched)
-            if layer.tensor.name not in self._steps.done:
-                self._steps.write(layer.tensor, result, layer.digest, facts)
+            if layer.tensor.name not in self._run.done:
+                self._run.write(layer.tensor, result, layer.digest, facts)
         group.moments.clear()
 
     def _solve_layer(self, layer: _Pending, group: _Group) -> tuple[LayerResult, dict[str, Any]]:
@@ -397,18 +361,18 @@ class Propagation:
         new, retained = group.moments[NEW], group.moments[RETAINED]
         name = layer.layer.name.removesuffix(".weight")
         energy, drift_energy = (group.apart.get((kind, name), _Apart()).energy for kind in (NEW, RETAINED))
-        base, tuned = (s.read(tensor.name).to(self._device) for s in (self._inputs.base, self._inputs.tuned))
+        base, tuned = (s.read(tensor.name).to(self._device) for s in (self._run.inputs.base, self._run.inputs.tuned))
         assert layer.result.patched is not None
         with self._timer.stage("solve"):
             found = solve_propagated(
                 *(base, tuned, layer.result.patched, mask, new, retained),
-                retain_weight=self._options.retain_weight,
-                damping=self._options.effective_damping,
+                retain_weight=self._run.options.retain_weight,
+                damping=self._run.options.effective_damping,
                 transposed=tensor.transposed,
-                tolerance=self._options.tolerance,
-                max_iterations=self._options.max_iterations,
+                tolerance=self._run.options.tolerance,
+                max_iterations=self._run.options.max_iterations,
             )
-        patched = self._inputs.base.rounded(tensor.name, found.patched, mask)
+        patched = self._run.inputs.base.rounded(tensor.name, found.patched, mask)
         with self._timer.stage("measure"):
             unpatched = self._unpatched_figures(layer, base, tuned, patched)
             errors = propagated_errors(
@@ -427,14 +391,12 @@ class Propagation:
         tensor = layer.tensor
         assert tensor.hessian is not None
         sources = ((self._stats, tensor.hessian), (self._retain_stats, tensor.retained_hessians[0]))
-        hessian, retained = (
-            unpack_triangle(source.load(name).to(self._device), source.hessians[name].size) for source, name in sources
-        )
+        hessian, retained = (source.unpack(name, source.load(name).to(self._device)) for source, name in sources)
         return figures_after_fit(layer.result.figures, base, tuned, patched, hessian, retained, tensor.transposed)
 
     def _write_plain(self, layer: _Pending) -> None:
-        if layer.tensor.name not in self._steps.done:
-            self._steps.write(layer.tensor, layer.result, layer.digest, {})
+        if layer.tensor.name not in self._run.done:
+            self._run.write(layer.tensor, layer.result, layer.digest)
 
 
 def _spread(sizes: list[int]) -> list[bool]:

@@ -1,8 +1,8 @@
-"""Read tensors ahead, tailor one at a time, and say what was done to each."""
+"""Open the inputs of a patch, and tailor their tensors one at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,18 +15,16 @@ from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import grow_vocabulary
 from tailorcli.checkpoint.quantized import open_checkpoint
-from tailorcli.checkpoint.readahead import ReadAhead
-from tailorcli.device import StageTimer, device_errors, exact_float32
-from tailorcli.errors import NumericalError, OptionsError, note
+from tailorcli.errors import OptionsError, note
 from tailorcli.files import PathLike, digest_of
 from tailorcli.guard import path_text
 from tailorcli.models.config import differing_fields, read_config
 from tailorcli.models.naming import open_for
 from tailorcli.options import PatchOptions
 from tailorcli.patchfile.reader import raw_bytes
-from tailorcli.patchfile.records import AT_BASE, PATCHED, TensorRecord, fields_of
 from tailorcli.patching.graft import check_graft
 from tailorcli.patching.methods import patch_by_method
+from tailorcli.runs.loop import LastPrepared, worked_on
 from tailorcli.runs.plan import TensorPlan
 
 if TYPE_CHECKING:
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
 
     from tailorcli.core.hessian import PreparedHessian
     from tailorcli.core.tailor import LayerResult
-    from tailorcli.patching.methods import MaskOf
+    from tailorcli.patching.run import Run
 
 
 @dataclass
@@ -117,65 +115,61 @@ class _Loaded:
     packed: list[torch.Tensor]  # its Hessian and that of the retained data, where the tensor before had others
     digest: str  # of the base's bytes, where it is wanted
 
-    def give_packed(self) -> list[torch.Tensor]:
-        """The Hessians, which are not kept here any longer."""
-        packed, self.packed = self.packed, []
-        return packed
-
-
-def _reader(
-    tensors: list[TensorPlan], inputs: PatchInputs, options: PatchOptions, device: torch.device, digests: bool
-) -> ReadAhead[_Loaded]:
-    """Reads what each of ``tensors`` needs; a Hessian only for the first of those that share it."""
-    stats, retain_stats = inputs.stats, inputs.retain_stats
-    pinned = device.type == "cuda"  # a GPU copies at full speed, and by itself, from pinned memory alone
-
-    def needed(position: int) -> list[tuple[Stats, str]]:
-        tensor = tensors[position]
-        if tensor.hessian is None or stats is None or (position and tensors[position - 1].shares(tensor)):
-            return []
-        return [
-            (stats, tensor.hessian),
-            *((retain_stats, name) for name in tensor.retained_hessians if retain_stats is not None),
-        ]
-
-    def nbytes(position: int) -> int:
-        tensor = tensors[position]
-        both = tensor.nbytes + inputs.tuned.tensors[tensor.name].nbytes
-        return both + sum(source.nbytes(name) for source, name in needed(position))
-
-    def load(position: int) -> _Loaded:
-        name = tensors[position].name
-        base = inputs.base.read(name, pinned)
-        return _Loaded(
-            base,
-            inputs.tuned.read(name, pinned),
-            [source.load(name, pinned) for source, name in needed(position)],
-            digest_of(raw_bytes(base)) if digests else "",
-        )
-
-    return ReadAhead(load, [(tensor.held_bytes, nbytes(position)) for position, tensor in enumerate(tensors)])
-
 
 def tailored(
-    tensors: list[TensorPlan],
-    inputs: PatchInputs,
-    options: PatchOptions,
-    device: torch.device,
-    timer: StageTimer,
-    *,
-    score_only: bool,
-    digests: bool = False,
-    masks: MaskOf | None = None,
+    tensors: Sequence[TensorPlan], run: Run, *, score_only: bool = False
 ) -> Iterator[tuple[TensorPlan, LayerResult | None, str]]:
     """Each tensor with its result and its base's digest, in order; no result for a tensor that stays at base.
 
     Raises NumericalError, which names the tensor.
     """
+    last: LastPrepared[PreparedHessian] = LastPrepared()
+
+    def work(tensor: TensorPlan, held: list[_Loaded]) -> tuple[LayerResult, str]:
+        loaded = held.pop()
+        names = tensor.shared_hessians
+        prepared = last.of(names, partial(_prepare, names, loaded.packed, run))
+        with run.timer.stage("transfer"):
+            pair = [t.to(run.device, non_blocking=True) for t in (loaded.base, loaded.tuned)]
+        digest = loaded.digest
+        del loaded
+        return _tailor(tensor, pair, prepared, run, score_only), digest
+
+    for tensor, found in worked_on(tensors, partial(_load, run=run), partial(_read_bytes, run=run), work, run.timer):
+        yield (tensor, None, "") if found is None else (tensor, *found)
+        del found
+
+
+def _sources(names: tuple[str, ...], run: Run) -> list[tuple[Stats, str]]:
+    """The statistics that hold a Hessian, and that of the retained data, each with its name in them."""
+    both = (run.inputs.stats, run.inputs.retain_stats)
+    return [(stats, name) for stats, name in zip(both, names, strict=False) if stats is not None]
+
+
+def _load(tensor: TensorPlan, hessians: tuple[str, ...], run: Run) -> _Loaded:
+    pinned = run.device.type == "cuda"  # a GPU copies at full speed, and by itself, from pinned memory alone
+    base = run.inputs.base.read(tensor.name, pinned)
+    return _Loaded(
+        base,
+        run.inputs.tuned.read(tensor.name, pinned),
+        [stats.load(name, pinned) for stats, name in _sources(hessians, run)],
+        digest_of(raw_bytes(base)) if run.wants_digest else "",
+    )
+
+
+def _read_bytes(tensor: TensorPlan, hessians: tuple[str, ...], run: Run) -> int:
+    both = tensor.nbytes + run.inputs.tuned.tensors[tensor.name].nbytes
+    return both + sum(stats.nbytes(name) for stats, name in _sources(hessians, run))
+
+
+def _tailor(
+    tensor: TensorPlan, pair: list[torch.Tensor], prepared: PreparedHessian | None, run: Run, score_only: bool
+) -> LayerResult:
+    """One tensor by its method; ``pair`` is its base and its tuned value, and is emptied."""
     from tailorcli.core.tailor import tailor_experts, tailor_layer
 
-    prepare_next = partial(_prepare, inputs=inputs, options=options, device=device, timer=timer)
-    layer_settings: dict[str, Any] = {
+    options = run.options
+    settings: dict[str, Any] = {
         "density": options.density,
         "omega": options.omega,
         "solver": options.solver,
@@ -184,98 +178,54 @@ def tailored(
         "max_iterations": options.max_iterations,
         "weight": options.effective_weight,
         "score_only": score_only,
-        "timer": timer,
+        "timer": run.timer,
+        "transposed": tensor.transposed,
     }
-    reader = _reader([tensor for tensor in tensors if tensor.action == "patch"], inputs, options, device, digests)
-    loads = iter(reader)
-    prepared: PreparedHessian | None = None
-    prepared_for: TensorPlan | None = None
-    try:
-        with exact_float32(), device_errors():
-            for tensor in tensors:
-                if tensor.action != "patch":
-                    yield tensor, None, ""
-                    continue
-                with timer.stage("wait for read"):
-                    loaded = next(loads)
-                try:
-                    if prepared_for is None or not tensor.shares(prepared_for):
-                        prepared, prepared_for = None, tensor  # freed before the next one is unpacked
-                        if tensor.hessian is not None:
-                            prepared = prepare_next((tensor.hessian, *tensor.retained_hessians), loaded.give_packed())
-                    with timer.stage("transfer"):
-                        base, tuned = (t.to(device, non_blocking=True) for t in (loaded.base, loaded.tuned))
-                    digest = loaded.digest
-                    del loaded
-                    settings = layer_settings | {"transposed": tensor.transposed}
-                    if options.method != "tailor":
-                        result = patch_by_method(tensor, base, tuned, prepared, options, masks, timer)
-                    elif tensor.experts:
-                        each = _prepare_each(tensor, inputs, prepare_next, timer)
-                        result = tailor_experts(base, tuned, each, **settings)
-                    else:
-                        result = tailor_layer(base, tuned, prepared, **settings)
-                    del base, tuned
-                except NumericalError as error:
-                    raise NumericalError(f"tensor {tensor.name!r}: {error.message}", error.hint) from error
-                if inputs.base.dequantized and result.patched is not None and result.mask is not None:
-                    stored = inputs.base.rounded(tensor.name, result.patched, result.mask)
-                    result = replace(result, patched=stored)
-                yield tensor, result, digest
-                del result
-    finally:
-        reader.close()
-        timer.seconds["read"] = timer.seconds.get("read", 0.0) + reader.seconds
+    base, tuned = pair
+    pair.clear()
+    if options.method != "tailor":
+        result = patch_by_method(tensor, base, tuned, prepared, options, run.masks, run.timer)
+    elif tensor.experts:
+        result = tailor_experts(base, tuned, _prepare_each(tensor, run), **settings)
+    else:
+        result = tailor_layer(base, tuned, prepared, **settings)
+    del base, tuned
+    if run.inputs.base.dequantized and result.patched is not None and result.mask is not None:
+        stored = run.inputs.base.rounded(tensor.name, result.patched, result.mask)
+        result = replace(result, patched=stored)
+    return result
 
 
-def _prepare_each(
-    tensor: TensorPlan,
-    inputs: PatchInputs,
-    prepare_next: Callable[[tuple[str, ...], list[torch.Tensor]], PreparedHessian],
-    timer: StageTimer,
-) -> Iterator[PreparedHessian]:
+def _prepare_each(tensor: TensorPlan, run: Run) -> Iterator[PreparedHessian]:
     """The Hessians of fused experts, one at a time; one that serves several in a row is prepared once."""
-    assert inputs.stats is not None
-    sources = (inputs.stats, inputs.retain_stats)
     each = (
         zip(tensor.experts, tensor.retained_hessians, strict=True)
         if tensor.retained_hessians
         else ((name,) for name in tensor.experts)
     )
     for names, same in groupby(each):
-        with timer.stage("wait for read"):
-            packed = [source.load(name) for source, name in zip(sources, names, strict=False) if source is not None]
-        prepared = prepare_next(names, packed)
+        with run.timer.stage("wait for read"):
+            packed = [stats.load(name) for stats, name in _sources(names, run)]
+        prepared = _prepare(names, packed, run)
         del packed
         for _ in same:
             yield prepared
         del prepared
 
 
-def _prepare(
-    names: tuple[str, ...],
-    packed: list[torch.Tensor],
-    inputs: PatchInputs,
-    options: PatchOptions,
-    device: torch.device,
-    timer: StageTimer,
-) -> PreparedHessian:
-    """Unpack and factorise a Hessian for the tensors that share it, and with it that of the retained data, if any."""
-    from tailorcli.core.hessian import prepare, unpack_triangle
+def _prepare(names: tuple[str, ...], packed: list[torch.Tensor], run: Run) -> PreparedHessian:
+    """Unpack and factorise a Hessian for the tensors that share it, and with it that of the retained data, if any.
+
+    ``packed`` is emptied.
+    """
+    from tailorcli.core.hessian import prepare
     from tailorcli.core.retain import prepare_retaining
 
-    unpacked = []
-    for stats, name in zip((inputs.stats, inputs.retain_stats), names, strict=False):
-        assert stats is not None
-        info = stats.hessians[name]
-        with timer.stage("unpack"):
-            values = packed.pop(0).to(device, non_blocking=True)
-            hessian = unpack_triangle(values, info.size) if info.kind == "full" else values
-        if not bool(hessian.diagonal().isfinite().all() if hessian.dim() == 2 else hessian.isfinite().all()):
-            raise NumericalError(f"NaN or infinity in its Hessian {name!r} of {stats.path}", "calibrate again")
-        unpacked.append(hessian)
-        del values, hessian
-    with timer.stage("factorise"):
+    options, unpacked = run.options, []
+    with run.timer.stage("unpack"):
+        for stats, name in _sources(names, run):
+            unpacked.append(stats.unpack(name, packed.pop(0).to(run.device, non_blocking=True)))
+    with run.timer.stage("factorise"):
         full = unpacked[0].dim() == 2
         wanted = {"sensitivity": options.omega < 1.0, "sequential": options.needs_factor and full}
         if len(unpacked) == 2:
@@ -302,38 +252,3 @@ def _open_stats(path: PathLike | None, stack: ExitStack) -> Stats | None:
     stats = Stats.open(path)
     stack.callback(stats.close)
     return stats
-
-
-def record_of(
-    tensor: TensorPlan,
-    result: LayerResult | None,
-    stats: Stats | None,
-    options: PatchOptions,
-    further: dict[str, Any] | None = None,
-) -> TensorRecord:
-    """The report's entry for one tensor, with ``further`` fields; one that fine-tuning did not change stays at base."""
-    frozen = result is not None and result.figures.zero_delta == result.figures.numel
-    used = [stats.hessians[name] for name in tensor.hessians] if stats else []
-    notes = [stats.tensors[tensor.name].note if stats is not None and used else "", tensor.note]
-    figures: dict[str, Any] = {}
-    if result is not None and not frozen:
-        figures = fields_of(result.figures.to_dict())
-        damping = result.figures.damping
-        figures["damped_further"] = damping is not None and damping > options.effective_damping
-    found: dict[str, Any] = {
-        "name": tensor.name,
-        "status": PATCHED if tensor.action == "patch" and not frozen else AT_BASE,
-        "reason": "fine-tuning did not change it" if frozen else tensor.reason,
-        "role": tensor.role,
-        "shape": tensor.shape,
-        "dtype": tensor.dtype,
-        "hessian": tensor.hessian,
-        "kind": used[0].kind if used else None,
-        "tokens": min(info.tokens for info in used) if used else None,
-        "experts": tensor.experts,
-        "note": "; ".join(note for note in notes if note),
-        "retain": tensor.retained_hessians,
-        **figures,
-        **(further or {}),
-    }
-    return TensorRecord(**found)

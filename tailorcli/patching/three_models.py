@@ -24,7 +24,7 @@ from tailorcli.options import CalibrateOptions
 
 if TYPE_CHECKING:
     from tailorcli.device import StageTimer
-    from tailorcli.patching.stream import PatchInputs
+    from tailorcli.patching.run import Run
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,9 @@ class ThreeModels:
     view: PatchedView  # from which the patched one is loaded
 
     @classmethod
-    def of(
-        cls, inputs: PatchInputs, view: PatchedView, device: torch.device, timer: StageTimer, trust: bool
-    ) -> ThreeModels:
-        """The models of a patch's inputs; ``trust`` lets their own code run."""
+    def of(cls, run: Run, view: PatchedView) -> ThreeModels:
+        """The models of a patch's inputs, and of the ``view`` of what it makes."""
+        inputs, device, timer, trust = run.inputs, run.device, run.timer, run.options.trust_remote_code
         assert inputs.stats is not None
         assert inputs.retain_stats is not None
         stored = inputs.base if isinstance(inputs.tuned, AdaptedCheckpoint) else inputs.tuned

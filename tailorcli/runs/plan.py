@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tailorcli.checkpoint.layout import ShardLayout
+from tailorcli.patchfile.records import AT_BASE, PATCHED, TensorRecord
 
 RUNTIME_BYTES = 400 << 20  # the interpreter with torch loaded
 
@@ -44,14 +45,29 @@ class TensorPlan:
         """Entries."""
         return math.prod(self.shape)
 
-    def shares(self, other: TensorPlan) -> bool:
-        """Whether both use the same Hessians."""
-        return (self.hessian, self.retained_hessians) == (other.hessian, other.retained_hessians)
+    @property
+    def shared_hessians(self) -> tuple[str, ...]:
+        """The Hessians that are prepared once for it and for those beside it that use the same; experts' are not."""
+        own = (self.hessian, *self.retained_hessians) if self.hessian is not None else ()
+        return self.task_hessians or own
 
     @property
     def hessians(self) -> tuple[str, ...]:
         """Every Hessian that it uses."""
         return self.experts or ((self.hessian,) if self.hessian is not None else ())
+
+    def to_record(self, *, patched: bool, **figures: Any) -> TensorRecord:
+        """What a report says of it, with ``figures`` and whatever else is named as in ``TensorRecord``."""
+        found: dict[str, Any] = {
+            "name": self.name,
+            "status": PATCHED if patched else AT_BASE,
+            "reason": self.reason,
+            "role": self.role,
+            "shape": self.shape,
+            "dtype": self.dtype,
+            "hessian": self.hessian,
+        }
+        return TensorRecord(**found | figures)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; ``retained_hessians`` is called ``retain``, as in reports."""

@@ -15,7 +15,7 @@ from tailorcli.calibration.stats import HESSIANS, MANIFEST, SAMPLES, HessianInfo
 from tailorcli.calibration.stats_writer import StatsWriter, prepare_folder
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.display.inspection import inspect_path
-from tailorcli.errors import OutputError, StatsError, TailorError
+from tailorcli.errors import NumericalError, OutputError, StatsError, TailorError
 from tailorcli.options import PatchOptions
 from tailorcli.patching.checks import check_stats
 from tailorcli.patching.planner import build_plan
@@ -337,3 +337,15 @@ def test_a_full_disk_while_samples_are_saved_is_told(tmp_path, monkeypatch):
         assert "space" in found.value.message
         assert found.value.hint
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "place"), [("a.weight", 1), ("a.weight", 5), ("norm.weight", 2)])
+def test_a_number_that_is_not_finite_in_a_stored_hessian_is_named(folder, name, place):
+    """Off the diagonal, too, where a factorisation might miss it."""
+    stats = Stats.open(folder)
+    packed = stats.load(name)
+    assert stats.unpack(name, packed).shape == ((3, 3) if name == "a.weight" else (4,))
+    packed[place] = float("nan")
+    with pytest.raises(NumericalError, match=f"Hessian '{name}' of {folder}"):
+        stats.unpack(name, packed)
+    stats.close()

@@ -12,6 +12,7 @@ from tailorcli.checkpoint import readahead
 from tailorcli.device import StageTimer
 from tailorcli.patching.cost import working_set
 from tailorcli.patching.planner import build_plan
+from tailorcli.patching.run import Run
 from tailorcli.patching.stream import PatchInputs, tailored
 from tailorcli.runs.plan import RUNTIME_BYTES
 
@@ -71,8 +72,8 @@ def test_the_plan_holds_what_a_run_allocates(inputs, solver, retained, monkeypat
         opened = PatchInputs.open(inputs.base, inputs.tuned, inputs.stats, options, stack, retain)
         plan = build_plan(opened.base, opened.tuned, opened.stats, options, opened.retain_stats)
         for tensor in plan.patched:
-            arguments = ([tensor], opened, options, device, StageTimer(device))
-            peak = allocated_peak(lambda given=arguments: list(tailored(*given, score_only=False)))
+            run = Run(opened, options, device, StageTimer(device))
+            peak = allocated_peak(lambda given=([tensor], run): list(tailored(*given)))
             assert peak <= working_set(tensor, opened.tuned, opened.stats, options) + SLACK, tensor.name
             peaks[tensor.name] = peak
     planned = plan.peak_bytes - RUNTIME_BYTES
