@@ -12,11 +12,12 @@ from tailorcli.calibration.stats import MANIFEST, Stats
 from tailorcli.checkpoint.folder import GGUF, WORK_FOLDER, Checkpoint, gguf_error
 from tailorcli.checkpoint.journal import identity_in
 from tailorcli.checkpoint.writer import JOURNAL
-from tailorcli.errors import CheckpointError, TailorError
+from tailorcli.errors import CheckpointError, OutputError, TailorError
 from tailorcli.files import PathLike, read_json, read_text_file
 from tailorcli.patchfile.reader import SUFFIX, PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, RUN_FILE, PatchReport, load_report, options_shown
-from tailorcli.typed import field_of, list_of, read_amount, read_text
+from tailorcli.runs.record import load_run
+from tailorcli.typed import list_of, read_text
 
 KINDS = {
     "stats": "statistics for calibrated patching",
@@ -69,9 +70,9 @@ def inspect_path(path: PathLike) -> Inspection:
         return _inspect_stats(target)
     if (target / REPORT_FILE).exists():
         facts = _checkpoint_facts(target)
-        run = read_json(target / RUN_FILE) if (target / RUN_FILE).exists() else {}
-        with suppress(ValueError):
-            facts["seconds of work"] = round(field_of(run, "seconds", read_amount), 1)
+        if (target / RUN_FILE).exists():
+            with suppress(OutputError):
+                facts["seconds of work"] = round(load_run(target).seconds, 1)
         return _inspect_report(target, target / REPORT_FILE, "patched", facts)
     with Checkpoint.open(target) as checkpoint:
         tensors = [
@@ -85,13 +86,13 @@ def _inspect_patch(file: Path) -> Inspection:
     with PatchFile.open(file) as patch:
         base_bytes = patch.base_nbytes
         facts: dict[str, Any] = {
-            "task": patch.manifest.get("task") or "not named",
-            "license": patch.manifest.get("license") or "not given",
+            "task": patch.manifest.task or "not named",
+            "license": patch.manifest.license or "not given",
             "bytes": file.stat().st_size,
             "share_of_the_base": file.stat().st_size / base_bytes if base_bytes else None,
             "masks coded as": dict(Counter(tensor.coding for tensor in patch.tensors.values())),
             "side files stored": [name for name, side in patch.side_files.items() if side.stored],
-            "base fingerprint": patch.manifest["base"]["fingerprint"],
+            "base fingerprint": patch.manifest.base_fingerprint,
             "fingerprint": patch.fingerprint(),
         }
         report = patch.report()

@@ -143,14 +143,14 @@ def _retain_notes(inputs: MergeInputs, options: MergeOptions) -> tuple[str, ...]
 def _manifest(inputs: MergeInputs, facts: dict[str, dict[str, str]], options: MergeOptions) -> dict[str, Any]:
     """What a merged patch file says of itself; the licence is the tasks' where they agree."""
     patches = [task.patch for task in inputs.tasks]
-    licenses = {patch.manifest.get("license") for patch in patches}
+    licenses = {patch.manifest.license for patch in patches}
     common = licenses.pop() if len(licenses) == 1 else None
     return {
         "task": options.task or " + ".join(patch.name for patch in patches),
         "license": options.license or common,
         "inputs": facts,
         "merged_from": [
-            {"task": patch.name, "license": patch.manifest.get("license"), "fingerprint": patch.fingerprint()}
+            {"task": patch.name, "license": patch.manifest.license, "fingerprint": patch.fingerprint()}
             for patch in patches
         ],
     }

@@ -164,7 +164,7 @@ def _pair_up(tasks: list[Task], models: list[Checkpoint], folders: list[Stats]) 
                 "merge the patches that it was made from, or use --method patches",
             )
         if models and fingerprint not in by_model:
-            made_from = task.patch.manifest["inputs"]["tuned"].get("path", "its fine-tuned model")
+            made_from = task.patch.manifest.inputs["tuned"]["path"]
             raise PatchError(
                 f"none of the --tuned folders is the model that {task.patch.path} was made from ({made_from})",
                 "pass it with --tuned, or merge from the patches alone: --method patches",

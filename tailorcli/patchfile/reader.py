@@ -6,10 +6,7 @@ The header's metadata says what the patch is of, for which base, and how it was 
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +14,10 @@ from tailorcli.checkpoint.folder import WEIGHT_SUFFIXES, Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, bits_of, read_header
 from tailorcli.errors import CheckpointError, PatchError, other_base
 from tailorcli.files import PathLike, digest_of, parse_json
-from tailorcli.options import is_label
-from tailorcli.patchfile.coding import CODINGS, Places, check, decode, decode_mask
+from tailorcli.patchfile.coding import Places, check, decode, decode_mask
+from tailorcli.patchfile.manifest import read_manifest
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport, read_report
-from tailorcli.typed import read_object, require_plain
+from tailorcli.typed import field_of, read_object, require_plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,8 +27,6 @@ FORMAT_VERSION = 1
 METADATA_KEY = "tailorcli_patch"
 SUFFIX = ".safetensors"
 MASK, VALUES, FILE = "mask:", "values:", "file:"  # before the name of a tensor, or of a side file
-_HEX = re.compile(r"[0-9a-f]{64}")
-_SHORT_HEX = re.compile(r"[0-9a-f]{32}")
 _MAKE_AGAIN = "download it again, or make it again: tailorcli patch BASE TUNED --patch-file FILE"
 
 
@@ -42,83 +37,23 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
-@dataclass(frozen=True)
-class PatchTensor:
-    """One patched tensor: how many entries it keeps, how its mask is coded, the digest of mask and values."""
-
-    kept: int
-    coding: str
-    content: str
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether every field has its type and range, as one read from a file may not."""
-        sound = isinstance(self.content, str) and bool(_HEX.fullmatch(self.content))
-        return sound and type(self.kept) is int and self.kept >= 0 and self.coding in CODINGS
-
-
-@dataclass(frozen=True)
-class BaseTensor:
-    """A tensor of the base as it must be: dtype, shape, a sample's fingerprint, and the digest of all its bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    fingerprint: str
-    digest: str
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether every field has its type and range."""
-        sizes = all(type(size) is int and 0 <= size < 1 << 62 for size in self.shape) and len(self.shape) <= 64
-        named = all(isinstance(text, str) for text in (self.dtype, self.fingerprint, self.digest))
-        hashed = named and _SHORT_HEX.fullmatch(self.fingerprint) and _HEX.fullmatch(self.digest)
-        return bool(hashed) and sizes and self.numel < 1 << 62
-
-    @property
-    def numel(self) -> int:
-        """Entries."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class SideFile:
-    """A file beside the weights: its digest, and whether the patch holds it (or else the base has the same)."""
-
-    digest: str
-    stored: bool
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether every field has its type and range."""
-        return isinstance(self.digest, str) and bool(_HEX.fullmatch(self.digest)) and isinstance(self.stored, bool)
-
-
 class PatchFile:
     """An opened patch file; masks and values are read tensor by tensor.
 
     ``tensors`` maps each patched tensor to its PatchTensor, ``base`` every tensor of the base to its BaseTensor,
-    ``side_files`` the config, tokenizer and report to theirs. ``manifest`` is all of the metadata.
+    ``side_files`` the config, tokenizer and report to theirs. ``manifest`` is all of the metadata, typed.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], store: Checkpoint) -> None:
+    def __init__(self, path: Path, metadata: dict[str, Any], store: Checkpoint) -> None:
         self.path = path
-        self.manifest = manifest
+        self._metadata = metadata
         self._store = store
         try:
-            self.tensors = {name: PatchTensor(**entry) for name, entry in manifest["tensors"].items()}
-            self.base = {
-                name: BaseTensor(entry["dtype"], tuple(entry["shape"]), entry["fingerprint"], entry["sha256"])
-                for name, entry in manifest["base"]["tensors"].items()
-            }
-            self.side_files = {name: SideFile(**entry) for name, entry in manifest["side_files"].items()}
-            str(manifest["base"]["fingerprint"]), dict(manifest["run"])
-            _ = [str(entry["fingerprint"]) for entry in manifest["inputs"].values()]
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise self._damaged(f"its metadata is malformed: {error!r}") from error
-        for key in ("task", "license"):
-            text = manifest.get(key)
-            if text is not None and not (isinstance(text, str) and is_label(text)):
-                raise self._damaged(f"its {key} is no plain text")
+            self.manifest = read_manifest(metadata)
+        except ValueError as error:
+            raise self._damaged(f"its metadata is malformed: {error}") from error
+        self.tensors, self.base = self.manifest.tensors, self.manifest.base
+        self.side_files = self.manifest.side_files
         self._check_names()
 
     @classmethod
@@ -141,8 +76,8 @@ class PatchFile:
         try:
             manifest = read_object(parse_json(metadata[METADATA_KEY]))
             require_plain(manifest)
-            version = manifest["format_version"]
-        except (ValueError, KeyError) as error:
+            version = field_of(manifest, "format_version", lambda value: value)
+        except ValueError as error:
             what = f"{file} is a damaged patch file: its metadata is malformed: {error}"
             raise PatchError(what, _MAKE_AGAIN) from error
         if type(version) is not int or version != FORMAT_VERSION:
@@ -156,12 +91,7 @@ class PatchFile:
         return PatchError(f"{self.path} is a damaged patch file: {why}", _MAKE_AGAIN)
 
     def _check_names(self) -> None:
-        """Every entry is sound, and the file holds just the tensors that the metadata announces."""
-        entries: list[tuple[str, PatchTensor | BaseTensor | SideFile]]
-        entries = [*self.tensors.items(), *self.base.items(), *self.side_files.items()]
-        for name, entry in entries:
-            if not entry.is_sound:
-                raise self._damaged(f"the entry of {name!r} in its metadata has a field of the wrong type or range")
+        """The entries fit each other, and the file holds just the tensors that the metadata announces."""
         expected: dict[str, tuple[str, int | None]] = {}  # dtype and number of entries, where the metadata tells
         for name, tensor in self.tensors.items():
             base = self.base.get(name)
@@ -203,16 +133,16 @@ class PatchFile:
     @property
     def name(self) -> str:
         """The task's name, or else the file's."""
-        return str(self.manifest.get("task") or self.path.stem)
+        return self.manifest.task or self.path.stem
 
     def fingerprint(self) -> str:
         """A hash of the metadata, which holds the digests of everything else."""
-        return digest_of(json.dumps(self.manifest, sort_keys=True).encode())
+        return digest_of(json.dumps(self._metadata, sort_keys=True).encode())
 
     def input_fingerprint(self, role: str) -> str | None:
         """The fingerprint of the ``tuned`` checkpoint or the ``stats`` that the patch was made from."""
-        entry = self.manifest["inputs"].get(role)
-        return None if entry is None else str(entry["fingerprint"])
+        entry = self.manifest.inputs.get(role)
+        return None if entry is None else entry["fingerprint"]
 
     def mask(self, name: str) -> Tensor:
         """The mask of one tensor, bool, in the tensor's shape."""

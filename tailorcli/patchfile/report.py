@@ -176,10 +176,10 @@ def read_report(report: dict[str, Any], path: Path) -> PatchReport:
         require_plain(report)
         command = one_of(*OPTIONS_SHOWN)(report.get("command"))
         _check_options(report.get("options"))
-        _check_inputs(report.get("inputs"))
+        inputs = read_inputs(report.get("inputs"))
         records = [read_record(tensor) for tensor in report["tensors"]]
         distillation = _read_distillation(report.get("distillation"))
-        found = PatchReport(command, report["options"], report["inputs"], records, {}, 0.0, distillation=distillation)
+        found = PatchReport(command, report["options"], inputs, records, {}, 0.0, distillation=distillation)
         _check_together(found)
         totals = report["totals"] if isinstance(report["totals"], dict) else {}
         lacking = sorted(found.totals.keys() - totals.keys())
@@ -220,13 +220,14 @@ def _check_options(options: Any) -> None:
                 _named(f"option {key}", read, options[key])
 
 
-def _check_inputs(inputs: Any) -> None:
-    """Every input has a path and a fingerprint. Raises ValueError."""
-    if not isinstance(inputs, dict) or "base" not in inputs:
+def read_inputs(value: Any) -> dict[str, dict[str, str]]:
+    """The inputs of a run by their roles, base among them: the path and the fingerprint of each. Raises ValueError."""
+    if not isinstance(value, dict) or "base" not in value:
         raise ValueError("it does not name its inputs")
-    for role, entry in inputs.items():
+    for role, entry in value.items():
         for key in ("path", "fingerprint"):
             _named(f"{key} of the {role}", read_text, entry.get(key) if isinstance(entry, dict) else None)
+    return value
 
 
 def _check_together(report: PatchReport) -> None:

@@ -16,14 +16,13 @@ from tailorcli.checkpoint.journal import Journal, WriteQueue, write_all
 from tailorcli.errors import OutputError
 from tailorcli.files import as_output_error, digest_of
 from tailorcli.patchfile.coding import CODINGS, PADDING, encode, pad_byte
+from tailorcli.patchfile.manifest import PatchTensor, SideFile, read_patch_tensor
 from tailorcli.patchfile.reader import (
     FILE,
     FORMAT_VERSION,
     MASK,
     METADATA_KEY,
     VALUES,
-    PatchTensor,
-    SideFile,
     raw_bytes,
 )
 from tailorcli.patchfile.report import REPORT_FILE
@@ -112,9 +111,7 @@ class PatchWriter:
                         )
                 if entry["at"] != self._position:
                     raise ValueError(entry["at"])
-                self._entries[name] = PatchTensor(**entry["entry"])
-                if not self._entries[name].is_sound:
-                    raise ValueError(name)
+                self._entries[name] = read_patch_tensor(entry["entry"])
                 self._sizes[name] = (mask, values)
                 self._position += mask + values
         except (KeyError, TypeError, ValueError) as error:

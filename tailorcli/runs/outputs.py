@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -16,16 +15,16 @@ from tailorcli.checkpoint.folder import INDEX_FILE, WORK_FOLDER, Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.writer import JOURNAL, CheckpointWriter
 from tailorcli.errors import CheckpointError, OutputError, PatchError
-from tailorcli.files import as_output_error, digest_of, read_bytes, read_json, write_text_atomically
+from tailorcli.files import as_output_error, digest_of, read_bytes, write_text_atomically
 from tailorcli.guard import OutputLock, Watch, entries, lock_file, protect
 from tailorcli.patchfile.reader import SUFFIX, PatchFile
 from tailorcli.patchfile.records import TensorRecord, read_record
 from tailorcli.patchfile.report import REPORT_FILE, RUN_FILE, PatchReport, load_report
 from tailorcli.patchfile.writer import PatchWriter
 from tailorcli.runs.plan import Plan
-from tailorcli.system import bytes_on_disk, peak_memory
+from tailorcli.runs.record import RunRecord, load_run
+from tailorcli.system import bytes_on_disk
 from tailorcli.terminal import Progress
-from tailorcli.typed import field_of, read_amount, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -150,27 +149,22 @@ class Target:
         """The report of a run that had already finished with the same identity, when asked to resume it."""
         if not self.resume:
             return None
-        run = _finished_run(self.folder, identity) if self.folder is not None else {}
+        if self.folder is None:
+            if self.patch_file is None or not self._patch_is_finished(identity):
+                return None
+            with PatchFile.open(self.patch_file) as patch:
+                return replace(patch.report(), command=command, is_earlier=True)
+        run = _finished_run(self.folder, identity)
         patch_done = self._patch_is_finished(identity)
-        if self.folder is not None and run is not None and not patch_done:
+        if run is None:
+            return None
+        if not patch_done:
             raise OutputError(
                 f"{self.folder} is finished, {self.patch_file} is not",
                 "write the patch file by itself: the same command without -o and --resume",
             )
-        if run is None or not patch_done:
-            return None
-        if self.folder is None:
-            assert self.patch_file is not None
-            with PatchFile.open(self.patch_file) as patch:
-                return replace(patch.report(), command=command, is_earlier=True)
         saved = load_report(self.folder / REPORT_FILE)
-        try:
-            seconds = field_of(run, "seconds", read_amount)
-            stages = {name: read_amount(value) for name, value in field_of(run, "stages", read_object).items()}
-        except ValueError as error:
-            what = f"{self.folder / RUN_FILE} is damaged: {error}"
-            raise OutputError(what, "start anew with --overwrite") from error
-        return replace(saved, command=command, stages=stages, seconds=seconds, is_earlier=True)
+        return replace(saved, command=command, stages=run.stages, seconds=run.seconds, is_earlier=True)
 
     def _remove_leftovers(self) -> None:
         """What a run that was ended after it had written all had no time to remove."""
@@ -190,7 +184,7 @@ class Target:
         if not self.patch_file.exists():
             return False
         with PatchFile.open(self.patch_file) as patch:
-            if patch.manifest["run"] != identity:
+            if patch.manifest.run != identity:
                 raise OutputError(
                     f"{self.patch_file} is the finished output of another run", "choose another, or --overwrite"
                 )
@@ -317,7 +311,7 @@ class Outputs:
         if self._patch is not None:
             self._patch.finish(text)
         if self._folder is not None:
-            texts = {REPORT_FILE: text, RUN_FILE: run_record(report, self._identity, len(self.done))}
+            texts = {REPORT_FILE: text, RUN_FILE: RunRecord.of(report, self._identity, len(self.done)).to_json()}
             self._folder.finish(self._side, texts)
 
     def discard(self) -> None:
@@ -367,21 +361,6 @@ def identity_of(
     return dict(json.loads(json.dumps(identity)))  # as it is read again: tuples become lists
 
 
-def run_record(report: PatchReport, identity: dict[str, Any], resumed: int) -> str:
-    """How this output came about: identity, times, versions; differs between runs, unlike the report."""
-    record = {
-        "identity": identity,
-        "inputs": report.inputs,
-        "seconds": report.seconds,
-        "stages": report.stages,
-        "tensors_from_an_earlier_run": resumed,
-        "peak_memory_bytes": peak_memory(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
-    return json.dumps(record, indent=1) + "\n"
-
-
 def write_report(report: PatchReport, path: Any) -> None:
     """Write the report as JSON, whole or not at all. Raises OutputError."""
     target = Path(path)
@@ -415,15 +394,15 @@ def _unfinished_bytes(path: Path) -> int:
     return sum(bytes_on_disk(file) for file in files)
 
 
-def _finished_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+def _finished_run(folder: Path, identity: dict[str, Any]) -> RunRecord | None:
     """The run record of a finished output, whose shards are there; None for an unfinished one.
 
     Raises OutputError for another run's.
     """
     if (folder / WORK_FOLDER / JOURNAL).exists() or not (folder / RUN_FILE).exists():
         return None
-    run = read_json(folder / RUN_FILE)
-    if run.get("identity") != identity:
+    run = load_run(folder)
+    if run.identity != identity:
         raise OutputError(f"{folder} holds the finished output of another run", "choose another, or --overwrite")
     try:
         Checkpoint.open(folder).close()

@@ -811,7 +811,14 @@ def test_a_missing_shard_of_an_interrupted_run(pair, monkeypatch):
     refused(*patch_command(pair, "--resume"), mentions=[WEIGHTS], output=pair / "out")
 
 
-@pytest.mark.parametrize("change", [lambda r: [], lambda r: {}, lambda r: r.pop("stages") and None])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(lambda r: [], lambda r: {}, lambda r: r.pop("stages") and None, lambda r: r.update(seconds=-1)),
+        *(lambda r: r["stages"].update(read="long"), lambda r: r.update(inputs={}), lambda r: r.update(identity=[])),
+        *(lambda r: r.update(peak_memory_bytes="much"), lambda r: r.update(python=3)),
+    ],
+)
 def test_a_damaged_run_record(pair, change):
     assert invoke(*patch_command(pair)).exit_code == 0
     edit_json(pair / "out" / "tailor_run.json", change)

@@ -728,6 +728,18 @@ MALFORMED = {
     "a task that is no text": (_set(["task"], 5), "task"),
     "metadata that is no object": (lambda h, m, d: (h, [], d), "malformed"),
     "no inputs": (_drop(["inputs"]), "malformed"),
+    "an input without a path": (_drop(["inputs", "tuned", "path"]), "path of the tuned"),
+    "an input with a number as fingerprint": (
+        _set(["inputs", "base", "fingerprint"], 5),
+        "fingerprint of the base",
+    ),
+    "a run that is no object": (_set(["run"], [1]), "run: it is [1], expected an object"),
+    "no run": (_drop(["run"]), "it lacks 'run'"),
+    "merged from what is no list": (lambda h, m, d: (h, {**m, "merged_from": 5}, d), "merged_from"),
+    "merged from a patch without a fingerprint": (
+        lambda h, m, d: (h, {**m, "merged_from": [{"task": "a", "license": None}]}, d),
+        "it lacks 'fingerprint'",
+    ),
 }
 
 
