@@ -87,10 +87,12 @@ def check_plot_file(file: PathLike | None, inputs: Iterable[PathLike | None]) ->
 def _only_over(file: Path, is_ours: Callable[[Path], bool], what: str) -> None:
     if not file.exists():
         return
-    if not stat.S_ISREG(file.stat().st_mode):
-        if file.is_dir():
-            raise OutputError(f"{file} exists and is a folder", _ELSEWHERE)
-        return  # /dev/stdout and its kind hold nothing that could be lost
+    if file.is_dir():
+        raise OutputError(f"{file} exists and is a folder", _ELSEWHERE)
+    if not stat.S_ISREG(file.stat().st_mode):  # what is written takes the place of what was there, once it is whole
+        raise OutputError(
+            f"{file} is a device or a pipe, not a file", "choose a file, or pass --json and use the output"
+        )
     if file.stat().st_size and not is_ours(file):
         raise OutputError(f"{file} exists and is not {what}", "choose another path, or remove it first")
 

@@ -129,7 +129,19 @@ def test_a_result_replaces_only_results_of_ours(pair, tmp_path, content):
     run(*commands(pair)["score"][0], "-o", file)
     run(*commands(pair)["score"][0], "-o", file)
     check_result(None, [pair])
-    check_result("/dev/null", [pair])
+
+
+def test_devices_and_pipes_are_not_replaced(pair, tmp_path):
+    """Results are written beside their place and moved there: as root that would put a file in a device's place."""
+    os.mkfifo(tmp_path / "pipe.json")
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("score", "evaluate"):
+        refused(*commands(pair)[name][0], "-o", tmp_path / "pipe.json", mentions=["pipe"])
+    refused("inspect", pair / "stats", "--plot", tmp_path / "pipe.png", mentions=["pipe"])
+    for check in (check_result, check_plot_file):
+        with pytest.raises(OutputError, match="device or a pipe"):
+            check("/dev/null", [pair])
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_a_picture_replaces_only_pictures_of_ours(pair, tmp_path):

@@ -89,7 +89,7 @@ def test_a_mask_of_a_float64_pair_is_that_of_its_true_changes():
 
 
 def moments(hessian, drift=0.0):
-    return Moments(hessian.clone(), hessian * drift, tokens=100)
+    return Moments(hessian.clone(), hessian * drift, torch.zeros_like(hessian), tokens=100)
 
 
 def test_propagation_adds_in_float64():
