@@ -81,7 +81,7 @@ class LoraSettings:
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def match(self, modules: Iterable[str]) -> LoraSettings:
-        """The same with the ranks and alphas of these modules worked out: do so before asking for one's.
+        """These settings with the ranks and alphas of ``modules`` worked out: do so before asking for one's.
 
         Raises CheckpointError for a pattern that does not end.
         """

@@ -15,12 +15,16 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A model folder's config.json. Raises CheckpointError where it is missing or not JSON."""
+    """A model folder's config.json. Raises CheckpointError where it is missing, not JSON, or names no architecture."""
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path} has no config.json", "pass the folder that save_pretrained wrote")
     require_files(path)
     config = read_json(path / "config.json")
     require_counts(path, config, _MOST_OF_ANYTHING)
+    # The class that all others derive from: transformers would make one, and take what it finds there for all of them.
+    if config.get("architectures") == ["PreTrainedModel"]:
+        what = f"{path / 'config.json'} names PreTrainedModel, which is no architecture"
+        raise CheckpointError(what, "download or save it again")
     return config
 
 

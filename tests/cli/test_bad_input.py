@@ -399,12 +399,13 @@ def test_a_broken_config(pair, text):
     [
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, ""),
         ({"num_hidden_layers": 3}, "it lacks tensor model.layers.2"),
-        ({"num_hidden_layers": 3000}, "its config.json describes"),
+        ({"num_hidden_layers": 300}, "its config.json describes"),
+        ({"num_hidden_layers": 3000}, "num_hidden_layers is 3000"),
         ({"hidden_size": 64}, "has shape [100, 32], its config.json asks for [100, 64]"),
         ({"vocab_size": 120}, "[120, 32]"),
         ({"intermediate_size": "many"}, ""),
         ({"model_type": "unheard_of", "architectures": ["UnheardOf"]}, ""),
-        ({"architectures": ["PreTrainedModel"]}, ""),
+        ({"architectures": ["PreTrainedModel"]}, "PreTrainedModel"),
     ],
 )
 def test_a_config_of_another_model(pair, change, mention):
