@@ -36,7 +36,7 @@ def require_file(path: Path) -> None:
 
 
 def require_files(folder: Path) -> None:
-    """The same of all that lies in a folder which another library is about to read. Raises CheckpointError."""
+    """Refuse a folder with anything but regular files, which another library would read. Raises CheckpointError."""
     try:
         for path in folder.iterdir():
             require_file(path)
