@@ -55,7 +55,10 @@ def test_the_main_job(tmp_path, kind, dtype, shard):
     check_the_main_job(tmp_path, kind, dtype, shard, lambda *arguments: run(*arguments).stdout)
 
 
-@pytest.mark.parametrize(("kind", "dtype", "shard"), [("llama", "float32", None), ("gpt2", "bfloat16", "20KB")])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "shard"),
+    [("gpt2", "bfloat16", "20KB"), pytest.param("llama", "float32", None, marks=pytest.mark.slow)],
+)
 def test_the_main_job_through_the_installed_command(tmp_path, kind, dtype, shard):
     check_the_main_job(tmp_path, kind, dtype, shard, installed)
 
