@@ -153,7 +153,7 @@ def _write(
             value = base.read(tensor.name)
             digest = digest_of(raw_bytes(value)) if outputs.wants_digest else ""
             mask = file.mask(tensor.name)
-            value[mask] = values.get(tensor.name, file.values(tensor.name))
+            value[mask] = values[tensor.name] if tensor.name in values else file.values(tensor.name)
             outputs.write(tensor.name, value, mask, record, digest)
         advance(tensor.nbytes)
     outputs.drain()
@@ -164,7 +164,9 @@ def remove_work(work: Path) -> None:
     """Take away what an interrupted run left. Raises OutputError where something else lies there."""
     if not work.exists():
         return
+    if not work.is_dir():
+        raise OutputError(f"{work} is no folder of ours", "move it away")
     strange = [path.name for path in work.iterdir() if not path.name.startswith((START, STATE))]
-    if strange or not work.is_dir():
+    if strange:
         raise OutputError(f"{work} holds {strange[0]!r}, which no run of ours wrote", "move it away")
     shutil.rmtree(work)

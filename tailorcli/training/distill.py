@@ -123,6 +123,9 @@ def distill(
         best = trained.values()
     assert best is not None
     for step in range(start, options.steps):
+        # Here and not after an evaluation: a run that is taken up again may have stopped before it was broken off.
+        if sum(1 for past in history.steps if past > history.best) >= PATIENCE:
+            break
         for kind in KINDS:
             material = materials[kind]
             value = material.loss(trained.network, material.batch(step, options.seed), media, device, grad=True)
@@ -142,8 +145,6 @@ def distill(
             best = trained.values()
         if save is not None:
             save(step + 1, history, best)
-        if sum(1 for past in history.steps if past > history.best) >= PATIENCE:
-            break
     trained.set_values(best)
     return history
 

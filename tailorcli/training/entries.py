@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,8 +130,3 @@ def entries_of(name: str, place: Place, base: Tensor, mask: Tensor, values: Tens
     scale = root_mean_square(start - base.reshape(-1)[kept].float())
     positions = positions_in(place, tuple(base.shape), kept)
     return Entries(name, place.parameters[0], positions.to(device), start.to(device), scale)
-
-
-def total_kept(entries: Iterable[Entries]) -> int:
-    """Entries in all."""
-    return sum(each.values.numel() for each in entries)
