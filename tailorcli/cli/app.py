@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from tailorcli._version import __version__
-from tailorcli.cli import commands, measure, patchfiles
+from tailorcli.cli import calibrating, measure, patchfiles, patching, showing
 from tailorcli.cli.arguments import flag
 from tailorcli.cli.output import say, say_error
 from tailorcli.cli.verbosity import is_verbose
@@ -93,11 +93,11 @@ def _help_of(command: Callable[..., Any]) -> str:
     )
 
 
-_add(commands.demo, TRY)
-_add(commands.calibrate, PATCH)
-_add(commands.score, PATCH)
-_add(commands.patch, PATCH)
-_add(commands.inspect_command, PATCH, "inspect")
+_add(showing.demo, TRY)
+_add(calibrating.calibrate, PATCH)
+_add(calibrating.score, PATCH)
+_add(patching.patch, PATCH)
+_add(showing.inspect_command, PATCH, "inspect")
 _add(measure.evaluate, MEASURE)
 _add(measure.sweep, MEASURE)
 _add(measure.hscore, MEASURE)

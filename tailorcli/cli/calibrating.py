@@ -1,0 +1,223 @@
+"""The commands that measure layers: ``calibrate`` and ``score``."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tailorcli.cli.arguments import (
+    OUTPUT,
+    RUNNING,
+    AllowDtype,
+    AsJson,
+    Base,
+    BatchSize,
+    Density,
+    Device,
+    DType,
+    Exclude,
+    Include,
+    Omega,
+    Overwrite,
+    OwnDamping,
+    Quiet,
+    ResizedVocab,
+    RetainIn,
+    RetainWeight,
+    StatsIn,
+    Tensors,
+    TrustRemoteCode,
+    Tuned,
+    Verbose,
+    flag,
+)
+from tailorcli.cli.output import (
+    print_json,
+    reasons,
+    require_source,
+    say,
+    show_reasons,
+    show_score,
+)
+from tailorcli.cli.verbosity import wants_progress
+from tailorcli.guard import check_result
+from tailorcli.options import (
+    Blockwise,
+    CalibrateOptions,
+    DTypeName,
+    PatchOptions,
+    TextMode,
+)
+from tailorcli.units import counted, format_bytes
+
+
+def calibrate(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Folder of the fine-tuned checkpoint, or of its LoRA adapter.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="STATS", help="Folder for the statistics.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Data of the new task: .jsonl, .json or .txt."),
+    ] = None,
+    synthetic: Annotated[
+        bool,
+        flag("--synthetic", help="MODEL writes its own samples, going on from --data if given."),
+    ] = False,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --synthetic: half as many more samples, as a task for sweep."),
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(metavar="BASE", help="Folder of the pre-trained checkpoint, if MODEL is an adapter.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(metavar="N", help="Samples to draw from the data.")] = 128,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Most tokens of a sample.", show_default="2048; with --synthetic 256"),
+    ] = None,
+    text_mode: Annotated[
+        TextMode, typer.Option(metavar="MODE", help="A sample of a .txt: a line, or a chunk of --seq-len tokens.")
+    ] = TextMode.LINE,
+    seed: Annotated[int, typer.Option(metavar="N", help="Which samples are drawn.")] = 0,
+    include: Include = None,
+    exclude: Exclude = None,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    dtype: DType = DTypeName.AUTO,
+    blockwise: Annotated[
+        Blockwise,
+        typer.Option(
+            metavar="WHEN",
+            help="Load one block of the model at a time: always, never; auto: if it does not fit.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = Blockwise.AUTO,
+    trust_remote_code: TrustRemoteCode = False,
+    no_samples: Annotated[
+        bool,
+        flag(
+            "--no-samples",
+            help="Store no samples in STATS; patch then needs --no-propagate.",
+            panel=OUTPUT,
+        ),
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure which inputs matter to each layer of a model, on your data.
+
+    The statistics are what the other commands read. Of the fine-tuned model on data of the new task they are what
+    patch --stats takes; no old data is needed. Of the base, with --synthetic or on data that stand for what it must
+    not forget, they are what patch --retain takes.
+
+    Examples:
+      tailorcli calibrate TUNED --data train.jsonl -o stats
+      tailorcli calibrate BASE --synthetic -o base-stats
+    """
+    require_source(data, synthetic)
+    from tailorcli.calibration.calibrate import calibrate_model
+
+    options = CalibrateOptions(
+        num_samples=num_samples,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        text_mode=text_mode,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        blockwise=blockwise,
+        overwrite=overwrite,
+        synthetic=synthetic,
+        keep_samples=not no_samples,
+    )
+    report = calibrate_model(
+        model,
+        data,
+        output,
+        options,
+        progress=wants_progress(as_json),
+        base=base,
+        announce=None if as_json else partial(say, err=True),
+        held_out=held_out,
+    )
+    if as_json:
+        print_json(report.to_dict())
+        return
+    whose = " that the model wrote itself" if synthetic else ""
+    what = f"{counted(report.samples, 'sample')}{whose}, {counted(report.tokens, 'token')}"
+    made = f"{counted(report.hessians, 'Hessian')} for {counted(report.calibrated, 'tensor')}"
+    say(f"{what}: {made} in {output} ({format_bytes(report.bytes)}, {report.seconds:.1f} s)")
+    show_reasons(report.uncalibrated, "without statistics")
+    show_reasons(report.notes, "note")
+    if synthetic:
+        say(f"next: tailorcli patch {model} TUNED --stats STATS --retain {output} -o OUT", err=True)
+    else:
+        say(f"next: tailorcli patch {base or 'BASE'} {model} --stats {output} -o OUT", err=True)
+
+
+def score(
+    base: Base,
+    tuned: Tuned,
+    stats: StatsIn = None,
+    retain: RetainIn = None,
+    retain_weight: RetainWeight = 0.3,
+    density: Density = 0.1,
+    omega: Omega = 0.5,
+    include: Include = None,
+    exclude: Exclude = None,
+    allow_dtype_mismatch: AllowDtype = False,
+    resized_vocab: ResizedVocab = False,
+    damping: OwnDamping = None,
+    device: Device = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="REPORT.json", help="Write the report here, too.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    tensors: Tensors = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what a patch would keep.
+
+    Writes no checkpoint.
+
+    Examples:
+      tailorcli score BASE TUNED --stats stats
+      tailorcli score BASE TUNED --stats stats --density 0.2 -o score.json
+    """
+    from tailorcli.patching.patch import score_checkpoint
+    from tailorcli.runs.outputs import write_report
+
+    options = PatchOptions(
+        density=density,
+        omega=omega,
+        retain_weight=retain_weight,
+        solver="none",
+        damping=damping,
+        device=device,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        allow_dtype_mismatch=allow_dtype_mismatch,
+        resized_vocab=resized_vocab,
+    )
+    check_result(output, [base, tuned, stats, retain])
+    report = score_checkpoint(base, tuned, stats, options, progress=wants_progress(as_json), retain=retain)
+    if output is not None:
+        write_report(report, output)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    show_score(report, tensors)
+    show_reasons(reasons(report.tensors), "left at base")

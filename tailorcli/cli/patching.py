@@ -1,0 +1,257 @@
+"""The command ``patch``."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tailorcli.cli.arguments import (
+    DISTILL,
+    OTHERS,
+    OUTPUT,
+    SOLVER,
+    AllowDtype,
+    AsJson,
+    Base,
+    Density,
+    Device,
+    DryRun,
+    Exclude,
+    Include,
+    License,
+    MaxIterations,
+    MaxShardSize,
+    NoPropagate,
+    Omega,
+    OutFolder,
+    Overwrite,
+    OwnDamping,
+    PatchOut,
+    Quiet,
+    ResizedVocab,
+    Resume,
+    RetainIn,
+    RetainWeight,
+    SolverChoice,
+    StatsIn,
+    Task,
+    Tensors,
+    Tolerance,
+    TrustRemoteCode,
+    Tuned,
+    Verbose,
+    flag,
+)
+from tailorcli.cli.output import (
+    print_report,
+    require_output,
+    say,
+    show_cost,
+    show_plan,
+    show_reasons,
+    show_stages,
+    show_summary,
+    show_written,
+)
+from tailorcli.cli.verbosity import wants_progress
+from tailorcli.errors import OptionsError
+from tailorcli.options import (
+    DistillOptions,
+    Fp8Output,
+    PatchMethod,
+    PatchOptions,
+    Preset,
+    Solver,
+    Threshold,
+    with_preset,
+)
+from tailorcli.units import parse_size
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line, rather than having its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def patch(
+    context: typer.Context,
+    base: Base,
+    tuned: Tuned,
+    output: OutFolder = None,
+    patch_file: PatchOut = None,
+    stats: StatsIn = None,
+    retain: RetainIn = None,
+    retain_weight: RetainWeight = 0.3,
+    no_propagate: NoPropagate = False,
+    density: Density = 0.1,
+    omega: Omega = 0.5,
+    preset: Annotated[
+        Preset | None,
+        typer.Option(metavar="NAME", help="paper: the paper's density, omega, solver, damping and block size."),
+    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    allow_dtype_mismatch: AllowDtype = False,
+    resized_vocab: ResizedVocab = False,
+    solver: SolverChoice = Solver.JOINT,
+    damping: OwnDamping = None,
+    tolerance: Tolerance = 1e-4,
+    max_iterations: MaxIterations = 300,
+    block_size: Annotated[
+        int, typer.Option(metavar="N", help="Columns per block of the sequential solver.", rich_help_panel=SOLVER)
+    ] = 128,
+    distill: Annotated[
+        bool, flag("--distill", help="Then train the kept entries towards TUNED and BASE.", panel=DISTILL)
+    ] = False,
+    distill_steps: Annotated[int, typer.Option(metavar="N", help="Steps of training.", rich_help_panel=DISTILL)] = 200,
+    distill_rate: Annotated[
+        float,
+        typer.Option(metavar="R", help="Learning rate, in units of a tensor's own change.", rich_help_panel=DISTILL),
+    ] = 0.1,
+    distill_weight: Annotated[
+        float, typer.Option(metavar="B", help="Weight of BASE's answers against TUNED's.", rich_help_panel=DISTILL)
+    ] = 1.0,
+    distill_batch_size: Annotated[
+        int, typer.Option(metavar="N", help="Samples of each kind in a step.", rich_help_panel=DISTILL)
+    ] = 8,
+    device: Device = "auto",
+    method: Annotated[
+        PatchMethod,
+        typer.Option(
+            metavar="METHOD",
+            help="tailor; or interpolate (WiSE-FT), dare, magnitude (TIES), graft.",
+            rich_help_panel=OTHERS,
+        ),
+    ] = PatchMethod.TAILOR,
+    weight: Annotated[
+        float | None,
+        typer.Option(
+            metavar="W",
+            help="Share of the way from BASE that kept entries go.",
+            show_default="1; interpolate 0.5",
+            rich_help_panel=OTHERS,
+        ),
+    ] = None,
+    threshold: Annotated[
+        Threshold,
+        typer.Option(
+            metavar="OF",
+            help="magnitude, graft: the top of each tensor, or of all tensors together (global).",
+            rich_help_panel=OTHERS,
+        ),
+    ] = Threshold.TENSOR,
+    seed: Annotated[int, typer.Option(metavar="N", help="dare, graft: of what is drawn.", rich_help_panel=OTHERS)] = 0,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="graft: the fine-tuning data, to train its mask on.", rich_help_panel=OTHERS),
+    ] = None,
+    graft_steps: Annotated[
+        int, typer.Option(metavar="N", help="graft: steps of training.", rich_help_panel=OTHERS)
+    ] = 100,
+    graft_rate: Annotated[
+        float,
+        typer.Option(
+            metavar="X", help="graft: how far a step moves the mask's logits, root mean square.", rich_help_panel=OTHERS
+        ),
+    ] = 0.1,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="graft: samples in a step.", rich_help_panel=OTHERS)] = 8,
+    max_shard_size: MaxShardSize = None,
+    fp8_output: Annotated[
+        Fp8Output,
+        typer.Option(metavar="FORM", help="FP8 weights: as BASE stores them (fp8), or bf16.", rich_help_panel=OUTPUT),
+    ] = Fp8Output.FP8,
+    trust_remote_code: TrustRemoteCode = False,
+    task: Task = None,
+    license_: License = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    tensors: Tensors = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write BASE with the best entries of TUNED in it.
+
+    The entries that are taken over are adjusted to make up for the others. OUT loads with from_pretrained; a patch
+    file holds the kept entries alone. Everything is checked before the work starts; an interrupted run leaves
+    nothing that loads, and --resume finishes it to the same bytes.
+
+    Examples:
+      tailorcli patch BASE TUNED --stats stats -o OUT
+      tailorcli patch BASE TUNED --stats stats --retain base-stats -o OUT
+    """
+    require_output(output, patch_file)
+    from tailorcli.adapters.checkpoint import is_adapter
+    from tailorcli.patching.patch import patch_checkpoint, plan_patch
+
+    if preset is not None and retain is not None:
+        raise typer.BadParameter("--preset paper has no retain term: leave --retain out")
+    own = {"density": density, "omega": omega, "solver": solver, "damping": damping, "block_size": block_size}
+    given = {name: value for name, value in own.items() if _is_given(context, name)}
+    options = PatchOptions(
+        **with_preset(preset, **given),
+        retain_weight=retain_weight,
+        propagate=False if no_propagate else None,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        method=method,
+        weight=weight,
+        seed=seed,
+        threshold=threshold,
+        graft_steps=graft_steps,
+        graft_rate=graft_rate,
+        batch_size=batch_size,
+        device=device,
+        fp8_output=fp8_output,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        max_shard_size=parse_size(max_shard_size) if max_shard_size else None,
+        allow_dtype_mismatch=allow_dtype_mismatch,
+        resized_vocab=resized_vocab,
+        trust_remote_code=trust_remote_code,
+        task=task,
+        license=license_,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    if distill and (stats is None or retain is None):
+        raise OptionsError(
+            "--distill needs the samples of both statistics",
+            "pass --stats STATS and --retain STATS (tailorcli calibrate BASE --synthetic -o STATS)",
+        )
+    if dry_run:
+        show_plan(
+            plan_patch(base, tuned, output, stats, options, patch_file, retain, data),
+            output,
+            patch_file,
+            as_json,
+            tensors,
+        )
+        return
+    if output is not None and not ((base if is_adapter(tuned) else tuned) / "config.json").exists():
+        say(f"note: {tuned} has no config.json, so {output} will not load with from_pretrained", err=True)
+    shown: dict[str, Any] = {
+        "progress": wants_progress(as_json),
+        "patch_file": patch_file,
+        "announce": None if as_json else partial(show_cost, output=output, patch_file=patch_file),
+        "data": data,
+    }
+    if distill and stats is not None and retain is not None:
+        from tailorcli.patching.distilled import distill_checkpoint
+
+        how = DistillOptions(distill_steps, distill_rate, distill_weight, distill_batch_size, seed)
+        report = distill_checkpoint(base, tuned, output, stats, retain, options, how, **shown)
+    else:
+        report = patch_checkpoint(base, tuned, output, stats, options, retain=retain, **shown)
+    if as_json:
+        print_report(report, output, patch_file)
+        return
+    show_summary(report)
+    show_reasons({record.name: record.note for record in report.tensors if record.note}, "note")
+    show_written(output, patch_file, report)
+    show_stages(report.stages)
