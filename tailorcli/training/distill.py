@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from tailorcli.core.distillation import rate_at
-from tailorcli.data.samples import batch_places, join
+from tailorcli.data.samples import batch_places, count_tokens, join
 from tailorcli.errors import DataError, NumericalError
 from tailorcli.models.running import to_device
 from tailorcli.options import DistillOptions
+from tailorcli.training.activations import checkpointed
 from tailorcli.training.entries import Trained
 from tailorcli.training.teachers import Teacher, loss, predicted
 
@@ -76,20 +78,26 @@ class Material:
 
     def loss(self, student: Any, places: list[int], media: tuple[int, ...], device: torch.device, grad: bool) -> Tensor:
         """The mean divergence over a batch."""
-        batch = to_device(join([self.samples[place] for place in places]), device)
+        batch = join([self.samples[place] for place in places])
         states = torch.stack([self.teacher.states[place] for place in places])
-        return loss(student, self.teacher, batch, states, predicted(batch, media), grad)
+        return loss(student, self.teacher, to_device(batch, device), states, predicted(batch, media), grad)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest batch."""
+        batches = [*self.train, *self.held]
+        return max(sum(count_tokens(self.samples[place]) for place in batch) for batch in batches)
 
     def held_out_loss(self, student: Any, media: tuple[int, ...], device: torch.device) -> float:
         """The mean divergence over what is held out, each sample weighing as much as it has tokens."""
-        total, tokens = 0.0, 0
+        total, tokens = torch.zeros((), device=device), 0
         with torch.no_grad():
             for places in self.held:
                 batch = join([self.samples[place] for place in places])
                 count = int(predicted(batch, media).sum())
-                total += count * float(self.loss(student, places, media, device, grad=False))
+                total += count * self.loss(student, places, media, device, grad=False)
                 tokens += count
-        return total / max(tokens, 1)
+        return float(total) / max(tokens, 1)
 
 
 def _batches(samples: list[Inputs], places: list[int], size: int) -> list[list[int]]:
@@ -117,36 +125,59 @@ def distill(
     history = history or History()
     every = max(1, options.steps // EVALUATIONS)
     warmup = max(1, round(WARMUP * options.steps))
-    sums = dict.fromkeys(KINDS, 0.0)
+    sums = {kind: torch.zeros((), device=device) for kind in KINDS}  # on the device: no step waits for its losses
     if not history.steps:
         _evaluate(trained, materials, options, device, media, history, 0, None)
         best = trained.values()
     assert best is not None
-    for step in range(start, options.steps):
-        # Here and not after an evaluation: a run that is taken up again may have stopped before it was broken off.
-        if sum(1 for past in history.steps if past > history.best) >= PATIENCE:
-            break
-        for kind in KINDS:
-            material = materials[kind]
-            value = material.loss(trained.network, material.batch(step, options.seed), media, device, grad=True)
-            if not bool(value.isfinite()):
-                raise NumericalError(f"the {kind} loss is {float(value)} in step {step + 1}", "lower --distill-rate")
-            torch.autograd.backward(value if kind == "new" else options.weight * value)
-            sums[kind] += float(value.detach())
-        trained.step(step + 1, options.rate * rate_at(step + 1, options.steps, warmup))
-        advance(step + 1, history.new[-1], history.retained[-1])
-        if (step + 1) % every and step + 1 != options.steps:
-            continue
-        done = step + 1 - history.steps[-1]
-        means = {kind: total / done for kind, total in sums.items()}
-        sums = dict.fromkeys(KINDS, 0.0)
-        _evaluate(trained, materials, options, device, media, history, step + 1, means)
-        if history.best == step + 1:
-            best = trained.values()
-        if save is not None:
-            save(step + 1, history, best)
+    tokens = max(material.most_tokens for material in materials.values())
+    with checkpointed(trained.network, tokens):
+        for step in range(start, options.steps):
+            # Here and not after an evaluation: a run that is taken up may have stopped before it was broken off.
+            if sum(1 for past in history.steps if past > history.best) >= PATIENCE:
+                break
+            for kind, value in step_losses(trained.network, materials, options, device, media, step).items():
+                sums[kind] += value
+            trained.step(step + 1, options.rate * rate_at(step + 1, options.steps, warmup))
+            advance(step + 1, history.new[-1], history.retained[-1])
+            if (step + 1) % every and step + 1 != options.steps:
+                continue
+            means = _means(sums, history.steps[-1], step + 1)
+            _evaluate(trained, materials, options, device, media, history, step + 1, means)
+            if history.best == step + 1:
+                best = trained.values()
+            if save is not None:
+                save(step + 1, history, best)
     trained.set_values(best)
     return history
+
+
+def step_losses(
+    student: Any,
+    materials: dict[str, Material],
+    options: DistillOptions,
+    device: torch.device,
+    media: tuple[int, ...],
+    step: int,
+) -> dict[str, Tensor]:
+    """Both losses of a step's batches, scalars on the device; their weighed gradients are added to the entries'."""
+    losses = {}
+    for kind in KINDS:
+        value = materials[kind].loss(student, materials[kind].batch(step, options.seed), media, device, grad=True)
+        torch.autograd.backward(value if kind == "new" else options.weight * value)
+        losses[kind] = value.detach()
+    return losses
+
+
+def _means(sums: dict[str, Tensor], before: int, step: int) -> dict[str, float]:
+    """The mean losses since the step ``before``; their sums start anew. Raises NumericalError for no number."""
+    means = {kind: float(total) / (step - before) for kind, total in sums.items()}
+    for kind, mean in means.items():
+        if not math.isfinite(mean):
+            where = f"steps {before + 1} to {step}"
+            raise NumericalError(f"the {kind} loss is {mean} in {where}", "lower --distill-rate")
+        sums[kind].zero_()
+    return means
 
 
 def _evaluate(

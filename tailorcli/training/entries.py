@@ -18,15 +18,17 @@ from tailorcli.models.places import Place
 class Entries:
     """The K kept entries of one tensor, float32 on the device: values, summed gradient and Adam's two moments.
 
-    ``positions`` are their places in the flattened parameter that holds the tensor; ``scale`` is the root mean square
-    of how far the patch moved them, the unit of the learning rate.
+    ``positions`` are their places in the flattened parameter that holds the tensor: 20 bytes an entry in all, where a
+    parameter has fewer than 2^31 entries. ``scale`` is the root mean square of how far the patch moved them, the unit
+    of the learning rate; ``stored`` is the dtype in which the values will be written.
     """
 
     name: str
     parameter: str
-    positions: Tensor  # (K,), int64
+    positions: Tensor  # (K,), int32, or int64 in a parameter that has more entries
     values: Tensor  # (K,)
     scale: float
+    stored: torch.dtype = torch.float32
     gradient: Tensor = field(init=False)
     first: Tensor = field(init=False)
     second: Tensor = field(init=False)
@@ -66,7 +68,7 @@ class Trained:
             assert parameter.grad is not None
             flat = parameter.grad.reshape(-1)
             for each in entries:
-                each.gradient.add_(flat[each.positions])
+                each.gradient.add_(flat.index_select(0, each.positions))
             parameter.grad = None
 
         return take
@@ -91,8 +93,12 @@ class Trained:
         return {f"{part} {each.name}": getattr(each, part) for each in self.entries for part in parts}
 
     def values(self) -> dict[str, Tensor]:
-        """A copy of the values by tensor."""
-        return {f"values {each.name}": each.values.clone() for each in self.entries}
+        """A copy of the values by tensor, on the CPU and in the dtype in which they will be written."""
+        copies = {}
+        for each in self.entries:
+            copy = each.values.to(each.stored)
+            copies[f"values {each.name}"] = (copy.clone() if copy is each.values else copy).cpu()
+        return copies
 
     def set_values(self, values: Mapping[str, Tensor]) -> None:
         """Put back what ``values`` gave."""
@@ -129,4 +135,7 @@ def entries_of(name: str, place: Place, base: Tensor, mask: Tensor, values: Tens
     start = values.float()
     scale = root_mean_square(start - base.reshape(-1)[kept].float())
     positions = positions_in(place, tuple(base.shape), kept)
-    return Entries(name, place.parameters[0], positions.to(device), start.to(device), scale)
+    parts = 1 if place.part is None else place.part + 1
+    if parts * base.numel() < 1 << 31:
+        positions = positions.int()
+    return Entries(name, place.parameters[0], positions.to(device), start.to(device), scale, base.dtype)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +15,7 @@ from torch import Tensor
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint, config_folder
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
-from tailorcli.checkpoint.header import read_header
-from tailorcli.errors import CheckpointError, OptionsError, OutputError
-from tailorcli.files import as_output_error
+from tailorcli.errors import OptionsError
 from tailorcli.models.config import read_config
 from tailorcli.models.generation import media_token_ids
 from tailorcli.models.loading import aliases, expected_names, load_model
@@ -26,16 +24,17 @@ from tailorcli.models.places import Place, map_names
 from tailorcli.models.skeleton import load_weights
 from tailorcli.options import CalibrateOptions, DistillOptions
 from tailorcli.patchfile.reader import PatchFile
-from tailorcli.system import give_back_memory, sync_path
+from tailorcli.system import give_back_memory
 from tailorcli.terminal import Progress
 from tailorcli.training.distill import History, Material, distill
 from tailorcli.training.entries import Trained, entries_of
+from tailorcli.training.state import load_state, save_state
 from tailorcli.training.teachers import Teacher, check_head, teach
 
 if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
 
-_STATE, _HISTORY = "state", "history"  # in the metadata of a saved state
+SAVING_SHARE = 0.1  # of the time at most: a state is as large as the model
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,8 @@ def distill_patch_file(
         "retained": Material.split(retained, base_teacher, options),
     }
     media = tuple(media_token_ids(network))
-    earlier = _load_state(state, trained) if state.exists() else {}
+    earlier = load_state(state, trained) if state.exists() else {}
+    saved, took = perf_counter(), 0.0
     with Progress("distilling", options.steps, "steps", shown=progress) as bar:
         bar.start_at(earlier.get("start", 0))
 
@@ -103,7 +103,13 @@ def distill_patch_file(
             bar.note(f"held out: {held_new:.4f} new, {held_retained:.4f} retained")
 
         def save(step: int, history: History, best: dict[str, Tensor]) -> None:
-            _save_state(state, step, history, trained.state(), best)
+            nonlocal saved, took
+            began = perf_counter()
+            if (began - saved) * SAVING_SHARE < took:
+                return
+            save_state(state, step, history, trained.state(), best)
+            saved = perf_counter()
+            took = saved - began
 
         history = distill(trained, materials, options, device, media, save=save, advance=advance, **earlier)
     values = _rounded(trained, base)
@@ -167,35 +173,3 @@ def _rounded(trained: Trained, base: Checkpoint) -> dict[str, Tensor]:
         each.values.copy_(values[each.name].to(each.values))
     trained.put()
     return values
-
-
-def _save_state(path: Path, step: int, history: History, now: dict[str, Tensor], best: dict[str, Tensor]) -> None:
-    """Leave what an interrupted run goes on from, whole or not at all."""
-    from safetensors.torch import save_file
-
-    tensors = {f"now {name}": value.cpu() for name, value in now.items()}
-    tensors |= {f"best {name}": value.cpu() for name, value in best.items() if name.startswith("values ")}
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata={_STATE: str(step), _HISTORY: json.dumps(history.to_dict())})
-        sync_path(part)
-        part.replace(path)
-    except OSError as error:
-        raise as_output_error(path, error) from error
-
-
-def _load_state(path: Path, trained: Trained) -> dict[str, Any]:
-    """Take up a saved state: the arguments with which ``distill`` goes on."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        _, metadata = read_header(path)
-        tensors = load_file(path)
-        trained.load({name.removeprefix("now "): value for name, value in tensors.items() if name.startswith("now ")})
-        best = {name.removeprefix("best "): value for name, value in tensors.items() if name.startswith("best ")}
-        found = History(**json.loads(metadata[_HISTORY]))
-        return {"start": int(metadata[_STATE]), "history": found, "best": best}
-    except (CheckpointError, SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise OutputError(f"{path} is no state of this run: {error}", "start anew with --overwrite") from error

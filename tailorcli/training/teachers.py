@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tailorcli.core.distillation import divergence
 from tailorcli.errors import CheckpointError
@@ -17,7 +16,8 @@ from tailorcli.models.running import forward, output_head, to_device
 if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
 
-_LOGITS_BYTES = 1 << 28  # float32 logits that are in memory at a time
+_LOGITS_BYTES = 1 << 28  # float32 logits that are in memory at a time; about five arrays of them are
+_CPU_LOGITS_BYTES = 1 << 25  # no less quick there
 
 
 @dataclass
@@ -106,21 +106,71 @@ def teach(network: Any, samples: list[Inputs], device: torch.device, advance: Ca
 
 
 def loss(student: Any, teacher: Teacher, batch: Inputs, states: Tensor, wanted: Tensor, grad: bool) -> Tensor:
-    """The mean divergence over the predicted tokens of a batch, in nats; ``states`` (B, T, I) are the teacher's.
+    """The mean divergence KL(teacher || student) over the predicted tokens of a batch, in nats, a scalar.
 
-    Logits are made of so many tokens at a time, and made again in backward: (N, V) is the largest array there is.
+    ``states`` (B, T, I) are what the teacher's output layer takes, ``wanted`` (B, T) says which tokens count; both may
+    lie on the CPU. With ``grad`` the result can be differentiated by the student's parameters. Logits are made of so
+    many tokens at a time, and their gradients at once: no (N, V) array of a whole batch is ever held.
     """
     head = head_of(student)
+    hidden = hidden_states(student, batch, grad).flatten(0, 1)  # (B * T, I)
+    places = wanted.reshape(-1).nonzero().squeeze(1)  # (N,), on the CPU: a GPU need not be waited for
+    hidden = hidden.index_select(0, places.to(hidden.device))  # (N, I)
+    taught = states.flatten(0, 1).index_select(0, places.to(states.device)).to(hidden.device)
+    if grad:
+        given = (hidden, head.weight, head.bias, student, teacher, taught)
+        summed: Tensor = _Divergence.apply(*given)  # type: ignore[no-untyped-call]
+        return summed / max(len(hidden), 1)
     own = logits_of(student, head.weight, head.bias)
-    hidden = hidden_states(student, batch, grad)[wanted]  # (N, I)
-    taught = states.to(hidden.device)[wanted]
-    size = max(1, _LOGITS_BYTES // (4 * head.weight.shape[0]))
-
-    def part(x: Tensor, y: Tensor) -> Tensor:
-        return divergence(teacher.head(y), own(x)).sum()
-
     total = hidden.new_zeros((), dtype=torch.float32)
-    pairs = zip(torch.split(hidden, size), torch.split(taught, size), strict=True)
-    for x, y in pairs:
-        total = total + (checkpoint(part, x, y, use_reentrant=False) if grad else part(x, y))
+    for x, y in _pieces(hidden, taught, head):
+        total += divergence(teacher.head(y), own(x)).sum()
     return total / max(len(hidden), 1)
+
+
+def _pieces(hidden: Tensor, taught: Tensor, head: nn.Linear) -> list[tuple[Tensor, Tensor]]:
+    """Both cut into as many tokens as may have their logits in memory."""
+    most = _LOGITS_BYTES if hidden.is_cuda else _CPU_LOGITS_BYTES
+    size = max(1, most // (4 * head.weight.shape[0]))
+    return list(zip(torch.split(hidden, size), torch.split(taught, size), strict=True))
+
+
+class _Divergence(torch.autograd.Function):
+    """The sum of the divergences of N tokens, whose gradients are worked out together with it, piece by piece.
+
+    Plain autograd would keep every piece's logits until backward, and checkpoints make them twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, student: Any, teacher: Teacher, taught: Tensor
+    ) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        by_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        wanted = [part for part, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True) if needed]
+        sums = [torch.zeros_like(part, dtype=torch.float32) for part in wanted if part is not None]
+        start = 0
+        for x, y in _pieces(hidden, taught, head_of(student)):
+            answer = teacher.head(y)
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_(by_hidden is not None)
+                value = divergence(answer, logits_of(student, weight, bias)(leaf)).sum()
+                inputs = [*([leaf] if by_hidden is not None else []), *(part for part in wanted if part is not None)]
+                found = list(torch.autograd.grad(value, inputs)) if inputs else []
+            total += value.detach()
+            if by_hidden is not None:
+                by_hidden[start : start + len(x)] = found.pop(0)
+            for each, part in zip(sums, found, strict=True):
+                each += part
+            start += len(x)
+            del found, value
+        ctx.found = (by_hidden, [each.to(hidden.dtype) for each in sums])
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        by_hidden, sums = ctx.found
+        del ctx.found
+        scale = outputs[0]
+        given = [None if not needed else sums.pop(0).mul_(scale) for needed in ctx.needs_input_grad[1:3]]
+        return None if by_hidden is None else by_hidden.mul_(scale), *given, None, None, None

@@ -12,6 +12,7 @@ from tailorcli.core.distillation import adam_step_, divergence, rate_at
 from tailorcli.errors import TailorError
 from tailorcli.models.places import Place
 from tailorcli.options import DistillOptions
+from tailorcli.training.activations import blocks_of, checkpointed
 from tailorcli.training.distill import Material, distill
 from tailorcli.training.entries import Trained, entries_of, positions_in
 from tailorcli.training.teachers import check_head, hidden_states, loss, predicted, teach
@@ -121,9 +122,60 @@ def test_the_loss_is_the_mean_over_predicted_tokens_however_it_is_cut(monkeypatc
     expected = float((p.exp() * (p - q)).sum(-1).mean())
     states = torch.stack(teacher.states)
     for nbytes in (1 << 28, 4 * 100 * 5):
-        monkeypatch.setattr("tailorcli.training.teachers._LOGITS_BYTES", nbytes)
+        monkeypatch.setattr("tailorcli.training.teachers._CPU_LOGITS_BYTES", nbytes)
         found = float(loss(base, teacher, batch, states, predicted(batch, ()), grad=False).detach())
         assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_activations_that_are_worked_out_again_give_the_same_gradients(family, monkeypatch):
+    base, tuned = (change(student_of(family)) for change in (lambda model: model, perturb))
+    data = samples(4) if family != "t5" else [s | {"decoder_input_ids": s["input_ids"]} for s in samples(4)]
+    teacher = teach(tuned, data, CPU, lambda _: None)
+    batch = {name: torch.cat([s[name] for s in data]) for name in data[0]}
+    trained, found, ran = trained_of(base, tuned), [], []
+    for block in blocks_of(base).values():
+        block.register_forward_hook(lambda *_: ran.append(1))
+    for most in (1 << 40, 0):
+        monkeypatch.setattr("tailorcli.training.activations.MOST_BYTES", most)
+        with checkpointed(base, 48) as again:
+            loss(base, teacher, batch, torch.stack(teacher.states), predicted(batch, ()), grad=True).backward()
+        assert again == (most == 0)
+        found.append([each.gradient.clone() for each in trained.entries])
+        [each.gradient.zero_() for each in trained.entries]
+    assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
+    assert any(bool(gradient.any()) for gradient in found[0])
+    assert "forward" not in vars(next(iter(blocks_of(base).values())))
+
+
+def student_of(family):
+    """A model with dropout in it, which is off: it is not in training mode."""
+    import transformers
+
+    if family != "t5":
+        return make_model(family).eval()
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=100, d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8, dropout_rate=0.5, use_cache=False
+    )
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+def test_the_losses_gradient_is_that_of_the_whole_expression_however_it_is_cut(monkeypatch):
+    base, tuned = make_model().double(), perturb(make_model()).double()
+    data = samples(3)
+    teacher = teach(tuned, data, CPU, lambda _: None)
+    batch = {"input_ids": torch.cat([s["input_ids"] for s in data])}
+    with torch.no_grad():
+        p = tuned(**batch).logits[:, :-1].log_softmax(-1)
+    q = base(**batch).logits[:, :-1].log_softmax(-1)
+    (p.exp() * (p - q)).sum(-1).mean().backward()
+    expected = {name: parameter.grad for name, parameter in base.named_parameters()}
+    monkeypatch.setattr("tailorcli.training.teachers._CPU_LOGITS_BYTES", 4 * 100 * 5)
+    base.zero_grad()
+    loss(base, teacher, batch, torch.stack(teacher.states), predicted(batch, ()), grad=True).backward()
+    for name, parameter in base.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7)
 
 
 def test_placeholders_of_pictures_are_context():

@@ -78,10 +78,9 @@ def test_a_run_that_was_broken_off_is_finished_to_the_same_bytes(pair, tmp_path,
         if when == "the closed form":
             patched.setattr(module, "patch_checkpoint", broken)
         elif when == "the training":
-            save = training._save_state
-            patched.setattr(
-                training, "_save_state", lambda path, step, *a: save(path, step, *a) or step < 3 or broken()
-            )
+            save = training.save_state
+            patched.setattr(training, "SAVING_SHARE", 1e9)  # at every evaluation
+            patched.setattr(training, "save_state", lambda path, step, *a: save(path, step, *a) or step < 3 or broken())
         else:
             patched.setattr(module, "_write", broken)
         with pytest.raises(KeyboardInterrupt):
