@@ -208,7 +208,7 @@ def run_sweep(
     validation: Sequence[str] = (),
     stats: PathLike | None = None,
     retain: PathLike | None = None,
-    data: PathLike | None = None,
+    graft_data: PathLike | None = None,
     min_old_kept: float | None = None,
     options: EvaluateOptions = EvaluateOptions(),
     announce: Callable[[str], object] | None = None,
@@ -227,14 +227,14 @@ def run_sweep(
     if not roles.origin:
         raise OptionsError("a sweep needs old and new tasks", "name them: --origin NAME --target NAME")
     files = [task.path for of_part in read.values() for task in of_part]
-    protect([output], [base, tuned, stats, retain, data, *files], "choose another folder for -o")
+    protect([output], [base, tuned, stats, retain, graft_data, *files], "choose another folder for -o")
     folder = _prepare(Path(output))
     with ExitStack() as stack:
         stack.enter_context(OutputLock(folder, folder=True))
         folders = {"base": Path(base), "tuned": _full_weights(base, tuned, folder, options, stack)}
         whole = {name: stack.enter_context(Checkpoint.open(path)) for name, path in folders.items()}
         given = {"base": whole["base"], "tuned": stack.enter_context(open_tuned(tuned, whole["base"]))}
-        known = _identity(given, folders, stats, retain, data, read, options)
+        known = _identity(given, folders, stats, retain, graft_data, read, options)
         encoded = {part: encode_for_all(of_part, whole, options) for part, of_part in read.items()}
         scorer = _Scorer(folder, encoded, options, known)
         results = [scorer.end(name, path) for name, path in folders.items()]
@@ -243,7 +243,7 @@ def run_sweep(
             inputs = {
                 "stats": stats if setting.options.needs_hessians else None,
                 "retain": retain if setting.retained else None,
-                "data": data if setting.options.method == "graft" else None,
+                "graft_data": graft_data if setting.options.method == "graft" else None,
             }
             results.append(scorer.patched(setting, base, tuned, inputs))
     points = _with_figures(results, roles, options)
@@ -312,7 +312,7 @@ def _identity(
     folders: Mapping[str, Path],
     stats: PathLike | None,
     retain: PathLike | None,
-    data: PathLike | None,
+    graft_data: PathLike | None,
     read: Mapping[str, list[Task]],
     options: EvaluateOptions,
 ) -> dict[str, Any]:
@@ -326,8 +326,8 @@ def _identity(
             found = Stats.open(path)
             facts[name] = found.fingerprint()
             found.close()
-    if data is not None:
-        facts["data"] = file_digest(Path(data))
+    if graft_data is not None:
+        facts["graft_data"] = file_digest(Path(graft_data))
     facts["tasks"] = {part: [(t.name, t.kind, t.digest) for t in of_part] for part, of_part in read.items()}
     ignored = ("batch_size", "resamples", "seed")
     facts["options"] = {key: value for key, value in options.to_dict().items() if key not in ignored}
@@ -395,7 +395,7 @@ class _Scorer:
         make: Callable[[], tuple[Path, float]],
         encoded_for: str = "tuned",  # whose tokenizer a patched model has
     ) -> tuple[dict[str, dict[str, TaskScores]], float]:
-        unused = {"stats", "retain", "data"}.difference(used)
+        unused = {"stats", "retain", "graft_data"}.difference(used)
         known = {name: fact for name, fact in self.known.items() if name not in unused}
         key = json.dumps([label, options, known], sort_keys=True)
         file = self.folder / _POINTS / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.json"

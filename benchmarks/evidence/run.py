@@ -143,7 +143,7 @@ def run_pair(pair: Pair, grid: Grid, folder: Path) -> Outcome:
             validation=tasks["validation"],
             stats=new,
             retain=retain,
-            data=pair.train,
+            graft_data=pair.train,
             options=EvaluateOptions(batch_size=32, max_new_tokens=pair.answer_length),
             announce=say,
         )

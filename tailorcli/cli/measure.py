@@ -230,7 +230,7 @@ def sweep(
             rich_help_panel=OTHERS,
         ),
     ] = None,
-    data: Annotated[
+    graft_data: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="graft: the fine-tuning data, to train its mask on.", rich_help_panel=OTHERS),
     ] = None,
@@ -275,7 +275,7 @@ def sweep(
         from tailorcli.display.plots import check_plot
 
         files = [parse_task(spec)[1] for spec in (*task, *(validation or ()))]
-        check_plot(plot, has_roles=True, inputs=[base, tuned, stats, retain, data, *files])
+        check_plot(plot, has_roles=True, inputs=[base, tuned, stats, retain, graft_data, *files])
     report = run_sweep(
         base,
         tuned,
@@ -287,7 +287,7 @@ def sweep(
         validation=validation or (),
         stats=stats,
         retain=retain,
-        data=data,
+        graft_data=graft_data,
         min_old_kept=min_old_kept,
         options=EvaluateOptions(batch_size=batch_size, seq_len=seq_len, limit=limit, device=device),
         announce=None if as_json else partial(say, err=True),

@@ -145,7 +145,7 @@ def patch(
         ),
     ] = Threshold.TENSOR,
     seed: Annotated[int, typer.Option(metavar="N", help="dare, graft: of what is drawn.", rich_help_panel=OTHERS)] = 0,
-    data: Annotated[
+    graft_data: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="graft: the fine-tuning data, to train its mask on.", rich_help_panel=OTHERS),
     ] = None,
@@ -226,7 +226,7 @@ def patch(
         )
     if dry_run:
         show_plan(
-            plan_patch(base, tuned, output, stats, options, patch_file, retain, data),
+            plan_patch(base, tuned, output, stats, options, patch_file, retain, graft_data),
             output,
             patch_file,
             as_json,
@@ -239,7 +239,7 @@ def patch(
         "progress": wants_progress(as_json),
         "patch_file": patch_file,
         "announce": None if as_json else partial(show_cost, output=output, patch_file=patch_file),
-        "data": data,
+        "graft_data": graft_data,
     }
     if distill and stats is not None and retain is not None:
         from tailorcli.patching.distilled import distill_checkpoint

@@ -46,7 +46,7 @@ def distill_checkpoint(
     progress: bool = False,
     patch_file: PathLike | None = None,
     announce: Callable[[Plan], None] | None = None,
-    data: PathLike | None = None,
+    graft_data: PathLike | None = None,
 ) -> PatchReport:
     """``patch_checkpoint``, and then the kept entries trained on KL(tuned || patched) + weight * KL(base || patched).
 
@@ -62,7 +62,7 @@ def distill_checkpoint(
     with ExitStack() as stack:
         fitted = options.method == "tailor" and options.needs_hessians
         used, used_retain = (stats, retain) if fitted else (None, None)  # else the samples of both are used alone
-        inputs = PatchInputs.open(base, tuned, used, options, stack, used_retain, data)
+        inputs = PatchInputs.open(base, tuned, used, options, stack, used_retain, graft_data)
         if inputs.base.dequantized or options.resized_vocab:
             what = "quantised checkpoints" if inputs.base.dequantized else "--resized-vocab"
             raise OptionsError(f"--distill does not go with {what}", "leave --distill out")
@@ -88,7 +88,7 @@ def distill_checkpoint(
         work = target.place.with_name(target.place.name + SUFFIX)
         if not options.resume:
             remove_work(work)
-        closed = _closed_form(base, tuned, work, used, used_retain, options, progress, data)
+        closed = _closed_form(base, tuned, work, used, used_retain, options, progress, graft_data)
         timer = StageTimer(device)
         with PatchFile.open(work / START) as file:
             from tailorcli.training.run import distill_patch_file
@@ -118,7 +118,7 @@ def _closed_form(
     retain: PathLike | None,
     options: PatchOptions,
     progress: bool,
-    data: PathLike | None,
+    graft_data: PathLike | None,
 ) -> PatchReport:
     """The patch that training starts from, as a patch file in ``work``; one that is there already is taken."""
     try:
@@ -127,7 +127,7 @@ def _closed_form(
         raise as_output_error(work, error) from error
     begun = any(path.name.startswith(START) for path in work.iterdir())
     own = replace(options, resume=begun, overwrite=False, max_shard_size=None)
-    return patch_checkpoint(base, tuned, None, stats, own, progress, work / START, None, retain, data)
+    return patch_checkpoint(base, tuned, None, stats, own, progress, work / START, None, retain, graft_data)
 
 
 def _write(

@@ -108,7 +108,7 @@ def check_graft(data: PathLike | None, options: KeepOptions) -> None:
     """There is something to train on. Raises OptionsError."""
     if data is None or not Path(data).is_file():
         what = "--method graft trains its mask on the task" if data is None else f"{data} is no file"
-        raise OptionsError(what, "pass the fine-tuning data: --data FILE.jsonl")
+        raise OptionsError(what, "pass the fine-tuning data: --graft-data FILE.jsonl")
     if options.resized_vocab:
         raise OptionsError("--method graft does not train the masks of new rows", "leave --resized-vocab out")
 

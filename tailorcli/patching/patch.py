@@ -38,12 +38,12 @@ def plan_patch(
     options: PatchOptions = PatchOptions(),
     patch_file: PathLike | None = None,
     retain: PathLike | None = None,
-    data: PathLike | None = None,
+    graft_data: PathLike | None = None,
 ) -> Plan:
     """What ``patch_checkpoint`` would do to each tensor and what it would cost, from headers alone."""
     options = options.resolved(retain is not None)
     with ExitStack() as stack:
-        inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, data)
+        inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, graft_data)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain_stats)
         target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
         _require_stored_rows(target, options)
@@ -106,7 +106,7 @@ def patch_checkpoint(
     patch_file: PathLike | None = None,
     announce: Callable[[Plan], None] | None = None,
     retain: PathLike | None = None,
-    data: PathLike | None = None,
+    graft_data: PathLike | None = None,
 ) -> PatchReport:
     """Patch ``base`` with the best ``density`` of ``tuned``; write the checkpoint ``output``, a ``patch_file`` or both.
 
@@ -115,7 +115,7 @@ def patch_checkpoint(
     ``max_shard_size``) sharding, and the tuned model's side files; a report and a run record lie beside them.
     ``retain`` is a folder that ``calibrate_model`` wrote for ``base``, on data that stand for what it must not forget
     or that it wrote itself: the retain term, weighed by ``options.retain_weight``.
-    ``announce`` is called with the plan before the work starts; ``data`` is what ``method="graft"`` trains on.
+    ``announce`` is called with the plan before the work starts; ``graft_data`` is what ``method="graft"`` trains on.
     Raises TailorError for everything that a user can put right; nothing that looks finished is left then.
     """
     started = perf_counter()
@@ -125,7 +125,7 @@ def patch_checkpoint(
         raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
     _require_stored_rows(target, options)
     with ExitStack() as stack:
-        inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, data)
+        inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, graft_data)
         side = side_files_of(inputs, options)
         watch = Watch([*inputs.files, *(source for source in side.values() if isinstance(source, Path))])
         _require_plain_weights(target, inputs.base)
@@ -185,8 +185,8 @@ def _masks_first(
     inputs, options, device = run.inputs, run.options, run.device
     both = (inputs.base, inputs.tuned)
     with run.timer.stage("masks"), exact_float32(), device_errors("a smaller --batch-size"):
-        if inputs.data is not None:
-            trained = trained_masks(place, plan, *both, inputs.data, options, identity, device, progress)
+        if inputs.graft_data is not None:
+            trained = trained_masks(place, plan, *both, inputs.graft_data, options, identity, device, progress)
             return trained, trained.mask_of
         if options.counts_first:
             return None, find_cut(plan.patched, run.records, *both, options.density, device).mask

@@ -43,7 +43,7 @@ class PatchInputs:
     tuned: Checkpoint
     stats: Stats | None
     retain_stats: Stats | None = None
-    data: Path | None = None  # what graft trains on
+    graft_data: Path | None = None  # what graft trains on
 
     @classmethod
     def open(
@@ -54,14 +54,14 @@ class PatchInputs:
         options: PatchOptions,
         stack: ExitStack,
         retain: PathLike | None = None,
-        data: PathLike | None = None,
+        graft_data: PathLike | None = None,
     ) -> PatchInputs:
         """Open all by their headers; ``stack`` closes them.
 
         Raises TailorError where one cannot be opened or is not for these options.
         """
         if options.method == "graft":
-            check_graft(data, options)
+            check_graft(graft_data, options)
         opened_base = stack.enter_context(open_checkpoint(base, options.fp8_output))
         opened_tuned = stack.enter_context(open_for(opened_base, tuned, options.fp8_output))
         _note_config(opened_base, opened_tuned)
@@ -77,7 +77,7 @@ class PatchInputs:
                 what = "--resized-vocab is not for adapters"
                 raise OptionsError(what, "merge the adapter first: model.merge_and_unload()")
             opened_base = stack.enter_context(grow_vocabulary(opened_base, opened_tuned))
-        chosen = Path(data) if data and options.method == "graft" else None
+        chosen = Path(graft_data) if graft_data and options.method == "graft" else None
         return cls(opened_base, opened_tuned, opened_stats, opened_retain, chosen)
 
     def describe(self) -> dict[str, dict[str, str]]:
@@ -89,21 +89,21 @@ class PatchInputs:
         for name, stats in (("stats", self.stats), ("retain", self.retain_stats)):
             if stats is not None:
                 facts[name] = {"path": path_text(stats.path), "fingerprint": stats.fingerprint()}
-        if self.data is not None:
-            facts["data"] = {"path": path_text(self.data), "fingerprint": digest_of(self.data.read_bytes())}
+        if self.graft_data is not None:
+            facts["data"] = {"path": path_text(self.graft_data), "fingerprint": digest_of(self.graft_data.read_bytes())}
         return facts
 
     @property
     def paths(self) -> list[Path]:
         """Where they lie: no output may."""
         found = [item.path for item in (self.base, self.tuned, self.stats, self.retain_stats) if item is not None]
-        return found if self.data is None else [*found, self.data]
+        return found if self.graft_data is None else [*found, self.graft_data]
 
     @property
     def files(self) -> list[Path]:
         """What is read of them."""
         stats = [file for item in (self.stats, self.retain_stats) if item is not None for file in item.files]
-        return [*self.base.shards, *self.tuned.shards, *stats, *([] if self.data is None else [self.data])]
+        return [*self.base.shards, *self.tuned.shards, *stats, *([] if self.graft_data is None else [self.graft_data])]
 
 
 @dataclass

@@ -62,7 +62,7 @@ def test_score_and_graft_see_the_change(tiny_changes, tmp_path):
     pair = tiny_changes / "base", tiny_changes / "tuned"
     shown = run("score", *pair, "--stats", tiny_changes / "tuned-stats")
     assert "did not change" not in shown.output
-    data = "--data", tiny_changes / "data.jsonl", "--graft-steps", "1"
+    data = "--graft-data", tiny_changes / "data.jsonl", "--graft-steps", "1"
     run("patch", *pair, "--method", "graft", *data, "--density", "0.2", "-o", tmp_path / "out")
     base, tuned, found = (read_tensors(path) for path in (*pair, tmp_path / "out"))
     for name, value in found.items():

@@ -51,7 +51,7 @@ def task_loss(folder, data):
 def graft(folder, out, **changes):
     """Graft ``folder``'s pair; gives the report."""
     options = PatchOptions(**(FAST | changes))
-    return patch_checkpoint(folder / "base", folder / "tuned", out, None, options, data=folder / "data.jsonl")
+    return patch_checkpoint(folder / "base", folder / "tuned", out, None, options, graft_data=folder / "data.jsonl")
 
 
 @pytest.mark.parametrize("threshold", ["tensor", "global"])
@@ -87,7 +87,7 @@ def test_it_repeats_to_the_bit_and_other_data_gives_another(task_pair, tmp_path)
     lines = (task_pair / "data.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "half.jsonl").write_text("".join(lines[:3]))
     arguments = (task_pair / "base", task_pair / "tuned", tmp_path / "three", None, PatchOptions(**FAST))
-    report = patch_checkpoint(*arguments, data=tmp_path / "half.jsonl")
+    report = patch_checkpoint(*arguments, graft_data=tmp_path / "half.jsonl")
     assert read_tensors(tmp_path / "three")["lm_head.weight"].ne(read_tensors(tmp_path / "one")["lm_head.weight"]).any()
     assert report.inputs["data"]["path"] == str(tmp_path / "half.jsonl")
 
@@ -117,7 +117,7 @@ def test_a_run_broken_off_trains_again_only_where_it_must(task_pair, tmp_path, m
 def test_through_the_command_and_a_patch_file(tmp_path, kind, dtype):
     folder = make_pair(tmp_path, kind, dtype=dtype, tied=kind == "llama")
     file = tmp_path / "patch.safetensors"
-    arguments = ("--method", "graft", "--data", folder / "data.jsonl", "--graft-steps", "2", "--batch-size", "3")
+    arguments = ("--method", "graft", "--graft-data", folder / "data.jsonl", "--graft-steps", "2", "--batch-size", "3")
     pair = (folder / "base", folder / "tuned")
     planned = invoke("patch", *pair, "-o", tmp_path / "out", "--patch-file", file, *arguments, "--dry-run", "--json")
     assert json.loads(planned.stdout)["peak_memory_bytes"] > 700 << 20
@@ -131,7 +131,7 @@ def test_through_the_command_and_a_patch_file(tmp_path, kind, dtype):
 def test_what_it_reads_is_announced(llama_pair):
     pair, data = (llama_pair / "base", llama_pair / "tuned"), llama_pair / "data.jsonl"
     one = plan_patch(*pair, options=PatchOptions(method="magnitude"))
-    assert plan_patch(*pair, options=PatchOptions(**FAST), data=data).read_bytes == 2 * one.read_bytes
+    assert plan_patch(*pair, options=PatchOptions(**FAST), graft_data=data).read_bytes == 2 * one.read_bytes
 
 
 def scored(folder, records, **chosen):
@@ -170,7 +170,7 @@ def test_a_model_that_sees_trains_on_its_pictures(family, tmp_path):
 def refusal(folder, tmp_path, data=None, **changes):
     arguments = (folder / "base", folder / "tuned", tmp_path / "out", None, PatchOptions(**(FAST | changes)))
     with pytest.raises(TailorError) as caught:
-        patch_checkpoint(*arguments, data=data)
+        patch_checkpoint(*arguments, graft_data=data)
     assert not (tmp_path / "out" / "config.json").exists()
     return caught.value.message
 
@@ -220,6 +220,6 @@ def test_masks_are_trained_under_the_config_that_the_output_gets(task_pair, tmp_
     ran, load = [], graft_module.load_model
     monkeypatch.setattr(graft_module, "load_model", lambda *a: ran.append(load(*a)) or ran[-1])
     arguments = (task_pair / "base", tmp_path / "tuned", tmp_path / "out", None, PatchOptions(**FAST))
-    patch_checkpoint(*arguments, data=task_pair / "data.jsonl")
+    patch_checkpoint(*arguments, graft_data=task_pair / "data.jsonl")
     assert ran[0].config.rope_parameters["rope_theta"] == 1e6
     assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_parameters"]["rope_theta"] == 1e6

@@ -46,7 +46,7 @@ def ways(folder):
         "by its name": [*given, "--include", "*embed*", "--include", "*wte*"],
         "dare": ["--method", "dare", "--density", 0.5],
         "one threshold": ["--method", "magnitude", "--threshold", "global"],
-        "graft": ["--method", "graft", "--data", folder / "data.jsonl", "--graft-steps", 3],
+        "graft": ["--method", "graft", "--graft-data", folder / "data.jsonl", "--graft-steps", 3],
         "retained": [*given, "--retain", folder / "retained", "--no-propagate"],
         "propagated": [*given, "--retain", folder / "retained"],
     }
