@@ -36,11 +36,16 @@ class PatchMethod(StrEnum):
     DARE = "dare"
     MAGNITUDE = "magnitude"
     GRAFT = "graft"
+    FAPM = "fapm"
+    LINES = "lines"
+    DG_HARD = "dg-hard"
 
 
 RELEASED = "tailor-released"  # a method besides: the paper's as its released code has it, to compare with it
 
-_USES_DENSITY = ("tailor", "dare", "magnitude", "graft", RELEASED)
+_USES_DENSITY = ("tailor", "dare", "magnitude", "graft", "fapm", RELEASED)
+DENSE = ("interpolate", "lines", "dg-hard")  # methods that change every entry: their density is 1
+_OWN = {"alpha": "lines", "beta": "lines", "threshold_scale": "dg-hard"}  # options of one method, told of with it alone
 _USES_SEED = ("dare", "graft")
 _USES_THRESHOLD = ("magnitude", "graft")
 
@@ -127,10 +132,17 @@ def _require_solver(damping: float, tolerance: float, max_iterations: int) -> No
 def _require_weight(method: str, weight: float | None) -> None:
     if weight is None:
         return
+    _require(method != "lines", "the method lines has a weight for each layer", "pass --alpha and --beta, no --weight")
     low, high = (0.0, 1.0) if method == "interpolate" else (0.0, 2.0)
     ok = isinstance(weight, (int, float)) and low <= weight <= high and (weight > 0.0 or method == "interpolate")
     allowed = "lie between 0 and 1" if method == "interpolate" else "be positive and at most 2"
     _require(ok, f"weight must {allowed} with method {method}, got {weight}", "1 takes the entries over as they are")
+
+
+def _require_line(alpha: float, beta: float) -> None:
+    for name, value in (("alpha", alpha), ("alpha + beta", alpha + beta)):
+        ok = math.isfinite(value) and 0.0 <= value <= 2.0
+        _require(ok, f"{name} must lie between 0 and 2, got {value:g}", "0 is the base, 1 the tuned model")
 
 
 def _require_labels(*labels: str | None) -> None:
@@ -233,6 +245,9 @@ class KeepOptions:
     weight: float | None = None  # the share of the way that the kept entries go; None: the method's own
     seed: int = 0  # of dare's draws and of graft's samples
     threshold: Threshold | str = Threshold.TENSOR  # of magnitude and graft: one for each tensor, or one for all
+    alpha: float = 0.5  # of lines: the share of the way that the first layer goes, and what lies outside of layers
+    beta: float | None = None  # of lines: how much further the last layer goes; None: all the way, 1 - alpha
+    threshold_scale: float = 1.0  # of dg-hard: what its threshold is multiplied by
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     allow_dtype_mismatch: bool = False
@@ -244,6 +259,9 @@ class KeepOptions:
         _choose(self, "method", PatchMethod, RELEASED)
         _choose(self, "threshold", Threshold)
         _require_weight(self.method, self.weight)
+        _require_line(self.alpha, self.effective_beta)
+        ok = math.isfinite(self.threshold_scale) and self.threshold_scale >= 0.0
+        _require(ok, f"threshold-scale must be zero or positive, got {self.threshold_scale}", "0 drops nothing")
         _require(self.seed >= 0, f"seed must be zero or positive, got {self.seed}")
 
     @property
@@ -252,6 +270,16 @@ class KeepOptions:
         if self.weight is not None:
             return float(self.weight)
         return 0.5 if self.method == "interpolate" else 1.0
+
+    @property
+    def effective_beta(self) -> float:
+        """How much further the last layer goes than the first with ``lines``; without one given to tuned itself."""
+        return 1.0 - self.alpha if self.beta is None else float(self.beta)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the method changes every entry, so that its density is 1."""
+        return self.method in DENSE
 
     @property
     def counts_first(self) -> bool:
@@ -344,7 +372,19 @@ class DistillOptions:
 # The fields of PatchOptions in the order of the report, which is older than their parts.
 _REPORTED = (
     *("density", "omega", "solver", "damping", "block_size", "tolerance", "max_iterations", "method", "retain_weight"),
-    *("propagate", "weight", "seed", "threshold", "graft_steps", "graft_rate", "batch_size", "device"),
+    *(
+        "propagate",
+        "weight",
+        "seed",
+        "threshold",
+        "alpha",
+        "beta",
+        "threshold_scale",
+        "graft_steps",
+        "graft_rate",
+        "batch_size",
+        "device",
+    ),
     *("max_shard_size", "include", "exclude", "allow_dtype_mismatch"),
     *("fp8_output", "trust_remote_code", "resized_vocab", "task", "license"),
 )
@@ -394,6 +434,10 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
         """Plain values for the report: all but how an output that is there already is met."""
         values = _plain(self) | {"weight": self.effective_weight, "damping": self.effective_damping}
         values["propagate"] = bool(self.propagate)
+        values["beta"] = self.effective_beta
+        values = {name: value for name, value in values.items() if _OWN.get(name, self.method) == self.method}
+        if self.is_dense:
+            values["density"] = 1.0
         if self.fp8_output == "fp8":  # the default says nothing of all the other checkpoints
             del values["fp8_output"]
         if not self.trust_remote_code:
@@ -419,6 +463,7 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
             (("block_size",), self.needs_factor),
             (("seed",), self.method in _USES_SEED),
             (("threshold",), self.method in _USES_THRESHOLD),
+            (("alpha", "beta", "threshold_scale"), True),  # which only its own method's options have
             (("graft_steps", "graft_rate", "batch_size"), self.method == "graft"),
         ):
             if is_used:

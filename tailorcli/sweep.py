@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 REPORT_FILE = "sweep.json"
+WEIGHTS = (0.3, 0.5, 0.7)  # of an interpolation, unless others are asked for
+SCALES = (0.5, 1.0, 2.0)  # of dg-hard's threshold
 _POINTS, _WORK, _MERGED = "settings", "work", "merged"
 _RESULT = re.compile(r"[0-9a-f]{24}\.json(\.part)?")
 
@@ -82,6 +84,10 @@ class Setting:
         o = self.resolved
         if o.method == "interpolate":
             return f"interpolate {o.effective_weight:g}"
+        if o.method == "lines":
+            return f"lines, alpha {o.alpha:g}, beta {o.effective_beta:g}"
+        if o.method == "dg-hard":
+            return f"dg-hard, threshold scale {o.threshold_scale:g}"
         parts = [self.family, f"density {o.density:g}"]
         if self.retained:
             parts.append(f"retain weight {o.retain_weight:g}")
@@ -107,7 +113,8 @@ def settings_of(
 ) -> list[Setting]:
     """Every combination of the values for the method tailor, and of those that ``methods`` have for each of them.
 
-    ``retain_weights`` are for the retained statistics; zero is without them. ``weights`` are the interpolation's.
+    ``retain_weights`` are for the retained statistics; zero is without them. ``weights`` are the interpolation's, and
+    the alphas of ``lines``, which goes on from each to tuned itself; ``dg-hard`` has its threshold halved and doubled.
     """
     found: list[Setting] = []
     for density, omega, solver, retain_weight, damping in product(
@@ -124,7 +131,11 @@ def settings_of(
         found.append(Setting(changed, retained=retain_weight > 0))
     for method in methods:
         if method == "interpolate":
-            found += [Setting(replace(options, method=method, weight=weight)) for weight in weights or (0.3, 0.5, 0.7)]
+            found += [Setting(replace(options, method=method, weight=weight)) for weight in weights or WEIGHTS]
+        elif method == "lines":
+            found += [Setting(replace(options, method=method, alpha=alpha)) for alpha in weights or WEIGHTS]
+        elif method == "dg-hard":
+            found += [Setting(replace(options, method=method, threshold_scale=scale)) for scale in SCALES]
         elif method != "tailor":
             found += [Setting(replace(options, method=method, density=density)) for density in densities]
     return list(dict.fromkeys(found))

@@ -53,11 +53,12 @@ def test_a_word_that_is_no_choice_is_refused_with_those_that_are(make, what):
 
 def test_the_report_holds_every_option_but_how_an_earlier_output_is_met():
     names = {field.name for field in fields(PatchOptions)} - {"resume", "overwrite"}
-    assert set(PatchOptions(fp8_output="bf16", trust_remote_code=True).to_dict()) == names
-    assert set(PatchOptions().to_dict()) == names - {
-        "fp8_output",
-        "trust_remote_code",
-    }  # which most checkpoints do not know
+    told = PatchOptions(fp8_output="bf16", trust_remote_code=True).to_dict().keys()
+    own = {"alpha", "beta", "threshold_scale"}  # told of by their own methods alone
+    assert told == names - own
+    assert PatchOptions(method="lines").to_dict().keys() - told == {"alpha", "beta"}
+    assert PatchOptions(method="dg-hard").to_dict().keys() - told == {"threshold_scale"}
+    assert told - PatchOptions().to_dict().keys() == {"fp8_output", "trust_remote_code"}  # which most do not know
     names = {field.name for field in fields(MergeOptions)} - {"resume", "overwrite"}
     assert set(MergeOptions().to_dict()) == names
 
@@ -82,6 +83,9 @@ IDENTITIES = {
     "dare": ({"method": "dare"}, {"density": 0.2, "seed": 1}, {"omega": 1.0, "solver": "none", "damping": 0.1}),
     "magnitude": ({"method": "magnitude"}, {"density": 0.2, "threshold": "global"}, {"seed": 1, **GRAFTS}),
     "interpolate": ({"method": "interpolate"}, {"weight": 0.3}, {"density": 0.2, "weight": 0.5, "seed": 1}),
+    "fapm": ({"method": "fapm"}, {"density": 0.2, "weight": 0.5}, {"alpha": 0.3, "seed": 1, "threshold": "global"}),
+    "lines": ({"method": "lines"}, {"alpha": 0.3, "beta": 0.4}, {"density": 0.2, "threshold_scale": 2.0, "seed": 1}),
+    "dg-hard": ({"method": "dg-hard"}, {"threshold_scale": 2.0, "weight": 0.5}, {"density": 0.2, "alpha": 0.3}),
     "graft": ({"method": "graft"}, {"density": 0.2, "seed": 1, "threshold": "global", **GRAFTS}, {"omega": 1.0}),
 }
 

@@ -217,7 +217,7 @@ def sweep(
         list[PatchMethod] | None,
         typer.Option(
             metavar="METHOD",
-            help="Another method: interpolate at each --weight, others at each --density; repeatable.",
+            help="Another method: interpolate and lines at each --weight, others at each --density; repeatable.",
             rich_help_panel=OTHERS,
         ),
     ] = None,
@@ -225,7 +225,7 @@ def sweep(
         list[float] | None,
         typer.Option(
             metavar="W",
-            help="interpolate: weights to try; repeatable.",
+            help="interpolate: weights to try, lines: alphas; repeatable.",
             show_default="0.3, 0.5, 0.7",
             rich_help_panel=OTHERS,
         ),

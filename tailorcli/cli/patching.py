@@ -123,7 +123,7 @@ def patch(
         PatchMethod,
         typer.Option(
             metavar="METHOD",
-            help="tailor; or interpolate (WiSE-FT), dare, magnitude (TIES), graft.",
+            help="tailor; or interpolate (WiSE-FT), dare, magnitude (TIES), graft, fapm, lines, dg-hard.",
             rich_help_panel=OTHERS,
         ),
     ] = PatchMethod.TAILOR,
@@ -144,6 +144,23 @@ def patch(
             rich_help_panel=OTHERS,
         ),
     ] = Threshold.TENSOR,
+    alpha: Annotated[
+        float,
+        typer.Option(metavar="A", help="lines: share of the way that the first layer goes.", rich_help_panel=OTHERS),
+    ] = 0.5,
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            metavar="B",
+            help="lines: how much further the last layer goes.",
+            show_default="1 - alpha",
+            rich_help_panel=OTHERS,
+        ),
+    ] = None,
+    threshold_scale: Annotated[
+        float,
+        typer.Option(metavar="X", help="dg-hard: what its threshold is multiplied by.", rich_help_panel=OTHERS),
+    ] = 1.0,
     seed: Annotated[int, typer.Option(metavar="N", help="dare, graft: of what is drawn.", rich_help_panel=OTHERS)] = 0,
     graft_data: Annotated[
         Path | None,
@@ -203,6 +220,9 @@ def patch(
         weight=weight,
         seed=seed,
         threshold=threshold,
+        alpha=alpha,
+        beta=beta,
+        threshold_scale=threshold_scale,
         graft_steps=graft_steps,
         graft_rate=graft_rate,
         batch_size=batch_size,

@@ -19,6 +19,7 @@ from tailorcli.core.hessian import (
 )
 from tailorcli.core.propagation import accumulate_moments_, propagated_errors, refit, solve_propagated
 from tailorcli.core.retain import prepare_retaining, retained_goal
+from tailorcli.core.rivals import denoise, fapm_mask, fapm_score, hard_threshold, line_weight
 from tailorcli.core.scores import count_kept, fuse, minmax, salience, select_mask, sensitivity
 from tailorcli.core.solvers import Decoration, decorate_joint, decorate_sequential
 from tailorcli.core.stitch import (
@@ -44,11 +45,16 @@ __all__ = [
     "dead_channels",
     "decorate_joint",
     "decorate_sequential",
+    "denoise",
     "drop_and_rescale",
+    "fapm_mask",
+    "fapm_score",
     "fuse",
+    "hard_threshold",
     "interpolate",
     "inverse_diagonal",
     "inverse_factor",
+    "line_weight",
     "minmax",
     "overlap_figures",
     "pack_triangle",

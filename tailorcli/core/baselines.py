@@ -1,6 +1,7 @@
 """What Model Tailor is compared with: interpolation (WiSE-FT), DARE, TIES' trimming, the authors' released code.
 
 None but the last reads a Hessian. Each is a mask and a value for the kept entries; ``tailor.assemble`` does the rest.
+What came after it is in ``rivals``, and through ``baseline_layer`` too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from tailorcli.core.chunks import map_rows, row_slices
 from tailorcli.core.figures import measure
 from tailorcli.core.hessian import PreparedHessian
 from tailorcli.core.precision import working_dtype
+from tailorcli.core.rivals import add_change, denoised, fapm_mask
 from tailorcli.core.scores import count_kept, salience, select_mask
 from tailorcli.core.solvers import Decoration
 from tailorcli.core.tailor import (
@@ -29,6 +31,7 @@ from tailorcli.core.tailor import (
 from tailorcli.errors import NumericalError
 
 _CHUNK = 1 << 20  # entries drawn or counted at a time
+DENSE = ("interpolate", "lines", "dg-hard")  # methods that change every entry
 _DELTA_SHARE = 0.8  # of |delta| in the released code's score
 
 
@@ -80,12 +83,14 @@ def baseline_layer(
     weight: float = 1.0,
     seed: int = 0,
     mask: Tensor | None = None,
+    threshold_scale: float = 1.0,
     timer: Timer | None = None,
 ) -> LayerResult:
-    """One tensor by ``interpolate``, ``dare`` or ``magnitude``; shapes and figures as in ``tailor_layer``.
+    """One tensor by ``interpolate``, ``lines``, ``dg-hard``, ``dare``, ``magnitude`` or ``fapm``.
 
-    ``seed`` is the tensor's own. ``mask``, in the tensor's shape, is taken as it is where it is given. Raises
-    NumericalError on NaN or infinity.
+    Shapes and figures are as in ``tailor_layer``. ``seed`` is the tensor's own, and so is the ``weight`` of
+    ``lines``; ``threshold_scale`` is dg-hard's. ``mask``, in the tensor's shape, is taken as it is where it is given.
+    Raises NumericalError on NaN or infinity, and where an SVD does not converge.
     """
     timer = timer or NoTimer()
     shape = matrix_shape(base, None)
@@ -96,24 +101,36 @@ def baseline_layer(
     with timer.stage("select"):
         if mask is not None:
             mask = mask.reshape(shape)
-        elif method == "interpolate":
+        elif method in DENSE:
             mask = torch.ones_like(delta, dtype=torch.bool)
         elif method == "dare":
             mask = random_mask(delta.numel(), density, seed).to(delta.device).view(shape)
+        elif method == "fapm":
+            mask = fapm_mask(delta, base_2d, count_kept(density, delta.numel()))
         else:
             mask = select_mask(salience(delta), count_kept(density, delta.numel()))
     with timer.stage("assemble"):
-        if method == "interpolate":
+        if method in ("interpolate", "lines"):
             patched = interpolate(base_2d, tuned_2d, weight)
+        elif method == "dg-hard":
+            patched = _denoised_layer(base_2d, tuned_2d, delta, tuple(base.shape), threshold_scale, weight)
         elif method == "dare":
             patched = drop_and_rescale(base_2d, tuned_2d, mask, density, weight)
         else:
             patched = assemble(base_2d, tuned_2d, mask, None, weight)
         _require_finite_result(patched)
     with timer.stage("measure"):
-        moved = weight != 1.0 or method == "dare"
+        moved = weight != 1.0 or method in ("dare", "dg-hard")
         figures = measure(delta, mask, patched=patched, tuned=tuned_2d, moved=moved)
     return LayerResult(patched.view(base.shape), mask.view(base.shape), figures)
+
+
+def _denoised_layer(
+    base: Tensor, tuned: Tensor, delta: Tensor, shape: tuple[int, ...], threshold_scale: float, weight: float
+) -> Tensor:
+    """DG-Hard: base + weight * what is left of ``delta``; where that is all of it, tuned to the bit."""
+    left = denoised(delta, shape, threshold_scale)
+    return interpolate(base, tuned, weight) if left is delta else add_change(base, left, weight)
 
 
 def _require_finite_result(patched: Tensor) -> None:

@@ -17,7 +17,7 @@ from tailorcli.display.summary import (
     stats_summary,
     treatment,
 )
-from tailorcli.patchfile.report import MERGE, options_shown, share
+from tailorcli.patchfile.report import MERGE, density_of, options_shown, share
 from tailorcli.units import format_bytes, format_share
 
 if TYPE_CHECKING:
@@ -410,7 +410,7 @@ def _choice(options: dict[str, Any]) -> str:
     scaled = f", weight {weight:g}" if weight != 1.0 else ""
     if method == "tailor":
         return f"density {options['density']:g}, omega {options['omega']:g}{scaled}"
-    return f"{method}{scaled}" if method == "interpolate" else f"{method}, density {options['density']:g}{scaled}"
+    return f"{method}, density {density_of(options):g}{scaled}"
 
 
 def _tensor_row(tensor: TensorRecord, errors: bool) -> list[str]:

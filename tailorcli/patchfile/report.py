@@ -9,6 +9,7 @@ from typing import Any
 
 from tailorcli.errors import CheckpointError
 from tailorcli.files import read_json
+from tailorcli.options import DENSE
 from tailorcli.patchfile.records import TensorRecord, read_record
 from tailorcli.typed import Reader, list_of, one_of, read_number, read_text, require_plain
 
@@ -262,6 +263,9 @@ def options_shown(report: PatchReport) -> dict[str, Any]:
     else:
         shown = {
             "interpolate": ("method",),
+            "lines": ("method", "alpha", "beta"),
+            "dg-hard": ("method", "threshold_scale"),
+            "fapm": ("method", "density"),
             "dare": ("method", "density", "seed"),
             "magnitude": ("method", "density", "threshold"),
             "graft": ("method", "density", "threshold", "graft_steps", "graft_rate"),
@@ -269,4 +273,10 @@ def options_shown(report: PatchReport) -> dict[str, Any]:
     weight = ("weight",) if options.get("weight", 1.0) != 1.0 else ()
     retained = ("retain_weight",) if "retain" in report.inputs else ()
     propagated = ("propagate",) if options.get("propagate") else ()
-    return {key: options[key] for key in (*shown, *retained, *propagated, *weight)}
+    dense = {"density": density_of(options)} if method in DENSE else {}
+    return {key: options[key] for key in (*shown, *retained, *propagated, *weight)} | dense
+
+
+def density_of(options: dict[str, Any]) -> float:
+    """The density of a patch with these options of its report: 1 where its method changes every entry."""
+    return 1.0 if options.get("method") in DENSE else float(options["density"])

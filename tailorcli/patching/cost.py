@@ -19,7 +19,7 @@ _TRANSFORMERS_BYTES = 300 << 20  # and what graft needs besides
 
 def most_kept(tensors: list[TensorPlan], options: KeepOptions) -> list[tuple[TensorPlan, int]]:
     """How many entries of each tensor are kept, at most; of a draw, all but surely: six deviations above its mean."""
-    if options.method == "interpolate":
+    if options.is_dense:
         return [(tensor, tensor.numel) for tensor in tensors]
     if options.counts_first:  # the widest entries first
         left, most = round(options.density * sum(tensor.numel for tensor in tensors)), []
@@ -95,6 +95,8 @@ def working_set(tensor: TensorPlan, tuned: Checkpoint, stats: Stats | None, opti
     arrays = max(3 * full, 2 * full + tensor.nbytes) + full // 4 + tensor.nbytes + tensor.numel
     if tensor.retained_hessians:  # the goal and the target values of every entry
         arrays += 2 * full
+    if options.method == "dg-hard":  # the SVD's copy, its two factors and their product, and LAPACK's work space
+        arrays += 4 * full + 32 * min(tensor.shape[-2:], default=0) ** 2
     hessian = 0
     sizes = [stats.hessians[h].size for h in tensor.hessians if stats.hessians[h].kind == "full"] if stats else []
     if sizes:

@@ -7,7 +7,8 @@ memory of one tensor: the passes count the upper and then the lower 16 bits of |
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,8 @@ def patch_by_method(
     """One tensor by another method than the paper's, with the mask that is ``given`` where there is one."""
     from tailorcli.core.baselines import baseline_layer, released_layer
 
-    density, weight = options.density, options.effective_weight
+    density = options.density
+    weight = options.effective_weight if tensor.weight is None else tensor.weight
     if options.method == RELEASED:
         assert prepared is not None
         size, transposed = options.block_size, tensor.transposed
@@ -50,8 +52,41 @@ def patch_by_method(
         mask = given(tensor, base, tuned).to(base.device) if given is not None else None
     seed = tensor_seed(options.seed, tensor.name)
     return baseline_layer(
-        base, tuned, method=options.method, density=density, weight=weight, seed=seed, mask=mask, timer=timer
+        base,
+        tuned,
+        method=options.method,
+        density=density,
+        weight=weight,
+        seed=seed,
+        mask=mask,
+        threshold_scale=options.threshold_scale,
+        timer=timer,
     )
+
+
+_LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<number>\d+)\.")  # the first number in a name is its layer's
+
+
+def weights_by_depth(names: Iterable[str], alpha: float, beta: float) -> dict[str, float]:
+    """LiNeS' weight of each tensor: alpha in the first layer of its stack, alpha + beta in the last, evenly between.
+
+    Layers count in the order of their numbers. What lies in no layer (embeddings, the last norm, the head) has
+    alpha, as in the authors' code, and so has a stack of one layer.
+    """
+    from tailorcli.core.rivals import line_weight
+
+    found = {name: _LAYER.match(name) for name in names}
+    numbers: dict[str, set[int]] = {}
+    for match in found.values():
+        if match is not None:
+            numbers.setdefault(match["stack"], set()).add(int(match["number"]))
+    layers = {stack: sorted(own) for stack, own in numbers.items()}
+
+    def depth(match: re.Match[str] | None) -> float:
+        own = [] if match is None else layers[match["stack"]]
+        return 0.0 if match is None or len(own) < 2 else own.index(int(match["number"])) / (len(own) - 1)
+
+    return {name: line_weight(alpha, beta, depth(match)) for name, match in found.items()}
 
 
 def tensor_seed(seed: int, name: str) -> int:

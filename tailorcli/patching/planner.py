@@ -22,6 +22,7 @@ from tailorcli.patching.cost import (
     training_bytes,
     working_set,
 )
+from tailorcli.patching.methods import weights_by_depth
 from tailorcli.runs.plan import RUNTIME_BYTES, Plan, TensorPlan, group_by_hessian, most_patch_bytes
 
 
@@ -75,6 +76,9 @@ def build_plan(
             f"{retain_stats.path} has statistics for none of the tensors that would be patched",
             "check --include and --exclude, and those of calibrate",
         )
+    if options.method == "lines":
+        weights = weights_by_depth(base.tensors, options.alpha, options.effective_beta)
+        tensors = [replace(tensor, weight=weights[tensor.name]) for tensor in tensors]
     ordered = group_by_hessian(tensors)
     layout = plan_layout(base, options.max_shard_size)
     passes = {"graft": 1, "magnitude": 2 * options.counts_first}.get(options.method, 0)  # over both before the work

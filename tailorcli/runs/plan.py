@@ -33,6 +33,7 @@ class TensorPlan:
     method: str = ""  # how it is patched, where the tensors of a run may differ in that
     task_hessians: tuple[str, ...] = ()  # of merged tasks, one of each, where it is solved or measured with them
     held_bytes: int = 0  # of memory while it is worked on
+    weight: float | None = None  # the share of the way that its entries go, where tensors differ in that
     copies: tuple[str, ...] = ()  # further names under which the very same tensor is stored
 
     @property

@@ -61,7 +61,7 @@ def test_a_float64_change_below_float32s_step_is_kept_to_the_bit(solver, change)
     assert bool((part.patched[part.mask] != base[part.mask]).any())
 
 
-@pytest.mark.parametrize("method", ["magnitude", "dare", "interpolate"])
+@pytest.mark.parametrize("method", ["magnitude", "dare", "interpolate", "fapm"])
 def test_every_method_keeps_a_float64_change(method):
     base, _ = weights(dtype=torch.float64)
     delta = 1e-10 * torch.randn(base.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -209,7 +209,7 @@ def test_stitching_does_not_depend_on_the_scale_of_the_hessians(kind, scale):
 # --- What no right result can be had for ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["tailor", "magnitude", "dare", "interpolate", "released"])
+@pytest.mark.parametrize("method", ["tailor", "magnitude", "dare", "interpolate", "fapm", "dg-hard", "released"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_difference_that_overflows_is_refused(method, dtype):
     base, tuned = torch.full((4, COLUMNS), 3e38).to(dtype), torch.full((4, COLUMNS), -3e38).to(dtype)

@@ -30,6 +30,7 @@ from tailorcli.core import (
 from tailorcli.core.baselines import digit_counts, mask_above, value_of_digits
 from tailorcli.core.hessian import prepare
 from tailorcli.core.scores import digit_of_rank
+from tailorcli.patchfile.report import options_shown
 from tailorcli.patchfile.writer import PatchWriter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -38,6 +39,9 @@ METHODS = {
     "dare": {"density": 0.3, "seed": 4},
     "magnitude": {"density": 0.2, "weight": 1.5},
     "magnitude global": {"density": 0.2, "threshold": "global"},
+    "fapm": {"density": 0.2},
+    "lines": {"alpha": 0.2, "beta": 0.6},
+    "dg-hard": {"threshold_scale": 1.5},
     "tailor-released": {},
     "tailor": {"weight": 0.5},
 }
@@ -223,12 +227,36 @@ def rounded_pair(folder):
     return folder
 
 
+def test_each_layer_goes_its_own_way_along_the_line(llama_pair, tmp_path):
+    patch_checkpoint(llama_pair / "base", llama_pair / "tuned", tmp_path / "out", None, options_of("lines"))
+    base, tuned, out = (read_tensors(f) for f in (llama_pair / "base", llama_pair / "tuned", tmp_path / "out"))
+    layers = [name for name in base if ".layers." in name]
+    last = max(int(name.split(".layers.")[1].split(".")[0]) for name in layers)
+    for name in base:
+        depth = int(name.split(".layers.")[1].split(".")[0]) / last if name in layers else 0.0
+        expected = base[name].double() + (0.2 + 0.6 * depth) * (tuned[name].double() - base[name].double())
+        assert torch.allclose(out[name].double(), expected, atol=1e-6), name
+
+
+@pytest.mark.parametrize("name", ["interpolate", "lines", "dg-hard"])
+def test_a_dense_method_says_that_its_density_is_1(llama_pair, tmp_path, name):
+    arguments = (llama_pair / "base", llama_pair / "tuned", tmp_path / "out")
+    report = patch_checkpoint(
+        *arguments, None, options_of(name, **({} if "density" in METHODS[name] else {"density": 0.3}))
+    )
+    assert report.options["density"] == 1.0
+    assert options_shown(report)["density"] == 1.0
+    assert report.totals["kept"] == report.totals["numel"]
+    shown = invoke("inspect", tmp_path / "out", "--tensors").stdout
+    assert f"{name}, density 1" in shown
+
+
 @pytest.mark.parametrize("writer", [CheckpointWriter, PatchWriter])
-@pytest.mark.parametrize("name", ["dare", "magnitude global", "ties"])
+@pytest.mark.parametrize("name", ["dare", "dg-hard", "magnitude global", "ties"])
 def test_a_run_broken_off_ends_with_the_same_bytes(llama_pair, tmp_path, name, writer):
     folder = rounded_pair(tmp_path / "pair") if name == "ties" else llama_pair
     change = METHODS["magnitude global" if name == "ties" else name]
-    options = {"method": "dare" if name == "dare" else "magnitude", **change}
+    options = {"method": "magnitude" if name == "ties" else name.split()[0], **change}
     arguments = (folder / "base", folder / "tuned")
     whole = patch_checkpoint(
         *arguments, tmp_path / "whole", None, PatchOptions(**options), patch_file=tmp_path / "whole.safetensors"
@@ -262,10 +290,10 @@ def test_draws_depend_on_seed_and_name_alone(llama_pair, tmp_path):
 
 def test_ends_of_the_scales(llama_pair, tmp_path):
     base, tuned = (llama_pair / name for name in ("base", "tuned"))
-    same_as_tuned = [{"method": "interpolate", "weight": 1.0}]
-    same_as_tuned += [{"method": m, "density": 1.0} for m in ("dare", "magnitude")]
-    same_as_base = [{"method": "interpolate", "weight": 0.0}]
-    same_as_base += [{"method": m, "density": 0.0} for m in ("dare", "magnitude")]
+    same_as_tuned = [{"method": "interpolate", "weight": 1.0}, {"method": "lines", "alpha": 1.0}]
+    same_as_tuned += [{"method": m, "density": 1.0} for m in ("dare", "magnitude", "fapm")]
+    same_as_base = [{"method": "interpolate", "weight": 0.0}, {"method": "lines", "alpha": 0.0, "beta": 0.0}]
+    same_as_base += [{"method": m, "density": 0.0} for m in ("dare", "magnitude", "fapm")]
     same_as_base += [{"method": "magnitude", "density": 0.0, "threshold": "global"}]
     for expected, changes in ((tuned, same_as_tuned), (base, same_as_base)):
         for number, change in enumerate(changes):
@@ -308,7 +336,7 @@ def test_merging_takes_their_patch_files(llama_pair, tmp_path, method):
 def test_through_the_command_in_every_dtype(tmp_path, dtype):
     folder = make_pair(tmp_path, "gpt2", dtype=dtype, shard="20KB")
     arguments = (folder / "base", folder / "tuned")
-    for number, method in enumerate(["interpolate", "dare", "magnitude"]):
+    for number, method in enumerate(["interpolate", "dare", "magnitude", "fapm", "lines", "dg-hard"]):
         shown = invoke("patch", *arguments, "-o", folder / f"out{number}", "--method", method, "--threshold", "global")
         assert shown.exit_code == 0, shown.output
         assert "kept" in shown.stdout
@@ -336,6 +364,10 @@ def test_what_is_read_and_kept_is_announced(llama_pair):
         (("--weight", "2.5"), "at most 2"),
         (("--weight", "nan"), "at most 2"),
         (("--method", "dare", "--seed", "-1"), "seed"),
+        (("--method", "lines", "--weight", "0.5"), "--alpha and --beta"),
+        (("--method", "lines", "--alpha", "0.5", "--beta", "nan"), "between 0 and 2"),
+        (("--method", "lines", "--alpha", "0.5", "--beta", "-0.6"), "alpha + beta"),
+        (("--method", "dg-hard", "--threshold-scale", "-1"), "threshold-scale"),
     ],
 )
 def test_wrong_options_are_refused(llama_pair, tmp_path, arguments, message):
@@ -356,7 +388,7 @@ def test_an_overflow_names_the_tensor(tmp_path):
         assert "overflows" in shown.stderr
     tensors["model.norm.weight"][0] = torch.nan
     save_file(tensors, folder / "tuned" / "model.safetensors", {"format": "pt"})
-    for method in ("dare", "interpolate", "magnitude"):
+    for method in ("dare", "interpolate", "magnitude", "fapm", "lines", "dg-hard"):
         arguments = ("--method", method, "--threshold", "global", "--overwrite")
         shown = invoke("patch", folder / "base", folder / "tuned", "-o", folder / "out", *arguments)
         assert shown.exit_code == 1
