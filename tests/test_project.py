@@ -65,7 +65,7 @@ def test_core_is_pure():
                 assert known, f"core/{file.name} imports {module}"
 
 
-@pytest.mark.parametrize("statement", ["import tailorcli", "import tailorcli.cli"])
+@pytest.mark.parametrize("statement", ["import tailorcli", "import tailorcli.cli", "import tailorcli.training"])
 def test_heavy_imports_wait(statement):
     """What takes long to import is only imported when a command runs: --help stays quick."""
     code = f"{statement}; import sys; print(*[m for m in {HEAVY} if m in sys.modules])"

@@ -21,15 +21,23 @@ HIDDEN_SHARE = 0.25  # of the free memory that waiting hidden states may fill
 
 
 def forward(network: Any, inputs: Inputs) -> Any:
-    """Run the model and give its outputs.
+    """Run the model without a graph and give its outputs.
 
     Raises DataError where it cannot run on these inputs, as the data may not be what it takes.
     """
     import torch
 
+    with torch.no_grad():
+        return differentiable(network, inputs)
+
+
+def differentiable(network: Any, inputs: Inputs) -> Any:
+    """Run the model and give its outputs, with the graph of what asks for gradients.
+
+    Raises DataError where it cannot run on these inputs, as the data may not be what it takes.
+    """
     try:
-        with torch.no_grad():
-            return network(**inputs)
+        return network(**inputs)
     except TailorError:
         raise
     except Exception as error:  # whatever a model's own code raises

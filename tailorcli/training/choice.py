@@ -1,0 +1,115 @@
+"""Which parameters a fine-tune trains: not the embeddings and the towers of pictures and sound, unless it is asked to.
+
+So it is in the papers of SPIDER and Model-Dowser, which train the connector and blocks of the language model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from tailorcli.errors import OptionsError
+from tailorcli.models.loading import unwrapped
+from tailorcli.models.lockstep import find_blocks
+from tailorcli.models.running import output_head
+
+_TOWER = re.compile(r"(^|[._])(vision|visual|image|audio|speech)(_(tower|model|encoder|backbone|transformer))?(\.|$)")
+_CONNECTOR = re.compile(r"merger|project|connector|adapter|resampler|aligner")
+
+
+def named_parameters(network: Any) -> dict[str, nn.Parameter]:
+    """A network's parameters by the names that they have without the wrappers of torch and accelerate."""
+    return {unwrapped(name): parameter for name, parameter in network.named_parameters()}
+
+
+def choose(network: Any, trainable: Sequence[str] = (), last_layers: int | None = None) -> list[str]:
+    """The names of the parameters to train.
+
+    ``trainable`` are globs: what matches one of them, embeddings and towers included; without them all but these.
+    ``last_layers`` takes of that what lies in so many of the language model's last blocks. Raises OptionsError where
+    a glob matches nothing, there are fewer blocks, or nothing is left.
+    """
+    parameters = {name: value for name, value in named_parameters(network).items() if value.is_floating_point()}
+    if trainable:
+        for glob in trainable:
+            if not any(fnmatchcase(name, glob) for name in parameters):
+                raise OptionsError(f"--trainable {glob} matches no parameter", f"a name is {next(iter(parameters))}")
+        chosen = [name for name in parameters if any(fnmatchcase(name, glob) for glob in trainable)]
+    else:
+        tables = _tables(network)
+        chosen = [name for name, value in parameters.items() if id(value) not in tables and not in_tower(name)]
+    if last_layers is not None:
+        inside = _last_blocks(network, last_layers)
+        chosen = [name for name in chosen if name.startswith(inside)]
+    if not chosen:
+        raise OptionsError("no parameter is left to train", "see --trainable and --last-layers")
+    return chosen
+
+
+def in_tower(name: str) -> bool:
+    """Whether a parameter lies in a tower for pictures or sound, and not in what connects it to the text."""
+    found = _TOWER.search(name)
+    return found is not None and _CONNECTOR.search(name[found.end() :]) is None
+
+
+def _tables(network: Any) -> set[int]:
+    """The parameters of all embeddings, of the tables of positions, and of the output layer, tied to one or not."""
+    modules = [module for module in network.modules() if isinstance(module, nn.Embedding)]
+    head = output_head(network)
+    return {id(value) for module in [*modules, *([] if head is None else [head])] for value in module.parameters()}
+
+
+def _last_blocks(network: Any, count: int) -> tuple[str, ...]:
+    """What the names of all parameters in the last ``count`` blocks of the language model begin with."""
+    lists: dict[str, list[str]] = {}
+    for block in find_blocks(network):
+        if not in_tower(block):
+            lists.setdefault(unwrapped(block).rpartition(".")[0], []).append(unwrapped(block))
+    if not lists:
+        raise OptionsError(f"{type(network).__name__} has no list of blocks to count", "choose with --trainable")
+    name = max(lists, key=lambda name: ("decoder" in name, len(lists[name])))
+    if not 1 <= count <= len(lists[name]):
+        raise OptionsError(
+            f"--last-layers must lie between 1 and {len(lists[name])}, the blocks of {name}, got {count}"
+        )
+    return tuple(f"{block}." for block in lists[name][-count:])
+
+
+def trained_numel(network: Any, names: Sequence[str]) -> int:
+    """Entries of these parameters."""
+    parameters = named_parameters(network)
+    return sum(parameters[name].numel() for name in names)
+
+
+def freeze_others(network: Any, names: Sequence[str]) -> list[str]:
+    """Train these parameters alone; those of them that are frozen already stay so. The names that are left.
+
+    Raises OptionsError where that is none.
+    """
+    parameters = named_parameters(network)
+    wanted = set(names)
+    for name, parameter in parameters.items():
+        if name not in wanted:
+            parameter.requires_grad_(False)
+    left = [name for name in names if parameters[name].requires_grad]
+    if not left:
+        raise OptionsError("every parameter to train is frozen already", "set requires_grad where it shall train")
+    return left
+
+
+def sample_digest(parameter: torch.Tensor) -> str:
+    """A hash of the shape and of some values in bfloat16: the same for a model loaded in another dtype."""
+    import hashlib
+
+    flat = parameter.detach().reshape(-1)
+    length = min(256, flat.numel())
+    starts = sorted({0, (flat.numel() - length) // 2, flat.numel() - length})
+    values = torch.cat([flat[start : start + length] for start in starts]).to("cpu", torch.bfloat16)
+    digest = hashlib.blake2b(str(tuple(parameter.shape)).encode(), digest_size=16)
+    digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,145 @@
+"""Model-Dowser's scores: against the exact Jacobian of a tiny model, data-free, and what they cost."""
+
+import json
+import math
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_model, make_pair
+
+from tailorcli.errors import OptionsError
+from tailorcli.training.importance import MANIFEST, SCORES, Importance, ImportanceError
+from tailorcli.training.probe import probe_model, probe_network, scores_of
+from tailorcli.training.settings import ProbeOptions
+
+SMALL = ProbeOptions(num_samples=6, rademacher=2, seq_len=12)
+
+
+def exact_scores(model, batch, module, name):
+    """|W| times the mean over tokens of ||J_i||_2 |h_j|, (O, I), by a backward pass for each logit; float64."""
+    held = {}
+
+    def take(_, args, output):
+        held["h"], held["z"] = args[0].detach()[0], output
+
+    handle = module.register_forward_hook(take)
+    logits = model(**batch).logits[0]
+    handle.remove()
+    rows = torch.eye(logits.numel(), dtype=logits.dtype).view(-1, *logits.shape)
+    jacobian = torch.autograd.grad(logits, held["z"], rows, is_grads_batched=True)[0][:, 0]  # (T V, T, O)
+    gain = jacobian.norm(dim=0).T @ held["h"].abs() / len(held["h"])
+    weight = dict(model.named_parameters())[name].detach().abs()
+    return weight * (gain if weight.shape == gain.shape else gain.T)  # Conv1D stores (I, O)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("llama", "model.layers.0.mlp.up_proj"), ("gpt2", "transformer.h.1.attn.c_attn")]
+)
+def test_scores_near_those_of_the_exact_jacobian_as_draws_grow(kind, name):
+    model = make_model(kind).double().eval()
+    batch = {"input_ids": torch.arange(3, 11).unsqueeze(0)}
+    module, weight = model.get_submodule(name), f"{name}.weight"
+    exact = exact_scores(model, batch, module, weight)
+    ratios, correlations = [], []
+    for draws in (2, 256):
+        scores, _ = scores_of(model, probe_network(model, [batch], draws, seed=0), draws)
+        ratio = scores[weight].double() / exact
+        ratios.append(ratio)
+        both = torch.stack([scores[weight].double().flatten(), exact.flatten()])
+        correlations.append(float(torch.corrcoef(both)[0, 1]))
+    assert abs(float(ratios[1].mean()) - math.sqrt(2 / math.pi)) < 0.01  # the L1 form's one factor
+    assert float(ratios[1].std()) < 0.3 * float(ratios[0].std())
+    assert correlations[1] > max(0.999, correlations[0])
+
+
+def test_the_batch_size_changes_no_more_than_rounding_of_the_products():
+    model = make_model()
+    rows = [torch.randint(2, 90, (1, 9)) for _ in range(4)]
+    one = probe_network(model, [{"input_ids": torch.cat(rows)}], 400, seed=0)
+    four = probe_network(model, [{"input_ids": row} for row in rows], 400, seed=1)
+    for name, gain in one.items():
+        assert gain.tokens == four[name].tokens == 36
+        ratio = gain.total / four[name].total
+        assert ratio.mean().sub(1).abs() < 0.02
+        assert ratio.std() < 0.1
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_probe_needs_no_data_and_says_what_it_scored(tmp_path):
+    pair = make_pair(tmp_path)
+    report = probe_model(pair / "base", tmp_path / "importance", SMALL)
+    assert report.samples == 6
+    assert report.tokens == 72
+    importance = Importance.open(tmp_path / "importance")
+    linear = {name for name, _ in make_model().named_parameters() if "_proj" in name}
+    assert set(importance.digests) == linear
+    assert set(importance.reasons) == {name for name, _ in make_model().named_parameters()} - linear
+    assert report.entries == sum(importance.read(name).numel() for name in linear)
+    again = probe_model(pair / "base", tmp_path / "again", SMALL)
+    assert again.tokens == report.tokens
+    assert (tmp_path / "again" / SCORES).read_bytes() == (tmp_path / "importance" / SCORES).read_bytes()
+
+
+def test_a_model_in_bfloat16_has_the_scores_of_float32_but_for_rounding(tmp_path):
+    pair = make_pair(tmp_path, dtype=torch.bfloat16)
+    found = []
+    for dtype in ("bfloat16", "float32"):
+        options = ProbeOptions(num_samples=8, rademacher=16, seq_len=12, dtype=dtype)
+        probe_model(pair / "base", tmp_path / dtype, options, data=pair / "data.jsonl")
+        found.append(Importance.open(tmp_path / dtype).read("model.layers.1.mlp.down_proj.weight"))
+    assert np.corrcoef(*(score.flatten().log().numpy() for score in found))[0, 1] > 0.95
+
+
+def test_a_probe_is_not_written_over_what_is_there(tmp_path):
+    pair = make_pair(tmp_path)
+    probe_model(pair / "base", tmp_path / "importance", SMALL)
+    with pytest.raises(OptionsError, match="already holds"):
+        probe_model(pair / "base", tmp_path / "importance", SMALL)
+    (tmp_path / "importance" / "mine.txt").write_text("mine")
+    with pytest.raises(OptionsError, match="other files"):
+        probe_model(pair / "base", tmp_path / "importance", ProbeOptions(overwrite=True))
+
+
+def test_a_damaged_importance_is_one_error(tmp_path):
+    pair = make_pair(tmp_path)
+    probe_model(pair / "base", tmp_path / "importance", SMALL)
+    manifest = json.loads((tmp_path / "importance" / MANIFEST).read_text())
+    for change in ({"format_version": 0}, {"parameters": []}, {"parameters": {"x": "y"}}, {"base": 3}):
+        (tmp_path / "importance" / MANIFEST).write_text(json.dumps(manifest | change))
+        with pytest.raises(ImportanceError):
+            Importance.open(tmp_path / "importance")
+    (tmp_path / "importance" / MANIFEST).unlink()
+    with pytest.raises(ImportanceError, match="no importance"):
+        Importance.open(tmp_path / "importance")
+
+
+@pytest.mark.slow
+def test_a_probe_takes_at_most_half_as_long_again_as_its_passes():
+    """Its passes: one forward and eight backward, without the products and without gradients of weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **sizes)).requires_grad_(False)
+    batch = {"input_ids": torch.randint(1000, (4, 128))}
+
+    def passes():
+        leaf = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
+        logits = model(inputs_embeds=leaf).logits
+        for draw in range(8):
+            torch.autograd.grad(logits, leaf, torch.ones_like(logits), retain_graph=draw < 7)
+
+    def probe():
+        probe_network(model, [batch], 8, seed=0)
+
+    ratios = []
+    for _ in range(7):
+        seconds = []
+        for run in (passes, probe):
+            started = perf_counter()
+            run()
+            seconds.append(perf_counter() - started)
+        ratios.append(seconds[1] / seconds[0])
+    assert median(ratios) < 1.5

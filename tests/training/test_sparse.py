@@ -1,0 +1,202 @@
+"""Sparse fine-tuning on Trainers of transformers and trl: what is frozen stays the base's, bit for bit."""
+
+import pytest
+import torch
+from helpers import bits, make_model, make_tokenizer
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainingArguments
+
+from tailorcli.core import spider
+from tailorcli.core.dowser import least_important
+from tailorcli.errors import OptionsError
+from tailorcli.training import SparseTuning
+from tailorcli.training.choice import choose, in_tower
+from tailorcli.training.importance import Importance, ImportanceError
+from tailorcli.training.probe import probe_model
+from tailorcli.training.settings import ProbeOptions
+from tailorcli.training.sparse import blocks_by_parent
+
+PROBE = ProbeOptions(num_samples=8, rademacher=2, seq_len=16)
+ROWS = [{"input_ids": (row := [(3 * n + 7 * i) % 90 + 2 for i in range(12)]), "labels": row} for n in range(24)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sparse") / "base"
+    make_model(layers=3).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def importance(base):
+    probe_model(base, base.parent / "importance", PROBE)
+    return base.parent / "importance"
+
+
+def load(base, dtype=torch.float32):
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(base, dtype=dtype)
+
+
+def arguments(folder, **more):
+    given = {"max_steps": 6, "learning_rate": 1e-2, "weight_decay": 0.1, "per_device_train_batch_size": 4}
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
+    return TrainingArguments(folder, **{"save_strategy": "no"} | given | quiet | more)
+
+
+def train(base, folder, tuning, dtype=torch.float32, **more):
+    """A run on a plain Trainer; the parameters before and after."""
+    model = load(base, dtype)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    trainer = Trainer(model, arguments(folder, **more), train_dataset=ROWS)
+    tuning.attach(trainer)
+    trainer.train()
+    return before, {name: value.detach() for name, value in model.named_parameters()}
+
+
+def shares(before, after):
+    return {name: float((before[name] != after[name]).double().mean()) for name in before}
+
+
+FROZEN = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dowser_moves_nothing_but_what_matters_least(base, importance, tmp_path, dtype, optim):
+    """Weight decay is on, and Adafactor decays and scales in its own way."""
+    tuning = SparseTuning("dowser", importance=importance, update_ratio=0.2)
+    rate = 3.0 if optim == "sgd" else 1e-2
+    before, after = train(base, tmp_path, tuning, dtype, optim=optim, learning_rate=rate)
+    scores = Importance.open(importance)
+    for name in before:
+        if name not in scores.digests:
+            assert bits(before[name]) == bits(after[name]), name
+            continue
+        mask = least_important(scores.read(name), 0.2)
+        assert bits(before[name][~mask]) == bits(after[name][~mask]), name
+        assert (before[name] != after[name])[mask].float().mean() > 0.5, name
+    assert set(tuning.unscored) == {n for n in before if "norm" in n}
+
+
+def test_masked_decay_is_what_the_optimiser_does_to_the_trained_entries(base, importance, tmp_path):
+    """With every entry trained dowser is full fine-tuning of the same layers, decay included."""
+    for optim in ("adamw_torch", "sgd"):
+        everything = SparseTuning("dowser", importance=importance, update_ratio=1.0)
+        _, sparse = train(base, tmp_path, everything, optim=optim)
+        _, full = train(base, tmp_path, SparseTuning("full", trainable=["*_proj.weight"]), optim=optim)
+        assert all(bits(sparse[name]) == bits(full[name]) for name in full)
+
+
+def test_spider_on_a_trainer_is_algorithm_1(base, tmp_path):
+    """Five steps of plain gradient descent, by hand with the same equations in float64."""
+    more = {"max_steps": 5, "optim": "sgd", "weight_decay": 0.0, "learning_rate": 0.5, "max_grad_norm": 0.0}
+    more |= {"lr_scheduler_type": "constant", "train_sampling_strategy": "sequential"}
+    _, after = train(base, tmp_path, SparseTuning("spider", last_layers=1), **more)
+    model = load(base)
+    names = choose(model, last_layers=1)
+    parameters = dict(model.named_parameters())
+    start = {name: parameters[name].detach().clone().double() for name in names}
+    sofar = dict.fromkeys(names, 0.0)
+    for step in range(5):
+        model.zero_grad()
+        batch = torch.tensor([row["input_ids"] for row in ROWS[4 * step : 4 * step + 4]])
+        logits = model(input_ids=batch).logits
+        cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
+        for name in names:
+            weight, gradient = parameters[name].detach().double(), parameters[name].grad.double()
+            sofar[name] = 0.85 * sofar[name] + gradient
+            learnt, general = (spider.importance(t, spider.moments(t)).double() for t in (sofar[name], start[name]))
+            mask = torch.where(learnt > general, learnt / (learnt + general), 0.0)
+            mask = (mask / mask[mask != 0].mean()).clamp(max=1.0)
+            moved = (weight - 0.5 * gradient) * mask + start[name] * (1 - mask)
+            with torch.no_grad():
+                parameters[name].copy_(moved)
+    for name, value in parameters.items():
+        assert torch.allclose(after[name], value, rtol=1e-4, atol=1e-6), name
+    found = shares({n: v.float() for n, v in start.items()}, {n: after[n] for n in names})
+    assert 0.2 < found["model.layers.2.mlp.up_proj.weight"] < 0.8
+
+
+def test_half_moves_half_of_the_blocks_in_a_round(base, tmp_path):
+    before, after = train(base, tmp_path, SparseTuning("half", round_steps=100))
+    moved = {name for name, share in shares(before, after).items() if share}
+    groups = blocks_by_parent([name for name in before if name not in FROZEN])
+    assert len(groups) == 10  # attention, feed-forward and norms of three layers, and the last norm
+    for group in groups:
+        trained = [set(block) <= moved for block in group]
+        assert sum(trained) in (len(group) // 2, (len(group) + 1) // 2)
+        assert all(set(block) <= moved or not set(block) & moved for block in group)
+
+
+def test_half_draws_anew_in_every_round(base, tmp_path):
+    before, after = train(base, tmp_path, SparseTuning("half"), max_steps=12)
+    moved = {name for name, share in shares(before, after).items() if share}
+    assert moved == set(before) - set(FROZEN)
+
+
+def test_l2_stays_nearer_to_the_base_than_full(base, tmp_path):
+    far = {}
+    for method in ("full", "l2"):
+        before, after = train(base, tmp_path, SparseTuning(method, strength=1.0), optim="sgd", max_grad_norm=0.0)
+        far[method] = sum(float((after[name] - before[name]).square().sum()) for name in before)
+        assert all(bits(before[name]) == bits(after[name]) for name in FROZEN)
+    assert 0 < far["l2"] < 0.98 * far["full"]
+
+
+@pytest.mark.parametrize("method", ["spider", "half", "dowser"])
+def test_a_resumed_run_ends_where_an_unbroken_one_does(base, importance, tmp_path, method):
+    given = {"importance": importance} if method == "dowser" else {}
+    _, whole = train(base, tmp_path / "whole", SparseTuning(method, **given))
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    train(base, tmp_path / "cut", SparseTuning(method, **given), **saving)
+    model = load(base)
+    trainer = Trainer(model, arguments(tmp_path / "cut", **saving), train_dataset=ROWS)
+    SparseTuning(method, **given).attach(trainer)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    assert all(bits(whole[name]) == bits(value.detach()) for name, value in model.named_parameters())
+
+
+def test_an_importance_of_another_base_is_refused(base, importance, tmp_path):
+    model = make_model(layers=3, seed=5)
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=ROWS)
+    with pytest.raises(ImportanceError, match="another base"):
+        SparseTuning("dowser", importance=importance).attach(trainer)
+
+
+def test_options_out_of_range_are_refused(importance):
+    for given in (
+        {"method": "dowser"},
+        {"method": "full", "importance": importance},
+        {"method": "dowser", "importance": importance, "update_ratio": 0.0},
+        {"method": "dowser", "importance": importance, "update_ratio": 1.5},
+        {"method": "none"},
+        {"method": "spider", "accumulate": "mean"},
+        {"method": "l2", "strength": -1.0},
+        {"method": "half", "round_steps": 0},
+    ):
+        with pytest.raises(OptionsError):
+            SparseTuning(**given)
+
+
+def test_what_is_trained_is_chosen():
+    model = make_model(layers=3)
+    everything = [name for name, _ in model.named_parameters()]
+    assert choose(model) == [name for name in everything if name not in FROZEN]
+    assert choose(model, last_layers=2) == [n for n in everything if "layers.1." in n or "layers.2." in n]
+    assert choose(model, ["*up_proj*", "lm_head*"], None)[-1] == "lm_head.weight"
+    assert choose(model, ["*up_proj*", "lm_head*"], 1) == ["model.layers.2.mlp.up_proj.weight"]
+    for given in ({"last_layers": 4}, {"trainable": ["nothing*"]}, {"trainable": ["lm_head*"], "last_layers": 1}):
+        with pytest.raises(OptionsError):
+            choose(model, **given)
+
+
+def test_towers_are_known_and_connectors_are_none():
+    towers = ("model.vision_tower.vision_model.encoder.layers.0.q.weight", "model.visual.blocks.0.attn.qkv.weight")
+    for name in (*towers, "vision_model.encoder.weight", "audio_tower.conv1.weight"):
+        assert in_tower(name), name
+    others = ("model.visual.merger.mlp.0.weight", "model.multi_modal_projector.linear_1.weight")
+    for name in (*others, "model.language_model.layers.0.mlp.up_proj.weight", "model.layers.0.weight"):
+        assert not in_tower(name), name
