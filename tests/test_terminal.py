@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_pair, run
+from helpers import invoke, make_pair, run
 from safetensors.torch import save_file
 
 from tailorcli import terminal
@@ -46,8 +46,11 @@ def hostile(tmp_path_factory):
 
 def shown(done):
     """All that a command wrote, which must not act on a terminal."""
-    assert b"Traceback" not in done.stderr, done.stderr.decode()
-    text = (done.stdout or b"").decode() + done.stderr.decode()
+    return harmless((done.stdout or b"").decode() + done.stderr.decode())
+
+
+def harmless(text):
+    assert "Traceback" not in text, text
     assert not ACTING.search(text), ascii(ACTING.search(text))
     return text
 
@@ -74,9 +77,9 @@ def test_names_from_files_and_paths_do_nothing_to_a_terminal(hostile, tmp_path):
         ("verify", out, "--base", base, "--patch", file),
         ("merge-multi", base, file, file, "--method", "patches", "-o", tmp_path / "merged"),
     ):
-        done = program(*arguments)
-        assert done.returncode == 0 or arguments[0] == "merge-multi", done.stderr.decode()
-        named += [arguments[0]] if "\\x1b]0;owned" in shown(done) else []
+        done = invoke(*arguments)
+        assert done.exit_code == 0 or arguments[0] == "merge-multi", done.stderr
+        named += [arguments[0]] if "\\x1b]0;owned" in harmless(done.stdout + done.stderr) else []
     assert {"inspect", "score", "patch"} <= set(named)
 
 
