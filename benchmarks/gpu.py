@@ -12,6 +12,7 @@ one begins; one for which ``--budget`` leaves no time is passed over.
               against the paper's 1260 s for 2.7e9 parameters on a V100. Targets: 60 s, twice the plain copy, 8 GB.
 - floors      the stages of that run over the least bytes and multiply-adds at this machine's rates.
 - calibrate   128 samples of 2048 tokens against a bare forward pass. Target: within 1.5 times.
+- distill     a step of distillation against a plain training step. Targets: 1.25 times, 200 in 300 s, 40 GB.
 
 ``--device cpu --tiny`` goes through every line of it on small shapes.
 """
@@ -36,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import distillation
 from benchmarks.common import describe, environment, markdown, parser, progress, use_threads, verdict, write_json
 from benchmarks.solver import Layer, joint, layer_error, make_layer, sequential
 from benchmarks.synthetic import LlamaShape, correlated_hessian, write_pair, write_samples, write_stats, write_tokenizer
@@ -47,8 +49,16 @@ from tailorcli.core.chunks import row_chunks
 from tailorcli.device import exact_float32
 from tailorcli.options import Blockwise, CalibrateOptions, PatchOptions, Solver
 
-SECTIONS = ("correct", "layers", "variants", "patch", "floors", "calibrate")
-NEEDED = {"correct": 30, "layers": 45, "variants": 30, "patch": 150, "floors": 15, "calibrate": 90}  # seconds
+SECTIONS = ("correct", "layers", "variants", "patch", "floors", "calibrate", "distill")
+NEEDED = {
+    "correct": 30,
+    "layers": 45,
+    "variants": 30,
+    "patch": 150,
+    "floors": 15,
+    "calibrate": 90,
+    "distill": 60,
+}  # seconds
 PAPER_SECONDS_A_PARAMETER = 1260 / 2.7e9  # on one V100
 PATCH_SECONDS, PLAIN_RATIO, PEAK_BYTES, SPEEDUP, CALIBRATE_RATIO = 60.0, 2.0, 8e9, 5.0, 1.5
 DENSITY = 0.1
@@ -530,6 +540,16 @@ def render_calibrate(found: Figures) -> str:
     )
 
 
+# Distillation.
+
+
+def measure_distill(bench: Bench) -> Figures:
+    """A step on a model of random weights in the shapes that were asked for, whatever the disk takes."""
+    shape = replace(bench.shape, layers=bench.args.layers)
+    timed, peak = partial(bench.timed, warm=True), lambda: bench.peak
+    return distillation.measure(shape, bench.device, DENSITY, bench.args.tiny, timed, bench.free, peak)
+
+
 # All of it.
 
 MEASURE: dict[str, Callable[[Bench], Figures]] = {
@@ -539,6 +559,7 @@ MEASURE: dict[str, Callable[[Bench], Figures]] = {
     "patch": measure_patch,
     "floors": measure_floors,
     "calibrate": measure_calibrate,
+    "distill": measure_distill,
 }
 RENDER: dict[str, Callable[[Figures], str]] = {
     "correct": render_correct,
@@ -547,6 +568,7 @@ RENDER: dict[str, Callable[[Figures], str]] = {
     "patch": render_patch,
     "floors": render_floors,
     "calibrate": render_calibrate,
+    "distill": distillation.render,
 }
 
 
