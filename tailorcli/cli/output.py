@@ -120,11 +120,19 @@ def _cost(plan: Plan, output: Path | None, patch_file: Path | None) -> dict[str,
     retained = sum(bool(tensor.retained_hessians) for tensor in plan.patched)
     how = ", propagated: three models run block by block" if plan.propagates else ""
     term = f" ({retained} with the retain term{how})" if retained else ""
+    training = {}
+    if plan.training is not None:
+        steps, host = counted(plan.training.steps, "step"), plan.training.host_bytes
+        there = f"{format_bytes(plan.training.device_bytes)} on the GPU and {format_bytes(host)} beside it"
+        if plan.training.device == "cpu":
+            there = f"{format_bytes(plan.training.device_bytes + host)} of memory"
+        training = {"training": f"at most {steps}, about {there}"}
     return {
         "tensors": f"patching {counted(len(plan.patched), 'tensor')}{term}, leaving {len(plan.left_at_base)} at base",
         "read": format_bytes(plan.read_bytes),
         "write": " and ".join(writes),
         "memory": f"about {format_bytes(plan.peak_bytes)} at the peak",
+        **training,
     }
 
 
@@ -133,6 +141,8 @@ def show_cost(plan: Plan, output: Path | None, patch_file: Path | None) -> None:
     costs = _cost(plan, output, patch_file)
     read, memory = costs["read"], costs["memory"].replace(" at", " of memory at")
     say(f"{costs['tensors']}: {read} to read, to write {costs['write']}, {memory}", err=True)
+    if "training" in costs:
+        say(f"then training the kept entries: {costs['training']}", err=True)
 
 
 def show_plan(

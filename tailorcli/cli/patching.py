@@ -244,14 +244,15 @@ def patch(
             "--distill needs the samples of both statistics",
             "pass --stats STATS and --retain STATS (tailorcli calibrate BASE --synthetic -o STATS)",
         )
+    how = DistillOptions(distill_steps, distill_rate, distill_weight, distill_batch_size, seed)
     if dry_run:
-        show_plan(
-            plan_patch(base, tuned, output, stats, options, patch_file, retain, graft_data),
-            output,
-            patch_file,
-            as_json,
-            tensors,
-        )
+        if distill and stats is not None and retain is not None:
+            from tailorcli.patching.distilled import plan_distilled
+
+            plan = plan_distilled(base, tuned, output, stats, retain, options, how, patch_file, graft_data)
+        else:
+            plan = plan_patch(base, tuned, output, stats, options, patch_file, retain, graft_data)
+        show_plan(plan, output, patch_file, as_json, tensors)
         return
     if output is not None and not ((base if is_adapter(tuned) else tuned) / "config.json").exists():
         say(f"note: {tuned} has no config.json, so {output} will not load with from_pretrained", err=True)
@@ -264,7 +265,6 @@ def patch(
     if distill and stats is not None and retain is not None:
         from tailorcli.patching.distilled import distill_checkpoint
 
-        how = DistillOptions(distill_steps, distill_rate, distill_weight, distill_batch_size, seed)
         report = distill_checkpoint(base, tuned, output, stats, retain, options, how, **shown)
     else:
         report = patch_checkpoint(base, tuned, output, stats, options, retain=retain, **shown)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from tailorcli.adapters.checkpoint import config_folder
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
@@ -20,13 +21,15 @@ from tailorcli.options import DistillOptions, PatchOptions
 from tailorcli.patchfile.reader import PatchFile, raw_bytes
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.checks import check_retain, check_stats
+from tailorcli.patching.cost import most_kept
 from tailorcli.patching.patch import patch_checkpoint, side_files_of
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs
 from tailorcli.runs.outputs import Outputs, Target, identity_of, progress_bar, records_of
-from tailorcli.runs.plan import Plan
+from tailorcli.runs.plan import Plan, TrainingPlan
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from tailorcli.patchfile.records import TensorRecord
@@ -60,27 +63,19 @@ def distill_checkpoint(
     if target.folder is None and target.patch_file is None:
         raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
     with ExitStack() as stack:
-        fitted = options.method == "tailor" and options.needs_hessians
-        used, used_retain = (stats, retain) if fitted else (None, None)  # else the samples of both are used alone
-        inputs = PatchInputs.open(base, tuned, used, options, stack, used_retain, graft_data)
-        if inputs.base.dequantized or options.resized_vocab:
-            what = "quantised checkpoints" if inputs.base.dequantized else "--resized-vocab"
-            raise OptionsError(f"--distill does not go with {what}", "leave --distill out")
-        both = [stack.enter_context(closing(Stats.open(path))) for path in (stats, retain)]
+        sources = _Sources.open(base, tuned, stats, retain, options, stack, graft_data)
+        inputs, both = sources.inputs, sources.both
         side = side_files_of(inputs, options)
         read = [*inputs.files, *both[0].files, *both[1].files]
         watch = Watch([*read, *(source for source in side.values() if isinstance(source, Path))])
-        check_stats(inputs.base, inputs.tuned, both[0])
-        check_retain(inputs.base, inputs.tuned, both[1], PatchOptions())
-        plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain_stats)
         device = resolve_device(options.device)
+        plan = sources.plan(options, distill, device)
         described = inputs.describe()
         settings = {f"distill {name}": value for name, value in asdict(distill).items()}
         settings |= {f"distilled on {number}": found.fingerprint() for number, found in enumerate(both)}
         identity = identity_of(described, options.identity(True) | settings, device)
         manifest = {"task": options.task, "license": options.license, "inputs": described}
-        paths = [*inputs.paths, *(found.path for found in both)]
-        job = (plan, inputs.base, paths, identity, "patch", side, manifest)
+        job = (plan, inputs.base, sources.paths, identity, "patch", side, manifest)
         begun = target.begin(*job, announce=announce)
         if isinstance(begun, PatchReport):
             return begun
@@ -88,13 +83,13 @@ def distill_checkpoint(
         work = target.place.with_name(target.place.name + SUFFIX)
         if not options.resume:
             remove_work(work)
-        closed = _closed_form(base, tuned, work, used, used_retain, options, progress, graft_data)
+        closed = _closed_form(base, tuned, work, *sources.used, options, progress, graft_data)
         timer = StageTimer(device)
         with PatchFile.open(work / START) as file:
             from tailorcli.training.run import distill_patch_file
 
             with timer.stage("distill"), exact_float32(), device_errors("a smaller --distill-batch-size"):
-                pair = (inputs.base, inputs.tuned, both[0], both[1])
+                pair = (inputs.base, inputs.tuned, *both)
                 how = (progress, options.trust_remote_code)
                 found = distill_patch_file(file, *pair, distill, device, work / STATE, *how)
             bar = stack.enter_context(progress_bar(plan.tensors, "writing", progress))
@@ -108,6 +103,78 @@ def distill_checkpoint(
         outputs.finish(report, watch)
         remove_work(work)
         return report
+
+
+def plan_distilled(
+    base: PathLike,
+    tuned: PathLike,
+    output: PathLike | None,
+    stats: PathLike,
+    retain: PathLike,
+    options: PatchOptions = PatchOptions(),
+    distill: DistillOptions = DistillOptions(),
+    patch_file: PathLike | None = None,
+    graft_data: PathLike | None = None,
+) -> Plan:
+    """What ``distill_checkpoint`` would do and what it would cost, from headers and samples. Raises TailorError."""
+    options = options.resolved(True)
+    with ExitStack() as stack:
+        sources = _Sources.open(base, tuned, stats, retain, options, stack, graft_data)
+        plan = sources.plan(options, distill, resolve_device(options.device))
+        target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
+        target.check(sources.paths, plan)
+        return plan
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """What a distilled patch is made of: the inputs of the patch, and the statistics whose samples are learned from."""
+
+    inputs: PatchInputs
+    both: tuple[Stats, Stats]
+    used: tuple[PathLike | None, PathLike | None]  # by the closed form
+
+    @classmethod
+    def open(
+        cls,
+        base: PathLike,
+        tuned: PathLike,
+        stats: PathLike,
+        retain: PathLike,
+        options: PatchOptions,
+        stack: ExitStack,
+        graft_data: PathLike | None,
+    ) -> _Sources:
+        """Open all by their headers; ``stack`` closes them. Raises TailorError where they do not go together."""
+        fitted = options.method == "tailor" and options.needs_hessians
+        used = (stats, retain) if fitted else (None, None)  # else the samples of both are used alone
+        inputs = PatchInputs.open(base, tuned, used[0], options, stack, used[1], graft_data)
+        if inputs.base.dequantized or options.resized_vocab:
+            what = "quantised checkpoints" if inputs.base.dequantized else "--resized-vocab"
+            raise OptionsError(f"--distill does not go with {what}", "leave --distill out")
+        new, retained = (stack.enter_context(closing(Stats.open(path))) for path in (stats, retain))
+        check_stats(inputs.base, inputs.tuned, new)
+        check_retain(inputs.base, inputs.tuned, retained, PatchOptions())
+        return cls(inputs, (new, retained), used)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Where all lie: no output may."""
+        return [*self.inputs.paths, *(found.path for found in self.both)]
+
+    def plan(self, options: PatchOptions, distill: DistillOptions, device: torch.device) -> Plan:
+        """The plan of the patch with that of its training. Raises TailorError."""
+        from tailorcli.training.cost import training_bytes
+        from tailorcli.training.run import run_options
+
+        inputs = self.inputs
+        plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain_stats)
+        kept = [(tensor.name, count) for tensor, count in most_kept(plan.patched, options)]
+        kinds = [found.samples() for found in self.both]
+        how = run_options(self.both[0], options.trust_remote_code)
+        where = config_folder(inputs.tuned)
+        needed = training_bytes(inputs.base, where, kept, kinds, how, distill.batch_size, device.type == "cuda")
+        return replace(plan, training=TrainingPlan(distill.steps, device.type, *needed))
 
 
 def _closed_form(

@@ -76,6 +76,16 @@ class TensorPlan:
 
 
 @dataclass(frozen=True)
+class TrainingPlan:
+    """What training the kept entries will take at its fullest; on a CPU both kinds of memory are its own."""
+
+    steps: int  # at most
+    device: str
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """All tensors in the order of work (those that share a Hessian side by side) and what the run will cost."""
 
@@ -86,6 +96,7 @@ class Plan:
     patch_bytes: int  # of a patch file, at most
     peak_bytes: int
     propagates: bool = False  # the models are run over the statistics' samples
+    training: TrainingPlan | None = None  # of the kept entries, once they are there
 
     @property
     def patched(self) -> list[TensorPlan]:
@@ -107,6 +118,7 @@ class Plan:
             "patch_bytes": self.patch_bytes,
             "peak_memory_bytes": self.peak_bytes,
             "propagates": self.propagates,
+            **({"training": asdict(self.training)} if self.training is not None else {}),
         }
 
 

@@ -26,14 +26,13 @@ def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
     return blocks
 
 
-def kept_bytes(network: Any, tokens: int) -> tuple[int, int]:
+def kept_bytes(network: Any, tokens: int, size: int) -> tuple[int, int]:
     """About how many bytes backward needs of ``tokens`` tokens: of all blocks together, and of the largest.
 
-    Of every linear layer its inputs and outputs; what lies between them is about as much again.
+    Of every linear layer its inputs and outputs, ``size`` bytes each; what lies between them is about as much again.
     """
     config = network.config.get_text_config()
     experts = int(getattr(config, "num_experts_per_tok", None) or _EXPERTS)
-    size = int(next(iter(network.parameters())).element_size())
 
     def held(module: nn.Module) -> int:
         features = 0
@@ -53,7 +52,7 @@ def checkpointed(network: nn.Module, tokens: int) -> Iterator[bool]:
     Whether they do depends on the network alone and not on what is free: a run that is taken up again does the same.
     transformers' own switch works in training mode alone, which turns dropout on; this leaves the mode as it is.
     """
-    if kept_bytes(network, tokens)[0] <= MOST_BYTES:
+    if kept_bytes(network, tokens, next(network.parameters()).element_size())[0] <= MOST_BYTES:
         yield False
         return
     blocks = list(blocks_of(network).values())

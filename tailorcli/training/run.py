@@ -62,7 +62,7 @@ def distill_patch_file(
 
     ``state`` is where an interrupted run is taken up, and where this one leaves its own. Raises TailorError.
     """
-    of_new, of_retained = (_options_of(source, trust_remote_code) for source in (stats, retain))
+    of_new, of_retained = (run_options(source, trust_remote_code) for source in (stats, retain))
     new, retained = stats.samples(), retain.samples()
     with Progress("teachers", len(new) + len(retained), "samples", shown=progress) as bar:
         network, _ = _network(base if isinstance(tuned, AdaptedCheckpoint) else tuned, tuned, of_new, None, device)
@@ -120,8 +120,8 @@ def distill_patch_file(
     return Distilled(values, history, untrained)
 
 
-def _options_of(stats: Stats, trust_remote_code: bool) -> CalibrateOptions:
-    """How the model ran when it was calibrated."""
+def run_options(stats: Stats, trust_remote_code: bool) -> CalibrateOptions:
+    """How the model of statistics ran when it was calibrated, and runs here."""
     saved = stats.manifest["options"]
     return CalibrateOptions(dtype=saved["dtype"], trust_remote_code=trust_remote_code)
 

@@ -16,8 +16,8 @@ from tailorcli.models.running import forward, output_head, to_device
 if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
 
-_LOGITS_BYTES = 1 << 28  # float32 logits that are in memory at a time; about five arrays of them are
-_CPU_LOGITS_BYTES = 1 << 25  # no less quick there
+LOGITS_BYTES = 1 << 28  # float32 logits that are in memory at a time; about five arrays of them are
+CPU_LOGITS_BYTES = 1 << 25  # no less quick there
 
 
 @dataclass
@@ -130,7 +130,7 @@ def loss(student: Any, teacher: Teacher, batch: Inputs, states: Tensor, wanted: 
 
 def _pieces(hidden: Tensor, taught: Tensor, head: nn.Linear) -> list[tuple[Tensor, Tensor]]:
     """Both cut into as many tokens as may have their logits in memory."""
-    most = _LOGITS_BYTES if hidden.is_cuda else _CPU_LOGITS_BYTES
+    most = LOGITS_BYTES if hidden.is_cuda else CPU_LOGITS_BYTES
     size = max(1, most // (4 * head.weight.shape[0]))
     return list(zip(torch.split(hidden, size), torch.split(taught, size), strict=True))
 

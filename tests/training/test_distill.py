@@ -122,7 +122,7 @@ def test_the_loss_is_the_mean_over_predicted_tokens_however_it_is_cut(monkeypatc
     expected = float((p.exp() * (p - q)).sum(-1).mean())
     states = torch.stack(teacher.states)
     for nbytes in (1 << 28, 4 * 100 * 5):
-        monkeypatch.setattr("tailorcli.training.teachers._CPU_LOGITS_BYTES", nbytes)
+        monkeypatch.setattr("tailorcli.training.teachers.CPU_LOGITS_BYTES", nbytes)
         found = float(loss(base, teacher, batch, states, predicted(batch, ()), grad=False).detach())
         assert found == pytest.approx(expected, rel=1e-4)
 
@@ -171,7 +171,7 @@ def test_the_losses_gradient_is_that_of_the_whole_expression_however_it_is_cut(m
     q = base(**batch).logits[:, :-1].log_softmax(-1)
     (p.exp() * (p - q)).sum(-1).mean().backward()
     expected = {name: parameter.grad for name, parameter in base.named_parameters()}
-    monkeypatch.setattr("tailorcli.training.teachers._CPU_LOGITS_BYTES", 4 * 100 * 5)
+    monkeypatch.setattr("tailorcli.training.teachers.CPU_LOGITS_BYTES", 4 * 100 * 5)
     base.zero_grad()
     loss(base, teacher, batch, torch.stack(teacher.states), predicted(batch, ()), grad=True).backward()
     for name, parameter in base.named_parameters():

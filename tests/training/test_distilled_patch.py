@@ -110,6 +110,17 @@ def test_the_command(pair, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_a_dry_run_tells_what_training_takes(pair, tmp_path):
+    base, tuned, output, stats, retain = arguments(pair, tmp_path / "out")
+    how = ("--stats", stats, "--retain", retain, "--distill", "--density", 0.2, "--dry-run", "-o", output)
+    assert "at most 200 steps, about" in run("patch", base, tuned, *how).stdout
+    found = json.loads(run("patch", base, tuned, *how, "--json").stdout)["training"]
+    numel = sum(value.numel() for value in read_tensors(pair / "base").values())
+    assert found["device_bytes"] > 4 * numel + 20 * round(0.2 * numel) - 2000
+    assert found["host_bytes"] < 1 << 20
+    assert not output.exists()
+
+
 def test_tied_tables_in_half_precision(tmp_path):
     folder = with_statistics(make_pair(tmp_path, dtype=torch.bfloat16, tied=True))
     report = distilled(folder, tmp_path / "out")
