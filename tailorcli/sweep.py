@@ -26,6 +26,7 @@ from tailorcli._version import __version__
 from tailorcli.adapters.checkpoint import is_adapter, open_tuned
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.errors import CheckpointError, OptionsError, OutputError, TailorError
 from tailorcli.evaluation.evaluate import encode_for_all, score_model, tokenizer_digest
 from tailorcli.evaluation.metrics import (
@@ -43,12 +44,14 @@ from tailorcli.evaluation.metrics import (
 from tailorcli.evaluation.tasks import Task, read_tasks
 from tailorcli.files import PathLike, as_output_error, file_digest, read_json, write_text_atomically
 from tailorcli.guard import OutputLock, entries, protect
-from tailorcli.options import EvaluateOptions, PatchMethod, PatchOptions, Solver
+from tailorcli.options import DistillOptions, EvaluateOptions, PatchMethod, PatchOptions, Solver
+from tailorcli.patching.distilled import distill_checkpoint
 from tailorcli.patching.patch import patch_checkpoint
-from tailorcli.typed import field_of, list_of, read_amount, read_number, read_object
+from tailorcli.typed import field_of, list_of, maybe, read_amount, read_count, read_number, read_object
 
 if TYPE_CHECKING:
     from tailorcli.evaluation.tasks import EncodedTask
+    from tailorcli.patchfile.report import PatchReport
 
 FORMAT_VERSION = 1
 REPORT_FILE = "sweep.json"
@@ -60,34 +63,41 @@ _RESULT = re.compile(r"[0-9a-f]{24}\.json(\.part)?")
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to patch: the options, and whether the retained statistics are used."""
+    """One way to patch: the options, whether the retained statistics are used, and how it is distilled, if it is.
+
+    What is distilled uses the samples of both statistics, whatever its method.
+    """
 
     options: PatchOptions
     retained: bool = False
+    distill: DistillOptions | None = None
 
     @property
     def resolved(self) -> PatchOptions:
         """The options with a value for everything."""
-        return self.options.resolved(self.retained)
+        return self.options.resolved(self.retained or self.distill is not None)
 
     @property
     def family(self) -> str:
         """What it is compared as; the settings of a family make one frontier."""
         o = self.resolved
+        distilled = ", distilled" if self.distill is not None else ""
         if o.method != "tailor":
-            return o.method
-        return f"{o.solver}{', propagated' if o.propagate else ', retained' if self.retained else ''}"
+            return f"{o.method}{distilled}"
+        retained = self.retained or (self.distill is not None and o.needs_hessians)
+        return f"{o.solver}{', propagated' if o.propagate else ', retained' if retained else ''}{distilled}"
 
     @property
     def label(self) -> str:
         """The family with what distinguishes its settings."""
         o = self.resolved
-        if o.method == "interpolate":
-            return f"interpolate {o.effective_weight:g}"
-        if o.method == "lines":
-            return f"lines, alpha {o.alpha:g}, beta {o.effective_beta:g}"
-        if o.method == "dg-hard":
-            return f"dg-hard, threshold scale {o.threshold_scale:g}"
+        if o.is_dense:
+            dense = {
+                "interpolate": [f"{self.family} {o.effective_weight:g}"],
+                "lines": [self.family, f"alpha {o.alpha:g}", f"beta {o.effective_beta:g}"],
+            }
+            parts = dense.get(o.method, [self.family, f"threshold scale {o.threshold_scale:g}"])
+            return ", ".join([*parts, *self._distilled])
         parts = [self.family, f"density {o.density:g}"]
         if self.retained:
             parts.append(f"retain weight {o.retain_weight:g}")
@@ -97,7 +107,17 @@ class Setting:
             parts.append(f"damping {o.effective_damping:g}")
         if o.effective_weight != 1.0:
             parts.append(f"weight {o.effective_weight:g}")
-        return ", ".join(parts)
+        return ", ".join([*parts, *self._distilled])
+
+    @property
+    def _distilled(self) -> list[str]:
+        """How it is distilled, where that is not as by default."""
+        if self.distill is None:
+            return []
+        chosen, default = asdict(self.distill), asdict(DistillOptions())
+        return [
+            f"distill {name.replace('_', ' ')} {chosen[name]:g}" for name in chosen if chosen[name] != default[name]
+        ]
 
 
 def settings_of(
@@ -110,11 +130,13 @@ def settings_of(
     dampings: Sequence[float | None] = (None,),
     methods: Sequence[PatchMethod | str] = (),
     weights: Sequence[float] = (),
+    distill: DistillOptions | None = None,
 ) -> list[Setting]:
     """Every combination of the values for the method tailor, and of those that ``methods`` have for each of them.
 
     ``retain_weights`` are for the retained statistics; zero is without them. ``weights`` are the interpolation's, and
     the alphas of ``lines``, which goes on from each to tuned itself; ``dg-hard`` has its threshold halved and doubled.
+    With ``distill`` each setting with retained statistics comes once more, distilled.
     """
     found: list[Setting] = []
     for density, omega, solver, retain_weight, damping in product(
@@ -129,6 +151,8 @@ def settings_of(
             damping=damping,
         )
         found.append(Setting(changed, retained=retain_weight > 0))
+        if distill is not None and retain_weight > 0:
+            found.append(Setting(changed, retained=True, distill=distill))
     for method in methods:
         if method == "interpolate":
             found += [Setting(replace(options, method=method, weight=weight)) for weight in weights or WEIGHTS]
@@ -151,6 +175,7 @@ class Point:
     figures: dict[str, dict[str, Array]]
     scores: dict[str, dict[str, TaskScores]]  # part -> task
     seconds: float  # that the patch took
+    patch_bytes: int | None = None  # of its patch file
 
     def at(self, part: str, name: str) -> float:
         """A figure's value."""
@@ -183,6 +208,7 @@ class SweepReport:
                     "family": point.family,
                     "options": point.options,
                     "seconds": point.seconds,
+                    "patch_bytes": point.patch_bytes,
                     "on_frontier": {part: point.label in self.frontier_of(point.family, part) for part in self.parts},
                     **{
                         part: {name: estimate(figure).to_dict() for name, figure in point.figures[part].items()}
@@ -247,13 +273,16 @@ def run_sweep(
         given = {"base": whole["base"], "tuned": stack.enter_context(open_tuned(tuned, whole["base"]))}
         known = _identity(given, folders, stats, retain, graft_data, read, options)
         encoded = {part: encode_for_all(of_part, whole, options) for part, of_part in read.items()}
-        scorer = _Scorer(folder, encoded, options, known)
+        with open_checkpoint(base) as opened:
+            quantised = opened.dequantized
+        scorer = _Scorer(folder, encoded, options, known, quantised)
         results = [scorer.end(name, path) for name, path in folders.items()]
         for number, setting in enumerate(settings, 1):
             say(f"{number} of {len(settings)}: {setting.label}")
+            distilled = setting.distill is not None
             inputs = {
-                "stats": stats if setting.options.needs_hessians else None,
-                "retain": retain if setting.retained else None,
+                "stats": stats if setting.options.needs_hessians or distilled else None,
+                "retain": retain if setting.retained or distilled else None,
                 "graft_data": graft_data if setting.options.method == "graft" else None,
             }
             results.append(scorer.patched(setting, base, tuned, inputs))
@@ -363,6 +392,16 @@ class _Result:
     options: dict[str, Any] | None
     scores: dict[str, dict[str, TaskScores]]  # part -> task
     seconds: float
+    patch_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A model to score: its folder, the seconds that the patch took, the bytes of its patch file."""
+
+    path: Path
+    seconds: float = 0.0
+    patch_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -373,23 +412,32 @@ class _Scorer:
     tasks: dict[str, dict[str, dict[str, EncodedTask]]]  # part -> "base" or "tuned" -> task
     options: EvaluateOptions
     known: dict[str, Any]
+    quantised: bool
 
     def end(self, name: str, path: Path) -> _Result:
         """Base or tuned."""
-        return _Result(name, name, None, *self._scores(name, {}, (), lambda: (path, 0.0), name))
+        return _Result(name, name, None, *self._scores(name, {}, (), lambda: _Made(path), name))
 
     def patched(self, setting: Setting, base: PathLike, tuned: PathLike, inputs: dict[str, PathLike | None]) -> _Result:
         """A setting's model, which is written, evaluated and removed. Raises TailorError, which names the setting."""
         work = self.folder / _WORK
+        model, file = work / "model", work / "patch.safetensors"
         options = setting.resolved
 
-        def make() -> tuple[Path, float]:
+        def make() -> _Made:
             shutil.rmtree(work, ignore_errors=True)
-            report = patch_checkpoint(base, tuned, work, options=options, **inputs)  # type: ignore[arg-type]
-            return work, report.seconds
+            work.mkdir()
+            stored = None if self.quantised else file
+            if setting.distill is None:
+                report = patch_checkpoint(base, tuned, model, options=options, patch_file=stored, **inputs)  # type: ignore[arg-type]
+            else:
+                report = _distilled(setting, options, base, tuned, model, stored, inputs)
+            return _Made(model, report.seconds, None if stored is None else stored.stat().st_size)
 
         try:
             chosen = options.to_dict() | {"retained": setting.retained}
+            if setting.distill is not None:
+                chosen["distill"] = asdict(setting.distill)
             used = [name for name, path in inputs.items() if path is not None]
             found = self._scores(setting.label, chosen, used, make)
         except TailorError as error:
@@ -403,27 +451,45 @@ class _Scorer:
         label: str,
         options: dict[str, Any],
         used: Sequence[str],
-        make: Callable[[], tuple[Path, float]],
+        make: Callable[[], _Made],
         encoded_for: str = "tuned",  # whose tokenizer a patched model has
-    ) -> tuple[dict[str, dict[str, TaskScores]], float]:
+    ) -> tuple[dict[str, dict[str, TaskScores]], float, int | None]:
         unused = {"stats", "retain", "graft_data"}.difference(used)
         known = {name: fact for name, fact in self.known.items() if name not in unused}
         key = json.dumps([label, options, known], sort_keys=True)
         file = self.folder / _POINTS / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.json"
         if not file.exists():
-            path, seconds = make()
+            made = make()
             by_part = {part: models[encoded_for] for part, models in self.tasks.items()}
             flat = {f"{part}/{name}": task for part, tasks in by_part.items() for name, task in tasks.items()}
-            scores = score_model(path, flat, self.options)
-            values = {"label": label, "options": options, "seconds": seconds}
+            scores = score_model(made.path, flat, self.options)
+            values = {"label": label, "options": options, "seconds": made.seconds, "patch_bytes": made.patch_bytes}
             values["scores"] = {name: _plain(one) for name, one in scores.items()}
             write_text_atomically(file, json.dumps(values) + "\n")
         items = {f"{part}/{n}": len(t.items) for part, ms in self.tasks.items() for n, t in ms[encoded_for].items()}
         return _read_scores(file, items)
 
 
-def _read_scores(file: Path, items: Mapping[str, int]) -> tuple[dict[str, dict[str, TaskScores]], float]:
-    """What ``_scores`` stored of one model: part -> task -> scores of so many items, and its seconds.
+def _distilled(
+    setting: Setting,
+    options: PatchOptions,
+    base: PathLike,
+    tuned: PathLike,
+    output: Path,
+    file: Path | None,
+    inputs: dict[str, PathLike | None],
+) -> PatchReport:
+    """Patch and distil. Raises OptionsError without both statistics."""
+    stats, retain = inputs["stats"], inputs["retain"]
+    if stats is None or retain is None:
+        raise OptionsError("distillation needs the samples of both statistics", "pass --stats and --retain")
+    assert setting.distill is not None
+    how = {"patch_file": file, "graft_data": inputs["graft_data"]}
+    return distill_checkpoint(base, tuned, output, stats, retain, options, setting.distill, **how)  # type: ignore[arg-type]
+
+
+def _read_scores(file: Path, items: Mapping[str, int]) -> tuple[dict[str, dict[str, TaskScores]], float, int | None]:
+    """What ``_scores`` stored of one model: part -> task -> scores of so many items, its seconds, its patch's bytes.
 
     Raises OutputError for a file that is damaged.
     """
@@ -443,11 +509,12 @@ def _read_scores(file: Path, items: Mapping[str, int]) -> tuple[dict[str, dict[s
                 raise ValueError(f"{name} has not a score for each of {items[name]} items")
             found.setdefault(part, {})[task] = TaskScores(correct, count, loss)
         seconds = float(field_of(stored, "seconds", read_amount))
+        patch_bytes = field_of(stored, "patch_bytes", maybe(read_count))
     except (ValueError, CheckpointError) as error:
         raise OutputError(
             f"the result of an earlier sweep in {file} is damaged: {error}", "remove that file"
         ) from error
-    return found, seconds
+    return found, seconds, patch_bytes
 
 
 def _read_loss(value: Any) -> float:
@@ -471,7 +538,7 @@ def _with_figures(results: list[_Result], roles: Roles, options: EvaluateOptions
         for found in figures:
             found[part] |= summarise(found[part], roles.origin, roles.target)
     return [
-        Point(result.label, result.family, result.options, found, result.scores, result.seconds)
+        Point(result.label, result.family, result.options, found, result.scores, result.seconds, result.patch_bytes)
         for result, found in zip(results, figures, strict=True)
     ]
 

@@ -12,7 +12,8 @@ import tailorcli.sweep as sweep_module
 from tailorcli import EvaluateOptions, PatchOptions, TailorError, calibrate_model, evaluate_models, patch_checkpoint
 from tailorcli.cli import app
 from tailorcli.evaluation.metrics import frontier, frontier_area
-from tailorcli.options import PRESETS, CalibrateOptions
+from tailorcli.options import PRESETS, CalibrateOptions, DistillOptions
+from tailorcli.patching.distilled import distill_checkpoint
 from tailorcli.sweep import Setting, run_sweep, settings_of
 
 ENDS = ((60.0, 20.0), (10.0, 50.0))  # old and new of base and tuned
@@ -141,6 +142,30 @@ def test_every_point_is_what_patch_and_evaluate_give(pair, tmp_path):
         assert label == max(members, key=lambda p: p.at("validation", "h_score")).label
 
 
+def test_a_distilled_setting_is_what_patch_distill_gives(pair, tmp_path):
+    how = DistillOptions(steps=3, batch_size=2)
+    plain, distilled = settings_of(PatchOptions(), retain_weights=[0.3], distill=how)
+    assert distilled == Setting(plain.options, True, how)
+    other = Setting(PatchOptions(method="magnitude", density=0.2), distill=how)
+    assert distilled.family == "joint, propagated, distilled"
+    assert distilled.label == (
+        "joint, propagated, distilled, density 0.1, retain weight 0.3, distill steps 3, distill batch size 2"
+    )
+    report = run(pair, tmp_path / "sweep", [plain, distilled, other])
+    assert [point.family for point in report.points[3:]] == [distilled.family, "magnitude, distilled"]
+    for number, setting in enumerate((distilled, other)):
+        out, file = tmp_path / f"out{number}", tmp_path / f"{number}.safetensors"
+        inputs = (pair / "base", pair / "tuned", out, pair / "stats", pair / "retain")
+        distill_checkpoint(*inputs, setting.options, how, patch_file=file)
+        alone = evaluate_models([out], tasks(pair), origin=["old"], target=["new"])
+        point = report.points[3 + number]
+        for name in ("origin", "target", "h_score"):
+            assert point.at("test", name) == alone.figures[out.name]["summary"][name].value
+        assert point.patch_bytes == pytest.approx(file.stat().st_size, rel=0.01)  # paths in it differ
+    with pytest.raises(TailorError, match="samples of both"):
+        run(pair, tmp_path / "other", [other], retain=None)
+
+
 def test_keep_picks_the_most_of_the_new_that_keeps_enough(pair, tmp_path):
     report = run(pair, tmp_path, SETTINGS, min_old_kept=95.0)
     floor = 0.95 * report.points[0].at("test", "origin")
@@ -183,9 +208,9 @@ def test_other_statistics_are_other_results(pair, tmp_path, monkeypatch):
     run(pair, tmp_path / "o", SETTINGS[:2])
     assert seen == []
     run(pair, tmp_path / "o", SETTINGS[:2], retain=tmp_path / "retain")
-    assert seen == ["work"]
+    assert seen == ["model"]
     run(pair, tmp_path / "o", SETTINGS[:2], stats=tmp_path / "stats")
-    assert seen == ["work"] * 3
+    assert seen == ["model"] * 3
 
 
 @pytest.mark.parametrize("what", ["__version__", "_code_digest"])
@@ -194,7 +219,7 @@ def test_another_version_or_other_code_measures_again(pair, tmp_path, monkeypatc
     monkeypatch.setattr(sweep_module, what, "9.9.9" if what == "__version__" else lambda: "changed")
     seen = scored_models(monkeypatch)
     run(pair, tmp_path, SETTINGS[:1])
-    assert seen == ["base", "tuned", "work"]
+    assert seen == ["base", "tuned", "model"]
 
 
 def test_the_code_digest_is_of_every_source_file(tmp_path, monkeypatch):
@@ -251,7 +276,7 @@ def test_an_interrupted_sweep_leaves_no_half_written_point(pair, tmp_path, monke
     real = sweep_module.score_model
 
     def fail(path, *rest):
-        if path.name == "work":
+        if path.name == "model":
             raise KeyboardInterrupt
         return real(path, *rest)
 
@@ -293,14 +318,15 @@ def test_command_line(pair, tmp_path):
     arguments = ["sweep", pair / "base", pair / "tuned", "--stats", pair / "stats", "--retain", pair / "retain"]
     arguments += [*specs, "--origin", "old", "--target", "new", "-o", tmp_path / "o", "--density", 0.2, "--limit", 4]
     arguments += ["--method", "interpolate", "--method", "magnitude", "--weight", 0.5]
-    arguments += ["--plot", tmp_path / "f.png"]
+    arguments += ["--distill", "--distill-steps", 2, "--plot", tmp_path / "f.png"]
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
     assert "area" in result.output
     assert (tmp_path / "f.png").stat().st_size > 10_000
     result = CliRunner().invoke(app, [str(a) for a in (*arguments[:-2], "--json")])
     report = json.loads(result.stdout)
-    assert [p["family"] for p in report["points"][2:]] == ["joint, propagated", "interpolate", "magnitude"]
+    families = [p["family"] for p in report["points"][2:]]
+    assert families == ["joint, propagated", "joint, propagated, distilled", "interpolate", "magnitude"]
     without = [a for a in arguments[:-2] if a not in ("--retain", pair / "retain")]
     result = CliRunner().invoke(app, [str(a) for a in (*without, "--retain-weight", 0.3)])
     assert result.exit_code == 2

@@ -1,13 +1,16 @@
-"""The texts: two old tasks and two new ones, from the standard library and from torch's own headers.
+"""The texts: two old tasks and three new ones, from the standard library and from what is installed with torch.
 
-Old tasks: Python source and English prose, as in the demo. New tasks: C++ headers (those that torch installs) and the
-names of Unicode characters. Each has a training, a validation and a test part that share no document.
+Old tasks: Python source and English prose, as in the demo. New tasks: C++ headers (those that torch installs), the
+names of Unicode characters, and the law of software licences. Each has a training, a validation and a test part that
+share no document.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import torch
@@ -15,15 +18,18 @@ import torch
 from tailorcli.demo.text import TaskText, build_tasks, samples, split_documents, write_jsonl
 
 OLD_TASKS = ("python", "english")
-NEW_TASKS = ("cpp", "unicode")
+NEW_TASKS = ("cpp", "unicode", "licences")
 WINDOW = 128  # bytes of a sample
 COUNTS = {"validation": 80, "test": 240}  # samples of a task
 HEADERS = ("c10", "torch/csrc")  # folders of torch's headers
+LICENSED = ("torch", "numpy", "matplotlib", "pillow")  # packages that carry the licences of much else
+SHORTEST = 80  # characters of a paragraph; shorter ones are titles and lines of copyright
 
 
 def load_tasks() -> dict[str, TaskText]:
     """Return every task's text in its three parts; the same versions of Python and torch give the same."""
-    return {**build_tasks(), "cpp": split_documents("cpp", headers())}
+    more = {"cpp": headers(), "licences": licences()}
+    return {**build_tasks(), **{name: split_documents(name, documents) for name, documents in more.items()}}
 
 
 def headers() -> Iterator[tuple[str, str]]:
@@ -33,6 +39,23 @@ def headers() -> Iterator[tuple[str, str]]:
         text = path.read_text(encoding="utf-8", errors="replace")
         if text.isascii():
             yield path.relative_to(root).as_posix(), text.rstrip() + "\n\n"
+
+
+def licences() -> Iterator[tuple[str, str]]:
+    """Read the paragraphs of the licences that packages come with, a document each; those of one wording once."""
+    seen: set[str] = set()
+    for package in LICENSED:
+        try:
+            listed = files(package) or []
+        except PackageNotFoundError:
+            continue
+        for file in sorted(str(name.locate()) for name in listed if re.search("licen|notice|copying", name.name, re.I)):
+            for block in re.split(r"\n\s*\n", Path(file).read_text(encoding="utf-8", errors="replace")):
+                text = " ".join(block.split())
+                wording = re.sub("[^a-z]", "", text.lower())
+                if len(text) >= SHORTEST and text.isascii() and wording not in seen:
+                    seen.add(wording)
+                    yield wording, text + "\n\n"
 
 
 def write_parts(tasks: dict[str, TaskText], folder: Path) -> None:

@@ -105,6 +105,18 @@ Tolerance = Annotated[
 MaxIterations = Annotated[
     int, typer.Option(metavar="N", help="Most iterations of the joint solver.", rich_help_panel=SOLVER)
 ]
+Distill = Annotated[bool, flag("--distill", help="Then train the kept entries towards TUNED and BASE.", panel=DISTILL)]
+DistillSteps = Annotated[int, typer.Option(metavar="N", help="Steps of training.", rich_help_panel=DISTILL)]
+DistillRate = Annotated[
+    float,
+    typer.Option(metavar="R", help="Learning rate, in units of a tensor's own change.", rich_help_panel=DISTILL),
+]
+DistillWeight = Annotated[
+    float, typer.Option(metavar="B", help="Weight of BASE's answers against TUNED's.", rich_help_panel=DISTILL)
+]
+DistillBatchSize = Annotated[
+    int, typer.Option(metavar="N", help="Samples of each kind in a step.", rich_help_panel=DISTILL)
+]
 Device = Annotated[
     str,
     typer.Option(

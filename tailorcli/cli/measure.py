@@ -19,6 +19,11 @@ from tailorcli.cli.arguments import (
     Base,
     BatchSize,
     Device,
+    Distill,
+    DistillBatchSize,
+    DistillRate,
+    DistillSteps,
+    DistillWeight,
     DType,
     Limit,
     NoPropagate,
@@ -39,7 +44,7 @@ from tailorcli.cli.arguments import (
 from tailorcli.cli.output import print_json, print_rich, say
 from tailorcli.cli.verbosity import wants_progress
 from tailorcli.guard import check_result
-from tailorcli.options import DTypeName, EvaluateOptions, PatchMethod, PatchOptions, Solver
+from tailorcli.options import DistillOptions, DTypeName, EvaluateOptions, PatchMethod, PatchOptions, Solver
 from tailorcli.units import counted
 
 
@@ -213,6 +218,11 @@ def sweep(
         list[float] | None,
         typer.Option(metavar="X", help="Dampings to try; repeatable.", show_default="as patch", rich_help_panel=SOLVER),
     ] = None,
+    distill: Distill = False,
+    distill_steps: DistillSteps = 200,
+    distill_rate: DistillRate = 0.1,
+    distill_weight: DistillWeight = 1.0,
+    distill_batch_size: DistillBatchSize = 8,
     method: Annotated[
         list[PatchMethod] | None,
         typer.Option(
@@ -259,6 +269,8 @@ def sweep(
 
     if retain_weight and any(retain_weight) and retain is None:
         raise typer.BadParameter("--retain-weight needs --retain STATS")
+    if distill and (stats is None or retain is None):
+        raise typer.BadParameter("--distill needs --stats STATS and --retain STATS")
     defaults = PatchOptions()
     retain_weights = retain_weight if retain_weight else [defaults.retain_weight] if retain is not None else []
     settings = settings_of(
@@ -270,6 +282,7 @@ def sweep(
         dampings=damping or [None],
         methods=method or [],
         weights=weight or [],
+        distill=DistillOptions(distill_steps, distill_rate, distill_weight, distill_batch_size) if distill else None,
     )
     if plot is not None:
         from tailorcli.display.plots import check_plot

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from tailorcli.cli.arguments import (
-    DISTILL,
     OTHERS,
     OUTPUT,
     SOLVER,
@@ -18,6 +17,11 @@ from tailorcli.cli.arguments import (
     Base,
     Density,
     Device,
+    Distill,
+    DistillBatchSize,
+    DistillRate,
+    DistillSteps,
+    DistillWeight,
     DryRun,
     Exclude,
     Include,
@@ -43,7 +47,6 @@ from tailorcli.cli.arguments import (
     TrustRemoteCode,
     Tuned,
     Verbose,
-    flag,
 )
 from tailorcli.cli.output import (
     print_report,
@@ -104,20 +107,11 @@ def patch(
     block_size: Annotated[
         int, typer.Option(metavar="N", help="Columns per block of the sequential solver.", rich_help_panel=SOLVER)
     ] = 128,
-    distill: Annotated[
-        bool, flag("--distill", help="Then train the kept entries towards TUNED and BASE.", panel=DISTILL)
-    ] = False,
-    distill_steps: Annotated[int, typer.Option(metavar="N", help="Steps of training.", rich_help_panel=DISTILL)] = 200,
-    distill_rate: Annotated[
-        float,
-        typer.Option(metavar="R", help="Learning rate, in units of a tensor's own change.", rich_help_panel=DISTILL),
-    ] = 0.1,
-    distill_weight: Annotated[
-        float, typer.Option(metavar="B", help="Weight of BASE's answers against TUNED's.", rich_help_panel=DISTILL)
-    ] = 1.0,
-    distill_batch_size: Annotated[
-        int, typer.Option(metavar="N", help="Samples of each kind in a step.", rich_help_panel=DISTILL)
-    ] = 8,
+    distill: Distill = False,
+    distill_steps: DistillSteps = 200,
+    distill_rate: DistillRate = 0.1,
+    distill_weight: DistillWeight = 1.0,
+    distill_batch_size: DistillBatchSize = 8,
     device: Device = "auto",
     method: Annotated[
         PatchMethod,
