@@ -30,6 +30,7 @@ from benchmarks.real import data, measure, setting
 from benchmarks.real.chain import SEQ_LEN, load_cached, patch_step, run_chain, store
 from benchmarks.real.render import between
 from tailorcli.core.hessian import PreparedHessian, prepare
+from tailorcli.core.products import System
 from tailorcli.core.scores import count_kept, select_mask
 from tailorcli.core.solvers import solve_on_mask
 from tailorcli.core.tailor import fused_score
@@ -84,7 +85,7 @@ def fit(base: Tensor, tuned: Tensor, products: Products, prepared: PreparedHessi
         target += tuned @ products.drift
     amount = DAMPING * float(hessian.diagonal().mean())
     target += amount * delta  # damping pulls towards delta, as in the plain way
-    change, _, _ = solve_on_mask(target.masked_fill_(~mask, 0.0), mask, hessian, amount, 1e-4, 300)
+    change, _, _ = solve_on_mask(target.masked_fill_(~mask, 0.0), mask, System.of(hessian, amount, 1e-4), 1e-4, 300)
     return base + change
 
 

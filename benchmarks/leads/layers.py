@@ -13,6 +13,7 @@ from benchmarks.evidence.pairs import Pair
 from tailorcli import Checkpoint, Stats
 from tailorcli.core import count_kept, prepare_retaining, retained_goal, select_mask, unpack_triangle
 from tailorcli.core.hessian import PreparedHessian, diagonal_of
+from tailorcli.core.products import System
 from tailorcli.core.solvers import solve_on_mask
 from tailorcli.core.tailor import fused_score
 
@@ -63,7 +64,8 @@ class Layer:
         if self.prepared.is_diagonal or bool(mask.all()):
             return torch.where(mask, self.goal, 0.0)
         target = torch.where(mask, self.times_a(self.goal), 0.0)
-        return solve_on_mask(target, mask, self.prepared.hessian, self.prepared.amount, 1e-4, 300)[0]
+        system = System.of(self.prepared.hessian, self.prepared.amount, 1e-4)
+        return solve_on_mask(target, mask, system, 1e-4, 300)[0]
 
     def score(self, kind: str) -> Tensor:
         """The first score of every entry."""

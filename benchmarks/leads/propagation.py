@@ -24,6 +24,7 @@ from benchmarks.leads.bench import Bench, Changes, Figures
 from benchmarks.leads.layers import Variant, first_masks, read_layers
 from benchmarks.leads.render import figure_cells, header_of
 from benchmarks.real.render import table
+from tailorcli.core.products import System
 from tailorcli.core.solvers import solve_on_mask
 
 NEAR_PLAIN = "unpatched targets, near the plain patch"  # damping pulls towards the plain patch: what `patch` does
@@ -93,7 +94,7 @@ class Fit:
         if bool(mask.all()):
             system.diagonal().add_(amount)
             return torch.cholesky_solve(target.T, torch.linalg.cholesky(system)).T
-        return solve_on_mask(target.masked_fill(~mask, 0.0), mask, system, amount, 1e-4, 300)[0]
+        return solve_on_mask(target.masked_fill(~mask, 0.0), mask, System.of(system, amount, 1e-4), 1e-4, 300)[0]
 
 
 def propagate(bench: Bench, variant: Variant, way: str) -> Changes:

@@ -123,7 +123,7 @@ def merge_multi(
         list[float] | None, typer.Option(metavar="W", help="Weight of a task; once for each PATCH, in their order.")
     ] = None,
     damping: Damping = 0.01,
-    tolerance: Tolerance = 1e-4,
+    tolerance: Tolerance = 3e-4,
     max_iterations: MaxIterations = 300,
     device: Device = "auto",
     max_shard_size: MaxShardSize = None,

@@ -30,6 +30,7 @@ from tailorcli.core.chunks import row_chunks
 from tailorcli.core.figures import quadratic_form
 from tailorcli.core.hessian import accumulate_, combine_hessians, dampen
 from tailorcli.core.precision import gap
+from tailorcli.core.products import System, product
 from tailorcli.core.retain import retain_scale
 from tailorcli.core.solvers import solve_by_chunks
 from tailorcli.core.tailor import assemble, is_finite
@@ -103,7 +104,7 @@ def solve_propagated(
     retain_weight: float,
     damping: float,
     transposed: bool = False,
-    tolerance: float = 1e-4,
+    tolerance: float = 3e-4,
     max_iterations: int = 300,
 ) -> PropagatedLayer:
     """Change the kept entries of ``plain`` so that the layer's outputs are the unpatched models', both terms together.
@@ -119,11 +120,11 @@ def solve_propagated(
 
     def right_side(rows: slice) -> Tensor:
         w_base, w_tuned, w_plain = (matrix[rows] for matrix in matrices)
-        target = gap(w_tuned, w_plain) @ new.hessian + w_tuned.to(torch.float32) @ new.drift
-        away = gap(w_base, w_plain) @ retained.hessian + w_base.to(torch.float32) @ retained.drift
+        target = product(gap(w_tuned, w_plain), new.hessian) + product(w_tuned.to(torch.float32), new.drift)
+        away = product(gap(w_base, w_plain), retained.hessian) + product(w_base.to(torch.float32), retained.drift)
         return target.add_(away, alpha=share).masked_fill_(~kept[rows], 0.0)
 
-    found = solve_by_chunks(kept, right_side, system, amount, tolerance, max_iterations)
+    found = solve_by_chunks(kept, right_side, System.of(system, amount, tolerance), tolerance, max_iterations)
     decorator = found.decorator.T.contiguous() if transposed else found.decorator
     patched = assemble(base, plain, mask, decorator)
     if not is_finite(patched):
@@ -194,7 +195,7 @@ def _share(part: float, whole: float | None) -> float | None:
 def _distances(reference: Tensor, moments: Moments) -> Callable[[Tensor], float]:
     """(2/N) ||W X' - W_ref X||^2 as a function of W, both (R, I)."""
     rows = reference.to(torch.float32)
-    moved = rows @ moments.drift
+    moved = product(rows, moments.drift)
     fixed = quadratic_form(rows, moments.gap)
 
     def distance(weight: Tensor) -> float:

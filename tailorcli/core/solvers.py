@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from tailorcli.core.chunks import one_torch_thread_each, row_chunks, row_slices, workers
-from tailorcli.core.precision import extent, hessian_unit, in_units, out_of_units, unit_of
+from tailorcli.core.gradients import conjugate_gradients
+from tailorcli.core.precision import extent, in_units, out_of_units, unit_of
+from tailorcli.core.products import System
 
 _BATCH_ENTRIES = 1 << 19  # of the small systems that are factorised together: they stay in the cache
 _GATHER_ENTRIES = 1 << 18  # of whole rows of H, gathered for one system at a time
@@ -73,7 +75,7 @@ def decorate_joint(
     hessian: Tensor,
     amount: float,
     *,
-    tolerance: float = 1e-4,
+    tolerance: float = 3e-4,
     max_iterations: int = 300,
 ) -> Decoration:
     """The exact optimum on the mask: all kept entries of a row at once, A_SS C_S = (e H)_S with e = delta - kept.
@@ -85,33 +87,31 @@ def decorate_joint(
     """
     energy = 0.0
     unit = unit_of(extent(delta))
+    system = System.of(hessian, amount, tolerance)
 
     def right_side(chunk: slice) -> Tensor:
         nonlocal energy
         put_back = torch.where(mask[chunk], 0.0, in_units(delta[chunk], unit))  # (R, I): e with its sign turned
-        product = put_back @ hessian
+        product = system.times(put_back)
         energy += float((product * put_back).sum(1).sum(dtype=torch.float64))
         return torch.where(mask[chunk], product, 0.0)
 
-    found = solve_by_chunks(mask, right_side, hessian, amount, tolerance, max_iterations)
+    found = solve_by_chunks(mask, right_side, system, tolerance, max_iterations)
     return replace(found, decorator=out_of_units(found.decorator, unit), energy_before=energy * unit**2)
 
 
 def solve_by_chunks(
     mask: Tensor,
     right_side: Callable[[slice], Tensor],
-    hessian: Tensor,
-    amount: float,
+    system: System,
     tolerance: float,
     max_iterations: int,
 ) -> Decoration:
     """Solve A_SS x_S = b_S for every row of ``mask`` (O, I), so many rows at a time that the work space is bounded.
 
-    ``right_side`` gives b (R, I) in float32 for a slice of rows, zero where the mask is False; A = H + amount I, with
-    ``hessian`` (I, I). Very large and very small numbers are solved in units of their own.
+    ``right_side`` gives b (R, I) in float32 for a slice of rows, zero where the mask is False; A is ``system``. Very
+    large and very small numbers are solved in units of their own.
     """
-    system_unit = hessian_unit(hessian)
-    system, damping = in_units(hessian, system_unit), amount / system_unit
     solution = torch.zeros_like(mask, dtype=torch.float32)
     iterations, residual_sq, target_sq = 0, 0.0, 0.0
     for chunk in row_chunks(*mask.shape):
@@ -119,8 +119,8 @@ def solve_by_chunks(
         target = right_side(chunk)
         unit = unit_of(extent(target))
         target = in_units(target, unit)
-        found, steps, squares = solve_on_mask(target, kept, system, damping, tolerance, max_iterations)
-        solution[chunk] = out_of_units(found, unit / system_unit)
+        found, steps, squares = solve_on_mask(target, kept, system, tolerance, max_iterations)
+        solution[chunk] = out_of_units(found, unit / system.unit)
         iterations = max(iterations, steps)
         residual_sq += squares * unit**2
         target_sq += sum_of_squares(target) * unit**2
@@ -130,21 +130,19 @@ def solve_by_chunks(
 
 
 def solve_on_mask(
-    target: Tensor, kept: Tensor, hessian: Tensor, amount: float, tolerance: float, max_iterations: int
+    target: Tensor, kept: Tensor, system: System, tolerance: float, max_iterations: int
 ) -> tuple[Tensor, int, float]:
-    """Every row's x with A_SS x_S = b_S on its kept entries S, zero elsewhere; A = H + amount I, b the ``target``.
+    """Every row's x with A_SS x_S = b_S on its kept entries S, zero elsewhere; A is ``system``, b the ``target``.
 
-    All are (R, I) but ``hessian`` (I, I). Returns also the iterations taken and the rows' summed squared residual.
+    All are (R, I). Returns also the iterations taken and the rows' summed squared residual.
     """
     direct = _worth_solving_directly(kept)
     if not any(direct):  # on a GPU always: no copies of the rows
-        return _conjugate_gradients(target, kept, hessian, amount, tolerance, max_iterations)
+        return conjugate_gradients(target, kept, system, tolerance, max_iterations)
     solution = torch.zeros_like(target)
-    failed, direct_sq = _solve_directly_(solution, target, kept, hessian, amount, direct)
+    failed, direct_sq = _solve_directly_(solution, target, kept, system.hessian, system.amount, direct)
     rest = [row for row in range(kept.shape[0]) if not direct[row]] + failed
-    part, steps, iterated_sq = _conjugate_gradients(
-        target[rest], kept[rest], hessian, amount, tolerance, max_iterations
-    )
+    part, steps, iterated_sq = conjugate_gradients(target[rest], kept[rest], system, tolerance, max_iterations)
     solution[rest] = part
     return solution, steps, direct_sq + iterated_sq
 
@@ -230,44 +228,3 @@ def _submatrix(matrix: Tensor, index: Tensor) -> Tensor:
 def sum_of_squares(rows: Tensor) -> float:
     """Summed in float64 over the rows' sums: without a float64 copy of the array."""
     return float(rows.square().sum(1).sum(dtype=torch.float64))
-
-
-def _conjugate_gradients(
-    target: Tensor, kept: Tensor, hessian: Tensor, amount: float, tolerance: float, max_iterations: int
-) -> tuple[Tensor, int, float]:
-    """Solve every row's masked system at once; each iteration is one product with H (I, I).
-
-    A row that has converged stops moving, and leaves the products once a quarter of the rows have. Returns
-    the solution (R, I), the iterations, and the sum of the rows' squared residuals.
-    """
-    solution = torch.zeros_like(target)
-    diagonal = hessian.diagonal() + amount
-    precondition = torch.where(diagonal > 0, 1.0 / diagonal, 0.0)  # Jacobi
-    goal = tolerance**2 * target.square().sum(1)  # (R,)
-    residual_sq, steps = 0.0, 0
-    rows = torch.arange(target.shape[0], device=target.device)
-    x, r = torch.zeros_like(target), target
-    p = r * precondition
-    rz = (r * p).sum(1)
-    while True:
-        live = r.square().sum(1) > goal[rows]
-        num_live = int(live.sum())
-        if num_live == 0 or steps == max_iterations:
-            solution[rows] = x
-            return solution, steps, residual_sq + sum_of_squares(r)
-        if num_live <= 0.75 * rows.numel():
-            done = ~live
-            solution[rows[done]] = x[done]
-            residual_sq += sum_of_squares(r[done])
-            x, r, p, rz, kept, rows = x[live], r[live], p[live], rz[live], kept[live], rows[live]
-            live = live[live]
-        steps += 1
-        q = (p @ hessian).add_(p, alpha=amount).mul_(kept)
-        curvature = (p * q).sum(1)
-        step = torch.where(live & (curvature > 0), rz / curvature, 0.0).unsqueeze(1)  # (R, 1)
-        x = torch.addcmul(x, p, step)
-        r = torch.addcmul(r, q, step, value=-1.0)
-        z = r * precondition
-        rz_next = (r * z).sum(1)
-        p = torch.addcmul(z, p, torch.where(rz > 0, rz_next / rz, 0.0).unsqueeze(1))
-        rz = rz_next

@@ -18,6 +18,7 @@ from tailorcli.core.chunks import map_rows, row_chunks
 from tailorcli.core.figures import quadratic_form
 from tailorcli.core.hessian import PreparedHessian, dampen
 from tailorcli.core.precision import gap, in_units, working_dtype
+from tailorcli.core.products import System, product
 from tailorcli.core.solvers import Decoration, solve_by_chunks
 from tailorcli.core.tailor import assemble
 
@@ -100,7 +101,7 @@ def stitch_joint(
     weights: Sequence[float],
     *,
     transposed: bool = False,
-    tolerance: float = 1e-4,
+    tolerance: float = 3e-4,
     max_iterations: int = 300,
 ) -> Stitched:
     """The optimum for all tasks at once: minimise sum w_i (W - Theta_i) (H_i + a_i I) (W - Theta_i)^T over the mask.
@@ -125,14 +126,14 @@ def stitch_joint(
         target = torch.zeros(start.shape, dtype=torch.float32, device=start.device)
         for theta, hessian, weight in zip(tuned_r, in_unit, weights, strict=True):
             away = gap(theta[chunk], start)
-            target.add_(away * hessian if hessian.dim() == 1 else away @ hessian, alpha=weight)
+            target.add_(away * hessian if hessian.dim() == 1 else product(away, hessian), alpha=weight)
         return torch.where(union_r[chunk], target, 0.0)
 
     if combined.is_diagonal:
         decoration = _divide(union_r, right_side, combined.hessian + combined.amount)
     else:
-        limits = (tolerance, max_iterations)
-        decoration = solve_by_chunks(union_r, right_side, combined.hessian, combined.amount, *limits)
+        system = System.of(combined.hessian, combined.amount, tolerance)
+        decoration = solve_by_chunks(union_r, right_side, system, tolerance, max_iterations)
     stored = decoration.decorator.T if transposed else decoration.decorator
     patched = assemble(base, reference, union, stored)
     return Stitched(patched, replace(decoration, decorator=stored))

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tailorcli import core
+from tailorcli.core.gradients import conjugate_gradients
 from tailorcli.core.hessian import damping_steps, factorise, prepare
+from tailorcli.core.products import System
 from tailorcli.core.scores import _kth_largest_by_radix
-from tailorcli.core.solvers import _conjugate_gradients
 from tailorcli.core.tailor import fused_score
 from tailorcli.errors import NumericalError
 
@@ -204,7 +205,7 @@ def test_conjugate_gradients_agree_with_the_direct_solution():
     mask = delta.abs() > 1.0
     direct = core.decorate_joint(delta, mask, hessian, 0.02)
     target = torch.where(mask, torch.where(mask, 0.0, delta) @ hessian, 0.0)
-    solution, steps, residual_sq = _conjugate_gradients(target, mask, hessian, 0.02, 1e-6, 500)
+    solution, steps, residual_sq = conjugate_gradients(target, mask, System.of(hessian, 0.02, 1e-6), 1e-6, 500)
     assert 0 < steps < 500
     assert residual_sq**0.5 <= 1e-6 * float(target.norm())
     torch.testing.assert_close(solution, direct.decorator, rtol=1e-3, atol=1e-4)
@@ -339,7 +340,7 @@ def test_the_default_tolerance_is_near_enough_to_the_optimum(decay, density):
     mask = delta.abs() >= delta.abs().flatten().kthvalue(round((1 - density) * delta.numel())).values
     amount = core.dampen(hessian, 0.01)
     target = torch.where(mask, torch.where(mask, 0.0, delta) @ hessian, 0.0)
-    found, steps, _ = _conjugate_gradients(target, mask, hessian, amount, 1e-4, 300)
+    found, steps, _ = conjugate_gradients(target, mask, System.of(hessian, amount, 3e-4), 3e-4, 300)
     change = torch.where(mask, delta, 0.0) + found
     best = Oracle.error(Oracle.joint(delta, mask.numpy(), hessian, 0.01), delta, hessian, 0.01)
     assert steps < 300

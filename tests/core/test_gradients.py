@@ -1,0 +1,126 @@
+"""Conjugate gradients with products in bfloat16 parts, as a GPU has them, against float64."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import random_hessian
+
+from tailorcli import core
+from tailorcli.core import gradients
+from tailorcli.core.gradients import State, conjugate_gradients, step_
+from tailorcli.core.products import System, joined, left_parts, product_of_halves, right_parts
+from tailorcli.options import PatchOptions
+
+DEFAULT = PatchOptions().tolerance
+
+
+def problem(size=256, rows=24, density=0.1, decay=1.0):
+    """Mask, Hessian, what damping adds, and the right side: a layer with a steep spectrum."""
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn(rows, size, generator=generator)
+    hessian = random_hessian(size, tokens=4 * size, seed=1, decay=decay)
+    mask = torch.rand(rows, size, generator=generator) < density
+    target = torch.where(mask, torch.where(mask, 0.0, delta) @ hessian, 0.0)
+    return mask, hessian, core.dampen(hessian, 0.01), target
+
+
+def optimum(mask, hessian, amount, target):
+    """The solution in float64, row by row."""
+    damped = hessian.double() + amount * torch.eye(len(hessian), dtype=torch.float64)
+    best = torch.zeros(mask.shape, dtype=torch.float64)
+    for row, kept in enumerate(mask):
+        best[row, kept] = torch.linalg.solve(damped[kept][:, kept], target[row, kept].double())
+    return best
+
+
+def gain(x, hessian, amount, target):
+    """What a change ``x`` takes off the objective."""
+    x = x.double()
+    return float((2 * x * target.double() - (x @ hessian.double() + amount * x) * x).sum())
+
+
+def residual(x, mask, hessian, amount, target):
+    left = torch.where(mask, target.double() - (x.double() @ hessian.double() + amount * x.double()), 0.0)
+    return (left.norm(dim=1) / target.double().norm(dim=1)).max()
+
+
+def test_two_parts_multiply_as_exactly_as_float32_needs():
+    left, right = torch.randn(40, 300), torch.randn(300, 50)
+    found = product_of_halves(left_parts(left), right_parts(right)).double()
+    exact = left.double() @ right.double()
+    assert (found - exact).abs().max() <= 2**-15 * (left.abs() @ right.abs()).max()
+    torch.testing.assert_close(joined(left_parts(left)), left, rtol=2**-16, atol=0)
+
+
+@pytest.mark.parametrize(("decay", "density"), [(0.5, 0.1), (1.0, 0.1), (1.0, 0.5)])
+@pytest.mark.parametrize("halves", [True, False])
+def test_the_default_tolerance_reaches_the_float64_optimum_to_a_ten_thousandth_of_the_gain(decay, density, halves):
+    """Also where the spectrum is steep, where a Hessian rounded to bfloat16 is not even positive definite."""
+    mask, hessian, amount, target = problem(decay=decay, density=density)
+    best = gain(optimum(mask, hessian, amount, target), hessian, amount, target)
+    system = System.of(hessian, amount, DEFAULT, halves=halves)
+    found, steps, squares = conjugate_gradients(target, mask, system, DEFAULT, 300)
+    assert steps < 300
+    assert gain(found, hessian, amount, target) >= (1 - 1e-4) * best
+    assert residual(found, mask, hessian, amount, target) <= 1.05 * DEFAULT
+    assert (squares**0.5) <= DEFAULT * target.norm()
+    assert bool((found[~mask] == 0).all())
+
+
+def test_parts_take_as_many_steps_as_float32():
+    mask, hessian, amount, target = problem()
+    steps = [
+        conjugate_gradients(target, mask, System.of(hessian, amount, 1e-4, halves=halves), 1e-4, 300)[1]
+        for halves in (True, False)
+    ]
+    assert abs(steps[0] - steps[1]) <= 0.1 * steps[1] + 2
+
+
+def test_rows_that_the_parts_leave_short_go_on_from_their_true_residual_in_float32(monkeypatch):
+    """Whatever was lost on the way: here the parts are of another Hessian."""
+    mask, hessian, amount, target = problem()
+    system = System.of(hessian, amount, 1e-4, halves=True)
+    wrong = replace(system, parts=right_parts(hessian + 0.02 * hessian.diagonal().diag()))
+    taken = []
+    real = gradients._residual
+
+    def residual_of_the_true_one(solution, target, kept, given):
+        taken.append(len(solution))
+        return real(solution, target, kept, replace(given, parts=None))
+
+    monkeypatch.setattr(gradients, "_residual", residual_of_the_true_one)
+    found, _, squares = conjugate_gradients(target, mask, wrong, 1e-4, 300)
+    assert len(taken) == 3
+    assert squares**0.5 <= 1e-4 * target.norm()
+    assert residual(found, mask, hessian, amount, target) <= 1.05e-4
+
+
+def test_a_row_without_a_right_side_or_without_kept_entries_stays_zero():
+    mask, hessian, amount, target = problem(rows=6)
+    mask[1], target[1], target[2] = False, 0.0, 0.0
+    found, _, squares = conjugate_gradients(target, mask, System.of(hessian, amount, 1e-3, halves=True), 1e-3, 300)
+    assert bool((found[1:3] == 0).all())
+    assert bool(found[0].any())
+    assert squares == squares
+
+
+def test_the_kernel_gives_what_plain_torch_gives():
+    """Where Triton has a GPU, or interprets its kernels on a CPU (TRITON_INTERPRET=1)."""
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("neither a GPU nor Triton's interpreter")
+    kernels = pytest.importorskip("tailorcli.core.kernels")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for size in (72, 5000):
+        mask = torch.rand(5, size) < 0.4
+        p, r = left_parts(torch.randn(5, size) * mask), torch.randn(5, size) * mask
+        inverse, goal = torch.rand(size), torch.tensor([0.0, 0.0, 1e9, 0.0, 0.0])
+        given = State(p, torch.randn(5, size), r, mask, inverse, (r * r * inverse).sum(1), r.square().sum(1), goal)
+        q = 2.0 * joined(p)
+        plain, fused = (State(*(t.clone().to(device) for t in given)) for _ in range(2))
+        step_(q.clone().to(device), plain, 0.1)
+        kernels.step_(q.clone().to(device), fused, 0.1)
+        torch.testing.assert_close(joined(plain.p), joined(fused.p), rtol=1e-4, atol=1e-4)
+        for ours, theirs in zip(plain[1:], fused[1:], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
