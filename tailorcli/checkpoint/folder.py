@@ -295,7 +295,7 @@ WEIGHT_SUFFIXES = (
     *(".safetensors.index.json", ".bin.index.json"),
 )
 _STATE_SUFFIXES = (*WEIGHT_SUFFIXES, ".distcp", ".onnx_data", ".ot", ".tflite", ".pkl")
-_TRAINING_STATE = ("trainer_state.json", "tailor_run.json", "tailor_report.json")
+_TRAINING_STATE = ("trainer_state.json", "tailor_run.json", "tailor_report.json", "tailor_evaluation.json")
 _SKIPPED_FOLDERS = ("checkpoint-", "global_step", "runs", "original", "__pycache__", ".")
 
 # What the loaders of transformers and its kin look for beside weights, and what a reader of the folder does.

@@ -203,6 +203,12 @@ Plot = Annotated[
     Path | None,
     typer.Option("--plot", metavar="FILE.png", help="Draw a picture (needs matplotlib).", rich_help_panel=OUTPUT),
 ]
+PushTo = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub", metavar="NAME", help="Upload OUT to the Hub as NAME when it is done.", rich_help_panel=OUTPUT
+    ),
+]
 AsJson = Annotated[bool, flag("--json", help="Print JSON instead of tables.", panel=OUTPUT)]
 Quiet = Annotated[
     bool,

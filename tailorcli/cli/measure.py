@@ -40,8 +40,10 @@ from tailorcli.cli.arguments import (
     TrustRemoteCode,
     Tuned,
     Verbose,
+    flag,
 )
 from tailorcli.cli.output import print_json, print_rich, say
+from tailorcli.cli.sharing import write_cards
 from tailorcli.cli.verbosity import wants_progress
 from tailorcli.guard import check_result
 from tailorcli.options import DistillOptions, DTypeName, EvaluateOptions, PatchMethod, PatchOptions, Solver
@@ -74,6 +76,10 @@ def evaluate(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    write_card: Annotated[
+        bool,
+        flag("--write-card", help="Put the table into the card of each MODEL that tailorcli made.", panel=OUTPUT),
+    ] = False,
     plot: Plot = None,
     everything: All = False,
     as_json: AsJson = False,
@@ -121,6 +127,8 @@ def evaluate(
     if output is not None:
         report.write(output)
         say(f"wrote {output}", err=True)
+    if write_card:
+        write_cards(report.to_dict())
     if plot is not None:
         from tailorcli.display.plots import plot_evaluation
 

@@ -25,6 +25,7 @@ from tailorcli.cli.arguments import (
     Overwrite,
     PatchIn,
     PatchOut,
+    PushTo,
     Quiet,
     Resume,
     Task,
@@ -45,6 +46,7 @@ from tailorcli.cli.output import (
     show_stages,
     show_written,
 )
+from tailorcli.cli.sharing import check_push, push
 from tailorcli.cli.verbosity import wants_progress
 from tailorcli.options import (
     MergeMethod,
@@ -58,6 +60,7 @@ def apply(
     patch_path: PatchIn,
     output: OutFolderNeeded,
     max_shard_size: MaxShardSize = None,
+    push_to_hub: PushTo = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -76,6 +79,7 @@ def apply(
     """
     from tailorcli.patching.apply import apply_patch, plan_apply
 
+    check_push(push_to_hub, output, dry_run)
     size = parse_size(max_shard_size) if max_shard_size else None
     if dry_run:
         plan = plan_apply(base, patch_path, output, max_shard_size=size, resume=resume, overwrite=overwrite)
@@ -93,6 +97,7 @@ def apply(
     )
     for note in report.notes:
         say(f"note: {note}", err=True)
+    push(push_to_hub, output)
     if as_json:
         print_report(report, output, None)
         return
@@ -129,6 +134,7 @@ def merge_multi(
     max_shard_size: MaxShardSize = None,
     task: Task = None,
     license_: License = None,
+    push_to_hub: PushTo = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -151,6 +157,7 @@ def merge_multi(
     from tailorcli.merging.merge import merge_patches, plan_merge
 
     require_output(output, patch_file)
+    check_push(push_to_hub, output, dry_run)
     options = MergeOptions(
         method=method,
         weights=tuple(weight or ()),
@@ -181,6 +188,7 @@ def merge_multi(
     )
     for note in report.notes:
         say(f"note: {note}", err=True)
+    push(push_to_hub, output)
     if as_json:
         print_report(report, output, patch_file)
         return

@@ -34,6 +34,7 @@ from tailorcli.cli.arguments import (
     Overwrite,
     OwnDamping,
     PatchOut,
+    PushTo,
     Quiet,
     ResizedVocab,
     Resume,
@@ -59,6 +60,7 @@ from tailorcli.cli.output import (
     show_summary,
     show_written,
 )
+from tailorcli.cli.sharing import check_push, push
 from tailorcli.cli.verbosity import wants_progress
 from tailorcli.errors import OptionsError
 from tailorcli.options import (
@@ -178,6 +180,7 @@ def patch(
     trust_remote_code: TrustRemoteCode = False,
     task: Task = None,
     license_: License = None,
+    push_to_hub: PushTo = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -197,6 +200,7 @@ def patch(
       tailorcli patch BASE TUNED --stats stats --retain base-stats -o OUT
     """
     require_output(output, patch_file)
+    check_push(push_to_hub, output, dry_run)
     from tailorcli.adapters.checkpoint import is_adapter
     from tailorcli.patching.patch import patch_checkpoint, plan_patch
 
@@ -262,6 +266,7 @@ def patch(
         report = distill_checkpoint(base, tuned, output, stats, retain, options, how, **shown)
     else:
         report = patch_checkpoint(base, tuned, output, stats, options, retain=retain, **shown)
+    push(push_to_hub, output)
     if as_json:
         print_report(report, output, patch_file)
         return

@@ -181,7 +181,8 @@ def encode_for_all(
     return {name: made[key] for name, key in keys.items()}
 
 
-_NO_TOKENIZER = ("config.json", "generation_config.json", "README.md", "training_args.bin", ".gitattributes")
+_CARDS = ("README.md", "TUNED_README.md", "BASE_README.md")
+_NO_TOKENIZER = ("config.json", "generation_config.json", "training_args.bin", ".gitattributes", *_CARDS)
 _NO_MATTER = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")  # of config.json; the rest may
 
 

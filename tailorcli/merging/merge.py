@@ -15,12 +15,14 @@ from tailorcli.device import StageTimer, resolve_device
 from tailorcli.errors import OptionsError, PatchError
 from tailorcli.files import PathLike, parse_json, read_bytes
 from tailorcli.guard import Watch
+from tailorcli.merging.carded import merged_side_files
 from tailorcli.merging.plan import MergeInputs, build_merge_plan
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.records import TensorRecord, fields_of
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport
 from tailorcli.patching.apply import patched_tensor, side_sources
+from tailorcli.runs.card import CARDS
 from tailorcli.runs.loop import LastPrepared, worked_on
 from tailorcli.runs.outputs import Target, identity_of, progress_bar
 from tailorcli.runs.plan import Plan, TensorPlan
@@ -79,6 +81,7 @@ def merge_patches(
         facts = inputs.describe()
         identity = identity_of(facts, options.identity(len(patches)), device, command="merge-multi")
         side, notes = _side_files(inputs)
+        side = merged_side_files(side, inputs, options)
         notes += _retain_notes(inputs, options)
         what = (plan, inputs.base, inputs.paths, identity, "merge-multi", side, _manifest(inputs, facts, options))
         begun = target.begin(*what, announce=announce)
@@ -169,7 +172,7 @@ def _side_files(inputs: MergeInputs) -> tuple[dict[str, Path | bytes], tuple[str
     ]
     for title, other in zip(titles, others, strict=True):
         for name, entry in other.side_files.items():
-            if name == REPORT_FILE:
+            if name == REPORT_FILE or name in CARDS:
                 continue
             if name not in first.side_files:
                 found.append(f"side file {name} of {title} is left out: {kept} has none")

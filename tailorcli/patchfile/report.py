@@ -22,6 +22,7 @@ OPTIONS_SHOWN = {
 }
 REPORT_FILE = "tailor_report.json"
 RUN_FILE = "tailor_run.json"
+EVALUATION_FILE = "tailor_evaluation.json"
 
 
 @dataclass(frozen=True)

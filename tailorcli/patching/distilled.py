@@ -20,9 +20,10 @@ from tailorcli.guard import Watch
 from tailorcli.options import DistillOptions, PatchOptions
 from tailorcli.patchfile.reader import PatchFile, raw_bytes
 from tailorcli.patchfile.report import PatchReport
+from tailorcli.patching.carded import side_files_of
 from tailorcli.patching.checks import check_retain, check_stats
 from tailorcli.patching.cost import most_kept
-from tailorcli.patching.patch import patch_checkpoint, side_files_of
+from tailorcli.patching.patch import patch_checkpoint
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs
 from tailorcli.runs.outputs import Outputs, Target, identity_of, progress_bar, records_of
@@ -65,7 +66,7 @@ def distill_checkpoint(
     with ExitStack() as stack:
         sources = _Sources.open(base, tuned, stats, retain, options, stack, graft_data)
         inputs, both = sources.inputs, sources.both
-        side = side_files_of(inputs, options)
+        side = side_files_of(inputs, options, distill, (both[0], both[1]))
         read = [*inputs.files, *both[0].files, *both[1].files]
         watch = Watch([*read, *(source for source in side.values() if isinstance(source, Path))])
         device = resolve_device(options.device)

@@ -9,15 +9,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.adapters.checkpoint import tuned_side_files
 from tailorcli.checkpoint.folder import Checkpoint
-from tailorcli.checkpoint.quantized import plain_config
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import OptionsError
 from tailorcli.files import PathLike
 from tailorcli.guard import Watch
 from tailorcli.options import PatchOptions
 from tailorcli.patchfile.report import PatchReport
+from tailorcli.patching.carded import side_files_of
 from tailorcli.patching.graft import MaskFile, trained_masks
 from tailorcli.patching.methods import find_cut
 from tailorcli.patching.planner import build_plan
@@ -166,16 +165,6 @@ def _patch_all(plan: Plan, run: Run, target: Target) -> None:
     for tensor, result, digest in tailored(todo, run):
         run.write(tensor, result, digest)
         del result
-
-
-def side_files_of(inputs: PatchInputs, options: PatchOptions) -> dict[str, Path | bytes]:
-    """Tuned's side files by their names in the output; its config without quantisation, where that is undone."""
-    side: dict[str, Path | bytes] = {}
-    for place, source in tuned_side_files(inputs.tuned).items():
-        side[place.as_posix()] = source
-    if inputs.base.dequantized and options.fp8_output == "bf16":
-        side["config.json"] = plain_config(inputs.tuned.path)
-    return side
 
 
 def _masks_first(

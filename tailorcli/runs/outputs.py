@@ -19,8 +19,9 @@ from tailorcli.files import as_output_error, digest_of, read_bytes, write_text_a
 from tailorcli.guard import OutputLock, Watch, entries, lock_file, protect
 from tailorcli.patchfile.reader import SUFFIX, PatchFile
 from tailorcli.patchfile.records import TensorRecord, read_record
-from tailorcli.patchfile.report import REPORT_FILE, RUN_FILE, PatchReport, load_report
+from tailorcli.patchfile.report import EVALUATION_FILE, REPORT_FILE, RUN_FILE, PatchReport, load_report
 from tailorcli.patchfile.writer import PatchWriter
+from tailorcli.runs.card import BASE_CARD, TUNED_CARD
 from tailorcli.runs.plan import Plan
 from tailorcli.runs.record import RunRecord, load_run
 from tailorcli.system import bytes_on_disk
@@ -446,7 +447,8 @@ def _clear(folder: Path) -> None:
             (folder / first).unlink(missing_ok=True)
         for path in [*shards, *folder.rglob("*.safetensors.part")]:
             path.unlink(missing_ok=True)
-        (folder / REPORT_FILE).unlink(missing_ok=True)
+        for name in (REPORT_FILE, EVALUATION_FILE, TUNED_CARD, BASE_CARD):
+            (folder / name).unlink(missing_ok=True)
         for path in (folder / WORK_FOLDER).iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     except OSError as error:

@@ -122,6 +122,7 @@ class Plan:
         }
 
 
+_CARD_BYTES = 1 << 14  # of a model card
 _REPORT_BYTES = 3072  # of a tensor's record in the report that a patch file carries, without the names in it
 
 
@@ -129,7 +130,7 @@ def most_patch_bytes(
     kept: Iterable[tuple[TensorPlan, int]], tensors: Iterable[TensorPlan], side_files: Iterable[Path | bytes]
 ) -> int:
     """An upper bound for a patch file: so many kept entries of tensors, a report of all, and side files."""
-    header = 1 << 16
+    header = (1 << 16) + _CARD_BYTES
     entries = sum(n * t.nbytes // max(t.numel, 1) + t.numel // 8 + 2048 for t, n in kept)
     report = sum(_REPORT_BYTES + 8 * len(tensor.name) for tensor in tensors)
     return header + entries + report + sum(_size(source) for source in side_files)

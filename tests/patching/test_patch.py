@@ -108,6 +108,7 @@ def test_sharding_of_the_inputs_and_of_the_output_changes_nothing(llama_pair, tm
 def test_side_files_come_from_the_tuned_model_byte_for_byte(tmp_path):
     folder = make_pair(tmp_path)
     extra = {"chat_template.jinja": "{{ messages }}", "modeling_own.py": "x = 1\n", "sub/vocab.txt": "a\nb"}
+    extra |= {"README.md": "# mine\r\n", "NOTICE": "n"}
     for name, text in extra.items():
         (folder / "tuned" / name).parent.mkdir(exist_ok=True)
         (folder / "tuned" / name).write_text(text)
@@ -117,7 +118,8 @@ def test_side_files_come_from_the_tuned_model_byte_for_byte(tmp_path):
     options = PatchOptions(solver="none", omega=1.0)
     patch_checkpoint(folder / "base", folder / "tuned", folder / "out", None, options)
     tuned, out = folder_digest(folder / "tuned"), folder_digest(folder / "out")
-    ours = {"model.safetensors", "tailor_report.json"}
+    assert out.pop("TUNED_README.md") == tuned.pop("README.md")  # README.md is the patched model's own card
+    ours = {"model.safetensors", "tailor_report.json", "README.md"}
     weights = {"model.safetensors", "training_args.bin", "optimizer.pt", "checkpoint-10/config.json"}
     assert {k: v for k, v in out.items() if k not in ours} == {k: v for k, v in tuned.items() if k not in weights}
     assert extra.keys() <= out.keys()

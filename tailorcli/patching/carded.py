@@ -1,0 +1,120 @@
+"""What lies beside the weights of a patched model: the fine-tuned model's side files, and a card of its own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tailorcli.adapters.checkpoint import AdaptedCheckpoint, tuned_side_files
+from tailorcli.adapters.config import CONFIG_FILE
+from tailorcli.calibration.stats import Stats
+from tailorcli.checkpoint.quantized import plain_config
+from tailorcli.errors import CheckpointError
+from tailorcli.files import read_json
+from tailorcli.options import DistillOptions, PatchOptions
+from tailorcli.patching.stream import PatchInputs
+from tailorcli.runs.again import patch_command
+from tailorcli.runs.card import BASE_CARD, CARD, TUNED_CARD, CardText, Source, patch_text, plain_name, with_card
+from tailorcli.units import counted
+
+
+def side_files_of(
+    inputs: PatchInputs,
+    options: PatchOptions,
+    distill: DistillOptions | None = None,
+    samples: tuple[Stats | None, Stats | None] | None = None,
+) -> dict[str, Path | bytes]:
+    """Tuned's side files by their names in the output, and a model card; tuned's own card lies beside it.
+
+    The config is one without quantisation where that is undone. ``samples`` are the statistics that were used, if they
+    are not those of ``inputs``.
+    """
+    side: dict[str, Path | bytes] = {}
+    for place, source in tuned_side_files(inputs.tuned).items():
+        side[place.as_posix()] = source
+    if inputs.base.dequantized and options.fp8_output == "bf16":
+        side["config.json"] = plain_config(inputs.tuned.path)
+    own = {TUNED_CARD: inputs.tuned.path / CARD}
+    if isinstance(inputs.tuned, AdaptedCheckpoint):
+        own[BASE_CARD] = inputs.base.path / CARD
+    used = samples if samples is not None else (inputs.stats, inputs.retain_stats)
+    there = {name: file for name, file in own.items() if file.is_file()}
+    return with_card(side, _card(inputs, options, distill, *used), there)
+
+
+def _card(
+    inputs: PatchInputs,
+    options: PatchOptions,
+    distill: DistillOptions | None,
+    stats: Stats | None,
+    retain: Stats | None,
+) -> CardText:
+    tuned = Source.of(inputs.tuned.path)
+    base = Source.of(inputs.base.path, _base_of_adapter(inputs.tuned) or tuned.facts.get("base_model"))
+    given = {"stats": stats, "retain": retain}
+    names = {"base": base.name, "tuned": tuned.name}
+    names |= {role: plain_name(found.path) for role, found in given.items() if found is not None}
+    if inputs.graft_data is not None:
+        names["data"] = plain_name(inputs.graft_data)
+    values = options.to_dict()
+    retained = retain is not None
+    said = patch_text(values, base.name, tuned.name, retained=retained, distilled=distill is not None)
+    settings = _settings(options, retained, distill)
+    for title, found in (("new task", stats), ("what the base must keep", retain)):
+        if found is not None:
+            settings[title] = _samples_of(found)
+    trained = None if distill is None else asdict(distill)
+    return CardText(
+        title=f"{tuned.name}, patched" if options.task is None else f"{tuned.name}, patched for {options.task}",
+        said=said,
+        settings=settings,
+        command=patch_command(values, names, distilled=trained),
+        base=base,
+        tuned=(tuned,),
+        license=options.license,
+    )
+
+
+def _base_of_adapter(tuned: object) -> Any:
+    """What an adapter's config calls its base, an id of the Hub or a path; None of a full checkpoint."""
+    if not isinstance(tuned, AdaptedCheckpoint):
+        return None
+    try:
+        return read_json(tuned.path / CONFIG_FILE).get("base_model_name_or_path")
+    except CheckpointError:
+        return None
+
+
+_SHOWN = (
+    *("method", "density", "omega", "solver", "damping", "retain_weight", "propagate", "weight", "threshold"),
+    *("alpha", "beta", "threshold_scale"),
+    *("include", "exclude", "resized_vocab", "fp8_output"),
+)
+
+
+def _settings(options: PatchOptions, retained: bool, distill: DistillOptions | None) -> dict[str, str]:
+    """The options that a reader asks for, of those that decide what is written; the report has them all."""
+    values = options.identity(retained)
+    shown = {}
+    for name in _SHOWN:
+        value = values.get(name)
+        if value is None or value is False or value == () or (name, value) in (("method", "tailor"), ("weight", 1.0)):
+            continue
+        text = f"{value:g}" if isinstance(value, float) else ", ".join(value) if isinstance(value, tuple) else value
+        shown[name.replace("_", " ")] = "yes" if value is True else str(text)
+    if distill is not None:
+        shown["distillation"] = f"{distill.steps} steps, rate {distill.rate:g}, weight {distill.weight:g}"
+    return shown
+
+
+def _samples_of(stats: Stats) -> str:
+    """How many samples of what statistics were made of, as their manifest has it."""
+    data = stats.manifest.get("data")
+    data = data if isinstance(data, dict) else {}
+    count, tokens, file = data.get("samples"), data.get("tokens"), data.get("file")
+    parts = [counted(number, what) for number, what in ((count, "sample"), (tokens, "token")) if type(number) is int]
+    whose = "that the model wrote itself" if data.get("synthetic") else ""
+    if isinstance(file, str) and file:
+        whose = f"of {plain_name(Path(file))}" if not whose else f"{whose}, going on from {plain_name(Path(file))}"
+    return " ".join([", ".join(parts) or "samples", whose]).strip()

@@ -1,0 +1,110 @@
+"""The command that makes an output again, from the options and the inputs that its report names."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tailorcli.options import DistillOptions, MergeOptions, PatchMethod, PatchOptions
+from tailorcli.terminal import printable
+
+_WIDTH = 88  # columns of a line, so that a page or a card need not scroll
+_VALUES = (
+    *("method", "density", "omega", "weight", "retain_weight", "solver", "damping", "tolerance", "max_iterations"),
+    *(
+        "block_size",
+        "threshold",
+        "alpha",
+        "beta",
+        "threshold_scale",
+        "seed",
+        "graft_steps",
+        "graft_rate",
+        "batch_size",
+        "include",
+        "exclude",
+    ),
+    *("max_shard_size", "fp8_output", "task", "license"),
+)
+_FLAGS = ("allow_dtype_mismatch", "resized_vocab", "trust_remote_code")
+_DATA = "--graft-data"
+
+
+def patch_command(
+    options: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    output: str = "OUT",
+    *,
+    distilled: Mapping[str, Any] | None = None,
+    command: str = "patch",
+) -> list[str]:
+    """The words of ``tailorcli patch`` (or ``score``) with these options, as a report has them.
+
+    ``inputs`` maps roles (base, tuned, stats, retain, data) to paths or names. Options at their defaults are left out.
+    """
+    words = ["tailorcli", command, inputs["base"], inputs["tuned"]]
+    for role, flag in (("stats", "--stats"), ("retain", "--retain"), ("data", _DATA)):
+        if role in inputs:
+            words += [flag, inputs[role]]
+    method = options.get("method", "tailor")
+    known = {"method": method} if method in list(PatchMethod) else {}
+    defaults = PatchOptions(**known).resolved("retain" in inputs).to_dict() | {"fp8_output": "fp8"}
+    words += _given(options, defaults, _VALUES)
+    if defaults["propagate"] and not options.get("propagate", True):
+        words.append("--no-propagate")
+    words += [_flag(name) for name in _FLAGS if options.get(name)]
+    if distilled is not None:
+        words.append("--distill")
+        plain = {f"distill_{name}": value for name, value in distilled.items() if name != "seed"}
+        ours = {f"distill_{name}": value for name, value in vars(DistillOptions()).items()}
+        words += _given(plain, ours, tuple(plain))
+    return [*words, "-o", output]
+
+
+def merge_command(options: Mapping[str, Any], inputs: Mapping[str, str], output: str = "OUT") -> list[str]:
+    """The words of ``tailorcli merge-multi`` with these options and inputs (base, patch 1, tuned 1, ...)."""
+    words = ["tailorcli", "merge-multi", inputs["base"]]
+    words += [path for role, path in inputs.items() if role.startswith("patch ")]
+    for role, flag in (("tuned ", "--tuned"), ("stats ", "--stats")):
+        for name, path in inputs.items():
+            words += [flag, path] if name.startswith(role) else []
+    defaults = MergeOptions().to_dict()
+    named = ("method", "damping", "tolerance", "max_iterations", "max_shard_size", "task", "license")
+    words += _given(options, defaults, named)
+    weights = options.get("weights") or ()
+    if len(set(weights)) > 1:
+        words += [word for weight in weights for word in ("--weight", f"{weight:g}")]
+    return [*words, "-o", output]
+
+
+def shell_text(words: list[str]) -> str:
+    """Words as a shell takes them, in lines of about 88 columns; an option and its value stay together."""
+    parts: list[str] = []
+    for number, word in enumerate(words):
+        quoted = shlex.quote(printable(word))
+        if parts and words[number - 1].startswith("-") and not word.startswith("-"):
+            parts[-1] += f" {quoted}"
+        else:
+            parts.append(quoted)
+    lines = [""]
+    for part in parts:
+        if lines[-1] and len(lines[-1]) + len(part) + 3 > _WIDTH:
+            lines.append("  ")
+        lines[-1] += part if not lines[-1].strip() else f" {part}"
+    return " \\\n".join(lines)
+
+
+def _given(options: Mapping[str, Any], defaults: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[str]:
+    """The options that are not at their defaults, each with its value; a list gives its option again and again."""
+    for name in names:
+        value = options.get(name)
+        if value is None or value == defaults.get(name):
+            continue
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            yield _flag(name)
+            yield f"{each:g}" if isinstance(each, float) else str(each)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
