@@ -113,7 +113,7 @@ class HookedLayers:
                 layer.group = None
             if layer.group is None or self._is_folded(layer, inputs):
                 return
-            with self._timer.stage("hessian"):
+            with self._timer.queued("hessian"):
                 self._add(self._accumulator(layer), layer, module, inputs, samples())
 
         with self._hooked(fold):

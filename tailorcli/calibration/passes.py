@@ -17,7 +17,7 @@ from tailorcli.errors import CheckpointError, OptionsError
 from tailorcli.models.loading import aliases, expected_names, load_model
 from tailorcli.models.parts import Parts, adapt
 from tailorcli.models.places import Place, map_names
-from tailorcli.models.running import HIDDEN_SHARE, check_ids, forward, samples_in, to_device
+from tailorcli.models.running import check_ids, forward, samples_in, to_device
 from tailorcli.options import CalibrateOptions, matches
 from tailorcli.terminal import Progress
 
@@ -134,10 +134,7 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
 
     ``network`` is the model without its weights. Raises CheckpointError for a model without a list of blocks.
     """
-    import torch
-
     from tailorcli.calibration.collector import Collector
-    from tailorcli.device import free_memory
     from tailorcli.models.layers import find_layers
     from tailorcli.models.lockstep import Lockstep, find_blocks
     from tailorcli.models.running import last_logits_only
@@ -170,8 +167,7 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
     batches = list(make_batches(run.samples.inputs, run.options.batch_size))
     lanes = Lockstep(blocks, [(runner(batch), samples_in(batch)) for batch in batches])
     tokens = {id(lane): count_tokens(batch) for lane, batch in zip(lanes.lanes, batches, strict=True)}
-    host = free_memory(torch.device("cpu")) or 1 << 40  # hidden states wait there, whatever the device
-    spill = Spill(run.device, Path(run.writer.folder), int(host * HIDDEN_SHARE))
+    spill = Spill.measured(run.device, Path(run.writer.folder))
 
     bar = _bar(run, run.samples.num_tokens * len(blocks))
 

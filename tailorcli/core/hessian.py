@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tailorcli.core.precision import hessian_unit, in_units
+from tailorcli.core.products import are_halves, fold_lower_, multiplies_halves
 from tailorcli.errors import NumericalError
 
 _BLOCK = 512  # columns per product or triangular solve: half the multiply-adds, still large matrix products
@@ -24,12 +25,16 @@ def accumulate_(hessian: Tensor, inputs: Tensor, tokens_seen: int) -> int:
 
     Only the lower triangle of ``hessian`` (I, I), float32, is kept up to date: H is symmetric and the other
     half would double the multiply-adds. ``inputs`` (N, I) holds one row a token, in any float dtype;
-    products are float32. Returns the number of tokens seen, this batch included.
+    sums are float32, and so are products, but for those of halves on a GPU, which are exact. Returns the number of
+    tokens seen, this batch included.
     """
     num_tokens, num_columns = inputs.shape
     if num_tokens == 0:
         return tokens_seen
     total = tokens_seen + num_tokens
+    if are_halves(inputs) and multiplies_halves(inputs.device):
+        fold_lower_(hessian, inputs, inputs, tokens_seen / total, 2.0 / total)
+        return total
     x = inputs.to(hessian.dtype)  # (N, I)
     for start in range(0, num_columns, _BLOCK):
         stop = min(start + _BLOCK, num_columns)

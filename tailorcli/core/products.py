@@ -16,6 +16,7 @@ from torch import Tensor
 from tailorcli.core.precision import hessian_unit, in_units, out_of_units
 
 FINEST = 3e-5  # below this tolerance the parts' own rounding would show
+_HALF_BLOCK = 2048  # columns per product of a triangle: narrower ones leave most of a GPU idle
 _WORTH_PARTS = 256  # rows from which on splitting a matrix for one product pays
 
 
@@ -32,11 +33,34 @@ def multiplies_halves(device: torch.device) -> bool:
 
 
 def product_of_halves(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` of bfloat16 matrices, in float32."""
+    """``left @ right`` of halves of one dtype, in float32."""
     if left.device.type == "cuda":
         product: Tensor = torch.mm(left, right, out_dtype=torch.float32)
         return product
     return left.to(torch.float32) @ right.to(torch.float32)  # what a GPU does, for tests
+
+
+def exact_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` with float32 sums; of two halves of one dtype every single product is exact."""
+    if are_halves(left, right) and multiplies_halves(left.device):
+        return product_of_halves(left, right)
+    return left.to(torch.float32) @ right.to(torch.float32)
+
+
+def are_halves(*tensors: Tensor) -> bool:
+    """Whether all are of one dtype of 16 bits."""
+    return {tensor.dtype for tensor in tensors} in ({torch.bfloat16}, {torch.float16})
+
+
+def fold_lower_(mean: Tensor, left: Tensor, right: Tensor, keep: float, share: float) -> None:
+    """``mean`` (I, I) becomes keep * mean + share * left^T right, its lower triangle, in place; a factor is (K, I).
+
+    ``left`` and ``right`` are halves of one dtype; sums are float32.
+    """
+    for start in range(0, mean.shape[0], _HALF_BLOCK):
+        stop = min(start + _HALF_BLOCK, mean.shape[0])
+        found = product_of_halves(left[:, start:stop].T, right[:, :stop])
+        mean[start:stop, :stop].mul_(keep).add_(found, alpha=share)
 
 
 def left_parts(rows: Tensor) -> Tensor:

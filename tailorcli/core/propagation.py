@@ -30,7 +30,7 @@ from tailorcli.core.chunks import row_chunks
 from tailorcli.core.figures import quadratic_form
 from tailorcli.core.hessian import accumulate_, combine_hessians, dampen
 from tailorcli.core.precision import gap
-from tailorcli.core.products import System, product
+from tailorcli.core.products import System, fold_lower_, multiplies_halves, product, product_of_halves
 from tailorcli.core.retain import retain_scale
 from tailorcli.core.solvers import solve_by_chunks
 from tailorcli.core.tailor import assemble, is_finite
@@ -69,12 +69,24 @@ def accumulate_moments_(moments: Moments, patched: Tensor, unpatched: Tensor) ->
     x, reference = patched.to(torch.float32), unpatched.to(torch.float32)  # (N, I) each; squares overflow in halves
     apart = reference - x
     before = moments.tokens
-    moments.tokens = accumulate_(moments.hessian, x, before)
-    if moments.tokens > before:
+    moments.tokens = accumulate_(moments.hessian, patched, before)
+    if moments.tokens > before and patched.dtype == torch.bfloat16 and multiplies_halves(patched.device):
+        _accumulate_in_parts_(moments, patched, apart, before / moments.tokens, 2.0 / moments.tokens)
+    elif moments.tokens > before:
         accumulate_(moments.gap, apart, before)
         moments.drift.addmm_(apart.T, x, beta=before / moments.tokens, alpha=2.0 / moments.tokens)
+    if moments.tokens > before:
         moments.moved += float(apart.square().sum(dtype=torch.float64))
         moments.whole += float(reference.square().sum(dtype=torch.float64))
+
+
+def _accumulate_in_parts_(moments: Moments, x: Tensor, apart: Tensor, keep: float, share: float) -> None:
+    """Fold D and K with products in bfloat16: ``x`` (N, I) is that already, ``apart`` (N, I) float32 in two parts."""
+    high = apart.to(torch.bfloat16)
+    low = (apart - high).to(torch.bfloat16)
+    fold_lower_(moments.gap, torch.cat((high, low, high)), torch.cat((high, high, low)), keep, share)
+    found = product_of_halves(torch.cat((high, low)).T, torch.cat((x, x)))
+    moments.drift.mul_(keep).add_(found, alpha=share)
 
 
 def complete_(moments: Moments) -> None:

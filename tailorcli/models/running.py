@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
 
 
-HIDDEN_SHARE = 0.25  # of the free memory that waiting hidden states may fill
-
-
 def forward(network: Any, inputs: Inputs) -> Any:
     """Run the model without a graph and give its outputs.
 

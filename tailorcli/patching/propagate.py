@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tailorcli.adapters.checkpoint import config_folder
 from tailorcli.core.figures import LayerFigures, figures_after_fit
+from tailorcli.core.products import exact_product
 from tailorcli.core.propagation import (
     Moments,
     accumulate_moments_,
@@ -32,13 +33,11 @@ from tailorcli.core.propagation import (
 )
 from tailorcli.core.tailor import LayerResult
 from tailorcli.data.samples import make_batches
-from tailorcli.device import free_memory
 from tailorcli.errors import NumericalError, TailorError
 from tailorcli.models.layers import Layer, find_layers
 from tailorcli.models.lockstep import Lane, Lockstep
 from tailorcli.models.places import Place
 from tailorcli.models.running import (
-    HIDDEN_SHARE,
     first_tensor,
     forward,
     identity_of_input,
@@ -146,8 +145,7 @@ class Propagation:
         self._groups: dict[str, _Group] = {}  # that are not fitted yet, by the layer that is called first
         for name, layer in self._load("").items():
             self._groups[name] = _Group({name: layer})
-        host = free_memory(torch.device("cpu")) or 1 << 40
-        self._spill = Spill(run.device, scratch, int(host * HIDDEN_SHARE))
+        self._spill = Spill.measured(run.device, scratch)
         kinds = (
             (NEW, self._stats, models.tuned, models.base),
             (RETAINED, self._retain_stats, models.base, models.tuned),
@@ -246,8 +244,9 @@ class Propagation:
             group = self._groups.pop(station)
             self._accumulate_group(group, station, waiting)
             self._finish_group(group)
-        for lane in waiting:
-            self._run_through(station, lane)
+        with self._timer.stage("run"):  # as a whole: copies of one batch go on beside the work on the next
+            for lane in waiting:
+                self._run_through(station, lane)
 
     def _start_block(self, block: str, waiting: list[Lane]) -> None:
         """Load a block, and tell by a run of one batch in which order its layers are called, and which together."""
@@ -298,22 +297,22 @@ class Propagation:
         group.aligned = len(batches) == mates and all(
             batch.mate.wanted == station and _are_aligned(batch) for batch in batches
         )
-        for batch in batches if group.aligned else ():
-            with self._moved(batch.lane, batch.mate), self._timer.stage("moments"):
-                unpatched, patched = (lane.held[0].flatten(0, -2) for lane in (batch.lane, batch.mate))
-                found = group.moments.setdefault(batch.kind, no_moments(patched.shape[-1], self._device))
-                accumulate_moments_(found, patched, unpatched)
-        for batch in batches if group.aligned else ():
-            rival = batch.rival
-            if rival is not None and rival.wanted == station and rival.held[0].shape == batch.lane.held[0].shape:
-                with self._moved(batch.lane, rival), self._timer.stage("moments"):
-                    self._measure_apart(group, batch, rival)
+        with self._timer.stage("moments"):
+            for batch in batches if group.aligned else ():
+                rivals = [batch.rival] if batch.rival is not None and batch.rival.wanted == station else []
+                rivals = [rival for rival in rivals if rival.held[0].shape == batch.lane.held[0].shape]
+                with self._moved(batch.lane, batch.mate, *rivals):
+                    unpatched, patched = (lane.held[0].flatten(0, -2) for lane in (batch.lane, batch.mate))
+                    found = group.moments.setdefault(batch.kind, no_moments(patched.shape[-1], self._device))
+                    accumulate_moments_(found, patched, unpatched)
+                    for rival in rivals:
+                        self._measure_apart(group, batch, rival)
 
     def _measure_apart(self, group: _Group, batch: _Batch, rival: Lane) -> None:
         """Add how far a batch's outputs of a group's layers in the two unpatched models are apart."""
         for name in group.layers:
             first, second = (
-                nn.functional.linear(lane.held[0].flatten(0, -2).float(), _weight_of(model.stations[name]).float())
+                exact_product(lane.held[0].flatten(0, -2), _weight_of(model.stations[name]).T)
                 for lane, model in ((batch.lane, batch.model), (rival, batch.other))
             )
             apart = group.apart.setdefault((batch.kind, name), _Apart())
@@ -323,16 +322,15 @@ class Propagation:
     def _run_through(self, station: str, lane: Lane) -> None:
         """Run a lane through a linear layer, or into a block, and on to where it waits next."""
         lane.move(self._spill.back)
-        with self._timer.stage("run"):
-            batch = self._batches[lane]
-            model = {batch.lane: batch.model, batch.mate: self._models.patched}.get(lane, batch.other)
-            module = model.stations[station]
-            if module is model.head:  # no one reads its logits
-                assert isinstance(module, nn.Linear)
-                lane.set_result(nn.functional.linear(lane.held[0][..., -1:, :], module.weight, module.bias))
-            else:
-                lane.run_inside()
-            lane.advance()
+        batch = self._batches[lane]
+        model = {batch.lane: batch.model, batch.mate: self._models.patched}.get(lane, batch.other)
+        module = model.stations[station]
+        if module is model.head:  # no one reads its logits
+            assert isinstance(module, nn.Linear)
+            lane.set_result(nn.functional.linear(lane.held[0][..., -1:, :], module.weight, module.bias))
+        else:
+            lane.run_inside()
+        lane.advance()
         lane.move(self._spill.out)
 
     def _finish_group(self, group: _Group) -> None:

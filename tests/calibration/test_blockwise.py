@@ -78,7 +78,7 @@ def test_a_model_that_does_not_fit_goes_block_by_block_by_itself(pair, tmp_path,
 
 def test_hidden_states_can_wait_in_files(pair, tmp_path, monkeypatch):
     files = count_mapped_files(monkeypatch)
-    monkeypatch.setattr("tailorcli.calibration.passes.HIDDEN_SHARE", 0.0)
+    monkeypatch.setattr("tailorcli.models.spill.HIDDEN_SHARE", 0.0)
     calibrate_model(pair / "tuned", pair / "data.jsonl", tmp_path / "stats", STREAMED)
     assert len(files) >= 4 * 10  # blocks, lanes
     assert sorted(path.name for path in (tmp_path / "stats").iterdir()) == [HESSIANS, MANIFEST, SAMPLES]

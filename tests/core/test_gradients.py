@@ -11,6 +11,7 @@ from tailorcli import core
 from tailorcli.core import gradients
 from tailorcli.core.gradients import State, conjugate_gradients, step_
 from tailorcli.core.products import System, joined, left_parts, product_of_halves, right_parts
+from tailorcli.core.propagation import accumulate_moments_, complete_, no_moments
 from tailorcli.options import PatchOptions
 
 DEFAULT = PatchOptions().tolerance
@@ -124,3 +125,21 @@ def test_the_kernel_gives_what_plain_torch_gives():
         torch.testing.assert_close(joined(plain.p), joined(fused.p), rtol=1e-4, atol=1e-4)
         for ours, theirs in zip(plain[1:], fused[1:], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_moments_of_halves_are_those_of_float64(monkeypatch):
+    """As on a GPU: single products of bfloat16 are exact there, and the gap between two inputs goes in two parts."""
+    monkeypatch.setattr("tailorcli.core.hessian.multiplies_halves", lambda device: True)
+    monkeypatch.setattr("tailorcli.core.propagation.multiplies_halves", lambda device: True)
+    monkeypatch.setattr("tailorcli.core.products._HALF_BLOCK", 16)
+    x = torch.randn(120, 40).to(torch.bfloat16)
+    reference = (x.float() + 0.01 * torch.randn(120, 40)).to(torch.bfloat16)
+    moments = no_moments(40, torch.device("cpu"))
+    for rows in (slice(0, 50), slice(50, 50), slice(50, 120)):
+        accumulate_moments_(moments, x[rows], reference[rows])
+    complete_(moments)
+    x, apart = x.double(), reference.double() - x.double()
+    assert moments.tokens == 120
+    for found, left, right in ((moments.hessian, x, x), (moments.drift, apart, x), (moments.gap, apart, apart)):
+        exact = 2.0 / 120 * left.T @ right
+        assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()

@@ -218,3 +218,20 @@ def test_a_lane_can_enter_a_block_and_wait_inside_and_what_it_holds_may_wait_in_
     # Inside the first block both what its second layer takes and the block's own input have to wait.
     assert {(3, 6), (3, 4), (2, 6), (2, 4)} <= set(moved)
     assert not any(tmp_path.iterdir())
+
+
+def test_hidden_states_stay_on_the_device_while_they_fit_then_in_memory_then_in_files(tmp_path, monkeypatch):
+    files = count_mapped_files(monkeypatch)
+    spill = Spill(torch.device("cpu"), tmp_path, limit=800, on_device=800)
+    copied = []
+    monkeypatch.setattr(spill, "_to_host", lambda tensor: copied.append(tensor[0].item()) or tensor.clone())
+    for _ in range(3):  # the room is given back each time
+        copied.clear()
+        tensors = [torch.full((100,), float(number)) for number in range(5)]
+        for tensor in tensors:
+            tensor.data = spill.out(tensor)
+        assert copied == [2.0, 3.0]
+        for number, tensor in enumerate(tensors):
+            tensor.data = spill.back(tensor)
+            assert (tensor == number).all()
+    assert len(files) == 3

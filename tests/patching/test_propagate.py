@@ -413,7 +413,7 @@ def test_an_interrupted_run_is_finished_to_the_same_bytes(pair, tmp_path, after)
 def test_hidden_states_can_wait_in_files(pair, tmp_path, monkeypatch):
     run(pair, tmp_path / "memory")
     files = count_mapped_files(monkeypatch)
-    monkeypatch.setattr("tailorcli.patching.propagate.HIDDEN_SHARE", 0.0)
+    monkeypatch.setattr("tailorcli.models.spill.HIDDEN_SHARE", 0.0)
     run(pair, tmp_path / "files")
     assert len(files) > 3 * 4 * 10  # blocks, groups of layers, batches
     assert folder_digest(tmp_path / "files") == folder_digest(tmp_path / "memory")
