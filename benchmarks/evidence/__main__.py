@@ -8,6 +8,7 @@ cache; a rerun goes on from there.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from benchmarks.common import cache_root
@@ -54,6 +55,7 @@ def main() -> None:
     """Run the benchmarks that are asked for, and write the document from all that the cache holds."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="quick, text, multimodal; all without")
+    parser.add_argument("--jobs", type=int, default=1, help="pairs at a time, each in a process of its own")
     parser.add_argument("--cache", type=Path, default=cache_root(), help="folder for weights and results (%(default)s)")
     options = parser.parse_args()
     parts = options.parts or list(PARTS)
@@ -64,7 +66,8 @@ def main() -> None:
             continue
         cache = options.cache.expanduser().resolve() / part
         cache.mkdir(parents=True, exist_ok=True)
-        outcomes = run_all(part, PARTS[part](cache), cache)
+        make = partial(pairs.quick, jobs=options.jobs) if part == "quick" else PARTS[part]
+        outcomes = run_all(part, make(cache), cache, options.jobs)
         texts, short = [_head(part)], []
         for group in summary.groups_of(outcomes):
             picture = f"frontier-{part}-{group.name}.png"
@@ -86,18 +89,21 @@ def main() -> None:
 
 def _head(part: str) -> str:
     machine = environment()
+    ran_on = ", ".join(filter(None, (machine["gpu"], machine["processor"])))
     return f"""# The evidence: {part}
 
 Written by `make evidence` (`python -m benchmarks.evidence {part}`); every figure is from its last run.
 
-- **Ran on**: {machine["processor"]}, {machine["cores"]} cores, torch {machine["torch"]},
+- **Ran on**: {ran_on}, {machine["cores"]} cores, torch {machine["torch"]},
   transformers {machine["transformers"]}, tailorcli {machine["tailorcli"]}.
 - **Figures**: settings are picked on validation data, figures are of test data. Old and new are averages in percent,
   H is their harmonic mean (Eq. 32), intervals are a bootstrap over the test items.
-- **old kept** is the share of the base's old performance, **gain kept** that of the tuned model's gain on the new task.
+- **old kept** and **new kept** are the shares of the base's old and of the tuned model's new performance, the paper's
+  measure; **gain kept** is that of what fine-tuning gained on the new task.
+- **distilled** is the default with its kept entries trained (`--distill`), at one default for all.
 - **retained** is the retain term on samples that the base wrote itself ({SAMPLES} of them), **retained on old samples**
   on some of the old tasks' own training data; its weight is `--retain-weight`.
-- **patch, s** was taken on a busy machine: compare it within a table only.
+- **patch, s** was taken on a busy machine: compare it within a table only. **patch, MB** is the patch file's size.
 
 What the words mean: [glossary](../concepts/glossary.md)."""
 

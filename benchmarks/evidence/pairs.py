@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.evidence import text_data
@@ -14,6 +17,7 @@ from benchmarks.quick import model as quick_model
 from benchmarks.real import data as real_data
 from benchmarks.real import model as real_model
 from benchmarks.real.setting import TRAIN_RECORDS, default_cache, say, tokenizer_of
+from tailorcli.demo.text import TaskText
 
 SEEDS = (0, 1, 2)
 
@@ -43,15 +47,23 @@ class Pair:
         return [f"{name}={files[name]}:{kind}" for name, kind in self.kinds.items()]
 
 
-def quick(cache: Path, seeds: Sequence[int] | None = None) -> list[Pair]:
-    """Byte-level Llamas of 3 million parameters, trained here; two new tasks for every seed (SEEDS)."""
+def quick(cache: Path, seeds: Sequence[int] | None = None, jobs: int = 1) -> list[Pair]:
+    """Byte-level Llamas of 3 million parameters, trained here; three new tasks for every seed (SEEDS).
+
+    ``jobs`` seeds are trained at a time.
+    """
     tasks = quick_data.load_tasks()
     folder = cache / "data"
     quick_data.write_parts(tasks, folder)
+    chosen = SEEDS if seeds is None else seeds
+    make = partial(_quick_models, tasks, cache)
+    if jobs == 1:
+        made = [make(seed) for seed in chosen]
+    else:
+        with ProcessPoolExecutor(min(jobs, len(chosen)), mp_context=get_context("spawn")) as pool:
+            made = list(pool.map(make, chosen))
     pairs = []
-    for seed in SEEDS if seeds is None else seeds:
-        say(f"quick: models of seed {seed}")
-        models = quick_model.make_pairs(tasks, seed, cache / f"seed{seed}")
+    for seed, models in zip(chosen, made, strict=True):
         for new in quick_data.NEW_TASKS:
             kinds = dict.fromkeys((*quick_data.OLD_TASKS, new), "text")
             train, old = folder / f"{new}-train.jsonl", folder / "old-train.jsonl"
@@ -62,6 +74,11 @@ def quick(cache: Path, seeds: Sequence[int] | None = None) -> list[Pair]:
                 )
             )
     return pairs
+
+
+def _quick_models(tasks: dict[str, TaskText], cache: Path, seed: int) -> dict[str, Path]:
+    say(f"quick: models of seed {seed}")
+    return quick_model.make_pairs(tasks, seed, cache / f"seed{seed}")
 
 
 def text(cache: Path) -> list[Pair]:

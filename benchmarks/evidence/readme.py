@@ -25,7 +25,7 @@ def cells_of(page: str) -> list[list[str]]:
 
 
 def first_table(page: str) -> str:
-    """Base, tuned, the best plain interpolation of the two, and the default patch: old, new and H.
+    """Base, tuned, the best plain interpolation, the default patch, and that distilled where the page has it.
 
     Raises ValueError where the page lacks one of them.
     """
@@ -38,6 +38,8 @@ def first_table(page: str) -> str:
         f"interpolate {weight}": f"plain interpolation: base + {weight} · (tuned − base)",
         default: "patched by tailorcli: a tenth of the entries changed",
     }
+    if distilled := next((name for name in rows if re.match(r".*distilled, density 0\.1,", name)), ""):
+        lines[distilled] = "the same tenth, distilled (`--distill`)"
     if missing := lines.keys() - rows.keys():
         raise ValueError(f"the page has no row for: {', '.join(lines[name] for name in missing)}")
     shown = [[title, *rows[name]] for name, title in lines.items()]

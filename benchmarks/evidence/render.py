@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from benchmarks.evidence.run import OWN_DATA
-from benchmarks.evidence.summary import BASELINES, PAPER, PROPAGATED, RETAINED, Group, lines_of
+from benchmarks.evidence.summary import (
+    BASELINES,
+    DISTILLED,
+    FIFTIETH,
+    PAPER,
+    PROPAGATED,
+    RETAINED,
+    TENTH,
+    Group,
+    lines_of,
+)
 from benchmarks.real.render import table
 from tailorcli.evaluation.metrics import Estimate, estimate
 
-_SHORT_FAMILIES = ("base", "tuned", "interpolate", "dare", "magnitude", "graft")  # of docs/results/what-to-expect.md
+_SHORT_FAMILIES = ("base", "tuned", *BASELINES[:-1])  # of docs/results/what-to-expect.md
 
 
 def section(name: str, group: Group, setting: str, picture: str, curves: str = "", decorations: str = "") -> str:
@@ -22,9 +32,13 @@ def section(name: str, group: Group, setting: str, picture: str, curves: str = "
             f"Old tasks: {', '.join(pair.origin)}. New task: {', '.join(pair.target)}. {_seeds(seeds)}.",
             main_table(group),
             f"![Old against new performance of every setting, mean of the seeds]({picture})",
-            "### Density 0.1 with the retain term against each other method at its best",
-            difference_table(group),
+            "### Against each other method at its best",
+            difference_table(group, group.distilled()),
+            difference_table(group, group.ours()),
+            _READ_DIFFERENCES,
             verdict(group),
+            "### The bar" if group.distilled() else "",
+            bar(group, *BARS.get(name, BARS["quick"])),
             "### Area under the frontier",
             area_table(group),
             "### Density, retain weight and omega",
@@ -47,6 +61,7 @@ def main_table(group: Group) -> str:
     best = max(float(group.mean(family, label, "h_score")[0]) for _, family, label in lines_of(group))
     for title, family, label in lines_of(group):
         h = estimate(group.mean(family, label, "h_score"))
+        size = group.patch_bytes(family, label)
         cells = [
             title,
             *(f"{group.value(family, label, key):.1f}" for key in ("origin", "target")),
@@ -54,11 +69,13 @@ def main_table(group: Group) -> str:
             _interval(h),
             f"{group.share(family, label, 'origin')[0]:.1f}",
             f"{group.share(family, label, 'target')[0]:.1f}",
+            f"{group.share(family, label, 'gain')[0]:.1f}",
             "–" if family in ("base", "tuned") else f"{group.seconds(family, label):.0f}",
+            "–" if size is None else f"{size / 1e6:.1f}",
         ]
         bold = h.value is not None and h.value >= best
         rows.append([f"**{cell}**" if bold and cell != "–" else cell for cell in cells])
-    header = ["model", "old", "new", "H", "95%", "old kept, %", "gain kept, %", "patch, s"]
+    header = ["model", "old", "new", "H", "95%", "old kept, %", "new kept, %", "gain kept, %", "patch, s", "patch, MB"]
     return table(header, rows)
 
 
@@ -75,9 +92,14 @@ def rivals(group: Group) -> list[tuple[str, str]]:
     return found
 
 
-def difference_table(group: Group) -> str:
-    """H of each of our settings minus H of each rival, paired."""
-    ours = group.ours()
+_READ_DIFFERENCES = """H of the columns' settings minus H of the rows'; intervals are over the items, and paired. Each
+method of a row has the setting with the best mean H on validation data."""
+
+
+def difference_table(group: Group, ours: list[tuple[str, str, str]]) -> str:
+    """H of each of our settings minus H of each rival, paired; empty without settings."""
+    if not ours:
+        return ""
     rows = []
     for rival in rivals(group):
         cells = [rival[1]]
@@ -89,10 +111,41 @@ def difference_table(group: Group) -> str:
     header = ["minus"]
     for title, *_ in ours:
         header += [title, "95%", "each seed"]
-    return f"""{table(header, rows)}
+    return table(header, rows)
 
-H of the columns' settings minus H of the rows'; intervals are over the items, and paired. Each method of a row has
-the setting with the best mean H on validation data."""
+
+BARS = {"quick": (99.0, 97.0), "text": (99.0, 97.0), "multimodal": (90.0, 95.0)}  # percent of the old, of the new
+
+
+def bar(group: Group, old_kept: float, new_kept: float) -> str:
+    """Whether the distilled default is ahead of all, and keeps enough of old and new; empty where there is none."""
+    found = {label: title for title, _, label in group.distilled()}
+    lines = []
+    if TENTH in found:
+        others = [one for one in rivals(group) if outcome_of(group, (DISTILLED, TENTH), one) != "ahead of"]
+        names = ", ".join(f"*{label}* ({_ahead(group, TENTH, (of, label))})" for of, label in others)
+        missed = f"missed against {names}" if others else "met"
+        lines.append(f"A higher H than every other method at its best, at density 0.1: {missed}.")
+        for name, least, what in (("origin", old_kept, "old"), ("target", new_kept, "new")):
+            share = float(group.share(DISTILLED, TENTH, name)[0])
+            lines.append(f"At least {least:g}% of the {what}: {_met(share >= least)} ({share:.1f}%).")
+    best = group.best("interpolate")
+    if FIFTIETH in found and best is not None:
+        rival = ("interpolate", best)
+        ahead = outcome_of(group, (DISTILLED, FIFTIETH), rival) == "ahead of"
+        by = _ahead(group, FIFTIETH, rival)
+        lines.append(f"At density 0.02 a higher H than *{best}*: {_met(ahead)} ({by}).")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _met(ok: bool) -> str:
+    return "met" if ok else "missed"
+
+
+def _ahead(group: Group, label: str, rival: tuple[str, str]) -> str:
+    """H of a distilled setting minus that of a rival, with its interval."""
+    difference, _ = group.difference((DISTILLED, label), rival)
+    return f"{difference.value:+.2f}, {_interval(difference, '.2f')}"
 
 
 def outcome_of(group: Group, ours: tuple[str, str], rival: tuple[str, str]) -> str:
@@ -106,7 +159,8 @@ def outcome_of(group: Group, ours: tuple[str, str], rival: tuple[str, str]) -> s
 
 def verdict(group: Group) -> str:
     """Where our settings win and lose, and how near the frontier comes to keeping both."""
-    found = [*(_ranking(group, *one) for one in group.ours()), *_nearest(group)]
+    ours = [*group.distilled(), *group.ours()]
+    found = [*(_ranking(group, *one) for one in ours), *_nearest(group)]
     return "\n".join(f"- {sentence}" for sentence in found)
 
 
@@ -118,6 +172,8 @@ def _ranking(group: Group, title: str, family: str, label: str) -> str:
     ranking = "; ".join(f"{word} {', '.join(names)}" for word, names in words.items())
     names = {
         "default": "The default is",
+        "distilled": "The default, distilled, is",
+        "distilled, density 0.02": "At density 0.02, distilled, it is",
         "picked on validation data": f"The setting picked on validation data ({_weight_of(label)}) is",
     }
     return f"{names.get(title, f'With the {title} it is')} {ranking}."
@@ -126,9 +182,9 @@ def _ranking(group: Group, title: str, family: str, label: str) -> str:
 def _nearest(group: Group) -> list[str]:
     """How much of the gain comes with 99% of the old, at densities below 1."""
     near = []
-    for family in (PROPAGATED, RETAINED, OWN_DATA):
+    for family in (DISTILLED, PROPAGATED, RETAINED, OWN_DATA):
         points = [
-            (label, group.share(family, label, "origin")[0], group.share(family, label, "target")[0])
+            (label, group.share(family, label, "origin")[0], group.share(family, label, "gain")[0])
             for of, label in group.labels
             if of == family and ", density 1," not in label
         ]
@@ -150,7 +206,7 @@ def _nearest(group: Group) -> list[str]:
 
 def short_table(group: Group) -> str:
     """What to expect: the ends, the baselines, the paper, ours at density 0.1, and our best at any density."""
-    ours = {(family, label): title for title, family, label in group.ours()}
+    ours = {(family, label): title for title, family, label in (*group.distilled(), *group.ours())}
     rows: list[tuple[list[str], bool, list[str]]] = []  # names, whether ours, figures
     for title, family, label in lines_of(group):
         is_ours = (family, label) in ours
@@ -167,8 +223,14 @@ def short_table(group: Group) -> str:
             rows.append(([name], is_ours, figures))
         else:
             alike.append(name)
-    cells = [[f"**density 0.1: {'; '.join(n)}**" if is_ours else n[0], *figures] for n, is_ours, figures in rows]
+    cells = [[_named(names) if is_ours else names[0], *figures] for names, is_ours, figures in rows]
     return table(["model", "old", "new", "H", "95%"], cells)
+
+
+def _named(names: list[str]) -> str:
+    """Our settings of a row, in bold; without a density of its own it is the default's."""
+    density = "" if "density" in names[0] else "density 0.1: "
+    return f"**{density}{'; '.join(names)}**"
 
 
 def _weight_of(label: str) -> str:
@@ -177,7 +239,7 @@ def _weight_of(label: str) -> str:
 
 def _settings(label: str) -> str:
     """A label of our families without the family."""
-    return label.removeprefix(f"{PROPAGATED}, ").removeprefix(f"{RETAINED}, ")
+    return label.removeprefix(f"{DISTILLED}, ").removeprefix(f"{PROPAGATED}, ").removeprefix(f"{RETAINED}, ")
 
 
 def area_table(group: Group) -> str:

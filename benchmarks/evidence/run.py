@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.evidence.pairs import Pair
 from benchmarks.real.setting import say
 from tailorcli import CalibrateOptions, Checkpoint, EvaluateOptions, PatchOptions, Stats, TailorError, calibrate_model
 from tailorcli.evaluation.metrics import h_score
+from tailorcli.options import DistillOptions
 from tailorcli.sweep import Point, Setting, SweepReport, run_sweep
 
 SAMPLES = 128
@@ -34,6 +38,10 @@ class Grid:
     retained: tuple[tuple[float, float, float], ...]  # likewise, without propagation
     own_data: tuple[tuple[float, float, float], ...]  # the same with samples of the old tasks
     omegas: tuple[float, ...] = ()  # of the paper's sweep and of the default, density 0.1
+    lines: tuple[float, ...] = ()  # alphas
+    dg_hard: tuple[float, ...] = ()  # scales of its threshold
+    fapm: tuple[float, ...] = ()  # densities
+    distilled: tuple[float, ...] = ()  # densities of the default, distilled at one default for all
 
     def settings(self) -> list[Setting]:
         """All but those of ``own_data``."""
@@ -41,6 +49,9 @@ class Grid:
         found += [_other("dare", density=density, weight=weight) for density, weight in self.dare]
         found += [_other("magnitude", density=density, weight=weight) for density, weight in self.magnitude]
         found += [_other("graft", density=density, graft_steps=self.graft_steps) for density in self.graft]
+        found += [_other("lines", alpha=alpha) for alpha in self.lines]
+        found += [_other("dg-hard", threshold_scale=scale) for scale in self.dg_hard]
+        found += [_other("fapm", density=density) for density in self.fapm]
         found.append(_other("tailor-released", density=0.1))
         found += [
             Setting(replace(_OPTIONS, solver=solver, density=density, weight=weight))
@@ -50,11 +61,17 @@ class Grid:
         found += [_retained(*one, propagate=False) for one in self.retained]
         found += [Setting(replace(_OPTIONS, solver="sequential", omega=omega)) for omega in self.omegas]
         found += [Setting(replace(_OPTIONS, omega=omega), retained=True) for omega in self.omegas]
+        found += [distilled(density) for density in self.distilled]
         return list(dict.fromkeys(found))
 
 
 def _other(method: str, **values: float) -> Setting:
     return Setting(replace(_OPTIONS, method=method, **values))  # type: ignore[arg-type]
+
+
+def distilled(density: float) -> Setting:
+    """The default at a density, distilled."""
+    return Setting(replace(_OPTIONS, density=density), retained=True, distill=DistillOptions())
 
 
 def _retained(density: float, beta: float, damping: float, *, propagate: bool) -> Setting:
@@ -87,6 +104,10 @@ GRIDS = {
         ),
         own_data=((0.1, 0.1, 0.01), (0.1, 0.3, 0.01), (0.3, 0.3, 0.01)),
         omegas=(0.0, 1.0),  # 0.5 is there already
+        lines=(0.0, 0.2, 0.4, 0.6, 0.8),
+        dg_hard=(0.5, 1.0, 2.0, 4.0),
+        fapm=(0.1, 0.3, 0.5, 0.8),
+        distilled=(0.02, 0.1, 1.0),
     ),
     "text": Grid(
         weights=(0.4, 0.5, 0.6, 0.7),
@@ -98,6 +119,10 @@ GRIDS = {
         propagated=((0.1, 0.3, 0.1),),
         retained=((0.1, 0.1, 0.01), (0.1, 0.3, 0.01)),
         own_data=((0.1, 0.3, 0.01),),
+        lines=(0.0, 0.3, 0.5, 0.7),
+        dg_hard=(0.5, 1.0, 2.0),
+        fapm=(0.1, 0.3, 0.5),
+        distilled=(0.02, 0.1),
     ),
     "multimodal": Grid(
         weights=(0.3, 0.4, 0.5, 0.6, 0.7),
@@ -112,6 +137,10 @@ GRIDS = {
             *((0.3, 1.0, 0.01), (0.3, 3.0, 0.01), (0.1, 3.0, 0.3)),
         ),
         own_data=((0.1, 0.3, 0.01), (0.1, 1.0, 0.01), (0.1, 3.0, 0.01)),
+        lines=(0.0, 0.3, 0.5, 0.7),
+        dg_hard=(0.5, 1.0, 2.0),
+        fapm=(0.1, 0.3, 0.5),
+        distilled=(0.02, 0.1),
     ),
 }
 
@@ -164,7 +193,8 @@ def _picked(points: Sequence[Point]) -> list[Point]:
     """
     default = PatchOptions().resolved(True).to_dict()
     held = ("density", "omega", "damping", "propagate")
-    found = [p for p in points if p.options and all(p.options[name] == default[name] for name in held)]
+    closed = [point for point in points if "distilled" not in point.family]
+    found = [p for p in closed if p.options and all(p.options[name] == default[name] for name in held)]
     if len(found) < 2:
         return []
     best = max(found, key=lambda point: h_score(point.at("test", WRITTEN), point.at("validation", "target")))
@@ -193,10 +223,15 @@ def _stats(folder: Path, model: Path, data: Path | None, length: int = SEQ_LEN, 
     return folder
 
 
-def run_all(name: str, pairs: Sequence[Pair], cache: Path) -> list[Outcome]:
-    """Every pair of a benchmark in turn."""
-    outcomes = []
-    for pair in pairs:
-        say(f"{name}: {pair.name}, seed {pair.seed}")
-        outcomes.append(run_pair(pair, GRIDS[name], cache / f"{pair.name}-{pair.seed}"))
-    return outcomes
+def run_all(name: str, pairs: Sequence[Pair], cache: Path, jobs: int = 1) -> list[Outcome]:
+    """Every pair of a benchmark, ``jobs`` of them at a time, each in a process of its own."""
+    run = partial(_run_one, name, cache)
+    if jobs == 1:
+        return [run(pair) for pair in pairs]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(run, pairs))
+
+
+def _run_one(name: str, cache: Path, pair: Pair) -> Outcome:
+    say(f"{name}: {pair.name}, seed {pair.seed}")
+    return run_pair(pair, GRIDS[name], cache / f"{pair.name}-{pair.seed}")

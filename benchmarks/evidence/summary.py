@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence.run import OWN_DATA, PICKED, Outcome
+from benchmarks.evidence.run import OWN_DATA, PICKED, Outcome, distilled
 from tailorcli.evaluation.metrics import Array, Estimate, estimate, frontier
 from tailorcli.options import PatchOptions
 from tailorcli.sweep import Point, Setting, area_figure, members_of
@@ -16,7 +16,9 @@ from tailorcli.sweep import Point, Setting, area_figure, members_of
 PROPAGATED, RETAINED = "joint, propagated", "joint, retained"
 DEFAULT = Setting(PatchOptions(overwrite=True), retained=True).label
 PAPER = "sequential, density 0.1"
-BASELINES = ("interpolate", "dare", "magnitude", "graft", "tailor-released")
+DISTILLED = distilled(0.1).family
+TENTH, FIFTIETH = distilled(0.1).label, distilled(0.02).label
+BASELINES = ("interpolate", "lines", "dg-hard", "dare", "magnitude", "fapm", "graft", "tailor-released")
 # What a curve over one option holds fixed of the others, at the values of the default and of the paper.
 _ALIKE = ("density", "omega", "weight", "damping")
 HELD = {"sequential": _ALIKE, PROPAGATED: (*_ALIKE, "retain_weight")}
@@ -61,13 +63,18 @@ class Group:
         return max(labels, key=lambda label: self.value(family, label, "h_score", "validation"), default=None)
 
     def share(self, family: str, label: str, name: str) -> Array:
-        """Percent of the base's old performance, or of the tuned model's gain on the new task, as a mean over seeds."""
+        """Percent kept as a mean over seeds: ``origin`` of base's old performance, ``target`` of tuned's new one.
+
+        Both are the paper's measure; ``gain`` is of what tuned gained on the new task over the base.
+        """
 
         def figure(point: Point, outcome: Outcome) -> Array:
             base, tuned = (p.figures["test"] for p in outcome.report.points[:2])
             own = point.figures["test"]
             if name == "origin":
                 return np.asarray(100 * own["origin"] / base["origin"])
+            if name == "target":
+                return np.asarray(100 * own["target"] / tuned["target"])
             return np.asarray(100 * (own["target"] - base["target"]) / (tuned["target"] - base["target"]))
 
         return np.asarray(np.mean(self.each(family, label, figure), axis=0))
@@ -89,12 +96,18 @@ class Group:
         """The median over the seeds of what the patch took."""
         return float(np.median([self.find(outcome, family, label).seconds for outcome in self.outcomes]))
 
+    def patch_bytes(self, family: str, label: str) -> float | None:
+        """The median over the seeds of the size of the patch file; None where there is none."""
+        sizes = [self.find(outcome, family, label).patch_bytes for outcome in self.outcomes]
+        known = [size for size in sizes if size is not None]
+        return float(np.median(known)) if known else None
+
     def families(self) -> list[str]:
         """All families but base and tuned, and but what is picked among another's settings."""
         return list(dict.fromkeys(family for family, label in self.labels if family != label))
 
     def ours(self) -> list[tuple[str, str, str]]:
-        """(title, family, label) of our settings at density 0.1: the default, and beta picked in two ways."""
+        """(title, family, label) of our settings: the closed form at density 0.1 by default and with a picked beta."""
         found = [("default", PROPAGATED, DEFAULT)]
         if (PICKED, PICKED) in self.labels:
             found.append(("retain weight picked on written samples", PICKED, PICKED))
@@ -102,6 +115,11 @@ class Group:
         if label is not None and label != DEFAULT:
             found.append(("picked on validation data", PROPAGATED, label))
         return found
+
+    def distilled(self) -> list[tuple[str, str, str]]:
+        """(title, family, label) of the default distilled, at densities 0.1 and 0.02."""
+        titles = {TENTH: "distilled", FIFTIETH: "distilled, density 0.02"}
+        return [(title, DISTILLED, label) for label, title in titles.items() if (DISTILLED, label) in self.labels]
 
 
 def groups_of(outcomes: Sequence[Outcome]) -> list[Group]:
@@ -131,6 +149,7 @@ def lines_of(group: Group) -> list[tuple[str, str, str]]:
         if label is not None and label != f"{family}, density 0.1":
             lines.append((label, family, label))
     lines.append((f"{DEFAULT} (default)", PROPAGATED, DEFAULT))
+    lines += [(label, family, label) for family, label in group.labels if family == DISTILLED]
     if (PICKED, PICKED) in group.labels:
         lines.append((PICKED, PICKED, PICKED))
     for family in (PROPAGATED, RETAINED, OWN_DATA):

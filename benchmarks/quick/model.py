@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from benchmarks.quick.data import NEW_TASKS, OLD_TASKS, WINDOW
 from benchmarks.real.model import Recipe, descend, save_checkpoint
 from tailorcli.demo.text import PAD, TaskText, build_tokenizer, encode
+from tailorcli.device import resolve_device
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS = 256, 688, 4, 8
 BASE = Recipe(steps=700, batch=16, learning_rate=2e-3, warmup=20)
@@ -53,6 +54,8 @@ def make_tuned(base: Path, tasks: dict[str, TaskText], new_task: str, seed: int,
 
 def train(network: PreTrainedModel, texts: list[str], recipe: Recipe, seed: int, folder: Path) -> None:
     """Train on random windows of ``texts``, an equal share of every batch from each, and save."""
+    device = resolve_device("auto")  # what is drawn is drawn on the CPU, so it is the same on both
+    network = network.to(device)
     generator = torch.Generator().manual_seed(seed)
     streams = [encode([text])[0] for text in texts]
     offsets = torch.arange(WINDOW + 1)
@@ -61,11 +64,12 @@ def train(network: PreTrainedModel, texts: list[str], recipe: Recipe, seed: int,
         share = len(chosen) // len(streams)
         starts = [torch.randint(len(stream) - WINDOW - 1, (share, 1), generator=generator) for stream in streams]
         batch = torch.cat([stream[start + offsets] for stream, start in zip(streams, starts, strict=True)])  # (B, T+1)
+        batch = batch.to(device)
         logits = network(input_ids=batch[:, :-1], use_cache=False).logits
         return cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
     descend(network.train(), loss_of, recipe.batch, recipe)
-    save_checkpoint(network.eval(), build_tokenizer(), folder)
+    save_checkpoint(network.eval().cpu(), build_tokenizer(), folder)
 
 
 def make_pairs(tasks: dict[str, TaskText], seed: int, folder: Path) -> dict[str, Path]:

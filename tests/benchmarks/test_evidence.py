@@ -74,9 +74,37 @@ def test_our_settings_stand_against_each_method_at_its_best():
         "**density 0.1: retain weight picked on written samples; picked on validation data (retain weight 1)**",
         "joint, propagated, density 0.5, retain weight 1",
     ]
-    assert "minus | default | 95% | each seed | retain weight picked on written samples" in render.difference_table(
-        group
-    )
+    differences = render.difference_table(group, group.ours())
+    assert "minus | default | 95% | each seed | retain weight picked on written samples" in differences
+
+
+def test_the_bar_is_measured_against_each_method_at_its_best():
+    settings = {
+        setting_of(method="interpolate", weight=0.5): (50.0, 50.0),
+        setting_of(method="lines", alpha=0.5): (52.0, 48.0),
+        setting_of(solver="sequential"): (55.0, 45.0),
+        setting_of(True, retain_weight=0.3): (45.0, 55.0),
+        run.distilled(0.1): (59.7, 57.6),
+        run.distilled(0.02): (50.0, 49.0),
+    }
+    points = [labelled(setting, *figures) for setting, figures in settings.items()]
+    group = group_of(points, points)
+    assert [title for title, *_ in group.distilled()] == ["distilled", "distilled, density 0.02"]
+    assert render.bar(group, 99.0, 97.0).splitlines() == [
+        "- A higher H than every other method at its best, at density 0.1: met.",
+        "- At least 99% of the old: met (99.5%).",
+        "- At least 97% of the new: missed (96.0%).",
+        "- At density 0.02 a higher H than *interpolate 0.5*: missed (-0.51, -0.51 to -0.51).",
+    ]
+    assert group.share(summary.DISTILLED, summary.TENTH, "gain")[0] == pytest.approx(94.0)
+    worse = {**settings, setting_of(method="fapm", density=0.5): (60.0, 60.0)}
+    points = [labelled(setting, *figures) for setting, figures in worse.items()]
+    assert "missed against *fapm, density 0.5*" in render.bar(group_of(points), 99.0, 97.0)
+    page = render.section("quick", group, "", "x.png")
+    assert "### The bar" in page
+    assert "| distilled | 95% | each seed | distilled, density 0.02" in page
+    assert "**density 0.1: distilled**" in render.short_table(group)
+    assert "**distilled, density 0.02**" in render.short_table(group)
 
 
 DENSITIES = [setting_of(solver="sequential", density=d) for d in (0.5, 0.02, 0.1)]
@@ -189,7 +217,8 @@ NO_FURTHER = {"dare": (), "magnitude": (), "graft": (), "graft_steps": 0, "own_d
 PLAIN = tuple((solver, 0.1, 1.0) for solver in ("none", "sequential", "joint"))
 OURS = {"propagated": ((0.1, 0.3, 0.1),), "retained": ((0.1, 0.3, 0.1),)}
 GRID = run.Grid(weights=(0.5,), plain=PLAIN, **OURS, **NO_FURTHER)
-FEW = run.Grid(weights=(0.5,), plain=(PLAIN[1],), propagated=OURS["propagated"], retained=(), **NO_FURTHER)
+RIVALS = {"lines": (0.4,), "dg_hard": (1.0,), "fapm": (0.3,), "distilled": (0.02, 0.1)}
+FEW = run.Grid(weights=(0.5,), plain=(PLAIN[1],), propagated=OURS["propagated"], retained=(), **NO_FURTHER, **RIVALS)
 
 
 def quick_pair(folder, monkeypatch, sizes, counts, samples):
@@ -228,7 +257,10 @@ def test_quick_goes_through_on_a_tiny_network(tmp_path, monkeypatch):
     folder = tmp_path / "unicode-0"
     points = {point.label: point for point in run.run_pair(pair, FEW, folder).report.points}
     released, swept = "tailor-released, density 0.1", "sequential, density 0.1"
-    assert set(points) == {"base", "tuned", "interpolate 0.5", released, swept, summary.DEFAULT}
+    later = {"lines, alpha 0.4, beta 0.6", "dg-hard, threshold scale 1", "fapm, density 0.3"}
+    ours = {summary.DEFAULT, summary.TENTH, summary.FIFTIETH}
+    assert set(points) == {"base", "tuned", "interpolate 0.5", released, swept, *later, *ours}
+    assert points[summary.FIFTIETH].patch_bytes < points[summary.TENTH].patch_bytes  # mostly reports here
     for point in points.values():
         for part in ("test", "validation"):
             assert 0 <= point.at(part, "origin") <= 100
