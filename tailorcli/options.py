@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from tailorcli.errors import OptionsError
 
 DAMPING = 0.01  # SparseGPT's
+AUTO = "auto"  # of a teacher's weight: by the loss on data of the new task
 RETAINED_DAMPING = 0.1  # with a retain term: docs/results/research.md
 
 
@@ -145,6 +146,11 @@ def _require_line(alpha: float, beta: float) -> None:
         _require(ok, f"{name} must lie between 0 and 2, got {value:g}", "0 is the base, 1 the tuned model")
 
 
+def _require_teacher(weight: float | str | None) -> None:
+    sound = weight is None or (isinstance(weight, (int, float)) and 0.0 < weight <= 2.0)
+    _require(sound, f"teacher-weight must be positive and at most 2, got {weight}", "1 is TUNED itself")
+
+
 def _require_labels(*labels: str | None) -> None:
     for label in labels:
         ok = label is None or is_label(label)
@@ -179,6 +185,7 @@ class CalibrateOptions:
     overwrite: bool = False
     synthetic: bool = False  # the model writes its own samples
     keep_samples: bool = True  # beside the statistics, for a patch that propagates
+    teacher_weight: float | str | None = None  # the model so far on the way from base to tuned; "auto": picked by loss
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "length", "batch_size"):
@@ -187,6 +194,10 @@ class CalibrateOptions:
         _choose(self, "dtype", DTypeName)
         _choose(self, "blockwise", Blockwise)
         _choose(self, "text_mode", TextMode)
+        if self.teacher_weight != AUTO:
+            _require_teacher(self.teacher_weight)
+        both = self.synthetic and self.teacher_weight is not None
+        _require(not both, "teacher-weight is for the new task, and --synthetic for the base", "leave one out")
 
     @property
     def length(self) -> int:
@@ -195,7 +206,8 @@ class CalibrateOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
-        return _plain(self) | {"seq_len": self.length}
+        values = _plain(self) | {"seq_len": self.length}
+        return {name: value for name, value in values.items() if name != "teacher_weight" or value is not None}
 
 
 class LoadOptions(Protocol):
@@ -386,7 +398,7 @@ _REPORTED = (
         "device",
     ),
     *("max_shard_size", "include", "exclude", "allow_dtype_mismatch"),
-    *("fp8_output", "trust_remote_code", "resized_vocab", "task", "license"),
+    *("fp8_output", "trust_remote_code", "resized_vocab", "task", "license", "teacher_weight"),
 )
 
 
@@ -399,9 +411,11 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
 
     fp8_output: Fp8Output | str = Fp8Output.FP8  # of FP8 weights: the base's own scheme, or bfloat16
     trust_remote_code: bool = False  # run the models' own code, where they are run
+    teacher_weight: float | None = None  # patch towards base + w * (tuned - base); None: as the statistics were made
 
     def __post_init__(self) -> None:
         _choose(self, "fp8_output", Fp8Output)
+        _require_teacher(self.teacher_weight)
         for part in (KeepOptions, SolverOptions, GraftOptions, OutputOptions):
             part.__post_init__(self)
         what = "propagate is for the method tailor with the solver joint and weight 1"
@@ -442,6 +456,8 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
             del values["fp8_output"]
         if not self.trust_remote_code:
             del values["trust_remote_code"]
+        if self.teacher_weight in (None, 1.0):
+            del values["teacher_weight"]
         return {name: values[name] for name in _REPORTED if name in values}
 
     def identity(self, retained: bool) -> dict[str, Any]:
@@ -451,7 +467,7 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
         device. Of options as ``resolved`` gives them for ``retained``.
         """
         used = {"method", "weight", "include", "exclude", "fp8_output", "resized_vocab"}
-        used |= {"max_shard_size", "task", "license"}
+        used |= {"max_shard_size", "task", "license", "teacher_weight"}
         if self.method == "tailor":
             used |= {"omega", "solver", "propagate"}
             if self.solver == "joint":

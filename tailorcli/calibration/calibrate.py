@@ -8,13 +8,14 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapters.checkpoint import is_adapter
 from tailorcli.adapters.config import CONFIG_FILE, read_settings
+from tailorcli.adapters.interpolated import InterpolatedCheckpoint, original
 from tailorcli.calibration.entries import entry_of
 from tailorcli.calibration.passes import Run, collect_blockwise, collect_whole
 from tailorcli.calibration.placement import skeleton_for_blocks
@@ -33,10 +34,14 @@ from tailorcli.models.loading import (
     package_versions,
 )
 from tailorcli.models.naming import open_for
-from tailorcli.options import CalibrateOptions
+from tailorcli.options import AUTO, CalibrateOptions
+from tailorcli.terminal import Progress
 
 if TYPE_CHECKING:
-    pass
+    import torch
+
+    from tailorcli.calibration.teacher import TeacherChoice
+    from tailorcli.data.samples import Samples
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ def calibrate_model(
     base: PathLike | None = None,
     announce: Callable[[str], None] | None = None,
     held_out: PathLike | None = None,
+    teacher_data: PathLike | None = None,
 ) -> CalibrateReport:
     """Run the checkpoint ``model`` over samples of ``data`` and write the statistics folder ``output``.
 
@@ -79,13 +85,17 @@ def calibrate_model(
     One Hessian H = (2/N) sum x x^T per distinct layer input, over N tokens; nothing is padded. ``model`` is
     the *fine-tuned* checkpoint: its layer inputs on the new task are what Eq. 5 compares. It may be an adapter on
     ``base``, which defaults to the local folder that the adapter itself names. A model that does not fit the device
-    is streamed through it block by block, which ``announce`` is told. Raises TailorError.
+    is streamed through it block by block, which ``announce`` is told.
+
+    With ``options.teacher_weight`` w the model that runs is base + w * (tuned - base), which a patch with these
+    statistics then goes to. "auto" picks w by the loss of next tokens on ``teacher_data``, records of the new task that
+    ``model`` was not trained on, or on the samples themselves; ``announce`` is told. Raises TailorError.
     """
     started = perf_counter()
     folder = Path(output)
     check_source(data, options, held_out)
     with ExitStack() as stack:
-        stored, tuned = _open(Path(model), base, stack)
+        stored, tuned = _open(Path(model), base, stack, options)
         device = resolve_device(options.device)
         read = [stored.path, tuned.path, data]
         protect([folder, held_out], read, "choose another folder for -o, or another file")
@@ -98,6 +108,17 @@ def calibrate_model(
         with timer.stage("data"):
             source = Source(stored, tuned, config, options, _path(data), _path(held_out))
             samples, further = self_written(source, device, progress) if options.synthetic else (drawn(source), [])
+        choice = None
+        if options.teacher_weight is not None:
+            with timer.stage("teacher"), exact_float32(), device_errors("a smaller --seq-len"):
+                weight, choice = _teacher(source, samples, teacher_data, device, progress, announce)
+            view = stored
+            assert isinstance(view, InterpolatedCheckpoint)
+            if weight == 1.0:
+                own = base if is_adapter(model) else None
+                stored, tuned = _open(Path(model), own, stack, replace(options, teacher_weight=None))
+            else:
+                stored = tuned = InterpolatedCheckpoint(view.base, view.tuned, weight)
         writer = stack.enter_context(StatsWriter(folder, _longest_hessian_names(stored)))
         run = Run(stored, tuned, samples, options, device, timer, writer, progress)
         with timer.stage("load"):
@@ -110,7 +131,7 @@ def calibrate_model(
         tensors = {name: entry_of(name, run, layers) for name in stored.tensors}
         if any("bias" in entry.hessians for entry in tensors.values()):
             _write_bias(run)
-        facts = _facts(run, dtype, blockwise)
+        facts = _facts(run, dtype, blockwise, choice)
         with timer.stage("write"):
             watch.require_unchanged()
             if options.keep_samples:
@@ -140,9 +161,39 @@ def _path(given: PathLike | None) -> Path | None:
     return None if given is None else Path(given)
 
 
-def _facts(run: Run, dtype: str, blockwise: bool) -> dict[str, Any]:
+def _teacher(
+    source: Source,
+    samples: Samples,
+    data: PathLike | None,
+    device: torch.device,
+    progress: bool,
+    announce: Callable[[str], None] | None,
+) -> tuple[float, TeacherChoice | None]:
+    """The weight of the model between base and tuned that is calibrated, and how it was picked, if it was."""
+    from tailorcli.calibration.teacher import MOST_TRIED, choose_teacher
+
+    view, weight, choice = source.stored, source.options.teacher_weight, None
+    assert isinstance(view, InterpolatedCheckpoint)
+    if weight == AUTO:
+        shown = samples if data is None else drawn(replace(source, data=Path(data)))
+        with Progress("teacher", MOST_TRIED, "models", shown=progress) as bar:
+            given = (shown.inputs, source.options, device)
+            choice = choose_teacher(view.base, view.tuned, *given, advance=bar.update)
+        weight = choice.weight
+        (announce or note)(choice.told())
+        if data is None:
+            note("it was picked on --data: where TUNED was trained on that, pass other records with --teacher-data")
+    return float(weight or 1.0), choice
+
+
+def _facts(run: Run, dtype: str, blockwise: bool, choice: TeacherChoice | None) -> dict[str, Any]:
     """What the manifest says of the run: the model, the data, the options, the versions."""
-    model = {"path": path_text(run.tuned.path), "fingerprint": run.tuned.fingerprint(), "run_in": dtype}
+    tuned = original(run.tuned)
+    model: dict[str, Any] = {"path": path_text(tuned.path), "fingerprint": run.tuned.fingerprint(), "run_in": dtype}
+    if isinstance(run.tuned, InterpolatedCheckpoint):
+        model |= {"base": path_text(run.tuned.base.path), "teacher_weight": run.tuned.weight}
+    if choice is not None:
+        model["teacher_losses"] = {f"{weight:g}": loss for weight, loss in sorted(choice.losses.items())}
     if run.stored is not run.tuned:
         model["base"] = path_text(run.stored.path)
     options = run.options.to_dict() | {"overwrite": False, "blockwise": "always" if blockwise else "never"}
@@ -159,8 +210,21 @@ def _require_new(held_out: PathLike | None, overwrite: bool) -> None:
         raise OutputError(f"{held_out} exists already", "choose another file for --held-out, or pass --overwrite")
 
 
-def _open(model: Path, base: PathLike | None, stack: ExitStack) -> tuple[Checkpoint, Checkpoint]:
-    """The checkpoint from which the network is loaded, and the tuned model: the same, but for an adapter."""
+def _open(
+    model: Path, base: PathLike | None, stack: ExitStack, options: CalibrateOptions
+) -> tuple[Checkpoint, Checkpoint]:
+    """The checkpoint from which the network is loaded, and the tuned model: the same, but for an adapter.
+
+    With a teacher's weight both are a view between base and tuned, at the weight 1 as long as that is not known.
+    """
+    if options.teacher_weight is not None:
+        if base is None and not is_adapter(model):
+            raise OptionsError("--teacher-weight needs the base", "pass it: --base BASE")
+        opened = stack.enter_context(open_checkpoint(_named_base(model) if base is None else base))
+        tuned = stack.enter_context(open_for(opened, model))
+        weight = 1.0 if options.teacher_weight == AUTO else float(options.teacher_weight)
+        view = InterpolatedCheckpoint(opened, tuned, weight)
+        return view, view
     if not is_adapter(model):
         if base is not None:
             raise OptionsError(f"--base is for adapters, but {model} is none", "leave --base out")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapters.checkpoint import tokenizer_folder
+from tailorcli.adapters.interpolated import original
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.data.records import read_records
 from tailorcli.data.samples import Samples, draw_samples
@@ -40,7 +41,7 @@ def drawn(source: Source) -> Samples:
     """Samples of the data file, by the model's own tokenizer or processor; a tokenizer may lie with an adapter."""
     data, stored, options = source.data, source.stored, source.options
     assert data is not None
-    folder = tokenizer_folder(source.tuned)
+    folder = tokenizer_folder(original(source.tuned))
     records = read_records(data, options.text_mode)
     has_media = any(record.has_media for record in records)
     seq_len = min(options.length, most_tokens(stored, source.config, options))

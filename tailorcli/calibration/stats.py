@@ -245,6 +245,12 @@ class Stats:
         return found
 
     @property
+    def teacher_weight(self) -> float:
+        """How far on the way from base to tuned the model lies that was calibrated; 1 is tuned itself."""
+        found = self.manifest["model"].get("teacher_weight", 1.0)
+        return float(found) if type(found) in (int, float) and 0.0 < found <= 2.0 else 1.0
+
+    @property
     def model_fingerprint(self) -> str:
         """The fingerprint of the checkpoint that was calibrated."""
         return str(self.manifest["model"]["fingerprint"])

@@ -45,6 +45,7 @@ from tailorcli.cli.output import (
 from tailorcli.cli.verbosity import wants_progress
 from tailorcli.guard import check_result
 from tailorcli.options import (
+    AUTO,
     Blockwise,
     CalibrateOptions,
     DTypeName,
@@ -52,6 +53,16 @@ from tailorcli.options import (
     TextMode,
 )
 from tailorcli.units import counted, format_bytes
+
+
+def parse_teacher(given: str | None) -> float | str | None:
+    """The value of --teacher-weight. Raises typer.BadParameter for a word that is none."""
+    if given is None or given == AUTO:
+        return given
+    try:
+        return float(given)
+    except ValueError as error:
+        raise typer.BadParameter(f"--teacher-weight takes a number or auto, got {given!r}") from error
 
 
 def calibrate(
@@ -72,7 +83,21 @@ def calibrate(
         typer.Option(metavar="FILE", help="With --synthetic: half as many more samples, as a task for sweep."),
     ] = None,
     base: Annotated[
-        Path | None, typer.Option(metavar="BASE", help="Folder of the pre-trained checkpoint, if MODEL is an adapter.")
+        Path | None,
+        typer.Option(
+            metavar="BASE", help="Folder of the pre-trained checkpoint: for an adapter, and for --teacher-weight."
+        ),
+    ] = None,
+    teacher_weight: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W",
+            help="Take the model so far on the way from BASE to MODEL, 1 being MODEL; auto: by its loss on the data.",
+        ),
+    ] = None,
+    teacher_data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --teacher-weight auto: records that MODEL was not trained on."),
     ] = None,
     num_samples: Annotated[int, typer.Option(metavar="N", help="Samples to draw from the data.")] = 128,
     seq_len: Annotated[
@@ -138,7 +163,10 @@ def calibrate(
         overwrite=overwrite,
         synthetic=synthetic,
         keep_samples=not no_samples,
+        teacher_weight=parse_teacher(teacher_weight),
     )
+    if teacher_data is not None and options.teacher_weight != AUTO:
+        raise typer.BadParameter("--teacher-data is for --teacher-weight auto")
     report = calibrate_model(
         model,
         data,
@@ -148,6 +176,7 @@ def calibrate(
         base=base,
         announce=None if as_json else partial(say, err=True),
         held_out=held_out,
+        teacher_data=teacher_data,
     )
     if as_json:
         print_json(report.to_dict())

@@ -94,6 +94,14 @@ def patch(
     no_propagate: NoPropagate = False,
     density: Density = 0.1,
     omega: Omega = 0.5,
+    teacher_weight: Annotated[
+        float | None,
+        typer.Option(
+            metavar="W",
+            help="Patch towards the model so far on the way from BASE to TUNED.",
+            show_default="as --stats was made, else 1",
+        ),
+    ] = None,
     preset: Annotated[
         Preset | None,
         typer.Option(metavar="NAME", help="paper: the paper's density, omega, solver, damping and block size."),
@@ -232,6 +240,7 @@ def patch(
         allow_dtype_mismatch=allow_dtype_mismatch,
         resized_vocab=resized_vocab,
         trust_remote_code=trust_remote_code,
+        teacher_weight=teacher_weight,
         task=task,
         license=license_,
         resume=resume,

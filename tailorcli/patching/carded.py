@@ -8,6 +8,7 @@ from typing import Any
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint, tuned_side_files
 from tailorcli.adapters.config import CONFIG_FILE
+from tailorcli.adapters.interpolated import original
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.quantized import plain_config
 from tailorcli.errors import CheckpointError
@@ -31,12 +32,13 @@ def side_files_of(
     are not those of ``inputs``.
     """
     side: dict[str, Path | bytes] = {}
-    for place, source in tuned_side_files(inputs.tuned).items():
+    tuned = original(inputs.tuned)
+    for place, source in tuned_side_files(tuned).items():
         side[place.as_posix()] = source
     if inputs.base.dequantized and options.fp8_output == "bf16":
-        side["config.json"] = plain_config(inputs.tuned.path)
-    own = {TUNED_CARD: inputs.tuned.path / CARD}
-    if isinstance(inputs.tuned, AdaptedCheckpoint):
+        side["config.json"] = plain_config(tuned.path)
+    own = {TUNED_CARD: tuned.path / CARD}
+    if isinstance(tuned, AdaptedCheckpoint):
         own[BASE_CARD] = inputs.base.path / CARD
     used = samples if samples is not None else (inputs.stats, inputs.retain_stats)
     there = {name: file for name, file in own.items() if file.is_file()}
@@ -50,8 +52,8 @@ def _card(
     stats: Stats | None,
     retain: Stats | None,
 ) -> CardText:
-    tuned = Source.of(inputs.tuned.path)
-    base = Source.of(inputs.base.path, _base_of_adapter(inputs.tuned) or tuned.facts.get("base_model"))
+    tuned = Source.of(original(inputs.tuned).path)
+    base = Source.of(inputs.base.path, _base_of_adapter(original(inputs.tuned)) or tuned.facts.get("base_model"))
     given = {"stats": stats, "retain": retain}
     names = {"base": base.name, "tuned": tuned.name}
     names |= {role: plain_name(found.path) for role, found in given.items() if found is not None}
@@ -88,7 +90,7 @@ def _base_of_adapter(tuned: object) -> Any:
 
 _SHOWN = (
     *("method", "density", "omega", "solver", "damping", "retain_weight", "propagate", "weight", "threshold"),
-    *("alpha", "beta", "threshold_scale"),
+    *("alpha", "beta", "threshold_scale", "teacher_weight"),
     *("include", "exclude", "resized_vocab", "fp8_output"),
 )
 

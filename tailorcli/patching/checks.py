@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint
 from tailorcli.adapters.config import CONFIG_FILE as ADAPTER_CONFIG
+from tailorcli.adapters.interpolated import InterpolatedCheckpoint, interpolated, original
 from tailorcli.calibration.stats import Stats, TensorStats, too_few_tokens
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
@@ -163,9 +164,14 @@ def check_propagate(stats: Stats | None, retain_stats: Stats | None, options: Pa
 def check_stats(base: Checkpoint, tuned: Checkpoint, stats: Stats) -> None:
     """The statistics were made on this very tuned model, know all its tensors, and fit their shapes.
 
-    Raises StatsError otherwise.
+    Those of another model between base and tuned serve as well, which is noted. Raises StatsError otherwise.
     """
-    if stats.model_fingerprint != tuned.fingerprint():
+    weight = tuned.weight if isinstance(tuned, InterpolatedCheckpoint) else 1.0
+    measured, tuned = interpolated(base, original(tuned), stats.teacher_weight), original(tuned)
+    if stats.model_fingerprint == measured.fingerprint():
+        if stats.teacher_weight != weight:
+            note(f"{stats.path} was measured at teacher weight {stats.teacher_weight:g}, the patch goes to {weight:g}")
+    else:
         if stats.model_fingerprint == base.fingerprint():
             raise StatsError(
                 f"{stats.path} was calibrated on the model given as BASE ({base.path})",

@@ -65,7 +65,7 @@ def distill_checkpoint(
         raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
     with ExitStack() as stack:
         sources = _Sources.open(base, tuned, stats, retain, options, stack, graft_data)
-        inputs, both = sources.inputs, sources.both
+        inputs, both, options = sources.inputs, sources.both, sources.options
         side = side_files_of(inputs, options, distill, (both[0], both[1]))
         read = [*inputs.files, *both[0].files, *both[1].files]
         watch = Watch([*read, *(source for source in side.values() if isinstance(source, Path))])
@@ -121,7 +121,7 @@ def plan_distilled(
     options = options.resolved(True)
     with ExitStack() as stack:
         sources = _Sources.open(base, tuned, stats, retain, options, stack, graft_data)
-        plan = sources.plan(options, distill, resolve_device(options.device))
+        plan = sources.plan(sources.options, distill, resolve_device(options.device))
         target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
         target.check(sources.paths, plan)
         return plan
@@ -134,6 +134,7 @@ class _Sources:
     inputs: PatchInputs
     both: tuple[Stats, Stats]
     used: tuple[PathLike | None, PathLike | None]  # by the closed form
+    options: PatchOptions  # with the teacher's weight
 
     @classmethod
     def open(
@@ -149,14 +150,16 @@ class _Sources:
         """Open all by their headers; ``stack`` closes them. Raises TailorError where they do not go together."""
         fitted = options.method == "tailor" and options.needs_hessians
         used = (stats, retain) if fitted else (None, None)  # else the samples of both are used alone
+        new, retained = (stack.enter_context(closing(Stats.open(path))) for path in (stats, retain))
+        if options.teacher_weight is None:
+            options = replace(options, teacher_weight=new.teacher_weight)
         inputs = PatchInputs.open(base, tuned, used[0], options, stack, used[1], graft_data)
         if inputs.base.dequantized or options.resized_vocab:
             what = "quantised checkpoints" if inputs.base.dequantized else "--resized-vocab"
             raise OptionsError(f"--distill does not go with {what}", "leave --distill out")
-        new, retained = (stack.enter_context(closing(Stats.open(path))) for path in (stats, retain))
         check_stats(inputs.base, inputs.tuned, new)
         check_retain(inputs.base, inputs.tuned, retained, PatchOptions())
-        return cls(inputs, (new, retained), used)
+        return cls(inputs, (new, retained), used, inputs.told(options))
 
     @property
     def paths(self) -> list[Path]:

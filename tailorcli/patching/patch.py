@@ -43,6 +43,7 @@ def plan_patch(
     options = options.resolved(retain is not None)
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, graft_data)
+        options = inputs.told(options)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain_stats)
         target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
         _require_stored_rows(target, options)
@@ -83,6 +84,7 @@ def score_checkpoint(
     options = options.resolved(retain is not None)
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain)
+        options = inputs.told(options)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain_stats)
         device = resolve_device(options.device)
         bar = stack.enter_context(progress_bar(plan.patched, "scoring", progress))
@@ -125,6 +127,7 @@ def patch_checkpoint(
     _require_stored_rows(target, options)
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, graft_data)
+        options = inputs.told(options)
         side = side_files_of(inputs, options)
         watch = Watch([*inputs.files, *(source for source in side.values() if isinstance(source, Path))])
         _require_plain_weights(target, inputs.base)

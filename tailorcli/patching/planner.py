@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint, tuned_side_files
+from tailorcli.adapters.interpolated import original
 from tailorcli.calibration.stats import Stats, TensorStats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
@@ -39,19 +40,20 @@ def build_plan(
             "no statistics given",
             "pass --stats STATS (made by tailorcli calibrate), or choose by salience alone: --solver none --omega 1",
         )
-    check_pair(base, tuned, options.allow_dtype_mismatch)
+    own = original(tuned)
+    check_pair(base, own, options.allow_dtype_mismatch)
     if stats is not None:
         check_stats(base, tuned, stats)
     if retain_stats is not None:
         check_retain(base, tuned, retain_stats, options)
     if options.propagate:
         check_propagate(stats, retain_stats, options)
-    copies = tied_copies(base, tuned)
+    copies = tied_copies(base, own)
     further = {name for names in copies.values() for name in names}
     changed: Collection[str] = tuned.tensors.keys()
     unchanged = "tuned does not hold it, and its model does not use it"
-    if isinstance(tuned, AdaptedCheckpoint):
-        changed, unchanged = tuned.changed, "the adapter leaves it alone"
+    if isinstance(own, AdaptedCheckpoint):
+        changed, unchanged = own.changed, "the adapter leaves it alone"
     tensors = [
         _plan_tensor(
             info,
@@ -94,7 +96,7 @@ def build_plan(
         + (3 * base.nbytes if options.propagate else 0),  # the three models' weights, to run them
         write_bytes=layout.nbytes,
         patch_bytes=most_patch_bytes(
-            most_kept([t for t in ordered if t.action == "patch"], options), ordered, tuned_side_files(tuned).values()
+            most_kept([t for t in ordered if t.action == "patch"], options), ordered, tuned_side_files(own).values()
         ),
         peak_bytes=RUNTIME_BYTES + max(held) + propagated,
         propagates=bool(options.propagate),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint, config_folder
+from tailorcli.adapters.interpolated import InterpolatedCheckpoint, interpolated, original
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import grow_vocabulary
@@ -66,7 +67,7 @@ class PatchInputs:
         opened_tuned = stack.enter_context(open_for(opened_base, tuned, options.fp8_output))
         _note_config(opened_base, opened_tuned)
         opened_stats = _open_stats(stats, stack)
-        if opened_stats is not None:
+        if opened_stats is not None and opened_stats.teacher_weight == 1.0:  # else they have the base's names
             opened_stats.rename_for(opened_tuned)
         opened_retain = _open_stats(retain, stack)
         if options.resized_vocab:
@@ -77,14 +78,23 @@ class PatchInputs:
                 what = "--resized-vocab is not for adapters"
                 raise OptionsError(what, "merge the adapter first: model.merge_and_unload()")
             opened_base = stack.enter_context(grow_vocabulary(opened_base, opened_tuned))
+        weight = options.teacher_weight
+        if weight is None and opened_stats is not None:
+            weight = opened_stats.teacher_weight
+        opened_tuned = interpolated(opened_base, opened_tuned, weight)
         chosen = Path(graft_data) if graft_data and options.method == "graft" else None
         return cls(opened_base, opened_tuned, opened_stats, opened_retain, chosen)
+
+    def told(self, options: PatchOptions) -> PatchOptions:
+        """``options`` with the teacher's weight that the patch goes to, where it is not tuned itself."""
+        weight = self.tuned.weight if isinstance(self.tuned, InterpolatedCheckpoint) else None
+        return replace(options, teacher_weight=weight)
 
     def describe(self) -> dict[str, dict[str, str]]:
         """Path and fingerprint of each."""
         facts = {
             "base": {"path": path_text(self.base.path), "fingerprint": self.base.fingerprint()},
-            "tuned": {"path": path_text(self.tuned.path), "fingerprint": self.tuned.fingerprint()},
+            "tuned": {"path": path_text(original(self.tuned).path), "fingerprint": self.tuned.fingerprint()},
         }
         for name, stats in (("stats", self.stats), ("retain", self.retain_stats)):
             if stats is not None:
@@ -96,7 +106,8 @@ class PatchInputs:
     @property
     def paths(self) -> list[Path]:
         """Where they lie: no output may."""
-        found = [item.path for item in (self.base, self.tuned, self.stats, self.retain_stats) if item is not None]
+        models = (self.base, original(self.tuned))
+        found = [item.path for item in (*models, self.stats, self.retain_stats) if item is not None]
         return found if self.graft_data is None else [*found, self.graft_data]
 
     @property

@@ -1,0 +1,123 @@
+"""How far on the way from base to tuned the best model of the new task lies: by the loss on data of that task."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tailorcli.adapters.interpolated import InterpolatedCheckpoint
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.errors import DataError
+from tailorcli.models.config import read_config
+from tailorcli.models.generation import media_token_ids
+from tailorcli.models.loading import load_model
+from tailorcli.models.running import forward, to_device
+from tailorcli.options import LoadOptions
+from tailorcli.system import give_back_memory
+
+if TYPE_CHECKING:
+    from tailorcli.data.samples import Inputs
+
+STEP, FINE = 0.2, 0.1
+LEAST, MOST = 0.2, 1.6
+MOST_TRIED = 7  # weights, at most
+
+
+@dataclass(frozen=True)
+class TeacherChoice:
+    """The weight that was picked, and the mean loss in nats a token at each weight that was tried."""
+
+    weight: float
+    losses: dict[float, float]
+
+    def told(self) -> str:
+        """One line for the user."""
+        tried = ", ".join(f"{weight:g}: {self.losses[weight]:.4f}" for weight in sorted(self.losses))
+        return f"teacher weight {self.weight:g}, by the loss on the new task's data (nats a token; {tried})"
+
+
+def choose(losses_at: Callable[[float], list[float]]) -> TeacherChoice:
+    """The weight with the least mean loss: down from 1 in steps while that helps, else up, then between.
+
+    ``losses_at`` gives the losses of the same samples at a weight. A weight other than 1 has to be better by more than
+    the standard error of the paired difference, so that noise picks nothing.
+    """
+    found: dict[float, list[float]] = {}
+
+    def mean(weight: float) -> float:
+        weight = round(weight, 2)
+        if weight not in found:
+            found[weight] = losses_at(weight)
+        return sum(found[weight]) / len(found[weight])
+
+    best, step = 1.0, -STEP
+    if mean(1.0 - STEP) >= mean(1.0):
+        step = STEP
+    while LEAST <= best + step <= MOST and mean(best + step) < mean(best):
+        best = round(best + step, 2)
+    best = min((best, *(w for w in (best - FINE, best + FINE) if LEAST <= w <= MOST)), key=mean)
+    gains = [one - other for one, other in zip(found[1.0], found[round(best, 2)], strict=True)]
+    gain = sum(gains) / len(gains)
+    spread = (sum((each - gain) ** 2 for each in gains) / max(1, len(gains) - 1) / len(gains)) ** 0.5
+    weight = round(best, 2) if gain > spread else 1.0
+    return TeacherChoice(weight, {each: sum(values) / len(values) for each, values in found.items()})
+
+
+def choose_teacher(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    samples: list[Inputs],
+    options: LoadOptions,
+    device: torch.device,
+    responses: list[torch.Tensor | None] | None = None,
+    advance: Callable[[], object] = lambda: None,
+) -> TeacherChoice:
+    """Try models between base and tuned, and beyond it, on ``samples`` of the new task; see ``choose``.
+
+    Where ``responses`` mark a sample's response (1, T), its tokens alone count. Every weight loads a model once.
+    Raises DataError where no token is predicted, and CheckpointError.
+    """
+
+    def losses_at(weight: float) -> list[float]:
+        view = InterpolatedCheckpoint(base, tuned, weight)
+        network = load_model(view, read_config(view.path), options).to(device)
+        marks = responses or [None] * len(samples)
+        found = [next_token_loss(network, s, mark, device) for s, mark in zip(samples, marks, strict=True)]
+        del network
+        gc.collect()
+        give_back_memory()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        advance()
+        known = [value for value in found if value is not None]
+        if not known:
+            raise DataError("no sample has a token that is predicted", "pass records of text")
+        return known
+
+    return choose(losses_at)
+
+
+def next_token_loss(network: Any, sample: Inputs, response: torch.Tensor | None, device: torch.device) -> float | None:
+    """The mean cross-entropy of a sample's next tokens in nats, of those of its response where it is marked.
+
+    None for a sample without any.
+    """
+    ids = sample.get("decoder_input_ids", sample.get("input_ids"))
+    if ids is None:
+        return None
+    wanted = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+    for token in media_token_ids(network):
+        wanted &= ids[:, 1:] != token
+    if response is not None:
+        wanted &= response[:, 1:]
+    if not bool(wanted.any()):
+        return None
+    logits = forward(network, to_device(sample, device)).logits[:, :-1]
+    if logits.shape[:2] != wanted.shape:
+        return None
+    return float(nn.functional.cross_entropy(logits[wanted].float(), ids[:, 1:][wanted].to(device)))

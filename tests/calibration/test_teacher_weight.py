@@ -1,0 +1,127 @@
+"""The model between base and tuned as the teacher: a view, its statistics, its choice, and patches towards it."""
+
+import json
+
+import pytest
+import torch
+from helpers import folder_digest, make_adapter, make_pair, read_tensors, refused, run, write_data
+
+from tailorcli import CalibrateOptions, PatchOptions, Stats, calibrate_model, patch_checkpoint
+from tailorcli.adapters.interpolated import InterpolatedCheckpoint
+from tailorcli.calibration.teacher import choose
+from tailorcli.checkpoint.folder import Checkpoint
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("pair"), dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def middle(pair, tmp_path_factory):
+    """A real checkpoint at 0.6 of the way, in float32, to compare the view with."""
+    from transformers import LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("middle") / "model"
+    base, tuned = (LlamaForCausalLM.from_pretrained(pair / name, dtype=torch.bfloat16) for name in ("base", "tuned"))
+    other = dict(tuned.named_parameters())
+    network = LlamaForCausalLM.from_pretrained(pair / "base", dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.copy_(base.get_parameter(name).float().lerp(other[name].float(), 0.6))
+    network.save_pretrained(folder)
+    return folder
+
+
+def test_the_view_reads_as_the_interpolated_model(pair, middle):
+    with Checkpoint.open(pair / "base") as base, Checkpoint.open(pair / "tuned") as tuned:
+        view = InterpolatedCheckpoint(base, tuned, 0.6)
+        for name, value in read_tensors(middle).items():
+            assert torch.equal(view.read(name), value)
+            buffer = bytearray(8)
+            view.read_into(view.tensors[name], memoryview(buffer), 4)
+            assert bytes(buffer) == value.reshape(-1).numpy().tobytes()[4:12]
+        assert view.fingerprint() != InterpolatedCheckpoint(base, tuned, 0.7).fingerprint()
+
+
+def test_statistics_and_patches_follow_the_weight(pair, tmp_path, caplog):
+    options = CalibrateOptions(num_samples=8, seq_len=24)
+    base, tuned, data = pair / "base", pair / "tuned", pair / "data.jsonl"
+    run("calibrate", tuned, "--base", base, "--data", data, "--teacher-weight", 0.6, "-o", tmp_path / "at")
+    calibrate_model(tuned, data, tmp_path / "own", options)
+    stats = Stats.open(tmp_path / "at")
+    assert stats.teacher_weight == 0.6
+    stats.close()
+    dense = ("--density", 1, "--no-propagate")
+    result = run("patch", base, tuned, "--stats", tmp_path / "at", *dense, "-o", tmp_path / "out")
+    assert "100.0%" in result.stdout
+    first, last, out = (read_tensors(folder) for folder in (base, tuned, tmp_path / "out"))
+    for name, value in out.items():  # density 1 gives the teacher itself, rounded to the base's dtype
+        assert torch.equal(value, first[name].float().lerp(last[name].float(), 0.6).bfloat16())
+    report = json.loads((tmp_path / "out" / "tailor_report.json").read_text())
+    assert report["options"]["teacher_weight"] == 0.6
+    patch_checkpoint(base, tuned, tmp_path / "one", tmp_path / "own", PatchOptions(density=0.2))
+    assert "teacher_weight" not in json.loads((tmp_path / "one" / "tailor_report.json").read_text())["options"]
+    patch_checkpoint(base, tuned, tmp_path / "two", tmp_path / "own", PatchOptions(density=0.2, teacher_weight=1.0))
+    assert folder_digest(tmp_path / "one") == folder_digest(tmp_path / "two")
+    run("patch", base, tuned, "--stats", tmp_path / "own", "--teacher-weight", 0.5, "-o", tmp_path / "three")
+    assert "measured at teacher weight 1" in caplog.text
+
+
+def test_propagation_and_distillation_go_to_the_same_teacher(pair, tmp_path):
+    from tailorcli import DistillOptions, distill_checkpoint
+
+    base, tuned, data = pair / "base", pair / "tuned", pair / "data.jsonl"
+    options = CalibrateOptions(num_samples=12, seq_len=24, teacher_weight=0.5)
+    calibrate_model(tuned, data, tmp_path / "at", options, base=base)
+    calibrate_model(base, None, tmp_path / "retain", CalibrateOptions(12, 24, synthetic=True))
+    found = PatchOptions(density=1.0)
+    report = patch_checkpoint(base, tuned, tmp_path / "p", tmp_path / "at", found, retain=tmp_path / "retain")
+    assert report.totals["propagated"] > 0
+    distill = DistillOptions(steps=2, batch_size=4)
+    again = distill_checkpoint(
+        base, tuned, tmp_path / "d", tmp_path / "at", tmp_path / "retain", PatchOptions(propagate=False), distill
+    )
+    assert again.options["teacher_weight"] == 0.5
+
+
+def test_the_weight_is_picked_where_the_loss_is_least_and_noise_picks_nothing():
+    found = choose(lambda w: [(w - 0.5) ** 2 + shift for shift in (0.1, 0.2, 0.3)])
+    assert found.weight == 0.5
+    assert choose(lambda w: [(w - 1.4) ** 2 + shift for shift in (0.1, 0.2)]).weight == 1.4
+    assert choose(lambda w: [(w - 1.0) ** 2] * 2).weight == 1.0
+    noisy = choose(lambda w: [0.1 * (w - 1), -0.1 * (w - 1) + 0.0001 * (w - 1)])
+    assert noisy.weight == 1.0
+
+
+def test_auto_is_worked_out_first_and_told(pair, tmp_path):
+    base, tuned, data = pair / "base", pair / "tuned", pair / "data.jsonl"
+    how = ("--num-samples", 6, "--seq-len", 16, "--teacher-weight", "auto", "--base", base)
+    result = run("calibrate", tuned, "--data", data, *how, "--teacher-data", data, "-o", tmp_path / "at")
+    assert "teacher weight" in result.stderr
+    manifest = json.loads((tmp_path / "at" / "manifest.json").read_text())
+    losses = manifest["model"]["teacher_losses"]
+    assert {"1", "0.8"} <= losses.keys()
+    assert manifest["model"].get("teacher_weight", 1.0) in [float(weight) for weight in losses]
+
+
+def test_an_adapter_has_a_model_between_too(tmp_path):
+    folder = make_adapter(tmp_path)
+    write_data(tmp_path / "data.jsonl")
+    base, adapter, stats = folder / "base", folder / "adapter", tmp_path / "at"
+    how = ("--data", tmp_path / "data.jsonl", "--num-samples", 6, "--teacher-weight", 0.5, "--base", base)
+    run("calibrate", adapter, *how, "-o", stats)
+    run("patch", base, adapter, "--stats", stats, "--density", 1, "-o", tmp_path / "half")
+    calibrate_model(adapter, tmp_path / "data.jsonl", tmp_path / "own", CalibrateOptions(6), base=base)
+    run("patch", base, adapter, "--stats", tmp_path / "own", "--density", 1, "-o", tmp_path / "whole")
+    first, half, whole = (read_tensors(f) for f in (base, tmp_path / "half", tmp_path / "whole"))
+    for name, value in half.items():
+        torch.testing.assert_close(value, first[name].lerp(whole[name], 0.5), rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(value, first[name]) for name, value in half.items())
+
+
+def test_what_the_teacher_needs_is_asked_for(pair, tmp_path):
+    tuned, data, out = pair / "tuned", pair / "data.jsonl", tmp_path / "no"
+    refused("calibrate", tuned, "--data", data, "--teacher-weight", 0.5, "-o", out, mentions=["needs the base"])
+    refused("calibrate", tuned, "--data", data, "--teacher-weight", -1, "-o", out, mentions=["positive"])
+    assert not out.exists()
