@@ -25,7 +25,7 @@ _VALUES = (
         "include",
         "exclude",
     ),
-    *("max_shard_size", "fp8_output", "task", "license"),
+    *("teacher_weight", "max_shard_size", "fp8_output", "task", "license"),
 )
 _FLAGS = ("allow_dtype_mismatch", "resized_vocab", "trust_remote_code")
 _DATA = "--graft-data"
