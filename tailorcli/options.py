@@ -168,6 +168,29 @@ def _plain(options: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class DataColumns:
+    """Which columns of a data file hold a text, or a prompt and its response; None: those of the usual names."""
+
+    text: str | None = None
+    prompt: str | None = None
+    response: str | None = None
+
+    def __post_init__(self) -> None:
+        alone = self.text is None or (self.prompt is None and self.response is None)
+        _require(alone, "--text-column excludes --prompt-column and --response-column", "a record is one or the other")
+
+    @property
+    def any(self) -> bool:
+        """Whether a column is named at all."""
+        return bool(self.shown)
+
+    @property
+    def shown(self) -> str:
+        """The named columns in words."""
+        return " and ".join(name for name in (self.text, self.prompt, self.response) if name is not None)
+
+
+@dataclass(frozen=True)
 class CalibrateOptions:
     """What ``calibrate`` runs over the model: how many samples, how long, chosen with which seed."""
 
@@ -186,6 +209,7 @@ class CalibrateOptions:
     synthetic: bool = False  # the model writes its own samples
     keep_samples: bool = True  # beside the statistics, for a patch that propagates
     teacher_weight: float | str | None = None  # the model so far on the way from base to tuned; "auto": picked by loss
+    columns: DataColumns = DataColumns()  # of the data
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "length", "batch_size"):
@@ -205,8 +229,10 @@ class CalibrateOptions:
         return self.seq_len if self.seq_len is not None else 256 if self.synthetic else 2048
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the manifest."""
+        """Plain values for the manifest; of columns only those that are named, of a teacher only one that is."""
         values = _plain(self) | {"seq_len": self.length}
+        columns = {name: column for name, column in values.pop("columns").items() if column is not None}
+        values |= {"columns": columns} if columns else {}
         return {name: value for name, value in values.items() if name != "teacher_weight" or value is not None}
 
 

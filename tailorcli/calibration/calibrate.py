@@ -59,6 +59,7 @@ class CalibrateReport:
     stages: dict[str, float]
     blockwise: bool = False
     notes: dict[str, str] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)  # the form of its records, how many were drawn and cut
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
@@ -75,8 +76,12 @@ def calibrate_model(
     announce: Callable[[str], None] | None = None,
     held_out: PathLike | None = None,
     teacher_data: PathLike | None = None,
+    show: Callable[[str], None] | None = None,
 ) -> CalibrateReport:
     """Run the checkpoint ``model`` over samples of ``data`` and write the statistics folder ``output``.
+
+    ``data`` is a file, a folder of files, "-" for standard input, or a dataset of the Hub, NAME[:CONFIG][:SPLIT].
+    ``announce`` is told in a line which form was recognised, ``show`` is given the first sample as the model sees it.
 
     With ``options.synthetic`` the model writes the samples itself: from random tokens, or, where there are ``data``,
     from the images and prompts of these; half as many further ones, those of the next seed, go to the .jsonl file
@@ -106,7 +111,7 @@ def calibrate_model(
         timer = StageTimer(device)
         config = read_config(stored.path)
         with timer.stage("data"):
-            source = Source(stored, tuned, config, options, _path(data), _path(held_out))
+            source = Source(stored, tuned, config, options, _path(data), _path(held_out), announce, show)
             samples, further = self_written(source, device, progress) if options.synthetic else (drawn(source), [])
         choice = None
         if options.teacher_weight is not None:
@@ -154,6 +159,7 @@ def calibrate_model(
         stages=dict(timer.seconds),
         blockwise=blockwise,
         notes={name: entry.note for name, entry in tensors.items() if entry.note},
+        data=samples.told,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from tailorcli.adapters.interpolated import original
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.data.records import read_records
 from tailorcli.data.samples import Samples, draw_samples
+from tailorcli.data.told import facts_of, first_sample, in_words
 from tailorcli.device import device_errors
 from tailorcli.errors import OptionsError, note
 from tailorcli.files import PathLike, as_output_error, write_text_atomically
@@ -35,15 +37,20 @@ class Source:
     options: CalibrateOptions
     data: Path | None
     held_out: Path | None  # takes further samples of those that the model writes
+    announce: Callable[[str], None] | None = None  # told of the form, the records and the cuts
+    show: Callable[[str], None] | None = None  # shown the first sample
 
 
 def drawn(source: Source) -> Samples:
-    """Samples of the data file, by the model's own tokenizer or processor; a tokenizer may lie with an adapter."""
+    """Samples of the data by the model's own tokenizer or processor; a tokenizer may lie with an adapter.
+
+    Raises TailorError.
+    """
     data, stored, options = source.data, source.stored, source.options
     assert data is not None
     folder = tokenizer_folder(original(source.tuned))
-    records = read_records(data, options.text_mode)
-    has_media = any(record.has_media for record in records)
+    records = read_records(data, options.text_mode, columns=options.columns)
+    has_media = records.has_media
     seq_len = min(options.length, most_tokens(stored, source.config, options))
     encoder = load_encoder(processor_folder(folder, stored.path, has_media), stored.path, has_media, options)
     samples = draw_samples(data, records, encoder.encode, replace(options, seq_len=seq_len))
@@ -52,7 +59,13 @@ def drawn(source: Source) -> Samples:
         why = f"--seq-len {seq_len}" if seq_len == options.length else f"the model's {seq_len} positions"
         share = f"{lost:,} of their {sum(before for before, _ in encoder.cuts):,} tokens are left out"
         note(f"{data}: {len(encoder.cuts)} of {len(samples.inputs)} samples are longer than {why} and are cut: {share}")
-    return samples
+    facts = facts_of(records, samples, encoder)
+    if source.announce is not None:
+        source.announce(in_words(facts))
+    if source.show is not None:
+        for line in first_sample(samples, encoder):
+            source.show(line)
+    return replace(samples, told=facts)
 
 
 def check_source(data: PathLike | None, options: CalibrateOptions, held_out: PathLike | None) -> None:
@@ -96,10 +109,10 @@ def self_written(source: Source, device: torch.device, progress: bool) -> tuple[
             "pass --data FILE, which goes block by block",
         )
     options = replace(source.options, seq_len=min(source.options.length, most_tokens(stored, config, source.options)))
-    records = [] if data is None else read_starts(data)
+    records = None if data is None else read_starts(data, source.options.columns)
     network = load_model(stored, config, options)
     require_writer(network)  # before its tokenizer, which a vision model has none of
-    encoder = load_encoder(stored.path, stored.path, any(record.has_media for record in records), options)
+    encoder = load_encoder(stored.path, stored.path, records is not None and records.has_media, options)
     network.to(device)
     further = replace(options, seed=options.seed + 1, num_samples=(options.num_samples + 1) // 2)
     runs = [options] if held_out is None else [options, further]
@@ -107,13 +120,15 @@ def self_written(source: Source, device: torch.device, progress: bool) -> tuple[
     further_records: list[dict[str, Any]] = []
     with device_errors("a smaller --seq-len"), Progress("writing", total, "tokens", shown=progress) as bar:
         for run in runs:
-            starts = encode_starts(records, encoder, run) if records else []
+            starts = encode_starts(records, encoder, run) if records is not None else []
             found = write_samples(network, encoder.tokenizer, run, device, bar, starts, encoder.media_ids)
             if run is options:
                 samples = found
             else:
                 further_records = to_records(found, starts, encoder.tokenizer)
-    return (samples if data is None else with_source(samples, data, len(records))), further_records
+    if data is not None and records is not None:
+        samples = with_source(samples, data, records)
+    return samples, further_records
 
 
 def write_jsonl(records: list[dict[str, Any]], file: Path) -> None:

@@ -6,19 +6,20 @@ Prompt Generation"); or from a record's pictures or prompt, for what the model d
 
 from __future__ import annotations
 
+import base64
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.data.records import Record, check_record, read_records
+from tailorcli.data.forms import PROMPTS, RESPONSES
+from tailorcli.data.records import Record, Records, check_record, read_records
 from tailorcli.data.samples import Samples, batch_places, join
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
-from tailorcli.files import file_digest
 from tailorcli.guard import path_text
 from tailorcli.models.generation import media_token_ids, sampling_generation
-from tailorcli.options import CalibrateOptions
+from tailorcli.options import CalibrateOptions, DataColumns
 from tailorcli.terminal import Progress
 
 if TYPE_CHECKING:
@@ -50,27 +51,27 @@ _TOGETHER = 32  # samples written at a time, whatever the batch size: the random
 _HINT = "calibrate on data of your own that stand for what it must not forget: --data FILE"
 
 
-def read_starts(path: Path) -> list[Record]:
+def read_starts(path: Path, columns: DataColumns = DataColumns()) -> Records:
     """Records of what samples shall begin with: images, a prompt (its response is left out), or both.
 
     Raises DataError with file and line.
     """
-    return read_records(path, check=_check_start)
+    return read_records(path, check=_check_start, columns=columns)
 
 
 def _check_start(where: str, value: Any, folder: Path) -> Record:
     hint = 'give it "images", "prompt" or "text"; put a chat model\'s marks into the prompt'
-    if isinstance(value, dict) and "prompt" in value:
-        value = {name: entry for name, entry in value.items() if name not in ("response", "completion")}
+    if isinstance(value, dict) and any(name in value for name in PROMPTS):
+        value = {name: entry for name, entry in value.items() if name not in RESPONSES}
         value["response"] = ""
-    record = check_record(where, value, folder)
+    record = replace(check_record(where, value, folder), turns=None)
     for name in ("messages", "audio"):
         if name in record.fields and "text" not in record.fields:
             raise DataError(f"{where} has {name}, from which no sample of the model's own can begin", hint)
     return record
 
 
-def encode_starts(records: list[Record], encoder: Encoder, options: CalibrateOptions) -> list[Start]:
+def encode_starts(records: Sequence[Record], encoder: Encoder, options: CalibrateOptions) -> list[Start]:
     """The starts of as many samples as are asked for, in the order of the seed; each leaves room for a token.
 
     Raises DataError where no record gives one.
@@ -87,9 +88,9 @@ def encode_starts(records: list[Record], encoder: Encoder, options: CalibrateOpt
     return starts
 
 
-def with_source(samples: Samples, path: Path, records: int) -> Samples:
+def with_source(samples: Samples, path: Path, records: Records) -> Samples:
     """The samples, with the file of their starts among their facts."""
-    facts = {"file": path_text(path), "blake2b": file_digest(path), "records": records}
+    facts = {"file": path_text(path), "blake2b": records.digest, "records": len(records)}
     return replace(samples, facts=samples.facts | facts)
 
 
@@ -180,12 +181,20 @@ def to_records(samples: Samples, starts: Sequence[Start], tokenizer: Any) -> lis
             records.append({"text": written})
             continue
         fields = start.record.fields
-        record = {"images": [str(path.resolve()) for path in start.record.images]} if start.record.images else {}
+        images = [_as_text(image) for image in start.record.images]
+        record: dict[str, Any] = {"images": images} if images else {}
         if start.is_asked:
             records.append(record | {"prompt": fields["prompt"], "response": written})
         else:
             records.append(record | {"text": fields.get("text", "") + written})
     return records
+
+
+def _as_text(image: Path | bytes) -> str:
+    """An image as a data file names it."""
+    if isinstance(image, bytes):
+        return f"data:;base64,{base64.b64encode(image).decode('ascii')}"
+    return str(image.resolve())
 
 
 def require_writer(network: Any) -> None:

@@ -50,6 +50,29 @@ Omega = Annotated[
     typer.Option(metavar="W", help="Weight of an entry's change against its sensitivity in the score, 0 to 1."),
 ]
 
+# Data.
+DATA = "Data"
+DataIn = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        help="Data of the new task: a file, a folder, - for standard input, or a dataset of the Hub.",
+    ),
+]
+TextColumn = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Column of the data that holds a text.", rich_help_panel=DATA),
+]
+PromptColumn = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Column of the data that holds a prompt.", rich_help_panel=DATA),
+]
+ResponseColumn = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Column of the data that holds its response.", rich_help_panel=DATA),
+]
+
 # Which tensors.
 Include = Annotated[
     list[str] | None,

@@ -15,6 +15,7 @@ from tailorcli.cli.arguments import (
     AsJson,
     Base,
     BatchSize,
+    DataIn,
     Density,
     Device,
     DType,
@@ -23,12 +24,15 @@ from tailorcli.cli.arguments import (
     Omega,
     Overwrite,
     OwnDamping,
+    PromptColumn,
     Quiet,
     ResizedVocab,
+    ResponseColumn,
     RetainIn,
     RetainWeight,
     StatsIn,
     Tensors,
+    TextColumn,
     TrustRemoteCode,
     Tuned,
     Verbose,
@@ -42,12 +46,13 @@ from tailorcli.cli.output import (
     show_reasons,
     show_score,
 )
-from tailorcli.cli.verbosity import wants_progress
+from tailorcli.cli.verbosity import is_verbose, wants_progress
 from tailorcli.guard import check_result
 from tailorcli.options import (
     AUTO,
     Blockwise,
     CalibrateOptions,
+    DataColumns,
     DTypeName,
     PatchOptions,
     TextMode,
@@ -70,10 +75,7 @@ def calibrate(
         Path, typer.Argument(metavar="MODEL", help="Folder of the fine-tuned checkpoint, or of its LoRA adapter.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="STATS", help="Folder for the statistics.")],
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Data of the new task: .jsonl, .json or .txt."),
-    ] = None,
+    data: DataIn = None,
     synthetic: Annotated[
         bool,
         flag("--synthetic", help="MODEL writes its own samples, going on from --data if given."),
@@ -108,6 +110,9 @@ def calibrate(
         TextMode, typer.Option(metavar="MODE", help="A sample of a .txt: a line, or a chunk of --seq-len tokens.")
     ] = TextMode.LINE,
     seed: Annotated[int, typer.Option(metavar="N", help="Which samples are drawn.")] = 0,
+    text_column: TextColumn = None,
+    prompt_column: PromptColumn = None,
+    response_column: ResponseColumn = None,
     include: Include = None,
     exclude: Exclude = None,
     batch_size: BatchSize = 8,
@@ -164,6 +169,7 @@ def calibrate(
         synthetic=synthetic,
         keep_samples=not no_samples,
         teacher_weight=parse_teacher(teacher_weight),
+        columns=DataColumns(text_column, prompt_column, response_column),
     )
     if teacher_data is not None and options.teacher_weight != AUTO:
         raise typer.BadParameter("--teacher-data is for --teacher-weight auto")
@@ -177,6 +183,7 @@ def calibrate(
         announce=None if as_json else partial(say, err=True),
         held_out=held_out,
         teacher_data=teacher_data,
+        show=partial(say, err=True) if is_verbose() and not as_json else None,
     )
     if as_json:
         print_json(report.to_dict())

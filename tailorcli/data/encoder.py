@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tailorcli.data.forms import HINT
 from tailorcli.data.media import read_image, read_wav
-from tailorcli.data.records import FIELDS, Record, content_parts
+from tailorcli.data.records import Record, Records, content_parts
 from tailorcli.data.timed import within
 from tailorcli.errors import DataError, first_line, note
 from tailorcli.files import parse_json
@@ -66,6 +67,7 @@ class Encoder:
         """The model's inputs for one record, of ``seq_len`` tokens at most; None if it gives none. Raises DataError."""
         if "audio" in record.fields:
             return self._speech(record, seq_len)
+        record = self._framed_by_template(record)
         if self.takes_media and record.has_media:
             return self._with_images(record, seq_len)
         if record.has_media:
@@ -80,6 +82,27 @@ class Encoder:
             raise DataError(f"{record.where} marks an image with {token!r} and names none", _IMAGE_HINT)
         plain = "text" in record.fields or "messages" not in record.fields  # a template writes special tokens itself
         return _as_inputs(self._within(self.tokens(record, self._text_of(record), plain, seq_len), seq_len))
+
+    def _framed_by_template(self, record: Record) -> Record:
+        """A question and its answer as the turns of a chat, for a model whose chat template frames them."""
+        if record.turns is None or not self._has_template(record.has_media):
+            return record
+        asked = record.turns
+        if record.images and not any(part.get("type") == "image" for turn in asked for part in content_parts(turn)):
+            words = {"type": "text", "text": asked[-1]["content"]}
+            asked = [*asked[:-1], {**asked[-1], "content": [*({"type": "image"} for _ in record.images), words]}]
+        fields = {name: value for name, value in record.fields.items() if name not in ("prompt", "response")}
+        messages = [*asked, {"role": "assistant", "content": record.fields["response"]}]
+        return replace(record, fields={**fields, "messages": messages}, turns=None)
+
+    def _has_template(self, with_media: bool) -> bool:
+        """Whether a chat template frames what the model is given."""
+        render = self.processor if self.takes_media and with_media else self.tokenizer
+        return self.start_token is None and bool(getattr(render, "chat_template", None))
+
+    def frames(self, records: Records) -> bool:
+        """Whether the chat template frames the prompts of these records."""
+        return records.has_turns and self._has_template(records.has_media)
 
     def _within(self, ids: list[int], seq_len: int) -> list[int]:
         """The first ``seq_len`` tokens; what is cut is counted."""
@@ -164,7 +187,7 @@ class Encoder:
                 return piece[0][:most]
             return self._ids(text, special)
         except Exception as error:  # whatever a model's own tokenizer raises
-            raise DataError(f"{record.where}: the tokenizer refuses this text: {error}", FIELDS) from error
+            raise DataError(f"{record.where}: the tokenizer refuses this text: {error}", HINT) from error
 
     def _ids(self, text: str, special: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
@@ -187,7 +210,7 @@ class Encoder:
         try:
             return any(len(text) > _LONG and self._piece(text, False, limit) is not None for text in texts)
         except Exception as error:  # whatever a model's own tokenizer raises
-            raise DataError(f"{record.where}: the tokenizer refuses this text: {error}", FIELDS) from error
+            raise DataError(f"{record.where}: the tokenizer refuses this text: {error}", HINT) from error
 
     def _text_to_text(self, record: Record, seq_len: int) -> Inputs | None:
         """The prompt for the encoder, the response for the decoder."""
@@ -215,9 +238,7 @@ class Encoder:
         extractor = getattr(self.processor, "feature_extractor", self.processor)
         rate = getattr(extractor, "sampling_rate", None)
         if rate is None:
-            raise DataError(
-                f"{record.where} has audio, and the model's folder holds no feature extractor for it", FIELDS
-            )
+            raise DataError(f"{record.where} has audio, and the model's folder holds no feature extractor for it", HINT)
         sound = read_wav(record.folder / record.fields["audio"], rate, record.where)
         inputs = self._call(record, lambda: extractor(sound, sampling_rate=rate, return_tensors="pt"))
         if self.start_token is None:
@@ -231,8 +252,9 @@ class Encoder:
             beside = iter(record.images)
             messages = [_with_paths(message, record, beside) for message in record.fields["messages"]]
             if (left := next(beside, None)) is not None:
+                which = f"of {len(left):,} bytes" if isinstance(left, bytes) else left
                 raise DataError(
-                    f"{record.where}: no image part of its messages stands for the image {left}",
+                    f"{record.where}: no image part of its messages stands for the image {which}",
                     'mark its place with a part {"type": "image"}',
                 )
             call = self.processor.apply_chat_template
@@ -304,7 +326,7 @@ class Encoder:
             made = dict(call())
         except Exception as error:  # whatever a model's own processor raises
             what = f"{record.where}: the processor refuses this record: {first_line(error)}"
-            raise DataError(what, FIELDS) from error
+            raise DataError(what, HINT) from error
         tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
         # An empty text has no tokens from which their dtype could be told.
         tensors |= {name: value.long() for name, value in tensors.items() if not value.numel()}
@@ -368,7 +390,7 @@ def _with_read_calls(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": ready}
 
 
-def _with_paths(message: dict[str, Any], record: Record, beside: Iterator[Path]) -> dict[str, Any]:
+def _with_paths(message: dict[str, Any], record: Record, beside: Iterator[Path | bytes]) -> dict[str, Any]:
     """A message whose images are read: a template would look for their paths in the working directory.
 
     Image parts that name no file take the next of those ``beside`` the messages.
@@ -385,6 +407,9 @@ def _with_paths(message: dict[str, Any], record: Record, beside: Iterator[Path])
             ready.append(part)
             continue
         named = next((part[key] for key in ("image", "path", "url") if key in part), None)
+        if isinstance(named, bytes):
+            ready.append({"type": "image", "image": read_image(named, record.where)})
+            continue
         if named is None and (path := next(beside, None)) is not None:
             ready.append({"type": "image", "image": read_image(path, record.where)})
             continue

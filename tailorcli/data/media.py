@@ -1,7 +1,10 @@
-"""Images and sound, read from files."""
+"""Images and sound, read from files; images also from the bytes that a record holds."""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import io
 import os
 import warnings
 import wave
@@ -18,14 +21,61 @@ _MOST_PIXELS = 89_478_485  # Pillow warns beyond: a quarter of a gigabyte, some 
 _MOST_SOUND = 1 << 28  # bytes: more than two hours at 16 kHz
 
 
-def read_image(path: Path, where: str) -> Any:
-    """A picture in RGB, upright as its camera noted. Raises DataError with the record that names it."""
+# How the formats begin whose bytes a record may hold as base64 without saying so: PNG, JPEG, GIF, WebP, BMP, TIFF.
+_BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+_SHORTEST = 60  # characters of an image as base64; a file's name may be anything
+
+
+def image_of(value: Any) -> str | bytes:
+    """What a record gives for an image: the name of a file, or the bytes of one.
+
+    Bytes stand as they are, as base64 (with "data:...;base64," before it or not), or in the object that ``datasets``
+    makes of an image, {"bytes": ..., "path": ...}. Raises ValueError that says what else it is.
+    """
+    if isinstance(value, dict):
+        found = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+        if found is None:
+            raise ValueError(f"it is an object with {sorted(map(str, value))}, expected bytes or a path")
+        return image_of(found) if isinstance(found, bytes) or value.get("bytes") is None else _from_base64(found)
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"it is a {type(value).__name__}, expected the name of a file, or its bytes")
+    if value.startswith("data:"):
+        head, comma, body = value.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise ValueError("it is a data: address without base64")
+        return _from_base64(body)
+    if len(value) >= _SHORTEST and "." not in value[-6:]:
+        try:
+            content = _from_base64(value)
+        except ValueError:
+            return value
+        return content if content.startswith(_BEGINNINGS) else value
+    return value
+
+
+def _from_base64(value: Any) -> bytes:
+    if not isinstance(value, str):
+        raise ValueError(f"its bytes are a {type(value).__name__}, expected base64")
+    try:
+        return base64.b64decode("".join(value.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"it is not base64: {error}") from error
+
+
+def read_image(source: Path | bytes, where: str) -> Any:
+    """A picture in RGB, upright as its camera noted, of a file or its bytes.
+
+    Raises DataError with the record that names it.
+    """
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
         raise DataError(f"{where} has images, and Pillow is not installed", "pip install pillow") from error
     try:
-        with open_regular(path) as file, warnings.catch_warnings():
+        file: Any = io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
+        with file, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
             with Image.open(file) as image:
                 width, height = image.size  # as the header says: nothing is decoded yet
@@ -35,7 +85,8 @@ def read_image(path: Path, where: str) -> Any:
                     raise ValueError("it is a program (EPS), which would have to be run")
                 return ImageOps.exif_transpose(image).convert("RGB")  # as transformers reads images
     except Exception as error:  # whatever a decoder raises: for a broken file, or one too large to be real
-        raise DataError(f"{where}: cannot read the image {path}: {error}", "paths start at the data file") from error
+        which = f"of {len(source):,} bytes" if isinstance(source, bytes) else source
+        raise DataError(f"{where}: cannot read the image {which}: {error}", "paths start at the data file") from error
 
 
 def read_wav(path: Path, rate: int, where: str) -> np.ndarray:

@@ -1,33 +1,47 @@
-"""Calibration data: read records from a file, draw samples with a seed, put like with like into batches."""
+"""The records of data: a file, a folder of files, standard input or a dataset of the Hub, each in a known form."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+from tailorcli.data.formats import PlainText
+from tailorcli.data.forms import HINT, formed, renamed
+from tailorcli.data.media import image_of
+from tailorcli.data.sources import open_source
 from tailorcli.errors import DataError
-from tailorcli.files import parse_json, read_text_file
+from tailorcli.files import PathLike, parse_json
+from tailorcli.options import DataColumns
 
-_FORMATS = ".jsonl, .json or .txt"
-FIELDS = 'a record needs "text", or "messages", or "prompt" and "response", with "images" or "audio" as the model takes'
+_IMAGES_HINT = 'an image is a file name, relative to the data file, or its bytes, as base64 or {"bytes": "..."}'
 _TOOLS_HINT = 'each is {"type": "function", "function": {"name": ..., "parameters": ...}}'
+_PLAIN_TEXT = "plain text"
 _TEXT_FIELDS = ("text", "prompt", "response", "audio")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One record of the file, where it stands, for error messages, and the folder that its paths start from."""
+    """One record of the data, where it stands, for error messages, and the folder that its paths start from.
+
+    ``turns`` are those before the response, where a chat template may frame the prompt. ``form`` names what it was
+    recognised by.
+    """
 
     where: str
     fields: dict[str, Any]
     folder: Path = Path()
+    turns: list[dict[str, Any]] | None = None
+    form: str = ""
 
     @property
-    def images(self) -> list[Path]:
-        """The images that go with a text; those of messages stand in the messages."""
-        return [self.folder / name for name in self.fields.get("images", ())]
+    def images(self) -> list[Path | bytes]:
+        """The images that go with a text, files or their bytes; those of messages stand in the messages."""
+        named = self.fields.get("images", ())
+        return [image if isinstance(image, bytes) else self.folder / image for image in named]
 
     @property
     def has_media(self) -> bool:
@@ -48,79 +62,160 @@ def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
 Check = Callable[[str, Any, Path], Record]
 
 
-def read_records(path: Path, text_mode: str = "line", check: Check | None = None) -> list[Record]:
-    """Every record of a .jsonl, .json or .txt file. Raises DataError with file and line.
+class Records(Sequence[Record]):
+    """The records of data, each checked when they are made; they are read anew whenever they are gone through.
 
-    ``check`` is for records of other fields than calibration takes.
+    So what is held is what one holds on to, whatever the size of the data. ``forms`` counts the records of each form.
     """
-    check = check or check_record
-    try:
-        text = read_text_file(path, "utf-8-sig")  # a byte order mark is no text
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}", "pass --data FILE") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start})", f"pass a {_FORMATS} file") from error
-    if path.suffix == ".jsonl":
-        records = list(_json_lines(path, text, check))
-    elif path.suffix == ".json":
-        records = list(_json_list(path, text, check))
-    elif path.suffix == ".txt":
-        documents = [text] if text_mode == "chunk" else text.split("\n")
-        lines = ((i + 1, line) for i, line in enumerate(documents) if line.strip())
-        records = [Record(f"{path}:{number}", {"text": line}, path.parent) for number, line in lines]
-    else:
-        raise DataError(f"{path} has the unknown suffix {path.suffix!r}", f"pass a {_FORMATS} file")
-    if not records:
-        raise DataError(f"{path} holds no records", FIELDS)
-    return records
 
+    def __init__(self, name: str, read: Callable[[], Iterator[Record]], digest: Callable[[], str], files: int) -> None:
+        """Go through all records once. Raises DataError for the first that is none, or where there are none."""
+        self.name, self.num_files = name, files
+        self._read, self._digest = read, digest
+        self.forms: Counter[str] = Counter()
+        self.has_media = self.has_turns = False
+        for record in read():
+            self.forms[record.form] += 1
+            self.has_media = self.has_media or record.has_media
+            self.has_turns = self.has_turns or record.turns is not None
+        self._count = self.forms.total()
+        if not self._count:
+            raise DataError(f"{name} holds no records", HINT)
 
-def _json_lines(path: Path, text: str, check: Check) -> Iterator[Record]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    @property
+    def is_plain_text(self) -> bool:
+        """Whether they are the lines of .txt files, or these as a whole."""
+        return set(self.forms) == {_PLAIN_TEXT}
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the bytes of the data. Raises DataError."""
         try:
-            value = parse_json(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number} is not JSON: {error}", "one JSON object a line") from error
-        yield check(f"{path}:{number}", value, path.parent)
+            return self._digest()
+        except OSError as error:
+            raise DataError(f"cannot read {self.name}: {error.strerror or error}", "check the path") from error
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Record]:
+        return self._read()
+
+    @overload
+    def __getitem__(self, position: int) -> Record: ...
+    @overload
+    def __getitem__(self, position: slice) -> list[Record]: ...
+    def __getitem__(self, position: int | slice) -> Record | list[Record]:
+        places = range(self._count)[position]
+        return self.take([places])[0] if isinstance(places, int) else self.take(places)
+
+    def take(self, positions: Sequence[int]) -> list[Record]:
+        """The records at these positions, in this order, in one go through the data. Raises DataError."""
+        wanted, found = set(positions), dict[int, Record]()
+        for place, record in enumerate(self._read()):
+            if place in wanted:
+                found[place] = record
+                if len(found) == len(wanted):
+                    break
+        if len(found) < len(wanted):
+            raise DataError(f"{self.name} was changed while it was read", "run it again when nothing writes to it")
+        return [found[place] for place in positions]
 
 
-def _json_list(path: Path, text: str, check: Check) -> Iterator[Record]:
-    try:
-        values = parse_json(text)
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}", "a list of objects, or use .jsonl") from error
-    if not isinstance(values, list):
-        raise DataError(f"{path} holds a {type(values).__name__}, expected a list of objects", FIELDS)
-    for number, value in enumerate(values):
-        yield check(f"{path}, record {number}", value, path.parent)
+def read_records(
+    data: PathLike, text_mode: str = "line", check: Check | None = None, columns: DataColumns = DataColumns()
+) -> Records:
+    """The records of a file, a folder of files, standard input (-) or a dataset of the Hub, NAME[:CONFIG][:SPLIT].
+
+    A path that is there is that path, whatever the Hub has. ``check`` is for records of other fields than calibration
+    takes; ``columns`` names those that are not called as usual. Raises DataError with file and line.
+    """
+    source = open_source(str(data), text_mode == "chunk", columns)
+    check = check or check_record
+
+    def records() -> Iterator[Record]:
+        for where, value, folder in source.read():
+            if isinstance(value, PlainText):
+                yield Record(where, {"text": str(value)}, folder, form=_PLAIN_TEXT)
+            elif columns.any and isinstance(value, dict):
+                record = check(where, renamed(where, value, columns), folder)
+                yield replace(record, form=f"columns {columns.shown}")
+            else:
+                yield check(where, value, folder)
+
+    return Records(source.name, records, source.digest, source.files)
 
 
 def check_record(where: str, value: Any, folder: Path) -> Record:
-    """A record with one of the known sets of fields, each of the right type. Raises DataError."""
+    """A record in one of the known forms, each field of the right type. Raises DataError."""
     if not isinstance(value, dict):
-        raise DataError(f"{where} is a {type(value).__name__}, expected an object", FIELDS)
-    if "response" not in value and "completion" in value:  # the name that trl uses
-        value = {**value, "response": value["completion"]}
-    if "images" not in value and "image" in value:
-        value = {**value, "images": [value["image"]]}
-    if "messages" in value and "text" not in value:
-        if value.get("tools"):
-            value = {**value, "tools": _tools(where, value["tools"])}
-        messages = value["messages"]
+        raise DataError(f"{where} is a {type(value).__name__}, expected an object", HINT)
+    found = formed(where, value)
+    form, fields, turns = ("", value, None) if found is None else found
+    if "images" not in fields and "image" in fields:
+        fields = {**fields, "images": [fields["image"]]}
+    if fields.get("images") == "":  # a row of a .csv that has none
+        fields = {name: entry for name, entry in fields.items() if name != "images"}
+    if "messages" in fields and "text" not in fields:
+        if fields.get("tools"):
+            fields = {**fields, "tools": _tools(where, fields["tools"])}
+        messages = fields["messages"]
         sound = isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages)
         if not sound:
-            raise DataError(f'{where}: "messages" must be a list of objects with "role" and "content"', FIELDS)
-    elif not ("text" in value or {"prompt", "response"} <= value.keys() or value.get("images") or "audio" in value):
-        raise DataError(f"{where} has the fields {sorted(value)}", FIELDS)
+            raise DataError(f'{where}: "messages" must be a list of objects with "role" and "content"', HINT)
+        fields = {**fields, "messages": [_with_images(where, message) for message in messages]}
+    elif found is None and not (fields.get("images") or "audio" in fields):
+        raise DataError(f"{where} has the fields {sorted(map(str, value))}", HINT)
     for name in _TEXT_FIELDS:
-        if name in value and not isinstance(value[name], str):
-            raise DataError(f'{where}: "{name}" is a {type(value[name]).__name__}, expected a string', FIELDS)
-    images = value.get("images", [])
-    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        raise DataError(f'{where}: "images" must be a list of file names', "paths are relative to the data file")
-    return Record(where, value, folder)
+        if name in fields and not isinstance(fields[name], str):
+            raise DataError(f'{where}: "{name}" is a {type(fields[name]).__name__}, expected a string', HINT)
+    if "images" in fields:
+        fields = {**fields, "images": _images(where, fields["images"])}
+    media = "images" if fields.get("images") else "audio" if "audio" in fields else ""
+    form = f"{form} with {media}" if form and media else form or media
+    return Record(where, fields, folder, turns, form)
+
+
+def _images(where: str, images: Any) -> list[str | bytes]:
+    """The images beside a text: files or bytes; of one alone, or of a list that a table writes as JSON, the list."""
+    if isinstance(images, str) and images.startswith("["):
+        try:
+            images = parse_json(images)
+        except ValueError as error:
+            raise DataError(f'{where}: "images" is a list that is not JSON: {error}', _IMAGES_HINT) from error
+    try:
+        return [image_of(image) for image in (images if isinstance(images, list) else [images])]
+    except ValueError as error:
+        what = f'{where}: "images" must be a list of file names, or of bytes: {error}'
+        raise DataError(what, _IMAGES_HINT) from error
+
+
+def _with_images(where: str, message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose image parts hold bytes as bytes, in whatever way they are written."""
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return message
+    ready = []
+    for part in parts:
+        named = next((key for key in ("image", "path", "url", "image_url") if _is_image(part, key)), None)
+        if named is not None:
+            value = part[named].get("url") if named == "image_url" and "url" in part[named] else part[named]
+            try:
+                part = {"type": "image", "image": image_of(value)}
+            except ValueError as error:
+                raise DataError(f"{where}: an image part of its messages: {error}", _IMAGES_HINT) from error
+        ready.append(part)
+    return {**message, "content": ready}
+
+
+def _is_image(part: Any, key: str) -> bool:
+    """Whether a part of a message holds the bytes of an image under this key; names of files stay as they are."""
+    if not isinstance(part, dict) or part.get("type") not in ("image", "image_url"):
+        return False
+    value = part.get(key)
+    if isinstance(value, dict) and key == "image_url" and "url" in value:
+        value = value["url"]
+    return isinstance(value, bytes | dict) or (isinstance(value, str) and value.startswith("data:"))
 
 
 def _tools(where: str, tools: Any) -> list[Any]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.data.records import FIELDS, Record
+from tailorcli.data.forms import HINT
+from tailorcli.data.records import Record, Records
 from tailorcli.errors import DataError
-from tailorcli.files import file_digest
 from tailorcli.guard import path_text
 from tailorcli.options import CalibrateOptions
 
@@ -24,10 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Samples:
-    """The model's inputs of each drawn sample, and the facts about the drawing that go into the manifest."""
+    """The model's inputs of each drawn sample, and the facts about the drawing that go into the manifest.
+
+    ``told`` is what there is to tell of the data beside them (``told.facts_of``).
+    """
 
     inputs: list[Inputs]
     facts: dict[str, Any]
+    told: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -42,15 +46,15 @@ def count_tokens(inputs: Inputs) -> int:
 
 
 def draw_samples(
-    path: Path, records: list[Record], encode: Callable[[Record, int], Inputs | None], options: CalibrateOptions
+    path: Path, records: Records, encode: Callable[[Record, int], Inputs | None], options: CalibrateOptions
 ) -> Samples:
     """Draw up to ``num_samples`` of the records of ``path``, in the order of the seed, as ``encode`` makes them.
 
     Records that give no token (None) are passed over. Raises DataError if none is left.
     """
     chosen: list[Inputs] = []
-    if options.text_mode == "chunk" and path.suffix == ".txt":
-        pool = _chunks(encode(records[0], sys.maxsize), options.length)
+    if options.text_mode == "chunk" and records.is_plain_text:
+        pool = [chunk for record in records for chunk in _chunks(encode(record, sys.maxsize), options.length)]
         random.Random(options.seed).shuffle(pool)
         chosen = pool[: options.num_samples]
         available = len(pool)
@@ -58,17 +62,21 @@ def draw_samples(
         order = list(range(len(records)))
         random.Random(options.seed).shuffle(order)
         available = len(records)
-        for position in order:
-            inputs = encode(records[position], options.length)
-            if inputs is not None:
-                chosen.append(inputs)
-            if len(chosen) == options.num_samples:
-                break
+        wanted = options.num_samples
+        while order and len(chosen) < options.num_samples:
+            some, order = order[:wanted], order[wanted:]
+            for record in records.take(some):
+                inputs = encode(record, options.length)
+                if inputs is not None:
+                    chosen.append(inputs)
+                if len(chosen) == options.num_samples:
+                    break
+            wanted *= 2  # where many give no token, do not go through the data for every few of them
     if not chosen:
-        raise DataError(f"{path}: no record gives a single token", FIELDS)
+        raise DataError(f"{path}: no record gives a single token", HINT)
     facts = {
         "file": path_text(path),
-        "blake2b": file_digest(path),
+        "blake2b": records.digest,
         "records": available,
         "samples": len(chosen),
         "tokens": sum(count_tokens(inputs) for inputs in chosen),

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -117,7 +118,7 @@ def read_tasks(specs: Sequence[str], limit: int | None = None) -> list[Task]:
                 f"{path} is plain text, which task {name!r} of kind {kind} cannot use", "pass a .jsonl file"
             )
         digest = file_digest(path)
-        tasks.append(Task(name, path, kind, tuple(records[:limit]), digest))
+        tasks.append(Task(name, path, kind, tuple(islice(records, limit)), digest))
     return tasks
 
 
@@ -283,7 +284,7 @@ def _alone(encoder: Encoder, record: Record, prompt: str) -> Inputs | None:
 
 def _joined(record: Record, prompt: str, response: str) -> Record:
     media: dict[str, Any] = {name: record.fields[name] for name in ("images", "audio") if name in record.fields}
-    return Record(record.where, {"prompt": prompt, "response": response, **media}, record.folder)
+    return replace(record, fields={"prompt": prompt, "response": response, **media})
 
 
 def _continuation(encoder: Encoder, record: Record, prompt: str, response: str, alone: Inputs | None) -> Row:

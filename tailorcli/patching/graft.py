@@ -198,7 +198,7 @@ def _samples(
 ) -> list[Inputs]:
     """Samples with a token to predict, as the tuned model's tokenizer or processor makes them, with their labels."""
     records = read_records(data)
-    has_media = any(record.has_media for record in records)
+    has_media = records.has_media
     folder = processor_folder(tokenizer_folder(tuned), base.path, has_media)
     encoder = load_encoder(folder, base.path, has_media, settings)
     if encoder.start_token is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -160,7 +160,7 @@ def _samples(
         return drawn(Source(stored, stored, config, drawing, Path(data), None))
     require_writer(network)
     length = min(drawing.length, most_tokens(stored, config, drawing))
-    writing = CalibrateOptions(**{**asdict(drawing), "seq_len": length})
+    writing = replace(drawing, seq_len=length)
     tokenizer = load_encoder(stored.path, stored.path, False, drawing).tokenizer
     with Progress("writing", drawing.num_samples * (length - 1), "tokens", shown=progress) as bar:
         return write_samples(network, tokenizer, writing, device, bar)

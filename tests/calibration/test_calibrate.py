@@ -54,6 +54,30 @@ def test_linear_hessians_are_those_of_the_inputs(llama_pair, tensor, module):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
+def test_every_way_to_pass_the_same_data_gives_the_same_statistics(llama_pair, tmp_path):
+    """A form's record counts as the text that it stands for; the form is told, and the first sample on --verbose."""
+    import csv
+
+    texts = [{"text": f"what is {n}?\nit is {n}"} for n in range(9)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(record) + "\n" for record in texts))
+    with (tmp_path / "d.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerows([("q", "reply"), *(record["text"].split("\n") for record in texts)])
+    plain = run("calibrate", llama_pair / "tuned", "--data", tmp_path / "d.jsonl", "-o", tmp_path / "a")
+    columns = ("--prompt-column", "q", "--response-column", "reply")
+    table = run("calibrate", llama_pair / "tuned", "--data", tmp_path / "d.csv", *columns, "-o", tmp_path / "b", "-v")
+    assert (tmp_path / "a/hessians.safetensors").read_bytes() == (tmp_path / "b/hessians.safetensors").read_bytes()
+    facts = [json.loads((tmp_path / name / "manifest.json").read_text())["options"] for name in "ab"]
+    assert "columns" not in facts[0]
+    assert facts[1]["columns"] == {"prompt": "q", "response": "reply"}
+    assert "d.jsonl: 9 records of text; drawn 9, " in plain.stderr
+    assert "d.csv: 9 records of columns q and reply; drawn 9, " in table.stderr
+    assert "  | w h a t   i s   " in table.stderr  # a token a character
+    assert "  | " not in plain.stderr
+    both = ("--text-column", "q", *columns)
+    run("calibrate", llama_pair / "tuned", "--data", tmp_path / "d.csv", *both, "-o", tmp_path / "c", expect=1)
+
+
 def test_embedding_norm_and_bias_statistics(llama_pair, gpt2_pair):
     stats = Stats.open(llama_pair / "stats")
     ids = plain_inputs(llama_pair, "model.embed_tokens").reshape(-1)

@@ -340,8 +340,9 @@ def test_damaged_statistics(pair, damage):
     ("name", "content", "mentions"),
     [
         ("none.jsonl", None, ["none.jsonl", "No such file"]),
-        ("folder.jsonl", "folder", ["folder.jsonl", "Is a directory"]),
-        ("d.parquet", b"PAR1", ["d.parquet", "unknown suffix"]),
+        ("folder.jsonl", "folder", ["folder.jsonl", "holds no data files"]),
+        ("d.xlsx", b"x", ["d.xlsx", "unknown suffix"]),
+        ("d.parquet", b"PAR1", ["d.parquet", "cannot read"]),
         ("d.jsonl", b"", ["d.jsonl holds no records"]),
         ("d.jsonl", b'{"text": "a"}\n{"text": 5}\n', ["d.jsonl:2", "expected a string"]),
         ("d.jsonl", b'{"text": "a"}\n\n{"text"\n', ["d.jsonl:3 is not JSON"]),

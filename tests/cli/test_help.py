@@ -51,6 +51,7 @@ def test_help_is_one_line_and_two_examples_that_fit_80_columns(name, monkeypatch
 def test_every_option_is_explained_and_stands_in_a_panel(name):
     panels = {
         None,
+        "Data",
         "Which tensors",
         "Solver",
         "Distillation",

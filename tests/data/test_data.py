@@ -223,8 +223,9 @@ MALFORMED = {
     "empty list": ("d.json", "[]", "d.json holds no records"),
     "empty json": ("d.json", "", "d.json is not JSON"),
     "no suffix": ("d", "x", "unknown suffix ''"),
-    "unknown suffix": ("d.csv", "x", "unknown suffix '.csv'"),
-    "compressed": ("d.jsonl.gz", "x", "unknown suffix '.gz'"),
+    "unknown suffix": ("d.xlsx", "x", "unknown suffix '.xlsx'"),
+    "unknown suffix, compressed": ("d.tar.gz", "x", "unknown suffix '.tar.gz'"),
+    "not compressed": ("d.jsonl.gz", "x", "cannot read"),
     "not UTF-8": ("d.jsonl", b'{"text": "caf\xe9"}', "d.jsonl is not UTF-8 text (byte 13)"),
     "UTF-16": ("d.txt", "text".encode("utf-16"), "d.txt is not UTF-8"),
     "txt not UTF-8": ("d.txt", b"\xff", "d.txt is not UTF-8"),
@@ -235,10 +236,10 @@ MALFORMED = {
     "a list a line": ("d.jsonl", '{"text": "a"}\n["b"]', "d.jsonl:2 is a list"),
     "a string a line": ("d.jsonl", '"b"', "d.jsonl:1 is a str"),
     "null": ("d.jsonl", "null", "d.jsonl:1 is a NoneType"),
-    "json lines as json": ("d.json", '{"text": "a"}\n{"text": "b"}', "d.json is not JSON: Extra data: line 2"),
     "an object": ("d.json", '{"data": []}', "d.json holds a dict"),
     "a number in a list": ("d.json", '[{"text": "a"}, 5]', "d.json, record 1 is a int"),
-    "unknown fields": ("d.jsonl", '{"question": 1, "answer": 2}', "d.jsonl:1 has the fields ['answer', 'question']"),
+    "unknown fields": ("d.jsonl", '{"title": 1, "body": 2}', "d.jsonl:1 has the fields ['body', 'title']"),
+    "numbers in place of texts": ("d.jsonl", '{"question": 1, "answer": 2}', '"question" is a int'),
     "no fields": ("d.jsonl", "{}", "d.jsonl:1 has the fields []"),
     "a prompt alone": ("d.jsonl", '{"prompt": "a"}', "d.jsonl:1 has the fields ['prompt']"),
     "text is a number": ("d.jsonl", '{"text": 5}', 'd.jsonl:1: "text" is a int, expected a string'),
@@ -267,7 +268,7 @@ def test_malformed_data_names_the_file_and_the_line(write, tokenizer, case):
 
 
 def test_missing_files_and_folders(tmp_path, tokenizer):
-    for path, why in ((tmp_path / "none.jsonl", "No such file"), (tmp_path, "Is a directory")):
+    for path, why in ((tmp_path / "none.jsonl", "No such file"), (tmp_path, "holds no data files")):
         with pytest.raises(DataError, match=why) as caught:
             draw(path, tokenizer)
         assert str(path) in caught.value.message

@@ -1,5 +1,7 @@
 """The readers, each with a sound file made by the project itself that is to be mutated."""
 
+import csv
+import gzip
 import json
 import struct
 import wave
@@ -27,6 +29,15 @@ from tailorcli.runs.outputs import Target
 
 IDENTITY = {"tailorcli": "0", "density": 0.1}
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
+TURNS = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "yes"}]
+FORMS = [
+    {"question": "2 + 2 =", "answer": "4", "context": "sums"},
+    {"instruction": "add", "input": "2 + 2", "output": "4", "system": "short", "history": [["a", "b"]]},
+    {"conversations": TURNS, "system": "short", "tools": [{"name": "f", "parameters": {}}]},
+    {"prompt": MESSAGES[:1], "chosen": MESSAGES[1:], "rejected": MESSAGES[1:]},
+    {"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"},
+    {"image": {"bytes": "iVBORw0KGgo=", "path": "i.png"}, "conversations": [{"from": "human", "value": "<image>x"}]},
+]
 TEMPLATE = "{% for m in messages %}{% if m['role'] == 'user' %}<u>{{ m['content'] | trim }}{% endif %}{% endfor %}"
 
 
@@ -102,6 +113,24 @@ def _lines(path, values):
     return path
 
 
+def _tables(folder, records):
+    """The records in every format that is no JSON, or compressed."""
+    import pyarrow
+    import pyarrow.parquet
+    import zstandard
+
+    files = [folder / f"table{suffix}" for suffix in (".csv", ".tsv", ".parquet", ".jsonl.gz", ".jsonl.zst")]
+    for file, separator in zip(files, ",\t", strict=False):
+        with file.open("w", newline="") as stream:
+            writer = csv.writer(stream, delimiter=separator)
+            writer.writerows([records[0], *(record.values() for record in records)])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), files[2])
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    files[3].write_bytes(gzip.compress(lines))
+    files[4].write_bytes(zstandard.ZstdCompressor().compress(lines))
+    return files
+
+
 def _data(folder):
     records = [
         {"text": "a text"},
@@ -117,6 +146,8 @@ def _data(folder):
     tasks = {"choice": choices, "generate": [{"prompt": "2 + 2 =", "response": ["4", "four"]}], "text": records[:2]}
     files = {kind: _lines(folder / f"{kind}.jsonl", values) for kind, values in tasks.items()}
     demo = _lines(folder / "demo.jsonl", records[:1] * 3)
+    forms = _lines(folder / "forms.jsonl", FORMS)
+    tables = _tables(folder, [{"question": "2 + 2 =", "answer": "4"}, {"question": "3", "answer": "a, b"}])
     template = folder / "template.jinja"
     template.write_text(TEMPLATE)
 
@@ -132,6 +163,8 @@ def _data(folder):
     return {
         "records": Case(jsonl, lambda: encoded(jsonl), "lines"),
         "list of records": Case(listed, lambda: encoded(listed), "value"),
+        "forms of records": Case(forms, lambda: encoded(forms), "lines"),
+        **{f"table in {file.name}": Case(file, lambda file=file: encoded(file)) for file in tables},
         "text": Case(folder / "d.txt", lambda: encoded(folder / "d.txt")),
         **{
             f"task of {kind}": Case(file, lambda kind=kind, file=file: read_tasks([f"t={file}:{kind}"]), "lines")

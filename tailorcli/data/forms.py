@@ -1,0 +1,245 @@
+"""The forms that records have in the data that people fine-tune on, brought to the few that a model is given.
+
+A form is told by the names of a record's fields, as TRL, axolotl and LLaMA-Factory have them. What comes out has
+``text``, or ``messages`` (with ``tools``), or ``prompt`` and ``response``, beside what the record has else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from tailorcli.errors import DataError
+from tailorcli.files import parse_json
+from tailorcli.options import DataColumns
+
+PROMPTS = ("prompt", "instruction", "question", "query", "input")
+RESPONSES = ("response", "completion", "output", "answer", "chosen")
+TURNS = ("conversations", "conversation")
+_MORE = {"instruction": ("input", "context"), "question": ("context",)}  # what a prompt goes on with
+_PLAIN = {("prompt", "response"), ("prompt", "completion")}  # joined as they stand
+_ROLES = {
+    "user": ("user", "human"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot", "function_call"),
+    "system": ("system",),
+    "tool": ("tool", "observation", "function", "function_response", "tool_response"),
+}
+_ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
+IMAGE_MARK = "<image>"  # in the texts of turns: the place of the next image
+HINT = (
+    'a record needs "text", or "messages" or "conversations", or a prompt and a response, with "images" or "audio" as '
+    "the model takes; name other columns by --text-column, or --prompt-column and --response-column"
+)
+_TURNS_HINT = 'turns are [{"role": "user", "content": "..."}, ...] or [{"from": "human", "value": "..."}, ...]'
+
+# A form's name, the fields, and the turns before the response where a chat template may frame a prompt.
+Formed = tuple[str, dict[str, Any], list[dict[str, Any]] | None]
+
+
+def is_known(columns: Sequence[str], named: DataColumns) -> bool:
+    """Whether columns of these names make records."""
+    there = set(columns)
+    wanted = {name for name in (named.text, named.prompt, named.response) if name is not None}
+    if wanted:
+        return wanted <= there
+    pair = there.intersection(PROMPTS) and there.intersection(RESPONSES)
+    return bool(pair or there.intersection(("text", "messages", "chosen", *TURNS)))
+
+
+def formed(where: str, value: dict[str, Any]) -> Formed | None:
+    """A record's form and fields; None where it has no text at all, but maybe images or sound. Raises DataError."""
+    if "text" in value:
+        return "text", value, None
+    if "messages" in value:
+        return "messages", {**value, "messages": _listed(value["messages"])}, None
+    prompt = next((name for name in PROMPTS if name in value), None)
+    response = next((name for name in RESPONSES if name in value), None)
+    turns = next((name for name in TURNS if name in value), None)
+    if turns is not None and (prompt, response) not in _PLAIN:
+        return _conversation(where, value, turns)
+    if response == "chosen":
+        return _preference(where, value, prompt)
+    if prompt is None or response is None:
+        return None
+    return _pair(where, value, prompt, response)
+
+
+def renamed(where: str, value: dict[str, Any], named: DataColumns) -> dict[str, Any]:
+    """The record under the usual names, without what stands under these itself. Raises DataError."""
+    for name in (named.text, named.prompt, named.response):
+        if name is not None and name not in value:
+            raise DataError(f"{where} has no column {name!r}; it has {', '.join(sorted(map(str, value)))}", HINT)
+        if name is not None and not _is_turns(value[name]):
+            _text(where, value, name)
+    if named.text is not None:
+        return {**value, "text": _text(where, value, named.text)}
+    rest = {name: entry for name, entry in value.items() if name not in ("text", "messages", *TURNS)}
+    if named.prompt is not None:
+        rest = _without(rest, *PROMPTS, "context")
+        rest["prompt" if named.prompt == "prompt" else "question"] = value[named.prompt]
+    if named.response is not None:
+        rest = _without(rest, *RESPONSES)
+        rest["response" if named.response in ("response", "completion") else "answer"] = value[named.response]
+    if not (set(rest).intersection(PROMPTS) and set(rest).intersection(RESPONSES)):
+        missing = "--response-column" if named.response is None else "--prompt-column"
+        raise DataError(f"{where} has a column for {named.shown} alone", f"name the other by {missing}")
+    return rest
+
+
+def _without(value: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: entry for name, entry in value.items() if name not in names}
+
+
+def _as_messages(value: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """A record with messages in place of what they were made of."""
+    return {**_without(value, *PROMPTS, *RESPONSES, *TURNS), "messages": messages}
+
+
+def _pair(where: str, value: dict[str, Any], prompt: str, response: str) -> Formed:
+    """A prompt and its response; texts under the names of a question and its answer may be framed by a template."""
+    if _is_turns(value[prompt]) or _is_turns(value[response]):
+        messages = _turns(where, value, prompt, "user") + _turns(where, value, response, "assistant")
+        return f"{prompt} and {response} of messages", _as_messages(value, messages), None
+    if (prompt, response) in _PLAIN:
+        return f"{prompt} and {response}", {**value, "response": value[response]}, None
+    more = [name for name in _MORE.get(prompt, ()) if value.get(name)]
+    parts = [_text(where, value, name) for name in (prompt, *more)]
+    question = "\n".join(parts if prompt != "question" else [*parts[1:], parts[0]])
+    answer = _text(where, value, response)
+    before = _history(where, value)
+    fields = {**value, "prompt": "".join(f"{turn['content']}\n" for turn in before) + f"{question}\n"}
+    names = ", ".join((prompt, *more))
+    turns = [*before, {"role": "user", "content": _marked(question, value)}]
+    return f"{names} and {response}", {**fields, "response": answer}, turns
+
+
+def _history(where: str, value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The system's turn and the earlier ones of a record that has them."""
+    turns = [{"role": "system", "content": _text(where, value, "system")}] if value.get("system") else []
+    history = _listed(value.get("history")) or []
+    for earlier in history if isinstance(history, list) else [history]:
+        if not isinstance(earlier, list) or len(earlier) != 2 or not all(isinstance(text, str) for text in earlier):
+            raise DataError(f'{where}: "history" must be a list of [prompt, response]', HINT)
+        turns += [{"role": "user", "content": earlier[0]}, {"role": "assistant", "content": earlier[1]}]
+    return turns
+
+
+def _conversation(where: str, value: dict[str, Any], name: str) -> Formed:
+    """The turns of ShareGPT, with their system and tools beside them; behind them the chosen one of a pair."""
+    turns = _turns(where, value, name, "user")
+    if value.get("chosen"):
+        turns = turns + _turns(where, value, "chosen", "assistant")
+    if value.get("system") and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": _text(where, value, "system")}, *turns]
+    turns = [{**turn, "content": _marked(turn.get("content"), value)} for turn in turns]
+    fields = _as_messages(value, turns)
+    if tools := _listed(value.get("tools")):
+        bare = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+        fields["tools"] = [_tool(tool) for tool in tools] if bare else tools
+    return f"ShareGPT {name}", fields, None
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """The definition of a tool as chat templates take it: ShareGPT's data holds the function alone."""
+    return {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool
+
+
+def _preference(where: str, value: dict[str, Any], prompt: str | None) -> Formed:
+    """The chosen response of a preference pair: a text, or turns, which may hold the prompt already."""
+    form = "preference pairs (the chosen one)"
+    chosen = value["chosen"]
+    if isinstance(_listed(chosen), str) and (prompt is None or not _is_turns(value[prompt])):
+        if prompt is None:
+            return form, {**value, "text": chosen}, None
+        if prompt == "prompt":  # as TRL has it: joined as they stand
+            return form, {**value, "response": chosen}, None
+        return form, *_pair(where, value, prompt, "chosen")[1:]
+    answered = _turns(where, value, "chosen", "assistant")
+    asked = [] if prompt is None else _turns(where, value, prompt, "user")
+    whole = any(turn["role"] == "user" for turn in answered) and (
+        len(asked) == 0 or isinstance(value[prompt or ""], str) or answered[: len(asked)] == asked
+    )
+    return form, _as_messages(value, answered if whole else asked + answered), None
+
+
+def _is_turns(value: Any) -> bool:
+    """Whether a value is a list of turns, not a text."""
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
+def _turns(where: str, value: dict[str, Any], name: str, role: str) -> list[dict[str, Any]]:
+    """A field as messages: a list of turns in either form, one turn, or a text of ``role``. Raises DataError."""
+    found = _listed(value[name])
+    if isinstance(found, str):
+        return [{"role": role, "content": found}]
+    listed = [found] if isinstance(found, dict) else found
+    if not isinstance(listed, list) or not listed or not all(isinstance(turn, dict) for turn in listed):
+        raise DataError(f'{where}: "{name}" must be a list of turns, got {_shown(value[name])}', _TURNS_HINT)
+    return [_turn(where, name, turn) for turn in listed]
+
+
+def _turn(where: str, name: str, turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn with role and content; of a tool called in ShareGPT's way, the call."""
+    if "role" in turn and "from" not in turn:
+        if not isinstance(turn["role"], str):
+            raise _no_turn(where, name, turn)
+        return {**turn, "role": _ROLE_OF.get(turn["role"], turn["role"])}
+    speaker, said = turn.get("from"), turn.get("value")
+    if not isinstance(speaker, str) or speaker.lower() not in _ROLE_OF or not isinstance(said, str):
+        raise _no_turn(where, name, turn)
+    if speaker.lower() == "function_call" and (calls := _calls(said)):
+        return {"role": "assistant", "content": "", "tool_calls": calls}
+    return {"role": _ROLE_OF[speaker.lower()], "content": said}
+
+
+def _no_turn(where: str, name: str, turn: dict[str, Any]) -> DataError:
+    what = f'{where}: "{name}" has the turn {_shown(turn)}, expected a text from one of {", ".join(_ROLE_OF)}'
+    return DataError(what, _TURNS_HINT)
+
+
+def _calls(said: str) -> list[dict[str, Any]]:
+    """The calls of tools that a turn writes as JSON; none where it writes something else."""
+    try:
+        found = parse_json(said)
+    except ValueError:
+        return []
+    listed = found if isinstance(found, list) else [found]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in listed):
+        return []
+    return [{"type": "function", "function": {"arguments": {}, **call}} for call in listed]
+
+
+def _listed(value: Any) -> Any:
+    """A value, or the list that a text holds as JSON, as tables write it."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            found = parse_json(value)
+        except ValueError:
+            return value
+        return found if isinstance(found, list) and all(isinstance(entry, dict | list) for entry in found) else value
+    return value
+
+
+def _marked(content: Any, value: dict[str, Any]) -> Any:
+    """A turn's text as parts where it marks the places of a record's images, as LLaVA's data does."""
+    if not isinstance(content, str) or IMAGE_MARK not in content or not (value.get("images") or value.get("image")):
+        return content
+    parts: list[dict[str, Any]] = []
+    for piece in re.split(f"({IMAGE_MARK}\n?)", content):
+        if piece.startswith(IMAGE_MARK):
+            parts.append({"type": "image"})
+        elif piece.strip():
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def _text(where: str, value: dict[str, Any], name: str) -> str:
+    """A field that must be a text. Raises DataError."""
+    if not isinstance(value[name], str):
+        raise DataError(f'{where}: "{name}" is a {type(value[name]).__name__}, expected a string', HINT)
+    return str(value[name])
+
+
+def _shown(value: Any) -> str:
+    return ascii(value)[:60]
