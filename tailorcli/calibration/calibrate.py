@@ -137,13 +137,14 @@ def calibrate_model(
         if any("bias" in entry.hessians for entry in tensors.values()):
             _write_bias(run)
         facts = _facts(run, dtype, blockwise, choice)
-        with timer.stage("write"):
+        with timer.stage("wait for write"):
             watch.require_unchanged()
             if options.keep_samples:
                 facts["samples"] = writer.store_samples(samples.inputs)
             if source.held_out is not None:
                 write_jsonl(further, source.held_out)  # only now: a run that is ended earlier leaves none in the way
             writer.finish(tensors, facts)
+        timer.seconds["write"] = writer.seconds
     if few := too_few_tokens(writer.infos):
         note(f"{folder}: {few}")
     uncalibrated = {name: entry.reason for name, entry in tensors.items() if not entry.hessians}

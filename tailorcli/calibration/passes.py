@@ -64,9 +64,9 @@ class Run:
         return [layer for layer in layers if layer.name in chosen or _bias(layer.name) in chosen]
 
     def write(self, collector: Collector) -> None:
-        """Pack and store all Hessians of a collector."""
+        """Pack all Hessians of a collector, and queue them for the disk: they are written while the pass goes on."""
         for name, info, values in collector.results():
-            with self.timer.stage("write"):
+            with self.timer.stage("wait for write"):
                 self.writer.write(name, info, values)
 
 

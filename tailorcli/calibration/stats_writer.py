@@ -20,6 +20,7 @@ from tailorcli.calibration.stats import (
     TensorStats,
 )
 from tailorcli.checkpoint.header import build_header, header_entry
+from tailorcli.checkpoint.journal import WriteQueue
 from tailorcli.errors import CheckpointError, OutputError
 from tailorcli.files import as_output_error, file_digest, read_json, write_text_atomically
 from tailorcli.guard import entries
@@ -81,6 +82,7 @@ class StatsWriter:
         self._infos: dict[str, HessianInfo] = {}
         self._ends: dict[str, tuple[int, int]] = {}
         self._size = 0
+        self._queue = WriteQueue("statistics")
         header = sum(len(json.dumps(name)) + HEADER_ENTRY for name in room) + HEADER_ENTRY
         self._start = 8 + header + -header % 8  # of the data
         try:
@@ -102,7 +104,13 @@ class StatsWriter:
     def __enter__(self) -> Self:
         return self
 
+    @property
+    def seconds(self) -> float:
+        """Seconds that the thread has written."""
+        return self._queue.seconds
+
     def __exit__(self, *_: object) -> None:
+        self._queue.close()
         with suppress(OSError):  # what a full disk refused was reported when it was written
             self._file.close()
         with suppress(OSError):  # given up: nothing can go on with it, and it may be large
@@ -112,18 +120,24 @@ class StatsWriter:
                 path.unlink(missing_ok=True)
 
     def write(self, name: str, info: HessianInfo, values: Tensor) -> None:
-        """Append one Hessian, already packed, or replace the one of its name. Raises OutputError on a full disk."""
+        """Append one Hessian, already packed, or replace the one of its name, on a thread of its own.
+
+        Raises OutputError on a full disk, where not at once, with the next Hessian or in the end.
+        """
         import torch
 
         data = values.to("cpu", torch.float32).contiguous().view(-1)
         start, stop = self._ends.setdefault(name, (self._size, self._size + 4 * data.numel()))
         self._size = max(self._size, stop)
+        self._queue.submit(lambda: self._write_now(start, data.view(torch.uint8).numpy().data))
+        self._infos[name] = info
+
+    def _write_now(self, start: int, data: memoryview) -> None:
         try:
             self._file.seek(self._start + start)
-            self._file.write(data.view(torch.uint8).numpy().data)
+            self._file.write(data)
         except OSError as error:
             raise _cannot_write(self._part, error) from error
-        self._infos[name] = info
 
     def read(self, name: str) -> tuple[HessianInfo, Tensor] | None:
         """A Hessian that was written before, packed."""
@@ -132,6 +146,7 @@ class StatsWriter:
         if name not in self._infos:
             return None
         start, stop = self._ends[name]
+        self._queue.drain()
         self._file.seek(self._start + start)
         return self._infos[name], torch.frombuffer(bytearray(self._file.read(stop - start)), dtype=torch.float32)
 
@@ -164,6 +179,7 @@ class StatsWriter:
 
     def finish(self, tensors: dict[str, TensorStats], facts: dict[str, Any]) -> None:
         """Write the header and the manifest, and give the files their names. Raises OutputError."""
+        self._queue.drain()
         entries = {
             name: header_entry("F32", [info.stored_numel], *self._ends[name]) for name, info in self._infos.items()
         }

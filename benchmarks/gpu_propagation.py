@@ -1,0 +1,84 @@
+"""The recommended way on two layers in the shapes of a 7B: calibrate both models, patch, propagate."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from benchmarks.common import markdown, progress, verdict
+from benchmarks.synthetic import LlamaShape, write_pair, write_samples, write_tokenizer
+from benchmarks.throughput import weights
+from tailorcli import calibrate_model, patch_checkpoint
+from tailorcli.files import file_digest
+from tailorcli.models import spill
+from tailorcli.options import CalibrateOptions, PatchOptions
+
+SECONDS = 15.0
+Figures = dict[str, Any]
+
+
+def measure(
+    shape: LlamaShape, folder: Path, device: str, samples: int, length: int, free: Callable[[], None],
+    peak: Callable[[], int],
+) -> Figures:  # fmt: skip
+    """Seconds and stages with states where they fit, and the same bytes with fewer samples in pinned memory."""
+    import transformers  # noqa: F401  # so that no stage waits for it
+
+    progress("writing the pair")
+    base, tuned = write_pair(folder, shape, device=device)
+    for number, model in enumerate((base, tuned)):
+        write_tokenizer(model, shape.vocab)
+        write_samples(folder / f"{number}.jsonl", shape.vocab, samples, length, length)
+    found: Figures = {"layers": shape.layers, "samples": samples, "length": length}
+    for count in (samples, max(8, samples // 4)):
+        options = CalibrateOptions(device=device, num_samples=count, seq_len=length, blockwise="never", overwrite=True)
+        for number, model in enumerate((base, tuned)):
+            progress(f"calibrate {model.name}, {count} samples")
+            free()
+            report = calibrate_model(model, folder / f"{number}.jsonl", folder / f"stats-{number}", options)
+            found[f"{model.name} {count}"] = {"seconds": report.seconds, "stages": report.stages}
+        shares = (spill.DEVICE_SHARE,) if count == samples else (spill.DEVICE_SHARE, 0.0)
+        digests = []
+        for share in shares:
+            name = f"{count} samples, states {'on the device' if share else 'in pinned memory'}"
+            progress(f"patch, {name}")
+            free()
+            with patch.object(spill, "DEVICE_SHARE", share):
+                found[name] = _patch(folder, base, tuned, device) | {"peak": peak()}
+            digests.append(file_digest(weights(folder / "patched")))
+        found["same"] = len(set(digests)) == 1
+    shutil.rmtree(folder)
+    return found
+
+
+def _patch(folder: Path, base: Path, tuned: Path, device: str) -> Figures:
+    options = replace(PatchOptions(device=device), overwrite=True)
+    output, retain = folder / "patched", folder / "stats-0"
+    report = patch_checkpoint(base, tuned, output, folder / "stats-1", options, retain=retain)
+    return {"seconds": report.seconds, "stages": report.stages}
+
+
+def render(found: Figures) -> str:
+    """Seconds by stage."""
+    runs = {name: value for name, value in found.items() if isinstance(value, dict)}
+    rows = [
+        [
+            name,
+            f"{run['seconds']:.1f}",
+            ", ".join(f"{stage} {took:.1f}" for stage, took in run["stages"].items() if took >= 0.05),
+            f"{run['peak'] / 1e9:.1f} GB" if "peak" in run else "",
+        ]
+        for name, run in runs.items()
+    ]
+    whole = found[f"{found['samples']} samples, states on the device"]["seconds"]
+    table = markdown(
+        (f"{found['layers']} layers, samples of {found['length']}", "seconds", "stages", "peak"), rows, text=(0, 2)
+    )
+    return (
+        f"{table}\n\nat most {SECONDS:g} s: {verdict(whole <= SECONDS)} ({whole:.1f}); 32 layers at most "
+        f"{32 * whole / found['layers']:.0f} s by that; the same bytes from pinned memory: {found['same']}"
+    )
