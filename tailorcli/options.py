@@ -97,6 +97,13 @@ class DTypeName(StrEnum):
     FLOAT16 = "float16"
 
 
+class DistillOn(StrEnum):
+    """Which tokens count in distillation: all that are predicted, or those of a record's response alone."""
+
+    ALL = "all"
+    RESPONSES = "responses"
+
+
 class Preset(StrEnum):
     """Options that belong together."""
 
@@ -397,8 +404,10 @@ class DistillOptions:
     weight: float = 1.0
     batch_size: int = 8  # samples of each kind in a step
     seed: int = 0
+    on: DistillOn | str = DistillOn.ALL  # which tokens count, where the records had responses
 
     def __post_init__(self) -> None:
+        _choose(self, "on", DistillOn)
         _require(self.steps >= 1, f"distill-steps must be at least 1, got {self.steps}")
         _require(self.batch_size >= 1, f"distill-batch-size must be at least 1, got {self.batch_size}")
         for name in ("rate", "weight"):

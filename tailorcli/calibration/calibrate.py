@@ -20,7 +20,7 @@ from tailorcli.calibration.entries import entry_of
 from tailorcli.calibration.passes import Run, collect_blockwise, collect_whole
 from tailorcli.calibration.placement import skeleton_for_blocks
 from tailorcli.calibration.sources import Source, check_source, drawn, self_written, write_jsonl
-from tailorcli.calibration.stats import HESSIANS, HessianInfo, too_few_tokens
+from tailorcli.calibration.stats import HESSIANS, HessianInfo, response_masks, too_few_tokens
 from tailorcli.calibration.stats_writer import StatsWriter, prepare_folder
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
@@ -140,7 +140,7 @@ def calibrate_model(
         with timer.stage("wait for write"):
             watch.require_unchanged()
             if options.keep_samples:
-                facts["samples"] = writer.store_samples(samples.inputs)
+                facts["samples"] = writer.store_samples(samples.inputs, samples.responses)
             if source.held_out is not None:
                 write_jsonl(further, source.held_out)  # only now: a run that is ended earlier leaves none in the way
             writer.finish(tensors, facts)
@@ -185,7 +185,8 @@ def _teacher(
         shown = samples if data is None else drawn(replace(source, data=Path(data)))
         with Progress("teacher", MOST_TRIED, "models", shown=progress) as bar:
             given = (shown.inputs, source.options, device)
-            choice = choose_teacher(view.base, view.tuned, *given, advance=bar.update)
+            marks = response_masks(shown.inputs, shown.responses)
+            choice = choose_teacher(view.base, view.tuned, *given, marks, bar.update)
         weight = choice.weight
         (announce or note)(choice.told())
         if data is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from tailorcli.checkpoint.header import read_header
 from tailorcli.checkpoint.renamed import RenamedCheckpoint
 from tailorcli.errors import CheckpointError, NumericalError, StatsError
 from tailorcli.files import PathLike, file_digest, read_json
-from tailorcli.typed import field_of, read_index, read_text, require_plain
+from tailorcli.typed import field_of, list_of, read_index, read_text, require_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,6 +87,28 @@ class TensorStats:
         texts = (self.role, self.reason, self.note, self.hessian or "", *self.experts)
         named = self.hessian is None or isinstance(self.hessian, str)
         return named and isinstance(self.transposed, bool) and all(isinstance(text, str) for text in texts)
+
+
+def _read_runs(value: Any) -> list[tuple[int, int]]:
+    """Runs of tokens, each from one place to another. Raises ValueError."""
+    runs = list_of(list_of(lambda place: read_index(place, 1 << 40)))(value)
+    if not all(len(run) == 2 for run in runs):
+        raise ValueError("a run of tokens is no pair")
+    return [(run[0], run[1]) for run in runs]
+
+
+def response_masks(samples: Sequence[Inputs], runs: Sequence[Sequence[tuple[int, int]]] | None) -> list[Tensor | None]:
+    """Which tokens of each sample are its response, (1, T) bool, from runs of them; None where there are none."""
+    import torch
+
+    masks: list[Tensor | None] = []
+    for sample, found in zip(samples, runs or [[]] * len(samples), strict=True):
+        mask = torch.zeros(sample["input_ids"].shape, dtype=torch.bool) if found else None
+        for first, last in found:
+            assert mask is not None
+            mask[:, first:last] = True
+        masks.append(mask)
+    return masks
 
 
 def too_few_tokens(hessians: Mapping[str, HessianInfo]) -> str:
@@ -243,6 +265,21 @@ class Stats:
         except (OSError, SafetensorError, ValueError) as error:
             raise StatsError(f"cannot read the samples in {file}: {error}", _AGAIN) from error
         return found
+
+    def responses(self) -> list[Tensor | None]:
+        """Which tokens of each sample are its response, (1, T) bool; None where that was not told, or is not known.
+
+        Raises StatsError, as ``samples`` does.
+        """
+        samples = self.samples()
+        kept = self.manifest["samples"]
+        try:
+            runs = field_of(kept, "responses", list_of(_read_runs)) if "responses" in kept else None
+            if runs is not None and len(runs) != len(samples):
+                raise ValueError(f"responses of {len(runs)} samples, expected {len(samples)}")
+        except ValueError as error:
+            raise StatsError(f"{self.path / MANIFEST} is malformed: {error}", _AGAIN) from error
+        return response_masks(samples, runs)
 
     @property
     def teacher_weight(self) -> float:

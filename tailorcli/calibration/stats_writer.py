@@ -150,8 +150,13 @@ class StatsWriter:
         self._file.seek(self._start + start)
         return self._infos[name], torch.frombuffer(bytearray(self._file.read(stop - start)), dtype=torch.float32)
 
-    def store_samples(self, samples: Sequence[Inputs]) -> dict[str, Any]:
-        """Store the samples, and give what the manifest says of them. Raises OutputError on a full disk."""
+    def store_samples(
+        self, samples: Sequence[Inputs], responses: Sequence[Sequence[tuple[int, int]]] | None = None
+    ) -> dict[str, Any]:
+        """Store the samples, and give what the manifest says of them, the runs of their ``responses`` included.
+
+        Raises OutputError on a full disk.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -160,7 +165,8 @@ class StatsWriter:
         try:
             save_file({name: value.cpu().clone().contiguous() for name, value in named.items()}, part)
             sync_path(part)
-            return {"count": len(samples), "blake2b": file_digest(part)}
+            said: dict[str, Any] = {"count": len(samples), "blake2b": file_digest(part)}
+            return said if responses is None else said | {"responses": [list(map(list, runs)) for runs in responses]}
         except OSError as error:
             raise _cannot_write(part, error) from error
         except SafetensorError as error:  # which tells of a full disk, too

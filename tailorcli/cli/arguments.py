@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from tailorcli.cli.verbosity import set_quiet, set_verbose
-from tailorcli.options import DTypeName, Solver
+from tailorcli.options import DistillOn, DTypeName, Solver
 
 TENSORS = "Which tensors"
 SOLVER = "Solver"
@@ -139,6 +139,14 @@ DistillWeight = Annotated[
 ]
 DistillBatchSize = Annotated[
     int, typer.Option(metavar="N", help="Samples of each kind in a step.", rich_help_panel=DISTILL)
+]
+DistillTokens = Annotated[
+    DistillOn,
+    typer.Option(
+        metavar="WHICH",
+        help="Tokens that count: all, or those of responses, where records have any.",
+        rich_help_panel=DISTILL,
+    ),
 ]
 Device = Annotated[
     str,

@@ -23,6 +23,7 @@ from tailorcli.cli.arguments import (
     DistillBatchSize,
     DistillRate,
     DistillSteps,
+    DistillTokens,
     DistillWeight,
     DType,
     Limit,
@@ -46,7 +47,7 @@ from tailorcli.cli.output import print_json, print_rich, say
 from tailorcli.cli.sharing import write_cards
 from tailorcli.cli.verbosity import wants_progress
 from tailorcli.guard import check_result
-from tailorcli.options import DistillOptions, DTypeName, EvaluateOptions, PatchMethod, PatchOptions, Solver
+from tailorcli.options import DistillOn, DistillOptions, DTypeName, EvaluateOptions, PatchMethod, PatchOptions, Solver
 from tailorcli.units import counted
 
 
@@ -231,6 +232,7 @@ def sweep(
     distill_rate: DistillRate = 0.1,
     distill_weight: DistillWeight = 1.0,
     distill_batch_size: DistillBatchSize = 8,
+    distill_on: DistillTokens = DistillOn.ALL,
     method: Annotated[
         list[PatchMethod] | None,
         typer.Option(
@@ -281,6 +283,7 @@ def sweep(
         raise typer.BadParameter("--distill needs --stats STATS and --retain STATS")
     defaults = PatchOptions()
     retain_weights = retain_weight if retain_weight else [defaults.retain_weight] if retain is not None else []
+    how = DistillOptions(distill_steps, distill_rate, distill_weight, distill_batch_size, on=distill_on)
     settings = settings_of(
         PatchOptions(device=device, overwrite=True, propagate=False if no_propagate else None),
         densities=density or [defaults.density],
@@ -290,7 +293,7 @@ def sweep(
         dampings=damping or [None],
         methods=method or [],
         weights=weight or [],
-        distill=DistillOptions(distill_steps, distill_rate, distill_weight, distill_batch_size) if distill else None,
+        distill=how if distill else None,
     )
     if plot is not None:
         from tailorcli.display.plots import check_plot

@@ -21,6 +21,7 @@ from tailorcli.cli.arguments import (
     DistillBatchSize,
     DistillRate,
     DistillSteps,
+    DistillTokens,
     DistillWeight,
     DryRun,
     Exclude,
@@ -64,6 +65,7 @@ from tailorcli.cli.sharing import check_push, push
 from tailorcli.cli.verbosity import wants_progress
 from tailorcli.errors import OptionsError
 from tailorcli.options import (
+    DistillOn,
     DistillOptions,
     Fp8Output,
     PatchMethod,
@@ -122,6 +124,7 @@ def patch(
     distill_rate: DistillRate = 0.1,
     distill_weight: DistillWeight = 1.0,
     distill_batch_size: DistillBatchSize = 8,
+    distill_on: DistillTokens = DistillOn.ALL,
     device: Device = "auto",
     method: Annotated[
         PatchMethod,
@@ -251,7 +254,7 @@ def patch(
             "--distill needs the samples of both statistics",
             "pass --stats STATS and --retain STATS (tailorcli calibrate BASE --synthetic -o STATS)",
         )
-    how = DistillOptions(distill_steps, distill_rate, distill_weight, distill_batch_size, seed)
+    how = DistillOptions(distill_steps, distill_rate, distill_weight, distill_batch_size, seed, distill_on)
     if dry_run:
         if distill and stats is not None and retain is not None:
             from tailorcli.patching.distilled import plan_distilled

@@ -104,6 +104,30 @@ class Encoder:
         """Whether the chat template frames the prompts of these records."""
         return records.has_turns and self._has_template(records.has_media)
 
+    def responses(self, record: Record, inputs: Inputs) -> list[tuple[int, int]]:
+        """The runs of ``inputs``' tokens that are the record's responses, each with the token after it.
+
+        Of messages those of the assistant. None where a record has no response, or all that is predicted is one.
+        Raises DataError.
+        """
+        response = str(record.fields.get("response", ""))
+        record = self._framed_by_template(record)
+        if "text" in record.fields or "input_ids" not in inputs or "decoder_input_ids" in inputs:
+            return []
+        ids = inputs["input_ids"][0].tolist()
+        if self.takes_media and record.has_media:
+            size = len(self.tokens(record, response, False))
+            return [(max(0, len(ids) - size), len(ids))] if size else []
+        plain = "messages" not in record.fields
+        text = self._text_of(record)
+        found = []
+        for start, stop in _spans(record, text):
+            before, after = (self.tokens(record, text[:place], plain, len(ids) + 1) for place in (start, stop))
+            first, last = (_common(ids, part) for part in (before, after))
+            if last > first:
+                found.append((first, min(last + 1, len(ids))))
+        return found
+
     def _within(self, ids: list[int], seq_len: int) -> list[int]:
         """The first ``seq_len`` tokens; what is cut is counted."""
         if len(ids) > seq_len:
@@ -341,6 +365,30 @@ def _endless(record: Record) -> DataError:
 def _texts(record: Record) -> list[str]:
     """The plain texts of a record."""
     return [value for name in ("text", "prompt", "response") if isinstance(value := record.fields.get(name), str)]
+
+
+def _spans(record: Record, text: str) -> Iterator[tuple[int, int]]:
+    """Where the responses of a record stand in its text, by characters."""
+    fields = record.fields
+    if "messages" not in fields:
+        if "prompt" in fields:
+            yield len(fields["prompt"]), len(text)
+        return
+    place = 0
+    for message in fields["messages"]:
+        for words in (each for each in _words_of([message]) if each.strip()):
+            found = text.find(words.strip(), place)
+            if found < 0:
+                continue
+            place = found + len(words.strip())
+            if message.get("role") == "assistant":
+                yield found, place
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    pairs = zip(first, second, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def _as_inputs(ids: list[int]) -> Inputs | None:

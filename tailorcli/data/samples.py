@@ -32,6 +32,7 @@ class Samples:
     inputs: list[Inputs]
     facts: dict[str, Any]
     told: dict[str, Any] = field(default_factory=dict)
+    responses: list[list[tuple[int, int]]] | None = None  # runs of tokens of each sample, where records have any
 
     @property
     def num_tokens(self) -> int:
@@ -46,13 +47,19 @@ def count_tokens(inputs: Inputs) -> int:
 
 
 def draw_samples(
-    path: Path, records: Records, encode: Callable[[Record, int], Inputs | None], options: CalibrateOptions
+    path: Path,
+    records: Records,
+    encode: Callable[[Record, int], Inputs | None],
+    options: CalibrateOptions,
+    responses_of: Callable[[Record, Inputs], list[tuple[int, int]]] | None = None,
 ) -> Samples:
     """Draw up to ``num_samples`` of the records of ``path``, in the order of the seed, as ``encode`` makes them.
 
-    Records that give no token (None) are passed over. Raises DataError if none is left.
+    ``responses_of`` says which runs of a sample's tokens are its response. Records that give no token (None) are
+    passed over. Raises DataError if none is left.
     """
     chosen: list[Inputs] = []
+    responses: list[list[tuple[int, int]]] = []
     if options.text_mode == "chunk" and records.is_plain_text:
         pool = [chunk for record in records for chunk in _chunks(encode(record, sys.maxsize), options.length)]
         random.Random(options.seed).shuffle(pool)
@@ -69,6 +76,7 @@ def draw_samples(
                 inputs = encode(record, options.length)
                 if inputs is not None:
                     chosen.append(inputs)
+                    responses.append([] if responses_of is None else responses_of(record, inputs))
                 if len(chosen) == options.num_samples:
                     break
             wanted *= 2  # where many give no token, do not go through the data for every few of them
@@ -84,7 +92,7 @@ def draw_samples(
         "seq_len": options.length,
         "text_mode": options.text_mode,
     }
-    return Samples(chosen, facts)
+    return Samples(chosen, facts, responses=responses if any(responses) else None)
 
 
 def _chunks(inputs: Inputs | None, seq_len: int) -> list[Inputs]:

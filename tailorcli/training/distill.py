@@ -56,18 +56,25 @@ class Material:
     teacher: Teacher
     train: list[list[int]]  # batches of samples of one length
     held: list[list[int]]
+    responses: list[Tensor] | None = None  # of each sample (1, T) bool: the tokens that count, where not all do
 
     @classmethod
-    def split(cls, samples: list[Inputs], teacher: Teacher, options: DistillOptions) -> Material:
-        """Every tenth sample (``HELD_OUT``) in a drawn order is held out. Raises DataError for fewer than two."""
-        if len(samples) < 2:
+    def split(
+        cls, samples: list[Inputs], teacher: Teacher, options: DistillOptions, responses: list[Tensor] | None = None
+    ) -> Material:
+        """Every tenth sample (``HELD_OUT``) in a drawn order is held out; one with no token that counts is left out.
+
+        Raises DataError for fewer than two.
+        """
+        order = [n for n in range(len(samples)) if responses is None or bool(responses[n][:, 1:].any())]
+        if len(order) < 2:
             raise DataError("distillation needs two samples of each kind at least", "calibrate on more data")
-        order = list(range(len(samples)))
         random.Random(options.seed).shuffle(order)
         count = max(1, round(HELD_OUT * len(order)))
-        held, train = sorted(order[:count]), sorted(order[count:])
-        batches = [_batches(samples, places, options.batch_size) for places in (train, held)]
-        return cls(samples, teacher, *batches)
+        held, train = (
+            _batches(samples, sorted(places), options.batch_size) for places in (order[:count], order[count:])
+        )
+        return cls(samples, teacher, train, held, responses)
 
     def batch(self, step: int, seed: int) -> list[int]:
         """The samples of a step: all batches in turn, in a new order each time round."""
@@ -80,7 +87,14 @@ class Material:
         """The mean divergence over a batch."""
         batch = join([self.samples[place] for place in places])
         states = torch.stack([self.teacher.states[place] for place in places])
-        return loss(student, self.teacher, to_device(batch, device), states, predicted(batch, media), grad)
+        return loss(student, self.teacher, to_device(batch, device), states, self.counted(places, media), grad)
+
+    def counted(self, places: list[int], media: tuple[int, ...]) -> Tensor:
+        """Where the next token is predicted and counts, (B, T) bool."""
+        wanted = predicted(join([self.samples[place] for place in places]), media)
+        if self.responses is not None:
+            wanted[:, :-1] &= torch.cat([self.responses[place] for place in places])[:, 1:]
+        return wanted
 
     @property
     def most_tokens(self) -> int:
@@ -93,8 +107,7 @@ class Material:
         total, tokens = torch.zeros((), device=device), 0
         with torch.no_grad():
             for places in self.held:
-                batch = join([self.samples[place] for place in places])
-                count = int(predicted(batch, media).sum())
+                count = int(self.counted(places, media).sum())
                 total += count * self.loss(student, places, media, device, grad=False)
                 tokens += count
         return float(total) / max(tokens, 1)

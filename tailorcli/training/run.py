@@ -15,14 +15,14 @@ from torch import Tensor
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint, config_folder
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
-from tailorcli.errors import OptionsError
+from tailorcli.errors import DataError, OptionsError
 from tailorcli.models.config import read_config
 from tailorcli.models.generation import media_token_ids
 from tailorcli.models.loading import aliases, expected_names, load_model
 from tailorcli.models.parts import adapt
 from tailorcli.models.places import Place, map_names
 from tailorcli.models.skeleton import load_weights
-from tailorcli.options import CalibrateOptions, DistillOptions
+from tailorcli.options import CalibrateOptions, DistillOn, DistillOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.system import give_back_memory
 from tailorcli.terminal import Progress
@@ -89,8 +89,8 @@ def distill_patch_file(
         load_weights(network, whole, device)
     trained = Trained(network, entries)
     materials = {
-        "new": Material.split(new, teacher, options),
-        "retained": Material.split(retained, base_teacher, options),
+        "new": Material.split(new, teacher, options, _counted(stats, options, needed=True)),
+        "retained": Material.split(retained, base_teacher, options, _counted(retain, options, needed=False)),
     }
     media = tuple(media_token_ids(network))
     earlier = load_state(state, trained) if state.exists() else {}
@@ -118,6 +118,27 @@ def distill_patch_file(
     )
     trained.close()
     return Distilled(values, history, untrained)
+
+
+def _counted(stats: Stats, options: DistillOptions, *, needed: bool) -> list[Tensor] | None:
+    """The tokens of each sample that count, (1, T) bool; None where all do. Raises DataError where none has a response.
+
+    Of samples without any responses, as those that a model wrote itself, all tokens count unless they are ``needed``.
+    """
+    if options.on != DistillOn.RESPONSES:
+        return None
+    samples, masks = stats.samples(), stats.responses()
+    if all("decoder_input_ids" in sample for sample in samples):  # all that is predicted is a response
+        return None
+    if all(mask is None for mask in masks):
+        if not needed:
+            return None
+        what = f"no sample of {stats.path} has a response that is known"
+        raise DataError(
+            what, 'calibrate on records of "prompt" and "response", or of messages; or leave --distill-on out'
+        )
+    ids = [sample["input_ids"] for sample in samples]
+    return [torch.zeros_like(i, dtype=torch.bool) if m is None else m for i, m in zip(ids, masks, strict=True)]
 
 
 def run_options(stats: Stats, trust_remote_code: bool) -> CalibrateOptions:

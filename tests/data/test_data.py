@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tailorcli.data.encoder import Encoder
-from tailorcli.data.records import read_records
+from tailorcli.data.records import Record, read_records
 from tailorcli.data.samples import draw_samples, make_batches
 from tailorcli.errors import DataError
 from tailorcli.options import CalibrateOptions
@@ -453,3 +453,37 @@ def test_cuts_are_counted(write, tokenizer):
     encoder, options = Encoder(tokenizer), CalibrateOptions(seq_len=5)
     draw_samples(path, read_records(path), encoder.encode, options)
     assert sorted(encoder.cuts) == [(6, 5), (8, 5)]
+
+
+RESPONSES = [
+    ({"prompt": "Say it: ", "response": "yes, yes"}, ["yes, yes"]),
+    ({"text": "no response", "prompt": "x", "response": "y"}, []),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": "yes?"},
+                {"role": "assistant", "content": "yes"},
+                {"role": "user", "content": "no?"},
+                {"role": "assistant", "content": [{"type": "text", "text": "no"}]},
+            ]
+        },
+        ["yes<", "no<"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "expected"), RESPONSES)
+def test_the_tokens_of_responses_are_found(fields, expected):
+    template = (
+        "{% for m in messages %}<{{ m.role[0] }}>{{ m.content if m.content is string else m.content[0].text }}<e>"
+        "{% endfor %}"
+    )
+    tokenizer = make_tokenizer(template)
+    encoder, record = Encoder(tokenizer), Record("here", fields)
+    inputs = encoder.encode(record, 1000)
+    runs = encoder.responses(record, inputs)
+    assert [
+        "".join(tokenizer.convert_ids_to_tokens(inputs["input_ids"][0, first:last].tolist())) for first, last in runs
+    ] == expected
+    cut = encoder.encode(record, 3)
+    assert all(last <= 3 for _, last in encoder.responses(record, cut))

@@ -1,15 +1,17 @@
 """patch --distill from end to end."""
 
 import json
+from contextlib import closing
 
 import pytest
 import torch
-from helpers import bits, folder_digest, make_pair, read_tensors, refused, run
+from helpers import bits, folder_digest, make_pair, make_tokenizer, read_tensors, refused, run
 
 from tailorcli import (
     DistillOptions,
     PatchFile,
     PatchOptions,
+    Stats,
     calibrate_model,
     distill_checkpoint,
     patch_checkpoint,
@@ -119,6 +121,22 @@ def test_a_dry_run_tells_what_training_takes(pair, tmp_path):
     assert found["device_bytes"] > 4 * numel + 20 * round(0.2 * numel) - 2000
     assert found["host_bytes"] < 1 << 20
     assert not output.exists()
+
+
+def test_responses_alone_may_count(pair, tmp_path):
+    base, tuned, output, _, retain = arguments(pair, tmp_path / "out")
+    records = [{"prompt": f"What is {n}? ", "response": f"It is {n + 1}."} for n in range(12)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    calibrate_model(tuned, tmp_path / "asked.jsonl", tmp_path / "asked", CalibrateOptions(12))
+    with closing(Stats.open(tmp_path / "asked")) as stats:
+        for sample, mask in zip(stats.samples(), stats.responses(), strict=True):
+            text = make_tokenizer().decode(sample["input_ids"][mask]).replace(" ", "")
+            assert text.startswith("Itis")
+            assert text.endswith(".")
+            assert int(mask.sum()) < sample["input_ids"].numel() / 2
+    how = ("--retain", retain, "--distill", "--distill-steps", 2, "--no-propagate", "--distill-on", "responses")
+    run("patch", base, tuned, "--stats", tmp_path / "asked", *how, "-o", output)
+    refused("patch", base, tuned, "--stats", pair / "stats", *how, "-o", tmp_path / "no", mentions=["has a response"])
 
 
 def test_tied_tables_in_half_precision(tmp_path):
