@@ -15,6 +15,7 @@ from torch import Tensor
 from tailorcli.core.chunks import map_rows, row_chunks, row_slices
 from tailorcli.core.hessian import PreparedHessian
 from tailorcli.core.precision import extent, gap, working_dtype
+from tailorcli.core.products import in_parts, product
 from tailorcli.core.scores import salience, sensitivity
 from tailorcli.core.solvers import Decoration
 from tailorcli.errors import NumericalError
@@ -344,12 +345,14 @@ def quadratic_form(rows: Tensor, hessian: Tensor) -> float:
 def _quadratic_form(rows: Tensor, hessian: Tensor) -> float:
     if hessian.dim() == 1:
         return float((rows * hessian).mul_(rows).sum(dtype=torch.float64))
+    if in_parts(rows, hessian):
+        return float(product(rows, hessian).mul_(rows).sum(dtype=torch.float64))
     width = _FORM_BLOCK if hessian.device.type == "cpu" else _GPU_FORM_BLOCK
     total = torch.zeros((), dtype=torch.float64, device=rows.device)  # on the device: it need not be waited for
     for start in range(0, hessian.shape[0], width):
         stop = min(start + width, hessian.shape[0])
         block = rows[:, start:stop]  # (R, B)
-        product = block @ hessian[start:stop, start:stop]
-        product.addmm_(rows[:, :start], hessian[:start, start:stop], alpha=2.0)
-        total += product.mul_(block).sum(dtype=torch.float64)
+        part = block @ hessian[start:stop, start:stop]
+        part.addmm_(rows[:, :start], hessian[:start, start:stop], alpha=2.0)
+        total += part.mul_(block).sum(dtype=torch.float64)
     return float(total)

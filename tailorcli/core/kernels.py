@@ -1,5 +1,6 @@
 """The one Triton kernel: a step of conjugate gradients in one pass over its arrays. Import it where Triton is there."""
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,4 +88,5 @@ def step_(q: Tensor, state: "State", amount: float) -> None:
     kept = state.kept.view(torch.uint8)
     vectors = (state.inverse, state.rz, state.rr, state.goal)
     block = min(_BLOCK, triton.next_power_of_2(columns))
-    _step[(rows,)](q, state.p, state.x, state.r, kept, *vectors, amount, columns, BLOCK=block, num_warps=8)
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        _step[(rows,)](q, state.p, state.x, state.r, kept, *vectors, amount, columns, BLOCK=block, num_warps=8)

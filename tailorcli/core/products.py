@@ -91,9 +91,13 @@ def joined(parts: Tensor) -> Tensor:
 
 def product(rows: Tensor, matrix: Tensor) -> Tensor:
     """``rows @ matrix`` of float32 (R, I) and (I, J): in parts on a GPU where that is faster."""
-    if rows.shape[0] < _WORTH_PARTS or not multiplies_halves(rows.device):
-        return rows @ matrix
-    return product_of_halves(left_parts(rows), right_parts(matrix))
+    return product_of_halves(left_parts(rows), right_parts(matrix)) if in_parts(rows, matrix) else rows @ matrix
+
+
+def in_parts(rows: Tensor, matrix: Tensor) -> bool:
+    """Whether ``product`` multiplies parts: many float32 rows on a GPU."""
+    wide = rows.dtype == matrix.dtype == torch.float32 and rows.shape[0] >= _WORTH_PARTS
+    return wide and multiplies_halves(rows.device)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _TIE_CHUNK = 1 << 18  # entries searched for ties at a time
+_BOUNDING = 1 << 16  # entries of the sample that bounds a threshold
 
 
 def salience(delta: Tensor) -> Tensor:
@@ -57,8 +58,9 @@ def select_mask(score: Tensor, count: int) -> Tensor:
     mask = flat >= threshold
     surplus = int(mask.count_nonzero()) - count  # ties beyond the count: the last of them go
     stop = flat.numel()
+    step = _TIE_CHUNK if flat.device.type == "cpu" else flat.numel()
     while surplus > 0:
-        start = max(0, stop - _TIE_CHUNK)
+        start = max(0, stop - step)
         ties = (flat[start:stop] == threshold).nonzero().squeeze(1)[-surplus:]
         mask[start + ties] = False
         surplus -= ties.numel()
@@ -67,13 +69,33 @@ def select_mask(score: Tensor, count: int) -> Tensor:
 
 
 def _kth_largest(flat: Tensor, count: int) -> Tensor:
-    """The ``count``-th largest value: NumPy's selection on the CPU, a radix selection elsewhere."""
+    """The ``count``-th largest value: NumPy's selection on the CPU, elsewhere between two bounds, or by radix."""
     if flat.device.type == "cpu":
         values: np.ndarray = flat.clone().numpy()
         position = values.size - count
         values.partition(position)
         return torch.tensor(values[position])
-    return _kth_largest_by_radix(flat, count)
+    found = _kth_largest_between(flat, count)
+    return _kth_largest_by_radix(flat, count) if found is None else found
+
+
+def _kth_largest_between(flat: Tensor, count: int) -> Tensor | None:
+    """The ``count``-th largest value among the few entries between two bounds that a sample gives.
+
+    None where the sample misses it: entries that are no sample of all others, or many that are alike.
+    """
+    stride = max(1, flat.numel() // _BOUNDING) | 1  # odd, so that it does not stay in one column
+    sample = flat[::stride].sort(descending=True).values
+    share = count / flat.numel()
+    spread = 6.0 * (sample.numel() * share * (1.0 - share)) ** 0.5 + 1.0  # six deviations of the rank in a sample
+    first, last = int(share * sample.numel() - spread), int(share * sample.numel() + spread)
+    upper = sample[first] if first > 0 else flat.max()
+    lower = sample[last] if last < sample.numel() else flat.min()
+    inside = flat[(flat >= lower) & (flat <= upper)]
+    rank = count - int((flat > upper).count_nonzero())  # among those between the bounds
+    if not 1 <= rank <= inside.numel() or inside.numel() > flat.numel() // 4 + _BOUNDING:
+        return None
+    return inside.sort(descending=True).values[rank - 1]
 
 
 def _kth_largest_by_radix(flat: Tensor, count: int) -> Tensor:

@@ -52,7 +52,7 @@ class Spill:
         if storage in self._held or storage in self._in_files:  # another view of it waits there
             return tensor
         whole = tensor.untyped_storage().nbytes()
-        if self._keeps and tensor.device == self._device and self._takes("device", whole):
+        if self._keeps and tensor.device.type == self._device.type and self._takes("device", whole):
             self._held[storage] = ("device", whole)
             return tensor
         size = whole if tensor.device.type == "cpu" else tensor.nbytes
@@ -74,7 +74,11 @@ class Spill:
         if storage in self._held:
             place, size = self._held.pop(storage)
             self._room[place] += size
-        return tensor if tensor.device == self._device else self._to_device(tensor, self._copied.pop(storage, None))
+        return (
+            tensor
+            if tensor.device.type == self._device.type
+            else self._to_device(tensor, self._copied.pop(storage, None))
+        )
 
     def _takes(self, place: str, size: int) -> bool:
         """Whether there is room for so many bytes; then they are taken."""

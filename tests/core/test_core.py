@@ -1,5 +1,7 @@
 """The equations against a dense float64 oracle, and the invariants as properties."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tailorcli import core
+from tailorcli.core import scores
 from tailorcli.core.gradients import conjugate_gradients
 from tailorcli.core.hessian import damping_steps, factorise, prepare
 from tailorcli.core.products import System
-from tailorcli.core.scores import _kth_largest_by_radix
+from tailorcli.core.scores import _kth_largest_between, _kth_largest_by_radix
 from tailorcli.core.tailor import fused_score
 from tailorcli.errors import NumericalError
 
@@ -132,6 +135,24 @@ def test_radix_selection_agrees_with_sorting(size, seed, data):
     values = torch.randn(size, generator=torch.Generator().manual_seed(seed)).abs()
     values = torch.where(values < 0.3, torch.tensor(0.0), values)
     assert _kth_largest_by_radix(values, count) == values.sort(descending=True).values[count - 1]
+
+
+@given(size=st.integers(200, 3000), seed=SEEDS, data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_selection_between_bounds_agrees_with_sorting_or_says_that_it_cannot(size, seed, data):
+    count = data.draw(st.integers(1, size))
+    values = torch.randn(size, generator=torch.Generator().manual_seed(seed)).abs()
+    values[: data.draw(st.integers(0, size))] = 0.25  # many that are alike
+    with patch.object(scores, "_BOUNDING", 128):
+        found = _kth_largest_between(values, count)
+    assert found is None or found == values.sort(descending=True).values[count - 1]
+
+
+def test_selection_between_bounds_finds_its_threshold_in_weights():
+    values = torch.randn(300, 500, generator=torch.Generator().manual_seed(0)).abs().flatten()
+    with patch.object(scores, "_BOUNDING", 4096):
+        found = _kth_largest_between(values, 15_000)
+    assert found == values.sort(descending=True).values[14_999]
 
 
 # --- The solvers ----------------------------------------------------------------------------------------------
