@@ -44,6 +44,7 @@ page is written from the docstrings by `{COMMAND}`.
 """
 GROUPS = {
     "Calibrate and patch": (
+        *("tailor", "plan_job"),
         *("calibrate_model", "score_checkpoint", "plan_patch", "patch_checkpoint", "distill_checkpoint"),
     ),
     "Patch files and several tasks": ("apply_patch", "verify_checkpoint", "plan_merge", "merge_patches"),

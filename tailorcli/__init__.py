@@ -16,6 +16,9 @@ _HOMES = {
     "score_checkpoint": "tailorcli.patching.patch",
     "patch_checkpoint": "tailorcli.patching.patch",
     "plan_patch": "tailorcli.patching.patch",
+    "tailor": "tailorcli.pipeline.job",
+    "plan_job": "tailorcli.pipeline.job",
+    "JobPlan": "tailorcli.pipeline.plan",
     "apply_patch": "tailorcli.patching.apply",
     "verify_checkpoint": "tailorcli.patching.verify",
     "VerifyReport": "tailorcli.patching.verify",
@@ -55,6 +58,7 @@ __all__ = [
     "EvaluateOptions",
     "EvaluateReport",
     "HarnessReport",
+    "JobPlan",
     "MergeOptions",
     "PatchFile",
     "PatchOptions",
@@ -75,6 +79,7 @@ __all__ = [
     "inspect_path",
     "merge_patches",
     "patch_checkpoint",
+    "plan_job",
     "plan_merge",
     "plan_patch",
     "read_results",
@@ -82,6 +87,7 @@ __all__ = [
     "run_sweep",
     "score_checkpoint",
     "settings_of",
+    "tailor",
     "verify_checkpoint",
 ]
 
@@ -103,6 +109,8 @@ if TYPE_CHECKING:
     from tailorcli.patching.apply import apply_patch
     from tailorcli.patching.patch import patch_checkpoint, plan_patch, score_checkpoint
     from tailorcli.patching.verify import VerifyReport, verify_checkpoint
+    from tailorcli.pipeline.job import plan_job, tailor
+    from tailorcli.pipeline.plan import JobPlan
     from tailorcli.sweep import SweepReport, run_sweep, settings_of
 
 

@@ -77,11 +77,13 @@ def calibrate_model(
     held_out: PathLike | None = None,
     teacher_data: PathLike | None = None,
     show: Callable[[str], None] | None = None,
+    samples: Samples | None = None,
 ) -> CalibrateReport:
     """Run the checkpoint ``model`` over samples of ``data`` and write the statistics folder ``output``.
 
     ``data`` is a file, a folder of files, "-" for standard input, or a dataset of the Hub, NAME[:CONFIG][:SPLIT].
     ``announce`` is told in a line which form was recognised, ``show`` is given the first sample as the model sees it.
+    ``samples`` are those of ``data``, where they were drawn before.
 
     With ``options.synthetic`` the model writes the samples itself: from random tokens, or, where there are ``data``,
     from the images and prompts of these; half as many further ones, those of the next seed, go to the .jsonl file
@@ -112,7 +114,11 @@ def calibrate_model(
         config = read_config(stored.path)
         with timer.stage("data"):
             source = Source(stored, tuned, config, options, _path(data), _path(held_out), announce, show)
-            samples, further = self_written(source, device, progress) if options.synthetic else (drawn(source), [])
+            further: list[dict[str, Any]] = []
+            if options.synthetic:
+                samples, further = self_written(source, device, progress)
+            elif samples is None:
+                samples = drawn(source)
         choice = None
         if options.teacher_weight is not None:
             with timer.stage("teacher"), exact_float32(), device_errors("a smaller --seq-len"):

@@ -18,7 +18,7 @@ from tailorcli.device import device_errors
 from tailorcli.errors import OptionsError, note
 from tailorcli.files import PathLike, as_output_error, write_text_atomically
 from tailorcli.models.config import processor_folder
-from tailorcli.models.loading import load_encoder, load_model, most_tokens
+from tailorcli.models.loading import empty_on_meta, load_encoder, load_model, most_tokens
 from tailorcli.options import CalibrateOptions
 from tailorcli.terminal import Progress
 from tailorcli.units import format_bytes
@@ -95,20 +95,9 @@ def self_written(source: Source, device: torch.device, progress: bool) -> tuple[
         with_source,
         write_samples,
     )
-    from tailorcli.device import free_memory
 
     stored, config, data, held_out = source.stored, source.config, source.data, source.held_out
-    if stored is not source.tuned:
-        raise OptionsError(
-            "--synthetic is for the model that must not forget, and this is an adapter", "calibrate its base"
-        )
-    free = free_memory(device)
-    if free is not None and stored.nbytes > free:
-        raise OptionsError(
-            f"{stored.path} takes {format_bytes(stored.nbytes)}, {format_bytes(free)} are free on {device}: it cannot "
-            "write samples there",
-            "pass --data FILE, which goes block by block",
-        )
+    require_room(source, device)
     options = replace(source.options, seq_len=min(source.options.length, most_tokens(stored, config, source.options)))
     records = None if data is None else read_starts(data, source.options.columns)
     network = load_model(stored, config, options)
@@ -130,6 +119,32 @@ def self_written(source: Source, device: torch.device, progress: bool) -> tuple[
     if data is not None and records is not None:
         samples = with_source(samples, data, records)
     return samples, further_records
+
+
+def require_room(source: Source, device: torch.device) -> None:
+    """Raise OptionsError for a model that cannot write samples: an adapter, or one that does not fit ``device``."""
+    from tailorcli.device import free_memory
+
+    stored = source.stored
+    if stored is not source.tuned:
+        raise OptionsError(
+            "--synthetic is for the model that must not forget, and this is an adapter", "calibrate its base"
+        )
+    free = free_memory(device)
+    if free is not None and stored.nbytes > free:
+        raise OptionsError(
+            f"{stored.path} takes {format_bytes(stored.nbytes)}, {format_bytes(free)} are free on {device}: it cannot "
+            "write samples there",
+            "pass --data FILE, which goes block by block",
+        )
+
+
+def require_writing(source: Source, device: torch.device) -> None:
+    """Raise TailorError for a model that cannot write samples, before it is loaded."""
+    from tailorcli.calibration.synthetic import require_writer
+
+    require_room(source, device)
+    require_writer(empty_on_meta(source.stored, source.config, source.options))
 
 
 def write_jsonl(records: list[dict[str, Any]], file: Path) -> None:

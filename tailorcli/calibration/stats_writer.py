@@ -59,6 +59,21 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
         raise as_output_error(folder, error) from error
 
 
+def remove_statistics(folder: Path) -> None:
+    """Take away what a calibration wrote into ``folder``, finished or not, and the folder where nothing else is in it.
+
+    Raises OutputError.
+    """
+    try:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.name in (MANIFEST, HESSIANS, SAMPLES) or path.name.endswith(".part"):
+                path.unlink()
+        with suppress(OSError):
+            folder.rmdir()
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
 def _are_ours(folder: Path, present: Sequence[str]) -> bool:
     """Whether the manifest, if there is one, is of statistics; what is unfinished has none."""
     if MANIFEST not in present:

@@ -13,6 +13,7 @@ import typer
 from tailorcli.cli.verbosity import set_quiet, set_verbose
 from tailorcli.options import DistillOn, DTypeName, Solver
 
+CALIBRATION = "Statistics, with --data"
 TENSORS = "Which tensors"
 SOLVER = "Solver"
 DISTILL = "Distillation"

@@ -19,6 +19,7 @@ from tailorcli.terminal import printable
 if TYPE_CHECKING:
     from tailorcli.patchfile.records import TensorRecord
     from tailorcli.patchfile.report import PatchReport
+    from tailorcli.pipeline.plan import JobPlan
     from tailorcli.runs.plan import Plan
 
 
@@ -145,6 +146,63 @@ def show_cost(plan: Plan, output: Path | None, patch_file: Path | None) -> None:
         say(f"then training the kept entries: {costs['training']}", err=True)
 
 
+def show_job_cost(plan: JobPlan, output: Path | None, patch_file: Path | None) -> None:
+    """The steps of a whole job and what it will cost, on standard error before it starts."""
+    for line in _job_lines(plan):
+        say(line, err=True)
+    costs = _job_cost(plan, output, patch_file)
+    say(f"to write {costs['write']}; {costs['memory']} of memory; {costs['time']}", err=True)
+
+
+def _job_lines(plan: JobPlan) -> list[str]:
+    """Its steps, numbered, each with the time that it will take or that it is there already."""
+    lines = []
+    for number, step in enumerate(plan.steps, 1):
+        ends = "there already" if step.done else "" if step.seconds is None else f"about {_duration(step.seconds)}"
+        lines.append(f"{number}. {step.what}{f' ({ends})' if ends else ''}")
+    return lines
+
+
+def _job_cost(plan: JobPlan, output: Path | None, patch_file: Path | None) -> dict[str, str]:
+    """What a whole job costs, a few words each."""
+    from tailorcli.units import format_bytes
+
+    write = _cost(plan.patch, output, patch_file)["write"]
+    if plan.stats_bytes:
+        stay = "of statistics, which stay" if plan.kept else "of statistics meanwhile"
+        write += f", and up to {format_bytes(plan.stats_bytes)} {stay}"
+    time = "no estimate of the time" if plan.seconds is None else f"about {_duration(plan.seconds)} in all"
+    return {"write": write, "memory": f"about {format_bytes(plan.peak_bytes)}", "time": time}
+
+
+def _duration(seconds: float) -> str:
+    """A time that is only estimated, in words."""
+    if seconds < 60:
+        return f"{max(5, 5 * math.ceil(seconds / 5))} s"
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{seconds / 3600:.1f} h"
+
+
+def show_job(
+    plan: JobPlan, output: Path | None, patch_file: Path | None, as_json: bool, every_tensor: bool = False
+) -> None:
+    """What ``--dry-run`` shows of a whole job: the tensors as of a patch, then the steps and the costs."""
+    from tailorcli.runs.outputs import free_bytes
+
+    if as_json:
+        print_json({**plan.to_dict(), "free_bytes": free_bytes(output or patch_file or Path())})
+        return
+    from tailorcli.display.summary import facts_table
+
+    _show_tensors(plan.patch, every_tensor)
+    for line in ["", *_job_lines(plan)]:
+        say(line)
+    costs = _cost(plan.patch, output, patch_file)
+    patch = {name: costs[name] for name in ("tensors", "training") if name in costs}
+    print_rich("", facts_table(patch | _job_cost(plan, output, patch_file)))
+    say("dry run: nothing was written", err=True)
+
+
 def show_plan(
     plan: Plan, output: Path | None, patch_file: Path | None, as_json: bool, every_tensor: bool = False
 ) -> None:
@@ -155,14 +213,21 @@ def show_plan(
         where = output or patch_file or Path()
         print_json({**plan.to_dict(), "free_bytes": free_bytes(where)})
         return
-    from tailorcli.display.summary import facts_table, plan_summary
+    from tailorcli.display.summary import facts_table
+
+    _show_tensors(plan, every_tensor)
+    print_rich("", facts_table(_cost(plan, output, patch_file)))
+    say("dry run: nothing was written", err=True)
+
+
+def _show_tensors(plan: Plan, every_tensor: bool) -> None:
+    """The treatment of each kind of layer, or of every tensor."""
+    from tailorcli.display.summary import plan_summary
     from tailorcli.display.tables import plan_table
 
     print_rich(*([plan_table(plan)] if every_tensor else [*plan_summary(plan.tensors), "every tensor: --tensors"]))
     show_reasons({tensor.name: tensor.reason for tensor in plan.left_at_base}, "left at base", err=False)
     show_reasons({tensor.name: tensor.note for tensor in plan.patched if tensor.note}, "note", err=False)
-    print_rich("", facts_table(_cost(plan, output, patch_file)))
-    say("dry run: nothing was written", err=True)
 
 
 def print_report(report: PatchReport, output: Path | None, patch_file: Path | None) -> None:

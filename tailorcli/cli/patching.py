@@ -9,12 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from tailorcli.cli.arguments import (
+    CALIBRATION,
     OTHERS,
     OUTPUT,
     SOLVER,
     AllowDtype,
     AsJson,
     Base,
+    DataIn,
     Density,
     Device,
     Distill,
@@ -35,9 +37,11 @@ from tailorcli.cli.arguments import (
     Overwrite,
     OwnDamping,
     PatchOut,
+    PromptColumn,
     PushTo,
     Quiet,
     ResizedVocab,
+    ResponseColumn,
     Resume,
     RetainIn,
     RetainWeight,
@@ -45,16 +49,20 @@ from tailorcli.cli.arguments import (
     StatsIn,
     Task,
     Tensors,
+    TextColumn,
     Tolerance,
     TrustRemoteCode,
     Tuned,
     Verbose,
+    flag,
 )
 from tailorcli.cli.output import (
     print_report,
     require_output,
     say,
     show_cost,
+    show_job,
+    show_job_cost,
     show_plan,
     show_reasons,
     show_stages,
@@ -62,11 +70,15 @@ from tailorcli.cli.output import (
     show_written,
 )
 from tailorcli.cli.sharing import check_push, push
-from tailorcli.cli.verbosity import wants_progress
+from tailorcli.cli.verbosity import is_verbose, wants_progress
 from tailorcli.errors import OptionsError
 from tailorcli.options import (
+    Blockwise,
+    CalibrateOptions,
+    DataColumns,
     DistillOn,
     DistillOptions,
+    DTypeName,
     Fp8Output,
     PatchMethod,
     PatchOptions,
@@ -90,6 +102,14 @@ def patch(
     tuned: Tuned,
     output: OutFolder = None,
     patch_file: PatchOut = None,
+    data: DataIn = None,
+    retain_data: Annotated[
+        Path | None,
+        typer.Option(metavar="DATA", help="With --data: what BASE must not forget; else it writes its own."),
+    ] = None,
+    no_retain: Annotated[
+        bool, flag("--no-retain", help="With --data: BASE is asked nothing, the paper's way.")
+    ] = False,
     stats: StatsIn = None,
     retain: RetainIn = None,
     retain_weight: RetainWeight = 0.3,
@@ -108,6 +128,52 @@ def patch(
         Preset | None,
         typer.Option(metavar="NAME", help="paper: the paper's density, omega, solver, damping and block size."),
     ] = None,
+    text_column: TextColumn = None,
+    prompt_column: PromptColumn = None,
+    response_column: ResponseColumn = None,
+    num_samples: Annotated[
+        int, typer.Option(metavar="N", help="Samples of each kind.", rich_help_panel=CALIBRATION)
+    ] = 128,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Most tokens of a sample.",
+            show_default="2048; of what BASE writes 256",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Which samples are drawn, and written.", rich_help_panel=CALIBRATION)
+    ] = 0,
+    keep_stats: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the statistics here, for a second patch.", rich_help_panel=CALIBRATION),
+    ] = None,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Samples in a forward pass: decides memory and speed, not the result.",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = 8,
+    dtype: Annotated[
+        DTypeName,
+        typer.Option(
+            metavar="DTYPE",
+            help="Run in float32, bfloat16 or float16; auto: as stored.",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = DTypeName.AUTO,
+    blockwise: Annotated[
+        Blockwise,
+        typer.Option(
+            metavar="WHEN",
+            help="Load one block at a time: always, never; auto: if the model does not fit.",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = Blockwise.AUTO,
     include: Include = None,
     exclude: Exclude = None,
     allow_dtype_mismatch: AllowDtype = False,
@@ -168,7 +234,6 @@ def patch(
         float,
         typer.Option(metavar="X", help="dg-hard: what its threshold is multiplied by.", rich_help_panel=OTHERS),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="dare, graft: of what is drawn.", rich_help_panel=OTHERS)] = 0,
     graft_data: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="graft: the fine-tuning data, to train its mask on.", rich_help_panel=OTHERS),
@@ -182,7 +247,9 @@ def patch(
             metavar="X", help="graft: how far a step moves the mask's logits, root mean square.", rich_help_panel=OTHERS
         ),
     ] = 0.1,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="graft: samples in a step.", rich_help_panel=OTHERS)] = 8,
+    graft_batch_size: Annotated[
+        int, typer.Option(metavar="N", help="graft: samples in a step.", rich_help_panel=OTHERS)
+    ] = 8,
     max_shard_size: MaxShardSize = None,
     fp8_output: Annotated[
         Fp8Output,
@@ -206,21 +273,27 @@ def patch(
     file holds the kept entries alone. Everything is checked before the work starts; an interrupted run leaves
     nothing that loads, and --resume finishes it to the same bytes.
 
+    With --data it is the whole job: TUNED is calibrated on these, BASE on what it writes itself. With --stats and
+    --retain it is the last of three steps, after calibrate.
+
     Examples:
-      tailorcli patch BASE TUNED --stats stats -o OUT
+      tailorcli patch BASE TUNED --data new.jsonl -o OUT
       tailorcli patch BASE TUNED --stats stats --retain base-stats -o OUT
     """
     require_output(output, patch_file)
     check_push(push_to_hub, output, dry_run)
     from tailorcli.adapters.checkpoint import is_adapter
+    from tailorcli.patching.distilled import distill_checkpoint, plan_distilled
     from tailorcli.patching.patch import patch_checkpoint, plan_patch
+    from tailorcli.pipeline.job import plan_job, tailor
 
-    if preset is not None and retain is not None:
-        raise typer.BadParameter("--preset paper has no retain term: leave --retain out")
+    if preset is not None and (retain is not None or retain_data is not None):
+        given = "--retain" if retain is not None else "--retain-data"
+        raise typer.BadParameter(f"--preset paper has no retain term: leave {given} out")
     own = {"density": density, "omega": omega, "solver": solver, "damping": damping, "block_size": block_size}
-    given = {name: value for name, value in own.items() if _is_given(context, name)}
+    chosen = {name: value for name, value in own.items() if _is_given(context, name)}
     options = PatchOptions(
-        **with_preset(preset, **given),
+        **with_preset(preset, **chosen),
         retain_weight=retain_weight,
         propagate=False if no_propagate else None,
         tolerance=tolerance,
@@ -234,7 +307,7 @@ def patch(
         threshold_scale=threshold_scale,
         graft_steps=graft_steps,
         graft_rate=graft_rate,
-        batch_size=batch_size,
+        batch_size=graft_batch_size,
         device=device,
         fp8_output=fp8_output,
         include=tuple(include or ()),
@@ -249,35 +322,55 @@ def patch(
         resume=resume,
         overwrite=overwrite,
     )
-    if distill and (stats is None or retain is None):
+    training = (distill_steps, distill_rate, distill_weight, distill_batch_size, seed, distill_on)
+    how = DistillOptions(*training) if distill else None
+    _require_one_source(data, stats, retain, retain_data, no_retain, keep_stats)
+    if distill and data is None and (stats is None or retain is None):
         raise OptionsError(
             "--distill needs the samples of both statistics",
-            "pass --stats STATS and --retain STATS (tailorcli calibrate BASE --synthetic -o STATS)",
+            "pass --data FILE; or --stats STATS and --retain STATS (tailorcli calibrate BASE --synthetic -o STATS)",
         )
-    how = DistillOptions(distill_steps, distill_rate, distill_weight, distill_batch_size, seed, distill_on)
+    where: dict[str, Any] = {"patch_file": patch_file, "graft_data": graft_data}
+    job: dict[str, Any] = {
+        "retain_data": retain_data,
+        "retain": not no_retain and preset is None,
+        "options": options,
+        "calibration": CalibrateOptions(
+            *(num_samples, seq_len, batch_size),
+            dtype=dtype,
+            seed=seed,
+            blockwise=blockwise,
+            columns=DataColumns(text_column, prompt_column, response_column),
+        ),
+        "distill": how,
+        "keep_stats": keep_stats,
+    }
+    if dry_run and data is not None:
+        tell = None if as_json else partial(say, err=True)
+        show_job(plan_job(base, tuned, output, data, **where, **job, tell=tell), output, patch_file, as_json, tensors)
+        return
     if dry_run:
-        if distill and stats is not None and retain is not None:
-            from tailorcli.patching.distilled import plan_distilled
-
-            plan = plan_distilled(base, tuned, output, stats, retain, options, how, patch_file, graft_data)
+        if how is not None and stats is not None and retain is not None:
+            plan = plan_distilled(base, tuned, output, stats, retain, options, how, **where)
         else:
-            plan = plan_patch(base, tuned, output, stats, options, patch_file, retain, graft_data)
+            plan = plan_patch(base, tuned, output, stats, options, retain=retain, **where)
         show_plan(plan, output, patch_file, as_json, tensors)
         return
     if output is not None and not ((base if is_adapter(tuned) else tuned) / "config.json").exists():
         say(f"note: {tuned} has no config.json, so {output} will not load with from_pretrained", err=True)
-    shown: dict[str, Any] = {
-        "progress": wants_progress(as_json),
-        "patch_file": patch_file,
-        "announce": None if as_json else partial(show_cost, output=output, patch_file=patch_file),
-        "graft_data": graft_data,
-    }
-    if distill and stats is not None and retain is not None:
-        from tailorcli.patching.distilled import distill_checkpoint
-
-        report = distill_checkpoint(base, tuned, output, stats, retain, options, how, **shown)
+    shown: dict[str, Any] = {"progress": wants_progress(as_json)}
+    if data is not None:
+        if not as_json:
+            shown["announce"] = partial(show_job_cost, output=output, patch_file=patch_file)
+            shown["tell"] = partial(say, err=True)
+            shown["show"] = shown["tell"] if is_verbose() else None
+        report = tailor(base, tuned, output, data, **where, **job, **shown)
     else:
-        report = patch_checkpoint(base, tuned, output, stats, options, retain=retain, **shown)
+        shown["announce"] = None if as_json else partial(show_cost, output=output, patch_file=patch_file)
+        if how is not None and stats is not None and retain is not None:
+            report = distill_checkpoint(base, tuned, output, stats, retain, options, how, **where, **shown)
+        else:
+            report = patch_checkpoint(base, tuned, output, stats, options, retain=retain, **where, **shown)
     push(push_to_hub, output)
     if as_json:
         print_report(report, output, patch_file)
@@ -286,3 +379,26 @@ def patch(
     show_reasons({record.name: record.note for record in report.tensors if record.note}, "note")
     show_written(output, patch_file, report)
     show_stages(report.stages)
+    if keep_stats is not None:
+        say(f"statistics kept in {keep_stats}: the same command with another --density and -o takes them from there")
+
+
+def _require_one_source(
+    data: Path | None,
+    stats: Path | None,
+    retain: Path | None,
+    retain_data: Path | None,
+    no_retain: bool,
+    keep_stats: Path | None,
+) -> None:
+    """Statistics are made of data, or given. Raises OptionsError where both are asked for, or parts of both."""
+    if data is not None and (stats is not None or retain is not None):
+        given = "--stats" if stats is not None else "--retain"
+        raise OptionsError(
+            f"--data and {given} exclude each other: --data makes the statistics that {given} would name",
+            "pass --data alone for the whole job, or --stats and --retain for statistics that are there",
+        )
+    alone = {"--retain-data": retain_data is not None, "--no-retain": no_retain, "--keep-stats": keep_stats is not None}
+    for option, given_alone in alone.items():
+        if data is None and given_alone:
+            raise OptionsError(f"{option} goes with --data", "pass the new task's data: --data FILE")

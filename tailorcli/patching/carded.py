@@ -15,7 +15,7 @@ from tailorcli.errors import CheckpointError
 from tailorcli.files import read_json
 from tailorcli.options import DistillOptions, PatchOptions
 from tailorcli.patching.stream import PatchInputs
-from tailorcli.runs.again import patch_command
+from tailorcli.runs.again import NEW, SELF_WRITTEN, patch_command
 from tailorcli.runs.card import BASE_CARD, CARD, TUNED_CARD, CardText, Source, patch_text, plain_name, with_card
 from tailorcli.units import counted
 
@@ -59,6 +59,8 @@ def _card(
     names |= {role: plain_name(found.path) for role, found in given.items() if found is not None}
     if inputs.graft_data is not None:
         names["data"] = plain_name(inputs.graft_data)
+    for role, entry in inputs.sources.items():
+        names[role] = entry["path"] if entry["path"] == SELF_WRITTEN else plain_name(Path(entry["path"]))
     values = options.to_dict()
     retained = retain is not None
     said = patch_text(values, base.name, tuned.name, retained=retained, distilled=distill is not None)
@@ -71,7 +73,7 @@ def _card(
         title=f"{tuned.name}, patched" if options.task is None else f"{tuned.name}, patched for {options.task}",
         said=said,
         settings=settings,
-        command=patch_command(values, names, distilled=trained),
+        command=patch_command(values, names, distilled=trained, calibration=inputs.sources.get(NEW)),
         base=base,
         tuned=(tuned,),
         license=options.license,

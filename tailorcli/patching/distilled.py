@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapters.checkpoint import config_folder
 from tailorcli.calibration.stats import Stats
@@ -33,9 +33,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from tailorcli.data.samples import Inputs
+    from tailorcli.options import CalibrateOptions
     from tailorcli.patchfile.records import TensorRecord
 
 START, STATE = "start.safetensors", "state.safetensors"
+SAMPLED = ("distilled on 0", "distilled on 1")  # whose fingerprints stand in a run's identity
 SUFFIX = ".distill"  # of the folder beside the output that an interrupted run goes on from
 
 
@@ -51,6 +54,7 @@ def distill_checkpoint(
     patch_file: PathLike | None = None,
     announce: Callable[[Plan], None] | None = None,
     graft_data: PathLike | None = None,
+    made_of: Mapping[str, dict[str, str]] | None = None,
 ) -> PatchReport:
     """``patch_checkpoint``, and then the kept entries trained on KL(tuned || patched) + weight * KL(base || patched).
 
@@ -66,14 +70,14 @@ def distill_checkpoint(
     with ExitStack() as stack:
         sources = _Sources.open(base, tuned, stats, retain, options, stack, graft_data)
         inputs, both, options = sources.inputs, sources.both, sources.options
+        inputs.sources = made_of or {}
         side = side_files_of(inputs, options, distill, (both[0], both[1]))
         read = [*inputs.files, *both[0].files, *both[1].files]
         watch = Watch([*read, *(source for source in side.values() if isinstance(source, Path))])
         device = resolve_device(options.device)
         plan = sources.plan(options, distill, device)
         described = inputs.describe()
-        settings = {f"distill {name}": value for name, value in asdict(distill).items()}
-        settings |= {f"distilled on {number}": found.fingerprint() for number, found in enumerate(both)}
+        settings = settings_of(distill) | {name: found.fingerprint() for name, found in zip(SAMPLED, both, strict=True)}
         identity = identity_of(described, options.identity(True) | settings, device)
         manifest = {"task": options.task, "license": options.license, "inputs": described}
         job = (plan, inputs.base, sources.paths, identity, "patch", side, manifest)
@@ -168,17 +172,35 @@ class _Sources:
 
     def plan(self, options: PatchOptions, distill: DistillOptions, device: torch.device) -> Plan:
         """The plan of the patch with that of its training. Raises TailorError."""
-        from tailorcli.training.cost import training_bytes
         from tailorcli.training.run import run_options
 
         inputs = self.inputs
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain_stats)
-        kept = [(tensor.name, count) for tensor, count in most_kept(plan.patched, options)]
-        kinds = [found.samples() for found in self.both]
         how = run_options(self.both[0], options.trust_remote_code)
-        where = config_folder(inputs.tuned)
-        needed = training_bytes(inputs.base, where, kept, kinds, how, distill.batch_size, device.type == "cuda")
-        return replace(plan, training=TrainingPlan(distill.steps, device.type, *needed))
+        return with_training(plan, inputs, [found.samples() for found in self.both], how, options, distill, device)
+
+
+def with_training(
+    plan: Plan,
+    inputs: PatchInputs,
+    samples: list[list[Inputs]],
+    how: CalibrateOptions,
+    options: PatchOptions,
+    distill: DistillOptions,
+    device: torch.device,
+) -> Plan:
+    """The plan of a patch with that of its training on ``samples`` of both kinds; ``how`` the models are loaded."""
+    from tailorcli.training.cost import training_bytes
+
+    kept = [(tensor.name, count) for tensor, count in most_kept(plan.patched, options)]
+    where = config_folder(inputs.tuned)
+    needed = training_bytes(inputs.base, where, kept, samples, how, distill.batch_size, device.type == "cuda")
+    return replace(plan, training=TrainingPlan(distill.steps, device.type, *needed))
+
+
+def settings_of(distill: DistillOptions) -> dict[str, Any]:
+    """The options as they stand in a run's identity."""
+    return {f"distill {name}": value for name, value in asdict(distill).items()}
 
 
 def _closed_form(

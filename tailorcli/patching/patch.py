@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -46,10 +46,15 @@ def plan_patch(
         options = inputs.told(options)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain_stats)
         target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
-        _require_stored_rows(target, options)
-        _require_plain_weights(target, inputs.base)
+        check_writable(target, options, inputs.base)
         target.check(inputs.paths, plan)
         return plan
+
+
+def check_writable(target: Target, options: PatchOptions, base: Checkpoint) -> None:
+    """A patch file is asked for only where it can hold the patch. Raises OptionsError."""
+    _require_stored_rows(target, options)
+    _require_plain_weights(target, base)
 
 
 def _require_plain_weights(target: Target, base: Checkpoint) -> None:
@@ -108,6 +113,7 @@ def patch_checkpoint(
     announce: Callable[[Plan], None] | None = None,
     retain: PathLike | None = None,
     graft_data: PathLike | None = None,
+    made_of: Mapping[str, dict[str, str]] | None = None,
 ) -> PatchReport:
     """Patch ``base`` with the best ``density`` of ``tuned``; write the checkpoint ``output``, a ``patch_file`` or both.
 
@@ -117,6 +123,7 @@ def patch_checkpoint(
     ``retain`` is a folder that ``calibrate_model`` wrote for ``base``, on data that stand for what it must not forget
     or that it wrote itself: the retain term, weighed by ``options.retain_weight``.
     ``announce`` is called with the plan before the work starts; ``graft_data`` is what ``method="graft"`` trains on.
+    ``made_of`` are further inputs that the report shall name: the path and the fingerprint of each.
     Raises TailorError for everything that a user can put right; nothing that looks finished is left then.
     """
     started = perf_counter()
@@ -128,6 +135,7 @@ def patch_checkpoint(
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, graft_data)
         options = inputs.told(options)
+        inputs.sources = made_of or {}
         side = side_files_of(inputs, options)
         watch = Watch([*inputs.files, *(source for source in side.values() if isinstance(source, Path))])
         _require_plain_weights(target, inputs.base)

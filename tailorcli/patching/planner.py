@@ -38,7 +38,8 @@ def build_plan(
     if stats is None and options.needs_hessians:
         raise OptionsError(
             "no statistics given",
-            "pass --stats STATS (made by tailorcli calibrate), or choose by salience alone: --solver none --omega 1",
+            "pass the new task's data: --data FILE; or --stats STATS, which tailorcli calibrate made. "
+            f"What the weights alone tell: tailorcli check {base.path} {tuned.path}",
         )
     own = original(tuned)
     check_pair(base, own, options.allow_dtype_mismatch)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -45,6 +45,7 @@ class PatchInputs:
     stats: Stats | None
     retain_stats: Stats | None = None
     graft_data: Path | None = None  # what graft trains on
+    sources: Mapping[str, dict[str, str]] = field(default_factory=dict)  # what the statistics were made of
 
     @classmethod
     def open(
@@ -91,7 +92,7 @@ class PatchInputs:
         return replace(options, teacher_weight=weight)
 
     def describe(self) -> dict[str, dict[str, str]]:
-        """Path and fingerprint of each."""
+        """Path and fingerprint of each, and of what the statistics were made of, where that is told."""
         facts = {
             "base": {"path": path_text(self.base.path), "fingerprint": self.base.fingerprint()},
             "tuned": {"path": path_text(original(self.tuned).path), "fingerprint": self.tuned.fingerprint()},
@@ -101,7 +102,7 @@ class PatchInputs:
                 facts[name] = {"path": path_text(stats.path), "fingerprint": stats.fingerprint()}
         if self.graft_data is not None:
             facts["data"] = {"path": path_text(self.graft_data), "fingerprint": digest_of(self.graft_data.read_bytes())}
-        return facts
+        return facts | dict(self.sources)
 
     @property
     def paths(self) -> list[Path]:

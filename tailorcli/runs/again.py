@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tailorcli.options import DistillOptions, MergeOptions, PatchMethod, PatchOptions
@@ -21,7 +21,6 @@ _VALUES = (
         "seed",
         "graft_steps",
         "graft_rate",
-        "batch_size",
         "include",
         "exclude",
     ),
@@ -29,6 +28,8 @@ _VALUES = (
 )
 _FLAGS = ("allow_dtype_mismatch", "resized_vocab", "trust_remote_code")
 _DATA = "--graft-data"
+# What the statistics of a whole job were made of, as its report names it, and what stands there for no file.
+NEW, RETAINED, SELF_WRITTEN = "new data", "retain data", "written by the model itself"
 
 
 def patch_command(
@@ -37,20 +38,32 @@ def patch_command(
     output: str = "OUT",
     *,
     distilled: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, str] | None = None,
     command: str = "patch",
 ) -> list[str]:
     """The words of ``tailorcli patch`` (or ``score``) with these options, as a report has them.
 
-    ``inputs`` maps roles (base, tuned, stats, retain, data) to paths or names. Options at their defaults are left out.
+    ``inputs`` maps roles (base, tuned, stats, retain, data, or NEW and RETAINED in place of statistics) to paths or
+    names; ``calibration`` says how these were used, as a report has it of NEW. Options at their defaults are left out.
     """
     words = ["tailorcli", command, inputs["base"], inputs["tuned"]]
+    if NEW in inputs:  # the whole job
+        words += ["--data", inputs[NEW]]
+        if inputs.get(RETAINED, SELF_WRITTEN) != SELF_WRITTEN:
+            words += ["--retain-data", inputs[RETAINED]]
+        words += ["--no-retain"] if RETAINED not in inputs else []
+        words += _given(calibration or {}, {"num_samples": "128", "seed": "0"}, ("num_samples", "seq_len", "seed"))
     for role, flag in (("stats", "--stats"), ("retain", "--retain"), ("data", _DATA)):
-        if role in inputs:
+        if role in inputs and not (NEW in inputs and role != "data"):
             words += [flag, inputs[role]]
     method = options.get("method", "tailor")
     known = {"method": method} if method in list(PatchMethod) else {}
-    defaults = PatchOptions(**known).resolved("retain" in inputs).to_dict() | {"fp8_output": "fp8"}
-    words += _given(options, defaults, _VALUES)
+    defaults = PatchOptions(**known).resolved("retain" in inputs or RETAINED in inputs).to_dict() | {
+        "fp8_output": "fp8"
+    }
+    words += _given(options, defaults, [name for name in _VALUES if NEW not in inputs or name != "seed"])
+    if options.get("batch_size", 8) != 8:
+        words += ["--graft-batch-size", str(options["batch_size"])]
     if defaults["propagate"] and not options.get("propagate", True):
         words.append("--no-propagate")
     words += [_flag(name) for name in _FLAGS if options.get(name)]
@@ -95,7 +108,7 @@ def shell_text(words: list[str]) -> str:
     return " \\\n".join(lines)
 
 
-def _given(options: Mapping[str, Any], defaults: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[str]:
+def _given(options: Mapping[str, Any], defaults: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
     """The options that are not at their defaults, each with its value; a list gives its option again and again."""
     for name in names:
         value = options.get(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,7 +136,7 @@ class Target:
         ``before_replacing`` before a folder that is there is given up. Raises TailorError.
         """
         self.check(inputs, plan)
-        finished = self._finished(identity, command)
+        finished = self.finished(identity, command)
         if finished is not None:
             self._remove_leftovers()
             return finished
@@ -146,17 +146,22 @@ class Target:
             before_replacing()
         return self._open(plan, base, identity, manifest or {}, side)
 
-    def _finished(self, identity: dict[str, Any], command: str) -> PatchReport | None:
-        """The report of a run that had already finished with the same identity, when asked to resume it."""
+    def finished(
+        self, identity: dict[str, Any], command: str, aside: Container[str] = frozenset()
+    ) -> PatchReport | None:
+        """The report of a run that had already finished with the same identity, when asked to resume it.
+
+        What stands ``aside`` of the identity may be another, or none. Raises OutputError for another run's output.
+        """
         if not self.resume:
             return None
         if self.folder is None:
-            if self.patch_file is None or not self._patch_is_finished(identity):
+            if self.patch_file is None or not self._patch_is_finished(identity, aside):
                 return None
             with PatchFile.open(self.patch_file) as patch:
                 return replace(patch.report(), command=command, is_earlier=True)
-        run = _finished_run(self.folder, identity)
-        patch_done = self._patch_is_finished(identity)
+        run = _finished_run(self.folder, identity, aside)
+        patch_done = self._patch_is_finished(identity, aside)
         if run is None:
             return None
         if not patch_done:
@@ -178,14 +183,14 @@ class Target:
             with suppress(OutputError, OSError), OutputLock(place, folder=is_folder):  # it may be there to be read only
                 shutil.rmtree(work, ignore_errors=True) if is_folder else work.unlink(missing_ok=True)
 
-    def _patch_is_finished(self, identity: dict[str, Any]) -> bool:
+    def _patch_is_finished(self, identity: dict[str, Any], aside: Container[str] = frozenset()) -> bool:
         """Whether the patch file, if one is asked for, is there whole; another run's is an error."""
         if self.patch_file is None:
             return True
         if not self.patch_file.exists():
             return False
         with PatchFile.open(self.patch_file) as patch:
-            if patch.manifest.run != identity:
+            if _without(patch.manifest.run, aside) != _without(identity, aside):
                 raise OutputError(
                     f"{self.patch_file} is the finished output of another run", "choose another, or --overwrite"
                 )
@@ -395,7 +400,11 @@ def _unfinished_bytes(path: Path) -> int:
     return sum(bytes_on_disk(file) for file in files)
 
 
-def _finished_run(folder: Path, identity: dict[str, Any]) -> RunRecord | None:
+def _without(identity: dict[str, Any], aside: Container[str]) -> dict[str, Any]:
+    return {name: value for name, value in identity.items() if name not in aside}
+
+
+def _finished_run(folder: Path, identity: dict[str, Any], aside: Container[str] = frozenset()) -> RunRecord | None:
     """The run record of a finished output, whose shards are there; None for an unfinished one.
 
     Raises OutputError for another run's.
@@ -403,7 +412,7 @@ def _finished_run(folder: Path, identity: dict[str, Any]) -> RunRecord | None:
     if (folder / WORK_FOLDER / JOURNAL).exists() or not (folder / RUN_FILE).exists():
         return None
     run = load_run(folder)
-    if run.identity != identity:
+    if _without(run.identity, aside) != _without(identity, aside):
         raise OutputError(f"{folder} holds the finished output of another run", "choose another, or --overwrite")
     try:
         Checkpoint.open(folder).close()

@@ -52,6 +52,7 @@ def test_every_option_is_explained_and_stands_in_a_panel(name):
     panels = {
         None,
         "Data",
+        "Statistics, with --data",
         "Which tensors",
         "Solver",
         "Distillation",

@@ -117,7 +117,16 @@ def test_a_run_broken_off_trains_again_only_where_it_must(task_pair, tmp_path, m
 def test_through_the_command_and_a_patch_file(tmp_path, kind, dtype):
     folder = make_pair(tmp_path, kind, dtype=dtype, tied=kind == "llama")
     file = tmp_path / "patch.safetensors"
-    arguments = ("--method", "graft", "--graft-data", folder / "data.jsonl", "--graft-steps", "2", "--batch-size", "3")
+    arguments = (
+        "--method",
+        "graft",
+        "--graft-data",
+        folder / "data.jsonl",
+        "--graft-steps",
+        "2",
+        "--graft-batch-size",
+        "3",
+    )
     pair = (folder / "base", folder / "tuned")
     planned = invoke("patch", *pair, "-o", tmp_path / "out", "--patch-file", file, *arguments, "--dry-run", "--json")
     assert json.loads(planned.stdout)["peak_memory_bytes"] > 700 << 20

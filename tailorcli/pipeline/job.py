@@ -1,0 +1,359 @@
+"""Calibrate the tuned model and its base, and patch: one call for what are else three, with the same bytes.
+
+The statistics lie in a folder beside the output, which an interrupted run goes on from, and go at the end; or they
+stay where the caller wants them, for a further patch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from tailorcli.adapters.checkpoint import is_adapter
+from tailorcli.calibration.expected import ExpectedStats
+from tailorcli.calibration.stats_writer import remove_statistics
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.quantized import open_checkpoint
+from tailorcli.device import resolve_device
+from tailorcli.errors import OptionsError, OutputError
+from tailorcli.files import PathLike
+from tailorcli.guard import OutputLock, entries, protect
+from tailorcli.options import CalibrateOptions, DistillOptions, PatchOptions
+from tailorcli.patchfile.report import PatchReport
+from tailorcli.patching.distilled import SAMPLED, distill_checkpoint, settings_of, with_training
+from tailorcli.patching.patch import check_writable, patch_checkpoint
+from tailorcli.patching.planner import build_plan
+from tailorcli.patching.stream import PatchInputs
+from tailorcli.pipeline.plan import JobPlan, Step
+from tailorcli.pipeline.sides import BASE, TUNED, Side
+from tailorcli.runs.again import NEW, RETAINED
+from tailorcli.runs.outputs import Target, free_bytes, identity_of
+from tailorcli.runs.plan import RUNTIME_BYTES, Plan
+from tailorcli.units import counted, format_bytes
+
+SUFFIX = ".work"  # of the folder beside the output
+
+
+def tailor(
+    base: PathLike,
+    tuned: PathLike,
+    output: PathLike | None,
+    data: PathLike,
+    *,
+    retain_data: PathLike | None = None,
+    retain: bool = True,
+    options: PatchOptions = PatchOptions(),
+    calibration: CalibrateOptions = CalibrateOptions(),
+    distill: DistillOptions | None = None,
+    patch_file: PathLike | None = None,
+    keep_stats: PathLike | None = None,
+    graft_data: PathLike | None = None,
+    progress: bool = False,
+    announce: Callable[[JobPlan], None] | None = None,
+    tell: Callable[[str], None] | None = None,
+    show: Callable[[str], None] | None = None,
+) -> PatchReport:
+    """Give back to ``tuned`` what it forgot of ``base``: calibrate both, patch, and write ``output`` or a patch file.
+
+    ``data`` is the new task's, which ``tuned`` is calibrated on. ``base`` is calibrated on ``retain_data``, or on what
+    it writes itself; without ``retain`` not at all (the paper's way). ``calibration`` says how both are calibrated;
+    its device, tensors and remote code are those of ``options``. With ``distill`` the kept entries are then trained.
+    The statistics stay in ``keep_stats``, if that is given, and are taken from there where they are the very ones that
+    would be made. With ``options.resume`` an interrupted job goes on wherever it was. ``announce`` is called with the
+    plan before the work starts, ``tell`` with a line on the data and on each step, ``show`` with the first sample.
+    The output has the same tensors, to the bit, as ``calibrate_model`` and ``patch_checkpoint`` give one by one.
+    Raises TailorError.
+    """
+    job = _Job.of(base, tuned, output, data, retain_data, retain, options, calibration, distill, patch_file, keep_stats)
+    job.graft_data = None if graft_data is None else Path(graft_data)
+    say = tell or (lambda line: None)
+    started, stages = perf_counter(), {}
+    with ExitStack() as stack:
+        job.open(stack, tell, show)
+        earlier = job.finished()
+        if earlier is not None:
+            job.clean()
+            return earlier
+        plan = job.plan(stack)
+    if announce is not None:
+        announce(plan)
+    with OutputLock(job.work, folder=True), _told_once(job):
+        if options.overwrite:
+            _remove(job.work)
+        for side, done in zip(job.sides, job.done, strict=True):
+            if not done:
+                begun = perf_counter()
+                say(f"{_WHOSE[side.name]}: {side.calibrate(progress, tell)}")
+                stages[f"calibrate {side.name}"] = perf_counter() - begun
+        report = job.patch(progress)
+        job.clean()
+    with suppress(OSError):
+        job.work.rmdir()
+    return replace(report, stages=stages | report.stages, seconds=perf_counter() - started)
+
+
+def plan_job(
+    base: PathLike,
+    tuned: PathLike,
+    output: PathLike | None,
+    data: PathLike,
+    *,
+    retain_data: PathLike | None = None,
+    retain: bool = True,
+    options: PatchOptions = PatchOptions(),
+    calibration: CalibrateOptions = CalibrateOptions(),
+    distill: DistillOptions | None = None,
+    patch_file: PathLike | None = None,
+    keep_stats: PathLike | None = None,
+    graft_data: PathLike | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> JobPlan:
+    """What ``tailor`` would do and cost; everything is checked and nothing written. Raises TailorError."""
+    job = _Job.of(base, tuned, output, data, retain_data, retain, options, calibration, distill, patch_file, keep_stats)
+    job.graft_data = None if graft_data is None else Path(graft_data)
+    with ExitStack() as stack:
+        job.open(stack, tell, None)
+        return job.plan(stack)
+
+
+_WHOSE = {TUNED: "calibrated the tuned model", BASE: "calibrated the base"}
+
+
+@dataclass
+class _Job:
+    """The inputs of a job, and from ``open`` and ``plan`` on its two sides, each ``done`` already or not."""
+
+    base: Path
+    tuned: Path
+    data: Path
+    retain_data: Path | None
+    retained: bool
+    options: PatchOptions
+    calibration: CalibrateOptions
+    distill: DistillOptions | None
+    target: Target
+    keep_stats: Path | None
+    graft_data: Path | None = None
+    inputs: PatchInputs | None = None
+    stored: dict[str, Checkpoint] = field(default_factory=dict)  # by side: what its network is loaded from
+    sides: tuple[Side, ...] = ()
+    done: tuple[bool, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        base: PathLike,
+        tuned: PathLike,
+        output: PathLike | None,
+        data: PathLike,
+        retain_data: PathLike | None,
+        retain: bool,
+        options: PatchOptions,
+        calibration: CalibrateOptions,
+        distill: DistillOptions | None,
+        patch_file: PathLike | None,
+        keep_stats: PathLike | None,
+    ) -> _Job:
+        """Take the options together. Raises OptionsError where they contradict one another."""
+        target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
+        if target.folder is None and target.patch_file is None:
+            raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
+        if distill is None and not (options.method == "tailor" and options.needs_hessians):
+            raise OptionsError(f"{_named(options)} uses no statistics, and --data is to make them", "leave --data out")
+        if distill is not None and not retain:
+            raise OptionsError("--distill needs samples of what the base must keep", "leave --no-retain out")
+        if retain_data is not None and not retain:
+            raise OptionsError("--retain-data and --no-retain exclude each other", "pass the one that you mean")
+        if calibration.teacher_weight is not None:
+            raise OptionsError("a teacher weight is for calibrate alone", "calibrate with it, then patch with --stats")
+        calibration = replace(
+            calibration,
+            device=options.device,
+            include=options.include,
+            exclude=options.exclude,
+            trust_remote_code=options.trust_remote_code,
+            keep_samples=True,
+        )
+        return cls(
+            Path(base),
+            Path(tuned),
+            Path(data),
+            None if retain_data is None else Path(retain_data),
+            retain,
+            options.resolved(retain),
+            calibration,
+            distill,
+            target,
+            None if keep_stats is None else Path(keep_stats),
+        )
+
+    @property
+    def work(self) -> Path:
+        """The folder beside the output that an interrupted run goes on from."""
+        return self.target.place.with_name(self.target.place.name + SUFFIX)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the method reads the Hessians; else distillation alone uses the samples."""
+        return self.options.method == "tailor" and self.options.needs_hessians
+
+    @property
+    def sources(self) -> dict[str, dict[str, str]]:
+        """The data, as the report names them."""
+        return {{TUNED: NEW, BASE: RETAINED}[side.name]: side.describe() for side in self.sides}
+
+    def open(self, stack: ExitStack, tell: Callable[[str], None] | None, show: Callable[[str], None] | None) -> None:
+        """Open both models and draw the samples. Raises TailorError."""
+        folder = self.work if self.keep_stats is None else self.keep_stats
+        read = [self.base, self.tuned, self.data, self.retain_data]
+        protect([self.target.folder], read, "choose another folder for -o")
+        protect([self.target.patch_file], read, "choose another name for --patch-file")
+        protect([self.keep_stats], [*read, self.target.folder], "choose another folder for --keep-stats")
+        self.inputs = PatchInputs.open(self.base, self.tuned, None, self.options, stack, None, self.graft_data)
+        own = self.inputs.base if is_adapter(self.tuned) else stack.enter_context(open_checkpoint(self.tuned))
+        sides = [Side.of(TUNED, self.inputs.tuned, own, self.data, self.calibration, folder / TUNED, tell, show)]
+        if self.retained:
+            base = stack.enter_context(open_checkpoint(self.base))
+            sides.append(Side.of(BASE, base, base, self.retain_data, self.calibration, folder / BASE, tell))
+        self.sides = tuple(sides)
+        self.stored = {TUNED: own, BASE: self.inputs.base}
+
+    def finished(self) -> PatchReport | None:
+        """The report of the same job where it has ended before, when asked to resume it. Raises OutputError."""
+        assert self.inputs is not None
+        described = self.inputs.describe() | self.sources
+        identity = identity_of(described, self.options.identity(self.retained), resolve_device(self.options.device))
+        if self.distill is not None:
+            identity |= settings_of(self.distill)
+        return self.target.finished(identity, "patch", ("stats fingerprint", "retain fingerprint", *SAMPLED))
+
+    def plan(self, stack: ExitStack) -> JobPlan:
+        """Check everything that can be checked beforehand, and say what will be done. Raises TailorError."""
+        inputs, options = self.inputs, self.options
+        assert inputs is not None
+        self._check_work()
+        fresh = self.keep_stats is None and options.overwrite
+        self.done = tuple(not fresh and self._is_there(side) for side in self.sides)
+        stats = []
+        for side, done in zip(self.sides, self.done, strict=True):
+            model = inputs.tuned if side.name == TUNED else inputs.base
+            stats.append(side.stats(model, self.stored[side.name], done, stack))
+            if side.name == TUNED:
+                stats[-1].rename_for(inputs.tuned)
+        first, retained = (stats[0], stats[1] if self.retained else None) if self.fitted else (None, None)
+        patch = build_plan(inputs.base, inputs.tuned, first, options, retained)
+        if self.distill is not None:
+            samples = [side.inputs for side in self.sides]
+            device = resolve_device(options.device)
+            patch = with_training(patch, inputs, samples, self.calibration, options, self.distill, device)
+        check_writable(self.target, options, inputs.base)
+        paths = [self.base, self.tuned, self.data, *([] if self.retain_data is None else [self.retain_data])]
+        self.target.check(paths, patch)
+        expected = [one for one in stats if isinstance(one, ExpectedStats)]
+        needed = sum(one.total_bytes for one in expected)
+        place = self.work if self.keep_stats is None else self.keep_stats
+        if needed + patch.write_bytes > free_bytes(place):
+            raise OutputError(
+                f"not enough disk for {place}: the statistics take up to {format_bytes(needed)}, and the output "
+                f"{format_bytes(patch.write_bytes)}; {format_bytes(free_bytes(place))} are free",
+                "free some, choose another disk, or fewer tensors with --include",
+            )
+        return JobPlan(self._steps(patch), patch, needed, self.keep_stats is not None, _peak(patch))
+
+    def _check_work(self) -> None:
+        """The folder beside the output is new, or ours to go on from or to replace. Raises OutputError."""
+        if not self.work.exists():
+            return
+        if not self.work.is_dir() or (strange := [e.name for e in entries(self.work) if e.name not in (TUNED, BASE)]):
+            what = f"holds {strange[0]!r}, which no run of ours wrote" if self.work.is_dir() else "is a file"
+            raise OutputError(f"{self.work} {what}", "move it away, or choose another output")
+        if entries(self.work) and not (self.options.resume or self.options.overwrite):
+            raise OutputError(
+                f"{self.target.place} was begun by an earlier run, whose statistics lie in {self.work}",
+                "pass --resume to go on with it, or --overwrite to begin anew",
+            )
+
+    def _is_there(self, side: Side) -> bool:
+        """Whether the very statistics are there; others are given up with --overwrite alone."""
+        assert self.inputs is not None
+        try:
+            return side.found(self.inputs.tuned if side.name == TUNED else self.inputs.base)
+        except OutputError:
+            if self.options.overwrite:
+                return False
+            raise
+
+    def _steps(self, patch: Plan) -> tuple[Step, ...]:
+        calibrations = (Step(_to_do(side), done) for side, done in zip(self.sides, self.done, strict=True))
+        how = ", propagated: three models run block by block" if patch.propagates else ""
+        steps = [*calibrations, Step(f"patch {counted(len(patch.patched), 'tensor')}{how}")]
+        if self.distill is not None:
+            steps.append(Step(f"train the kept entries: at most {counted(self.distill.steps, 'step')}"))
+        return tuple(steps)
+
+    def patch(self, progress: bool) -> PatchReport:
+        """The last step, with the statistics that are there now."""
+        stats, retain = self.sides[0].folder, self.sides[1].folder if self.retained else None
+        common: dict[str, Any] = {
+            "progress": progress,
+            "patch_file": self.target.patch_file,
+            "made_of": self.sources,
+            "graft_data": self.graft_data,
+        }
+        pair = (self.base, self.tuned, self.target.folder)
+        if self.distill is not None and retain is not None:
+            return distill_checkpoint(*pair, stats, retain, self.options, self.distill, **common)
+        return patch_checkpoint(*pair, stats, self.options, retain=retain, **common)
+
+    def clean(self) -> None:
+        """Take the statistics in the work folder away. Raises OutputError."""
+        _remove(self.work)
+
+
+def _peak(patch: Plan) -> int:
+    """Bytes of this machine's memory at the fullest moment of the patch and of the training after it."""
+    if patch.training is None:
+        return patch.peak_bytes
+    held = patch.training.host_bytes + (patch.training.device_bytes if patch.training.device == "cpu" else 0)
+    return max(patch.peak_bytes, RUNTIME_BYTES + held)
+
+
+def _named(options: PatchOptions) -> str:
+    return f"--method {options.method}" if options.method != "tailor" else "--solver none with --omega 1"
+
+
+def _to_do(side: Side) -> str:
+    sizes = f"{counted(side.samples, 'sample')}"
+    if side.data is None:
+        return f"let the base write {sizes} of {side.options.length:,} tokens, and calibrate it on them"
+    whose = "the tuned model" if side.name == TUNED else "the base"
+    return f"calibrate {whose} on {side.data}: {sizes}, {counted(side.tokens, 'token')}"
+
+
+def _remove(work: Path) -> None:
+    """Take both statistics away from a work folder, and the folder where nothing else is in it. Raises OutputError."""
+    for name in (TUNED, BASE):
+        remove_statistics(work / name)
+    with suppress(OSError):
+        work.rmdir()
+
+
+@contextmanager
+def _told_once(job: _Job) -> Iterator[None]:
+    """Notes on the statistics were told with the plan, by the names of what they are made of."""
+    folders = tuple(f"note: {side.folder}" for side in job.sides)
+
+    def is_new(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(folders)
+
+    logger = logging.getLogger("tailorcli")
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)

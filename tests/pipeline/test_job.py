@@ -1,0 +1,298 @@
+"""The whole job in one command: the bytes of its steps, what it leaves, and how it goes on."""
+
+import json
+import shutil
+
+import pytest
+from helpers import assert_nothing_loads, broken_off, folder_digest, make_adapter, make_pair, read_tensors, refused, run
+
+from tailorcli import CalibrateOptions, DistillOptions, PatchFile, PatchOptions, plan_job, tailor
+from tailorcli.calibration.expected import expected_stats
+from tailorcli.calibration.stats import Stats
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.writer import CheckpointWriter
+
+SMALL = ("--num-samples", 12, "--seq-len", 24)
+OPTIONS = CalibrateOptions(num_samples=12, seq_len=24)
+REPORTS = ("tailor_run.json", "tailor_report.json", "README.md")  # which name the command
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def steps(pair):
+    """The three commands: a folder with stats, base-stats, out and a patch file."""
+    run("calibrate", pair / "tuned", "--data", pair / "data.jsonl", "-o", pair / "stats", *SMALL)
+    run("calibrate", pair / "base", "--synthetic", "-o", pair / "base-stats", *SMALL)
+    stats = ("--stats", pair / "stats", "--retain", pair / "base-stats")
+    run("patch", pair / "base", pair / "tuned", *stats, "-o", pair / "out", "--patch-file", pair / "out.safetensors")
+    return pair
+
+
+def patch(pair, *arguments, **options):
+    return run("patch", pair / "base", pair / "tuned", "--data", pair / "data.jsonl", *SMALL, *arguments, **options)
+
+
+def report_of(folder):
+    return json.loads((folder / "tailor_report.json").read_text())
+
+
+def test_it_gives_the_bytes_of_its_steps_and_leaves_nothing_else(steps, tmp_path):
+    shown = patch(steps, "-o", tmp_path / "out", "--patch-file", tmp_path / "out.safetensors")
+    assert folder_digest(tmp_path / "out", REPORTS) == folder_digest(steps / "out", REPORTS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.safetensors"]
+    whole, alone = report_of(tmp_path / "out"), report_of(steps / "out")
+    inputs = whole.pop("inputs")
+    known = alone.pop("inputs")
+    assert whole == alone
+    assert {role: entry["fingerprint"] for role, entry in known.items()} == {
+        role: inputs[role]["fingerprint"] for role in known
+    }
+    assert inputs.keys() - known.keys() == {"new data", "retain data"}
+    assert inputs["new data"]["path"] == str(steps / "data.jsonl")
+    command = "tailorcli patch base tuned --data data.jsonl --num-samples 12 --seq-len 24 -o OUT"
+    assert command in (tmp_path / "out" / "README.md").read_text()
+    with PatchFile.open(tmp_path / "out.safetensors") as mine, PatchFile.open(steps / "out.safetensors") as theirs:
+        assert mine.tensors.keys() == theirs.tensors.keys()
+        for name in mine.tensors:
+            assert mine.mask(name).equal(theirs.mask(name))
+            assert mine.values(name).equal(theirs.values(name))
+    for told in (
+        "1. calibrate the tuned model",
+        "2. let the base write 12 samples of 24 tokens",
+        "3. patch 21 tensors",
+    ):
+        assert told in shown.stderr
+
+
+def test_the_papers_way_and_data_of_ones_own_are_the_steps_too(steps, tmp_path):
+    patch(steps, "-o", tmp_path / "paper", "--preset", "paper")
+    run("patch", steps / "base", steps / "tuned", "--stats", steps / "stats", "--preset", "paper", "-o", tmp_path / "p")
+    assert folder_digest(tmp_path / "paper", REPORTS) == folder_digest(tmp_path / "p", REPORTS)
+    patch(steps, "-o", tmp_path / "none", "--no-retain")
+    run("patch", steps / "base", steps / "tuned", "--stats", steps / "stats", "-o", tmp_path / "n")
+    assert folder_digest(tmp_path / "none", REPORTS) == folder_digest(tmp_path / "n", REPORTS)
+    data = ("--data", steps / "data.jsonl", *SMALL)
+    run("calibrate", steps / "base", *data, "-o", tmp_path / "old")
+    both = ("--stats", steps / "stats", "--retain", tmp_path / "old", "--no-propagate")
+    run("patch", steps / "base", steps / "tuned", *both, "-o", tmp_path / "o")
+    patch(steps, "-o", tmp_path / "own", "--retain-data", steps / "data.jsonl", "--no-propagate")
+    assert folder_digest(tmp_path / "own", REPORTS) == folder_digest(tmp_path / "o", REPORTS)
+
+
+def test_distillation_is_part_of_it(steps, tmp_path):
+    distill = ("--distill", "--distill-steps", 3, "--distill-batch-size", 4)
+    patch(steps, "-o", tmp_path / "out", *distill)
+    stats = ("--stats", steps / "stats", "--retain", steps / "base-stats")
+    run("patch", steps / "base", steps / "tuned", *stats, "-o", tmp_path / "alone", *distill)
+    assert folder_digest(tmp_path / "out", REPORTS) == folder_digest(tmp_path / "alone", REPORTS)
+    assert report_of(tmp_path / "out")["distillation"] == report_of(tmp_path / "alone")["distillation"]
+    again = patch(steps, "-o", tmp_path / "out", *distill, "--resume")
+    assert "already finished" in again.stdout
+
+
+def test_kept_statistics_serve_a_second_density(steps, tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    shown = patch(steps, "-o", tmp_path / "first", "--keep-stats", kept)
+    assert f"statistics kept in {kept}" in shown.stdout
+    assert sorted(path.name for path in kept.iterdir()) == ["base", "tuned"]
+    Stats.open(kept / "tuned").close()
+    monkeypatch.setattr("tailorcli.pipeline.sides.calibrate_model", None)  # nothing is measured again
+    shown = patch(steps, "-o", tmp_path / "second", "--keep-stats", kept, "--density", "0.3")
+    assert shown.stderr.count("there already") == 2
+    stats = ("--stats", steps / "stats", "--retain", steps / "base-stats", "--density", "0.3")
+    run("patch", steps / "base", steps / "tuned", *stats, "-o", tmp_path / "alone")
+    assert folder_digest(tmp_path / "second", REPORTS) == folder_digest(tmp_path / "alone", REPORTS)
+
+
+def test_kept_statistics_of_anything_else_are_refused_and_kept(steps, tmp_path):
+    kept = tmp_path / "kept"
+    patch(steps, "-o", tmp_path / "first", "--keep-stats", kept)
+    before = folder_digest(kept)
+    pair = ("patch", steps / "base", steps / "tuned", "--keep-stats", kept, "-o", tmp_path / "out")
+    (tmp_path / "other.jsonl").write_text((steps / "data.jsonl").read_text()[:-40])
+    few = ("--num-samples", 12, "--seq-len", 25)
+    refused(*pair, "--data", steps / "data.jsonl", *few, mentions=["seq-len", kept / "tuned"])
+    (tmp_path / "other.jsonl").write_text("".join((steps / "data.jsonl").read_text().splitlines(True)[:20]))
+    refused(*pair, "--data", tmp_path / "other.jsonl", *SMALL, mentions=["other data"], output=tmp_path / "out")
+    swapped = ("patch", steps / "tuned", steps / "base", "--keep-stats", kept, "-o", tmp_path / "out")
+    refused(*swapped, "--data", steps / "data.jsonl", *SMALL, mentions=["another model"])
+    assert folder_digest(kept) == before
+    run(*pair, "--data", tmp_path / "other.jsonl", *SMALL, "--overwrite")
+    assert folder_digest(kept) != before
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stop_at_calibration(monkeypatch, number):
+    """The so many-th calibration of a job ends in the middle."""
+    from tailorcli.pipeline import sides
+
+    original, count = sides.calibrate_model, [0]
+
+    def failing(*arguments, **options):
+        count[0] += 1
+        if count[0] == number:
+            raise StoppedError
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(sides, "calibrate_model", failing)
+
+
+@pytest.mark.parametrize("stage", ["tuned", "base", "patch"])
+def test_a_job_that_was_ended_in_any_stage_goes_on_to_the_same_bytes(steps, tmp_path, monkeypatch, stage):
+    arguments = (steps / "base", steps / "tuned", tmp_path / "out", steps / "data.jsonl")
+    if stage == "patch":
+        with broken_off(CheckpointWriter, 5):
+            tailor(*arguments, calibration=OPTIONS)
+    else:
+        with monkeypatch.context() as patched:
+            stop_at_calibration(patched, ["tuned", "base"].index(stage) + 1)
+            with pytest.raises(StoppedError):
+                tailor(*arguments, calibration=OPTIONS)
+    assert_nothing_loads(tmp_path / "out")
+    assert_nothing_loads(tmp_path / "out.work")
+    if stage != "tuned":
+        command = ("patch", steps / "base", steps / "tuned", "--data", steps / "data.jsonl", *SMALL)
+        shown = refused(*command, "-o", tmp_path / "out", output=tmp_path / "out")
+        assert "--resume" in shown
+        stop_at_calibration(monkeypatch, 1 if stage == "patch" else 2)  # what was measured is not measured again
+    patch(steps, "-o", tmp_path / "out", "--resume")
+    assert folder_digest(tmp_path / "out", REPORTS) == folder_digest(steps / "out", REPORTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_finished_job_is_known_without_its_statistics(steps, tmp_path):
+    patch(steps, "-o", tmp_path / "out")
+    before = folder_digest(tmp_path / "out", ())
+    assert "already finished" in patch(steps, "-o", tmp_path / "out", "--resume").stdout
+    assert folder_digest(tmp_path / "out", ()) == before
+    command = ("patch", steps / "base", steps / "tuned", "--data", steps / "data.jsonl", "-o", tmp_path / "out")
+    refused(*command, *SMALL, "--seed", 1, "--resume", mentions=["another run"])
+    refused(*command, *SMALL, "--density", 0.2, "--resume", mentions=["another run"])
+    refused(*command, *SMALL, mentions=["not empty"])
+    assert folder_digest(tmp_path / "out", ()) == before
+
+
+def test_a_patch_file_alone_is_resumed_and_known(steps, tmp_path):
+    file = tmp_path / "out.safetensors"
+    patch(steps, "--patch-file", file)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    before = file.read_bytes()
+    assert "already finished" in patch(steps, "--patch-file", file, "--resume").stdout
+    assert file.read_bytes() == before
+    run("apply", steps / "base", file, "-o", tmp_path / "applied")
+    assert (tmp_path / "applied" / "model.safetensors").read_bytes() == (steps / "out/model.safetensors").read_bytes()
+
+
+def test_the_tuned_model_may_be_an_adapter(tmp_path):
+    folder = make_adapter(tmp_path)
+    make_pair(tmp_path / "data")
+    data = ("--data", tmp_path / "data" / "data.jsonl", *SMALL)
+    run("patch", folder / "base", folder / "adapter", *data, "-o", tmp_path / "out")
+    run("calibrate", folder / "adapter", "--base", folder / "base", *data, "-o", tmp_path / "stats")
+    run("calibrate", folder / "base", "--synthetic", *SMALL, "-o", tmp_path / "base-stats")
+    stats = ("--stats", tmp_path / "stats", "--retain", tmp_path / "base-stats")
+    run("patch", folder / "base", folder / "adapter", *stats, "-o", tmp_path / "alone")
+    assert folder_digest(tmp_path / "out", REPORTS) == folder_digest(tmp_path / "alone", REPORTS)
+    assert read_tensors(tmp_path / "out").keys() == read_tensors(folder / "base").keys()
+
+
+def test_a_dry_run_tells_all_and_writes_nothing(steps, tmp_path):
+    shown = patch(steps, "-o", tmp_path / "out", "--dry-run")
+    assert "1. calibrate the tuned model" in shown.stdout
+    assert "of statistics meanwhile" in " ".join(shown.stdout.split())
+    assert list(tmp_path.iterdir()) == []
+    told = json.loads(patch(steps, "-o", tmp_path / "out", "--dry-run", "--json").stdout)
+    assert [step["done"] for step in told["steps"]] == [False, False, False]
+    assert (
+        told["statistics_bytes"]
+        >= sum((steps / name / "hessians.safetensors").stat().st_size for name in ("stats", "base-stats")) - 20_000
+    )  # the headers
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_plan_before_any_statistics_is_that_with_them(tmp_path, kind):
+    folder = make_pair(tmp_path, kind)
+    data = ("--data", folder / "data.jsonl", *SMALL)
+    run("calibrate", folder / "tuned", *data, "-o", folder / "stats")
+    with Checkpoint.open(folder / "tuned") as tuned:
+        known, told = Stats.open(folder / "stats"), expected_stats(folder, tuned, tuned, OPTIONS, 12, 200)
+    assert {name: bool(entry.hessians) for name, entry in told.tensors.items()} == {
+        name: bool(entry.hessians) for name, entry in known.tensors.items()
+    }
+    for name, entry in known.tensors.items():
+        mine = [told.hessians[hessian] for hessian in told.tensors[name].hessians]
+        theirs = [known.hessians[hessian] for hessian in entry.hessians]
+        assert [(i.size, i.kind) for i in mine] == [(i.size, i.kind) for i in theirs], name
+    known.close()
+
+
+def test_one_clear_error_where_options_contradict_one_another(steps, tmp_path):
+    command = ("patch", steps / "base", steps / "tuned", "-o", tmp_path / "out")
+    data = ("--data", steps / "data.jsonl")
+    refused(*command, *data, "--stats", steps / "stats", mentions=["--data and --stats"])
+    refused(*command, *data, "--retain", steps / "base-stats", mentions=["--data and --retain"])
+    refused(*command, "--keep-stats", tmp_path / "k", "--stats", steps / "stats", mentions=["--keep-stats"])
+    refused(*command, *data, "--method", "interpolate", mentions=["--method interpolate"])
+    refused(*command, *data, "--no-retain", "--distill", mentions=["--distill"])
+    refused(*command, *data, "--no-retain", "--retain-data", steps / "data.jsonl", mentions=["--no-retain"])
+    assert "tailorcli check" in refused(*command, "--dry-run", mentions=["no statistics"])
+    refused(*command, *data, "--keep-stats", steps / "base", mentions=["replace an input"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_work_folder_that_is_not_ours_is_left_alone(steps, tmp_path):
+    work = tmp_path / "out.work"
+    work.mkdir()
+    (work / "thesis.txt").write_text("mine")
+    command = ("patch", steps / "base", steps / "tuned", "--data", steps / "data.jsonl", *SMALL, "-o", tmp_path / "out")
+    for more in ((), ("--resume",), ("--overwrite",)):
+        refused(*command, *more, mentions=["thesis.txt"])
+    assert (work / "thesis.txt").read_text() == "mine"
+    shutil.rmtree(work)
+    (work / "tuned").mkdir(parents=True)
+    (work / "tuned" / "thesis.txt").write_text("mine")
+    refused(*command, "--resume", mentions=["thesis.txt"])
+    refused(*command, "--overwrite", mentions=["thesis.txt"])
+    assert (work / "tuned" / "thesis.txt").read_text() == "mine"
+
+
+def test_an_overwritten_output_stays_until_the_new_one_is_written(steps, tmp_path, monkeypatch):
+    patch(steps, "-o", tmp_path / "out", "--density", 0.3)
+    before = folder_digest(tmp_path / "out", ())
+    arguments = (steps / "base", steps / "tuned", tmp_path / "out", steps / "data.jsonl")
+    with monkeypatch.context() as patched:
+        stop_at_calibration(patched, 2)
+        with pytest.raises(StoppedError):
+            tailor(*arguments, options=PatchOptions(overwrite=True), calibration=OPTIONS)
+    assert folder_digest(tmp_path / "out", ()) == before
+    patch(steps, "-o", tmp_path / "out", "--overwrite")
+    assert folder_digest(tmp_path / "out", REPORTS) == folder_digest(steps / "out", REPORTS)
+
+
+def test_python_plans_and_runs_it_in_one_call(steps, tmp_path):
+    arguments = (steps / "base", steps / "tuned", tmp_path / "out", steps / "data.jsonl")
+    plan = plan_job(*arguments, calibration=OPTIONS, distill=DistillOptions(steps=2))
+    assert [step.what.split()[0] for step in plan.steps] == ["calibrate", "let", "patch", "train"]
+    plans, lines = [], []
+    report = tailor(*arguments, calibration=OPTIONS, announce=plans.append, tell=lines.append)
+    assert len(plans) == 1
+    assert len(lines) == 3
+    assert report.stages.keys() >= {"calibrate tuned", "calibrate base"}
+    assert folder_digest(tmp_path / "out", REPORTS) == folder_digest(steps / "out", REPORTS)
+
+
+def test_data_may_come_from_standard_input(steps, tmp_path, monkeypatch):
+    import io
+    import sys
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((steps / "data.jsonl").read_bytes())))
+    tailor(steps / "base", steps / "tuned", tmp_path / "out", "-", calibration=OPTIONS)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (steps / "out/model.safetensors").read_bytes()
