@@ -48,6 +48,7 @@ GROUPS = {
         *("calibrate_model", "score_checkpoint", "plan_patch", "patch_checkpoint", "distill_checkpoint"),
     ),
     "Patch files and several tasks": ("apply_patch", "verify_checkpoint", "plan_merge", "merge_patches"),
+    "Fine-tune": ("finetune_model", "plan_finetune", "probe_model"),
     "Evaluate": (
         *("evaluate_models", "read_tasks", "encode_task", "evaluate_network"),
         *("run_sweep", "settings_of", "read_results", "h_score"),

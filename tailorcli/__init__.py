@@ -45,6 +45,14 @@ _HOMES = {
     "PatchOptions": "tailorcli.options",
     "DistillOptions": "tailorcli.options",
     "distill_checkpoint": "tailorcli.patching.distilled",
+    "finetune_model": "tailorcli.training.finetune",
+    "plan_finetune": "tailorcli.training.finetune",
+    "probe_model": "tailorcli.training.probe",
+    "FinetuneOptions": "tailorcli.training.settings",
+    "ProbeOptions": "tailorcli.training.settings",
+    "FinetuneReport": "tailorcli.training.outcome",
+    "FinetunePlan": "tailorcli.training.outcome",
+    "ProbeReport": "tailorcli.training.probe",
     "MergeOptions": "tailorcli.options",
     "EvaluateOptions": "tailorcli.options",
     "TailorError": "tailorcli.errors",
@@ -57,12 +65,17 @@ __all__ = [
     "DistillOptions",
     "EvaluateOptions",
     "EvaluateReport",
+    "FinetuneOptions",
+    "FinetunePlan",
+    "FinetuneReport",
     "HarnessReport",
     "JobPlan",
     "MergeOptions",
     "PatchFile",
     "PatchOptions",
     "PatchReport",
+    "ProbeOptions",
+    "ProbeReport",
     "Stats",
     "SweepReport",
     "TailorError",
@@ -75,13 +88,16 @@ __all__ = [
     "encode_task",
     "evaluate_models",
     "evaluate_network",
+    "finetune_model",
     "h_score",
     "inspect_path",
     "merge_patches",
     "patch_checkpoint",
+    "plan_finetune",
     "plan_job",
     "plan_merge",
     "plan_patch",
+    "probe_model",
     "read_results",
     "read_tasks",
     "run_sweep",
@@ -112,6 +128,10 @@ if TYPE_CHECKING:
     from tailorcli.pipeline.job import plan_job, tailor
     from tailorcli.pipeline.plan import JobPlan
     from tailorcli.sweep import SweepReport, run_sweep, settings_of
+    from tailorcli.training.finetune import finetune_model, plan_finetune
+    from tailorcli.training.outcome import FinetunePlan, FinetuneReport
+    from tailorcli.training.probe import ProbeReport, probe_model
+    from tailorcli.training.settings import FinetuneOptions, ProbeOptions
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from tailorcli._version import __version__
-from tailorcli.cli import calibrating, measure, patchfiles, patching, showing
+from tailorcli.cli import calibrating, measure, patchfiles, patching, showing, training
 from tailorcli.cli.arguments import flag
 from tailorcli.cli.output import say, say_error
 from tailorcli.cli.verbosity import is_verbose
@@ -22,6 +22,7 @@ from tailorcli.terminal import guard_streams
 
 PATCH = "Patch a model"
 MEASURE = "Measure models"
+TRAIN = "Fine-tune so that less is forgotten"
 FILES = "Patch files"
 TRY = "Try it"
 
@@ -101,6 +102,8 @@ _add(showing.inspect_command, PATCH, "inspect")
 _add(measure.evaluate, MEASURE)
 _add(measure.sweep, MEASURE)
 _add(measure.hscore, MEASURE)
+_add(training.probe, TRAIN)
+_add(training.finetune, TRAIN)
 _add(patchfiles.apply, FILES)
 _add(patchfiles.verify, FILES)
 _add(patchfiles.merge_multi, FILES, "merge-multi")

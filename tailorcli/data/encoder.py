@@ -67,7 +67,7 @@ class Encoder:
         """The model's inputs for one record, of ``seq_len`` tokens at most; None if it gives none. Raises DataError."""
         if "audio" in record.fields:
             return self._speech(record, seq_len)
-        record = self._framed_by_template(record)
+        record = self.framed_by_template(record)
         if self.takes_media and record.has_media:
             return self._with_images(record, seq_len)
         if record.has_media:
@@ -83,8 +83,8 @@ class Encoder:
         plain = "text" in record.fields or "messages" not in record.fields  # a template writes special tokens itself
         return _as_inputs(self._within(self.tokens(record, self._text_of(record), plain, seq_len), seq_len))
 
-    def _framed_by_template(self, record: Record) -> Record:
-        """A question and its answer as the turns of a chat, for a model whose chat template frames them."""
+    def framed_by_template(self, record: Record) -> Record:
+        """A question and its answer as the turns of a chat, for a model whose template frames them; others stay."""
         if record.turns is None or not self._has_template(record.has_media):
             return record
         asked = record.turns
@@ -111,7 +111,7 @@ class Encoder:
         Raises DataError.
         """
         response = str(record.fields.get("response", ""))
-        record = self._framed_by_template(record)
+        record = self.framed_by_template(record)
         if "text" in record.fields or "input_ids" not in inputs or "decoder_input_ids" in inputs:
             return []
         ids = inputs["input_ids"][0].tolist()

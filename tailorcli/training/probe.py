@@ -143,6 +143,7 @@ def _drawing(options: ProbeOptions, *, synthetic: bool) -> CalibrateOptions:
         seed=options.seed,
         trust_remote_code=options.trust_remote_code,
         synthetic=synthetic,
+        columns=options.columns,
     )
 
 

@@ -12,8 +12,8 @@ from tailorcli.cli import app
 from tailorcli.options import CalibrateOptions, EvaluateOptions, MergeOptions, PatchOptions
 
 GROUP = typer.main.get_command(app)
-ORDER = ["demo", "calibrate", "score", "patch", "inspect", "evaluate", "sweep", "hscore", "apply", "verify"]
-COMMANDS = {name: GROUP.commands[name] for name in [*ORDER, "merge-multi"]}
+ORDER = ["demo", "calibrate", "score", "patch", "inspect", "evaluate", "sweep", "hscore", "probe", "finetune", "apply"]
+COMMANDS = {name: GROUP.commands[name] for name in [*ORDER, "verify", "merge-multi"]}
 
 
 def plain(text):
@@ -55,6 +55,7 @@ def test_every_option_is_explained_and_stands_in_a_panel(name):
         "Statistics, with --data",
         "Which tensors",
         "Solver",
+        "The method",
         "Distillation",
         "How it runs",
         "Other methods, to compare with",

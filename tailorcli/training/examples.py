@@ -1,0 +1,174 @@
+"""Records as what a model is trained on: its inputs, and labels that leave out what is not to be learnt.
+
+A record with a response, or with turns of an assistant, is learnt there alone; another on all of its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tailorcli.data.encoder import Encoder
+from tailorcli.data.records import Record
+from tailorcli.errors import DataError, note
+
+if TYPE_CHECKING:
+    from tailorcli.data.samples import Inputs
+
+IGNORED = -100  # the label of a token that is not learnt
+_PER_TOKEN = ("input_ids", "labels", "decoder_input_ids")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What is trained on: inputs with "labels" for each record, and how many of their tokens are learnt."""
+
+    inputs: list[Inputs]
+    learnt: int
+    dropped: int  # records without a token to learn
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all examples, those of images included."""
+        return sum(inputs["input_ids"].numel() if "input_ids" in inputs else 1 for inputs in self.inputs)
+
+
+def encode_examples(
+    records: Sequence[Record], encoder: Encoder, seq_len: int, media_ids: Sequence[int] = ()
+) -> Examples:
+    """Every record as an example of ``seq_len`` tokens at most; ``media_ids`` stand for parts of images.
+
+    Raises DataError where not one of them has a token to learn.
+    """
+    found: list[Inputs] = []
+    barred = torch.tensor(sorted({*media_ids, *encoder.media_ids}), dtype=torch.long)
+    learnt = cut = 0
+    for record in records:
+        record = record if "audio" in record.fields else encoder.framed_by_template(record)
+        before = len(encoder.cuts)
+        inputs = encoder.encode(record, seq_len)
+        cut += len(encoder.cuts) > before
+        if inputs is None:
+            continue
+        inputs = _with_labels(inputs, record, encoder, seq_len)
+        labels = inputs["labels"]
+        labels[torch.isin(labels, barred)] = IGNORED
+        count = int((labels[:, 1:] if "decoder_input_ids" not in inputs else labels).ne(IGNORED).sum())
+        if count:
+            found.append(inputs)
+            learnt += count
+    if not found:
+        raise DataError(
+            f"{records[0].where}: no record has a token to train on",
+            'give records a "response" or an assistant\'s turn within --seq-len tokens, or "text"',
+        )
+    if cut:
+        note(f"{cut:,} of {len(records):,} records are longer than --seq-len {seq_len} and are cut")
+    if dropped := len(records) - len(found):
+        note(f"{dropped:,} of {len(records):,} records have no token to learn within --seq-len {seq_len}: left out")
+    return Examples(found, learnt, len(records) - len(found))
+
+
+def _with_labels(inputs: Inputs, record: Record, encoder: Encoder, seq_len: int) -> Inputs:
+    """The inputs with (1, T) "labels"; a response is ended by the tokenizer's own end of text."""
+    if "decoder_input_ids" in inputs:
+        response = record.fields.get("response", record.fields.get("text", ""))
+        ids = encoder.tokens(record, response, most=seq_len)
+        ids = ids[1:] if ids[:1] == [encoder.start_token] else ids
+        width = inputs["decoder_input_ids"].shape[1]
+        return inputs | {"labels": torch.tensor([(ids + [IGNORED] * width)[:width]])}
+    if "input_ids" not in inputs:
+        raise DataError(f"{record.where} gives no text to learn", 'records need "text", or a "prompt" and "response"')
+    fields = record.fields
+    if "text" in fields:
+        return inputs | {"labels": inputs["input_ids"].clone()}
+    if "messages" in fields:
+        spans = _turns(inputs["input_ids"][0], record, encoder, seq_len)
+    else:
+        asked = replace(record, fields={**fields, "response": ""})
+        begin = _common(encoder.encode(asked, seq_len), inputs["input_ids"][0])
+        inputs = _ended(inputs, encoder, seq_len)
+        spans = [(begin, inputs["input_ids"].shape[1])]
+    labels = torch.full_like(inputs["input_ids"], IGNORED)
+    for start, stop in spans:
+        labels[:, start:stop] = inputs["input_ids"][:, start:stop]
+    return inputs | {"labels": labels}
+
+
+def _turns(ids: Tensor, record: Record, encoder: Encoder, seq_len: int) -> list[tuple[int, int]]:
+    """Where the assistant's turns begin, behind their heads, and end, their ends of turn included.
+
+    A turn begins where the text with an empty one in its place goes on otherwise.
+    """
+    messages = record.fields["messages"]
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        parts = isinstance(message.get("content"), list)
+        empty: dict[str, Any] = {"role": "assistant", "content": [{"type": "text", "text": ""}] if parts else ""}
+        asked, answered = ([*messages[:number], turn] for turn in (empty, message))
+        both = (replace(record, fields={**record.fields, "messages": some}) for some in (asked, answered))
+        start, stop = (_common(encoder.encode(each, seq_len), ids) for each in both)
+        spans.append((start, stop))
+    return spans
+
+
+def _common(inputs: Inputs | None, ids: Tensor) -> int:
+    """How many tokens (T,) both begin with."""
+    if inputs is None:
+        return 0
+    other = inputs["input_ids"][0]
+    length = min(len(other), len(ids))
+    differing = (other[:length] != ids[:length]).nonzero()
+    return int(differing[0]) if len(differing) else length
+
+
+def _ended(inputs: Inputs, encoder: Encoder, seq_len: int) -> Inputs:
+    """The inputs with the token that ends a text behind them, where there is one and room."""
+    ids, end = inputs["input_ids"], getattr(encoder.tokenizer, "eos_token_id", None)
+    length = ids.shape[1]
+    if not isinstance(end, int) or int(ids[0, -1]) == end or length >= seq_len:
+        return inputs
+    more = {name: pad(value, (0, 1)) for name, value in inputs.items() if name.endswith("token_type_ids")}
+    return inputs | more | {"input_ids": pad(ids, (0, 1), value=end)}
+
+
+class Collate:
+    """Joins examples to a batch: tokens padded on the right with ``padding``, and all else put together."""
+
+    def __init__(self, padding: int) -> None:
+        self.padding = padding
+
+    def __call__(self, examples: Sequence[Inputs]) -> Inputs:
+        """One batch, with an attention mask. Raises DataError for images of shapes that cannot stand together."""
+        batch: Inputs = {}
+        for name in dict.fromkeys(name for example in examples for name in example):
+            if name in _PER_TOKEN or name.endswith("token_type_ids"):
+                batch[name] = self._padded(name, [_of(example, name) for example in examples])
+                continue
+            try:
+                batch[name] = torch.cat([example[name] for example in examples if name in example])
+            except RuntimeError as error:
+                raise DataError(f"{name} of one batch have different shapes: {error}", "pass --batch-size 1") from error
+        for name in ("input_ids", "decoder_input_ids"):
+            if name in batch:
+                ones = [torch.ones_like(example[name]) for example in examples]
+                mask = "attention_mask" if name == "input_ids" else "decoder_attention_mask"
+                batch[mask] = self._padded(mask, ones)
+        return batch
+
+    def _padded(self, name: str, values: Sequence[Tensor]) -> Tensor:
+        fill = IGNORED if name == "labels" else self.padding if name.endswith("input_ids") else 0
+        width = max(value.shape[1] for value in values)
+        return torch.cat([pad(value, (0, width - value.shape[1]), value=fill) for value in values])
+
+
+def _of(example: Inputs, name: str) -> Tensor:
+    """What an example has by a name; kinds of tokens that it does not name are those of text, 0."""
+    return example[name] if name in example else torch.zeros_like(example["input_ids"])

@@ -1,0 +1,397 @@
+"""Fine-tune a base on new data with transformers' Trainer, by a method that lets it forget less.
+
+While it runs, states lie in a folder beside the output, from which an interrupted run goes on. The output is written
+from the last of them, in the base's own names, dtypes and shards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.data.records import Records, read_records
+from tailorcli.device import StageTimer, device_errors, resolve_device
+from tailorcli.errors import NumericalError, OptionsError, OutputError, TailorError, first_line
+from tailorcli.files import PathLike, as_output_error, file_digest, read_json, write_text_atomically
+from tailorcli.guard import OutputLock, Watch, entries, path_text, protect
+from tailorcli.models.config import processor_folder, read_config
+from tailorcli.models.generation import media_token_ids
+from tailorcli.models.loading import (
+    check_shapes,
+    empty_on_meta,
+    load_encoder,
+    load_model,
+    most_tokens,
+    package_versions,
+)
+from tailorcli.models.running import check_ids
+from tailorcli.system import peak_memory
+from tailorcli.training.choice import choose, trained_numel
+from tailorcli.training.examples import Examples, encode_examples
+from tailorcli.training.importance import Importance, ImportanceError
+from tailorcli.training.outcome import FinetunePlan, FinetuneReport, memory_of, write_outcome
+from tailorcli.training.probe import open_plain
+from tailorcli.training.settings import OWN_ARGUMENTS, FinetuneOptions
+
+if TYPE_CHECKING:
+    from tailorcli.training.sparse import SparseTuning
+
+SUFFIX = ".finetune"  # of the folder beside the output that an interrupted run goes on from
+IDENTITY, FINAL, FACTS = "run.json", "final", "facts.json"
+COMPLETE = "complete"  # in the folder of a state: all of it is there
+REPORT = "finetune.json"  # in the output
+
+
+@dataclass(frozen=True)
+class Job:
+    """The inputs of a run, opened and checked."""
+
+    base: Checkpoint
+    config: dict[str, Any]
+    records: Records
+    data: Path
+    importance: Importance | None
+    options: FinetuneOptions
+    arguments: dict[str, Any]  # more of TrainingArguments, from a file
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, as JSON gives it back."""
+        whole = {
+            "versions": package_versions(),
+            "base": self.base.fingerprint(),
+            "data": self.records.digest,
+            "importance": None if self.importance is None else file_digest(self.importance.path / "importance.json"),
+            "options": self.options.identity(),
+            "training_args": self.arguments,
+        }
+        return dict(json.loads(json.dumps(whole, default=str)))
+
+
+def finetune_model(
+    base: PathLike,
+    data: PathLike,
+    output: PathLike,
+    options: FinetuneOptions = FinetuneOptions(),
+    importance: PathLike | None = None,
+    training_args: PathLike | None = None,
+    progress: bool = False,
+    announce: Callable[[FinetunePlan], None] | None = None,
+) -> FinetuneReport | None:
+    """Fine-tune ``base`` on the records of ``data`` and write the checkpoint ``output``.
+
+    ``data`` is a file, a folder of files, "-" for standard input, or a dataset of the Hub, NAME[:CONFIG][:SPLIT].
+    ``importance`` is what ``probe_model`` wrote, for the method "dowser"; ``training_args`` a YAML file of further
+    TrainingArguments; ``announce`` is told the plan before training. Under torchrun every process calls it, and all
+    but the first get None. Raises TailorError.
+    """
+    started = perf_counter()
+    require_accelerate()
+    folder = Path(output)
+    work = folder.with_name(folder.name + SUFFIX)
+    with ExitStack() as stack:
+        job = _open(base, data, options, importance, training_args, stack)
+        identity = job.identity()
+        main = is_main_process()
+        if main:
+            protect([folder, work], [job.base.path, job.data], "choose another folder for -o")
+            earlier = _check(folder, work, identity, options.resume)
+            if earlier is not None:
+                return earlier
+            stack.enter_context(OutputLock(work, folder=True))
+            stack.push(_forget_if_refused(work))
+            _begin(work, identity)
+        timer = StageTimer()
+        watch = Watch([*job.base.shards, job.data])
+        facts = _facts_of(work / FINAL)
+        if facts is None:
+            with timer.stage("load"):
+                check_shapes(job.base, job.config, options)
+                network = load_model(job.base, job.config, options)
+                examples = _examples(job, network)
+            if main and announce is not None:
+                announce(plan_of(job, network, examples, folder))
+            smaller = "a smaller --batch-size with more --gradient-accumulation, or --last-layers"
+            with timer.stage("train"), device_errors(smaller):
+                facts = train(job, network, examples, work, progress, started)
+        if not main:
+            return None
+        watch.require_unchanged()
+        with timer.stage("write"):
+            report = write_outcome(job.base, job.config, options, work / FINAL, folder, identity, facts, REPORT)
+        stages = dict(timer.seconds)
+        shutil.rmtree(work, ignore_errors=True)
+        return report.timed(perf_counter() - started, stages)
+
+
+def plan_finetune(
+    base: PathLike,
+    data: PathLike,
+    output: PathLike,
+    options: FinetuneOptions = FinetuneOptions(),
+    importance: PathLike | None = None,
+    training_args: PathLike | None = None,
+) -> FinetunePlan:
+    """What ``finetune_model`` would train, and its cost; checks all that can be checked. Raises TailorError."""
+    require_accelerate()
+    folder = Path(output)
+    with ExitStack() as stack:
+        job = _open(base, data, options, importance, training_args, stack)
+        work = folder.with_name(folder.name + SUFFIX)
+        protect([folder, work], [job.base.path, job.data], "choose another folder for -o")
+        _check(folder, work, job.identity(), options.resume)
+        check_shapes(job.base, job.config, options)
+        network = empty_on_meta(job.base, job.config, options)
+        return plan_of(job, network, _examples(job, network), folder)
+
+
+def require_accelerate() -> None:
+    """Raise OptionsError where what transformers' Trainer needs is not installed."""
+    if find_spec("accelerate") is None:
+        raise OptionsError("fine-tuning needs accelerate, which the extra [train] brings", "pip install accelerate")
+
+
+def is_main_process() -> bool:
+    """Whether this process is the only one, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _open(
+    base: PathLike,
+    data: PathLike,
+    options: FinetuneOptions,
+    importance: PathLike | None,
+    training_args: PathLike | None,
+    stack: ExitStack,
+) -> Job:
+    """Open all that goes in. Raises TailorError."""
+    if (options.method == "dowser") != (importance is not None):
+        if options.method == "dowser":
+            raise OptionsError("method dowser needs --importance", "make it: tailorcli probe BASE -o IMPORTANCE")
+        raise OptionsError(f"--importance is for method dowser, not {options.method}", "leave it out")
+    resolve_device(options.device)
+    stored = stack.enter_context(open_plain(base))
+    opened = None if importance is None else Importance.open(importance)
+    if opened is not None and opened.fingerprint != stored.fingerprint():
+        raise ImportanceError(
+            f"{opened.path} was made of another base than {stored.path}", "probe this one: tailorcli probe BASE -o NEW"
+        )
+    arguments = {} if training_args is None else read_arguments(Path(training_args))
+    records = read_records(data, columns=options.columns)
+    return Job(stored, read_config(stored.path), records, Path(data), opened, options, arguments)
+
+
+def read_arguments(file: Path) -> dict[str, Any]:
+    """Further TrainingArguments from a YAML file. Raises OptionsError for what cannot be read or is not known."""
+    import transformers
+    import yaml
+
+    hint = "write names and values, such as gradient_checkpointing: true"
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise OptionsError(f"cannot read --training-args {file}: {first_line(error)}", hint) from error
+    if not isinstance(value, dict):
+        raise OptionsError(f"{file} holds a {type(value).__name__}, expected names and values", hint)
+    known = {each.name for each in fields(transformers.TrainingArguments) if each.init}
+    for name in value:
+        if name in OWN_ARGUMENTS:
+            raise OptionsError(f"{file} sets {name}", f"pass {OWN_ARGUMENTS[name]} instead")
+        if name not in known:
+            raise OptionsError(f"{file} sets {name!r}, which transformers' TrainingArguments does not have", hint)
+    return value
+
+
+def _check(folder: Path, work: Path, identity: Mapping[str, Any], resume: bool) -> FinetuneReport | None:
+    """Nothing that is there would be lost. The report of the same run, where it has finished and is resumed.
+
+    Raises OutputError.
+    """
+    begun = (work / IDENTITY).exists()
+    if folder.exists() and (not folder.is_dir() or entries(folder)):
+        if resume and (folder / REPORT).exists():
+            report = FinetuneReport.read(folder / REPORT)
+            if report.identity != identity:
+                raise OutputError(f"{folder} is the finished output of another run", "choose another folder for -o")
+            return report
+        if not (resume and begun and folder.is_dir()):
+            raise OutputError(f"{folder} exists and is not empty", "choose another folder for -o")
+    if work.exists() and not begun and entries(work):
+        raise OutputError(f"{work} holds files that tailorcli did not write", "choose another folder for -o")
+    if not begun:
+        if resume:
+            raise OutputError(f"{work} holds no run that could be resumed", "leave --resume out")
+        return None
+    if not resume:
+        raise OutputError(f"{work} holds an interrupted run", "pass --resume, or remove that folder")
+    if read_json(work / IDENTITY) != identity:
+        what = f"{work} is of a run with other options, inputs or versions"
+        raise OutputError(what, "repeat them, or remove that folder")
+    return None
+
+
+def _begin(work: Path, identity: Mapping[str, Any]) -> None:
+    """The folder in which this run keeps its states."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        if not (work / IDENTITY).exists():
+            write_text_atomically(work / IDENTITY, json.dumps(identity, indent=1) + "\n")
+    except OSError as error:
+        raise as_output_error(work, error) from error
+
+
+def _forget_if_refused(work: Path) -> Callable[..., None]:
+    """What takes the folder of states away again where a run was refused before it had any."""
+
+    def forget(_: Any, error: BaseException | None, __: Any) -> None:
+        if isinstance(error, TailorError) and last_state(work) is None and not (work / FINAL / FACTS).exists():
+            shutil.rmtree(work, ignore_errors=True)
+
+    return forget
+
+
+def _facts_of(final: Path) -> dict[str, Any] | None:
+    """What an earlier run noted when it had trained to the end; None where it had not."""
+    return read_json(final / FACTS) if (final / FACTS).exists() else None
+
+
+def _examples(job: Job, network: Any) -> Examples:
+    """The records of the data as examples of the model. Raises DataError."""
+    has_media = job.records.has_media
+    folder = processor_folder(job.base.path, job.base.path, has_media)
+    encoder = load_encoder(folder, job.base.path, has_media, job.options)
+    length = min(job.options.seq_len, most_tokens(job.base, job.config, job.options))
+    examples = encode_examples(job.records, encoder, length, media_token_ids(network))
+    check_ids(examples.inputs, network)
+    return examples
+
+
+def plan_of(job: Job, network: Any, examples: Examples, output: Path) -> FinetunePlan:
+    """What is trained and what it takes, of a network that may be without memory. Raises OptionsError."""
+    options = job.options
+    names = choose(network, options.trainable, options.last_layers)
+    if job.importance is not None:
+        names = [name for name in names if name in job.importance.digests]
+        if not names:
+            what = f"{job.importance.path} has no scores of what is to be trained"
+            raise OptionsError(what, "see --trainable and --last-layers")
+    numel = trained_numel(network, names)
+    trained = round(options.update_ratio * numel) if options.method == "dowser" else numel
+    weights = sum(parameter.nbytes for parameter in network.parameters())
+    size = next(network.parameters()).element_size()
+    batches = -(-len(examples.inputs) // (options.batch_size * processes() * options.gradient_accumulation))
+    steps = options.steps or max(1, round(options.epochs * batches))
+    return FinetunePlan(
+        output=path_text(output),
+        method=options.method,
+        parameters=len(names),
+        entries=trained,
+        of_entries=sum(parameter.numel() for parameter in network.parameters()),
+        examples=len(examples.inputs),
+        tokens=examples.num_tokens,
+        learnt_tokens=examples.learnt,
+        steps=steps,
+        memory=memory_of(options.method, weights, numel, size),
+        write_bytes=job.base.nbytes,
+    )
+
+
+def processes() -> int:
+    """Processes that train together."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    return int(text) if text.isdigit() else 1
+
+
+def train(job: Job, network: Any, examples: Examples, work: Path, progress: bool, started: float) -> dict[str, Any]:
+    """Train, save the model into ``work``/final, and give the facts about it; ``started`` is when the run began.
+
+    Raises NumericalError where the loss or the gradients are no numbers; the last good state is kept.
+    """
+    import torch
+    from transformers import TrainingArguments
+
+    from tailorcli.models.loading import quiet_transformers
+    from tailorcli.training.trainer import GuardedTrainer, NotANumber, guard_of
+
+    padding = getattr(network.config.get_text_config(), "pad_token_id", None)
+    with quiet_transformers():
+        try:
+            arguments = TrainingArguments(**_arguments(job, work))
+        except (TypeError, ValueError, ImportError) as error:
+            what = f"transformers refuses these TrainingArguments: {first_line(error)}"
+            raise OptionsError(what, "see --training-args") from error
+        trainer = GuardedTrainer.of(network, arguments, examples.inputs, padding if isinstance(padding, int) else 0)
+        tuning = _tuning(job).attach(trainer)
+        guard_of(trainer, work, COMPLETE, progress)
+        state = last_state(work)
+        try:
+            trainer.train(resume_from_checkpoint=None if state is None else str(state))
+        except NotANumber as error:
+            kept = trainer.keep_last_good(error.in_gradient)
+            where = f"the last good state, of step {kept[0]}, is {kept[1]}" if kept else "no state was saved before it"
+            what = f"the {'gradient' if error.in_gradient else 'loss'} is {error.value} in step {error.step}: {where}"
+            slower = "a lower --learning-rate" + ("" if job.options.dtype == "float32" else " or --dtype float32")
+            raise NumericalError(what, f"remove {work} and start anew with {slower}") from None
+        trainer.save_model(str(work / FINAL))
+    cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    log = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    facts = {
+        "base": path_text(job.base.path),
+        "method": job.options.method,
+        "trained": tuning.names,
+        "unscored": tuning.unscored,
+        "examples": len(examples.inputs),
+        "tokens": examples.num_tokens,
+        "learnt_tokens": examples.learnt,
+        "steps": trainer.state.global_step,
+        "losses": log,
+        "seconds": perf_counter() - started,
+        "peak_memory_bytes": peak_memory(),
+        "peak_cuda_bytes": cuda,
+    }
+    if is_main_process():
+        write_text_atomically(work / FINAL / FACTS, json.dumps(facts, indent=1) + "\n")
+    return facts
+
+
+def _tuning(job: Job) -> SparseTuning:
+    from tailorcli.training.sparse import SparseTuning
+
+    options = job.options
+    return SparseTuning(
+        options.method,
+        importance=None if job.importance is None else job.importance.path,
+        update_ratio=options.update_ratio,
+        trainable=options.trainable,
+        last_layers=options.last_layers,
+        accumulate=options.accumulate,
+        strength=options.strength,
+        round_steps=options.round_steps,
+        seed=options.seed,
+    )
+
+
+def _arguments(job: Job, work: Path) -> dict[str, Any]:
+    """All of TrainingArguments that are set."""
+    import torch
+
+    cpu = job.options.device == "cpu" or not torch.cuda.is_available()
+    quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 10, "logging_first_step": True}
+    saving = {"save_strategy": "steps", "save_total_limit": 2}
+    made = {"optim": "adamw_torch", "remove_unused_columns": False, "dataloader_pin_memory": not cpu, "use_cpu": cpu}
+    own = {"output_dir": str(work), "logging_nan_inf_filter": False}
+    return quiet | saving | made | job.arguments | job.options.trainer_arguments() | own
+
+
+def last_state(work: Path) -> Path | None:
+    """The latest state that is there whole."""
+    found = [path.parent for path in work.glob(f"checkpoint-*/{COMPLETE}") if path.parent.name[11:].isdigit()]
+    return max(found, key=lambda path: int(path.name[11:]), default=None)

@@ -1,0 +1,111 @@
+"""transformers' Trainer as ``finetune`` uses it: it stops at a loss that is no number, and marks what it has saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from tailorcli.files import write_text_atomically
+from tailorcli.terminal import Progress
+from tailorcli.training.examples import Collate
+from tailorcli.training.shards import local, summed
+
+if TYPE_CHECKING:
+    from tailorcli.data.samples import Inputs
+
+
+class NotANumber(Exception):  # noqa: N818  # it never reaches a user
+    """The loss of a step, or its gradient, is no number."""
+
+    def __init__(self, value: float, step: int, *, in_gradient: bool) -> None:
+        super().__init__(value, step)
+        self.value, self.step, self.in_gradient = value, step, in_gradient
+
+
+class GuardedTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer that raises NotANumber before a step that would spoil the weights."""
+
+    @classmethod
+    def of(cls, network: Any, arguments: Any, examples: Sequence[Inputs], padding: int) -> Self:
+        """A Trainer of examples with labels, which are padded with ``padding``."""
+        made = cls(network, arguments, train_dataset=list(examples), data_collator=Collate(padding))
+        made.remove_callback(PrinterCallback)
+        return made
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **given: Any) -> Any:
+        """Give transformers' loss. Raises NotANumber."""
+        found = super().compute_loss(model, inputs, *args, **given)
+        value = float((found[0] if isinstance(found, tuple) else found).detach())
+        if not math.isfinite(value):
+            raise NotANumber(value, self.state.global_step + 1, in_gradient=False)
+        return found
+
+    def keep_last_good(self, in_gradient: bool) -> tuple[int, Path] | None:
+        """The step and folder of the last state with sound weights: of now, or what was saved earlier; None if none."""
+        from tailorcli.training.finetune import last_state
+
+        folder = Path(self.args.output_dir)
+        sound = all(bool(local(parameter).isfinite().all()) for parameter in self.model.parameters())
+        if sound and self.args.world_size == 1 and self.state.global_step:
+            self._save_checkpoint(self.model, None)
+            self.callback_handler.on_save(self.args, self.state, self.control)
+        found = last_state(folder)
+        return None if found is None else (int(found.name.rpartition("-")[2]), found)
+
+
+class _Guard(TrainerCallback):  # type: ignore[misc]
+    """Progress, the mark of a whole state, and a look at the gradients before each step."""
+
+    def __init__(self, trainer: Any, work: Path, mark: str, progress: bool) -> None:
+        self._trainer, self._work, self._mark, self._shown = trainer, work, mark, progress
+        self._bar: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar = Progress("training", state.max_steps, "steps", shown=self._shown and args.process_index == 0)
+        self._bar.start_at(state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if args.fp16:
+            return  # its scaler skips such steps by itself
+        total = torch.zeros((), dtype=torch.float64, device=args.device)  # one number, so that a GPU waits but once
+        for parameter in given["model"].parameters():
+            if parameter.grad is not None:
+                square = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float64).square()
+                total += summed(square, parameter.grad)
+        norm = math.sqrt(value) if (value := float(total)) >= 0 else value
+        if not math.isfinite(norm):
+            raise NotANumber(norm, state.global_step + 1, in_gradient=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log |= state.global_step == state.max_steps  # the last loss, too
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self._bar is not None and logs and "loss" in logs:
+            self._bar.note(f"loss {float(logs['loss']):.4g}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        folder = self._work / f"checkpoint-{state.global_step}"
+        if args.process_index == 0 and folder.is_dir():
+            write_text_atomically(folder / self._mark, f"{state.global_step}\n")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def guard_of(trainer: Any, work: Path, mark: str, progress: bool) -> None:
+    """Let ``trainer`` show its progress, mark each whole state with a file ``mark``, and look at its gradients."""
+    trainer.add_callback(_Guard(trainer, work, mark, progress))
