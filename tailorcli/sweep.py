@@ -23,9 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tailorcli._version import __version__
-from tailorcli.adapters.checkpoint import is_adapter, open_tuned
 from tailorcli.calibration.stats import Stats
-from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.errors import CheckpointError, OptionsError, OutputError, TailorError
 from tailorcli.evaluation.evaluate import encode_for_all, score_model, tokenizer_digest
@@ -41,6 +39,7 @@ from tailorcli.evaluation.metrics import (
     frontier_area,
     summarise,
 )
+from tailorcli.evaluation.subjects import Subject, open_subject
 from tailorcli.evaluation.tasks import Task, read_tasks
 from tailorcli.files import PathLike, as_output_error, file_digest, read_json, write_text_atomically
 from tailorcli.guard import OutputLock, entries, protect
@@ -268,15 +267,13 @@ def run_sweep(
     folder = _prepare(Path(output))
     with ExitStack() as stack:
         stack.enter_context(OutputLock(folder, folder=True))
-        folders = {"base": Path(base), "tuned": _full_weights(base, tuned, folder, options, stack)}
-        whole = {name: stack.enter_context(Checkpoint.open(path)) for name, path in folders.items()}
-        given = {"base": whole["base"], "tuned": stack.enter_context(open_tuned(tuned, whole["base"]))}
-        known = _identity(given, folders, stats, retain, graft_data, read, options)
-        encoded = {part: encode_for_all(of_part, whole, options) for part, of_part in read.items()}
+        ends = {name: open_subject(path, base, stack) for name, path in (("base", base), ("tuned", tuned))}
+        known = _identity(ends, stats, retain, graft_data, read, options)
+        encoded = {part: encode_for_all(of_part, ends, options) for part, of_part in read.items()}
         with open_checkpoint(base) as opened:
             quantised = opened.dequantized
         scorer = _Scorer(folder, encoded, options, known, quantised)
-        results = [scorer.end(name, path) for name, path in folders.items()]
+        results = [scorer.end(name, end.path, base) for name, end in ends.items()]
         for number, setting in enumerate(settings, 1):
             say(f"{number} of {len(settings)}: {setting.label}")
             distilled = setting.distill is not None
@@ -300,19 +297,6 @@ def run_sweep(
     )
     write_text_atomically(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
     return report
-
-
-def _full_weights(base: PathLike, tuned: PathLike, folder: Path, options: EvaluateOptions, stack: ExitStack) -> Path:
-    """The tuned model as a checkpoint that loads: an adapter is merged into its base for as long as ``stack`` lasts."""
-    if not is_adapter(tuned):
-        return Path(tuned)
-    merged = folder / _MERGED
-    shutil.rmtree(merged, ignore_errors=True)
-    stack.callback(shutil.rmtree, merged, ignore_errors=True)
-    patch_checkpoint(
-        base, tuned, merged, options=PatchOptions(density=1.0, omega=1.0, solver="none", device=options.device)
-    )
-    return merged
 
 
 def _read_parts(tasks: Sequence[str], validation: Sequence[str], options: EvaluateOptions) -> dict[str, list[Task]]:
@@ -348,8 +332,7 @@ def _prepare(folder: Path) -> Path:
 
 
 def _identity(
-    given: Mapping[str, Checkpoint],
-    folders: Mapping[str, Path],
+    ends: Mapping[str, Subject],
     stats: PathLike | None,
     retain: PathLike | None,
     graft_data: PathLike | None,
@@ -357,8 +340,10 @@ def _identity(
     options: EvaluateOptions,
 ) -> dict[str, Any]:
     """What the result of every setting depends on besides the setting."""
-    facts: dict[str, Any] = {name: checkpoint.fingerprint() for name, checkpoint in given.items()}
-    facts["tokenizers"] = {name: tokenizer_digest(path) for name, path in folders.items()}
+    facts: dict[str, Any] = {name: end.checkpoint.fingerprint() for name, end in ends.items()}
+    has_media = any(record.has_media for of_part in read.values() for task in of_part for record in task.records)
+    folders = {name: (end.encoder_folder(has_media), end.stored.path) for name, end in ends.items()}
+    facts["tokenizers"] = {name: tokenizer_digest(*where) for name, where in folders.items()}
     facts["versions"] = {name: version(name) for name in ("torch", "transformers")} | {"tailorcli": __version__}
     facts["code"] = _code_digest()
     for name, path in (("stats", stats), ("retain", retain)):
@@ -397,9 +382,13 @@ class _Result:
 
 @dataclass(frozen=True)
 class _Made:
-    """A model to score: its folder, the seconds that the patch took, the bytes of its patch file."""
+    """A model to score: its folder, the seconds that the patch took, the bytes of its patch file.
+
+    ``base`` is what an adapter is on.
+    """
 
     path: Path
+    base: PathLike | None = None
     seconds: float = 0.0
     patch_bytes: int | None = None
 
@@ -414,9 +403,9 @@ class _Scorer:
     known: dict[str, Any]
     quantised: bool
 
-    def end(self, name: str, path: Path) -> _Result:
+    def end(self, name: str, path: Path, base: PathLike) -> _Result:
         """Base or tuned."""
-        return _Result(name, name, None, *self._scores(name, {}, (), lambda: _Made(path), name))
+        return _Result(name, name, None, *self._scores(name, {}, (), lambda: _Made(path, base), name))
 
     def patched(self, setting: Setting, base: PathLike, tuned: PathLike, inputs: dict[str, PathLike | None]) -> _Result:
         """A setting's model, which is written, evaluated and removed. Raises TailorError, which names the setting."""
@@ -432,7 +421,7 @@ class _Scorer:
                 report = patch_checkpoint(base, tuned, model, options=options, patch_file=stored, **inputs)  # type: ignore[arg-type]
             else:
                 report = _distilled(setting, options, base, tuned, model, stored, inputs)
-            return _Made(model, report.seconds, None if stored is None else stored.stat().st_size)
+            return _Made(model, None, report.seconds, None if stored is None else stored.stat().st_size)
 
         try:
             chosen = options.to_dict() | {"retained": setting.retained}
@@ -462,7 +451,7 @@ class _Scorer:
             made = make()
             by_part = {part: models[encoded_for] for part, models in self.tasks.items()}
             flat = {f"{part}/{name}": task for part, tasks in by_part.items() for name, task in tasks.items()}
-            scores = score_model(made.path, flat, self.options)
+            scores = score_model(made.path, flat, self.options, made.base)
             values = {"label": label, "options": options, "seconds": made.seconds, "patch_bytes": made.patch_bytes}
             values["scores"] = {name: _plain(one) for name, one in scores.items()}
             write_text_atomically(file, json.dumps(values) + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -181,6 +182,20 @@ def open_tuned(
         raise CheckpointError(what, "pass the base as it was before it was quantised")
     formulas, saved = fit_adapter(folder, base, read_settings(folder), loaded_names)
     return AdaptedCheckpoint(folder, base, formulas, saved)
+
+
+def named_base(adapter: Path) -> Path:
+    """The local folder that an adapter's config names as its base. Raises CheckpointError where there is none."""
+    named = read_settings(adapter).base_name
+    try:
+        if named and Path(named).is_dir():
+            return Path(named)
+    except OSError:  # no path at all
+        pass
+    what = f"names {reprlib.repr(named)}, which is no local folder" if named else "names none"
+    raise CheckpointError(
+        f"{adapter} is an adapter: its base is needed, and {CONFIG_FILE} {what}", "pass its base: --base BASE"
+    )
 
 
 def tokenizer_folder(tuned: Checkpoint) -> Path:

@@ -5,7 +5,6 @@ In the ordinary way the whole model is in memory; one that does not fit goes blo
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -13,8 +12,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.adapters.checkpoint import is_adapter
-from tailorcli.adapters.config import CONFIG_FILE, read_settings
+from tailorcli.adapters.checkpoint import is_adapter, named_base
+from tailorcli.adapters.config import CONFIG_FILE
 from tailorcli.adapters.interpolated import InterpolatedCheckpoint, original
 from tailorcli.calibration.entries import entry_of
 from tailorcli.calibration.passes import Run, collect_blockwise, collect_whole
@@ -25,7 +24,7 @@ from tailorcli.calibration.stats_writer import StatsWriter, prepare_folder
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
-from tailorcli.errors import CheckpointError, OptionsError, OutputError, note
+from tailorcli.errors import OptionsError, OutputError, note
 from tailorcli.files import PathLike
 from tailorcli.guard import OutputLock, Watch, path_text, protect
 from tailorcli.models.config import read_config
@@ -234,7 +233,7 @@ def _open(
     if options.teacher_weight is not None:
         if base is None and not is_adapter(model):
             raise OptionsError("--teacher-weight needs the base", "pass it: --base BASE")
-        opened = stack.enter_context(open_checkpoint(_named_base(model) if base is None else base))
+        opened = stack.enter_context(open_checkpoint(named_base(model) if base is None else base))
         tuned = stack.enter_context(open_for(opened, model))
         weight = 1.0 if options.teacher_weight == AUTO else float(options.teacher_weight)
         view = InterpolatedCheckpoint(opened, tuned, weight)
@@ -246,22 +245,8 @@ def _open(
         if (model / CONFIG_FILE).exists():
             note(f"{model} holds full weights, which are taken as they are: the adapter beside them is not applied")
         return checkpoint, checkpoint
-    stored = stack.enter_context(open_checkpoint(_named_base(model) if base is None else base))
+    stored = stack.enter_context(open_checkpoint(named_base(model) if base is None else base))
     return stored, stack.enter_context(open_for(stored, model))
-
-
-def _named_base(adapter: Path) -> Path:
-    """The local folder that an adapter's config names as its base."""
-    named = read_settings(adapter).base_name
-    try:
-        if named and Path(named).is_dir():
-            return Path(named)
-    except OSError:  # no path at all
-        pass
-    what = f"names {reprlib.repr(named)}, which is no local folder" if named else "names none"
-    raise CheckpointError(
-        f"{adapter} is an adapter: its base is needed, and {CONFIG_FILE} {what}", "pass its base: --base BASE"
-    )
 
 
 def _longest_hessian_names(stored: Checkpoint) -> Iterator[str]:

@@ -52,11 +52,15 @@ from tailorcli.units import counted
 
 
 def evaluate(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="Folders of checkpoints.")],
+    models: Annotated[
+        list[Path], typer.Argument(metavar="MODEL", help="Folders of checkpoints or adapters, and patch files.")
+    ],
     task: Tasks,
     origin: SomeOrigin = None,
     target: SomeTarget = None,
-    base: Annotated[Path | None, typer.Option(metavar="MODEL", help="Which MODEL is the pre-trained one.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="The pre-trained MODEL: adapters and patch files are on it.")
+    ] = None,
     tuned: Annotated[Path | None, typer.Option(metavar="MODEL", help="Which MODEL is the fine-tuned one.")] = None,
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", help="Most tokens that kind generate writes.", rich_help_panel=RUNNING)

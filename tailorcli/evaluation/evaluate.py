@@ -12,15 +12,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.checkpoint.folder import Checkpoint, other_files
+from tailorcli.checkpoint.folder import other_files
 from tailorcli.device import device_errors, resolve_device
-from tailorcli.errors import CheckpointError, DataError, OptionsError, TailorError
+from tailorcli.errors import DataError, OptionsError, TailorError
 from tailorcli.evaluation.metrics import LEVEL, Estimate, Roles, TaskScores, check_roles, compare
+from tailorcli.evaluation.subjects import Subject, is_patch, needs_base, open_subject
 from tailorcli.evaluation.tasks import EncodedTask, Task, encode_task, read_tasks
 from tailorcli.files import PathLike, as_output_error, read_bytes, write_text_atomically
 from tailorcli.guard import path_text
 from tailorcli.models.config import read_config
-from tailorcli.models.loading import check_shapes, load_encoder, load_model, most_tokens, package_versions
+from tailorcli.models.loading import check_shapes, load_encoder, most_tokens, package_versions
 from tailorcli.options import EvaluateOptions
 from tailorcli.system import give_back_memory
 from tailorcli.terminal import Progress
@@ -96,28 +97,31 @@ def evaluate_models(
     tuned: PathLike | None = None,
     progress: bool = False,
 ) -> EvaluateReport:
-    """Evaluate checkpoint folders on tasks written as NAME=FILE:KIND (``tasks.KINDS``), loading one model at a time.
+    """Evaluate models on tasks written as NAME=FILE:KIND (``tasks.KINDS``), loading one at a time.
 
-    ``origin`` and ``target`` name the old and the new tasks, from which H comes (Eq. 32); ``base`` and ``tuned`` say
-    which of the models are the one before fine-tuning and the one after. Every item is scored for every model: one
-    that is too long for one of them is left out for all. Everything is checked before a model is loaded.
+    A model is a checkpoint's folder, an adapter's, or a patch file; the last two are formed on ``base`` in memory, and
+    an adapter without one on the local folder that it names. ``origin`` and ``target`` name the old and the new tasks,
+    from which H comes (Eq. 32); ``base`` and ``tuned`` say which of the models are the one before fine-tuning and the
+    one after. Every item is scored for every model: one that is too long for one of them is left out for all.
+    Everything is checked before a model is loaded.
     Raises TailorError.
     """
     started = perf_counter()
     read = read_tasks(tasks, options.limit)
     device = resolve_device(options.device)
-    names = _names([Path(model) for model in models])
-    roles = check_roles([task.name for task in read], origin, target, _which(base, names), _which(tuned, names))
+    names = names_of([Path(model) for model in models])
+    roles = roles_of([task.name for task in read], origin, target, base, tuned, names)
     with ExitStack() as stack:
-        checkpoints = {name: stack.enter_context(Checkpoint.open(path)) for name, path in names.items()}
-        for checkpoint in checkpoints.values():
-            check_shapes(checkpoint, read_config(checkpoint.path), options)
-        encoded = encode_for_all(read, checkpoints, options)
+        subjects = {name: open_subject(path, base, stack) for name, path in names.items()}
+        for subject in subjects.values():
+            check_shapes(subject.stored, read_config(subject.stored.path), options)
+        encoded = encode_for_all(read, subjects, options)
         scores, facts = {}, {}
-        for name, checkpoint in checkpoints.items():
+        for name, subject in subjects.items():
             with device_errors("a smaller --batch-size"):
-                scores[name], ran_in = _evaluate(name, checkpoint, encoded[name], options, device, progress)
-            facts[name] = {"path": path_text(names[name]), "fingerprint": checkpoint.fingerprint(), "run_in": ran_in}
+                scores[name], ran_in = _evaluate(name, subject, encoded[name], options, device, progress)
+            found = subject.checkpoint.fingerprint()
+            facts[name] = {"path": path_text(names[name]), "fingerprint": found, "run_in": ran_in}
     return EvaluateReport(
         options=options.to_dict(),
         versions=package_versions(),
@@ -130,19 +134,39 @@ def evaluate_models(
     )
 
 
-def _names(paths: list[Path]) -> dict[str, Path]:
-    """A short name for each model: its folder's, or the whole path where folders have the same."""
+def names_of(paths: list[Path]) -> dict[str, Path]:
+    """A short name for each model: its folder's or file's, or the whole path where several have the same.
+
+    Raises OptionsError for a model that is given twice.
+    """
     if not paths:
-        raise OptionsError("there is no model to evaluate", "pass one or more MODEL folders")
+        raise OptionsError("there is no model to evaluate", "pass one or more MODELs")
     seen: dict[Path, Path] = {}
     for path in paths:
-        if not path.is_dir():
-            raise CheckpointError(f"there is no model folder {path}", "pass the folder that save_pretrained wrote")
         if path.resolve() in seen:
             raise OptionsError(f"{path} is given twice", "pass every model once")
         seen[path.resolve()] = path
-    short = [path.name for path in seen]
+    short = [path.stem if is_patch(path) else path.name for path in seen]
     return {name if short.count(name) == 1 else str(path): path for name, path in zip(short, paths, strict=True)}
+
+
+def roles_of(
+    tasks: Sequence[str],
+    origin: Sequence[str],
+    target: Sequence[str],
+    base: PathLike | None,
+    tuned: PathLike | None,
+    names: dict[str, Path],
+) -> Roles:
+    """The roles of tasks and models, checked; a base that adapters and patch files are on need not be evaluated.
+
+    Raises OptionsError.
+    """
+    if base is not None and any(needs_base(path) for path in names.values()):
+        listed = {path.resolve() for path in names.values()}
+        is_listed = Path(base).resolve() in listed or str(base) in names
+        base = base if is_listed and origin else None  # else it is what they are on, and no more
+    return check_roles(tasks, origin, target, _which(base, names), _which(tuned, names))
 
 
 def _which(path: PathLike | None, names: dict[str, Path]) -> str | None:
@@ -156,7 +180,7 @@ def _which(path: PathLike | None, names: dict[str, Path]) -> str | None:
 
 
 def encode_for_all(
-    tasks: list[Task], checkpoints: dict[str, Checkpoint], options: EvaluateOptions
+    tasks: list[Task], subjects: dict[str, Subject], options: EvaluateOptions
 ) -> dict[str, dict[str, EncodedTask]]:
     """Model -> task -> the same items, by each model's own tokenizer; models with the same one share the result.
 
@@ -165,10 +189,11 @@ def encode_for_all(
     has_media = any(record.has_media for task in tasks for record in task.records)
     made: dict[tuple[str, int, int | None], dict[str, EncodedTask]] = {}
     keys = {}
-    for name, checkpoint in checkpoints.items():
-        encoder = load_encoder(checkpoint.path, checkpoint.path, has_media, options)
-        positions = most_tokens(checkpoint, read_config(checkpoint.path), options)
-        keys[name] = (tokenizer_digest(checkpoint.path), positions, encoder.start_token)
+    for name, subject in subjects.items():
+        stored, folder = subject.stored, subject.encoder_folder(has_media)
+        encoder = load_encoder(folder, stored.path, has_media, options)
+        positions = most_tokens(stored, read_config(stored.path), options)
+        keys[name] = (tokenizer_digest(folder, stored.path), positions, encoder.start_token)
         if keys[name] not in made:
             made[keys[name]] = {task.name: encode_task(task, encoder, options, positions) for task in tasks}
     for task in tasks:
@@ -182,13 +207,23 @@ def encode_for_all(
 
 
 _CARDS = ("README.md", "TUNED_README.md", "BASE_README.md")
-_NO_TOKENIZER = ("config.json", "generation_config.json", "training_args.bin", ".gitattributes", *_CARDS)
+_NO_TOKENIZER = (
+    "adapter_config.json",
+    "config.json",
+    "generation_config.json",
+    "training_args.bin",
+    ".gitattributes",
+    *_CARDS,
+)
 _NO_MATTER = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")  # of config.json; the rest may
 
 
-def tokenizer_digest(folder: Path) -> str:
-    """A hash of all that can decide how a folder's model encodes: its config, and every side file but a few."""
-    config = {key: value for key, value in read_config(folder).items() if key not in _NO_MATTER}
+def tokenizer_digest(folder: Path, model: Path) -> str:
+    """A hash of all that can decide how a model encodes: its config, and every side file but a few of ``folder``.
+
+    ``model`` is the folder of the config: another one where the tokenizer lies with an adapter.
+    """
+    config = {key: value for key, value in read_config(model).items() if key not in _NO_MATTER}
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
     for name in other_files(folder):
         if str(name) not in _NO_TOKENIZER:
@@ -197,16 +232,22 @@ def tokenizer_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def score_model(path: PathLike, tasks: dict[str, EncodedTask], options: EvaluateOptions) -> dict[str, TaskScores]:
-    """One checkpoint folder's scores on tasks that are encoded already; nothing of it stays in memory."""
-    with Checkpoint.open(path) as checkpoint, device_errors("a smaller --batch-size"):
+def score_model(
+    path: PathLike, tasks: dict[str, EncodedTask], options: EvaluateOptions, base: PathLike | None = None
+) -> dict[str, TaskScores]:
+    """One model's scores on tasks that are encoded already; nothing of it stays in memory.
+
+    ``base`` is what an adapter or a patch file is on. Raises TailorError.
+    """
+    with ExitStack() as stack, device_errors("a smaller --batch-size"):
+        subject = open_subject(path, base, stack)
         device = resolve_device(options.device)
-        return _evaluate(Path(path).name, checkpoint, tasks, options, device, progress=False)[0]
+        return _evaluate(Path(path).name, subject, tasks, options, device, progress=False)[0]
 
 
 def _evaluate(
     name: str,
-    checkpoint: Checkpoint,
+    subject: Subject,
     tasks: dict[str, EncodedTask],
     options: EvaluateOptions,
     device: torch.device,
@@ -217,7 +258,7 @@ def _evaluate(
 
     from tailorcli.evaluation.predict import evaluate_network
 
-    network = load_model(checkpoint, read_config(checkpoint.path), options).to(device)
+    network = subject.load(options).to(device)
     rows = sum(len(item.rows) for task in tasks.values() for item in task.items)
     with Progress(f"evaluating {name}", rows, "rows", shown=progress) as bar:
         try:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tailorcli.data.encoder import Encoder
 from tailorcli.data.records import Check, Record, check_record, read_records
+from tailorcli.data.sources import is_dataset
 from tailorcli.errors import DataError, OptionsError
-from tailorcli.files import file_digest
 from tailorcli.options import EvaluateOptions, is_label
 
 if TYPE_CHECKING:
@@ -34,13 +34,13 @@ _GENERATE = 'a record of kind generate needs "prompt" and "response" (a text of 
 
 @dataclass(frozen=True)
 class Task:
-    """The records of one task's file."""
+    """The records of one task's data."""
 
     name: str
     path: Path
     kind: Kind
     records: tuple[Record, ...]
-    digest: str  # of the file
+    digest: str  # of its bytes
 
 
 @dataclass(frozen=True)
@@ -109,16 +109,15 @@ def read_tasks(specs: Sequence[str], limit: int | None = None) -> list[Task]:
         name, path, kind = parse_task(spec)
         if any(task.name == name for task in tasks):
             raise OptionsError(f"two tasks have the name {name!r}", "give each a name of its own")
-        if not path.is_file():
+        if not path.exists() and not is_dataset(str(path)):
             raise DataError(f"task {name!r}: there is no file {path}", _SPEC)
         checks: dict[str, Check] = {"text": _check_text, "generate": _check_generate}
         records = read_records(path, check=checks.get(kind, _check_choice))
-        if path.suffix == ".txt" and kind != "text":
+        if records.is_plain_text and kind != "text":
             raise DataError(
                 f"{path} is plain text, which task {name!r} of kind {kind} cannot use", "pass a .jsonl file"
             )
-        digest = file_digest(path)
-        tasks.append(Task(name, path, kind, tuple(islice(records, limit)), digest))
+        tasks.append(Task(name, path, kind, tuple(islice(records, limit)), records.digest))
     return tasks
 
 

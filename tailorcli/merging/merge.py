@@ -21,7 +21,7 @@ from tailorcli.options import MergeOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.records import TensorRecord, fields_of
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport
-from tailorcli.patching.apply import patched_tensor, side_sources
+from tailorcli.patchfile.view import patched_tensor, side_sources
 from tailorcli.runs.card import CARDS
 from tailorcli.runs.loop import LastPrepared, worked_on
 from tailorcli.runs.outputs import Target, identity_of, progress_bar

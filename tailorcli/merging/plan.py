@@ -18,7 +18,7 @@ from tailorcli.guard import path_text
 from tailorcli.models.naming import open_for
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile.reader import PatchFile
-from tailorcli.patching.apply import side_sources
+from tailorcli.patchfile.view import side_sources
 from tailorcli.patching.checks import check_pair, check_stats
 from tailorcli.runs.plan import RUNTIME_BYTES, Plan, TensorPlan, group_by_hessian, most_patch_bytes
 

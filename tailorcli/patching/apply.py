@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -14,11 +13,12 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.layout import plan_layout
 from tailorcli.checkpoint.readahead import ReadAhead
-from tailorcli.errors import PatchError, other_base
-from tailorcli.files import PathLike, digest_of
+from tailorcli.errors import PatchError
+from tailorcli.files import PathLike
 from tailorcli.guard import Watch
-from tailorcli.patchfile.reader import PatchFile, raw_bytes
+from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport
+from tailorcli.patchfile.view import patched_tensor, side_sources
 from tailorcli.runs.outputs import Target, progress_bar
 from tailorcli.runs.plan import RUNTIME_BYTES, Plan, TensorPlan
 
@@ -152,41 +152,3 @@ def _patched_tensors(
             yield tensor, next(made) if tensor.name in file.tensors else None
     finally:
         reader.close()
-
-
-def patched_tensor(base: Tensor, file: PatchFile, name: str, path: Path) -> Tensor:
-    """A copy of the base's tensor ``name`` with the patch's entries in place; ``path`` is where the base lies.
-
-    Raises PatchError if a single bit of the base's tensor differs from that which the patch was made for.
-    """
-    from tailorcli.core.tailor import as_bits
-
-    if digest_of(raw_bytes(base)) != file.base[name].digest:
-        raise other_base(name, path)
-    tensor = base.clone()
-    entries, values = as_bits(tensor.view(-1)).numpy(), as_bits(file.values(name)).numpy()
-    position = 0
-    for places in file.places(name):
-        entries[places] = values[position : position + places.size]
-        position += places.size
-    return tensor
-
-
-def side_sources(base: Checkpoint, file: PatchFile) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
-    """Every side file of the output: from the patch, or from the base where it had the same; and what is amiss."""
-    side: dict[str, Path | bytes] = {}
-    notes = []
-    for name, entry in file.side_files.items():
-        if name == REPORT_FILE:
-            continue
-        if entry.stored:
-            side[name] = file.side_file(name)
-            continue
-        source = base.path / name
-        if not source.is_file():
-            notes.append(f"side file {name} is missing: the base had it when the patch was made")
-            continue
-        if digest_of(source.read_bytes()) != entry.digest:
-            notes.append(f"side file {name} is the base's own, which has changed since the patch was made")
-        side[name] = source
-    return side, tuple(notes)

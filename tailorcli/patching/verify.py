@@ -14,7 +14,7 @@ from tailorcli.files import PathLike, digest_of, read_json
 from tailorcli.guard import Watch
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, load_report
-from tailorcli.patching.apply import patched_tensor
+from tailorcli.patchfile.view import patched_tensor
 from tailorcli.runs.outputs import progress_bar
 
 MOST_PROBLEMS = 20  # named one by one; all are counted

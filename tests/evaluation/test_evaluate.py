@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tr
 from families import DECODER, GROUPED, VOCAB, make_family_pair
-from helpers import make_model, make_pair, make_tokenizer, perturb, run
+from helpers import make_adapter, make_model, make_pair, make_tokenizer, perturb, run
 
 from tailorcli import EvaluateOptions, TailorError, TaskScores, encode_task, evaluate_models, evaluate_network, h_score
 from tailorcli.data.encoder import Encoder
@@ -544,6 +544,7 @@ def test_bad_arguments_are_one_clear_error(pair, tmp_path):
     empty.write_text("")
     base = pair / "base"
     (tmp_path / "adapter").mkdir()
+    (tmp_path / "p.safetensors").write_bytes(b"no patch file")
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     cases = [
         ((base, "--task", f"t={pair / 'data.jsonl'}:nope"), "unknown kind 'nope'"),
@@ -553,7 +554,9 @@ def test_bad_arguments_are_one_clear_error(pair, tmp_path):
         ((base, "--task", text, "--task", text), "two tasks have the name 't'"),
         ((base, base, "--task", text), "given twice"),
         ((pair / "gone", "--task", text), "no model folder"),
-        ((tmp_path / "adapter", "--task", text), "holds an adapter"),
+        ((tmp_path / "adapter", "--task", text), "adapter_config.json"),
+        ((tmp_path / "p.safetensors", "--task", text), "a patch file: its base is needed"),
+        ((tmp_path / "p.safetensors", "--task", text, "--base", base), "p.safetensors"),
         ((base, "--task", text, "--origin", "u", "--target", "t"), "'u' names no task"),
         ((base, "--task", text, "--origin", "t"), "no task is named --target"),
         ((base, "--task", text, "--origin", "t", "--target", "t"), "both old and new"),
@@ -571,6 +574,55 @@ def test_bad_arguments_are_one_clear_error(pair, tmp_path):
     for spec in ("=f:text", "a=:text", "a=f"):
         with pytest.raises(TailorError):
             parse_task(spec)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_is_evaluated_as_the_model_that_it_makes_and_no_file_is_written(tmp_path, dtype):
+    make_adapter(tmp_path, target_modules=["q_proj", "down_proj"], dtype=dtype)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "base")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    text = f"t={write(tmp_path / 't.jsonl', [{'text': 'some words'}, {'text': 'others, longer'}])}:text"
+    before = sorted(tmp_path.rglob("*"))
+    merged = evaluate_models([tmp_path / "merged"], [text], EvaluateOptions(dtype=str(dtype)[6:])).scores["merged"]["t"]
+    named = evaluate_models([tmp_path / "base", tmp_path / "adapter"], [text])
+    given = evaluate_models([tmp_path / "adapter"], [text], base=tmp_path / "base")
+    assert sorted(tmp_path.rglob("*")) == before
+    for report in (named, given):
+        assert report.scores["adapter"]["t"].loss == pytest.approx(merged.loss, rel=1e-4)
+        assert report.models["adapter"]["run_in"] == str(dtype)[6:]
+    assert named.scores["base"]["t"].loss != pytest.approx(merged.loss, rel=1e-4)
+
+
+def test_a_patch_file_is_evaluated_as_the_checkpoint_that_apply_writes(llama_pair, tmp_path):
+    from tailorcli import patch_checkpoint
+
+    base, tuned, file = llama_pair / "base", llama_pair / "tuned", tmp_path / "law.safetensors"
+    patch_checkpoint(base, tuned, tmp_path / "out", llama_pair / "stats", patch_file=file)
+    text = f"t={llama_pair / 'data.jsonl'}:text"
+    applied = evaluate_models([base, tmp_path / "out"], [text]).scores
+    before = sorted(tmp_path.rglob("*"))
+    found = run("evaluate", base, file, "--task", text, "--base", base, "--json")
+    assert sorted(tmp_path.rglob("*")) == before
+    models = {model["name"]: model["tasks"]["t"] for model in json.loads(found.stdout)["models"]}
+    assert list(models) == ["base", "law"]
+    assert models["law"]["losses"] == applied["out"]["t"].loss.tolist()
+    assert models["law"]["losses"] != models["base"]["losses"]
+    alone = evaluate_models([file], [text], base=base)
+    assert alone.scores["law"]["t"].loss.tolist() == applied["out"]["t"].loss.tolist()
+    assert alone.roles.base is None
+    assert "other values" in run("evaluate", file, "--task", text, "--base", tuned, expect=1).stderr
+
+
+def test_tasks_are_read_in_every_format_of_data(pair, tmp_path):
+    import gzip
+
+    records = [{"prompt": "2+2=", "choices": ["4", "5"], "answer": 0}] * 3
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in records).encode()))
+    (tmp_path / "q.csv").write_text("question,answer\nhow much,four\nwhat,five\n")
+    report = evaluate_models([pair / "base"], [f"c={tmp_path / 'c.jsonl.gz'}:choice", f"q={tmp_path / 'q.csv'}:text"])
+    assert len(report.scores["base"]["c"].correct) == 3
+    assert report.scores["base"]["q"].count.tolist() == [4, 4]  # the letters of the answers
 
 
 def test_models_that_predict_no_next_token_are_refused(tmp_path, monkeypatch):

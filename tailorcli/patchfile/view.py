@@ -1,0 +1,104 @@
+"""A base with a patch file in place, seen as the checkpoint that ``apply`` would write; no weight of it is written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.header import TensorInfo
+from tailorcli.core.tailor import as_bits
+from tailorcli.errors import other_base
+from tailorcli.files import digest_of, read_bytes
+from tailorcli.patchfile.reader import PatchFile, raw_bytes
+from tailorcli.patchfile.report import REPORT_FILE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class PatchedCheckpoint(Checkpoint):
+    """The tensors of ``base`` with the entries of ``file`` in place, formed one at a time.
+
+    ``path`` is a folder with its side files, its config and tokenizer among them (``write_side_files``). Both inputs
+    stay open as long as this is in use and belong to the caller.
+    """
+
+    is_found = False
+
+    def __init__(self, path: Path, base: Checkpoint, file: PatchFile) -> None:
+        super().__init__(path, base.tensors, [*base.shards, file.path])
+        self.base = base
+        self.file = file
+
+    def read_cost(self, name: str) -> int:
+        """Bytes that ``read`` takes from the disk."""
+        patched = name in self.file.tensors
+        return self.base.read_cost(name) + (self.file.nbytes_of(name) if patched else 0)
+
+    def read(self, name: str, pinned: bool = False) -> Tensor:
+        """One tensor on the CPU, in memory of its own. Raises PatchError where the base is another one."""
+        if name not in self.file.tensors:
+            return self.base.read(name, pinned)
+        formed = patched_tensor(self.base.read(name), self.file, name, self.base.path)
+        return formed.pin_memory() if pinned else formed
+
+    def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
+        """Fill ``buffer`` with the tensor's bytes from ``start`` on; a patched one is formed for it as a whole."""
+        if info.name not in self.file.tensors:
+            self.base.read_into(info, buffer, start)
+            return
+        buffer[:] = raw_bytes(self.read(info.name))[start : start + len(buffer)]
+
+    def fingerprint(self) -> str:
+        """A hash of the base's fingerprint and the patch's."""
+        if self._fingerprint is None:
+            both = f"{self.base.fingerprint()} {self.file.fingerprint()}"
+            self._fingerprint = hashlib.blake2b(both.encode(), digest_size=16).hexdigest()
+        return self._fingerprint
+
+
+def patched_tensor(base: Tensor, file: PatchFile, name: str, path: Path) -> Tensor:
+    """A copy of the base's tensor ``name`` with the patch's entries in place; ``path`` is where the base lies.
+
+    Raises PatchError if a single bit of the base's tensor differs from that which the patch was made for.
+    """
+    if digest_of(raw_bytes(base)) != file.base[name].digest:
+        raise other_base(name, path)
+    tensor = base.clone()
+    entries, values = as_bits(tensor.view(-1)).numpy(), as_bits(file.values(name)).numpy()
+    position = 0
+    for places in file.places(name):
+        entries[places] = values[position : position + places.size]
+        position += places.size
+    return tensor
+
+
+def side_sources(base: Checkpoint, file: PatchFile) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
+    """Every side file of the output: from the patch, or from the base where it had the same; and what is amiss."""
+    side: dict[str, Path | bytes] = {}
+    notes = []
+    for name, entry in file.side_files.items():
+        if name == REPORT_FILE:
+            continue
+        if entry.stored:
+            side[name] = file.side_file(name)
+            continue
+        source = base.path / name
+        if not source.is_file():
+            notes.append(f"side file {name} is missing: the base had it when the patch was made")
+            continue
+        if digest_of(source.read_bytes()) != entry.digest:
+            notes.append(f"side file {name} is the base's own, which has changed since the patch was made")
+        side[name] = source
+    return side, tuple(notes)
+
+
+def write_side_files(side: Mapping[str, Path | bytes], folder: Path) -> None:
+    """Put side files into a folder of their own, from which a model is built and its tokenizer read. Raises OSError."""
+    for name, source in side.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source if isinstance(source, bytes) else read_bytes(source))
