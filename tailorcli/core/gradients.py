@@ -145,7 +145,9 @@ def _kernel(device: torch.device) -> Step | None:
     q, start, r = (torch.randn(rows, size, generator=generator).to(device) for _ in range(3))
     inverse, ones = torch.full((size,), 0.5, device=device), torch.ones(rows, device=device)
     goal = torch.tensor([0.0, 0.0, 3.0, 0.0], device=device)  # the third row has converged
-    given = State(left_parts(start), torch.zeros_like(r), r, r > 0, inverse, 40.0 * ones, 2.0 * ones, goal)
+    kept = r > 0  # directions and residuals are zero elsewhere, on which the kernel relies
+    start, r = start * kept, r * kept
+    given = State(left_parts(start), torch.zeros_like(r), r, kept, inverse, 40.0 * ones, 2.0 * ones, goal)
     ours, theirs = (State(*(item.clone() for item in given)) for _ in range(2))
     try:
         step_(q.clone(), ours, 0.1)
