@@ -21,12 +21,12 @@ class GrownCheckpoint(Checkpoint):
         }
         super().__init__(base.path, tensors, base.shards)
         self.grown = grown
-        self._base = base
+        self.stored = base
         self._tuned = tuned
 
     def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
         """Fill ``buffer`` with the tensor's bytes from ``start`` on: the base's, then tuned's."""
-        common = self._base.tensors[info.name].nbytes
+        common = self.stored.tensors[info.name].nbytes
         own = min(max(common - start, 0), len(buffer))
         if own:
             super().read_into(info, buffer[:own], start)
@@ -35,11 +35,11 @@ class GrownCheckpoint(Checkpoint):
 
     def fingerprint(self) -> str:
         """That of the base as it is stored."""
-        return self._base.fingerprint()
+        return self.stored.fingerprint()
 
     def new_rows(self, name: str) -> int:
         """Rows that are tuned's own."""
-        return self.tensors[name].shape[0] - self._base.tensors[name].shape[0]
+        return self.tensors[name].shape[0] - self.stored.tensors[name].shape[0]
 
 
 def _grown(info: TensorInfo, tuned: TensorInfo) -> TensorInfo:

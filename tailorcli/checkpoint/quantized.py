@@ -146,6 +146,37 @@ class DequantizedCheckpoint(Checkpoint):
         return scale
 
 
+class UnroundedCheckpoint(Checkpoint):
+    """``quantised`` as if it were stored in the dtypes that it lists: what is written of it is not rounded to codes."""
+
+    dequantized = True  # transformers loads it from what it reads as
+
+    def __init__(self, quantised: Checkpoint) -> None:
+        super().__init__(quantised.path, quantised.tensors, quantised.shards)
+        self.quantised = quantised
+
+    @property
+    def scales(self) -> frozenset[str]:
+        """Those of the quantised checkpoint."""
+        return self.quantised.scales
+
+    def read_cost(self, name: str) -> int:
+        """Bytes that ``read`` takes from the disk."""
+        return self.quantised.read_cost(name)
+
+    def read(self, name: str, pinned: bool = False) -> Tensor:
+        """One tensor, as the quantised checkpoint reads it."""
+        return self.quantised.read(name, pinned)
+
+    def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
+        """Fill ``buffer`` with bytes of the tensor as ``info`` lists it."""
+        self.quantised.read_into(info, buffer, start)
+
+    def fingerprint(self) -> str:
+        """That of the quantised checkpoint."""
+        return self.quantised.fingerprint()
+
+
 def _given_block(folder: Path) -> tuple[int, ...]:
     """Rows and columns that share a scale, as config.json gives them; () where it does not."""
     given = quantization_config(folder).get("weight_block_size")

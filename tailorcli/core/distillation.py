@@ -16,9 +16,12 @@ EPSILON = 1e-8
 
 
 def divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """KL(p_teacher || p_student) of each token in nats, (N,), from logits (N, V); float32 whatever theirs are."""
+    """KL(p_teacher || p_student) of each token in nats, (N,), from logits (N, V); float32 whatever theirs are.
+
+    A student may know further tokens, behind the teacher's: to the teacher they have no probability.
+    """
     teacher = teacher_logits.float().log_softmax(-1)  # (N, V)
-    student = student_logits.float().log_softmax(-1)  # (N, V)
+    student = student_logits.float().log_softmax(-1)[..., : teacher.shape[-1]]  # (N, V)
     return (teacher.exp() * (teacher - student)).sum(-1)
 
 

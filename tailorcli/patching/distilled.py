@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.adapters.checkpoint import config_folder
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.grown import GrownCheckpoint
+from tailorcli.checkpoint.quantized import UnroundedCheckpoint
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.errors import OptionsError, OutputError
 from tailorcli.files import PathLike, as_output_error, digest_of
@@ -23,7 +25,7 @@ from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.carded import side_files_of
 from tailorcli.patching.checks import check_retain, check_stats
 from tailorcli.patching.cost import most_kept
-from tailorcli.patching.patch import patch_checkpoint
+from tailorcli.patching.patch import patch_opened
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs
 from tailorcli.runs.outputs import Outputs, Target, identity_of, progress_bar, records_of
@@ -63,7 +65,7 @@ def distill_checkpoint(
     output is the base, bit for bit. Raises TailorError.
     """
     started = perf_counter()
-    options = options.resolved(True)
+    options = options.resolved(not options.resized_vocab)
     target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
     if target.folder is None and target.patch_file is None:
         raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
@@ -85,29 +87,82 @@ def distill_checkpoint(
         if isinstance(begun, PatchReport):
             return begun
         outputs = stack.enter_context(begun)
-        work = target.place.with_name(target.place.name + SUFFIX)
-        if not options.resume:
-            remove_work(work)
-        closed = _closed_form(base, tuned, work, *sources.used, options, progress, graft_data)
-        timer = StageTimer(device)
-        with PatchFile.open(work / START) as file:
-            from tailorcli.training.run import distill_patch_file
-
-            with timer.stage("distill"), exact_float32(), device_errors("a smaller --distill-batch-size"):
-                pair = (inputs.base, inputs.tuned, *both)
-                how = (progress, options.trust_remote_code)
-                found = distill_patch_file(file, *pair, distill, device, work / STATE, *how)
-            bar = stack.enter_context(progress_bar(plan.tensors, "writing", progress))
-            with timer.stage("write"):
-                records = _write(plan, inputs.base, file, found.values, closed, outputs, bar.update)
-        ordered = [records[name] for name in inputs.base.tensors]
-        stages = dict(closed.stages) | dict(timer.seconds)
-        report = PatchReport("patch", options.to_dict(), described, ordered, stages, perf_counter() - started)
-        facts = {"options": asdict(distill), "untrained": found.untrained, **found.history.to_dict()}
-        report = replace(report, distillation=facts)
+        work = Work.of(target)
+        closed = sources.closed_form(work, options, progress)
+        teachers = [(inputs.tuned, both[0])]
+        how = (distill, device, progress, options.trust_remote_code)
+        found = train_and_write(work, plan, inputs.base, teachers, both[1], closed, outputs, *how)
+        described_options, seconds = options.to_dict(), perf_counter() - started
+        report = PatchReport("patch", described_options, described, found.records, found.stages, seconds)
+        report = replace(report, distillation=found.facts)
         outputs.finish(report, watch)
-        remove_work(work)
+        remove_work(work.folder)
         return report
+
+
+@dataclass(frozen=True)
+class Work:
+    """The folder beside an output in which an interrupted run is taken up."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, target: Target) -> Work:
+        """The folder for an output, new unless a run is taken up. Raises OutputError."""
+        folder = target.place.with_name(target.place.name + SUFFIX)
+        if not target.resume:
+            remove_work(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise as_output_error(folder, error) from error
+        return cls(folder)
+
+    @property
+    def start(self) -> Target:
+        """Where the patch goes that training starts from; one that is there already is taken, or gone on with."""
+        begun = any(path.name.startswith(START) for path in self.folder.iterdir())
+        return Target.of(None, self.folder / START, resume=begun, overwrite=False)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was trained and written: the records of all tensors in the base's order, seconds by stage, the report."""
+
+    records: list[TensorRecord]
+    stages: dict[str, float]
+    facts: dict[str, Any]
+
+
+def train_and_write(
+    work: Work,
+    plan: Plan,
+    base: Checkpoint,
+    teachers: Sequence[tuple[Checkpoint, Stats]],
+    retain: Stats,
+    closed: PatchReport,
+    outputs: Outputs,
+    distill: DistillOptions,
+    device: torch.device,
+    progress: bool,
+    trust_remote_code: bool,
+) -> Written:
+    """Train the kept entries of the patch that ``work`` holds, whose report is ``closed``, and write every tensor.
+
+    ``teachers`` are fine-tuned models with their statistics. Raises TailorError.
+    """
+    from tailorcli.training.run import distill_patch_file
+
+    timer = StageTimer(device)
+    with PatchFile.open(work.folder / START) as file:
+        with timer.stage("distill"), exact_float32(), device_errors("a smaller --distill-batch-size"):
+            how = (work.folder / STATE, progress, trust_remote_code)
+            found = distill_patch_file(file, base, teachers, retain, distill, device, *how)
+        with progress_bar(plan.tensors, "writing", progress) as bar, timer.stage("write"):
+            records = _write(plan, base, file, found.values, closed, outputs, bar.update)
+    facts = {"options": asdict(distill), "untrained": found.untrained, **found.history.to_dict()}
+    stages = dict(closed.stages) | dict(timer.seconds)
+    return Written([records[name] for name in base.tensors], stages, facts)
 
 
 def plan_distilled(
@@ -122,7 +177,7 @@ def plan_distilled(
     graft_data: PathLike | None = None,
 ) -> Plan:
     """What ``distill_checkpoint`` would do and what it would cost, from headers and samples. Raises TailorError."""
-    options = options.resolved(True)
+    options = options.resolved(not options.resized_vocab)
     with ExitStack() as stack:
         sources = _Sources.open(base, tuned, stats, retain, options, stack, graft_data)
         plan = sources.plan(sources.options, distill, resolve_device(options.device))
@@ -137,7 +192,6 @@ class _Sources:
 
     inputs: PatchInputs
     both: tuple[Stats, Stats]
-    used: tuple[PathLike | None, PathLike | None]  # by the closed form
     options: PatchOptions  # with the teacher's weight
 
     @classmethod
@@ -153,22 +207,32 @@ class _Sources:
     ) -> _Sources:
         """Open all by their headers; ``stack`` closes them. Raises TailorError where they do not go together."""
         fitted = options.method == "tailor" and options.needs_hessians
-        used = (stats, retain) if fitted else (None, None)  # else the samples of both are used alone
+        used: tuple[PathLike | None, PathLike | None] = (
+            (stats, retain) if fitted else (None, None)
+        )  # else the samples of both are used alone
         new, retained = (stack.enter_context(closing(Stats.open(path))) for path in (stats, retain))
         if options.teacher_weight is None:
             options = replace(options, teacher_weight=new.teacher_weight)
+        if options.resized_vocab:  # the base's statistics know nothing of the new rows, but its samples serve
+            used = (used[0], None)
         inputs = PatchInputs.open(base, tuned, used[0], options, stack, used[1], graft_data)
-        if inputs.base.dequantized or options.resized_vocab:
-            what = "quantised checkpoints" if inputs.base.dequantized else "--resized-vocab"
-            raise OptionsError(f"--distill does not go with {what}", "leave --distill out")
         check_stats(inputs.base, inputs.tuned, new)
-        check_retain(inputs.base, inputs.tuned, retained, PatchOptions())
-        return cls(inputs, (new, retained), used, inputs.told(options))
+        own = inputs.base.stored if isinstance(inputs.base, GrownCheckpoint) else inputs.base
+        check_retain(own, inputs.tuned, retained, PatchOptions())
+        return cls(inputs, (new, retained), inputs.told(options))
 
     @property
     def paths(self) -> list[Path]:
         """Where all lie: no output may."""
         return [*self.inputs.paths, *(found.path for found in self.both)]
+
+    def closed_form(self, work: Work, options: PatchOptions, progress: bool) -> PatchReport:
+        """The patch that training starts from, its values not rounded to codes."""
+        base = self.inputs.base
+        inputs = replace(self.inputs, base=UnroundedCheckpoint(base) if base.dequantized else base)
+        start = work.start
+        own = replace(options, resume=start.resume, overwrite=False, max_shard_size=None)
+        return patch_opened(inputs, start, own, progress, None, perf_counter())
 
     def plan(self, options: PatchOptions, distill: DistillOptions, device: torch.device) -> Plan:
         """The plan of the patch with that of its training. Raises TailorError."""
@@ -203,26 +267,6 @@ def settings_of(distill: DistillOptions) -> dict[str, Any]:
     return {f"distill {name}": value for name, value in asdict(distill).items()}
 
 
-def _closed_form(
-    base: PathLike,
-    tuned: PathLike,
-    work: Path,
-    stats: PathLike | None,
-    retain: PathLike | None,
-    options: PatchOptions,
-    progress: bool,
-    graft_data: PathLike | None,
-) -> PatchReport:
-    """The patch that training starts from, as a patch file in ``work``; one that is there already is taken."""
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise as_output_error(work, error) from error
-    begun = any(path.name.startswith(START) for path in work.iterdir())
-    own = replace(options, resume=begun, overwrite=False, max_shard_size=None)
-    return patch_checkpoint(base, tuned, None, stats, own, progress, work / START, None, retain, graft_data)
-
-
 def _write(
     plan: Plan,
     base: Checkpoint,
@@ -247,7 +291,7 @@ def _write(
             digest = digest_of(raw_bytes(value)) if outputs.wants_digest else ""
             mask = file.mask(tensor.name)
             value[mask] = values[tensor.name] if tensor.name in values else file.values(tensor.name)
-            outputs.write(tensor.name, value, mask, record, digest)
+            outputs.write(tensor.name, base.encode(tensor.name, value, mask), mask, record, digest)
         advance(tensor.nbytes)
     outputs.drain()
     return records

@@ -134,15 +134,30 @@ def patch_checkpoint(
     _require_stored_rows(target, options)
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, graft_data)
-        options = inputs.told(options)
         inputs.sources = made_of or {}
+        _require_plain_weights(target, inputs.base)
+        return patch_opened(inputs, target, inputs.told(options), progress, announce, started)
+
+
+def patch_opened(
+    inputs: PatchInputs,
+    target: Target,
+    options: PatchOptions,
+    progress: bool,
+    announce: Callable[[Plan], None] | None,
+    started: float,
+) -> PatchReport:
+    """``patch_checkpoint`` of inputs that are open; ``options`` are resolved, ``started`` is a perf_counter.
+
+    Raises TailorError.
+    """
+    with ExitStack() as stack:
         side = side_files_of(inputs, options)
         watch = Watch([*inputs.files, *(source for source in side.values() if isinstance(source, Path))])
-        _require_plain_weights(target, inputs.base)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain_stats)
         device = resolve_device(options.device)
         described = inputs.describe()
-        identity = identity_of(described, options.identity(retain is not None), device)
+        identity = identity_of(described, options.identity(inputs.retain_stats is not None), device)
         manifest = {"task": options.task, "license": options.license, "inputs": described}
         what = (plan, inputs.base, inputs.paths, identity, "patch", side, manifest)
         begun = target.begin(*what, announce=announce)

@@ -23,7 +23,7 @@ from tailorcli.training.teachers import Teacher, loss, predicted
 if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
 
-KINDS = ("new", "retained")
+NEW, RETAINED = "new", "retained"  # kinds of samples; several new tasks are "new 1", "new 2" and so on
 HELD_OUT = 0.1  # of each kind of samples
 WARMUP = 0.05  # of the steps
 EVALUATIONS = 20
@@ -42,10 +42,12 @@ class History:
     best: int = 0  # the step of the state that was kept
     rounded_new: float = 0.0  # held out, once the values are rounded to the base's dtype
     rounded_retained: float = 0.0
+    by_task: list[list[float]] = field(default_factory=list)  # of several new tasks each its own, whose mean is ``new``
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the report."""
-        return asdict(self)
+        values = asdict(self)
+        return values if self.by_task else {name: value for name, value in values.items() if name != "by_task"}
 
 
 @dataclass
@@ -132,13 +134,14 @@ def distill(
 ) -> History:
     """Train in place and leave the best state on the held-out samples in ``trained``.
 
-    ``materials`` holds "new" and "retained". Minimises KL(tuned || patched) + weight * KL(base || patched).
+    ``materials`` holds "new", or several tasks' "new 1" and so on, and "retained". Minimises
+    KL(tuned || patched) + weight * KL(base || patched), the first term the mean over the tasks.
     Raises NumericalError where the loss is no number.
     """
     history = history or History()
     every = max(1, options.steps // EVALUATIONS)
     warmup = max(1, round(WARMUP * options.steps))
-    sums = {kind: torch.zeros((), device=device) for kind in KINDS}  # on the device: no step waits for its losses
+    sums = {kind: torch.zeros((), device=device) for kind in materials}  # on the device: no step waits for its losses
     if not history.steps:
         _evaluate(trained, materials, options, device, media, history, 0, None)
         best = trained.values()
@@ -175,9 +178,10 @@ def step_losses(
 ) -> dict[str, Tensor]:
     """Both losses of a step's batches, scalars on the device; their weighed gradients are added to the entries'."""
     losses = {}
-    for kind in KINDS:
-        value = materials[kind].loss(student, materials[kind].batch(step, options.seed), media, device, grad=True)
-        torch.autograd.backward(value if kind == "new" else options.weight * value)
+    for kind, material in materials.items():
+        value = material.loss(student, material.batch(step, options.seed), media, device, grad=True)
+        weight = options.weight if kind == RETAINED else 1 / (len(materials) - 1)
+        torch.autograd.backward(value if weight == 1 else weight * value)
         losses[kind] = value.detach()
     return losses
 
@@ -204,13 +208,28 @@ def _evaluate(
     means: dict[str, float] | None,
 ) -> None:
     """Add the held-out losses at ``step`` to the history, and note whether it is the best."""
-    new, retained = (materials[kind].held_out_loss(trained.network, media, device) for kind in KINDS)
+    tasks, retained = held_out(trained.network, materials, media, device)
+    new = _mean(tasks)
     objectives = [a + options.weight * b for a, b in zip(history.new, history.retained, strict=True)]
     if all(new + options.weight * retained < earlier for earlier in objectives):
         history.best = step
     history.steps.append(step)
     history.new.append(new)
     history.retained.append(retained)
+    if len(tasks) > 1:
+        history.by_task.append(tasks)
     if means is not None:
-        history.trained_new.append(means["new"])
-        history.trained_retained.append(means["retained"])
+        history.trained_new.append(_mean([value for kind, value in means.items() if kind != RETAINED]))
+        history.trained_retained.append(means[RETAINED])
+
+
+def held_out(
+    student: Any, materials: dict[str, Material], media: tuple[int, ...], device: torch.device
+) -> tuple[list[float], float]:
+    """The held-out divergences of each new task, and that of the retained samples."""
+    found = {kind: material.held_out_loss(student, media, device) for kind, material in materials.items()}
+    return [value for kind, value in found.items() if kind != RETAINED], found[RETAINED]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -15,18 +15,19 @@ from torch import Tensor
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint, config_folder
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.grown import GrownCheckpoint
 from tailorcli.errors import DataError, OptionsError
 from tailorcli.models.config import read_config
 from tailorcli.models.generation import media_token_ids
 from tailorcli.models.loading import aliases, expected_names, load_model
-from tailorcli.models.parts import adapt
+from tailorcli.models.parts import adapt, load_from_view
 from tailorcli.models.places import Place, map_names
 from tailorcli.models.skeleton import load_weights
 from tailorcli.options import CalibrateOptions, DistillOn, DistillOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.system import give_back_memory
 from tailorcli.terminal import Progress
-from tailorcli.training.distill import History, Material, distill
+from tailorcli.training.distill import NEW, RETAINED, History, Material, distill, held_out
 from tailorcli.training.entries import Trained, entries_of
 from tailorcli.training.state import load_state, save_state
 from tailorcli.training.teachers import Teacher, check_head, teach
@@ -49,8 +50,7 @@ class Distilled:
 def distill_patch_file(
     file: PatchFile,
     base: Checkpoint,
-    tuned: Checkpoint,
-    stats: Stats,
+    teachers: Sequence[tuple[Checkpoint, Stats]],
     retain: Stats,
     options: DistillOptions,
     device: torch.device,
@@ -58,20 +58,32 @@ def distill_patch_file(
     progress: bool = False,
     trust_remote_code: bool = False,
 ) -> Distilled:
-    """Train the kept entries of ``file``, a patch of ``base`` towards ``tuned``, on the samples of both statistics.
+    """Train the kept entries of ``file``, a patch of ``base``, towards a fine-tuned model on each one's samples.
 
-    ``state`` is where an interrupted run is taken up, and where this one leaves its own. Raises TailorError.
+    ``teachers`` are these models with their statistics, whose samples are of their tasks, and ``retain`` those of
+    ``base``. The patched model runs as the first of them does. ``state`` is where an interrupted run is taken up, and
+    where this one leaves its own. Raises TailorError.
     """
-    of_new, of_retained = (run_options(source, trust_remote_code) for source in (stats, retain))
-    new, retained = stats.samples(), retain.samples()
-    with Progress("teachers", len(new) + len(retained), "samples", shown=progress) as bar:
-        network, _ = _network(base if isinstance(tuned, AdaptedCheckpoint) else tuned, tuned, of_new, None, device)
-        teacher = _teach(network, new, device, bar.update)
-        del network
-        _give_back()
-        network, places = _network(base, base, of_retained, None, device)
-        base_teacher = _teach(network, retained, device, bar.update)
-    if config_folder(tuned) != base.path or of_new != of_retained:  # the patched model runs as tuned does
+    of_new, of_retained = (run_options(source, trust_remote_code) for source in (teachers[0][1], retain))
+    retained = retain.samples()
+    counts = [len(stats.samples()) for _, stats in teachers]
+    materials: dict[str, Material] = {}
+    with Progress("teachers", sum(counts) + len(retained), "samples", shown=progress) as bar:
+        for number, (tuned, stats) in enumerate(teachers, 1):
+            stored = base if isinstance(tuned, AdaptedCheckpoint) else tuned
+            network, _ = _network(stored, tuned, run_options(stats, trust_remote_code), None, device)
+            samples = stats.samples()
+            teacher = _teach(network, samples, device, bar.update)
+            kind = NEW if len(teachers) == 1 else f"{NEW} {number}"
+            materials[kind] = Material.split(samples, teacher, options, _counted(stats, options, needed=True))
+            del network
+            _give_back()
+        own = base.stored if isinstance(base, GrownCheckpoint) else base
+        network, places = _network(own, own, of_retained, None, device)
+        teacher = _teach(network, retained, device, bar.update)
+    materials[RETAINED] = Material.split(retained, teacher, options, _counted(retain, options, needed=False))
+    tuned = teachers[0][0]
+    if own is not base or config_folder(tuned) != base.path or of_new != of_retained:  # patched, it runs as tuned does
         del network
         _give_back()
         network, places = _network(base, base, of_new, config_folder(tuned), device)
@@ -88,10 +100,6 @@ def distill_patch_file(
     if whole:  # through transformers' conversion, as the output is loaded
         load_weights(network, whole, device)
     trained = Trained(network, entries)
-    materials = {
-        "new": Material.split(new, teacher, options, _counted(stats, options, needed=True)),
-        "retained": Material.split(retained, base_teacher, options, _counted(retain, options, needed=False)),
-    }
     media = tuple(media_token_ids(network))
     earlier = load_state(state, trained) if state.exists() else {}
     saved, took = perf_counter(), 0.0
@@ -112,10 +120,9 @@ def distill_patch_file(
             took = saved - began
 
         history = distill(trained, materials, options, device, media, save=save, advance=advance, **earlier)
-    values = _rounded(trained, base)
-    history.rounded_new, history.rounded_retained = (
-        materials[kind].held_out_loss(network, media, device) for kind in ("new", "retained")
-    )
+    values = _rounded(trained, base, file)
+    tasks, history.rounded_retained = held_out(network, materials, media, device)
+    history.rounded_new = sum(tasks) / len(tasks)
     trained.close()
     return Distilled(values, history, untrained)
 
@@ -151,7 +158,8 @@ def _network(
     stored: Checkpoint, tuned: Checkpoint, options: CalibrateOptions, folder: Path | None, device: torch.device
 ) -> tuple[Any, dict[str, Place]]:
     """A model with its weights on the device, and the place of each checkpoint tensor in it."""
-    network = load_model(stored, read_config(folder or stored.path), options, folder)
+    load = load_from_view if isinstance(stored, GrownCheckpoint) else load_model  # its files lack the new rows
+    network = load(stored, read_config(folder or stored.path), options, folder)
     expected = expected_names(network, stored.tensors)
     places = map_names(stored, dict(network.named_parameters()), aliases(network), expected)
     if isinstance(tuned, AdaptedCheckpoint):
@@ -185,12 +193,15 @@ def _patched(file: PatchFile, base: Checkpoint, name: str) -> Tensor:
     return value
 
 
-def _rounded(trained: Trained, base: Checkpoint) -> dict[str, Tensor]:
-    """The values in the base's dtype, which the network then holds, too: what is written is what was measured."""
+def _rounded(trained: Trained, base: Checkpoint, file: PatchFile) -> dict[str, Tensor]:
+    """The values as they will be stored, which the network then holds, too: what is written is what was measured."""
     values = {}
     for each in trained.entries:
-        stored = base.read(each.name).dtype
-        values[each.name] = each.values.to(stored).cpu()
+        values[each.name] = each.values.to(each.stored).cpu()
+        if base.dequantized:
+            value, mask = base.read(each.name), file.mask(each.name)
+            value[mask] = values[each.name]
+            values[each.name] = base.rounded(each.name, value, mask)[mask]
         each.values.copy_(values[each.name].to(each.values))
     trained.put()
     return values

@@ -86,7 +86,7 @@ def check_head(network: Any, sample: Inputs) -> None:
 
 def predicted(batch: Inputs, media: tuple[int, ...]) -> Tensor:
     """Where the next token is predicted, (B, T) bool: all but the last, and no placeholders of images or sound."""
-    ids = batch.get("decoder_input_ids", batch["input_ids"])
+    ids = batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"]
     after = ids[:, 1:]
     wanted = torch.ones_like(after, dtype=torch.bool)
     for token in media:

@@ -78,7 +78,7 @@ def test_a_run_that_was_broken_off_is_finished_to_the_same_bytes(pair, tmp_path,
 
     with monkeypatch.context() as patched:
         if when == "the closed form":
-            patched.setattr(module, "patch_checkpoint", broken)
+            patched.setattr(module, "patch_opened", broken)
         elif when == "the training":
             save = training.save_state
             patched.setattr(training, "SAVING_SHARE", 1e9)  # at every evaluation
