@@ -10,6 +10,7 @@ Both solvers take rows (O, I) with O rows, I input columns, and return C in floa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -110,14 +111,18 @@ def solve_by_chunks(
     """Solve A_SS x_S = b_S for every row of ``mask`` (O, I), so many rows at a time that the work space is bounded.
 
     ``right_side`` gives b (R, I) in float32 for a slice of rows, zero where the mask is False; A is ``system``. Very
-    large and very small numbers are solved in units of their own.
+    large and very small numbers are solved in units of their own; rows with a right side that is not finite give NaN.
     """
     solution = torch.zeros_like(mask, dtype=torch.float32)
     iterations, residual_sq, target_sq = 0, 0.0, 0.0
     for chunk in row_chunks(*mask.shape):
         kept = mask[chunk]
         target = right_side(chunk)
-        unit = unit_of(extent(target))
+        largest = extent(target)
+        if not math.isfinite(largest):  # no row's residual would ever tell; who puts the values together does
+            solution[chunk] = math.nan
+            continue
+        unit = unit_of(largest)
         target = in_units(target, unit)
         found, steps, squares = solve_on_mask(target, kept, system, tolerance, max_iterations)
         solution[chunk] = out_of_units(found, unit / system.unit)

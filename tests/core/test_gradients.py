@@ -8,7 +8,7 @@ import torch
 from helpers import random_hessian
 
 from tailorcli import core
-from tailorcli.core import gradients
+from tailorcli.core import gradients, solvers
 from tailorcli.core.gradients import State, conjugate_gradients, step_
 from tailorcli.core.products import System, joined, left_parts, product_of_halves, right_parts
 from tailorcli.core.propagation import accumulate_moments_, complete_, no_moments
@@ -143,3 +143,11 @@ def test_moments_of_halves_are_those_of_float64(monkeypatch):
     for found, left, right in ((moments.hessian, x, x), (moments.drift, apart, x), (moments.gap, apart, apart)):
         exact = 2.0 / 120 * left.T @ right
         assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+def test_a_right_side_that_overflows_gives_no_values_whatever_solves_it(monkeypatch):
+    monkeypatch.setattr(solvers, "_worth_solving_directly", lambda kept: [False] * len(kept))
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    right = torch.tensor([[1.0, torch.inf, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    found = solvers.solve_by_chunks(mask, lambda rows: right[rows], System.of(torch.eye(4), 0.1, 1e-3), 1e-3, 9)
+    assert bool(found.decorator.isnan().any())
