@@ -43,6 +43,7 @@ from tailorcli.evaluation.subjects import Subject, open_subject
 from tailorcli.evaluation.tasks import Task, read_tasks
 from tailorcli.files import PathLike, as_output_error, file_digest, read_json, write_text_atomically
 from tailorcli.guard import OutputLock, entries, protect
+from tailorcli.hub import local_folders
 from tailorcli.options import DistillOptions, EvaluateOptions, PatchMethod, PatchOptions, Solver
 from tailorcli.patching.distilled import distill_checkpoint
 from tailorcli.patching.patch import patch_checkpoint
@@ -258,6 +259,7 @@ def run_sweep(
     """
     started = perf_counter()
     say = announce or (lambda message: None)
+    base, tuned = local_folders((base, tuned), code=options.trust_remote_code)
     read = _read_parts(tasks, validation, options)
     roles = check_roles([task.name for task in read["test"]], origin, target)
     if not roles.origin:

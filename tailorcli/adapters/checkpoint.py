@@ -20,6 +20,7 @@ from tailorcli.checkpoint.header import TensorInfo, torch_dtype
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.errors import CheckpointError, NumericalError
 from tailorcli.files import PathLike
+from tailorcli.hub import local_folder
 
 if TYPE_CHECKING:
     import torch
@@ -185,14 +186,18 @@ def open_tuned(
 
 
 def named_base(adapter: Path) -> Path:
-    """The local folder that an adapter's config names as its base. Raises CheckpointError where there is none."""
+    """The folder that an adapter's config names as its base, or the Hub's model of that name.
+
+    Raises CheckpointError where there is none.
+    """
     named = read_settings(adapter).base_name
     try:
-        if named and Path(named).is_dir():
-            return Path(named)
-    except OSError:  # no path at all
+        if named and (found := local_folder(named)).is_dir():
+            return found
+    except (OSError, CheckpointError):  # no path at all; or not to be had from the Hub
         pass
-    what = f"names {reprlib.repr(named)}, which is no local folder" if named else "names none"
+    nowhere = "which is no local folder and not to be had from the Hub"
+    what = f"names {reprlib.repr(named)}, {nowhere}" if named else "names none"
     raise CheckpointError(
         f"{adapter} is an adapter: its base is needed, and {CONFIG_FILE} {what}", "pass its base: --base BASE"
     )

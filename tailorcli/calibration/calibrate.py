@@ -27,6 +27,7 @@ from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_d
 from tailorcli.errors import OptionsError, OutputError, note
 from tailorcli.files import PathLike
 from tailorcli.guard import OutputLock, Watch, path_text, protect
+from tailorcli.hub import hub_facts, local_folder
 from tailorcli.models.config import read_config
 from tailorcli.models.loading import (
     check_shapes,
@@ -99,6 +100,8 @@ def calibrate_model(
     """
     started = perf_counter()
     folder = Path(output)
+    model = local_folder(model, code=options.trust_remote_code)
+    base = None if base is None else local_folder(base, code=options.trust_remote_code)
     check_source(data, options, held_out)
     with ExitStack() as stack:
         stored, tuned = _open(Path(model), base, stack, options)
@@ -203,6 +206,7 @@ def _facts(run: Run, dtype: str, blockwise: bool, choice: TeacherChoice | None) 
     """What the manifest says of the run: the model, the data, the options, the versions."""
     tuned = original(run.tuned)
     model: dict[str, Any] = {"path": path_text(tuned.path), "fingerprint": run.tuned.fingerprint(), "run_in": dtype}
+    model |= hub_facts(tuned.path)
     if isinstance(run.tuned, InterpolatedCheckpoint):
         model |= {"base": path_text(run.tuned.base.path), "teacher_weight": run.tuned.weight}
     if choice is not None:

@@ -273,7 +273,8 @@ def _no_weights(folder: Path) -> CheckpointError:
     quantised = sorted(name for name in names if name.lower().endswith(GGUF))
     if quantised:
         return gguf_error(folder / quantised[0])
-    inside = [at for at in folder.glob("checkpoint-*") if (at / SINGLE_FILE).exists() or (at / INDEX_FILE).exists()]
+    weights = (SINGLE_FILE, INDEX_FILE, "adapter_model.safetensors")
+    inside = [at for at in folder.glob("checkpoint-*") if any((at / name).exists() for name in weights)]
     hint = "pass the folder that save_pretrained wrote"
     if inside:  # a Trainer's output folder
         last = max(inside, key=lambda at: (len(at.name), at.name))

@@ -28,9 +28,9 @@ def flag(*names: str, help: str, panel: str | None = None, **more: Any) -> Any:
 
 
 # What goes in.
-Base = Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the pre-trained checkpoint (safetensors).")]
+Base = Annotated[Path, typer.Argument(metavar="BASE", help="The pre-trained model: a folder, or org/name of the Hub.")]
 Tuned = Annotated[
-    Path, typer.Argument(metavar="TUNED", help="Folder of the fine-tuned checkpoint, or of its LoRA adapter.")
+    Path, typer.Argument(metavar="TUNED", help="The fine-tuned model or its LoRA adapter: a folder, or org/name.")
 ]
 PatchIn = Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file of a task.")]
 StatsIn = Annotated[

@@ -72,7 +72,7 @@ def parse_teacher(given: str | None) -> float | str | None:
 
 def calibrate(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="Folder of the fine-tuned checkpoint, or of its LoRA adapter.")
+        Path, typer.Argument(metavar="MODEL", help="The fine-tuned model or its LoRA adapter: a folder, or org/name.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="STATS", help="Folder for the statistics.")],
     data: DataIn = None,

@@ -53,7 +53,8 @@ from tailorcli.units import counted
 
 def evaluate(
     models: Annotated[
-        list[Path], typer.Argument(metavar="MODEL", help="Folders of checkpoints or adapters, and patch files.")
+        list[Path],
+        typer.Argument(metavar="MODEL", help="Checkpoints or adapters (folders, or org/name), and patch files."),
     ],
     task: Tasks,
     origin: SomeOrigin = None,

@@ -72,6 +72,7 @@ from tailorcli.cli.output import (
 from tailorcli.cli.sharing import check_push, push
 from tailorcli.cli.verbosity import is_verbose, wants_progress
 from tailorcli.errors import OptionsError
+from tailorcli.hub import local_folders
 from tailorcli.options import (
     Blockwise,
     CalibrateOptions,
@@ -345,6 +346,7 @@ def patch(
         "distill": how,
         "keep_stats": keep_stats,
     }
+    base, tuned = local_folders((base, tuned), code=trust_remote_code)
     if dry_run and data is not None:
         tell = None if as_json else partial(say, err=True)
         show_job(plan_job(base, tuned, output, data, **where, **job, tell=tell), output, patch_file, as_json, tensors)

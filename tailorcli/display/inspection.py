@@ -14,6 +14,7 @@ from tailorcli.checkpoint.journal import identity_in
 from tailorcli.checkpoint.writer import JOURNAL
 from tailorcli.errors import CheckpointError, OutputError, TailorError
 from tailorcli.files import PathLike, read_json, read_text_file
+from tailorcli.hub import local_folder
 from tailorcli.patchfile.reader import SUFFIX, PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, RUN_FILE, PatchReport, load_report, options_shown
 from tailorcli.runs.record import load_run
@@ -53,7 +54,7 @@ def inspect_path(path: PathLike) -> Inspection:
 
     Raises TailorError where it is none of these.
     """
-    target = Path(path)
+    target = local_folder(path)
     if target.is_file() and target.suffix.lower() == GGUF:
         raise gguf_error(target)
     if target.is_file() and target.suffix == SUFFIX:

@@ -20,6 +20,7 @@ from tailorcli.evaluation.subjects import Subject, is_patch, needs_base, open_su
 from tailorcli.evaluation.tasks import EncodedTask, Task, encode_task, read_tasks
 from tailorcli.files import PathLike, as_output_error, read_bytes, write_text_atomically
 from tailorcli.guard import path_text
+from tailorcli.hub import local_folder, local_folders, model_name
 from tailorcli.models.config import read_config
 from tailorcli.models.loading import check_shapes, load_encoder, most_tokens, package_versions
 from tailorcli.options import EvaluateOptions
@@ -109,7 +110,8 @@ def evaluate_models(
     started = perf_counter()
     read = read_tasks(tasks, options.limit)
     device = resolve_device(options.device)
-    names = names_of([Path(model) for model in models])
+    names = names_of(local_folders(models, code=options.trust_remote_code))
+    base, tuned = (None if path is None else local_folder(path) for path in (base, tuned))
     roles = roles_of([task.name for task in read], origin, target, base, tuned, names)
     with ExitStack() as stack:
         subjects = {name: open_subject(path, base, stack) for name, path in names.items()}
@@ -146,7 +148,7 @@ def names_of(paths: list[Path]) -> dict[str, Path]:
         if path.resolve() in seen:
             raise OptionsError(f"{path} is given twice", "pass every model once")
         seen[path.resolve()] = path
-    short = [path.stem if is_patch(path) else path.name for path in seen]
+    short = [path.stem if is_patch(path) else model_name(path) for path in seen.values()]
     return {name if short.count(name) == 1 else str(path): path for name, path in zip(short, paths, strict=True)}
 
 

@@ -15,6 +15,7 @@ from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.errors import OptionsError, PatchError, StatsError
 from tailorcli.files import PathLike
 from tailorcli.guard import path_text
+from tailorcli.hub import hub_facts, local_folders
 from tailorcli.models.naming import open_for
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile.reader import PatchFile
@@ -68,6 +69,7 @@ class MergeInputs:
         Raises OptionsError for inputs that do not belong together, PatchError for a damaged patch.
         """
         _check_counts(patches, tuned, stats, options)
+        base, *tuned = local_folders((base, *tuned))
         opened = stack.enter_context(open_checkpoint(base))
         if opened.dequantized:
             what = f"merge-multi does not take quantised checkpoints ({opened.path})"
@@ -98,6 +100,10 @@ class MergeInputs:
             for role, item in (("patch", task.patch), ("tuned", task.tuned), ("stats", task.stats)):
                 if item is not None:
                     facts[f"{role} {number}"] = {"path": path_text(item.path), "fingerprint": item.fingerprint()}
+        facts["base"] |= hub_facts(self.base.path)
+        for number, task in enumerate(self.tasks, 1):
+            if task.tuned is not None:
+                facts[f"tuned {number}"] |= hub_facts(task.tuned.path)
         return facts
 
     @property

@@ -16,6 +16,7 @@ from tailorcli.checkpoint.readahead import ReadAhead
 from tailorcli.errors import PatchError
 from tailorcli.files import PathLike
 from tailorcli.guard import Watch
+from tailorcli.hub import local_folder
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport
 from tailorcli.patchfile.view import patched_tensor, side_sources
@@ -40,7 +41,7 @@ def plan_apply(
 ) -> Plan:
     """What ``apply_patch`` would write and what it would cost; reads and checks all of the patch."""
     with ExitStack() as stack:
-        opened, file = _open(base, patch, stack)
+        opened, file = _open(local_folder(base), patch, stack)
         plan = _plan(opened, file, max_shard_size)
         Target.of(output, None, resume=resume, overwrite=overwrite).check([opened.path, file.path], plan)
         return plan
@@ -66,7 +67,7 @@ def apply_patch(
     started = perf_counter()
     target = Target.of(output, None, resume=resume, overwrite=overwrite)
     with ExitStack() as stack:
-        opened, file = _open(base, patch, stack)
+        opened, file = _open(local_folder(base), patch, stack)
         watch = Watch([*opened.shards, file.path])
         plan = _plan(opened, file, max_shard_size)
         identity = {

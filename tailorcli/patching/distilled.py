@@ -19,6 +19,7 @@ from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_d
 from tailorcli.errors import OptionsError, OutputError
 from tailorcli.files import PathLike, as_output_error, digest_of
 from tailorcli.guard import Watch
+from tailorcli.hub import local_folders
 from tailorcli.options import DistillOptions, PatchOptions
 from tailorcli.patchfile.reader import PatchFile, raw_bytes
 from tailorcli.patchfile.report import PatchReport
@@ -66,6 +67,7 @@ def distill_checkpoint(
     """
     started = perf_counter()
     options = options.resolved(not options.resized_vocab)
+    base, tuned = local_folders((base, tuned), code=options.trust_remote_code)
     target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
     if target.folder is None and target.patch_file is None:
         raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")

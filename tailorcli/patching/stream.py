@@ -19,6 +19,7 @@ from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.errors import OptionsError, note
 from tailorcli.files import PathLike, digest_of
 from tailorcli.guard import path_text
+from tailorcli.hub import hub_facts, local_folders
 from tailorcli.models.config import differing_fields, read_config
 from tailorcli.models.naming import open_for
 from tailorcli.options import PatchOptions
@@ -64,6 +65,7 @@ class PatchInputs:
         """
         if options.method == "graft":
             check_graft(graft_data, options)
+        base, tuned = local_folders((base, tuned), code=options.trust_remote_code)
         opened_base = stack.enter_context(open_checkpoint(base, options.fp8_output))
         opened_tuned = stack.enter_context(open_for(opened_base, tuned, options.fp8_output))
         _note_config(opened_base, opened_tuned)
@@ -97,6 +99,8 @@ class PatchInputs:
             "base": {"path": path_text(self.base.path), "fingerprint": self.base.fingerprint()},
             "tuned": {"path": path_text(original(self.tuned).path), "fingerprint": self.tuned.fingerprint()},
         }
+        for name, model in (("base", self.base), ("tuned", original(self.tuned))):
+            facts[name] |= hub_facts(model.path)
         for name, stats in (("stats", self.stats), ("retain", self.retain_stats)):
             if stats is not None:
                 facts[name] = {"path": path_text(stats.path), "fingerprint": stats.fingerprint()}

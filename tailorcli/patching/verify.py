@@ -12,6 +12,7 @@ from tailorcli.checkpoint.header import read_header
 from tailorcli.errors import CheckpointError, other_base
 from tailorcli.files import PathLike, digest_of, read_json
 from tailorcli.guard import Watch
+from tailorcli.hub import local_folders
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, load_report
 from tailorcli.patchfile.view import patched_tensor
@@ -62,6 +63,7 @@ def verify_checkpoint(
     Raises TailorError where an input cannot be read or ``patch`` is not of ``base``.
     """
     with ExitStack() as stack:
+        checkpoint, base = local_folders((checkpoint, base))
         opened = stack.enter_context(Checkpoint.open(base))
         found = stack.enter_context(Checkpoint.open(checkpoint))
         watch = Watch([*opened.shards, *found.shards, *([] if patch is None else [Path(patch)])])

@@ -23,6 +23,7 @@ from tailorcli.device import resolve_device
 from tailorcli.errors import OptionsError, OutputError
 from tailorcli.files import PathLike
 from tailorcli.guard import OutputLock, entries, protect
+from tailorcli.hub import local_folder
 from tailorcli.options import CalibrateOptions, DistillOptions, PatchOptions
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.distilled import SAMPLED, distill_checkpoint, settings_of, with_training
@@ -180,8 +181,8 @@ class _Job:
             keep_samples=True,
         )
         return cls(
-            Path(base),
-            Path(tuned),
+            local_folder(base, code=options.trust_remote_code),
+            local_folder(tuned, code=options.trust_remote_code),
             Path(data),
             None if retain_data is None else Path(retain_data),
             retain,

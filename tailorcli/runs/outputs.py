@@ -363,7 +363,8 @@ def identity_of(
 
     fingerprints = {f"{role} fingerprint": facts["fingerprint"] for role, facts in inputs.items()}
     versions = {"tailorcli": __version__, "torch": torch.__version__, "used device": device.type}
-    identity = {**versions, **more, **fingerprints, **options}
+    named = {f"{role} hub": facts["hub"] for role, facts in inputs.items() if "hub" in facts}
+    identity = {**versions, **more, **fingerprints, **named, **options}
     return dict(json.loads(json.dumps(identity)))  # as it is read again: tuples become lists
 
 
