@@ -399,9 +399,9 @@ class DistillOptions:
     the same in every tensor, and for models of every size. ``weight`` is that of the retained samples.
     """
 
-    steps: int = 200
+    steps: int = 400
     rate: float = 0.1
-    weight: float = 1.0
+    weight: float = 2.0
     batch_size: int = 8  # samples of each kind in a step
     seed: int = 0
     on: DistillOn | str = DistillOn.ALL  # which tokens count, where the records had responses
@@ -413,7 +413,7 @@ class DistillOptions:
         for name in ("rate", "weight"):
             value = getattr(self, name)
             ok = isinstance(value, (int, float)) and math.isfinite(value) and value > 0
-            _require(ok, f"distill-{name} must be positive, got {value}", "the usual range is 0.02 to 0.3 and about 1")
+            _require(ok, f"distill-{name} must be positive, got {value}", "the usual range is 0.02 to 0.3 and 0.5 to 4")
 
 
 # The fields of PatchOptions in the order of the report, which is older than their parts.

@@ -115,9 +115,9 @@ class Setting:
         if self.distill is None:
             return []
         chosen, default = asdict(self.distill), asdict(DistillOptions())
-        return [
-            f"distill {name.replace('_', ' ')} {chosen[name]:g}" for name in chosen if chosen[name] != default[name]
-        ]
+        changed = {name: value for name, value in chosen.items() if value != default[name]}
+        shown = {name: f"{value:g}" if isinstance(value, (int, float)) else value for name, value in changed.items()}
+        return [f"distill {name.replace('_', ' ')} {value}" for name, value in shown.items()]
 
 
 def settings_of(

@@ -18,8 +18,8 @@ def test_patch_options_are_flat_and_made_of_parts_by_purpose():
     parts = [{field.name for field in fields(part)} for part in (KeepOptions, SolverOptions, GraftOptions)]
     parts.append({field.name for field in fields(OutputOptions)})
     assert (
-        sum(map(len, parts)) == len(set.union(*parts)) == len(fields(PatchOptions)) - 2
-    )  # fp8_output and trust_remote_code are its own
+        sum(map(len, parts)) == len(set.union(*parts)) == len(fields(PatchOptions)) - 3
+    )  # fp8_output, trust_remote_code and teacher_weight are its own
     assert fields(PatchOptions)[0].name == "density"  # PatchOptions(0.2)
     with pytest.raises(TypeError):
         PatchOptions(densty=0.2)
@@ -53,12 +53,13 @@ def test_a_word_that_is_no_choice_is_refused_with_those_that_are(make, what):
 
 def test_the_report_holds_every_option_but_how_an_earlier_output_is_met():
     names = {field.name for field in fields(PatchOptions)} - {"resume", "overwrite"}
-    told = PatchOptions(fp8_output="bf16", trust_remote_code=True).to_dict().keys()
+    told = PatchOptions(fp8_output="bf16", trust_remote_code=True, teacher_weight=0.5).to_dict().keys()
     own = {"alpha", "beta", "threshold_scale"}  # told of by their own methods alone
     assert told == names - own
     assert PatchOptions(method="lines").to_dict().keys() - told == {"alpha", "beta"}
     assert PatchOptions(method="dg-hard").to_dict().keys() - told == {"threshold_scale"}
-    assert told - PatchOptions().to_dict().keys() == {"fp8_output", "trust_remote_code"}  # which most do not know
+    rare = {"fp8_output", "trust_remote_code", "teacher_weight"}  # which most runs do not know
+    assert told - PatchOptions().to_dict().keys() == rare
     names = {field.name for field in fields(MergeOptions)} - {"resume", "overwrite"}
     assert set(MergeOptions().to_dict()) == names
 

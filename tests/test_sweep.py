@@ -151,6 +151,7 @@ def test_a_distilled_setting_is_what_patch_distill_gives(pair, tmp_path):
     assert distilled.label == (
         "joint, propagated, distilled, density 0.1, retain weight 0.3, distill steps 3, distill batch size 2"
     )
+    assert Setting(PatchOptions(), True, DistillOptions(on="responses")).label.endswith(", distill on responses")
     report = run(pair, tmp_path / "sweep", [plain, distilled, other])
     assert [point.family for point in report.points[3:]] == [distilled.family, "magnitude, distilled"]
     for number, setting in enumerate((distilled, other)):

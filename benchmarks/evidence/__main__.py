@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.common import cache_root
 from benchmarks.evidence import pairs, pictures, readme, render, summary
-from benchmarks.evidence.run import SAMPLES, run_all
+from benchmarks.evidence.run import GRIDS, SAMPLES, Outcome, first_of, run_all
 from benchmarks.multimodal.data import COUNTS
 from benchmarks.multimodal.model import BASE_RECIPE, PATCH, PIXELS, TUNED_RECIPE
 from benchmarks.pages import reflow
@@ -61,30 +61,36 @@ def main() -> None:
     parts = options.parts or list(PARTS)
     sections = []
     for part in PARTS:
-        file = DOCS / f"evidence-{part}.md"
         if part not in parts:
             continue
         cache = options.cache.expanduser().resolve() / part
         cache.mkdir(parents=True, exist_ok=True)
         make = partial(pairs.quick, jobs=options.jobs) if part == "quick" else PARTS[part]
-        outcomes = run_all(part, make(cache), cache, options.jobs)
-        texts, short = [_head(part)], []
-        for group in summary.groups_of(outcomes):
-            picture = f"frontier-{part}-{group.name}.png"
-            plot_frontiers(summary.averaged(group), DOCS / picture)
-            first = group.outcomes[0].pair
-            drawn = (
-                pictures.curves_part(part, group, DOCS),
-                pictures.decorations_part(part, group, cache / f"{first.name}-{first.seed}", DOCS),
-            )
-            texts.append(render.section(part, group, SETTINGS[part], picture, *drawn))
-            short.append(f"**{part}, {group.name}**\n\n{render.short_table(group)}")
-        file.write_text(reflow("\n\n".join(texts)), encoding="utf-8")
-        sections.append(file.name)
-        shown = between(SUMMARY.read_text(encoding="utf-8"), f"evidence-{part}", "\n\n".join(short))
-        SUMMARY.write_text(shown, encoding="utf-8")
+        made = make(cache)
+        for grid in (first_of(GRIDS[part]), GRIDS[part]):  # a run that is cut short has a page of the first
+            _write(part, run_all(part, made, cache, grid, options.jobs), cache)
+        sections.append(f"evidence-{part}.md")
     readme.main()
     say(f"wrote {', '.join(sections)}, their pictures, the tables in {SUMMARY.name} and README's")
+
+
+def _write(part: str, outcomes: list[Outcome], cache: Path) -> None:
+    """The page of a benchmark, its pictures and its short tables."""
+    texts, short = [_head(part)], []
+    for group in summary.groups_of(outcomes):
+        picture = f"frontier-{part}-{group.name}.png"
+        plot_frontiers(summary.averaged(group), DOCS / picture)
+        first = group.outcomes[0].pair
+        drawn = (
+            pictures.curves_part(part, group, DOCS),
+            pictures.decorations_part(part, group, cache / f"{first.name}-{first.seed}", DOCS),
+        )
+        texts.append(render.section(part, group, SETTINGS[part], picture, *drawn))
+        short.append(f"**{part}, {group.name}**\n\n{render.short_table(group)}")
+    file = DOCS / f"evidence-{part}.md"
+    file.write_text(reflow("\n\n".join(texts)), encoding="utf-8")
+    shown = between(SUMMARY.read_text(encoding="utf-8"), f"evidence-{part}", "\n\n".join(short))
+    SUMMARY.write_text(shown, encoding="utf-8")
 
 
 def _head(part: str) -> str:

@@ -1,4 +1,6 @@
-"""`python -m benchmarks.leads.distillation`: the defaults of `patch --distill`, one changed at a time.
+"""`python -m benchmarks.leads.distillation`: what the defaults of `patch --distill` were chosen by.
+
+A variant's name says what differs from the first, which is none of today's defaults.
 
 On the first seed of every pair of the benchmark `quick`; all figures are of validation data.
 Writes a table of docs/results/research.md.
@@ -18,7 +20,7 @@ from statistics import mean
 
 from benchmarks.common import cache_root
 from benchmarks.evidence.pairs import quick
-from benchmarks.evidence.run import SAMPLES, SEQ_LEN
+from benchmarks.evidence.run import SEQ_LEN
 from benchmarks.leads.__main__ import DOCUMENT
 from benchmarks.quick.data import COUNTS, WINDOW
 from benchmarks.real.render import between, table
@@ -30,15 +32,16 @@ from tailorcli.options import DistillOptions
 from tailorcli.sweep import Setting, run_sweep
 
 MARK = "distillation"
-DEFAULT = DistillOptions()
+FIRST = DistillOptions(steps=200, rate=0.1, weight=1.0, batch_size=8)
+COUNT = 128  # samples of each kind
 
 
 @dataclass(frozen=True)
 class Variant:
     """One way to distil: on so many samples of each kind, at a density, from a method's patch."""
 
-    how: DistillOptions = DEFAULT
-    count: int = SAMPLES
+    how: DistillOptions = FIRST
+    count: int = COUNT
     density: float = 0.1
     method: str = "tailor"
 
@@ -50,11 +53,11 @@ class Variant:
 
 
 def _changed(**values: float) -> DistillOptions:
-    return replace(DEFAULT, **values)  # type: ignore[arg-type]
+    return replace(FIRST, **values)  # type: ignore[arg-type]
 
 
 VARIANTS = {
-    "the default": Variant(),
+    "128 samples, 200 steps, rate 0.1, B 1": Variant(),
     "512 samples, 400 steps": Variant(_changed(steps=400), 512),
     **{f"rate {rate:g}": Variant(_changed(rate=rate)) for rate in (0.05, 0.2)},
     "400 steps": Variant(_changed(steps=400)),
@@ -147,8 +150,7 @@ def measure(job: Job) -> dict[str, dict[str, float]]:
 def rows_of(found: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:
     """A row a variant: H on each pair, the shares of old and new kept in the mean, and seconds."""
     rows = []
-    measured = next(iter(found.values())).keys()
-    for name in [one for one in NAMES if one in measured]:
+    for name in [one for one in NAMES if all(one in of_pair for of_pair in found.values())]:
         every = [of_pair[name] for of_pair in found.values()]
         kept = []
         for end, figure in (("base", "origin"), ("tuned", "target")):
@@ -167,12 +169,16 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=cache_root(), help="folder for weights and results (%(default)s)")
     parser.add_argument("--demo", action="store_true", help="on the demo's pair, too")
     parser.add_argument("--json", type=Path, help="also write every figure here")
+    parser.add_argument("--render", type=Path, help="measure nothing: write the table from such a file")
     options = parser.parse_args()
+    if options.render is not None:
+        write(json.loads(options.render.read_text(encoding="utf-8"))["found"])
+        return
     found_cases = cases(options.cache.resolve(), options.jobs, options.demo)
     jobs: list[tuple[str, Job]] = []
     for number, name in enumerate(NAMES[2:]):
         setting = PLAIN[name] if name in PLAIN else VARIANTS[name].setting
-        count = VARIANTS[name].count if name in VARIANTS else SAMPLES
+        count = VARIANTS[name].count if name in VARIANTS else COUNT
         jobs += [(name, (case, str(number), [setting], count)) for case in found_cases]
     found: dict[str, dict[str, dict[str, float]]] = {case.name: {} for case in found_cases}
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
@@ -186,6 +192,11 @@ def main() -> None:
             say(f"{case.name}, {name}: H {found[case.name][name]['h_score']:.2f}")
             if options.json is not None:  # a run that is cut short has what it found
                 options.json.write_text(json.dumps({"found": found, "machine": environment()}, indent=1) + "\n")
+    write(found)
+
+
+def write(found: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Write the table of what was measured on every pair."""
     header = ["distilled", *found, "mean H", "old kept, %", "new kept, %", "s"]
     text = table(header, rows_of(found))
     print(text)

@@ -187,9 +187,9 @@ def patch(
         int, typer.Option(metavar="N", help="Columns per block of the sequential solver.", rich_help_panel=SOLVER)
     ] = 128,
     distill: Distill = False,
-    distill_steps: DistillSteps = 200,
+    distill_steps: DistillSteps = 400,
     distill_rate: DistillRate = 0.1,
-    distill_weight: DistillWeight = 1.0,
+    distill_weight: DistillWeight = 2.0,
     distill_batch_size: DistillBatchSize = 8,
     distill_on: DistillTokens = DistillOn.ALL,
     device: Device = "auto",

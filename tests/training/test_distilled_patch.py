@@ -115,7 +115,7 @@ def test_the_command(pair, tmp_path):
 def test_a_dry_run_tells_what_training_takes(pair, tmp_path):
     base, tuned, output, stats, retain = arguments(pair, tmp_path / "out")
     how = ("--stats", stats, "--retain", retain, "--distill", "--density", 0.2, "--dry-run", "-o", output)
-    assert "at most 200 steps, about" in run("patch", base, tuned, *how).stdout
+    assert "at most 400 steps, about" in run("patch", base, tuned, *how).stdout
     found = json.loads(run("patch", base, tuned, *how, "--json").stdout)["training"]
     numel = sum(value.numel() for value in read_tensors(pair / "base").values())
     assert found["device_bytes"] > 4 * numel + 20 * round(0.2 * numel) - 2000
