@@ -40,12 +40,13 @@ class PatchMethod(StrEnum):
     FAPM = "fapm"
     LINES = "lines"
     DG_HARD = "dg-hard"
+    CHANGED = "changed"
 
 
 RELEASED = "tailor-released"  # a method besides: the paper's as its released code has it, to compare with it
 
 _USES_DENSITY = ("tailor", "dare", "magnitude", "graft", "fapm", RELEASED)
-DENSE = ("interpolate", "lines", "dg-hard")  # methods that change every entry: their density is 1
+DENSE = ("interpolate", "lines", "dg-hard", "changed")  # methods that may change every entry: their density is 1
 _OWN = {"alpha": "lines", "beta": "lines", "threshold_scale": "dg-hard"}  # options of one method, told of with it alone
 _USES_SEED = ("dare", "graft")
 _USES_THRESHOLD = ("magnitude", "graft")

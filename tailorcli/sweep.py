@@ -94,6 +94,7 @@ class Setting:
         if o.is_dense:
             dense = {
                 "interpolate": [f"{self.family} {o.effective_weight:g}"],
+                "changed": [self.family],
                 "lines": [self.family, f"alpha {o.alpha:g}", f"beta {o.effective_beta:g}"],
             }
             parts = dense.get(o.method, [self.family, f"threshold scale {o.threshold_scale:g}"])
@@ -158,6 +159,8 @@ def settings_of(
             found += [Setting(replace(options, method=method, weight=weight)) for weight in weights or WEIGHTS]
         elif method == "lines":
             found += [Setting(replace(options, method=method, alpha=alpha)) for alpha in weights or WEIGHTS]
+        elif method == "changed":
+            found.append(Setting(replace(options, method=method)))
         elif method == "dg-hard":
             found += [Setting(replace(options, method=method, threshold_scale=scale)) for scale in SCALES]
         elif method != "tailor":

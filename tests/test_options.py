@@ -87,6 +87,7 @@ IDENTITIES = {
     "fapm": ({"method": "fapm"}, {"density": 0.2, "weight": 0.5}, {"alpha": 0.3, "seed": 1, "threshold": "global"}),
     "lines": ({"method": "lines"}, {"alpha": 0.3, "beta": 0.4}, {"density": 0.2, "threshold_scale": 2.0, "seed": 1}),
     "dg-hard": ({"method": "dg-hard"}, {"threshold_scale": 2.0, "weight": 0.5}, {"density": 0.2, "alpha": 0.3}),
+    "changed": ({"method": "changed"}, {"weight": 0.5}, {"density": 0.2, "seed": 1, "omega": 1.0}),
     "graft": ({"method": "graft"}, {"density": 0.2, "seed": 1, "threshold": "global", **GRAFTS}, {"omega": 1.0}),
 }
 

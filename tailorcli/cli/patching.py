@@ -197,7 +197,8 @@ def patch(
         PatchMethod,
         typer.Option(
             metavar="METHOD",
-            help="tailor; or interpolate (WiSE-FT), dare, magnitude (TIES), graft, fapm, lines, dg-hard.",
+            help="tailor; or interpolate (WiSE-FT), dare, magnitude (TIES), graft, fapm, lines, dg-hard; changed: all "
+            "that differs.",
             rich_help_panel=OTHERS,
         ),
     ] = PatchMethod.TAILOR,

@@ -86,7 +86,7 @@ def baseline_layer(
     threshold_scale: float = 1.0,
     timer: Timer | None = None,
 ) -> LayerResult:
-    """One tensor by ``interpolate``, ``lines``, ``dg-hard``, ``dare``, ``magnitude`` or ``fapm``.
+    """One tensor by ``interpolate``, ``lines``, ``dg-hard``, ``dare``, ``magnitude``, ``fapm`` or ``changed``.
 
     Shapes and figures are as in ``tailor_layer``. ``seed`` is the tensor's own, and so is the ``weight`` of
     ``lines``; ``threshold_scale`` is dg-hard's. ``mask``, in the tensor's shape, is taken as it is where it is given.
@@ -101,6 +101,8 @@ def baseline_layer(
     with timer.stage("select"):
         if mask is not None:
             mask = mask.reshape(shape)
+        elif method == "changed":
+            mask = changed_mask(base_2d, tuned_2d)
         elif method in DENSE:
             mask = torch.ones_like(delta, dtype=torch.bool)
         elif method == "dare":
@@ -123,6 +125,17 @@ def baseline_layer(
         moved = weight != 1.0 or method in ("dare", "dg-hard")
         figures = measure(delta, mask, patched=patched, tuned=tuned_2d, moved=moved)
     return LayerResult(patched.view(base.shape), mask.view(base.shape), figures)
+
+
+def changed_mask(base: Tensor, tuned: Tensor) -> Tensor:
+    """Where ``tuned`` in the base's dtype is another number, bit for bit (-0 is not 0): bool, in their shape.
+
+    >>> changed_mask(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([1.0, -0.0, 3.0])).tolist()
+    [False, True, True]
+    """
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[base.element_size()]
+    one, other = (value.to(base.dtype).contiguous().view(whole) for value in (base, tuned))
+    return one != other
 
 
 def _denoised_layer(

@@ -266,6 +266,7 @@ def options_shown(report: PatchReport) -> dict[str, Any]:
             "interpolate": ("method",),
             "lines": ("method", "alpha", "beta"),
             "dg-hard": ("method", "threshold_scale"),
+            "changed": ("method",),
             "fapm": ("method", "density"),
             "dare": ("method", "density", "seed"),
             "magnitude": ("method", "density", "threshold"),
@@ -274,7 +275,7 @@ def options_shown(report: PatchReport) -> dict[str, Any]:
     weight = ("weight",) if options.get("weight", 1.0) != 1.0 else ()
     retained = ("retain_weight",) if "retain" in report.inputs else ()
     propagated = ("propagate",) if options.get("propagate") else ()
-    dense = {"density": density_of(options)} if method in DENSE else {}
+    dense = {"density": density_of(options)} if method in DENSE and method != "changed" else {}
     return {key: options[key] for key in (*shown, *retained, *propagated, *weight)} | dense
 
 

@@ -107,6 +107,8 @@ def record_of(tensor: TensorPlan, result: LayerResult | None, run: Run, facts: d
     """The report's entry for one tensor, with further ``facts``; one that fine-tuning did not change stays at base."""
     stats = run.inputs.stats
     frozen = result is not None and result.figures.zero_delta == result.figures.numel
+    if run.options.method == "changed" and result is not None:  # there minus zero is not zero
+        frozen = frozen and result.figures.kept == 0
     used = [stats.hessians[name] for name in tensor.hessians] if stats else []
     notes = [stats.tensors[tensor.name].note if stats is not None and used else "", tensor.note]
     found: dict[str, Any] = {

@@ -194,6 +194,8 @@ def patch_text(options: Mapping[str, Any], base: str, tuned: str, *, retained: b
     first = f"{code(tuned)} is {code(base)} after fine-tuning."
     if method == "interpolate":
         return f"{first} This model lies between the two: every weight went {options['weight']:.3g} of the way."
+    if method == "changed":
+        return f"{first} This model is {code(tuned)}, as a patch of what differs."
     if method in DENSE:
         return f"{first} This model lies between the two: the changes of all weights were scaled or cut ({method})."
     if method != "tailor":

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import Oracle, bits, broken_off, folder_digest, invoke, make_pair, random_hessian, read_tensors
+from helpers import Oracle, bits, broken_off, folder_digest, invoke, make_pair, random_hessian, read_tensors, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -414,3 +414,30 @@ def test_statistics_that_are_not_needed_change_nothing(llama_pair, tmp_path):
     )
     assert with_stats.totals == without.totals
     assert read_tensors(tmp_path / "0").keys() == read_tensors(tmp_path / "1").keys()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_changed_is_tuned_to_the_bit_and_small_where_little_changed(tmp_path, dtype):
+    """A fine-tune that moved a tenth of some tensors: its patch file gives it back, without statistics."""
+    folder = make_pair(tmp_path, dtype=dtype)
+    base, tuned = (load_file(folder / name / "model.safetensors") for name in ("base", "tuned"))
+    generator = torch.Generator().manual_seed(0)
+    for name, value in tuned.items():
+        mask = torch.rand(value.shape, generator=generator) < (0.1 if "_proj" in name else 0.0)
+        tuned[name] = torch.where(mask, value, base[name])
+    base["model.norm.weight"][0], tuned["model.norm.weight"][0] = 0.0, -0.0
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        save_file(tensors, folder / name / "model.safetensors", {"format": "pt"})
+    arguments = ("patch", folder / "base", folder / "tuned", "--method", "changed")
+    run(*arguments, "--patch-file", folder / "p.safetensors", "-o", folder / "out")
+    run("apply", folder / "base", folder / "p.safetensors", "-o", folder / "applied")
+    for name in ("out", "applied"):
+        found = load_file(folder / name / "model.safetensors")
+        assert [key for key in tuned if bits(found[key]) != bits(tuned[key])] == [], name
+    report = json.loads((folder / "out" / "tailor_report.json").read_text())
+    moved = sum(int((tuned[key] != base[key]).sum()) for key in tuned) + 1
+    assert report["totals"]["kept"] == moved
+    assert "changed" in run("inspect", folder / "p.safetensors").stdout
+    run(*arguments[:3], "--method", "interpolate", "--weight", 1, "--patch-file", folder / "dense.safetensors")
+    sizes = [(folder / name).stat().st_size for name in ("p.safetensors", "dense.safetensors")]
+    assert sizes[0] < sizes[1] - 0.5 * sum(value.nbytes for value in tuned.values())
