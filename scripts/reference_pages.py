@@ -45,9 +45,16 @@ page is written from the docstrings by `{COMMAND}`.
 GROUPS = {
     "Calibrate and patch": (
         *("tailor", "plan_job"),
-        *("calibrate_model", "score_checkpoint", "plan_patch", "patch_checkpoint", "distill_checkpoint"),
+        *("calibrate_model", "score_checkpoint", "plan_patch", "patch_checkpoint"),
+        *("distill_checkpoint", "plan_distilled", "distill_patch"),
     ),
-    "Patch files and several tasks": ("apply_patch", "verify_checkpoint", "plan_merge", "merge_patches"),
+    "Patch files and several tasks": (
+        "apply_patch",
+        "verify_checkpoint",
+        "plan_merge",
+        "merge_patches",
+        "distill_merge",
+    ),
     "Fine-tune": ("finetune_model", "plan_finetune", "probe_model"),
     "Evaluate": (
         *("evaluate_models", "read_tasks", "encode_task", "evaluate_network"),

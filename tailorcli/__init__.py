@@ -45,6 +45,9 @@ _HOMES = {
     "PatchOptions": "tailorcli.options",
     "DistillOptions": "tailorcli.options",
     "distill_checkpoint": "tailorcli.patching.distilled",
+    "distill_patch": "tailorcli.patching.distilled",
+    "plan_distilled": "tailorcli.patching.distilled",
+    "distill_merge": "tailorcli.merging.distilled",
     "finetune_model": "tailorcli.training.finetune",
     "plan_finetune": "tailorcli.training.finetune",
     "probe_model": "tailorcli.training.probe",
@@ -85,6 +88,8 @@ __all__ = [
     "apply_patch",
     "calibrate_model",
     "distill_checkpoint",
+    "distill_merge",
+    "distill_patch",
     "encode_task",
     "evaluate_models",
     "evaluate_network",
@@ -93,6 +98,7 @@ __all__ = [
     "inspect_path",
     "merge_patches",
     "patch_checkpoint",
+    "plan_distilled",
     "plan_finetune",
     "plan_job",
     "plan_merge",
@@ -118,11 +124,13 @@ if TYPE_CHECKING:
     from tailorcli.evaluation.metrics import TaskScores, h_score
     from tailorcli.evaluation.predict import evaluate_network
     from tailorcli.evaluation.tasks import encode_task, read_tasks
+    from tailorcli.merging.distilled import distill_merge
     from tailorcli.merging.merge import merge_patches, plan_merge
     from tailorcli.options import CalibrateOptions, EvaluateOptions, MergeOptions, PatchOptions
     from tailorcli.patchfile.reader import PatchFile
     from tailorcli.patchfile.report import PatchReport
     from tailorcli.patching.apply import apply_patch
+    from tailorcli.patching.distilled import distill_checkpoint, distill_patch, plan_distilled
     from tailorcli.patching.patch import patch_checkpoint, plan_patch, score_checkpoint
     from tailorcli.patching.verify import VerifyReport, verify_checkpoint
     from tailorcli.pipeline.job import plan_job, tailor

@@ -318,6 +318,8 @@ def show_merge(report: PatchReport) -> None:
     if totals["errors"] is not None:
         errors = ", ".join(f"{task} {format_share(e)}" for task, e in zip(tasks, totals["errors"], strict=True))
         say(f"mean layer error against each tuned model: {errors}")
+    if report.distillation is not None:
+        show_distillation(report.distillation)
     for method, count in totals["methods"].items():
         if method != report.options["method"]:
             say(f"{count} tensors by {method}", err=True)

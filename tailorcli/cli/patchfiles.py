@@ -7,15 +7,21 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tailorcli.cli.arguments import (
+    DISTILL,
     AsJson,
     Base,
     Damping,
     Device,
+    DistillBatchSize,
+    DistillRate,
+    DistillSteps,
+    DistillTokens,
+    DistillWeight,
     DryRun,
     License,
     MaxIterations,
@@ -32,6 +38,7 @@ from tailorcli.cli.arguments import (
     Tensors,
     Tolerance,
     Verbose,
+    flag,
 )
 from tailorcli.cli.output import (
     print_json,
@@ -49,6 +56,8 @@ from tailorcli.cli.output import (
 from tailorcli.cli.sharing import check_push, push
 from tailorcli.cli.verbosity import wants_progress
 from tailorcli.options import (
+    DistillOn,
+    DistillOptions,
     MergeMethod,
     MergeOptions,
 )
@@ -127,6 +136,20 @@ def merge_multi(
     weight: Annotated[
         list[float] | None, typer.Option(metavar="W", help="Weight of a task; once for each PATCH, in their order.")
     ] = None,
+    distill: Annotated[
+        bool, flag("--distill", help="Then train the kept entries towards every TUNED and BASE.", panel=DISTILL)
+    ] = False,
+    retain: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="STATS", help="--distill: statistics of BASE, what it must not forget.", rich_help_panel=DISTILL
+        ),
+    ] = None,
+    distill_steps: DistillSteps = 200,
+    distill_rate: DistillRate = 0.1,
+    distill_weight: DistillWeight = 1.0,
+    distill_batch_size: DistillBatchSize = 8,
+    distill_on: DistillTokens = DistillOn.ALL,
     damping: Damping = 0.01,
     tolerance: Tolerance = 3e-4,
     max_iterations: MaxIterations = 300,
@@ -153,6 +176,9 @@ def merge_multi(
         --method patches
       tailorcli merge-multi BASE a.safetensors b.safetensors -o OUT \
         --tuned TUNED-A --tuned TUNED-B
+      tailorcli merge-multi BASE a.safetensors b.safetensors -o OUT \
+        --tuned TUNED-A --tuned TUNED-B --stats STATS-A --stats STATS-B \
+        --distill --retain base-stats
     """
     from tailorcli.merging.merge import merge_patches, plan_merge
 
@@ -172,20 +198,29 @@ def merge_multi(
         overwrite=overwrite,
     )
     inputs = (tuple(tuned or ()), tuple(stats or ()))
+    if distill != (retain is not None):
+        raise typer.BadParameter("--distill and --retain STATS go together: the base is a teacher, on its own samples")
+    how = DistillOptions(distill_steps, distill_rate, distill_weight, distill_batch_size, on=distill_on)
     if dry_run:
-        plan = plan_merge(base, patches, output, *inputs, options, patch_file)
+        if retain is not None:
+            from tailorcli.merging.distilled import plan_distilled_merge
+
+            plan = plan_distilled_merge(base, patches, output, *inputs, retain, options, how, patch_file)
+        else:
+            plan = plan_merge(base, patches, output, *inputs, options, patch_file)
         show_plan(plan, output, patch_file, as_json, tensors)
         return
-    report = merge_patches(
-        base,
-        patches,
-        output,
-        *inputs,
-        options,
-        progress=wants_progress(as_json),
-        patch_file=patch_file,
-        announce=None if as_json else partial(show_cost, output=output, patch_file=patch_file),
-    )
+    shown: dict[str, Any] = {
+        "progress": wants_progress(as_json),
+        "patch_file": patch_file,
+        "announce": None if as_json else partial(show_cost, output=output, patch_file=patch_file),
+    }
+    if retain is not None:
+        from tailorcli.merging.distilled import distill_merge
+
+        report = distill_merge(base, patches, output, *inputs, retain, options, how, **shown)
+    else:
+        report = merge_patches(base, patches, output, *inputs, options, **shown)
     for note in report.notes:
         say(f"note: {note}", err=True)
     push(push_to_hub, output)

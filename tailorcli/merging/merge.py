@@ -80,10 +80,10 @@ def merge_patches(
         device = resolve_device(options.device)
         facts = inputs.describe()
         identity = identity_of(facts, options.identity(len(patches)), device, command="merge-multi")
-        side, notes = _side_files(inputs)
+        side, notes = side_files_of(inputs)
         side = merged_side_files(side, inputs, options)
         notes += _retain_notes(inputs, options)
-        what = (plan, inputs.base, inputs.paths, identity, "merge-multi", side, _manifest(inputs, facts, options))
+        what = (plan, inputs.base, inputs.paths, identity, "merge-multi", side, manifest_of(inputs, facts, options))
         begun = target.begin(*what, announce=announce)
         if isinstance(begun, PatchReport):
             return begun
@@ -92,14 +92,17 @@ def merge_patches(
         records = _write_all(plan, inputs, options, outputs, device, timer, progress)
         timer.seconds["write"] = outputs.seconds
         ordered = [records[name] for name in inputs.base.tensors]
-        described = options.to_dict() | {
-            "tasks": [task.title for task in inputs.tasks],
-            "weights": list(options.shares(len(patches))),
-        }
+        described = described_options(inputs, options)
         seconds = perf_counter() - started
         report = PatchReport("merge-multi", described, facts, ordered, dict(timer.seconds), seconds, notes)
         outputs.finish(report, watch)
         return report
+
+
+def described_options(inputs: MergeInputs, options: MergeOptions) -> dict[str, Any]:
+    """The options of a merge as its report has them."""
+    tasks = [task.title for task in inputs.tasks]
+    return options.to_dict() | {"tasks": tasks, "weights": list(options.shares(len(tasks)))}
 
 
 def _write_all(
@@ -143,7 +146,7 @@ def _retain_notes(inputs: MergeInputs, options: MergeOptions) -> tuple[str, ...]
     return tuple(f"{name} {what}" for name in made)
 
 
-def _manifest(inputs: MergeInputs, facts: dict[str, dict[str, str]], options: MergeOptions) -> dict[str, Any]:
+def manifest_of(inputs: MergeInputs, facts: dict[str, dict[str, str]], options: MergeOptions) -> dict[str, Any]:
     """What a merged patch file says of itself; the licence is the tasks' where they agree."""
     patches = [task.patch for task in inputs.tasks]
     licenses = {patch.manifest.license for patch in patches}
@@ -159,7 +162,7 @@ def _manifest(inputs: MergeInputs, facts: dict[str, dict[str, str]], options: Me
     }
 
 
-def _side_files(inputs: MergeInputs) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
+def side_files_of(inputs: MergeInputs) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
     """The first patch's side files, and a note for each that another patch has differently."""
     first, *others = [task.patch for task in inputs.tasks]
     kept, *titles = [task.title for task in inputs.tasks]

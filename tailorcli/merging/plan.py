@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tailorcli.adapters.interpolated import interpolated, original
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
@@ -63,12 +64,14 @@ class MergeInputs:
         stats: Sequence[PathLike],
         options: MergeOptions,
         stack: ExitStack,
+        distilled: bool = False,
     ) -> MergeInputs:
         """Open all, check every byte of the patches, and find each patch its model and statistics by fingerprint.
 
-        Raises OptionsError for inputs that do not belong together, PatchError for a damaged patch.
+        With ``distilled`` every task needs both, whatever the method. Raises OptionsError for inputs that do not
+        belong together, PatchError for a damaged patch.
         """
-        _check_counts(patches, tuned, stats, options)
+        _check_counts(patches, tuned, stats, options, distilled)
         base, *tuned = local_folders((base, *tuned))
         opened = stack.enter_context(open_checkpoint(base))
         if opened.dequantized:
@@ -84,12 +87,14 @@ class MergeInputs:
         folders = [Stats.open(path) for path in stats]
         for folder in folders:
             stack.callback(folder.close)
+        models = [_as_calibrated(opened, model, folders) for model in models]
         _pair_up(tasks, models, folders)
         for task in tasks:
             if task.tuned is not None:
-                check_pair(opened, task.tuned, allow_dtype_mismatch=True)
+                check_pair(opened, original(task.tuned), allow_dtype_mismatch=True)
                 if task.stats is not None:
-                    task.stats.rename_for(task.tuned)
+                    if task.stats.teacher_weight == 1.0:  # else they have the base's names
+                        task.stats.rename_for(task.tuned)
                     check_stats(opened, task.tuned, task.stats)
         return cls(opened, _told_apart(tasks))
 
@@ -126,7 +131,11 @@ class MergeInputs:
 
 
 def _check_counts(
-    patches: Sequence[PathLike], tuned: Sequence[PathLike], stats: Sequence[PathLike], options: MergeOptions
+    patches: Sequence[PathLike],
+    tuned: Sequence[PathLike],
+    stats: Sequence[PathLike],
+    options: MergeOptions,
+    distilled: bool,
 ) -> None:
     if not patches:
         raise OptionsError("no patch given", "pass the files that tailorcli patch --patch-file wrote")
@@ -134,7 +143,11 @@ def _check_counts(
         raise OptionsError(
             f"{len(options.weights)} weights for {len(patches)} patches", "pass --weight once for each patch, in order"
         )
-    if options.method == "patches" and (tuned or stats):
+    if distilled and not (tuned and stats):
+        raise OptionsError(
+            "--distill needs every task's teacher and samples", "pass --tuned DIR and --stats DIR once for each task"
+        )
+    if options.method == "patches" and (tuned or stats) and not distilled:
         raise OptionsError(
             "--method patches uses neither --tuned nor --stats",
             "leave them out, or merge with --method average or joint",
@@ -149,6 +162,15 @@ def _check_counts(
             "--method joint needs the statistics of every task",
             "pass --stats DIR once for each task (made by tailorcli calibrate), or --method average",
         )
+
+
+def _as_calibrated(base: Checkpoint, model: Checkpoint, folders: list[Stats]) -> Checkpoint:
+    """The model between base and tuned of which one of the statistics is, where one is."""
+    for folder in folders:
+        view = interpolated(base, model, folder.teacher_weight)
+        if view is not model and view.fingerprint() == folder.model_fingerprint:
+            return view
+    return model
 
 
 def _pair_up(tasks: list[Task], models: list[Checkpoint], folders: list[Stats]) -> None:
@@ -198,7 +220,7 @@ def build_merge_plan(inputs: MergeInputs, options: MergeOptions) -> Plan:
     patched = [tensor for tensor in ordered if tensor.action == "patch"]
     if not patched:
         raise OptionsError("no tensor would be merged: the patches hold none", "make them again")
-    kept = [min(t.numel, sum(k.patch.kept_of(t.name) for k in inputs.tasks)) for t in patched]
+    kept = [count for _, count in most_kept_of(patched, inputs)]
     read = inputs.base.nbytes + sum(task.patch.nbytes for task in inputs.tasks)
     read += sum(t.tuned.read_cost(p.name) for t in inputs.tasks if t.tuned is not None for p in patched)
     hessians = {tensor.task_hessians for tensor in patched if tensor.task_hessians}
@@ -212,6 +234,11 @@ def build_merge_plan(inputs: MergeInputs, options: MergeOptions) -> Plan:
         ),
         peak_bytes=RUNTIME_BYTES + max(tensor.held_bytes for tensor in patched),
     )
+
+
+def most_kept_of(tensors: Sequence[TensorPlan], inputs: MergeInputs) -> list[tuple[str, int]]:
+    """How many entries of each tensor the union of the masks may have, by its name."""
+    return [(t.name, min(t.numel, sum(k.patch.kept_of(t.name) for k in inputs.tasks))) for t in tensors]
 
 
 def _plan_tensor(info: TensorInfo, inputs: MergeInputs, options: MergeOptions) -> TensorPlan:

@@ -41,8 +41,8 @@ def plan_apply(
 ) -> Plan:
     """What ``apply_patch`` would write and what it would cost; reads and checks all of the patch."""
     with ExitStack() as stack:
-        opened, file = _open(local_folder(base), patch, stack)
-        plan = _plan(opened, file, max_shard_size)
+        opened, file = open_both(local_folder(base), patch, stack)
+        plan = plan_of_patch(opened, file, max_shard_size)
         Target.of(output, None, resume=resume, overwrite=overwrite).check([opened.path, file.path], plan)
         return plan
 
@@ -67,9 +67,9 @@ def apply_patch(
     started = perf_counter()
     target = Target.of(output, None, resume=resume, overwrite=overwrite)
     with ExitStack() as stack:
-        opened, file = _open(local_folder(base), patch, stack)
+        opened, file = open_both(local_folder(base), patch, stack)
         watch = Watch([*opened.shards, file.path])
-        plan = _plan(opened, file, max_shard_size)
+        plan = plan_of_patch(opened, file, max_shard_size)
         identity = {
             "tailorcli": __version__,
             "command": "apply",
@@ -107,7 +107,7 @@ def apply_patch(
         return report
 
 
-def _open(base: PathLike, patch: PathLike, stack: ExitStack) -> tuple[Checkpoint, PatchFile]:
+def open_both(base: PathLike, patch: PathLike, stack: ExitStack) -> tuple[Checkpoint, PatchFile]:
     """Both opened, every byte of the patch checked, and the base's headers and samples."""
     file = stack.enter_context(PatchFile.open(patch))
     opened = stack.enter_context(Checkpoint.open(base))
@@ -116,7 +116,9 @@ def _open(base: PathLike, patch: PathLike, stack: ExitStack) -> tuple[Checkpoint
     return opened, file
 
 
-def _plan(base: Checkpoint, file: PatchFile, max_shard_size: int | None) -> Plan:
+def plan_of_patch(base: Checkpoint, file: PatchFile, max_shard_size: int | None) -> Plan:
+    """What a patch file does to each tensor of its base, and what that costs."""
+
     def plan_tensor(info: TensorInfo) -> TensorPlan:
         common = (info.name, info.dtype, info.shape, info.nbytes)
         if info.name not in file.tensors:

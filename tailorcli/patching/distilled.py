@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapters.checkpoint import config_folder
+from tailorcli.adapters.interpolated import interpolated, original
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import GrownCheckpoint
@@ -20,15 +21,19 @@ from tailorcli.errors import OptionsError, OutputError
 from tailorcli.files import PathLike, as_output_error, digest_of
 from tailorcli.guard import Watch
 from tailorcli.hub import local_folders
+from tailorcli.models.naming import open_for
 from tailorcli.options import DistillOptions, PatchOptions
 from tailorcli.patchfile.reader import PatchFile, raw_bytes
 from tailorcli.patchfile.report import PatchReport
+from tailorcli.patchfile.view import side_sources
+from tailorcli.patching.apply import open_both, plan_of_patch
 from tailorcli.patching.carded import side_files_of
 from tailorcli.patching.checks import check_retain, check_stats
 from tailorcli.patching.cost import most_kept
 from tailorcli.patching.patch import patch_opened
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs
+from tailorcli.patching.three_models import options_of
 from tailorcli.runs.outputs import Outputs, Target, identity_of, progress_bar, records_of
 from tailorcli.runs.plan import Plan, TrainingPlan
 
@@ -93,7 +98,7 @@ def distill_checkpoint(
         closed = sources.closed_form(work, options, progress)
         teachers = [(inputs.tuned, both[0])]
         how = (distill, device, progress, options.trust_remote_code)
-        found = train_and_write(work, plan, inputs.base, teachers, both[1], closed, outputs, *how)
+        found = train_and_write(work, work.folder / START, plan, inputs.base, teachers, both[1], closed, outputs, *how)
         described_options, seconds = options.to_dict(), perf_counter() - started
         report = PatchReport("patch", described_options, described, found.records, found.stages, seconds)
         report = replace(report, distillation=found.facts)
@@ -138,6 +143,7 @@ class Written:
 
 def train_and_write(
     work: Work,
+    start: Path,
     plan: Plan,
     base: Checkpoint,
     teachers: Sequence[tuple[Checkpoint, Stats]],
@@ -149,14 +155,14 @@ def train_and_write(
     progress: bool,
     trust_remote_code: bool,
 ) -> Written:
-    """Train the kept entries of the patch that ``work`` holds, whose report is ``closed``, and write every tensor.
+    """Train the kept entries of the patch file ``start``, whose report is ``closed``, and write every tensor.
 
     ``teachers`` are fine-tuned models with their statistics. Raises TailorError.
     """
     from tailorcli.training.run import distill_patch_file
 
     timer = StageTimer(device)
-    with PatchFile.open(work.folder / START) as file:
+    with PatchFile.open(start) as file:
         with timer.stage("distill"), exact_float32(), device_errors("a smaller --distill-batch-size"):
             how = (work.folder / STATE, progress, trust_remote_code)
             found = distill_patch_file(file, base, teachers, retain, distill, device, *how)
@@ -165,6 +171,79 @@ def train_and_write(
     facts = {"options": asdict(distill), "untrained": found.untrained, **found.history.to_dict()}
     stages = dict(closed.stages) | dict(timer.seconds)
     return Written([records[name] for name in base.tensors], stages, facts)
+
+
+def distill_patch(
+    patch: PathLike,
+    base: PathLike,
+    tuned: PathLike | Sequence[PathLike],
+    stats: PathLike | Sequence[PathLike],
+    retain: PathLike,
+    output: PathLike | None = None,
+    patch_file: PathLike | None = None,
+    distill: DistillOptions = DistillOptions(),
+    device: str = "auto",
+    progress: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> PatchReport:
+    """Train the kept entries of the file ``patch``, and write the checkpoint ``output``, a ``patch_file`` or both.
+
+    Whatever made the patch, its mask stays. ``tuned`` and ``stats`` are a fine-tuned model and its statistics, or
+    several of both in one order; ``retain`` are statistics of ``base``. What is minimised, and what is kept, is as in
+    ``distill_checkpoint``. Raises TailorError.
+    """
+    started = perf_counter()
+    target = Target.of(output, patch_file, resume=resume, overwrite=overwrite)
+    if target.folder is None and target.patch_file is None:
+        raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
+    models, folders = (list(given) if isinstance(given, (list, tuple)) else [given] for given in (tuned, stats))
+    if len(models) != len(folders) or not models:
+        what = f"{len(models)} fine-tuned models and {len(folders)} statistics"
+        raise OptionsError(what, "pass one of each for every task")
+    base, *models = local_folders((base, *models))
+    with ExitStack() as stack:
+        opened, file = open_both(base, patch, stack)
+        teachers = [_open_teacher(opened, *pair, stack) for pair in zip(models, folders, strict=True)]
+        retained = stack.enter_context(closing(Stats.open(retain)))
+        check_retain(opened, teachers[0][0], retained, PatchOptions())
+        sampled = [*(found for _, found in teachers), retained]
+        read = [path for model, found in teachers for path in (*model.shards, *found.files)]
+        watch = Watch([*opened.shards, file.path, *read, *retained.files])
+        where = resolve_device(device)
+        plan = plan_of_patch(opened, file, None)
+        kept = [(name, tensor.kept) for name, tensor in file.tensors.items()]
+        samples = [found.samples() for found in sampled]
+        given = (opened, config_folder(teachers[0][0]), kept, samples, options_of(teachers[0][1]), distill, where)
+        plan = replace(plan, training=training_plan(*given))
+        closed = file.report()
+        used = {f"samples {number}": found.fingerprint() for number, found in enumerate(sampled)}
+        identity = identity_of(closed.inputs, settings_of(distill) | used | {"patch": file.fingerprint()}, where)
+        side, _ = side_sources(opened, file)
+        manifest = {"task": file.manifest.task, "license": file.manifest.license, "inputs": closed.inputs}
+        paths = [opened.path, file.path, *(original(model).path for model, _ in teachers), *(s.path for s in sampled)]
+        begun = target.begin(plan, opened, paths, identity, closed.command, side, manifest)
+        if isinstance(begun, PatchReport):
+            return begun
+        outputs = stack.enter_context(begun)
+        work = Work.of(target)
+        how = (distill, where, progress, False)
+        found = train_and_write(work, file.path, plan, opened, teachers, retained, closed, outputs, *how)
+        report = replace(closed, tensors=found.records, stages=found.stages, seconds=perf_counter() - started)
+        report = replace(report, distillation=found.facts)
+        outputs.finish(report, watch)
+        remove_work(work.folder)
+        return report
+
+
+def _open_teacher(base: Checkpoint, tuned: PathLike, stats: PathLike, stack: ExitStack) -> tuple[Checkpoint, Stats]:
+    """A fine-tuned model and its statistics, at their teacher's weight. Raises TailorError if they are not a pair."""
+    opened, found = stack.enter_context(open_for(base, tuned)), stack.enter_context(closing(Stats.open(stats)))
+    model = interpolated(base, opened, found.teacher_weight)
+    if found.teacher_weight == 1.0:
+        found.rename_for(opened)
+    check_stats(base, model, found)
+    return model, found
 
 
 def plan_distilled(
@@ -256,12 +335,28 @@ def with_training(
     device: torch.device,
 ) -> Plan:
     """The plan of a patch with that of its training on ``samples`` of both kinds; ``how`` the models are loaded."""
-    from tailorcli.training.cost import training_bytes
-
     kept = [(tensor.name, count) for tensor, count in most_kept(plan.patched, options)]
     where = config_folder(inputs.tuned)
-    needed = training_bytes(inputs.base, where, kept, samples, how, distill.batch_size, device.type == "cuda")
-    return replace(plan, training=TrainingPlan(distill.steps, device.type, *needed))
+    return replace(plan, training=training_plan(inputs.base, where, kept, samples, how, distill, device))
+
+
+def training_plan(
+    base: Checkpoint,
+    folder: Path,
+    kept: Sequence[tuple[str, int]],
+    samples: Sequence[list[Inputs]],
+    how: CalibrateOptions,
+    distill: DistillOptions,
+    device: torch.device,
+) -> TrainingPlan:
+    """What training so many ``kept`` entries of the base's tensors takes; ``folder`` has the patched model's config.
+
+    Raises CheckpointError.
+    """
+    from tailorcli.training.cost import training_bytes
+
+    needed = training_bytes(base, folder, kept, samples, how, distill.batch_size, device.type == "cuda")
+    return TrainingPlan(distill.steps, device.type, *needed)
 
 
 def settings_of(distill: DistillOptions) -> dict[str, Any]:

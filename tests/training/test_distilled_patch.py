@@ -2,6 +2,7 @@
 
 import json
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from tailorcli import (
     PatchFile,
     PatchOptions,
     Stats,
+    TailorError,
     calibrate_model,
     distill_checkpoint,
+    distill_patch,
     patch_checkpoint,
     verify_checkpoint,
 )
@@ -66,8 +69,6 @@ def test_the_same_entries_hold_better_values_and_all_others_are_the_bases(pair, 
 
 @pytest.mark.parametrize("when", ["the closed form", "the training", "the writing"])
 def test_a_run_that_was_broken_off_is_finished_to_the_same_bytes(pair, tmp_path, monkeypatch, when):
-    from dataclasses import replace
-
     import tailorcli.patching.distilled as module
     import tailorcli.training.run as training
 
@@ -121,6 +122,54 @@ def test_a_dry_run_tells_what_training_takes(pair, tmp_path):
     assert found["device_bytes"] > 4 * numel + 20 * round(0.2 * numel) - 2000
     assert found["host_bytes"] < 1 << 20
     assert not output.exists()
+
+
+def test_a_patch_file_can_be_distilled_by_itself(pair, tmp_path):
+    base, tuned, output, stats, retain = arguments(pair, tmp_path / "out")
+    patch_checkpoint(base, tuned, None, stats, OPTIONS, retain=retain, patch_file=tmp_path / "closed.safetensors")
+    report = distill_patch(tmp_path / "closed.safetensors", base, tuned, stats, retain, output, distill=DISTILL)
+    distilled(pair, tmp_path / "once")
+    once, out = read_tensors(tmp_path / "once"), read_tensors(output)
+    assert all(bits(value) == bits(out[name]) for name, value in once.items())
+    assert report.distillation["best"] > 0
+    with pytest.raises(TailorError, match="1 fine-tuned models and 2 statistics"):
+        distill_patch(tmp_path / "closed.safetensors", base, tuned, [stats, stats], retain, tmp_path / "no")
+
+
+def test_a_work_path_that_is_taken_is_one_error(pair, tmp_path):
+    (tmp_path / "out.distill").write_text("mine")
+    with pytest.raises(TailorError, match="no folder of ours"):
+        distilled(pair, tmp_path / "out")
+    assert (tmp_path / "out.distill").read_text() == "mine"
+    (tmp_path / "p.safetensors.distill").mkdir()
+    (tmp_path / "p.safetensors.distill" / "notes.txt").write_text("mine")
+    with pytest.raises(TailorError, match="no run of ours wrote"):
+        distilled(pair, None, patch_file=tmp_path / "p.safetensors")
+    assert (tmp_path / "p.safetensors.distill" / "notes.txt").exists()
+
+
+def test_a_run_that_had_stopped_early_ends_the_same_when_it_is_taken_up(pair, tmp_path, monkeypatch):
+    import tailorcli.patching.distilled as module
+
+    wild = DistillOptions(steps=60, rate=50.0, batch_size=4)
+
+    def run_to(output, **more):
+        return distill_checkpoint(*arguments(pair, output), replace(OPTIONS, **more), wild)
+
+    whole = run_to(tmp_path / "whole")
+    assert whole.distillation["steps"][-1] < 60
+
+    def broken(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tailorcli.training.run.SAVING_SHARE", 1e9)
+        patched.setattr(module, "_write", broken)
+        with pytest.raises(KeyboardInterrupt):
+            run_to(tmp_path / "out")
+    again = run_to(tmp_path / "out", resume=True)
+    assert again.distillation == whole.distillation
+    assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "whole")
 
 
 def test_responses_alone_may_count(pair, tmp_path):

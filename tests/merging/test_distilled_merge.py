@@ -1,0 +1,122 @@
+"""merge-multi --distill: several teachers, each on its own task's samples, and the base on the retained ones."""
+
+import json
+
+import pytest
+import torch
+from helpers import (
+    folder_digest,
+    make_model,
+    make_pair,
+    make_tokenizer,
+    perturb,
+    read_tensors,
+    refused,
+    run,
+    write_data,
+)
+
+from tailorcli import (
+    DistillOptions,
+    MergeOptions,
+    PatchFile,
+    PatchOptions,
+    calibrate_model,
+    distill_merge,
+    patch_checkpoint,
+    verify_checkpoint,
+)
+from tailorcli.options import CalibrateOptions
+
+DISTILL = DistillOptions(steps=6, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A base with two tasks: fine-tuned models, statistics, patches; and the base's own statistics."""
+    folder = make_pair(tmp_path_factory.mktemp("tasks"))
+    (folder / "tuned").rename(folder / "tuned-a")
+    perturb(make_model(), seed=7).save_pretrained(folder / "tuned-b")
+    make_tokenizer().save_pretrained(folder / "tuned-b")
+    write_data(folder / "data-b.jsonl", seed=5)
+    (folder / "data.jsonl").rename(folder / "data-a.jsonl")
+    options = CalibrateOptions(num_samples=12, seq_len=24)
+    for task in ("a", "b"):
+        calibrate_model(folder / f"tuned-{task}", folder / f"data-{task}.jsonl", folder / f"stats-{task}", options)
+        pair = (folder / "base", folder / f"tuned-{task}", None, folder / f"stats-{task}")
+        patch_checkpoint(*pair, PatchOptions(density=0.1), patch_file=folder / f"{task}.safetensors")
+    calibrate_model(folder / "base", None, folder / "retain", CalibrateOptions(12, 24, synthetic=True))
+    return folder
+
+
+def inputs(tasks):
+    both = [[tasks / f"{role}-{task}" for task in ("b", "a")] for role in ("tuned", "stats")]
+    return [tasks / "a.safetensors", tasks / "b.safetensors"], *both
+
+
+@pytest.mark.parametrize("method", ["average", "joint", "patches"])
+def test_the_union_of_the_masks_is_trained_towards_all_teachers(tasks, tmp_path, method):
+    patches, tuned, stats = inputs(tasks)
+    options = MergeOptions(method=method)
+    report = distill_merge(
+        *(tasks / "base", patches, tmp_path / "out", tuned, stats, tasks / "retain", options, DISTILL),
+        patch_file=tmp_path / "merged.safetensors",
+    )
+    found = report.distillation
+    assert [len(each) for each in found["by_task"]] == [2] * len(found["steps"])
+    assert found["new"] == [pytest.approx(sum(each) / 2) for each in found["by_task"]]
+    objective = [a + b for a, b in zip(found["new"], found["retained"], strict=True)]
+    assert objective[found["steps"].index(found["best"])] < objective[0]
+    base, out = read_tensors(tasks / "base"), read_tensors(tmp_path / "out")
+    files = [PatchFile.open(file) for file in patches]
+    for name, value in out.items():
+        union = files[0].mask(name) | files[1].mask(name)
+        assert torch.equal(value[~union], base[name][~union])
+    [file.close() for file in files]
+    assert verify_checkpoint(tmp_path / "out", tasks / "base", tmp_path / "merged.safetensors").ok
+    assert report.command == "merge-multi"
+
+
+def test_a_merge_that_was_broken_off_is_finished_to_the_same_bytes(tasks, tmp_path, monkeypatch):
+    import tailorcli.patching.distilled as module
+
+    patches, tuned, stats = inputs(tasks)
+
+    def merge(output, **more):
+        options = MergeOptions(method="patches", **more)
+        distill_merge(tasks / "base", patches, output, tuned, stats, tasks / "retain", options, DISTILL)
+
+    def broken(*_, **__):
+        raise KeyboardInterrupt
+
+    merge(tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_write", broken)
+        with pytest.raises(KeyboardInterrupt):
+            merge(tmp_path / "out")
+    merge(tmp_path / "out", resume=True)
+    assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "whole")
+
+
+def test_the_command_and_what_it_needs(tasks, tmp_path):
+    patches, tuned, stats = inputs(tasks)
+    named = [word for each in tuned for word in ("--tuned", each)]
+    sampled = [word for each in stats for word in ("--stats", each)]
+    how = (
+        "--method",
+        "patches",
+        "--distill",
+        "--retain",
+        tasks / "retain",
+        "--distill-steps",
+        2,
+        "-o",
+        tmp_path / "out",
+    )
+    dry = run("merge-multi", tasks / "base", *patches, *named, *sampled, *how, "--dry-run")
+    assert "at most 2 steps" in dry.stdout
+    result = run("merge-multi", tasks / "base", *patches, *named, *sampled, *how)
+    assert "distilled in 2 steps" in result.stdout
+    assert json.loads((tmp_path / "out" / "tailor_report.json").read_text())["distillation"]["by_task"]
+    run("inspect", tmp_path / "out")
+    refused("merge-multi", tasks / "base", *patches, *named, *how, "--overwrite", mentions=["samples"])
