@@ -19,6 +19,7 @@ from tailorcli.files import PathLike, as_output_error
 from tailorcli.system import lock_descriptor
 
 LOCK = ".tailorcli.lock"
+PAGE_MARK = '<meta name="generator" content="tailorcli'  # stands at the beginning of every page of ours
 PICTURE_MARK = "tailorcli"  # stands in every picture of ours
 _PICTURES = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
 _ELSEWHERE = "choose another path"
@@ -84,6 +85,19 @@ def check_plot_file(file: PathLike | None, inputs: Iterable[PathLike | None]) ->
     _only_over(Path(file), _is_picture, "a picture that tailorcli drew")
 
 
+def check_page_file(file: PathLike | None, inputs: Iterable[PathLike | None]) -> None:
+    """A page may be written into ``file``: an .html that is none of the inputs, and new or an earlier page of ours.
+
+    Raises OutputError.
+    """
+    if file is None:
+        return
+    protect([file], inputs)
+    if Path(file).suffix.lower() not in (".html", ".htm"):
+        raise OutputError(f"the page {file} must end in .html", "choose another name for --html")
+    _only_over(Path(file), _is_page, "a page that tailorcli wrote")
+
+
 def _only_over(file: Path, is_ours: Callable[[Path], bool], what: str) -> None:
     if not file.exists():
         return
@@ -112,6 +126,14 @@ def _is_picture(file: Path) -> bool:
         return False
     start = _PICTURES.get(file.suffix.lower())
     return start is not None and content.startswith(start) and PICTURE_MARK.encode() in content
+
+
+def _is_page(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return PAGE_MARK.encode() in stream.read(4096)
+    except OSError:
+        return False
 
 
 def path_text(path: PathLike) -> str:

@@ -47,6 +47,7 @@ from tailorcli.hub import local_folders
 from tailorcli.options import DistillOptions, EvaluateOptions, PatchMethod, PatchOptions, Solver
 from tailorcli.patching.distilled import distill_checkpoint
 from tailorcli.patching.patch import patch_checkpoint
+from tailorcli.runs.again import patch_command, shell_text
 from tailorcli.typed import field_of, list_of, maybe, read_amount, read_count, read_number, read_object
 
 if TYPE_CHECKING:
@@ -109,6 +110,20 @@ class Setting:
         if o.effective_weight != 1.0:
             parts.append(f"weight {o.effective_weight:g}")
         return ", ".join([*parts, *self._distilled])
+
+    def command(self, inputs: Mapping[str, str]) -> str:
+        """The ``tailorcli patch`` that makes this setting's model; ``inputs`` are paths by their roles."""
+        options = self.resolved
+        used = {
+            "base": True,
+            "tuned": True,
+            "stats": options.needs_hessians or self.distill is not None,
+            "retain": self.retained or self.distill is not None,
+            "data": options.method == "graft",
+        }
+        given = {role: path for role, path in inputs.items() if used[role]}
+        trained = None if self.distill is None else asdict(self.distill)
+        return shell_text(patch_command(options.to_dict(), given, distilled=trained))
 
     @property
     def _distilled(self) -> list[str]:

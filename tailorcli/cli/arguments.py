@@ -241,6 +241,12 @@ PushTo = Annotated[
         "--push-to-hub", metavar="NAME", help="Upload OUT to the Hub as NAME when it is done.", rich_help_panel=OUTPUT
     ),
 ]
+Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html", metavar="FILE.html", help="Write a page to look at (needs tailorcli[html]).", rich_help_panel=OUTPUT
+    ),
+]
 AsJson = Annotated[bool, flag("--json", help="Print JSON instead of tables.", panel=OUTPUT)]
 Quiet = Annotated[
     bool,

@@ -26,6 +26,7 @@ from tailorcli.cli.arguments import (
     DistillTokens,
     DistillWeight,
     DType,
+    Html,
     Limit,
     NoPropagate,
     Origin,
@@ -44,7 +45,7 @@ from tailorcli.cli.arguments import (
     flag,
 )
 from tailorcli.cli.output import print_json, print_rich, say
-from tailorcli.cli.sharing import write_cards
+from tailorcli.cli.sharing import check_page, write_cards
 from tailorcli.cli.verbosity import wants_progress
 from tailorcli.guard import check_result
 from tailorcli.options import DistillOn, DistillOptions, DTypeName, EvaluateOptions, PatchMethod, PatchOptions, Solver
@@ -263,6 +264,7 @@ def sweep(
     seq_len: SeqLen = 2048,
     batch_size: BatchSize = 8,
     device: Device = "auto",
+    html: Html = None,
     plot: Plot = None,
     everything: All = False,
     as_json: AsJson = False,
@@ -300,11 +302,12 @@ def sweep(
         weights=weight or [],
         distill=how if distill else None,
     )
+    read = [base, tuned, stats, retain, graft_data, *(parse_task(spec)[1] for spec in (*task, *(validation or ())))]
+    check_page(html, [*read, output])
     if plot is not None:
         from tailorcli.display.plots import check_plot
 
-        files = [parse_task(spec)[1] for spec in (*task, *(validation or ()))]
-        check_plot(plot, has_roles=True, inputs=[base, tuned, stats, retain, graft_data, *files])
+        check_plot(plot, has_roles=True, inputs=read)
     report = run_sweep(
         base,
         tuned,
@@ -326,6 +329,15 @@ def sweep(
 
         plot_frontiers(report.to_dict(), plot)
         say(f"drew {plot}", err=True)
+    if html is not None:
+        from tailorcli.display.web.frontier import sweep_page
+        from tailorcli.display.web.shell import write_page
+
+        inputs = {"base": base, "tuned": tuned, "stats": stats, "retain": retain, "data": graft_data}
+        given = {role: str(path) for role, path in inputs.items() if path is not None}
+        commands = {setting.label: setting.command(given) for setting in settings}
+        write_page(sweep_page(report.to_dict(), commands, f"{base.name} and {tuned.name}"), html)
+        say(f"wrote {html}; open it in a browser", err=True)
     if as_json:
         print_json(report.to_dict())
         return

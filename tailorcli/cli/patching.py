@@ -27,6 +27,7 @@ from tailorcli.cli.arguments import (
     DistillWeight,
     DryRun,
     Exclude,
+    Html,
     Include,
     License,
     MaxIterations,
@@ -69,7 +70,7 @@ from tailorcli.cli.output import (
     show_summary,
     show_written,
 )
-from tailorcli.cli.sharing import check_push, push
+from tailorcli.cli.sharing import check_page, check_push, push, write_page_of
 from tailorcli.cli.verbosity import is_verbose, wants_progress
 from tailorcli.errors import OptionsError
 from tailorcli.hub import local_folders
@@ -260,6 +261,7 @@ def patch(
     trust_remote_code: TrustRemoteCode = False,
     task: Task = None,
     license_: License = None,
+    html: Html = None,
     push_to_hub: PushTo = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -284,6 +286,7 @@ def patch(
     """
     require_output(output, patch_file)
     check_push(push_to_hub, output, dry_run)
+    check_page(html, [base, tuned, stats, retain, data, retain_data, graft_data, output, patch_file])
     from tailorcli.adapters.checkpoint import is_adapter
     from tailorcli.patching.distilled import distill_checkpoint, plan_distilled
     from tailorcli.patching.patch import patch_checkpoint, plan_patch
@@ -374,6 +377,7 @@ def patch(
             report = distill_checkpoint(base, tuned, output, stats, retain, options, how, **where, **shown)
         else:
             report = patch_checkpoint(base, tuned, output, stats, options, retain=retain, **where, **shown)
+    write_page_of(output or patch_file, html)
     push(push_to_hub, output)
     if as_json:
         print_report(report, output, patch_file)

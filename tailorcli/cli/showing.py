@@ -10,6 +10,7 @@ import typer
 from tailorcli.cli.arguments import (
     OUTPUT,
     AsJson,
+    Html,
     Plot,
     Quiet,
     Tensors,
@@ -21,12 +22,20 @@ from tailorcli.cli.output import (
     print_rich,
     say,
 )
+from tailorcli.cli.sharing import check_page, write_page_of
 from tailorcli.cli.verbosity import wants_progress
 from tailorcli.guard import check_plot_file
 
 
 def inspect_command(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Statistics, a report, a patch file, any checkpoint.")],
+    html: Html = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="REPORT.json", help="With --html: what evaluate -o wrote of this model.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
     plot: Plot = None,
     tensors: Tensors = False,
     as_json: AsJson = False,
@@ -37,17 +46,21 @@ def inspect_command(
 
     Examples:
       tailorcli inspect OUT
-      tailorcli inspect stats --plot stats.png
+      tailorcli inspect OUT --html page.html
     """
     from tailorcli.display.inspection import inspect_path
 
+    if evaluation is not None and html is None:
+        raise typer.BadParameter("--evaluation is drawn on a page: pass --html FILE.html")
     check_plot_file(plot, [path])
+    check_page(html, [path, evaluation])
     inspection = inspect_path(path)
     if plot is not None:
         from tailorcli.display.plots import plot_inspection
 
         plot_inspection(inspection, plot)
         say(f"drew {plot}", err=True)
+    write_page_of(path, html, evaluation)
     if as_json:
         print_json(inspection.to_dict())
         return

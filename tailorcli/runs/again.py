@@ -58,9 +58,8 @@ def patch_command(
             words += [flag, inputs[role]]
     method = options.get("method", "tailor")
     known = {"method": method} if method in list(PatchMethod) else {}
-    defaults = PatchOptions(**known).resolved("retain" in inputs or RETAINED in inputs).to_dict() | {
-        "fp8_output": "fp8"
-    }
+    defaults = PatchOptions(**known).resolved("retain" in inputs or RETAINED in inputs).to_dict()
+    defaults |= {"fp8_output": "fp8", "method": "tailor"}
     words += _given(options, defaults, [name for name in _VALUES if NEW not in inputs or name != "seed"])
     if options.get("batch_size", 8) != 8:
         words += ["--graft-batch-size", str(options["batch_size"])]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tailorcli.files import read_bytes
+from tailorcli.hub import hub_origin
 from tailorcli.options import DENSE
 from tailorcli.patchfile.report import REPORT_FILE
 from tailorcli.runs.again import shell_text
@@ -25,7 +26,6 @@ _MARK = "<!-- tailorcli: this card was written by tailorcli -->"
 _MOST = 1 << 20  # bytes of a card that is read
 _FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-_CACHED = re.compile(r"models--(.+?)--(.+)")  # a folder of the Hub's cache
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
 
 
@@ -40,23 +40,13 @@ class Source:
     @classmethod
     def of(cls, folder: Path, named: Any = None) -> Source:
         """The model in ``folder``; ``named`` is what another file calls it, an id of the Hub or a path."""
-        found = _id_in_cache(folder) or _as_id(named)
+        found = hub_origin(folder).partition("@")[0] or _as_id(named)
         return cls(found or plain_name(folder), found, front_of(_content_of(folder / CARD)))
 
 
 def plain_name(path: Path) -> str:
     """The last part of a path: what a card may say of it."""
     return printable(path.resolve().name) or "model"
-
-
-def _id_in_cache(folder: Path) -> str | None:
-    """The id of a model that lies in the Hub's cache, as models--ORG--NAME/snapshots/REVISION."""
-    parts = folder.absolute().parts
-    for at, part in enumerate(parts[:-2]):
-        found = _CACHED.fullmatch(part)
-        if found and parts[at + 1] == "snapshots":
-            return _as_id("/".join(found.groups()))
-    return None
 
 
 def _as_id(value: Any) -> str | None:

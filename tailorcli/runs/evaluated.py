@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tailorcli.errors import CheckpointError
 from tailorcli.files import as_output_error, read_json, write_text_atomically
-from tailorcli.patchfile.report import EVALUATION_FILE
+from tailorcli.patchfile.report import EVALUATION_FILE, REPORT_FILE, load_report
 from tailorcli.runs.card import CARD, code, read_card, with_evaluation
 from tailorcli.typed import field_of, list_of, maybe, read_number, read_object, read_text
 
@@ -35,6 +36,8 @@ def write_cards(report: Mapping[str, Any]) -> dict[str, bool]:
         if card is None:
             continue
         brief = brief_of(report, number)
+        with suppress(CheckpointError):
+            brief = with_ends(brief, load_report(folder / REPORT_FILE).inputs)
         try:
             write_text_atomically(folder / CARD, with_evaluation(card, card_lines(brief)))
             write_text_atomically(folder / EVALUATION_FILE, json.dumps(brief, indent=1, allow_nan=False) + "\n")
@@ -60,12 +63,20 @@ def brief_of(report: Mapping[str, Any], number: int | None = None) -> dict[str, 
         "models": [
             {
                 "name": name,
+                "fingerprint": model.get("fingerprint"),
                 "summary": {key: _figure(value) for key, value in model["summary"].items()},
                 "tasks": {key: _figure(value) for key, value in model["tasks"].items()},
             }
             for name, model in zip(names, report["models"], strict=True)
         ],
     }
+
+
+def with_ends(brief: Mapping[str, Any], inputs: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """The evaluation with what was base and tuned to a run told by their fingerprints, where nobody has said."""
+    marks = {model["fingerprint"]: model["name"] for model in brief["models"] if model.get("fingerprint")}
+    found = {role: marks.get(inputs[role]["fingerprint"]) for role in ("base", "tuned") if role in inputs}
+    return {**brief, **{role: brief[role] or name for role, name in found.items()}}
 
 
 def _figure(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,6 +126,7 @@ def read_evaluation(file: Path) -> dict[str, Any]:
             raise ValueError("it is no evaluation")
         for model in field_of(value, "models", list_of(read_object)):
             field_of(model, "name", read_text)
+            field_of({"fingerprint": None, **model}, "fingerprint", maybe(read_text))
             for part in ("summary", "tasks"):
                 for name in field_of(model, part, read_object):
                     field_of(model[part], name, _read_figure)
@@ -123,6 +135,8 @@ def read_evaluation(file: Path) -> dict[str, Any]:
                 field_of(field_of(value["tasks"], name, read_object), key, maybe(read_text))
         for role in ("base", "tuned"):
             field_of(value, role, maybe(read_text))
+        for key in ("model", "fingerprint"):
+            field_of({key: None, **value}, key, maybe(read_text))
         # What ``evaluate -o`` wrote has paths and single items besides.
         return value if "model" in value else brief_of(value)
     except ValueError as error:

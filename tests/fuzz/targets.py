@@ -21,10 +21,13 @@ from tailorcli.data.records import Record, read_records
 from tailorcli.demo.text import read_jsonl
 from tailorcli.display.inspection import inspect_path
 from tailorcli.display.tables import inspection_parts
+from tailorcli.display.web.pages import page_of
+from tailorcli.display.web.shell import data_of
 from tailorcli.evaluation.lm_eval import read_results
 from tailorcli.evaluation.tasks import read_tasks
 from tailorcli.models.config import num_positions, read_config, require_buildable
 from tailorcli.patching.graft import MaskFile
+from tailorcli.runs.card import CARD, Source
 from tailorcli.runs.outputs import Target
 
 IDENTITY = {"tailorcli": "0", "density": 0.1}
@@ -39,6 +42,13 @@ FORMS = [
     {"image": {"bytes": "iVBORw0KGgo=", "path": "i.png"}, "conversations": [{"from": "human", "value": "<image>x"}]},
 ]
 TEMPLATE = "{% for m in messages %}{% if m['role'] == 'user' %}<u>{{ m['content'] | trim }}{% endif %}{% endfor %}"
+FRONT = "---\nlicense: mit\nbase_model: [org/name]\ndatasets:\n- org/data\nlanguage: &a en\n---\n# A card\n"
+_FIGURES = {key: {"value": 50.0, "interval": [40.0, 60.0]} for key in ("origin", "target", "h_score")}
+_MODELS = [{"name": name, "summary": _FIGURES, "tasks": {"a": _FIGURES["origin"]}} for name in ("base", "out")]
+EVALUATION = {
+    **{"command": "evaluate", "model": "out", "fingerprint": "0", "base": "base", "tuned": None, "models": _MODELS},
+    "tasks": {"a": {"kind": "text", "role": "origin", "items": 3}},
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class Case:
 def _inspect(path):
     inspection = inspect_path(path)
     inspection_parts(inspection)
+    data_of(page_of(inspection))
     json.dumps(inspection.to_dict(), allow_nan=False, ensure_ascii=False).encode()
 
 
@@ -85,6 +96,10 @@ def _models(folder):
         with PatchFile.open(folder / "p.safetensors") as opened:
             opened.check()
 
+    card, evaluation = folder / "card" / CARD, folder / "evaluation.json"
+    card.parent.mkdir()
+    card.write_text(FRONT)
+    evaluation.write_text(json.dumps(EVALUATION))
     identity = json.loads((pair / "out" / "tailor_run.json").read_text())["identity"]
 
     def finished():
@@ -104,6 +119,8 @@ def _models(folder):
         "samples": Case(pair / "stats" / "samples.safetensors", stats),
         "patch file": Case(folder / "p.safetensors", patch),
         "report": Case(pair / "out" / "tailor_report.json", lambda: _inspect(pair / "out"), "value"),
+        "card": Case(card, lambda: Source.of(card.parent)),
+        "evaluation": Case(evaluation, lambda: data_of(page_of(inspect_path(pair / "out"), evaluation)), "value"),
         "run record": Case(pair / "out" / "tailor_run.json", finished, "value"),
     }
 

@@ -130,7 +130,7 @@ def test_an_adapter_names_its_base_and_both_cards_are_kept(tmp_path):
 
 
 def test_an_id_is_known_by_the_hubs_cache_and_a_path_is_none(tmp_path, monkeypatch):
-    snapshot = tmp_path / "models--org--my--name" / "snapshots" / "0123abc"
+    snapshot = tmp_path / "models--org--my--name" / "snapshots" / ("0123abcd" * 5)
     snapshot.mkdir(parents=True)
     assert Source.of(snapshot).hub_id == "org/my--name"
     monkeypatch.chdir(tmp_path)
