@@ -42,6 +42,7 @@ _HOMES = {
     "Checkpoint": "tailorcli.checkpoint.folder",
     "Stats": "tailorcli.calibration.stats",
     "CalibrateOptions": "tailorcli.options",
+    "DataColumns": "tailorcli.options",
     "PatchOptions": "tailorcli.options",
     "DistillOptions": "tailorcli.options",
     "distill_checkpoint": "tailorcli.patching.distilled",
@@ -58,6 +59,7 @@ _HOMES = {
     "ProbeReport": "tailorcli.training.probe",
     "MergeOptions": "tailorcli.options",
     "EvaluateOptions": "tailorcli.options",
+    "HarnessOptions": "tailorcli.options",
     "TailorError": "tailorcli.errors",
 }
 
@@ -65,12 +67,14 @@ __all__ = [
     "CalibrateOptions",
     "CalibrateReport",
     "Checkpoint",
+    "DataColumns",
     "DistillOptions",
     "EvaluateOptions",
     "EvaluateReport",
     "FinetuneOptions",
     "FinetunePlan",
     "FinetuneReport",
+    "HarnessOptions",
     "HarnessReport",
     "JobPlan",
     "MergeOptions",
@@ -126,7 +130,14 @@ if TYPE_CHECKING:
     from tailorcli.evaluation.tasks import encode_task, read_tasks
     from tailorcli.merging.distilled import distill_merge
     from tailorcli.merging.merge import merge_patches, plan_merge
-    from tailorcli.options import CalibrateOptions, EvaluateOptions, MergeOptions, PatchOptions
+    from tailorcli.options import (
+        CalibrateOptions,
+        DataColumns,
+        EvaluateOptions,
+        HarnessOptions,
+        MergeOptions,
+        PatchOptions,
+    )
     from tailorcli.patchfile.reader import PatchFile
     from tailorcli.patchfile.report import PatchReport
     from tailorcli.patching.apply import apply_patch

@@ -282,6 +282,25 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
+class HarnessOptions:
+    """Which tasks of lm-evaluation-harness ``evaluate`` runs, and how."""
+
+    tasks: tuple[str, ...] = ()  # names of tasks, groups or tags
+    include: str | None = None  # a folder with definitions of tasks of one's own
+    shots: int | None = None  # examples in the prompt; None: as each task says
+    chat: bool = False  # the prompt goes through the model's chat template
+    metrics: tuple[str, ...] = ()  # METRIC, or TASK=METRIC; none: the first usual one that a task has
+
+    def __post_init__(self) -> None:
+        _require(self.shots is None or self.shots >= 0, f"harness-shots must be 0 or more, got {self.shots}")
+        _require(len(set(self.tasks)) == len(self.tasks), "--harness names a task twice", "name every task once")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the report."""
+        return _plain(self)
+
+
+@dataclass(frozen=True)
 class KeepOptions:
     """What is kept of the tuned model: by which method, how much, of which tensors."""
 

@@ -73,7 +73,7 @@ def test_heavy_imports_wait(statement):
     assert done.stdout.strip() == ""
 
 
-HEAVY = ["torch", "transformers", "numpy", "safetensors", "matplotlib", "tqdm"]
+HEAVY = ["torch", "transformers", "numpy", "safetensors", "matplotlib", "tqdm", "datasets", "pyarrow", "lm_eval"]
 
 
 def test_every_public_name_is_there_and_documented():

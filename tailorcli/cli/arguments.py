@@ -189,6 +189,11 @@ Tasks = Annotated[
     list[str],
     typer.Option("--task", metavar=TASK_SPEC, help="A task; KIND is text, choice, choice-raw or generate. Repeatable."),
 ]
+SomeTasks = Annotated[
+    list[str] | None,
+    typer.Option("--task", metavar=TASK_SPEC, help="A task; KIND is text, choice, choice-raw or generate. Repeatable."),
+]
+HARNESS = "Tasks of lm-evaluation-harness"
 Origin = Annotated[list[str], typer.Option(metavar="NAME", help="Name of an old task; repeatable.")]
 Target = Annotated[list[str], typer.Option(metavar="NAME", help="Name of a new task; repeatable.")]
 SomeOrigin = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Name of an old task; repeatable.")]

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tailorcli.cli.arguments import (
+    HARNESS,
     OTHERS,
     OUTPUT,
     RUNNING,
@@ -36,6 +37,7 @@ from tailorcli.cli.arguments import (
     SeqLen,
     SomeOrigin,
     SomeTarget,
+    SomeTasks,
     StatsIn,
     Target,
     Tasks,
@@ -48,7 +50,16 @@ from tailorcli.cli.output import print_json, print_rich, say
 from tailorcli.cli.sharing import check_page, write_cards
 from tailorcli.cli.verbosity import wants_progress
 from tailorcli.guard import check_result
-from tailorcli.options import DistillOn, DistillOptions, DTypeName, EvaluateOptions, PatchMethod, PatchOptions, Solver
+from tailorcli.options import (
+    DistillOn,
+    DistillOptions,
+    DTypeName,
+    EvaluateOptions,
+    HarnessOptions,
+    PatchMethod,
+    PatchOptions,
+    Solver,
+)
 from tailorcli.units import counted
 
 
@@ -57,13 +68,37 @@ def evaluate(
         list[Path],
         typer.Argument(metavar="MODEL", help="Checkpoints or adapters (folders, or org/name), and patch files."),
     ],
-    task: Tasks,
+    task: SomeTasks = None,
     origin: SomeOrigin = None,
     target: SomeTarget = None,
     base: Annotated[
         Path | None, typer.Option(metavar="MODEL", help="The pre-trained MODEL: adapters and patch files are on it.")
     ] = None,
     tuned: Annotated[Path | None, typer.Option(metavar="MODEL", help="Which MODEL is the fine-tuned one.")] = None,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK,...", help="Run these tasks or groups, too; repeatable.", rich_help_panel=HARNESS),
+    ] = None,
+    harness_tasks: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder with tasks of your own, as YAML files.", rich_help_panel=HARNESS),
+    ] = None,
+    harness_shots: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Examples in each prompt.",
+            show_default="what each task says",
+            rich_help_panel=HARNESS,
+        ),
+    ] = None,
+    harness_chat: Annotated[
+        bool, flag("--harness-chat", help="Put the prompts through each model's chat template.", panel=HARNESS)
+    ] = False,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC", help="Metric to take, or TASK=METRIC; repeatable.", rich_help_panel=HARNESS),
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", help="Most tokens that kind generate writes.", rich_help_panel=RUNNING)
     ] = 32,
@@ -100,8 +135,8 @@ def evaluate(
 
     Examples:
       tailorcli evaluate BASE TUNED OUT --task new=new.jsonl:text
-      tailorcli evaluate BASE TUNED OUT --task a=a.jsonl:text --origin a \
-        --task b=b.jsonl:choice --target b
+      tailorcli evaluate BASE TUNED OUT --harness hellaswag --origin hellaswag \
+        --task new=new.jsonl:choice --target new
     """
     from tailorcli.evaluation.evaluate import evaluate_models
     from tailorcli.evaluation.tasks import parse_task
@@ -115,7 +150,19 @@ def evaluate(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    read = [*models, *(parse_task(spec)[1] for spec in task)]
+    names = tuple(name.strip() for listed in harness or () for name in listed.split(",") if name.strip())
+    if not task and not names:
+        raise typer.BadParameter("pass a task of your own, --task, or of lm-evaluation-harness, --harness")
+    if not names and (harness_tasks or harness_shots is not None or harness_chat or metric):
+        raise typer.BadParameter("--harness-tasks, --harness-shots, --harness-chat and --metric need --harness TASK")
+    theirs = HarnessOptions(
+        tasks=names,
+        include=None if harness_tasks is None else str(harness_tasks),
+        shots=harness_shots,
+        chat=harness_chat,
+        metrics=tuple(metric or ()),
+    )
+    read = [*models, *(parse_task(spec)[1] for spec in task or ())]
     if plot is not None:
         from tailorcli.display.plots import check_plot
 
@@ -123,13 +170,14 @@ def evaluate(
     check_result(output, read)
     report = evaluate_models(
         models,
-        task,
+        task or (),
         options,
         origin=origin or (),
         target=target or (),
         base=base,
         tuned=tuned,
         progress=wants_progress(as_json),
+        harness=theirs,
     )
     if output is not None:
         report.write(output)

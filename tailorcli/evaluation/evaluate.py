@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.checkpoint.folder import other_files
 from tailorcli.device import device_errors, resolve_device
 from tailorcli.errors import DataError, OptionsError, TailorError
+from tailorcli.evaluation.harness import HarnessTasks, load_tasks, run_tasks
+from tailorcli.evaluation.lm_eval import Result
 from tailorcli.evaluation.metrics import LEVEL, Estimate, Roles, TaskScores, check_roles, compare
 from tailorcli.evaluation.subjects import Subject, is_patch, needs_base, open_subject
 from tailorcli.evaluation.tasks import EncodedTask, Task, encode_task, read_tasks
@@ -23,9 +27,9 @@ from tailorcli.guard import path_text
 from tailorcli.hub import local_folder, local_folders, model_name
 from tailorcli.models.config import read_config
 from tailorcli.models.loading import check_shapes, load_encoder, most_tokens, package_versions
-from tailorcli.options import EvaluateOptions
+from tailorcli.options import EvaluateOptions, HarnessOptions
 from tailorcli.system import give_back_memory
-from tailorcli.terminal import Progress
+from tailorcli.terminal import Progress, printable
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +49,7 @@ class EvaluateReport:
     scores: dict[str, dict[str, TaskScores]]  # model -> task
     figures: dict[str, dict[str, dict[str, Estimate]]]  # model -> "tasks" and "summary"
     seconds: float
+    harness: dict[str, dict[str, Result]] = field(default_factory=dict)  # model -> task of lm-evaluation-harness
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: of a task what each model did on its items, in the order of the task's ``records``."""
@@ -74,6 +79,9 @@ class EvaluateReport:
                 **({} if loss is None else {"losses": [float(value) for value in scores.loss]}),
                 **({"outputs": list(scores.outputs)} if scores.outputs else {}),
             }
+        for task, result in self.harness.get(name, {}).items():
+            more = {"loss": None, "metric": result.metric, "stderr": result.stderr}
+            tasks[task] = {**figures["tasks"][task].to_dict(), **more}
         summary = {key: value.to_dict() for key, value in figures["summary"].items()}
         return {"name": name, **self.models[name], "summary": summary, "tasks": tasks}
 
@@ -97,6 +105,7 @@ def evaluate_models(
     base: PathLike | None = None,
     tuned: PathLike | None = None,
     progress: bool = False,
+    harness: HarnessOptions = HarnessOptions(),
 ) -> EvaluateReport:
     """Evaluate models on tasks written as NAME=FILE:KIND (``tasks.KINDS``), loading one at a time.
 
@@ -104,35 +113,52 @@ def evaluate_models(
     an adapter without one on the local folder that it names. ``origin`` and ``target`` name the old and the new tasks,
     from which H comes (Eq. 32); ``base`` and ``tuned`` say which of the models are the one before fine-tuning and the
     one after. Every item is scored for every model: one that is too long for one of them is left out for all.
-    Everything is checked before a model is loaded.
-    Raises TailorError.
+    Tasks of lm-evaluation-harness stand beside one's own, with intervals by their standard errors. Everything is
+    checked before a model is loaded. Raises TailorError.
     """
     started = perf_counter()
-    read = read_tasks(tasks, options.limit)
+    read = read_tasks(tasks, options.limit) if tasks or not harness.tasks else []
+    theirs = load_tasks(harness) if harness.tasks else None
+    if twice := {task.name for task in read}.intersection(theirs.made if theirs is not None else ()):
+        raise OptionsError(f"two tasks have the name {min(twice)!r}", "give your own another name")
     device = resolve_device(options.device)
     names = names_of(local_folders(models, code=options.trust_remote_code))
     base, tuned = (None if path is None else local_folder(path) for path in (base, tuned))
-    roles = roles_of([task.name for task in read], origin, target, base, tuned, names)
+    known = [*(task.name for task in read), *(theirs.made if theirs is not None else ())]
+    roles = roles_of(known, origin, target, base, tuned, names)
     with ExitStack() as stack:
         subjects = {name: open_subject(path, base, stack) for name, path in names.items()}
         for subject in subjects.values():
             check_shapes(subject.stored, read_config(subject.stored.path), options)
         encoded = encode_for_all(read, subjects, options)
-        scores, facts = {}, {}
+        scores, facts, results, items = {}, {}, {}, {}
         for name, subject in subjects.items():
             with device_errors("a smaller --batch-size"):
-                scores[name], ran_in = _evaluate(name, subject, encoded[name], options, device, progress)
+                network = subject.load(options).to(device)
+                scores[name] = _evaluate(name, network, encoded[name], options, progress)
+                if theirs is not None:
+                    found_there = _run_harness(name, theirs, subject, network, options, progress)
+                    results[name] = {task: result for task, (result, _) in found_there.items()}
+                    items = {task: count for task, (_, count) in found_there.items()}
+            ran_in = str(network.dtype).removeprefix("torch.")
+            del network
+            _give_back(device)
             found = subject.checkpoint.fingerprint()
             facts[name] = {"path": path_text(names[name]), "fingerprint": found, "run_in": ran_in}
+    measured = {name: {task: (r.value, r.stderr) for task, r in found.items()} for name, found in results.items()}
+    of_tasks = {task.name: _task_facts(task, next(iter(encoded.values()))[task.name], roles) for task in read}
+    of_tasks |= {task: _harness_facts(task, results, items[task], roles) for task in known if task not in of_tasks}
+    more = {"harness": harness.to_dict()} if harness.tasks else {}
     return EvaluateReport(
-        options=options.to_dict(),
-        versions=package_versions(),
-        tasks={task.name: _task_facts(task, next(iter(encoded.values()))[task.name], roles) for task in read},
+        options=options.to_dict() | more,
+        versions=package_versions() | ({"lm_eval": version("lm_eval")} if harness.tasks else {}),
+        tasks=of_tasks,
         models=facts,
         roles=roles,
         scores=scores,
-        figures=compare(scores, roles, options.resamples, options.seed),
+        figures=compare(scores, roles, options.resamples, options.seed, measured),
         seconds=perf_counter() - started,
+        harness=results,
     )
 
 
@@ -241,39 +267,52 @@ def score_model(
 
     ``base`` is what an adapter or a patch file is on. Raises TailorError.
     """
+    device = resolve_device(options.device)
     with ExitStack() as stack, device_errors("a smaller --batch-size"):
-        subject = open_subject(path, base, stack)
-        device = resolve_device(options.device)
-        return _evaluate(Path(path).name, subject, tasks, options, device, progress=False)[0]
+        network = open_subject(path, base, stack).load(options).to(device)
+        scores = _evaluate(Path(path).name, network, tasks, options, progress=False)
+        del network
+        _give_back(device)
+        return scores
 
 
 def _evaluate(
-    name: str,
-    subject: Subject,
-    tasks: dict[str, EncodedTask],
-    options: EvaluateOptions,
-    device: torch.device,
-    progress: bool,
-) -> tuple[dict[str, TaskScores], str]:
-    """One model's scores and the dtype that it ran in; nothing of it stays in memory."""
-    import torch
-
+    name: str, network: Any, tasks: dict[str, EncodedTask], options: EvaluateOptions, progress: bool
+) -> dict[str, TaskScores]:
+    """One model's scores on tasks of one's own."""
     from tailorcli.evaluation.predict import evaluate_network
 
-    network = subject.load(options).to(device)
+    if not tasks:
+        return {}
     rows = sum(len(item.rows) for task in tasks.values() for item in task.items)
     with Progress(f"evaluating {name}", rows, "rows", shown=progress) as bar:
         try:
-            scores = evaluate_network(network, tasks, options, advance=bar.update)
+            return evaluate_network(network, tasks, options, advance=bar.update)
         except TailorError as error:
             raise type(error)(f"{name}: {error.message}", error.hint) from error
-    ran_in = str(network.dtype).removeprefix("torch.")
-    del network
+
+
+def _run_harness(
+    name: str, tasks: HarnessTasks, subject: Subject, network: Any, options: EvaluateOptions, progress: bool
+) -> dict[str, tuple[Result, int]]:
+    """One model's results on tasks of lm-evaluation-harness, and how many items each has."""
+    stored, folder = subject.stored, subject.encoder_folder(tasks.has_media)
+    encoder = load_encoder(folder, stored.path, tasks.has_media, options)
+    most = most_tokens(stored, read_config(stored.path), options)
+    has_bars = progress and sys.stderr.isatty()
+    if progress and not has_bars:
+        print(f"running lm-evaluation-harness on {printable(name)}", file=sys.stderr, flush=True)
+    return run_tasks(tasks, network, encoder, folder, most, options, quiet=not has_bars)
+
+
+def _give_back(device: torch.device) -> None:
+    """Nothing of a model that nobody holds any more stays in memory."""
+    import torch
+
     gc.collect()
     give_back_memory()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return scores, ran_in
 
 
 _METRICS = {
@@ -282,6 +321,18 @@ _METRICS = {
     "choice-raw": "items whose right choice has the highest log-likelihood",
     "generate": "items answered with an accepted answer",
 }
+
+
+def _harness_facts(task: str, results: dict[str, dict[str, Result]], items: int, roles: Roles) -> dict[str, Any]:
+    metric = next(iter(results.values()))[task].metric
+    return {
+        "file": None,
+        "kind": "harness",
+        "percent_of": f"{metric.removesuffix(',none')} of lm-evaluation-harness",
+        "role": "origin" if task in roles.origin else "target" if task in roles.target else None,
+        "items": items,
+        "left_out": [],
+    }
 
 
 def _task_facts(task: Task, encoded: EncodedTask, roles: Roles) -> dict[str, Any]:

@@ -75,12 +75,12 @@ def read_results(
     check_roles([*origin, *target], origin, target)
     if not origin:
         raise OptionsError("no task is named", "name the old tasks by --origin and the new ones by --target")
-    wanted = _wanted(metrics, [*origin, *target])
+    wanted = wanted_metrics(metrics, [*origin, *target])
     rows = tuple(_row(Path(file), origin, target, wanted) for file in files)
     return HarnessReport(tuple(origin), tuple(target), rows)
 
 
-def _wanted(metrics: Sequence[str], tasks: list[str]) -> dict[str, str]:
+def wanted_metrics(metrics: Sequence[str], tasks: list[str]) -> dict[str, str]:
     """Task -> the metric that is asked for; under "" that of all others."""
     found: dict[str, str] = {}
     for text in metrics:
@@ -109,7 +109,7 @@ def _row(file: Path, origin: Sequence[str], target: Sequence[str], wanted: Mappi
     for task in (*origin, *target):
         if not isinstance(known.get(task), dict):
             raise DataError(f"{file} has no task {task!r}", f"it has {', '.join(sorted(known))}")
-        tasks[task] = _result(file, task, known[task], wanted, content.get("higher_is_better"))
+        tasks[task] = result_of(file, task, known[task], wanted, content.get("higher_is_better"))
     values = {name: result.value for name, result in tasks.items()}
     summary = {key: float(value) for key, value in summarise(values, origin, target).items()}
     errors = _errors(tasks, origin, target, summary)
@@ -122,7 +122,7 @@ def _row(file: Path, origin: Sequence[str], target: Sequence[str], wanted: Mappi
     )
 
 
-def _result(file: Path, task: str, figures: dict[str, Any], wanted: Mapping[str, str], better: Any) -> Result:
+def result_of(file: PathLike, task: str, figures: dict[str, Any], wanted: Mapping[str, str], better: Any) -> Result:
     """The metric of one task. Raises DataError where it is missing, ambiguous, or no share."""
     there = {
         key: value

@@ -153,10 +153,31 @@ def check_roles(
     return Roles(tuple(origin), tuple(target), base, tuned)
 
 
+def from_error(value: float, stderr: float | None, model: str, task: str, resamples: int, seed: int = 0) -> Array:
+    """A figure (1 + R,) in percent of which a value and its standard error are known, but no items.
+
+    Drawn from the normal distribution, kept within 0 and 100; each model's draws are its own. Without a standard error
+    it is NaN but for the value.
+    """
+    generator = np.random.default_rng([seed, zlib.crc32(task.encode()), zlib.crc32(model.encode())])
+    draws = np.full(resamples, np.nan) if stderr is None else value + stderr * generator.standard_normal(resamples)
+    return np.concatenate([[value], draws.clip(0, 100)])
+
+
+# Model -> task -> value and standard error in percent, of tasks whose single items are not known.
+Measured = Mapping[str, Mapping[str, tuple[float, float | None]]]
+
+
 def compare(
-    scores: Mapping[str, Mapping[str, TaskScores]], roles: Roles, resamples: int = 2000, seed: int = 0
+    scores: Mapping[str, Mapping[str, TaskScores]],
+    roles: Roles,
+    resamples: int = 2000,
+    seed: int = 0,
+    measured: Measured | None = None,
 ) -> dict[str, dict[str, dict[str, Estimate]]]:
     """Model -> {"tasks": task -> accuracy, "summary": name -> figure}, of model -> task -> scores on the same items.
+
+    ``measured`` are further tasks; their intervals come from their standard errors, and are not paired between models.
 
     Beside ``summarise``'s averages the summary holds ``origin_kept`` (share of the base's old performance),
     ``target_kept`` and ``gain_kept`` (share of the tuned model's new performance, and of its gain over the base), and
@@ -168,6 +189,9 @@ def compare(
         of_task = bootstrap([scores[name][task] for name in names], task, resamples, seed)
         for name, figure in zip(names, of_task, strict=True):
             figures[name][task] = figure
+    for name, tasks in (measured or {}).items():
+        for task, (value, stderr) in tasks.items():
+            figures[name][task] = from_error(value, stderr, name, task, resamples, seed)
     summaries: dict[str, dict[str, Array]] = {name: {} for name in names}
     if roles.origin and roles.target:
         summaries = {name: summarise(figures[name], roles.origin, roles.target) for name in names}

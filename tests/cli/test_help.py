@@ -60,6 +60,7 @@ def test_every_option_is_explained_and_stands_in_a_panel(name):
         "How it runs",
         "Other methods, to compare with",
         "Output",
+        "Tasks of lm-evaluation-harness",
     }
     for param in options_of(COMMANDS[name]):
         assert param.help, param.name
