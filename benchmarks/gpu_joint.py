@@ -14,8 +14,8 @@ from benchmarks import earlier
 from benchmarks.common import markdown, progress, verdict
 from benchmarks.solver import Layer, make_layer, sequential
 from tailorcli.core import accumulate_, decorate_joint, gradients, products, select_mask
-from tailorcli.core.gradients import State, conjugate_gradients
-from tailorcli.core.products import System, left_parts, multiplies_halves, product_of_halves
+from tailorcli.core.gradients import conjugate_gradients
+from tailorcli.core.products import System, multiplies_halves, product_of_halves
 from tailorcli.core.solvers import Decoration
 from tailorcli.options import PatchOptions
 
@@ -32,7 +32,10 @@ def measure(
 ) -> Figures:
     """Seconds, iterations and what is lacking of the gain, for each (O, I)."""
     found: Figures = {"halves": multiplies_halves(device), "rows": [], "hessian": []}
-    found["kernel"] = device.type == "cuda" and gradients._kernel(device) is not None
+    found["kernel"], found["reason"] = False, ""
+    if device.type == "cuda":
+        kernel, found["reason"] = gradients.kernel_or_reason(device)
+        found["kernel"] = kernel is not None
     for outputs, inputs in shapes:
         for power in (1.0, 2.0) if outputs == inputs else (1.0,):
             progress(f"joint, {outputs} x {inputs}, spectrum 1/j^{power:g}")
@@ -105,17 +108,15 @@ def _iteration(layer: Layer, timed: Timed) -> Figures:
     chunk = slice(0, max(1, min(layer.delta.shape[0], (1 << 24) // layer.delta.shape[1])))
     kept, target = layer.mask[chunk], torch.where(layer.mask[chunk], layer.delta[chunk], 0.0)
     system = System.of(layer.hessian, layer.amount, DEFAULT, halves=True)
-    assert system.parts is not None
-    p, inverse, rows = left_parts(target), torch.ones_like(target[0]), target.square().sum(1)
-    state = State(
-        p, torch.zeros_like(target), target.clone(), kept, inverse, rows.clone(), rows, torch.zeros_like(rows)
-    )
-    q = product_of_halves(p, system.parts)
-    step_ = gradients._step_of(target.device, True)
-    found = {"rows": kept.shape[0], "product": timed(partial(product_of_halves, p, system.parts), 5)}
+    assert system.half is not None
+    half = system.half
+    state = gradients._start(target, kept, system, torch.zeros(kept.shape[0], device=target.device))
+    q = product_of_halves(state.p, half)
+    step_ = gradients._step_of(state.p)
+    found = {"rows": kept.shape[0], "product": timed(partial(product_of_halves, state.p, half), 5)}
     found["float32"] = timed(lambda: target @ layer.hessian, 3)
-    found["split"] = timed(partial(System.of, layer.hessian, layer.amount, DEFAULT), 3)
-    found["step"] = timed(lambda: step_(q.clone() if target.device.type == "cpu" else q, state, layer.amount), 5)
+    found["split"] = timed(partial(System.of, layer.hessian, layer.amount, DEFAULT, True), 3)
+    found["step"] = timed(lambda: step_(q.clone() if target.device.type == "cpu" else q, state), 5)
     found["whole"] = timed(partial(conjugate_gradients, target, kept, system, DEFAULT, 300), 3)
     return found
 
@@ -146,7 +147,7 @@ def render(found: Figures) -> str:
             one = row["iteration"]
             parts.append(
                 f"{shape}: an iteration over {one['rows']} rows takes {1e3 * one['product']:.2f} ms for the product "
-                f"(float32 {1e3 * one['float32']:.2f}) and {1e3 * one['step']:.2f} ms for the rest; splitting H "
+                f"(float32 {1e3 * one['float32']:.2f}) and {1e3 * one['step']:.2f} ms for the rest; preparing H "
                 f"{1e3 * one['split']:.2f} ms; that chunk's descent {1e3 * one['whole']:.1f} ms"
             )
         if "select" in row:
@@ -164,6 +165,6 @@ def render(found: Figures) -> str:
             f"Hessian of {one['inputs']} channels, {one['tokens']} tokens: {one['before']:.4f} s in float32, "
             f"{one['now']:.4f} s now ({one['before'] / one['now']:.1f} times), difference {one['difference']:.0e}"
         )
-    head = f"products in bfloat16 parts: {found['halves']}; Triton kernel: {found['kernel']}"
+    head = f"products of halves: {found['halves']}; Triton kernel: {found['kernel']} {found['reason']}".rstrip()
     columns = ("layer, O x I", "seconds", "times as fast", "gap of the gain", "iterations", "residual")
     return "\n\n".join((head, markdown(columns, rows), "\n".join(parts), "; ".join(verdicts)))

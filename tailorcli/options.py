@@ -359,7 +359,7 @@ class SolverOptions:
     solver: Solver | str = Solver.JOINT
     damping: float | None = None  # None: 0.1 with a retain term, 0.01 without
     block_size: int = 128
-    tolerance: float = 3e-4
+    tolerance: float = 2e-4
     max_iterations: int = 300
     retain_weight: float = 0.3  # of the retain term, where there are retained statistics
     propagate: bool | None = None  # fit layers from the patched model's inputs; None: where there is a retain term
@@ -561,7 +561,7 @@ class MergeOptions(OutputOptions):
     method: MergeMethod | str = MergeMethod.AVERAGE
     weights: tuple[float, ...] = ()  # one a task, in any unit; none: all tasks alike
     damping: float = 0.01
-    tolerance: float = 3e-4
+    tolerance: float = 2e-4
     max_iterations: int = 300
     device: str = "auto"
 

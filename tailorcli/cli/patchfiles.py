@@ -151,7 +151,7 @@ def merge_multi(
     distill_batch_size: DistillBatchSize = 8,
     distill_on: DistillTokens = DistillOn.ALL,
     damping: Damping = 0.01,
-    tolerance: Tolerance = 3e-4,
+    tolerance: Tolerance = 2e-4,
     max_iterations: MaxIterations = 300,
     device: Device = "auto",
     max_shard_size: MaxShardSize = None,

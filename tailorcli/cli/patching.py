@@ -182,7 +182,7 @@ def patch(
     resized_vocab: ResizedVocab = False,
     solver: SolverChoice = Solver.JOINT,
     damping: OwnDamping = None,
-    tolerance: Tolerance = 3e-4,
+    tolerance: Tolerance = 2e-4,
     max_iterations: MaxIterations = 300,
     block_size: Annotated[
         int, typer.Option(metavar="N", help="Columns per block of the sequential solver.", rich_help_panel=SOLVER)

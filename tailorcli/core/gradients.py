@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tailorcli.core.products import System, joined, left_parts, product_of_halves
+from tailorcli.core.products import System, product_of_halves
 
 _CHECKED = 3  # iterations between two looks at which rows have converged, which a GPU waits for
-_STRICTER = 0.95  # a residual worked out step by step is trusted up to this share of the tolerance
+_STRICTER = 0.7  # a residual worked out step by step with halves is trusted up to this share of the tolerance
+_FIRST = 1e-3  # of the first round with halves: further down its residual is no longer the true one
+_ROUNDS = 5  # with halves, each from the true residual, before the rows that are left go on in float32
 
-
-class State(NamedTuple):
-    """Where the descent of R rows is; ``step_`` changes all but ``kept``, ``inverse`` and ``goal``."""
-
-    p: Tensor  # (R, I) directions, or their parts (R, 3 I) in bfloat16
-    x: Tensor  # (R, I) solution
-    r: Tensor  # (R, I) residual
-    kept: Tensor  # (R, I) bool
-    inverse: Tensor  # (I,) of A's diagonal, the preconditioner D^-1
-    rz: Tensor  # (R,) r D^-1 r
-    rr: Tensor  # (R,) r r
-    goal: Tensor  # (R,) a row with rr at most this has converged
-
-    def of_rows(self, chosen: Tensor) -> State:
-        """Those of some rows."""
-        return State(*(item if item is self.inverse else item[chosen] for item in self))
-
-
-Step = Callable[[Tensor, State, float], None]
+Found = tuple[Tensor, int]
 
 
 def conjugate_gradients(
@@ -42,118 +25,182 @@ def conjugate_gradients(
     """Every row's x with A_SS x_S = b_S on its ``kept`` entries S, b the ``target``, zero elsewhere; all (R, I).
 
     A row stops where its residual is below ``tolerance`` times its right side, or all do at ``max_iterations``. With
-    products in bfloat16 parts the true residual is looked at in the end, and rows that are not there go on from it in
-    float32. Returns also the iterations taken and the rows' summed squared residuals.
+    products of halves the rows start again from their true residual until that is reached; those that halves do not
+    bring on go on in float32. An iteration with halves costs a fifth of one in float32 and counts as half of one for
+    the limit. Returns also the iterations taken and the rows' summed squared residuals.
     """
-    goal = tolerance**2 * target.square().sum(1)  # (R,)
-    if system.parts is None:
-        return _descend(target, kept, system, goal, max_iterations)
-    solution, steps, _ = _descend(target, kept, system, _STRICTER**2 * goal, max_iterations)
-    residual = _residual(solution, target, kept, system)
-    squares = residual.square().sum(1)
-    rows = (squares > goal).nonzero().squeeze(1)
-    if rows.numel() and steps < max_iterations:
-        exact = replace(system, parts=None)
-        wanted = _residual(solution[rows], target[rows], kept[rows], exact)
-        more, taken, _ = _descend(wanted, kept[rows], exact, goal[rows], max_iterations - steps)
-        solution[rows] += more
-        squares[rows] = _residual(solution[rows], target[rows], kept[rows], exact).square().sum(1)
+    target, kept = target.contiguous(), kept.contiguous()  # of a stored transpose they are not
+    squares = target.square().sum(1)  # (R,)
+    goal = tolerance**2 * squares
+    if system.half is None:
+        solution, steps, squares = _descend(target, kept, system, goal, max_iterations)
+        return solution, steps, float(squares.sum(dtype=torch.float64))
+    solution, steps, rounds, residual = torch.zeros_like(target), 0, 0, target
+    rows = torch.arange(target.shape[0], device=target.device)
+    while rows.numel() and steps < 2 * max_iterations:
+        rounds += 1
+        chosen, everything = (system if rounds <= _ROUNDS else system.exact), rows.numel() == target.shape[0]
+        part_kept = kept if everything else kept[rows]
+        start, before = solution[rows], squares[rows]
+        wanted = goal[rows] * (_STRICTER**2 if chosen is system else 1.0)
+        if rounds == 1:
+            wanted = torch.maximum(wanted, _FIRST**2 * before)
+        most = 2 * max_iterations - steps if chosen is system else max(1, max_iterations - steps // 2)
+        more, taken = _descend(residual, part_kept, chosen, wanted, most)[:2]
         steps += taken
+        tried = more.add_(start)
+        left = torch.where(
+            part_kept,
+            (target if everything else target[rows]) - chosen.product(tried).add_(tried, alpha=chosen.amount),
+            0.0,
+        )
+        after = left.square().sum(1)
+        better = after < before  # not of a row that is no number
+        solution[rows] = torch.where(better.unsqueeze(1), tried, start)
+        squares[rows] = torch.where(better, after, before)
+        open_rows = squares[rows] > goal[rows]
+        if chosen is not system:
+            break
+        if bool((open_rows & ~(after < 0.5 * before)).any()):
+            rounds = _ROUNDS
+        residual = torch.where(better.unsqueeze(1), left, residual)[open_rows]
+        rows = rows[open_rows]
     return solution, steps, float(squares.sum(dtype=torch.float64))
 
 
-def _residual(solution: Tensor, target: Tensor, kept: Tensor, system: System) -> Tensor:
-    """B - A_SS x, worked out from the solution itself."""
-    return torch.where(kept, target - system.product(solution).add_(solution, alpha=system.amount), 0.0)
+class State(NamedTuple):
+    """Where the descent of R rows is; ``step_`` changes all but ``kept``, ``weight`` and ``goal``, in place.
+
+    With halves x and r are those of the scaled system, x / D^-1/2 and r D^-1/2, in which the preconditioner is 1, and
+    directions are ``length`` times ``p``, so that float16 holds them.
+    """
+
+    p: Tensor  # (R, I) directions
+    x: Tensor  # (R, I) solution
+    r: Tensor  # (R, I) residual
+    kept: Tensor  # (R, I) bool
+    weight: Tensor  # (I,) D with halves; else D^-1, the preconditioner
+    length: Tensor  # (R,)
+    rz: Tensor  # (R,) the residual's square in the preconditioner's norm
+    rr: Tensor  # (R,) and in the plain one
+    goal: Tensor  # (R,) a row with rr at most this has converged
+
+    def of_rows(self, chosen: Tensor) -> State:
+        """Those of some rows."""
+        return State(*(item if item is self.weight else item[chosen] for item in self))
+
+
+Step = Callable[[Tensor, State], None]
 
 
 def _descend(
     target: Tensor, kept: Tensor, system: System, goal: Tensor, max_iterations: int
-) -> tuple[Tensor, int, float]:
+) -> tuple[Tensor, int, Tensor]:
     """Conjugate gradients with a Jacobi preconditioner, until each row's squared residual is at most its ``goal``.
 
     A row that has converged stops moving, and leaves the products once a quarter of the rows have. Returns the
-    solution (R, I), the iterations, and the sum of the rows' squared residuals.
+    solution (R, I), the iterations, and the rows' squared residuals as they were worked out step by step.
     """
-    target, kept = target.contiguous(), kept.contiguous()  # of a stored transpose they are not
     checked = 1 if target.device.type == "cpu" else _CHECKED
-    solution = torch.zeros_like(target)
-    diagonal = system.hessian.diagonal() + system.amount
-    inverse = torch.where(diagonal > 0, 1.0 / diagonal, 0.0)  # Jacobi
-    residual_sq, steps = 0.0, 0
+    solution, squares, steps = torch.zeros_like(target), torch.zeros_like(goal), 0
     rows = torch.arange(target.shape[0], device=target.device)
-    p = target * inverse
-    rz, rr = (target * p).sum(1), target.square().sum(1)
-    if system.parts is not None:
-        p = left_parts(p)
-    state = State(p, torch.zeros_like(target), target.clone(), kept, inverse, rz, rr, goal)
-    step_ = _step_of(target.device, system.parts is not None)
+    state = _start(target, kept, system, goal)
+    step_ = _step_of(state.p)
     while True:
         if steps % checked == 0 or steps >= max_iterations:
             live = state.rr > state.goal
             num_live = int(live.sum())
-            if num_live == 0 or steps >= max_iterations:
-                solution[rows] = state.x
-                return solution, steps, residual_sq + float(state.rr.sum(dtype=torch.float64))
-            if num_live <= 0.75 * rows.numel():
-                done = ~live
-                solution[rows[done]] = state.x[done]
-                residual_sq += float(state.rr[done].sum(dtype=torch.float64))
+            finished = num_live == 0 or steps >= max_iterations
+            if finished or num_live <= 0.75 * rows.numel():
+                done = torch.ones_like(live) if finished else ~live
+                solution[rows[done]], squares[rows[done]] = state.x[done], state.rr[done]
+                if finished:
+                    return (solution if system.scale is None else solution.mul_(system.scale)), steps, squares
                 state, rows = state.of_rows(live), rows[live]
         steps += 1
-        q = state.p @ system.hessian if system.parts is None else product_of_halves(state.p, system.parts)
-        step_(q, state, system.amount)
+        if system.half is None:
+            q = (state.p @ system.hessian).add_(state.p, alpha=system.amount)
+        else:
+            q = product_of_halves(state.p, system.half)
+        step_(q, state)
 
 
-def step_(q: Tensor, state: State, amount: float) -> None:
-    """One step along ``state.p`` for every row that is above its goal, given ``q`` = p H, which is used up."""
-    p, x, r, kept, inverse, rz, rr, goal = state
-    in_parts = p.dtype == torch.bfloat16
-    along = joined(p) if in_parts else p
+def _start(target: Tensor, kept: Tensor, system: System, goal: Tensor) -> State:
+    """A solution of zero, and the first direction: the steepest descent."""
+    diagonal = system.hessian.diagonal() + system.amount
+    rr, ones = target.square().sum(1), torch.ones_like(goal)
+    x = torch.zeros_like(target)
+    if system.scale is None:
+        inverse = torch.where(diagonal > 0, 1.0 / diagonal, 0.0)
+        p = target * inverse
+        return State(p, x, target.clone(), kept, inverse, ones, (target * p).sum(1), rr, goal)
+    r = target * system.scale
+    rz = r.square().sum(1)
+    length = torch.where(rz > 0, rz.sqrt(), ones)
+    return State((r / length.unsqueeze(1)).to(torch.float16), x, r, kept, diagonal, length, rz, rr, goal)
+
+
+def step_(q: Tensor, state: State) -> None:
+    """One step along ``state.p`` for every row that is above its goal, given ``q`` = p A, which is used up."""
+    p, x, r, kept, weight, length, rz, rr, goal = state
+    halves = p.dtype == torch.float16
+    along = p.to(torch.float32) if halves else p
     live = rr > goal
-    q.add_(along, alpha=amount).mul_(kept)
+    q.mul_(kept)
     curvature = (along * q).sum(1)
-    step = torch.where(live & (curvature > 0), rz / curvature, 0.0).unsqueeze(1)  # (R, 1)
+    step = torch.where(live & (curvature > 0), rz / (length * curvature), 0.0).unsqueeze(1)  # (R, 1)
     x.addcmul_(along, step)
     r.addcmul_(q, step, value=-1.0)
-    z = torch.mul(r, inverse, out=q)
-    rz_next = torch.linalg.vecdot(r, z)
-    further = torch.where(live, torch.where(rz > 0, rz_next / rz, 0.0), 1.0).unsqueeze(1)
-    z.mul_(live.unsqueeze(1))  # a row that has converged keeps its direction
-    if in_parts:
-        p.copy_(left_parts(z.addcmul_(along, further)))
+    square = torch.mul(r, r, out=q)
+    plain = square.sum(1)
+    weighted = square.mul_(weight).sum(1)
+    rz_next, rr_next = (plain, weighted) if halves else (weighted, plain)
+    if halves:  # a row that goes no further, as halves are not quite positive definite, waits for its true residual
+        rr_next = torch.where(curvature > 0, rr_next, 0.0)
+    further = torch.where(live & (rz > 0), length * rz_next / rz, 0.0)
+    if halves:
+        longer = torch.where(rz_next > 0, rz_next.sqrt(), 1.0)
+        following = torch.addcmul(r / longer.unsqueeze(1), along, (further / longer).unsqueeze(1))
+        p.copy_(torch.where(live.unsqueeze(1), following, along))
+        length.copy_(torch.where(live, longer, length))
     else:
-        p.mul_(further).add_(z)
+        kept_on = torch.where(live, further, 1.0).unsqueeze(1)  # a row that has converged keeps its direction
+        p.mul_(kept_on).addcmul_(torch.mul(r, weight, out=q), live.unsqueeze(1).to(q.dtype))
     rz.copy_(torch.where(live, rz_next, rz))
-    rr.copy_(torch.where(live, torch.linalg.vecdot(r, r), rr))
+    rr.copy_(torch.where(live, rr_next, rr))
 
 
-def _step_of(device: torch.device, in_parts: bool) -> Step:
+def _step_of(p: Tensor) -> Step:
     """The kernel where it runs, else plain torch, which gives the same to rounding."""
-    return _kernel(device) or step_ if in_parts and device.type == "cuda" else step_
+    return _kernel(p.device) or step_ if p.dtype == torch.float16 and p.device.type == "cuda" else step_
+
+
+def _kernel(device: torch.device) -> Step | None:
+    """The kernel, if Triton is there and gives on a small system what plain torch gives."""
+    return kernel_or_reason(device)[0]
 
 
 @cache
-def _kernel(device: torch.device) -> Step | None:
-    """The kernel, if Triton is there and gives on a small system what plain torch gives."""
+def kernel_or_reason(device: torch.device) -> tuple[Step | None, str]:
+    """The kernel, or None and why it is not used: Triton is not there, does not compile it, or it disagrees."""
     try:
         from tailorcli.core import kernels
-    except ImportError:
-        return None
+    except ImportError as error:
+        return None, f"{type(error).__name__}: {error}"
     generator = torch.Generator().manual_seed(0)
-    rows, size = 4, 72
-    q, start, r = (torch.randn(rows, size, generator=generator).to(device) for _ in range(3))
-    inverse, ones = torch.full((size,), 0.5, device=device), torch.ones(rows, device=device)
-    goal = torch.tensor([0.0, 0.0, 3.0, 0.0], device=device)  # the third row has converged
-    kept = r > 0  # directions and residuals are zero elsewhere, on which the kernel relies
-    start, r = start * kept, r * kept
-    given = State(left_parts(start), torch.zeros_like(r), r, kept, inverse, 40.0 * ones, 2.0 * ones, goal)
-    ours, theirs = (State(*(item.clone() for item in given)) for _ in range(2))
+    kept = torch.rand(4, 72, generator=generator) < 0.4
+    r = torch.where(kept, torch.randn(4, 72, generator=generator), 0.0)
+    p = torch.where(kept, torch.randn(4, 72, generator=generator), 0.0).to(torch.float16)
+    q = 2.0 * p.to(torch.float32) + 0.1
+    ones, goal = torch.ones(4), torch.tensor([0.0, 0.0, 1e9, 0.0])  # the third row has converged
+    squares = r.square().sum(1)
+    given = State(p, torch.zeros_like(r), r, kept, torch.full((72,), 0.5), 2.0 * ones, squares, 0.5 * squares, goal)
+    ours, theirs = (State(*(item.clone().to(device) for item in given)) for _ in range(2))
     try:
-        step_(q.clone(), ours, 0.1)
-        kernels.step_(q.clone(), theirs, 0.1)
-        torch.cuda.synchronize(device)
-    except Exception:  # no compiler, or whatever Triton raises
-        return None
-    pairs = [(joined(ours.p), joined(theirs.p)), *zip(ours[1:], theirs[1:], strict=True)]
-    return kernels.step_ if all(torch.allclose(a.float(), b.float(), 1e-3, 1e-3) for a, b in pairs) else None
+        step_(q.to(device), ours)
+        kernels.step_(q.to(device), theirs)
+        pairs = [(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True)]
+        apart = max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-6)) for a, b in pairs)
+    except Exception as error:  # no compiler, or whatever Triton raises
+        return None, f"{type(error).__name__}: {str(error).strip()[:500]}"
+    return (kernels.step_, "") if apart < 2e-3 else (None, f"it is {apart:.1e} apart from plain torch")

@@ -83,12 +83,6 @@ def right_parts(matrix: Tensor) -> Tensor:
     return parts
 
 
-def joined(parts: Tensor) -> Tensor:
-    """What ``left_parts`` were made of, rounded to the two parts: (R, I) in float32."""
-    size = parts.shape[1] // 3
-    return parts[:, :size].to(torch.float32).add_(parts[:, size : 2 * size])
-
-
 def product(rows: Tensor, matrix: Tensor) -> Tensor:
     """``rows @ matrix`` of float32 (R, I) and (I, J): in parts on a GPU where that is faster."""
     return product_of_halves(left_parts(rows), right_parts(matrix)) if in_parts(rows, matrix) else rows @ matrix
@@ -104,17 +98,21 @@ def in_parts(rows: Tensor, matrix: Tensor) -> bool:
 class System:
     """A = H + amount I, made ready for products; ``hessian`` (I, I) and ``amount`` are divided by ``unit``.
 
-    ``parts`` (3 I, I) are those of H; None where products are float32.
+    ``parts`` (3 I, I) are those of H. ``half`` (I, I) is D^-1/2 A D^-1/2 in float16, ``scale`` (I,) is D^-1/2, D the
+    diagonal of A: entries of at most 1, so that float16 rounds them eight times as finely as bfloat16 would, and a
+    steep spectrum stays positive definite. All three are None where products are float32.
     """
 
     hessian: Tensor
     amount: float
     unit: float
-    parts: Tensor | None
+    parts: Tensor | None = None
+    half: Tensor | None = None
+    scale: Tensor | None = None
 
     @classmethod
     def of(cls, hessian: Tensor, amount: float, tolerance: float, halves: bool | None = None) -> System:
-        """From an undamped Hessian, to be solved to ``tolerance``; ``halves`` says whether in bfloat16 parts.
+        """From an undamped Hessian, to be solved to ``tolerance``; ``halves`` says whether with products of halves.
 
         Without it they are used where they are fast and fine enough.
         """
@@ -122,7 +120,18 @@ class System:
             halves = tolerance >= FINEST and multiplies_halves(hessian.device)
         unit = hessian_unit(hessian)
         scaled = in_units(hessian, unit)
-        return cls(scaled, amount / unit, unit, right_parts(scaled) if halves else None)
+        if not halves:
+            return cls(scaled, amount / unit, unit)
+        diagonal = scaled.diagonal() + amount / unit
+        scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
+        half = (scaled * scale).mul_(scale.unsqueeze(1)).to(torch.float16)
+        half.diagonal().fill_(1.0)
+        return cls(scaled, amount / unit, unit, right_parts(scaled), half, scale)
+
+    @property
+    def exact(self) -> System:
+        """The same with products in float32."""
+        return System(self.hessian, self.amount, self.unit)
 
     def times(self, rows: Tensor) -> Tensor:
         """``rows`` (R, I) times H, undamped and in its own unit."""

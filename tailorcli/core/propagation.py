@@ -116,7 +116,7 @@ def solve_propagated(
     retain_weight: float,
     damping: float,
     transposed: bool = False,
-    tolerance: float = 3e-4,
+    tolerance: float = 2e-4,
     max_iterations: int = 300,
 ) -> PropagatedLayer:
     """Change the kept entries of ``plain`` so that the layer's outputs are the unpatched models', both terms together.

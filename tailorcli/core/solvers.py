@@ -76,7 +76,7 @@ def decorate_joint(
     hessian: Tensor,
     amount: float,
     *,
-    tolerance: float = 3e-4,
+    tolerance: float = 2e-4,
     max_iterations: int = 300,
 ) -> Decoration:
     """The exact optimum on the mask: all kept entries of a row at once, A_SS C_S = (e H)_S with e = delta - kept.

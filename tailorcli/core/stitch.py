@@ -101,7 +101,7 @@ def stitch_joint(
     weights: Sequence[float],
     *,
     transposed: bool = False,
-    tolerance: float = 3e-4,
+    tolerance: float = 2e-4,
     max_iterations: int = 300,
 ) -> Stitched:
     """The optimum for all tasks at once: minimise sum w_i (W - Theta_i) (H_i + a_i I) (W - Theta_i)^T over the mask.

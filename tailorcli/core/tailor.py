@@ -55,7 +55,7 @@ def tailor_layer(
     solver: str,
     transposed: bool = False,
     block_size: int = 128,
-    tolerance: float = 3e-4,
+    tolerance: float = 2e-4,
     max_iterations: int = 300,
     weight: float = 1.0,
     score_only: bool = False,

@@ -361,7 +361,7 @@ def test_the_default_tolerance_is_near_enough_to_the_optimum(decay, density):
     mask = delta.abs() >= delta.abs().flatten().kthvalue(round((1 - density) * delta.numel())).values
     amount = core.dampen(hessian, 0.01)
     target = torch.where(mask, torch.where(mask, 0.0, delta) @ hessian, 0.0)
-    found, steps, _ = conjugate_gradients(target, mask, System.of(hessian, amount, 3e-4), 3e-4, 300)
+    found, steps, _ = conjugate_gradients(target, mask, System.of(hessian, amount, 2e-4), 2e-4, 300)
     change = torch.where(mask, delta, 0.0) + found
     best = Oracle.error(Oracle.joint(delta, mask.numpy(), hessian, 0.01), delta, hessian, 0.01)
     assert steps < 300
