@@ -1,7 +1,7 @@
 """The one Triton kernel: a step of conjugate gradients in one pass over its arrays. Import it where Triton is there."""
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -14,18 +14,19 @@ if TYPE_CHECKING:
 _BLOCK = 4096  # columns at a time
 
 
+# Triton reads the annotations, too, and knows none but its own.
 @triton.jit  # type: ignore[untyped-decorator]
 def _step(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    q_at: Any,
-    p_at: Any,
-    x_at: Any,
-    r_at: Any,
-    kept_at: Any,
-    weight_at: Any,
-    length_at: Any,
-    rz_at: Any,
-    rr_at: Any,
-    goal_at: Any,
+    q_at,  # noqa: ANN001
+    p_at,  # noqa: ANN001
+    x_at,  # noqa: ANN001
+    r_at,  # noqa: ANN001
+    kept_at,  # noqa: ANN001
+    weight_at,  # noqa: ANN001
+    length_at,  # noqa: ANN001
+    rz_at,  # noqa: ANN001
+    rr_at,  # noqa: ANN001
+    goal_at,  # noqa: ANN001
     columns: tl.constexpr,  # a model has few widths: one compilation each
     BLOCK: tl.constexpr,
 ):
