@@ -301,6 +301,12 @@ def show_distillation(found: dict[str, Any]) -> None:
         f"token: from the tuned model {new} on the new task, from the base {retained} on the retained samples. "
         "The figures above are those before"
     )
+    if found.get("kept"):
+        kept = {kind: f"{100 * share:.1f}%" for kind, share in found["kept"].items()}
+        say(
+            f"by the held-out samples, were they the teachers' own: it keeps {kept['old']} of the base's accuracy "
+            f"(before: {kept['old_before']}) and {kept['new']} of the new task's teacher's ({kept['new_before']})"
+        )
     show_reasons(found.get("untrained", {}), "not trained")
 
 

@@ -25,6 +25,17 @@ def divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     return (teacher.exp() * (teacher - student)).sum(-1)
 
 
+def kept_accuracy(teacher_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """How likely the teacher holds the student's first choice to be right, and its own: sums over tokens, scalars.
+
+    Logits are (N, V). The first over the second is the share that the student keeps of the teacher's accuracy, were the
+    tokens drawn from the teacher; at most 1.
+    """
+    teacher = teacher_logits.float().softmax(-1)  # (N, V)
+    choice = student_logits[..., : teacher.shape[-1]].argmax(-1, keepdim=True)  # (N, 1)
+    return teacher.gather(-1, choice).sum(), teacher.amax(-1).sum()
+
+
 def adam_step_(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int, rate: float) -> None:
     """One step of Adam in place, the ``step``-th from 1, on entries (K,) in float32 with their two moments."""
     first.lerp_(gradient, 1 - BETAS[0])

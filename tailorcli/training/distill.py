@@ -18,7 +18,7 @@ from tailorcli.models.running import to_device
 from tailorcli.options import DistillOptions
 from tailorcli.training.activations import checkpointed
 from tailorcli.training.entries import Trained
-from tailorcli.training.teachers import Teacher, loss, predicted
+from tailorcli.training.teachers import Teacher, kept_accuracy_of, loss, predicted
 
 if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
@@ -42,6 +42,7 @@ class History:
     best: int = 0  # the step of the state that was kept
     rounded_new: float = 0.0  # held out, once the values are rounded to the base's dtype
     rounded_retained: float = 0.0
+    kept: dict[str, float] = field(default_factory=dict)  # shares of the teachers' accuracy, before and after
     by_task: list[list[float]] = field(default_factory=list)  # of several new tasks each its own, whose mean is ``new``
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,6 +98,18 @@ class Material:
         if self.responses is not None:
             wanted[:, :-1] &= torch.cat([self.responses[place] for place in places])[:, 1:]
         return wanted
+
+    def kept_share(self, student: Any, media: tuple[int, ...], device: torch.device) -> float:
+        """The share that the student keeps of its teacher's accuracy on what is held out, were that the teacher's."""
+        kept, whole = (torch.zeros((), device=device) for _ in range(2))
+        with torch.no_grad():
+            for places in self.held:
+                batch = to_device(join([self.samples[place] for place in places]), device)
+                states = torch.stack([self.teacher.states[place] for place in places])
+                parts = kept_accuracy_of(student, self.teacher, batch, states, self.counted(places, media))
+                kept += parts[0]
+                whole += parts[1]
+        return float(kept) / max(float(whole), 1e-9)
 
     @property
     def most_tokens(self) -> int:
@@ -229,6 +242,14 @@ def held_out(
     """The held-out divergences of each new task, and that of the retained samples."""
     found = {kind: material.held_out_loss(student, media, device) for kind, material in materials.items()}
     return [value for kind, value in found.items() if kind != RETAINED], found[RETAINED]
+
+
+def kept_shares(
+    student: Any, materials: dict[str, Material], media: tuple[int, ...], device: torch.device
+) -> dict[str, float]:
+    """What the student keeps of the base's accuracy ("old") and of the new tasks' teachers' ("new", the least)."""
+    shares = {kind: material.kept_share(student, media, device) for kind, material in materials.items()}
+    return {"old": shares.pop(RETAINED), "new": min(shares.values())}
 
 
 def _mean(values: list[float]) -> float:

@@ -27,7 +27,7 @@ from tailorcli.options import CalibrateOptions, DistillOn, DistillOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.system import give_back_memory
 from tailorcli.terminal import Progress
-from tailorcli.training.distill import NEW, RETAINED, History, Material, distill, held_out
+from tailorcli.training.distill import NEW, RETAINED, History, Material, distill, held_out, kept_shares
 from tailorcli.training.entries import Trained, entries_of
 from tailorcli.training.state import load_state, save_state
 from tailorcli.training.teachers import Teacher, check_head, teach
@@ -57,50 +57,19 @@ def distill_patch_file(
     state: Path,
     progress: bool = False,
     trust_remote_code: bool = False,
+    materials: dict[str, Material] | None = None,
 ) -> Distilled:
     """Train the kept entries of ``file``, a patch of ``base``, towards a fine-tuned model on each one's samples.
 
     ``teachers`` are these models with their statistics, whose samples are of their tasks, and ``retain`` those of
     ``base``. The patched model runs as the first of them does. ``state`` is where an interrupted run is taken up, and
-    where this one leaves its own. Raises TailorError.
+    where this one leaves its own; ``materials`` what the teachers say, where they have run. Raises TailorError.
     """
-    of_new, of_retained = (run_options(source, trust_remote_code) for source in (teachers[0][1], retain))
-    retained = retain.samples()
-    counts = [len(stats.samples()) for _, stats in teachers]
-    materials: dict[str, Material] = {}
-    with Progress("teachers", sum(counts) + len(retained), "samples", shown=progress) as bar:
-        for number, (tuned, stats) in enumerate(teachers, 1):
-            stored = base if isinstance(tuned, AdaptedCheckpoint) else tuned
-            network, _ = _network(stored, tuned, run_options(stats, trust_remote_code), None, device)
-            samples = stats.samples()
-            teacher = _teach(network, samples, device, bar.update)
-            kind = NEW if len(teachers) == 1 else f"{NEW} {number}"
-            materials[kind] = Material.split(samples, teacher, options, _counted(stats, options, needed=True))
-            del network
-            _give_back()
-        own = base.stored if isinstance(base, GrownCheckpoint) else base
-        network, places = _network(own, own, of_retained, None, device)
-        teacher = _teach(network, retained, device, bar.update)
-    materials[RETAINED] = Material.split(retained, teacher, options, _counted(retain, options, needed=False))
-    tuned = teachers[0][0]
-    if own is not base or config_folder(tuned) != base.path or of_new != of_retained:  # patched, it runs as tuned does
-        del network
-        _give_back()
-        network, places = _network(base, base, of_new, config_folder(tuned), device)
-    entries, untrained = [], {}
-    for name in file.tensors:
-        reason = _why_not(places.get(name))
-        if reason:
-            untrained[name] = reason
-        else:
-            entries.append(entries_of(name, places[name], base.read(name), file.mask(name), file.values(name), device))
-    if not entries:
-        raise OptionsError("no tensor of this patch can be trained", "leave --distill out")
-    whole = {name: _patched(file, base, name) for name in untrained if name in places and places[name].parameters}
-    if whole:  # through transformers' conversion, as the output is loaded
-        load_weights(network, whole, device)
-    trained = Trained(network, entries)
-    media = tuple(media_token_ids(network))
+    if materials is None:
+        materials = materials_of(base, teachers, retain, options, device, progress, trust_remote_code)
+    trained, untrained, media = _student_of(file, base, teachers[0], device, trust_remote_code)
+    network = trained.network
+    before = kept_shares(network, materials, media, device)
     earlier = load_state(state, trained) if state.exists() else {}
     saved, took = perf_counter(), 0.0
     with Progress("distilling", options.steps, "steps", shown=progress) as bar:
@@ -123,8 +92,79 @@ def distill_patch_file(
     values = _rounded(trained, base, file)
     tasks, history.rounded_retained = held_out(network, materials, media, device)
     history.rounded_new = sum(tasks) / len(tasks)
+    after = kept_shares(network, materials, media, device)
+    history.kept = {f"{kind}_before": share for kind, share in before.items()} | after
     trained.close()
     return Distilled(values, history, untrained)
+
+
+def measure_patch_file(
+    file: PatchFile,
+    base: Checkpoint,
+    teachers: Sequence[tuple[Checkpoint, Stats]],
+    materials: dict[str, Material],
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> dict[str, float]:
+    """What the patched model keeps of its teachers' accuracy on the held-out samples: see ``kept_shares``.
+
+    Raises TailorError.
+    """
+    trained, _, media = _student_of(file, base, teachers[0], device, trust_remote_code)
+    trained.close()
+    return kept_shares(trained.network, materials, media, device)
+
+
+def materials_of(
+    base: Checkpoint,
+    teachers: Sequence[tuple[Checkpoint, Stats]],
+    retain: Stats,
+    options: DistillOptions,
+    device: torch.device,
+    progress: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Material]:
+    """Run every teacher once over its samples; the models are gone after that. Raises TailorError."""
+    sources = [*teachers, (base.stored if isinstance(base, GrownCheckpoint) else base, retain)]
+    materials: dict[str, Material] = {}
+    total = sum(len(stats.samples()) for _, stats in sources)
+    with Progress("teachers", total, "samples", shown=progress) as bar:
+        for number, (model, stats) in enumerate(sources, 1):
+            stored = base if isinstance(model, AdaptedCheckpoint) else model
+            network, _ = _network(stored, model, run_options(stats, trust_remote_code), None, device)
+            samples, is_base = stats.samples(), number == len(sources)
+            teacher = _teach(network, samples, device, bar.update)
+            kind = RETAINED if is_base else NEW if len(teachers) == 1 else f"{NEW} {number}"
+            materials[kind] = Material.split(samples, teacher, options, _counted(stats, options, needed=not is_base))
+            del network
+            _give_back()
+    return materials
+
+
+def _student_of(
+    file: PatchFile,
+    base: Checkpoint,
+    first: tuple[Checkpoint, Stats],
+    device: torch.device,
+    trust_remote_code: bool,
+) -> tuple[Trained, dict[str, str], tuple[int, ...]]:
+    """The patched model, run as the ``first`` teacher is, tensors that cannot be trained, and media's token ids."""
+    tuned, stats = first
+    how = run_options(stats, trust_remote_code)
+    network, places = _network(base, base, how, config_folder(tuned), device)
+    entries, untrained = [], {}
+    for name in file.tensors:
+        reason = _why_not(places.get(name))
+        if reason:
+            untrained[name] = reason
+        else:
+            entries.append(entries_of(name, places[name], base.read(name), file.mask(name), file.values(name), device))
+    if not entries:
+        raise OptionsError("no tensor of this patch can be trained", "leave --distill out")
+    whole = {name: _patched(file, base, name) for name in untrained if name in places and places[name].parameters}
+    if whole:  # through transformers' conversion, as the output is loaded
+        load_weights(network, whole, device)
+    return Trained(network, entries), untrained, tuple(media_token_ids(network))
 
 
 def _counted(stats: Stats, options: DistillOptions, *, needed: bool) -> list[Tensor] | None:

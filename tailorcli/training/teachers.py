@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tailorcli.core.distillation import divergence
+from tailorcli.core.distillation import divergence, kept_accuracy
 from tailorcli.errors import CheckpointError
 from tailorcli.models.running import forward, output_head, to_device
 
@@ -113,10 +113,7 @@ def loss(student: Any, teacher: Teacher, batch: Inputs, states: Tensor, wanted: 
     many tokens at a time, and their gradients at once: no (N, V) array of a whole batch is ever held.
     """
     head = head_of(student)
-    hidden = hidden_states(student, batch, grad).flatten(0, 1)  # (B * T, I)
-    places = wanted.reshape(-1).nonzero().squeeze(1)  # (N,), on the CPU: a GPU need not be waited for
-    hidden = hidden.index_select(0, places.to(hidden.device))  # (N, I)
-    taught = states.flatten(0, 1).index_select(0, places.to(states.device)).to(hidden.device)
+    hidden, taught = _at_predicted(student, batch, states, wanted, grad)
     if grad:
         given = (hidden, head.weight, head.bias, student, teacher, taught)
         summed: Tensor = _Divergence.apply(*given)  # type: ignore[no-untyped-call]
@@ -126,6 +123,29 @@ def loss(student: Any, teacher: Teacher, batch: Inputs, states: Tensor, wanted: 
     for x, y in _pieces(hidden, taught, head):
         total += divergence(teacher.head(y), own(x)).sum()
     return total / max(len(hidden), 1)
+
+
+def kept_accuracy_of(
+    student: Any, teacher: Teacher, batch: Inputs, states: Tensor, wanted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``kept_accuracy`` over the predicted tokens of a batch, two scalars; arguments as of ``loss``."""
+    head = head_of(student)
+    hidden, taught = _at_predicted(student, batch, states, wanted, False)
+    own = logits_of(student, head.weight, head.bias)
+    kept, whole = (hidden.new_zeros((), dtype=torch.float32) for _ in range(2))
+    for x, y in _pieces(hidden, taught, head):
+        parts = kept_accuracy(teacher.head(y), own(x))
+        kept += parts[0]
+        whole += parts[1]
+    return kept, whole
+
+
+def _at_predicted(student: Any, batch: Inputs, states: Tensor, wanted: Tensor, grad: bool) -> tuple[Tensor, Tensor]:
+    """Both last hidden states, the student's and the teacher's (N, I), at the N tokens that count, on one device."""
+    hidden = hidden_states(student, batch, grad).flatten(0, 1)  # (B * T, I)
+    places = wanted.reshape(-1).nonzero().squeeze(1)  # (N,), on the CPU: a GPU need not be waited for
+    hidden = hidden.index_select(0, places.to(hidden.device))  # (N, I)
+    return hidden, states.flatten(0, 1).index_select(0, places.to(states.device)).to(hidden.device)
 
 
 def _pieces(hidden: Tensor, taught: Tensor, head: nn.Linear) -> list[tuple[Tensor, Tensor]]:

@@ -8,7 +8,7 @@ from helpers import bits, make_model, perturb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tailorcli.core.distillation import adam_step_, divergence, rate_at
+from tailorcli.core.distillation import adam_step_, divergence, kept_accuracy, rate_at
 from tailorcli.errors import TailorError
 from tailorcli.models.places import Place
 from tailorcli.options import DistillOptions
@@ -46,6 +46,14 @@ def test_the_divergence_is_kl_in_nats(seed, tokens, size):
     expected = (p * (p.log() - q.log())).sum(-1)
     torch.testing.assert_close(divergence(teacher, student).double(), expected, rtol=1e-4, atol=1e-6)
     assert bool((divergence(teacher, teacher).abs() < 1e-6).all())
+
+
+def test_kept_accuracy_is_the_teachers_own_of_the_students_choices():
+    p = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3]])
+    kept, whole = kept_accuracy(p.log(), torch.tensor([[1.0, 2.0, 0.0, 9.0], [0.0, 2.0, 1.0, 0.0]]))
+    assert float(whole) == pytest.approx(1.1)
+    assert float(kept) == pytest.approx(0.3 + 0.5)
+    assert all(float(part) == pytest.approx(1.1) for part in kept_accuracy(p.log(), p))
 
 
 def test_a_step_is_that_of_torchs_adam():

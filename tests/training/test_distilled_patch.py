@@ -51,6 +51,8 @@ def test_the_same_entries_hold_better_values_and_all_others_are_the_bases(pair, 
     report = distilled(pair, tmp_path / "out", patch_file=tmp_path / "p.safetensors")
     found = report.distillation
     objective = [a + b for a, b in zip(found["new"], found["retained"], strict=True)]
+    assert found["kept"].keys() == {"old", "new", "old_before", "new_before"}
+    assert all(0 < share <= 1 for share in found["kept"].values())
     assert min(objective) < objective[0]
     patch_checkpoint(*arguments(pair, tmp_path / "closed")[:4], OPTIONS, retain=pair / "retain")
     base, closed, out = (read_tensors(p) for p in (pair / "base", tmp_path / "closed", tmp_path / "out"))
