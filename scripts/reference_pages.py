@@ -44,7 +44,7 @@ page is written from the docstrings by `{COMMAND}`.
 """
 GROUPS = {
     "Calibrate and patch": (
-        *("tailor", "plan_job"),
+        *("tailor", "plan_job", "compare_models"),
         *("calibrate_model", "score_checkpoint", "plan_patch", "patch_checkpoint"),
         *("distill_checkpoint", "plan_distilled", "distill_patch"),
     ),

@@ -16,6 +16,8 @@ _HOMES = {
     "score_checkpoint": "tailorcli.patching.patch",
     "patch_checkpoint": "tailorcli.patching.patch",
     "plan_patch": "tailorcli.patching.patch",
+    "compare_models": "tailorcli.patching.compare",
+    "Comparison": "tailorcli.patching.compare",
     "tailor": "tailorcli.pipeline.job",
     "plan_job": "tailorcli.pipeline.job",
     "JobPlan": "tailorcli.pipeline.plan",
@@ -67,6 +69,7 @@ __all__ = [
     "CalibrateOptions",
     "CalibrateReport",
     "Checkpoint",
+    "Comparison",
     "DataColumns",
     "DistillOptions",
     "EvaluateOptions",
@@ -91,6 +94,7 @@ __all__ = [
     "__version__",
     "apply_patch",
     "calibrate_model",
+    "compare_models",
     "distill_checkpoint",
     "distill_merge",
     "distill_patch",
@@ -141,6 +145,7 @@ if TYPE_CHECKING:
     from tailorcli.patchfile.reader import PatchFile
     from tailorcli.patchfile.report import PatchReport
     from tailorcli.patching.apply import apply_patch
+    from tailorcli.patching.compare import Comparison, compare_models
     from tailorcli.patching.distilled import distill_checkpoint, distill_patch, plan_distilled
     from tailorcli.patching.patch import patch_checkpoint, plan_patch, score_checkpoint
     from tailorcli.patching.verify import VerifyReport, verify_checkpoint

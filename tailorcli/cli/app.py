@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from tailorcli._version import __version__
-from tailorcli.cli import calibrating, measure, patchfiles, patching, showing, training
+from tailorcli.cli import calibrating, checking, measure, patchfiles, patching, showing, training
 from tailorcli.cli.arguments import flag
 from tailorcli.cli.output import say, say_error
 from tailorcli.cli.verbosity import is_verbose
@@ -95,6 +95,7 @@ def _help_of(command: Callable[..., Any]) -> str:
 
 
 _add(showing.demo, TRY)
+_add(checking.check, PATCH)
 _add(calibrating.calibrate, PATCH)
 _add(calibrating.score, PATCH)
 _add(patching.patch, PATCH)

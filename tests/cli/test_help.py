@@ -12,7 +12,20 @@ from tailorcli.cli import app
 from tailorcli.options import CalibrateOptions, EvaluateOptions, MergeOptions, PatchOptions
 
 GROUP = typer.main.get_command(app)
-ORDER = ["demo", "calibrate", "score", "patch", "inspect", "evaluate", "sweep", "hscore", "probe", "finetune", "apply"]
+ORDER = [
+    "demo",
+    "check",
+    "calibrate",
+    "score",
+    "patch",
+    "inspect",
+    "evaluate",
+    "sweep",
+    "hscore",
+    "probe",
+    "finetune",
+    "apply",
+]
 COMMANDS = {name: GROUP.commands[name] for name in [*ORDER, "verify", "merge-multi"]}
 
 

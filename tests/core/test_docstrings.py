@@ -12,7 +12,7 @@ import tailorcli
 PACKAGE = Path(tailorcli.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 # Their docstrings are the commands' help.
-COMMANDS = ("calibrating", "patching", "showing", "measure", "patchfiles", "training")
+COMMANDS = ("calibrating", "checking", "patching", "showing", "measure", "patchfiles", "training")
 WITH_EXAMPLES = [file for file in FILES if ">>> " in (PACKAGE / file).read_text(encoding="utf-8")]
 
 
