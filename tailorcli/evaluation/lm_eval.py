@@ -81,7 +81,7 @@ def read_results(
 
 
 def wanted_metrics(metrics: Sequence[str], tasks: list[str]) -> dict[str, str]:
-    """Task -> the metric that is asked for; under "" that of all others."""
+    """Task -> the metric that is asked for; under "" that of all others. Raises OptionsError."""
     found: dict[str, str] = {}
     for text in metrics:
         task, equals, metric = text.rpartition("=")
