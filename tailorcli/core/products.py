@@ -130,7 +130,7 @@ class System:
 
     @property
     def exact(self) -> System:
-        """The same with products in float32."""
+        """With products in float32."""
         return System(self.hessian, self.amount, self.unit)
 
     def times(self, rows: Tensor) -> Tensor:
