@@ -161,7 +161,7 @@ def _run(
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """The same draws on every run, and afterwards the generators as they were."""
+    """Equal draws on every run, and afterwards the generators as they were."""
     import random
 
     import numpy as np
