@@ -8,12 +8,15 @@ cache; a rerun goes on from there.
 from __future__ import annotations
 
 import argparse
+import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import cache_root
 from benchmarks.evidence import pairs, pictures, readme, render, summary
 from benchmarks.evidence.run import GRIDS, SAMPLES, Outcome, first_of, run_all
+from benchmarks.evidence.stored import load_outcomes, machine_of, names_missing
 from benchmarks.multimodal.data import COUNTS
 from benchmarks.multimodal.model import BASE_RECIPE, PATCH, PIXELS, TUNED_RECIPE
 from benchmarks.pages import reflow
@@ -21,6 +24,8 @@ from benchmarks.real.model import Recipe
 from benchmarks.real.render import between
 from benchmarks.real.setting import environment, say
 from tailorcli.display.plots import plot_frontiers
+from tailorcli.files import write_text_atomically
+from tailorcli.options import DistillOptions
 
 
 def recipe_of(recipe: Recipe) -> str:
@@ -57,6 +62,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="quick, text, multimodal; all without")
     parser.add_argument("--jobs", type=int, default=1, help="pairs at a time, each in a process of its own")
     parser.add_argument("--cache", type=Path, default=cache_root(), help="folder for weights and results (%(default)s)")
+    parser.add_argument("--stored", type=Path, help="measure nothing: pages from FOLDER/PART/TASK-SEED/sweep")
     options = parser.parse_args()
     parts = options.parts or list(PARTS)
     sections = []
@@ -66,39 +72,58 @@ def main() -> None:
         cache = options.cache.expanduser().resolve() / part
         cache.mkdir(parents=True, exist_ok=True)
         make = partial(pairs.quick, jobs=options.jobs) if part == "quick" else PARTS[part]
+        if options.stored is not None:
+            folder = options.stored / part
+            _write(part, load_outcomes(folder, GRIDS[part]), None, machine_of(folder))
+            sections.append(f"evidence-{part}-rivals.md")
+            continue
         made = make(cache)
+        machine = environment()
+        write_text_atomically(cache / "machine.json", json.dumps(machine, indent=1) + "\n")
         for grid in (first_of(GRIDS[part]), GRIDS[part]):  # a run that is cut short has a page of the first
-            _write(part, run_all(part, made, cache, grid, options.jobs), cache)
+            _write(part, run_all(part, made, cache, grid, options.jobs), cache, machine)
         sections.append(f"evidence-{part}.md")
     readme.main()
-    say(f"wrote {', '.join(sections)}, their pictures, the tables in {SUMMARY.name} and README's")
+    say(f"wrote {', '.join(sections)}, the pictures, the tables in {SUMMARY.name} and README's")
 
 
-def _write(part: str, outcomes: list[Outcome], cache: Path) -> None:
-    """The page of a benchmark, its pictures and its short tables."""
-    texts, short = [_head(part)], []
+def _write(part: str, outcomes: list[Outcome], cache: Path | None, machine: dict[str, Any]) -> None:
+    """The page of a benchmark, its pictures and its short tables; those of stored results have a name of their own.
+
+    Without a ``cache``, in which the models lie, there is no picture of what compensation moves.
+    """
+    name = part if cache is not None else f"{part}-rivals"
+    missing = names_missing(outcomes, GRIDS[part])
+    texts, short = [_head(part, name, machine, missing)], []
     for group in summary.groups_of(outcomes):
-        picture = f"frontier-{part}-{group.name}.png"
+        picture = f"frontier-{name}-{group.name}.png"
         plot_frontiers(summary.averaged(group), DOCS / picture)
         first = group.outcomes[0].pair
-        drawn = (
-            pictures.curves_part(part, group, DOCS),
-            pictures.decorations_part(part, group, cache / f"{first.name}-{first.seed}", DOCS),
-        )
+        drawn = [pictures.curves_part(part, group, DOCS)]
+        if cache is not None:
+            drawn.append(pictures.decorations_part(part, group, cache / f"{first.name}-{first.seed}", DOCS))
         texts.append(render.section(part, group, SETTINGS[part], picture, *drawn))
         short.append(f"**{part}, {group.name}**\n\n{render.short_table(group)}")
-    file = DOCS / f"evidence-{part}.md"
+    file = DOCS / f"evidence-{name}.md"
     file.write_text(reflow("\n\n".join(texts)), encoding="utf-8")
-    shown = between(SUMMARY.read_text(encoding="utf-8"), f"evidence-{part}", "\n\n".join(short))
+    shown = between(SUMMARY.read_text(encoding="utf-8"), f"evidence-{name}", "\n\n".join(short))
     SUMMARY.write_text(shown, encoding="utf-8")
 
 
-def _head(part: str) -> str:
-    machine = environment()
+def _head(part: str, name: str, machine: dict[str, Any], missing: list[str]) -> str:
     ran_on = ", ".join(filter(None, (machine["gpu"], machine["processor"])))
-    return f"""# The evidence: {part}
+    title, how = f"The evidence: {part}", f"`make evidence` (`python -m benchmarks.evidence {part}`)"
+    if name != part:
+        title = f"{title}, with the methods of 2025 and 2026"
+        how = f"`python -m benchmarks.evidence {part} --stored FOLDER` from results of a run on another machine"
+    lacking = ""
+    if missing:
+        distilled = [f"*{label}*" for label in missing if summary.DISTILLED in label]
+        among = f", {' and '.join(distilled)} among them" if distilled else ""
+        lacking = f"- **Not measured** in this run, which was cut short: {len(missing)} settings of the grid{among}."
+    return f"""# {title}
 
-Written by `make evidence` (`python -m benchmarks.evidence {part}`); every figure is from its last run.
+Written by {how}; every figure is from its last run.
 
 - **Ran on**: {ran_on}, {machine["cores"]} cores, torch {machine["torch"]},
   transformers {machine["transformers"]}, tailorcli {machine["tailorcli"]}.
@@ -106,10 +131,12 @@ Written by `make evidence` (`python -m benchmarks.evidence {part}`); every figur
   H is their harmonic mean (Eq. 32), intervals are a bootstrap over the test items.
 - **old kept** and **new kept** are the shares of the base's old and of the tuned model's new performance, the paper's
   measure; **gain kept** is that of what fine-tuning gained on the new task.
-- **distilled** is the default with its kept entries trained (`--distill`), at one default for all.
+- **distilled** is the default with its kept entries trained (`--distill`), at one default for all
+  ({DistillOptions().steps} steps, rate {DistillOptions().rate:g}, B {DistillOptions().weight:g}).
 - **retained** is the retain term on samples that the base wrote itself ({SAMPLES} of them), **retained on old samples**
   on some of the old tasks' own training data; its weight is `--retain-weight`.
 - **patch, s** was taken on a busy machine: compare it within a table only. **patch, MB** is the patch file's size.
+{lacking}
 
 What the words mean: [glossary](../concepts/glossary.md)."""
 

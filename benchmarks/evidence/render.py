@@ -129,6 +129,8 @@ def bar(group: Group, old_kept: float, new_kept: float) -> str:
         for name, least, what in (("origin", old_kept, "old"), ("target", new_kept, "new")):
             share = float(group.share(DISTILLED, TENTH, name)[0])
             lines.append(f"At least {least:g}% of the {what}: {_met(share >= least)} ({share:.1f}%).")
+    elif found:
+        lines.append("At density 0.1: not measured in this run.")
     best = group.best("interpolate")
     if FIFTIETH in found and best is not None:
         rival = ("interpolate", best)

@@ -66,6 +66,10 @@ class Grid:
         found += [distilled(density) for density in self.distilled]
         return list(dict.fromkeys(found))
 
+    def own_settings(self) -> list[Setting]:
+        """Those with retained statistics of old samples."""
+        return [_retained(*one, propagate=False) for one in self.own_data]
+
 
 def _other(method: str, **values: float) -> Setting:
     return Setting(replace(_OPTIONS, method=method, **values))  # type: ignore[arg-type]
@@ -107,7 +111,7 @@ GRIDS = {
         lines=(0.0, 0.2, 0.4, 0.6, 0.8),
         dg_hard=(0.5, 1.0, 2.0, 4.0),
         fapm=(0.1, 0.3, 0.5, 0.8),
-        distilled=(0.02, 0.1),
+        distilled=(0.1, 0.02),
     ),
     "text": Grid(
         weights=(0.4, 0.5, 0.6, 0.7),
@@ -122,7 +126,7 @@ GRIDS = {
         lines=(0.0, 0.3, 0.5, 0.7),
         dg_hard=(0.5, 1.0, 2.0),
         fapm=(0.1, 0.3, 0.5),
-        distilled=(0.02, 0.1),
+        distilled=(0.1, 0.02),
     ),
     "multimodal": Grid(
         weights=(0.3, 0.4, 0.5, 0.6, 0.7),
@@ -140,7 +144,7 @@ GRIDS = {
         lines=(0.0, 0.3, 0.5, 0.7),
         dg_hard=(0.5, 1.0, 2.0),
         fapm=(0.1, 0.3, 0.5),
-        distilled=(0.02, 0.1),
+        distilled=(0.1, 0.02),
     ),
 }
 
@@ -179,7 +183,7 @@ def run_pair(pair: Pair, grid: Grid, folder: Path) -> Outcome:
 
     settings = grid.settings()
     others = sweep([one for one in settings if not one.retained], specs, None)
-    of_old = sweep([_retained(*one, propagate=False) for one in grid.own_data], specs, own)
+    of_old = sweep(grid.own_settings(), specs, own)
     ours = sweep([one for one in settings if one.retained], with_written, written)
     points = [*others.points, *ours.points[2:]]
     extra = [replace(point, family=OWN_DATA) for point in of_old.points[2:]]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.evidence import pairs, pictures, render, run, summary
+from benchmarks.evidence import pairs, pictures, render, run, stored, summary
 from benchmarks.quick import data as quick_data
 from benchmarks.quick import model as quick_model
 from benchmarks.real.model import Recipe
@@ -255,7 +255,17 @@ def test_quick_goes_through_on_a_tiny_network(tmp_path, monkeypatch):
     """Every step of it, on models that have learned next to nothing: `make test-slow` looks at the figures."""
     pair = quick_pair(tmp_path, monkeypatch, TINY, {"validation": 4, "test": 8}, 8)
     folder = tmp_path / "unicode-0"
-    points = {point.label: point for point in run.run_pair(pair, FEW, folder).report.points}
+    outcome = run.run_pair(pair, FEW, folder)
+    points = {point.label: point for point in outcome.report.points}
+    [again] = stored.load_outcomes(tmp_path, FEW)  # from the results alone
+    assert [(p.label, p.family, p.seconds) for p in again.report.points] == [
+        (p.label, p.family, p.seconds) for p in outcome.report.points
+    ]
+    for first, second in zip(outcome.report.points, again.report.points, strict=True):
+        for name in ("origin", "target", "h_score"):
+            np.testing.assert_array_equal(first.figures["test"][name], second.figures["test"][name])
+    assert stored.names_missing([again], FEW) == []
+    assert "graft, density 0.1" in stored.names_missing([again], run.GRIDS["quick"])
     released, swept = "tailor-released, density 0.1", "sequential, density 0.1"
     later = {"lines, alpha 0.4, beta 0.6", "dg-hard, threshold scale 1", "fapm, density 0.3"}
     ours = {summary.DEFAULT, summary.TENTH, summary.FIFTIETH}

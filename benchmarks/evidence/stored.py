@@ -1,0 +1,98 @@
+"""Outcomes from the results that a run left, without its models: what was measured on another machine, or cut short."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.evidence.pairs import Pair
+from benchmarks.evidence.run import OWN_DATA, WRITTEN, Grid, Outcome
+from tailorcli import EvaluateOptions
+from tailorcli.evaluation.metrics import Roles, TaskScores, bootstrap, summarise
+from tailorcli.sweep import Point, SweepReport
+
+PARTS = ("test", "validation")
+
+
+def load_outcomes(folder: Path, grid: Grid) -> list[Outcome]:
+    """The outcome of every pair in FOLDER/TASK-SEED/sweep, with the settings of ``grid`` that all of them have.
+
+    Raises SystemExit where there is none, or where base or tuned is missing.
+    """
+    found: dict[tuple[str, int], dict[tuple[str, bool], dict[str, Any]]] = {}
+    roles: dict[tuple[str, int], Roles] = {}
+    for place in sorted(folder.glob("*-*/sweep/sweep.json")):
+        task, _, seed = place.parent.parent.name.rpartition("-")
+        report = json.loads(place.read_text(encoding="utf-8"))
+        key = (task, int(seed))
+        roles[key] = Roles(tuple(report["origin"]), tuple(report["target"]))
+        results = [json.loads(file.read_text(encoding="utf-8")) for file in (place.parent / "settings").glob("*.json")]
+        found[key] = {(result["label"], f"test/{WRITTEN}" in result["scores"]): result for result in results}
+    if not found:
+        raise SystemExit(f"{folder} holds no results: it has the folders TASK-SEED/sweep of a cache")
+    common = set.intersection(*(set(results) for results in found.values()))
+    if not {("base", False), ("tuned", False)} <= common:
+        raise SystemExit(f"{folder} has not base and tuned of every pair")
+    return [_outcome(*key, results, roles[key], grid, common) for key, results in sorted(found.items())]
+
+
+def _outcome(
+    task: str,
+    seed: int,
+    results: Mapping[tuple[str, bool], dict[str, Any]],
+    roles: Roles,
+    grid: Grid,
+    common: set[tuple[str, bool]],
+) -> Outcome:
+    pair = Pair(task, seed, *(Path(),) * 5, {}, roles.origin, roles.target, 0)
+
+    def point(label: str, family: str, written: bool) -> Point:
+        return _point(results[label, written], label, family, roles)
+
+    points = [point(name, name, written=False) for name in ("base", "tuned")]
+    for setting in grid.settings():
+        if (setting.label, setting.retained) in common:
+            points.append(point(setting.label, setting.family, setting.retained))
+    own = [
+        point(setting.label, OWN_DATA, written=False)
+        for setting in grid.own_settings()
+        if (setting.label, False) in common
+    ]
+    report = SweepReport(points, roles, PARTS, {}, {}, "", 0.0)
+    return Outcome(pair, report, tuple(own))
+
+
+def _point(result: dict[str, Any], label: str, family: str, roles: Roles) -> Point:
+    scores: dict[str, dict[str, TaskScores]] = {}
+    for name, values in result["scores"].items():
+        part, _, task = name.partition("/")
+        correct, count, loss = (np.array(values[key], float) for key in ("correct", "count", "loss"))
+        scores.setdefault(part, {})[task] = TaskScores(correct, count, loss)
+    figures = {part: _figures(of_part, roles) for part, of_part in scores.items()}
+    options = None if family == label else result["options"]
+    return Point(label, family, options, figures, scores, result["seconds"], result["patch_bytes"])
+
+
+def _figures(scores: Mapping[str, TaskScores], roles: Roles) -> dict[str, Any]:
+    """Every task's accuracy and their averages, resampled as a sweep does it."""
+    how = EvaluateOptions()
+    found: dict[str, Any] = {}
+    for task, one in scores.items():
+        [found[task]] = bootstrap([one], task, how.resamples, how.seed)
+    return found | summarise(found, roles.origin, roles.target)
+
+
+def machine_of(folder: Path) -> dict[str, Any]:
+    """What the results in a folder were measured on, which the run wrote beside them."""
+    found: dict[str, Any] = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
+    return found
+
+
+def names_missing(outcomes: Sequence[Outcome], grid: Grid) -> list[str]:
+    """The labels of the grid's settings that the results lack."""
+    have = {point.label for point in outcomes[0].report.points}
+    return [setting.label for setting in grid.settings() if setting.label not in have]
