@@ -25,6 +25,7 @@ import numpy as np
 from tailorcli._version import __version__
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.quantized import open_checkpoint
+from tailorcli.data.records import read_records
 from tailorcli.errors import CheckpointError, OptionsError, OutputError, TailorError
 from tailorcli.evaluation.evaluate import encode_for_all, score_model, tokenizer_digest
 from tailorcli.evaluation.metrics import (
@@ -372,7 +373,7 @@ def _identity(
             facts[name] = found.fingerprint()
             found.close()
     if graft_data is not None:
-        facts["graft_data"] = file_digest(Path(graft_data))
+        facts["graft_data"] = read_records(graft_data).digest
     facts["tasks"] = {part: [(t.name, t.kind, t.digest) for t in of_part] for part, of_part in read.items()}
     ignored = ("batch_size", "resamples", "seed")
     facts["options"] = {key: value for key, value in options.to_dict().items() if key not in ignored}

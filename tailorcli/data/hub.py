@@ -45,7 +45,7 @@ def open_dataset(name: str, is_folder: bool = False) -> Source:
         raise DataError(f"{what}, which is not installed", EXTRA) from error
     repository, config, split = (name, None, None) if is_folder else parse_dataset(name)
     try:
-        found = datasets.load_from_disk(name) if is_folder else datasets.load_dataset(repository, config, split=split)
+        found = datasets.load_from_disk(name) if is_folder else _loaded(repository, config, split)
     except Exception as error:  # whatever datasets, its readers and the network raise
         why = f"{type(error).__name__}: {first_line(error)}"
         if is_folder:
@@ -73,6 +73,23 @@ def open_dataset(name: str, is_folder: bool = False) -> Source:
         return digest_of(str(found.num_rows).encode(), str(split).encode(), *parts)[:32]
 
     return Source(name, read, digest)
+
+
+def _loaded(repository: str, config: str | None, split: str | None) -> Any:
+    """A dataset of the Hub, of the cache of ``datasets``, or of that of ``hf download``. Raises what they raise."""
+    import datasets
+    from huggingface_hub import snapshot_download
+
+    try:
+        return datasets.load_dataset(repository, config, split=split)
+    except Exception:  # whatever it raises: without a network it knows only what it has prepared itself
+        try:
+            folder = snapshot_download(repository, repo_type="dataset", local_files_only=True)
+        except Exception:  # whatever huggingface_hub raises: it is not there either
+            folder = ""
+        if not folder:
+            raise
+        return datasets.load_dataset(folder, config, split=split)
 
 
 def _only_split(name: str, splits: dict[str, Any]) -> Any:

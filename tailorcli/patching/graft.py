@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,7 +223,11 @@ def _labels(record: Record, ids: Tensor, encoder: Encoder, seq_len: int) -> Tens
     labels = ids.masked_fill(torch.isin(ids, torch.tensor(encoder.media_ids, dtype=ids.dtype)), _UNSCORED)
     if "text" not in record.fields and record.fields.get("response"):
         asked = encoder.encode(replace(record, fields=record.fields | {"response": ""}), seq_len)
-        labels[:, : asked["input_ids"].shape[1] if asked is not None else 0] = _UNSCORED
+        before = [] if asked is None else asked["input_ids"][0].tolist()
+        if record.turns is not None:  # a chat template writes something behind an empty response, too
+            both = zip(before, ids[0].tolist(), strict=False)
+            before = [first for first, _ in takewhile(lambda pair: pair[0] == pair[1], both)]
+        labels[:, : len(before)] = _UNSCORED
     return labels
 
 

@@ -5,6 +5,8 @@ import csv
 import gzip
 import io
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -367,6 +369,42 @@ def test_a_folder_that_datasets_saved_is_read_with_its_images_as_they_were_store
     first = read_records(tmp_path / "one")[0]
     assert isinstance(first.images[0], bytes)
     assert records[0].images == []
+
+
+def test_a_dataset_of_the_hub_is_read_from_its_cache(tmp_path):
+    """In a process of its own: datasets and huggingface_hub ask where their caches are when they are imported."""
+    pytest.importorskip("datasets")
+    commit = "0123456789abcdef" * 2 + "01234567"
+    folder = tmp_path / "hub" / "datasets--org--name"
+    snapshot = folder / "snapshots" / commit
+    (snapshot / "data").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    for split, count in (("train", 3), ("test", 1)):
+        rows = [{"question": f"{split} {number}", "answer": "A", "more": None} for number in range(count)]
+        (snapshot / "data" / f"{split}-00000-of-00001.parquet").write_bytes(as_parquet(rows))
+    code = (
+        "import json, sys; from tailorcli.data.records import read_records\n"
+        "for name in sys.argv[1:]: found = read_records(name); print(json.dumps([found.digest, [(r.where, "
+        "r.fields['prompt'], sorted(r.fields)) for r in found]]))"
+    )
+    names = ["org/name", "org/name:test", "org/name:train[1:2]", "org/name:default:test", "org/name"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment = {key: value for key, value in environment.items() if not key.startswith("HF_DATASETS")}
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [[prompt for _, prompt, _ in records] for _, records in found] == [
+        ["train 0\n", "train 1\n", "train 2\n"],
+        ["test 0\n"],
+        ["train 1\n"],
+        ["test 0\n"],
+        ["train 0\n", "train 1\n", "train 2\n"],
+    ]
+    assert found[0][1][2] == ["org/name, record 2", "train 2\n", ["answer", "prompt", "question", "response"]]
+    digests = [digest for digest, _ in found]
+    assert digests[0] == digests[4]
+    assert len(set(digests)) == 4 - (digests[1] == digests[3])
 
 
 def test_a_name_that_no_path_and_no_dataset_has_is_one_error(tmp_path, monkeypatch):

@@ -184,6 +184,20 @@ def refusal(folder, tmp_path, data=None, **changes):
     return caught.value.message
 
 
+def test_the_loss_is_on_an_answer_that_a_chat_template_frames(tmp_path):
+    from tailorcli.data.encoder import Encoder
+    from tailorcli.data.records import read_records
+    from tailorcli.patching.graft import _labels
+
+    (tmp_path / "d.jsonl").write_text(json.dumps({"question": "how much", "answer": "four"}) + "\n")
+    (record,) = read_records(tmp_path / "d.jsonl")
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}|{% endfor %}"
+    encoder = Encoder(make_tokenizer(template))
+    ids = encoder.encode(record, 99)["input_ids"]
+    scored = ids[_labels(record, ids, encoder, 99) >= 0]
+    assert encoder.tokenizer.decode(scored).replace(" ", "") == "four|"
+
+
 def test_what_it_cannot_train_on_is_refused(llama_pair, tmp_path):
     data = llama_pair / "data.jsonl"
     assert "trains its mask" in refusal(llama_pair, tmp_path)
