@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from tailorcli.checkpoint.header import TensorInfo, read_header
-from tailorcli.errors import CheckpointError, OptionsError, TailorError
+from tailorcli.errors import CheckpointError, OutputError, TailorError
 from tailorcli.files import PathLike, as_output_error, read_json, write_text_atomically
 from tailorcli.guard import entries
 from tailorcli.system import sync_path
@@ -99,17 +99,17 @@ class Importance:
 def prepare(folder: Path, overwrite: bool) -> None:
     """See that ``folder`` may take an importance: it is new, empty, or an earlier one that is given up.
 
-    Raises OptionsError.
+    Raises OutputError.
     """
     if folder.exists() and not folder.is_dir():
-        raise OptionsError(f"{folder} exists and is a file", "choose another folder for -o")
+        raise OutputError(f"{folder} exists and is a file", "choose another folder for -o")
     present = [entry.name for entry in entries(folder)] if folder.exists() else []
     ours = (MANIFEST, SCORES, MANIFEST + ".part", SCORES + ".part")
     foreign = [name for name in present if name not in ours]
     if foreign:
-        raise OptionsError(f"{folder} holds other files ({foreign[0]}, ...)", "choose another folder for -o")
+        raise OutputError(f"{folder} holds other files ({foreign[0]}, ...)", "choose another folder for -o")
     if MANIFEST in present and not overwrite:
-        raise OptionsError(f"{folder} already holds an importance", "choose another folder, or pass --overwrite")
+        raise OutputError(f"{folder} already holds an importance", "choose another folder, or pass --overwrite")
 
 
 def write(folder: Path, scores: Mapping[str, Tensor], manifest: dict[str, Any]) -> None:
@@ -120,9 +120,9 @@ def write(folder: Path, scores: Mapping[str, Tensor], manifest: dict[str, Any]) 
     part = folder / (SCORES + ".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)
         save_file({name: value.to(torch.bfloat16).contiguous() for name, value in scores.items()}, part)
         sync_path(part)
+        (folder / MANIFEST).unlink(missing_ok=True)  # an earlier one is whole until now
         part.replace(folder / SCORES)
         text = json.dumps({"format_version": FORMAT_VERSION} | manifest, indent=1) + "\n"
         write_text_atomically(folder / MANIFEST, text)

@@ -29,6 +29,9 @@ from tailorcli.models.config import num_positions, read_config, require_buildabl
 from tailorcli.patching.graft import MaskFile
 from tailorcli.runs.card import CARD, Source
 from tailorcli.runs.outputs import Target
+from tailorcli.training.importance import MANIFEST, SCORES, Importance
+from tailorcli.training.importance import write as write_importance
+from tailorcli.training.outcome import FinetuneReport, TensorChange
 
 IDENTITY = {"tailorcli": "0", "density": 0.1}
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
@@ -211,9 +214,20 @@ def _others(folder):
     images = {kind: folder / f"i.{kind}" for kind in ("png", "jpeg", "gif", "bmp", "tiff", "webp")}
     for file in images.values():
         pixels.save(file)
+    importance, report = folder / "importance", folder / "finetune.json"
+    importance.mkdir()
+    facts = {"base": {"path": "b", "fingerprint": "f"}, "parameters": {"a": "d"}, "unscored": {"b": "why"}}
+    write_importance(importance, {"a": torch.rand(3, 4)}, facts)
+    change = TensorChange("a", 12, 3, 0.5, 2.0)
+    counts = (2, 3, 40, 30)
+    made = FinetuneReport("o", "b", "full", *counts, [[1, 4.5]], [change], {}, 5, None, IDENTITY)
+    report.write_text(json.dumps(made.to_dict()))
     masks = MaskFile(folder / "m.graft")
     masks.write({"a": torch.ones(9, dtype=torch.bool)}, IDENTITY)
     return {
+        "importance": Case(importance / MANIFEST, lambda: Importance.open(importance), "value"),
+        "scores": Case(importance / SCORES, lambda: Importance.open(importance).read("a")),
+        "report of a fine-tune": Case(report, lambda: FinetuneReport.read(report), "value"),
         "journal": Case(journal, lambda: Journal(journal).load(IDENTITY, folder), "lines"),
         "lm-eval": Case(results, lambda: read_results([results], ["t"], ["u"]), "value"),
         "sound": Case(folder / "s.wav", lambda: read_wav(folder / "s.wav", 16_000, "d:1")),

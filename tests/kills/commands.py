@@ -11,8 +11,11 @@ from tailorcli.merging.merge import merge_patches
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patching.apply import apply_patch
+from tailorcli.training.importance import Importance
+from tailorcli.training.probe import probe_model
+from tailorcli.training.settings import ProbeOptions
 
-FOLDER, FILE, STATS, WRITTEN = "out", "out.safetensors", "stats", "written.jsonl"
+FOLDER, FILE, STATS, WRITTEN, IMPORTANCE = "out", "out.safetensors", "stats", "written.jsonl", "importance"
 SHARD = 20_000  # bytes: several shards of the tiny models
 
 
@@ -74,6 +77,11 @@ def _with(function, **fixed):
     return lambda *arguments, **options: function(*arguments, **fixed, **options)
 
 
+def probe(inputs, work, variant, *, overwrite=False):
+    options = ProbeOptions(num_samples=2, rademacher=1, seq_len=8, seed=variant, overwrite=overwrite)
+    probe_model(inputs / "base", work / IMPORTANCE, options)
+
+
 COMMANDS = (
     Command("patch", (FOLDER,), _with(patch, outputs=(FOLDER,))),
     Command("patch both", (FOLDER, FILE), _with(patch, outputs=(FOLDER, FILE))),
@@ -83,6 +91,7 @@ COMMANDS = (
     Command("merge-multi", (FOLDER, FILE), merge),
     Command("calibrate", (STATS,), calibrate, can_resume=False),
     Command("calibrate blocks", (STATS,), _with(calibrate, blockwise="always"), can_resume=False),
+    Command("probe", (IMPORTANCE,), probe, can_resume=False),
     Command("calibrate synthetic", (STATS, WRITTEN), _with(calibrate, synthetic=True), can_resume=False),
 )
 
@@ -105,6 +114,10 @@ def opens(work, output):
             for name in stats.hessians:
                 stats.load(name)
             stats.close()
+        elif output == IMPORTANCE:
+            importance = Importance.open(place)
+            for name in importance.digests:
+                importance.read(name)
         else:
             return place.exists()
     except TailorError:

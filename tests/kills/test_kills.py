@@ -24,8 +24,11 @@ def test_ended_at_an_operation_on_files_nothing_unfinished_opens_and_all_can_go_
     results = json.loads(done.stdout)
     assert [failure for result in results for failure in result["failures"]] == []
     assert done.returncode == 0
-    assert len(results) == 18
-    assert all(result["kills"] == 1 and result["operations"] > 20 for result in results)
+    assert len(results) == 20
+    fewest = {"probe": 15}  # it writes one file and its manifest
+    for result in results:
+        assert result["kills"] == 1
+        assert result["operations"] > fewest.get(result["command"].split()[0], 20), result["command"]
 
 
 def test_a_finished_output_that_is_resumed_keeps_nothing_that_a_kill_left(llama_pair, tmp_path):

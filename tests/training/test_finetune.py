@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, make_family_pair
-from helpers import bits, make_pair, make_tokenizer, read_tensors, refused, run
+from helpers import bits, make_pair, make_tokenizer, quantise, read_tensors, refused, run
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from tailorcli.data.encoder import Encoder
@@ -169,7 +169,7 @@ def test_dry_run_writes_nothing_and_counts_what_it_takes(pair, tmp_path):
 
 
 def test_training_arguments_of_a_file_reach_the_trainer(pair, tmp_path):
-    (tmp_path / "args.yaml").write_text("lr_scheduler_type: constant\ngradient_checkpointing: true\n")
+    (tmp_path / "args.yaml").write_text("lr_scheduler_type: constant\nactivation_checkpointing: true\n")
     finetune(pair, tmp_path / "constant", "--training-args", tmp_path / "args.yaml")
     finetune(pair, tmp_path / "linear")
     assert read_tensors(tmp_path / "constant").keys() == read_tensors(tmp_path / "linear").keys()
@@ -205,6 +205,22 @@ def test_what_cannot_be_trained_is_refused(pair, tmp_path):
     (tmp_path / "empty.jsonl").write_text('{"prompt": "abc", "response": ""}\n{"text": "a"}\n')
     refused("finetune", base, "--data", tmp_path / "empty.jsonl", *out, mentions=["no record has a token to train on"])
     assert [file.name for file in tmp_path.iterdir()] == ["empty.jsonl"]
+
+
+def test_without_accelerate_the_error_names_it(pair, tmp_path, monkeypatch):
+    from tailorcli.training import finetune as module
+
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    data = ("--data", pair / "data.jsonl", "-o", tmp_path / "out")
+    refused("finetune", pair / "base", *data, mentions=["accelerate", "[train]"])
+
+
+def test_a_quantised_base_is_refused(tmp_path):
+    pair = make_pair(tmp_path / "pair")
+    quantise(pair / "base", "block")
+    data = ("--data", pair / "data.jsonl", "-o", tmp_path / "out")
+    refused("finetune", pair / "base", *data, mentions=["quantised"])
+    refused("probe", pair / "base", "-o", tmp_path / "importance", mentions=["quantised"])
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(pair, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import make_model, make_pair
 
-from tailorcli.errors import OptionsError
+from tailorcli.errors import OutputError
 from tailorcli.training.importance import MANIFEST, SCORES, Importance, ImportanceError
 from tailorcli.training.probe import probe_model, probe_network, scores_of
 from tailorcli.training.settings import ProbeOptions
@@ -96,10 +96,10 @@ def test_a_model_in_bfloat16_has_the_scores_of_float32_but_for_rounding(tmp_path
 def test_a_probe_is_not_written_over_what_is_there(tmp_path):
     pair = make_pair(tmp_path)
     probe_model(pair / "base", tmp_path / "importance", SMALL)
-    with pytest.raises(OptionsError, match="already holds"):
+    with pytest.raises(OutputError, match="already holds"):
         probe_model(pair / "base", tmp_path / "importance", SMALL)
     (tmp_path / "importance" / "mine.txt").write_text("mine")
-    with pytest.raises(OptionsError, match="other files"):
+    with pytest.raises(OutputError, match="other files"):
         probe_model(pair / "base", tmp_path / "importance", ProbeOptions(overwrite=True))
 
 

@@ -1,10 +1,13 @@
 """Sparse fine-tuning on Trainers of transformers and trl: what is frozen stays the base's, bit for bit."""
 
+import gc
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import bits, make_model, make_tokenizer
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tailorcli.core import spider
 from tailorcli.core.dowser import least_important
@@ -200,3 +203,32 @@ def test_towers_are_known_and_connectors_are_none():
     others = ("model.visual.merger.mlp.0.weight", "model.multi_modal_projector.linear_1.weight")
     for name in (*others, "model.language_model.layers.0.mlp.up_proj.weight", "model.layers.0.weight"):
         assert not in_tower(name), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spider", "dowser", "half", "l2"])
+def test_memory_is_flat_over_a_thousand_steps(base, importance, tmp_path, method):
+    """What lives after a step is what lived after the one before: tensors and resident memory alike."""
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **given):
+            if state.global_step in (100, 1000):
+                gc.collect()
+                tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+                seen.append((len(tensors), sum(one.nbytes for one in tensors), resident()))
+
+    tuning = SparseTuning(method, importance=importance if method == "dowser" else None)
+    trainer = Trainer(load(base), arguments(tmp_path, max_steps=1000, logging_steps=500), train_dataset=ROWS)
+    tuning.attach(trainer)
+    trainer.add_callback(Watch())
+    trainer.train()
+    (count, size, before), (later_count, later_size, after) = seen
+    assert later_count <= count
+    assert later_size <= size
+    assert after < before + 8 * 2**20
+
+
+def resident():
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
