@@ -57,12 +57,12 @@ from tailorcli.options import Blockwise, CalibrateOptions, PatchOptions, Solver
 SECTIONS = ("joint", "propagate", "calibrate", "correct", "distill", "patch", "floors")
 FURTHER = ("layers", "variants")  # only where they are asked for
 NEEDED = {  # seconds on an H100
-    "joint": 45,
-    "propagate": 65,
-    "calibrate": 35,
-    "correct": 30,
-    "distill": 45,
-    "patch": 60,
+    "joint": 25,
+    "propagate": 45,
+    "calibrate": 20,
+    "correct": 20,
+    "distill": 20,
+    "patch": 35,
     "floors": 8,
     "layers": 45,
     "variants": 30,
@@ -551,7 +551,8 @@ def measure_propagate(bench: Bench) -> Figures:
     """Two layers, as many samples of each kind as were asked for, of a quarter of their length."""
     shape, length = replace(bench.shape, layers=2), max(32, bench.args.seq_len // 4)
     folder, device, samples = bench.scratch / "propagated", str(bench.device), bench.args.samples
-    return gpu_propagation.measure(shape, folder, device, samples, length, bench.free, lambda: bench.peak)
+    found = (bench.free, lambda: bench.peak, lambda: bench.left)
+    return gpu_propagation.measure(shape, folder, device, samples, length, *found)
 
 
 # All of it.

@@ -50,6 +50,7 @@ from tailorcli.patching.cost import COMPARED
 from tailorcli.patching.run import Run
 from tailorcli.patching.stream import tailored
 from tailorcli.patching.three_models import PartModel, PatchedView, ThreeModels, is_linear, options_of
+from tailorcli.runs.loop import LastPrepared
 from tailorcli.runs.plan import TensorPlan
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ class Propagation:
         self._models = models
         self._layers = find_layers(models.patched.network)
         self._loaded: list[str] = []  # blocks
+        self._hessians: LastPrepared[tuple[Tensor, Tensor]] = LastPrepared()  # of the layers that share their input
         self._seen: set[str] = set()  # tensors of the parts that were loaded
         self._groups: dict[str, _Group] = {}  # that are not fitted yet, by the layer that is called first
         for name, layer in self._load("").items():
@@ -352,6 +354,7 @@ class Propagation:
             if layer.tensor.name not in self._run.done:
                 self._run.write(layer.tensor, result, layer.digest, facts)
         group.moments.clear()
+        self._hessians = LastPrepared()
 
     def _solve_layer(self, layer: _Pending, group: _Group) -> tuple[LayerResult, dict[str, Any]]:
         """The fitted layer with its figures, and what its record says besides."""
@@ -359,7 +362,9 @@ class Propagation:
         new, retained = group.moments[NEW], group.moments[RETAINED]
         name = layer.layer.name.removesuffix(".weight")
         energy, drift_energy = (group.apart.get((kind, name), _Apart()).energy for kind in (NEW, RETAINED))
-        base, tuned = (s.read(tensor.name).to(self._device) for s in (self._run.inputs.base, self._run.inputs.tuned))
+        pinned = self._device.type == "cuda"
+        sources = (self._run.inputs.base, self._run.inputs.tuned)
+        base, tuned = (source.read(tensor.name, pinned).to(self._device, non_blocking=pinned) for source in sources)
         assert layer.result.patched is not None
         with self._timer.stage("solve"):
             found = solve_propagated(
@@ -388,9 +393,20 @@ class Propagation:
         """The figures of the plain patch, with what the fit has changed: on the inputs of the unpatched models."""
         tensor = layer.tensor
         assert tensor.hessian is not None
-        sources = ((self._stats, tensor.hessian), (self._retain_stats, tensor.retained_hessians[0]))
-        hessian, retained = (source.unpack(name, source.load(name).to(self._device)) for source, name in sources)
+        names = (tensor.hessian, tensor.retained_hessians[0])
+        found = self._hessians.of(names, lambda: self._unpack(*names))
+        assert found is not None
+        hessian, retained = found
         return figures_after_fit(layer.result.figures, base, tuned, patched, hessian, retained, tensor.transposed)
+
+    def _unpack(self, new: str, retained: str) -> tuple[Tensor, Tensor]:
+        """Two Hessians of the unpatched models' inputs, (I, I) on the device."""
+        pinned = self._device.type == "cuda"
+        first, second = (
+            source.unpack(name, source.load(name, pinned).to(self._device))
+            for source, name in ((self._stats, new), (self._retain_stats, retained))
+        )
+        return first, second
 
     def _write_plain(self, layer: _Pending) -> None:
         if layer.tensor.name not in self._run.done:
