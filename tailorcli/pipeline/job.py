@@ -14,8 +14,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from tailorcli.adapters.checkpoint import is_adapter
+from tailorcli.adapters.checkpoint import AdaptedCheckpoint, is_adapter
 from tailorcli.calibration.expected import ExpectedStats
+from tailorcli.calibration.stats import Stats
 from tailorcli.calibration.stats_writer import remove_statistics
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
@@ -32,6 +33,7 @@ from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs
 from tailorcli.pipeline.plan import JobPlan, Step
 from tailorcli.pipeline.sides import BASE, TUNED, Side
+from tailorcli.pipeline.trial import calibrating, distilling, measure, patching
 from tailorcli.runs.again import NEW, RETAINED
 from tailorcli.runs.outputs import Target, free_bytes, identity_of
 from tailorcli.runs.plan import RUNTIME_BYTES, Plan
@@ -80,7 +82,7 @@ def tailor(
         if earlier is not None:
             job.clean()
             return earlier
-        plan = job.plan(stack)
+        plan = job.plan(stack, announce is not None)
     if announce is not None:
         announce(plan)
     with OutputLock(job.work, folder=True), _told_once(job):
@@ -119,7 +121,7 @@ def plan_job(
     job.graft_data = None if graft_data is None else Path(graft_data)
     with ExitStack() as stack:
         job.open(stack, tell, None)
-        return job.plan(stack)
+        return job.plan(stack, True)
 
 
 _WHOSE = {TUNED: "calibrated the tuned model", BASE: "calibrated the base"}
@@ -233,8 +235,11 @@ class _Job:
             identity |= settings_of(self.distill)
         return self.target.finished(identity, "patch", ("stats fingerprint", "retain fingerprint", *SAMPLED))
 
-    def plan(self, stack: ExitStack) -> JobPlan:
-        """Check everything that can be checked beforehand, and say what will be done. Raises TailorError."""
+    def plan(self, stack: ExitStack, estimate: bool) -> JobPlan:
+        """Check everything that can be checked beforehand, and say what will be done. Raises TailorError.
+
+        With ``estimate`` one block of the model is run, to tell how long it will take.
+        """
         inputs, options = self.inputs, self.options
         assert inputs is not None
         self._check_work()
@@ -264,7 +269,7 @@ class _Job:
                 f"{format_bytes(patch.write_bytes)}; {format_bytes(free_bytes(place))} are free",
                 "free some, choose another disk, or fewer tensors with --include",
             )
-        return JobPlan(self._steps(patch), patch, needed, self.keep_stats is not None, _peak(patch))
+        return JobPlan(self._steps(patch, stats, estimate), patch, needed, self.keep_stats is not None, _peak(patch))
 
     def _check_work(self) -> None:
         """The folder beside the output is new, or ours to go on from or to replace. Raises OutputError."""
@@ -289,12 +294,28 @@ class _Job:
                 return False
             raise
 
-    def _steps(self, patch: Plan) -> tuple[Step, ...]:
-        calibrations = (Step(_to_do(side), done) for side, done in zip(self.sides, self.done, strict=True))
+    def _steps(self, patch: Plan, stats: list[Stats], estimate: bool) -> tuple[Step, ...]:
+        assert self.inputs is not None
+        tuned, base, rates = self.inputs.tuned, self.inputs.base, None
+        if estimate:
+            device = resolve_device(self.options.device)
+            stored = base if isinstance(tuned, AdaptedCheckpoint) else self.stored[TUNED]
+            rates = measure(stored, tuned if stored is base else stored, self.calibration, device)
+        steps = []
+        for side, done in zip(self.sides, self.done, strict=True):
+            written = (side.samples, side.options.length) if side.data is None else None
+            seconds = None if rates is None else calibrating(rates, base, side.tokens, written)
+            steps.append(Step(_to_do(side), done, seconds))
+        tokens = sum(side.tokens for side in self.sides)
+        numel = sum(tensor.numel for tensor in patch.patched if tensor.role == "linear")
+        seconds = None if rates is None else patching(rates, base, stats, tokens, self.options, numel)
         how = ", propagated: three models run block by block" if patch.propagates else ""
-        steps = [*calibrations, Step(f"patch {counted(len(patch.patched), 'tensor')}{how}")]
+        steps.append(Step(f"patch {counted(len(patch.patched), 'tensor')}{how}", seconds=seconds))
         if self.distill is not None:
-            steps.append(Step(f"train the kept entries: at most {counted(self.distill.steps, 'step')}"))
+            each = tokens // sum(side.samples for side in self.sides)
+            seconds = None if rates is None else distilling(rates, self.distill.steps, self.distill.batch_size, each)
+            what = f"train the kept entries: at most {counted(self.distill.steps, 'step')}"
+            steps.append(Step(what, seconds=seconds))
         return tuple(steps)
 
     def patch(self, progress: bool) -> PatchReport:

@@ -296,3 +296,26 @@ def test_data_may_come_from_standard_input(steps, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((steps / "data.jsonl").read_bytes())))
     tailor(steps / "base", steps / "tuned", tmp_path / "out", "-", calibration=OPTIONS)
     assert (tmp_path / "out/model.safetensors").read_bytes() == (steps / "out/model.safetensors").read_bytes()
+
+
+def test_the_plan_estimates_the_time_of_every_step(steps, tmp_path):
+    arguments = (steps / "base", steps / "tuned", tmp_path / "out", steps / "data.jsonl")
+    plan = plan_job(*arguments, calibration=OPTIONS, distill=DistillOptions(steps=2))
+    assert all(step.seconds is not None and 0.0 < step.seconds < 60.0 for step in plan.steps)
+    assert plan.seconds == sum(step.seconds for step in plan.steps)
+    longer = plan_job(*arguments, calibration=CalibrateOptions(num_samples=40, seq_len=60))
+    assert longer.steps[1].seconds > plan.steps[1].seconds  # more text to be written
+
+
+def test_a_model_that_takes_no_text_alone_has_no_estimate(steps, monkeypatch):
+    import torch
+
+    from tailorcli.pipeline import trial
+
+    def refuse(*_):
+        raise ValueError("no text")
+
+    with Checkpoint.open(steps / "tuned") as tuned:
+        assert trial.measure(tuned, tuned, OPTIONS, torch.device("cpu")) is not None
+        monkeypatch.setattr(trial, "forward", refuse)
+        assert trial.measure(tuned, tuned, OPTIONS, torch.device("cpu")) is None
