@@ -46,7 +46,7 @@ GROUPS = {
     "Calibrate and patch": (
         *("tailor", "plan_job", "compare_models"),
         *("calibrate_model", "score_checkpoint", "plan_patch", "patch_checkpoint"),
-        *("distill_checkpoint", "plan_distilled", "distill_patch"),
+        *("distill_checkpoint", "plan_distilled", "distill_patch", "patch_to_target"),
     ),
     "Patch files and several tasks": (
         "apply_patch",

@@ -50,6 +50,7 @@ _HOMES = {
     "distill_checkpoint": "tailorcli.patching.distilled",
     "distill_patch": "tailorcli.patching.distilled",
     "plan_distilled": "tailorcli.patching.distilled",
+    "patch_to_target": "tailorcli.patching.aim",
     "distill_merge": "tailorcli.merging.distilled",
     "finetune_model": "tailorcli.training.finetune",
     "plan_finetune": "tailorcli.training.finetune",
@@ -106,6 +107,7 @@ __all__ = [
     "inspect_path",
     "merge_patches",
     "patch_checkpoint",
+    "patch_to_target",
     "plan_distilled",
     "plan_finetune",
     "plan_job",
@@ -144,6 +146,7 @@ if TYPE_CHECKING:
     )
     from tailorcli.patchfile.reader import PatchFile
     from tailorcli.patchfile.report import PatchReport
+    from tailorcli.patching.aim import patch_to_target
     from tailorcli.patching.apply import apply_patch
     from tailorcli.patching.compare import Comparison, compare_models
     from tailorcli.patching.distilled import distill_checkpoint, distill_patch, plan_distilled

@@ -145,9 +145,9 @@ def merge_multi(
             metavar="STATS", help="--distill: statistics of BASE, what it must not forget.", rich_help_panel=DISTILL
         ),
     ] = None,
-    distill_steps: DistillSteps = 200,
+    distill_steps: DistillSteps = 400,
     distill_rate: DistillRate = 0.1,
-    distill_weight: DistillWeight = 1.0,
+    distill_weight: DistillWeight = 2.0,
     distill_batch_size: DistillBatchSize = 8,
     distill_on: DistillTokens = DistillOn.ALL,
     damping: Damping = 0.01,

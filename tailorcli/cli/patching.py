@@ -10,6 +10,7 @@ import typer
 
 from tailorcli.cli.arguments import (
     CALIBRATION,
+    DISTILL,
     OTHERS,
     OUTPUT,
     SOLVER,
@@ -188,6 +189,14 @@ def patch(
         int, typer.Option(metavar="N", help="Columns per block of the sequential solver.", rich_help_panel=SOLVER)
     ] = 128,
     distill: Distill = False,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="old=99",
+            help="Distil, and pick density and weight to keep this share (%) of BASE's accuracy; or new=97.",
+            rich_help_panel=DISTILL,
+        ),
+    ] = None,
     distill_steps: DistillSteps = 400,
     distill_rate: DistillRate = 0.1,
     distill_weight: DistillWeight = 2.0,
@@ -335,6 +344,8 @@ def patch(
             "--distill needs the samples of both statistics",
             "pass --data FILE; or --stats STATS and --retain STATS (tailorcli calibrate BASE --synthetic -o STATS)",
         )
+    if target is not None:
+        _require_aim(context, stats, retain, dry_run)
     where: dict[str, Any] = {"patch_file": patch_file, "graft_data": graft_data}
     job: dict[str, Any] = {
         "retain_data": retain_data,
@@ -373,7 +384,12 @@ def patch(
         report = tailor(base, tuned, output, data, **where, **job, **shown)
     else:
         shown["announce"] = None if as_json else partial(show_cost, output=output, patch_file=patch_file)
-        if how is not None and stats is not None and retain is not None:
+        if target is not None and stats is not None and retain is not None:
+            from tailorcli.patching.aim import patch_to_target
+
+            aimed = (base, tuned, output, stats, retain, target, options, DistillOptions(*training), shown["progress"])
+            report = patch_to_target(*aimed, patch_file, None if as_json else partial(say, err=True))
+        elif how is not None and stats is not None and retain is not None:
             report = distill_checkpoint(base, tuned, output, stats, retain, options, how, **where, **shown)
         else:
             report = patch_checkpoint(base, tuned, output, stats, options, retain=retain, **where, **shown)
@@ -388,6 +404,19 @@ def patch(
     show_stages(report.stages)
     if keep_stats is not None:
         say(f"statistics kept in {keep_stats}: the same command with another --density and -o takes them from there")
+
+
+def _require_aim(context: typer.Context, stats: Path | None, retain: Path | None, dry_run: bool) -> None:
+    """What --target goes with. Raises OptionsError, or typer.BadParameter for what it picks itself."""
+    if stats is None or retain is None:
+        raise OptionsError(
+            "--target measures on the samples of both statistics",
+            "pass --stats STATS and --retain STATS (tailorcli calibrate BASE --synthetic -o STATS)",
+        )
+    picked = [name for name in ("density", "distill_weight", "preset") if _is_given(context, name)]
+    if picked or dry_run:
+        given = "dry-run" if dry_run else picked[0].replace("_", "-")
+        raise typer.BadParameter(f"--target does not go with --{given}")
 
 
 def _require_one_source(

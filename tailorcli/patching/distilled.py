@@ -44,9 +44,11 @@ if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
     from tailorcli.options import CalibrateOptions
     from tailorcli.patchfile.records import TensorRecord
+    from tailorcli.training.distill import Material
 
 START, STATE = "start.safetensors", "state.safetensors"
 SAMPLED = ("distilled on 0", "distilled on 1")  # whose fingerprints stand in a run's identity
+_MORE_REPORT = 1 << 16  # bytes of a report that training adds, at most
 SUFFIX = ".distill"  # of the folder beside the output that an interrupted run goes on from
 
 
@@ -154,6 +156,7 @@ def train_and_write(
     device: torch.device,
     progress: bool,
     trust_remote_code: bool,
+    materials: dict[str, Material] | None = None,
 ) -> Written:
     """Train the kept entries of the patch file ``start``, whose report is ``closed``, and write every tensor.
 
@@ -165,7 +168,7 @@ def train_and_write(
     with PatchFile.open(start) as file:
         with timer.stage("distill"), exact_float32(), device_errors("a smaller --distill-batch-size"):
             how = (work.folder / STATE, progress, trust_remote_code)
-            found = distill_patch_file(file, base, teachers, retain, distill, device, *how)
+            found = distill_patch_file(file, base, teachers, retain, distill, device, *how, materials)
         with progress_bar(plan.tensors, "writing", progress) as bar, timer.stage("write"):
             records = _write(plan, base, file, found.values, closed, outputs, bar.update)
     facts = {"options": asdict(distill), "untrained": found.untrained, **found.history.to_dict()}
@@ -186,12 +189,17 @@ def distill_patch(
     progress: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    teacher_weight: float | None = None,
+    materials: dict[str, Material] | None = None,
+    told: Mapping[str, Any] | None = None,
 ) -> PatchReport:
     """Train the kept entries of the file ``patch``, and write the checkpoint ``output``, a ``patch_file`` or both.
 
     Whatever made the patch, its mask stays. ``tuned`` and ``stats`` are a fine-tuned model and its statistics, or
     several of both in one order; ``retain`` are statistics of ``base``. What is minimised, and what is kept, is as in
-    ``distill_checkpoint``. Raises TailorError.
+    ``distill_checkpoint``. ``teacher_weight`` is that of the patch, where it is not that of the statistics;
+    ``materials`` are what the teachers said, where they have run; the report says ``told`` under "target".
+    Raises TailorError.
     """
     started = perf_counter()
     target = Target.of(output, patch_file, resume=resume, overwrite=overwrite)
@@ -204,7 +212,7 @@ def distill_patch(
     base, *models = local_folders((base, *models))
     with ExitStack() as stack:
         opened, file = open_both(base, patch, stack)
-        teachers = [_open_teacher(opened, *pair, stack) for pair in zip(models, folders, strict=True)]
+        teachers = [open_teacher(opened, *pair, stack, teacher_weight) for pair in zip(models, folders, strict=True)]
         retained = stack.enter_context(closing(Stats.open(retain)))
         check_retain(opened, teachers[0][0], retained, PatchOptions())
         sampled = [*(found for _, found in teachers), retained]
@@ -215,7 +223,7 @@ def distill_patch(
         kept = [(name, tensor.kept) for name, tensor in file.tensors.items()]
         samples = [found.samples() for found in sampled]
         given = (opened, config_folder(teachers[0][0]), kept, samples, options_of(teachers[0][1]), distill, where)
-        plan = replace(plan, training=training_plan(*given))
+        plan = replace(plan, training=training_plan(*given), patch_bytes=file.path.stat().st_size + _MORE_REPORT)
         closed = file.report()
         used = {f"samples {number}": found.fingerprint() for number, found in enumerate(sampled)}
         identity = identity_of(closed.inputs, settings_of(distill) | used | {"patch": file.fingerprint()}, where)
@@ -228,18 +236,24 @@ def distill_patch(
         outputs = stack.enter_context(begun)
         work = Work.of(target)
         how = (distill, where, progress, False)
-        found = train_and_write(work, file.path, plan, opened, teachers, retained, closed, outputs, *how)
+        where_from = (plan, opened, teachers, retained, closed, outputs)
+        found = train_and_write(work, file.path, *where_from, *how, materials)
         report = replace(closed, tensors=found.records, stages=found.stages, seconds=perf_counter() - started)
-        report = replace(report, distillation=found.facts)
+        report = replace(report, distillation=found.facts | ({} if told is None else {"target": dict(told)}))
         outputs.finish(report, watch)
         remove_work(work.folder)
         return report
 
 
-def _open_teacher(base: Checkpoint, tuned: PathLike, stats: PathLike, stack: ExitStack) -> tuple[Checkpoint, Stats]:
-    """A fine-tuned model and its statistics, at their teacher's weight. Raises TailorError if they are not a pair."""
+def open_teacher(
+    base: Checkpoint, tuned: PathLike, stats: PathLike, stack: ExitStack, weight: float | None = None
+) -> tuple[Checkpoint, Stats]:
+    """A fine-tuned model and its statistics, at their teacher's weight if none is given.
+
+    Raises TailorError if they are not a pair.
+    """
     opened, found = stack.enter_context(open_for(base, tuned)), stack.enter_context(closing(Stats.open(stats)))
-    model = interpolated(base, opened, found.teacher_weight)
+    model = interpolated(base, opened, found.teacher_weight if weight is None else weight)
     if found.teacher_weight == 1.0:
         found.rename_for(opened)
     check_stats(base, model, found)

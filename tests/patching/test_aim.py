@@ -1,0 +1,117 @@
+"""patch --target: density and weight picked by the held-out samples."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from helpers import bits, folder_digest, invoke, make_pair, read_tensors, refused, run
+
+from tailorcli import CalibrateOptions, DistillOptions, PatchFile, PatchOptions, TailorError, calibrate_model
+from tailorcli.patching.aim import Aim, after_miss, patch_to_target, pick_density
+
+FEW = DistillOptions(steps=4, batch_size=4)
+OPTIONS = PatchOptions(propagate=False)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = make_pair(tmp_path_factory.mktemp("pair"))
+    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats", CalibrateOptions(12, 24))
+    calibrate_model(folder / "base", None, folder / "retain", CalibrateOptions(12, 24, synthetic=True))
+    return folder
+
+
+def arguments(pair, output):
+    return pair / "base", pair / "tuned", output, pair / "stats", pair / "retain"
+
+
+@pytest.mark.parametrize("text", ["", "old", "old=", "old=x", "old=0", "old=101", "both=5", "new=nan", "old=inf"])
+def test_an_aim_that_is_none_is_refused(text):
+    with pytest.raises(TailorError, match="not understood"):
+        Aim.parse(text)
+
+
+def test_the_least_density_that_comes_near_the_new_is_picked():
+    asked = []
+
+    def shares_at(density):
+        asked.append(density)
+        return {"old": 1 - density, "new": 0.9 + density / 2}
+
+    assert pick_density(shares_at, Aim.parse("new=97")) == 0.1
+    assert asked == [0.02, 0.05, 0.1]
+    assert pick_density(shares_at, Aim.parse("new=90")) == 0.02
+
+
+def test_the_density_goes_up_while_the_old_is_kept_and_the_new_gains():
+    old, new = {0.02: 1, 0.05: 0.99, 0.1: 0.97, 0.2: 0.9, 0.4: 0.8}, {0.02: 0.5, 0.05: 0.8, 0.1: 0.9, 0.2: 0.95, 0.4: 1}
+    assert pick_density(lambda d: {"old": old[d], "new": new[d]}, Aim.parse("old=99")) == 0.1
+    assert pick_density(lambda d: {"old": 1, "new": min(0.9, new[d])}, Aim.parse("old=99")) == 0.1
+
+
+def test_a_miss_raises_the_bases_weight_or_the_density():
+    assert after_miss(Aim.parse("old=99"), 0.1, 1.0) == (0.1, 3.0)
+    assert after_miss(Aim.parse("new=97"), 0.1, 1.0) == (0.2, 1.0)
+    assert after_miss(Aim.parse("new=97"), 0.4, 1.0) == (0.4, pytest.approx(1 / 3))
+
+
+def test_what_is_written_is_the_best_of_what_was_tried_and_says_so(pair, tmp_path):
+    told = []
+    report = patch_to_target(
+        *arguments(pair, tmp_path / "out"),
+        "old=60",
+        OPTIONS,
+        FEW,
+        patch_file=tmp_path / "p.safetensors",
+        tell=told.append,
+    )
+    found = report.distillation
+    assert found["target"]["asked"] == "old=60"
+    assert found["kept"]["old"] >= 0.6
+    assert told[-1].startswith("target old=60 reached")
+    assert found["target"]["density"] == pytest.approx(report.totals["density"], rel=0.1)
+    written = json.loads((tmp_path / "out" / "tailor_report.json").read_text())
+    assert written["distillation"]["target"] == found["target"]
+    with PatchFile.open(tmp_path / "p.safetensors") as file:
+        base, out = read_tensors(pair / "base"), read_tensors(tmp_path / "out")
+        for name, value in out.items():
+            base[name][file.mask(name)] = file.values(name)
+            assert bits(value) == bits(base[name])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "p.safetensors"]
+
+
+def test_a_target_out_of_reach_gives_the_nearest_and_tells(pair, tmp_path):
+    told = []
+    report = patch_to_target(*arguments(pair, tmp_path / "out"), "new=100", OPTIONS, FEW, tell=told.append)
+    assert "missed" in told[-1]
+    assert len([line for line in told if line.startswith("trained")]) == 3
+    assert len(report.distillation["target"]["missed"]) <= 2
+
+
+def test_a_search_that_was_broken_off_is_finished_to_the_same_bytes(pair, tmp_path, monkeypatch):
+    import tailorcli.patching.aim as module
+
+    patch_to_target(*arguments(pair, tmp_path / "whole"), "old=60", OPTIONS, FEW)
+
+    def broken(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "apply_patch", broken)
+        with pytest.raises(KeyboardInterrupt):
+            patch_to_target(*arguments(pair, tmp_path / "out"), "old=60", OPTIONS, FEW)
+    again = replace(OPTIONS, resume=True)
+    patch_to_target(*arguments(pair, tmp_path / "out"), "old=60", again, FEW)
+    assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "whole")
+    assert patch_to_target(*arguments(pair, tmp_path / "out"), "old=60", again, FEW).is_earlier
+
+
+def test_the_command(pair, tmp_path):
+    base, tuned, output, stats, retain = arguments(pair, tmp_path / "out")
+    both = ("--stats", stats, "--retain", retain)
+    how = ("--target", "old=60", "--no-propagate", "--distill-steps", 2)
+    result = run("patch", base, tuned, *both, *how, "-o", output)
+    assert "target old=60" in result.stderr
+    refused("patch", base, tuned, "--stats", stats, *how, "-o", tmp_path / "no", mentions=["both statistics"])
+    refused("patch", base, tuned, *both, "--target", "half", "-o", tmp_path / "no", mentions=["not understood"])
+    assert invoke("patch", base, tuned, *both, *how, "--density", 0.1, "-o", tmp_path / "no").exit_code == 2
