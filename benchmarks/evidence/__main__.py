@@ -39,7 +39,8 @@ PARTS = {"quick": pairs.quick, "text": pairs.text, "multimodal": pairs.multimoda
 SETTINGS = {
     "quick": """Byte-level Llamas of 3 million parameters, trained 700 steps on Python source and English prose, then
 200 steps on the new task; accuracy is the share of next bytes guessed right.""",
-    "text": """SmolLM2-135M-Instruct in bfloat16, fine-tuned for 60 steps on records of Unicode characters.
+    "text": """SmolLM2-135M-Instruct in bfloat16, fine-tuned for 60 steps on records of Unicode characters, or on
+licences (*licences-overtrained* for 80 steps at a higher rate on a few of them, which is too long).
 
 Accuracy is the share of next tokens guessed right (texts of 32 tokens, 300 a task), and of 300 cities put on the right
 one of four continents.""",

@@ -81,27 +81,45 @@ def _quick_models(tasks: dict[str, TaskText], cache: Path, seed: int) -> dict[st
     return quick_model.make_pairs(tasks, seed, cache / f"seed{seed}")
 
 
+@dataclass(frozen=True)
+class FineTune:
+    """One way to fine-tune on a new task: how, and on how many of its documents (all without)."""
+
+    task: str
+    recipe: real_model.Recipe
+    documents: int | None = None
+
+
+# The last is trained too long on too little: the tuned model is no longer the best on its own task.
+FINE_TUNES = {
+    "unicode": FineTune("unicode", real_model.Recipe()),
+    "licences": FineTune("licences", real_model.Recipe()),
+    "licences-overtrained": FineTune("licences", real_model.Recipe(steps=80, learning_rate=5e-4), 40),
+}
+
+
 def text(cache: Path) -> list[Pair]:
-    """SmolLM2-135M-Instruct, and a fine-tune of it on Unicode character records for every seed."""
+    """SmolLM2-135M-Instruct, and its fine-tunes (FINE_TUNES) for every seed."""
     texts = text_data.load_texts()
     base = real_model.make_base(default_cache())
     tokenizer = tokenizer_of(base)
     folder = cache / "data"
     text_data.write_tasks(texts, tokenizer, folder)
     text_data.write_old_training(texts, tokenizer, folder / "old-train.jsonl")
-    real_data.write_jsonl(texts[text_data.NEW_TASK]["train"], folder / "train.jsonl")
-    windows = real_data.windows(texts[text_data.NEW_TASK]["train"], tokenizer, TRAIN_RECORDS)
-    kinds = {name: "choice" if name == "cities" else "text" for name in (*text_data.OLD_TASKS, text_data.NEW_TASK)}
     pairs = []
-    for seed in SEEDS:
-        say(f"text: fine-tune of seed {seed}")
-        tuned = real_model.make_tuned(base, windows, real_model.Recipe(seed=seed), cache / f"tuned{seed}")
-        pairs.append(
-            Pair(
-                *(text_data.NEW_TASK, seed, base, tuned, folder / "train.jsonl", folder / "old-train.jsonl", folder),
-                *(kinds, text_data.OLD_TASKS, (text_data.NEW_TASK,), 128),
-            )
-        )
+    for name, how in FINE_TUNES.items():
+        train = folder / f"{name}-train.jsonl"
+        documents = texts[how.task]["train"][: how.documents]
+        real_data.write_jsonl(documents, train)
+        windows = real_data.windows(documents, tokenizer, TRAIN_RECORDS)
+        tasks = (*text_data.OLD_TASKS, how.task)
+        kinds = {task: "choice" if task == "cities" else "text" for task in tasks}
+        for seed in SEEDS:
+            say(f"text: fine-tune {name} of seed {seed}")
+            recipe = replace(how.recipe, seed=seed)
+            tuned = real_model.make_tuned(base, windows, recipe, cache / f"{name}-tuned{seed}")
+            where = (base, tuned, train, folder / "old-train.jsonl", folder)
+            pairs.append(Pair(name, seed, *where, kinds, text_data.OLD_TASKS, (how.task,), 128))
     return pairs
 
 

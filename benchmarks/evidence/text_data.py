@@ -1,7 +1,8 @@
 """The tasks of the benchmark `text`, all of them from what Python and torch install: nothing is downloaded.
 
 Old tasks: English prose and Python source (as in benchmarks.real), C++ headers (torch's own), and on which continent a
-city lies (the names of time zones), as a choice of four. New task: records of the Unicode character database.
+city lies (the names of time zones), as a choice of four. New tasks: records of the Unicode character database, and
+the law of software licences.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.quick.data import headers
+from benchmarks.quick.data import headers, licences
 from benchmarks.real import data as real
 
 OLD_TASKS = ("english", "python", "cpp", "cities")
-NEW_TASK = "unicode"
+NEW_TASKS = ("unicode", "licences")
 TOKENS = 32  # of a text sample
 COUNTS = {"validation": 80, "test": 300}  # items of a task
 CONTINENTS = ("Africa", "America", "Asia", "Europe")
@@ -27,7 +28,8 @@ _TEXTS_SEED = 0
 def load_texts() -> dict[str, dict[str, list[str]]]:
     """Return the texts as task -> part -> documents; the split is the same for every seed of the fine-tuning."""
     texts = real.load_texts(_TEXTS_SEED)
-    texts["cpp"] = real.split([text for _, text in headers()], random.Random(_TEXTS_SEED))
+    for name, documents in (("cpp", headers()), ("licences", licences())):
+        texts[name] = real.split([text for _, text in documents], random.Random(_TEXTS_SEED))
     return texts
 
 

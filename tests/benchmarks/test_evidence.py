@@ -11,6 +11,7 @@ from benchmarks.quick import data as quick_data
 from benchmarks.quick import model as quick_model
 from benchmarks.real.model import Recipe
 from tailorcli import PatchOptions, patch_checkpoint
+from tailorcli.demo.text import build_tokenizer
 from tailorcli.evaluation.metrics import Roles
 from tailorcli.patchfile.records import TensorRecord
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport, load_report
@@ -278,6 +279,36 @@ def test_quick_goes_through_on_a_tiny_network(tmp_path, monkeypatch):
     paper, ours = check_reports(pair, folder, monkeypatch)
     assert paper.totals["error_after"] < paper.totals["error_before"]
     assert ours.options["propagate"]
+
+
+def test_text_has_a_second_new_task_and_one_trained_too_long(tmp_path, monkeypatch):
+    """Its data and its pairs, with a tokenizer of bytes and without its models."""
+    made = []
+
+    def make_tuned(base, windows, recipe, folder):
+        made.append((folder.name, len(windows), recipe.steps))
+        return folder
+
+    monkeypatch.setattr(pairs, "SEEDS", (0, 1))
+    monkeypatch.setattr(pairs.real_model, "make_base", lambda cache: tmp_path)
+    monkeypatch.setattr(pairs.real_model, "make_tuned", make_tuned)
+    monkeypatch.setattr(pairs, "tokenizer_of", lambda base: build_tokenizer())
+    found = pairs.text(tmp_path)
+    assert [(pair.name, pair.seed) for pair in found] == [
+        (name, seed) for name in ("unicode", "licences", "licences-overtrained") for seed in (0, 1)
+    ]
+    short, long = (next(one for one in made if one[0] == f"{name}-tuned0") for name in list(pairs.FINE_TUNES)[1:])
+    assert long[1] < short[1] / 4
+    assert long[2] > short[2]
+    for pair in found:
+        for part in ("test", "validation"):
+            for spec in pair.specs(part):
+                file = Path(spec.partition("=")[2].rpartition(":")[0])
+                assert len(file.read_text().splitlines()) >= 60
+        assert set(pair.kinds) == {*pair.origin, *pair.target}
+    every = pairs.text_data.load_texts()
+    for parts in (every[task] for task in pairs.text_data.NEW_TASKS):
+        assert len(set.union(*map(set, parts.values()))) == sum(len(set(texts)) for texts in parts.values())
 
 
 @pytest.mark.slow
