@@ -161,7 +161,7 @@ class _Search:
             opened = stack.enter_context(Checkpoint.open(self.base))
             teacher = open_teacher(opened, self.tuned, self.stats, stack, self.options.teacher_weight)
             retained = stack.enter_context(closing(Stats.open(self.retain)))
-            given = (opened, [teacher], retained, self.distill, device, self.progress, trust)
+            given = (opened, [teacher], retained, self.distill, device, self.progress, trust, self.work)
             with exact_float32(), device_errors("a smaller --distill-batch-size"):
                 materials = materials_of(*given)
 

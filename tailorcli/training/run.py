@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from tailorcli.adapters.checkpoint import AdaptedCheckpoint, config_folder
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import GrownCheckpoint
+from tailorcli.device import free_memory
 from tailorcli.errors import DataError, OptionsError
 from tailorcli.models.config import read_config
 from tailorcli.models.generation import media_token_ids
@@ -23,6 +25,7 @@ from tailorcli.models.loading import aliases, expected_names, load_model
 from tailorcli.models.parts import adapt, load_from_view
 from tailorcli.models.places import Place, map_names
 from tailorcli.models.skeleton import load_weights
+from tailorcli.models.spill import HIDDEN_SHARE, Spill
 from tailorcli.options import CalibrateOptions, DistillOn, DistillOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.system import give_back_memory
@@ -66,7 +69,8 @@ def distill_patch_file(
     where this one leaves its own; ``materials`` what the teachers say, where they have run. Raises TailorError.
     """
     if materials is None:
-        materials = materials_of(base, teachers, retain, options, device, progress, trust_remote_code)
+        how = (progress, trust_remote_code, state.parent)
+        materials = materials_of(base, teachers, retain, options, device, *how)
     trained, untrained, media = _student_of(file, base, teachers[0], device, trust_remote_code)
     network = trained.network
     before = kept_shares(network, materials, media, device)
@@ -123,8 +127,22 @@ def materials_of(
     device: torch.device,
     progress: bool = False,
     trust_remote_code: bool = False,
+    scratch: Path | None = None,
 ) -> dict[str, Material]:
-    """Run every teacher once over its samples; the models are gone after that. Raises TailorError."""
+    """Run every teacher once over its samples; the models are gone after that.
+
+    Hidden states that outgrow the host's memory wait in files in the folder ``scratch``. Raises TailorError.
+    """
+    waiting = None
+    if scratch is not None:
+        scratch.mkdir(parents=True, exist_ok=True)
+        free = free_memory(torch.device("cpu"))
+        waiting = Spill(torch.device("cpu"), scratch, sys.maxsize if free is None else int(HIDDEN_SHARE * free))
+
+    def keep(states: Tensor) -> Tensor:
+        held = states.to("cpu", copy=True)  # no view of what is larger
+        return held if waiting is None else waiting.out(held)
+
     sources = [*teachers, (base.stored if isinstance(base, GrownCheckpoint) else base, retain)]
     materials: dict[str, Material] = {}
     total = sum(len(stats.samples()) for _, stats in sources)
@@ -133,7 +151,7 @@ def materials_of(
             stored = base if isinstance(model, AdaptedCheckpoint) else model
             network, _ = _network(stored, model, run_options(stats, trust_remote_code), None, device)
             samples, is_base = stats.samples(), number == len(sources)
-            teacher = _teach(network, samples, device, bar.update)
+            teacher = _teach(network, samples, device, bar.update, keep)
             kind = RETAINED if is_base else NEW if len(teachers) == 1 else f"{NEW} {number}"
             materials[kind] = Material.split(samples, teacher, options, _counted(stats, options, needed=not is_base))
             del network
@@ -207,9 +225,15 @@ def _network(
     return network.to(device), places
 
 
-def _teach(network: Any, samples: list[Inputs], device: torch.device, advance: Callable[[int], object]) -> Teacher:
+def _teach(
+    network: Any,
+    samples: list[Inputs],
+    device: torch.device,
+    advance: Callable[[int], object],
+    keep: Callable[[Tensor], Tensor],
+) -> Teacher:
     check_head(network, {name: value.to(device) for name, value in samples[0].items()})
-    return teach(network, samples, device, advance)
+    return teach(network, samples, device, advance, keep)
 
 
 def _give_back() -> None:

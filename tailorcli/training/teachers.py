@@ -94,11 +94,20 @@ def predicted(batch: Inputs, media: tuple[int, ...]) -> Tensor:
     return torch.cat([wanted, torch.zeros_like(wanted[:, :1])], dim=1)
 
 
-def teach(network: Any, samples: list[Inputs], device: torch.device, advance: Callable[[int], object]) -> Teacher:
-    """The teacher that ``network`` is: every sample run once, its hidden states kept on the CPU."""
+def teach(
+    network: Any,
+    samples: list[Inputs],
+    device: torch.device,
+    advance: Callable[[int], object],
+    keep: Callable[[Tensor], Tensor] = lambda states: states.cpu(),
+) -> Teacher:
+    """The teacher that ``network`` is: every sample run once.
+
+    Its hidden states are kept in its dtype where ``keep`` puts them, in host memory or in a file's.
+    """
     states = []
     for sample in samples:
-        states.append(hidden_states(network, to_device(sample, device))[0].cpu())
+        states.append(keep(hidden_states(network, to_device(sample, device))[0]))
         advance(1)
     head = head_of(network)
     bias = None if head.bias is None else head.bias.detach().clone()

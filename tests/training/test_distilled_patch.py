@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import bits, folder_digest, make_pair, make_tokenizer, read_tensors, refused, run
+from helpers import bits, count_mapped_files, folder_digest, make_pair, make_tokenizer, read_tensors, refused, run
 
 from tailorcli import (
     DistillOptions,
@@ -171,6 +171,16 @@ def test_a_run_that_had_stopped_early_ends_the_same_when_it_is_taken_up(pair, tm
             run_to(tmp_path / "out")
     again = run_to(tmp_path / "out", resume=True)
     assert again.distillation == whole.distillation
+    assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "whole")
+
+
+def test_hidden_states_wait_in_files_where_memory_is_short(pair, tmp_path, monkeypatch):
+    distilled(pair, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr("tailorcli.training.run.free_memory", lambda _: 4000)
+        files = count_mapped_files(patched)
+        distilled(pair, tmp_path / "out")
+    assert len(files) == 24  # one of each sample: a thousand bytes hold none
     assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "whole")
 
 
