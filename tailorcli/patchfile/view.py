@@ -11,7 +11,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.core.tailor import as_bits
 from tailorcli.errors import other_base
-from tailorcli.files import digest_of, read_bytes
+from tailorcli.files import digest_beside, digest_of, read_bytes
 from tailorcli.patchfile.reader import PatchFile, raw_bytes
 from tailorcli.patchfile.report import REPORT_FILE
 
@@ -65,14 +65,15 @@ def patched_tensor(base: Tensor, file: PatchFile, name: str, path: Path) -> Tens
 
     Raises PatchError if a single bit of the base's tensor differs from that which the patch was made for.
     """
-    if digest_of(raw_bytes(base)) != file.base[name].digest:
-        raise other_base(name, path)
+    digest = digest_beside(raw_bytes(base))
     tensor = base.clone()
     entries, values = as_bits(tensor.view(-1)).numpy(), as_bits(file.values(name)).numpy()
     position = 0
     for places in file.places(name):
         entries[places] = values[position : position + places.size]
         position += places.size
+    if digest() != file.base[name].digest:
+        raise other_base(name, path)
     return tensor
 
 

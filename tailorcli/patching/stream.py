@@ -17,7 +17,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import grow_vocabulary
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.errors import OptionsError, note
-from tailorcli.files import PathLike, digest_of
+from tailorcli.files import PathLike, digest_beside, digest_of
 from tailorcli.guard import path_text
 from tailorcli.hub import hub_facts, local_folders
 from tailorcli.models.config import differing_fields, read_config
@@ -165,12 +165,10 @@ def _sources(names: tuple[str, ...], run: Run) -> list[tuple[Stats, str]]:
 def _load(tensor: TensorPlan, hessians: tuple[str, ...], run: Run) -> _Loaded:
     pinned = run.device.type == "cuda"  # a GPU copies at full speed, and by itself, from pinned memory alone
     base = run.inputs.base.read(tensor.name, pinned)
-    return _Loaded(
-        base,
-        run.inputs.tuned.read(tensor.name, pinned),
-        [stats.load(name, pinned) for stats, name in _sources(hessians, run)],
-        digest_of(raw_bytes(base)) if run.wants_digest else "",
-    )
+    digest = digest_beside(raw_bytes(base)) if run.wants_digest else None
+    tuned = run.inputs.tuned.read(tensor.name, pinned)
+    packed = [stats.load(name, pinned) for stats, name in _sources(hessians, run)]
+    return _Loaded(base, tuned, packed, "" if digest is None else digest())
 
 
 def _read_bytes(tensor: TensorPlan, hessians: tuple[str, ...], run: Run) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from tailorcli.checkpoint.header import read_header
 from tailorcli.errors import CheckpointError, other_base
-from tailorcli.files import PathLike, digest_of, read_json
+from tailorcli.files import PathLike, digest_of, read_json, same_bytes
 from tailorcli.guard import Watch
 from tailorcli.hub import local_folders
 from tailorcli.patchfile.reader import PatchFile
@@ -125,6 +125,8 @@ def _verify_tensor(
     report: VerifyReport,
 ) -> None:
     """Compare one tensor and note what differs."""
+    import torch
+
     from tailorcli.core.tailor import as_bits
 
     info, other = base.tensors[name], found.tensors.get(name)
@@ -139,7 +141,7 @@ def _verify_tensor(
         if file is not None and digest_of(*base.pieces(info)) != file.base[name].digest:
             raise other_base(name, base.path)
         pieces = zip(base.pieces(info), found.pieces(other), strict=True)
-        if any(ours != theirs for ours, theirs in pieces):
+        if not all(same_bytes(ours, theirs) for ours, theirs in pieces):
             report.add(name, "it differs from the base, where it should be equal")
         return
     original = base.read(name)
@@ -154,8 +156,8 @@ def _verify_tensor(
         return
     expected = as_bits(patched_tensor(original, file, name, base.path).view(-1))
     report.kept += file.tensors[name].kept
-    wrong = (expected != stored).nonzero().squeeze(1)
-    if wrong.numel():
+    if not torch.equal(expected, stored):
+        wrong = (expected != stored).nonzero().squeeze(1)
         mask = file.mask(name).view(-1)[wrong]
         first = int(wrong[0])
         report.add(
