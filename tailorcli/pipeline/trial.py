@@ -85,7 +85,8 @@ def _measured(stored: Checkpoint, tuned: Checkpoint, options: CalibrateOptions, 
         found["load"] = (perf_counter() - begun) / max(1, nbytes)
         alike = sum(type(other) is type(blocks[block]) for other in blocks.values())
         found["forward"] = alike * _seconds(long.compute, device) / (count * length)
-        found["write"] = alike * _seconds(short.compute, device)
+        # As long again for what surrounds the blocks when text is written: the growing cache, the draws.
+        found["write"] = 2 * alike * _seconds(short.compute, device)
         found.update(_solving(network, block, long, count * length, alike, device))
         raise _EnoughError
 
