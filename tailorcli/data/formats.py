@@ -298,7 +298,8 @@ def _parquet(file: DataFile) -> Iterator[tuple[str, Any]]:
     number = 0
     with _seekable(file) as stream:
         try:
-            for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=_MOST_ROWS):
+            opened = pyarrow.parquet.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)  # else all is held
+            for batch in opened.iter_batches(batch_size=_MOST_ROWS, use_threads=False):
                 for row in batch.to_pylist():
                     yield f"{file.name}, record {number}", without_nulls(row)
                     number += 1

@@ -69,7 +69,8 @@ def renamed(where: str, value: dict[str, Any], named: DataColumns) -> dict[str, 
     """The record under the usual names, without what stands under these itself. Raises DataError."""
     for name in (named.text, named.prompt, named.response):
         if name is not None and name not in value:
-            raise DataError(f"{where} has no column {name!r}; it has {', '.join(sorted(map(str, value)))}", HINT)
+            what = f"{where} has no column {name!r}; it has {', '.join(sorted(map(str, value)))}"
+            raise DataError(what, "name one of those: --text-column, or --prompt-column and --response-column")
         if name is not None and not _is_turns(value[name]):
             _text(where, value, name)
     if named.text is not None:

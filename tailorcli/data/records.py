@@ -139,7 +139,7 @@ def read_records(
                 yield Record(where, {"text": str(value)}, folder, form=_PLAIN_TEXT)
             elif columns.any and isinstance(value, dict):
                 record = check(where, renamed(where, value, columns), folder)
-                yield replace(record, form=f"columns {columns.shown}")
+                yield replace(record, form=f"column{'s' if columns.text is None else ''} {columns.shown}")
             else:
                 yield check(where, value, folder)
 

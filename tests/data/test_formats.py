@@ -222,7 +222,7 @@ def test_a_chat_template_frames_a_question_and_its_answer(tmp_path, case):
 def test_named_columns_win_over_the_usual_names(tmp_path):
     record = {"text": "t", "body": "b", "q": "Q", "a": "A", "answer": "no", "input": "no"}
     found = one_record(tmp_path, record, columns=DataColumns(text="body"))
-    assert (found.fields["text"], found.form) == ("b", "columns body")
+    assert (found.fields["text"], found.form) == ("b", "column body")
     found = one_record(tmp_path, record, columns=DataColumns(prompt="q", response="a"))
     assert Encoder(make_tokenizer())._text_of(found) == "Q\nA"
     assert found.form == "columns q and a"
