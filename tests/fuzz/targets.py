@@ -107,7 +107,7 @@ def _models(folder):
 
     def finished():
         _inspect(pair / "out")
-        Target(pair / "out", resume=True)._finished(identity, "patch")
+        Target(pair / "out", resume=True).finished(identity, "patch")
 
     return {
         "config": Case(pair / "base" / "config.json", config, "value"),
