@@ -26,7 +26,6 @@ from tailorcli.core.hessian import (
     prepare_with_factor,
 )
 from tailorcli.core.precision import hessian_unit, in_units
-from tailorcli.core.products import product
 
 
 def retain_scale(hessian: Tensor, retained: Tensor, weight: float) -> float:
@@ -66,7 +65,7 @@ def retained_goal(delta: Tensor, prepared: PreparedHessian) -> Tensor:
         return delta * left.masked_fill(dead, term.share)
     goal = torch.empty_like(delta)
     for rows in row_chunks(*delta.shape):
-        target = product(delta[rows], term.hessian)
+        target = delta[rows] @ term.hessian  # in float32 on a GPU, too: masks follow from it
         target.add_(delta[rows], alpha=term.amount)  # (R, I)
         # The factor is that of A with its channels reversed.
         solved = torch.cholesky_solve(target.flip(1).T, term.factor.chol)  # (I, R)
