@@ -72,6 +72,7 @@ def inspect_command(
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to keep it in.")] = Path("demo"),
     quick: Annotated[bool, flag("--quick", help="A much smaller run, to see that everything works.")] = False,
+    distill: Annotated[bool, flag("--distill", help="Distil the default patch, too: twice the time.")] = False,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the weights and the batches.")] = 0,
     overwrite: Annotated[
         bool,
@@ -88,11 +89,13 @@ def demo(
 
     Examples:
       tailorcli demo
+      tailorcli demo --distill
       tailorcli demo --quick -o /tmp/demo
     """
     from tailorcli.demo.demo import follow_up_commands, render_demo, run_demo
 
-    report = run_demo(output, seed=seed, quick=quick, overwrite=overwrite, progress=wants_progress(as_json))
+    shown = {"progress": wants_progress(as_json), "distill": distill}
+    report = run_demo(output, seed=seed, quick=quick, overwrite=overwrite, **shown)
     if as_json:
         print_json(report.to_dict())
         return

@@ -38,7 +38,7 @@ from tailorcli.demo.text import (
 from tailorcli.device import StageTimer
 from tailorcli.errors import OutputError
 from tailorcli.files import PathLike
-from tailorcli.options import CalibrateOptions, PatchOptions, Solver
+from tailorcli.options import CalibrateOptions, DistillOptions, PatchOptions, Solver
 from tailorcli.terminal import Progress
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class DemoSettings:
         ("sequential", 0.2, False),
         ("sequential", 0.3, False),
     )
+    distill_steps: int = DistillOptions().steps
 
 
 FULL = DemoSettings()
@@ -98,6 +99,7 @@ QUICK = DemoSettings(
     test_samples=32,
     weights=(0.4, 0.6),
     operating_points=(("joint", 0.3, True),),
+    distill_steps=3,
 )
 
 
@@ -143,12 +145,19 @@ class DemoReport:
 
 
 def run_demo(
-    output: PathLike, *, seed: int = 0, quick: bool = False, progress: bool = True, overwrite: bool = False
+    output: PathLike,
+    *,
+    seed: int = 0,
+    quick: bool = False,
+    progress: bool = True,
+    overwrite: bool = False,
+    distill: bool = False,
 ) -> DemoReport:
     """Train, fine-tune, calibrate, patch and compare; the checkpoints stay in the folder ``output``.
 
-    ``quick`` is a much smaller run that shows only that everything works. Raises OutputError for a folder that
-    is not empty (``overwrite`` replaces an earlier demo), DataError where Python comes without its own text.
+    With ``distill`` the default patch is distilled, too, which takes about as long again as the rest. ``quick`` is a
+    much smaller run that shows only that everything works. Raises OutputError for a folder that is not empty
+    (``overwrite`` replaces an earlier demo), DataError where Python comes without its own text.
     """
     settings = QUICK if quick else FULL
     folder = Path(output)
@@ -177,7 +186,8 @@ def run_demo(
                 calibrate_model(folder / "tuned", folder / "calibration.jsonl", folder / "stats", options)
             with timer.stage("calibrate base"):
                 calibrate_model(folder / "base", None, folder / "base-stats", replace(options, synthetic=True))
-            rows, validation = _compare(folder, tasks, test, settings, timer, progress)
+            distilled = _distilled(folder, settings, timer, progress) if distill else None
+            rows, validation = _compare(folder, tasks, test, settings, timer, progress, distilled)
     report = DemoReport(
         rows=rows,
         test_bytes=min(len(texts) for texts in test.values()) * (settings.window - 1),
@@ -396,8 +406,12 @@ def _compare(
     settings: DemoSettings,
     timer: StageTimer,
     progress: bool,
+    distilled: _Candidate | None,
 ) -> tuple[list[DemoRow], dict[str, float]]:
-    """Patch, choose each method's setting on the validation split, measure the chosen on the test split."""
+    """Patch, choose each method's setting on the validation split, measure the chosen on the test split.
+
+    ``distilled`` is measured with them; nothing of it is chosen.
+    """
     from tailorcli.patching.patch import patch_checkpoint
 
     base, tuned = folder / "base", folder / "tuned"
@@ -422,6 +436,8 @@ def _compare(
     shown = {_Candidate("base", "", base): "", _Candidate("tuned", "", tuned): "", best_mixed: _CHOSEN}
     shown |= {patched[_DEFAULT]: "default", patched[_PAPER]: "the paper's"}
     shown[best_patched] = ", ".join(filter(None, (shown.get(best_patched), _CHOSEN)))
+    if distilled is not None:
+        shown[distilled] = "the default, --distill"
     with timer.stage("test"):
         tested = _measure_all(shown, test, "testing", progress)
         rows = [replace(tested[candidate], note=note) for candidate, note in shown.items()]
@@ -436,6 +452,19 @@ def _patched(folder: Path, solver: Solver | str, density: float, retained: bool)
     name = f"{solver}-retained" if retained else solver
     title = name.replace("-", ", ")
     return _Candidate("patched", f"{title}, density {density}", folder / "patched" / f"{name}-{density}")
+
+
+def _distilled(folder: Path, settings: DemoSettings, timer: StageTimer, progress: bool) -> _Candidate:
+    """The default patch, its kept entries trained to answer as tuned and as the base do."""
+    from tailorcli.patching.distilled import distill_checkpoint
+
+    _, density, _ = _DEFAULT
+    found = _Candidate("patched", f"distilled, density {density}", folder / "patched" / "distilled")
+    with timer.stage("distill"):
+        stats = (folder / "stats", folder / "base-stats")
+        options, how = PatchOptions(density, device="cpu"), DistillOptions(steps=settings.distill_steps)
+        distill_checkpoint(folder / "base", folder / "tuned", found.path, *stats, options, how, progress)
+    return found
 
 
 def _measure(candidate: _Candidate, texts: dict[str, list[str]]) -> DemoRow:

@@ -1,9 +1,12 @@
 """The demo in its reduced form; in full it is marked slow."""
 
+from pathlib import Path
+
 import pytest
 
 from tailorcli import Checkpoint, TailorError
 from tailorcli.demo.demo import follow_up_commands, render_demo, run_demo
+from tailorcli.patchfile.report import REPORT_FILE, load_report
 
 
 def check(report, folder):
@@ -24,8 +27,11 @@ def check(report, folder):
 
 
 def test_quick_demo(tmp_path):
-    report = run_demo(tmp_path / "demo", quick=True, progress=False)
+    report = run_demo(tmp_path / "demo", quick=True, progress=False, distill=True)
     check(report, tmp_path / "demo")
+    distilled = report.rows[-1]
+    assert (distilled.title, distilled.note) == ("patched, distilled, density 0.1", "the default, --distill")
+    assert load_report(Path(distilled.path) / REPORT_FILE).distillation is not None
     rows = {row.model: row for row in reversed(report.rows)}  # of the patched, the default
     base, tuned, patched = (rows[name] for name in ("base", "tuned", "patched"))
     # Five standard errors and more, in every one of five seeds that were tried.
