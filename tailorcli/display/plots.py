@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tailorcli.display.curves import draw_distillation
 from tailorcli.display.inspection import Inspection
 from tailorcli.display.names import by_kind, by_layer, place_of
 from tailorcli.errors import OptionsError, OutputError, TailorError
@@ -26,8 +27,13 @@ def plot_inspection(inspection: Inspection, file: Path) -> None:
     """
     check_picture(file)
     if inspection.report is not None:
-        figure = new_figure(13, 9.5)
-        _draw_report(figure, inspection.report)
+        distilled = inspection.report.distillation
+        figure = new_figure(13, 9.5 if distilled is None else 14)
+        above = figure
+        if distilled is not None:
+            above, below = figure.subfigures(2, 1, height_ratios=(2, 1))
+            draw_distillation(below, distilled)
+        _draw_report(above, inspection.report)
     elif inspection.hessians:
         figure = new_figure(11, 4.5)
         _draw_stats(figure, inspection.hessians)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from tailorcli.display.curves import distillation_table
 from tailorcli.display.inspection import KINDS, Inspection
 from tailorcli.display.names import short_names
 from tailorcli.display.summary import (
@@ -35,6 +36,8 @@ def inspection_parts(inspection: Inspection, *, tensors: bool = False) -> list[A
         parts += report_summary(report)
         if tensors:
             parts.append(tensor_table(report, errors=report.command == "patch"))
+        if report.distillation is not None:
+            parts.append(distillation_table(report.distillation))
         parts += by_reason({t.name: t.reason for t in report.tensors if not t.patched}, "left at base")
     if inspection.hessians:
         parts += [*stats_summary(inspection.hessians), *([_hessian_table(inspection.hessians)] if tensors else [])]

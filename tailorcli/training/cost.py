@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
 
 ENTRY_BYTES = 20  # of a kept entry: value, gradient, two moments, place
-_LOGITS_ARRAYS = 6  # of a piece's logits: both models', their logarithms, their gradients
+_LOGITS_ARRAYS = 8  # of a piece's logits: both models', their logarithms, their gradients, the allocator's rest
 
 
 def training_bytes(
@@ -45,6 +45,7 @@ def training_bytes(
     entries = {name: count for name, count in kept if count}
     weights = size * sum(parameter.numel() for parameter in network.parameters())
     largest = max((math.prod(base.tensors[name].shape) for name in entries), default=0)
+    work = 16 * max(entries.values(), default=0)  # of the tensor that is stepped: places as int64, the spread
     tokens = batch_size * max(count_tokens(sample) for samples in kinds for sample in samples)
     every, one = kept_bytes(network, tokens, size)
     head = output_head(network)
@@ -53,7 +54,7 @@ def training_bytes(
         every = (len(blocks_of(network)) + 2) * tokens * width * size + 2 * one
     logits = _LOGITS_ARRAYS * min(LOGITS_BYTES if on_gpu else CPU_LOGITS_BYTES, 4 * tokens * rows)
     heads = (2 * size + 4) * rows * width  # the teachers', and the sum of the student's gradient
-    device = weights + ENTRY_BYTES * sum(entries.values()) + every + logits + heads + 2 * size * largest
+    device = weights + ENTRY_BYTES * sum(entries.values()) + every + logits + heads + 2 * size * largest + work
     states = size * width * sum(count_tokens(sample) for samples in kinds for sample in samples)
     inputs = sum(value.nbytes for samples in kinds for sample in samples for value in sample.values())
     best = sum(count * _stored_size(base, name) for name, count in entries.items())

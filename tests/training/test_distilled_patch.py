@@ -106,7 +106,10 @@ def test_the_command(pair, tmp_path):
     how = ("--distill", "--distill-steps", 4, "--no-propagate", "--density", 0.2)
     result = run("patch", base, tuned, "--stats", stats, "--retain", retain, *how, "-o", output)
     assert "held-out divergence" in result.stdout.replace("\n", " ")
-    run("inspect", output)
+    shown = run("inspect", output, "--plot", tmp_path / "out.png").stdout
+    assert "held-out divergence, nats a token" in shown
+    assert "(kept)" in shown
+    assert (tmp_path / "out.png").stat().st_size > 10_000
     refused("patch", base, tuned, "--stats", stats, *how, "-o", tmp_path / "no", mentions=["both statistics"])
     zero = ("--distill", "--distill-steps", 0)
     refused(
