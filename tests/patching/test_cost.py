@@ -78,3 +78,16 @@ def test_the_plan_holds_what_a_run_allocates(inputs, solver, retained, monkeypat
             peaks[tensor.name] = peak
     planned = plan.peak_bytes - RUNTIME_BYTES
     assert max(peaks.values()) <= planned <= 3 * max(peaks.values())
+
+
+@pytest.mark.parametrize("method", ["dg-hard", "fapm", "lines"])
+def test_a_rival_allocates_no_more_than_its_plan(inputs, method, monkeypatch):
+    monkeypatch.setattr(readahead, "ThreadPoolExecutor", AtOnce)
+    options = PatchOptions(method=method, device="cpu").resolved(retained=False)
+    device = torch.device("cpu")
+    with ExitStack() as stack:
+        opened = PatchInputs.open(inputs.base, inputs.tuned, None, options, stack, None)
+        for tensor in build_plan(opened.base, opened.tuned, None, options, None).patched:
+            run = Run(opened, options, device, StageTimer(device))
+            peak = allocated_peak(lambda given=([tensor], run): list(tailored(*given)))
+            assert peak <= working_set(tensor, opened.tuned, None, options) + SLACK, tensor.name
