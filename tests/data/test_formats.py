@@ -282,15 +282,23 @@ def test_a_table_that_is_broken_names_the_file_and_the_line(tmp_path, case):
     assert caught.value.hint
 
 
-@pytest.mark.parametrize(("name", "package"), [("d.parquet", "pyarrow"), ("d.jsonl.zst", "zstandard")])
-def test_a_missing_extra_is_named(tmp_path, monkeypatch, name, package):
-    (tmp_path / name).write_bytes(b"x")
+@pytest.mark.parametrize(
+    ("name", "package"), [("d.parquet", "pyarrow"), ("d.jsonl.zst", "zstandard"), ("org/name", "datasets")]
+)
+def test_a_missing_extra_is_named_and_the_rest_is_read_without(tmp_path, monkeypatch, name, package):
+    monkeypatch.chdir(tmp_path)
+    for suffix in (".jsonl", ".json", ".csv", ".tsv"):
+        (tmp_path / f"plain{suffix}.gz").write_bytes(gzip.compress(WRITERS[suffix](PAIRS)))
+    if "/" not in name:
+        (tmp_path / name).write_bytes(b"x")
     for module in [module for module in sys.modules if module.split(".")[0] == package]:
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(DataError, match=package) as caught:
-        read_records(tmp_path / name)
+    with pytest.raises(DataError, match=f"takes {package}, which is not installed") as caught:
+        read_records(name)
     assert "tailorcli[data]" in caught.value.hint
+    for file in sorted(tmp_path.glob("plain*")):
+        assert fields_of(read_records(file)) == PAIRS
 
 
 # --- images ---------------------------------------------------------------------------------------------------
