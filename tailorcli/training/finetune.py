@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from errno import ENOSPC
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
@@ -333,14 +334,15 @@ def train(job: Job, network: Any, examples: Examples, work: Path, progress: bool
         guard_of(trainer, work, COMPLETE, progress)
         state = last_state(work)
         try:
-            trainer.train(resume_from_checkpoint=None if state is None else str(state))
+            with _states_written(work):
+                trainer.train(resume_from_checkpoint=None if state is None else str(state))
+                trainer.save_model(str(work / FINAL))
         except NotANumber as error:
             kept = trainer.keep_last_good(error.in_gradient)
             where = f"the last good state, of step {kept[0]}, is {kept[1]}" if kept else "no state was saved before it"
             what = f"the {'gradient' if error.in_gradient else 'loss'} is {error.value} in step {error.step}: {where}"
             slower = "a lower --learning-rate" + ("" if job.options.dtype == "float32" else " or --dtype float32")
             raise NumericalError(what, f"remove {work} and start anew with {slower}") from None
-        trainer.save_model(str(work / FINAL))
     cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     log = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     facts = {
@@ -360,6 +362,24 @@ def train(job: Job, network: Any, examples: Examples, work: Path, progress: bool
     if is_main_process():
         write_text_atomically(work / FINAL / FACTS, json.dumps(facts, indent=1) + "\n")
     return facts
+
+
+@contextmanager
+def _states_written(work: Path) -> Iterator[None]:
+    """Raise OutputError where a state cannot be written, which transformers tells of in several ways."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        raise as_output_error(work, error) from error
+    except (SafetensorError, RuntimeError) as error:
+        if not isinstance(error, SafetensorError) and "PytorchStreamWriter" not in str(error):
+            raise
+        if "No space left" in str(error):
+            raise as_output_error(work, OSError(ENOSPC, "no space")) from error
+        problem = f"cannot write into {work}: {first_line(error)}"
+        raise OutputError(problem, "free some space; --resume goes on from the last state") from error
 
 
 def _tuning(job: Job) -> SparseTuning:

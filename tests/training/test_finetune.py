@@ -151,6 +151,16 @@ def test_tied_tables_that_are_stored_once_or_twice(tmp_path):
     assert [name for name, share in shares.items() if share] == ["model.embed_tokens.weight"]
 
 
+def test_a_sparse_fine_tune_is_a_small_patch_without_loss(pair, tmp_path):
+    finetune(pair, tmp_path / "out", method="dowser")
+    patch = tmp_path / "small.safetensors"
+    run("patch", pair / "base", tmp_path / "out", "--method", "changed", "--patch-file", patch)
+    run("apply", pair / "base", patch, "-o", tmp_path / "again")
+    one, two = (read_tensors(tmp_path / name) for name in ("out", "again"))
+    assert all(bits(one[name]) == bits(two[name]) for name in one)
+    run("merge-multi", pair / "base", patch, patch, "--method", "patches", "-o", tmp_path / "merged")
+
+
 def test_the_last_layers_alone(pair, tmp_path):
     finetune(pair, tmp_path / "out", "--last-layers", 1)
     shares = moved(read_tensors(pair / "base"), read_tensors(tmp_path / "out"))
@@ -263,6 +273,32 @@ def test_a_gradient_that_is_no_number_stops_before_it_spoils_the_weights(pair, t
     monkeypatch.setattr(trainer._Guard, "on_pre_optimizer_step", spoilt)
     data = ("--data", pair / "data.jsonl", "-o", tmp_path / "out")
     refused("finetune", pair / "base", *data, *STEPS, mentions=["gradient is inf in step 3", "of step 2"])
+
+
+@pytest.mark.parametrize("made", ["os", "safetensors", "torch"])
+def test_a_full_disk_is_one_error_and_the_run_goes_on_when_there_is_room(pair, tmp_path, monkeypatch, made):
+    from safetensors import SafetensorError
+
+    from tailorcli.training import trainer
+
+    told = {
+        "os": OSError(28, "No space left on device"),
+        "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        "torch": RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: file write failed"),
+    }
+    original = trainer.GuardedTrainer._save_checkpoint
+
+    def full(self, model, trial):
+        if self.state.global_step == 4:
+            raise told[made]
+        original(self, model, trial)
+
+    monkeypatch.setattr(trainer.GuardedTrainer, "_save_checkpoint", full)
+    command = ["finetune", pair / "base", "--data", pair / "data.jsonl", "-o", tmp_path / "out", *STEPS]
+    refused(*command, "--save-every", 2, mentions=[f"out{SUFFIX}"], output=tmp_path / "out")
+    monkeypatch.setattr(trainer.GuardedTrainer, "_save_checkpoint", original)
+    finetune(pair, tmp_path / "out", "--save-every", 2, "--resume")
+    assert (tmp_path / "out" / "finetune.json").exists()
 
 
 @pytest.mark.slow
