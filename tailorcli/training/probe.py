@@ -24,6 +24,7 @@ from tailorcli.device import device_errors, exact_float32, resolve_device
 from tailorcli.errors import CheckpointError, NumericalError
 from tailorcli.files import PathLike
 from tailorcli.guard import OutputLock, Watch, path_text, protect
+from tailorcli.hub import local_folder
 from tailorcli.models.config import read_config
 from tailorcli.models.layers import find_layers
 from tailorcli.models.loading import check_shapes, load_encoder, load_model, most_tokens, package_versions
@@ -121,7 +122,7 @@ def open_plain(base: PathLike) -> Checkpoint:
     """Open a checkpoint that can be trained. Raises CheckpointError, also for one with quantised weights."""
     from tailorcli.checkpoint.quantized import open_checkpoint
 
-    stored = open_checkpoint(base)
+    stored = open_checkpoint(local_folder(base))
     packed = sorted({info.dtype for info in stored.tensors.values()} - _PLAIN)
     if stored.dequantized or packed:
         stored.close()

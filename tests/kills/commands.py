@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from helpers import make_pair
 
-from tailorcli import CalibrateOptions, Checkpoint, PatchOptions, calibrate_model, patch_checkpoint
+from tailorcli import CalibrateOptions, Checkpoint, PatchOptions, calibrate_model, patch_checkpoint, tailor
 from tailorcli.calibration.stats import Stats
 from tailorcli.merging.merge import merge_patches
 from tailorcli.options import MergeOptions
@@ -73,6 +73,19 @@ def calibrate(inputs, work, variant, *, overwrite=False, **changes):
     calibrate_model(inputs / "deep" / "tuned", data, work / STATS, options, held_out=held_out)
 
 
+def whole(inputs, work, variant, *, resume=False, overwrite=False):
+    options = PatchOptions(density=(0.1, 0.2)[variant], max_shard_size=SHARD, resume=resume, overwrite=overwrite)
+    calibration = CalibrateOptions(num_samples=4, seq_len=24)
+    tailor(
+        inputs / "base",
+        inputs / "tuned",
+        work / FOLDER,
+        inputs / "data.jsonl",
+        options=options,
+        calibration=calibration,
+    )
+
+
 def _with(function, **fixed):
     return lambda *arguments, **options: function(*arguments, **fixed, **options)
 
@@ -87,6 +100,7 @@ COMMANDS = (
     Command("patch both", (FOLDER, FILE), _with(patch, outputs=(FOLDER, FILE))),
     Command("patch file", (FILE,), _with(patch, outputs=(FILE,))),
     Command("patch propagated", (FOLDER,), _with(patch, outputs=(FOLDER,), propagate=True)),
+    Command("patch whole", (FOLDER,), whole),
     Command("apply", (FOLDER,), apply),
     Command("merge-multi", (FOLDER, FILE), merge),
     Command("calibrate", (STATS,), calibrate, can_resume=False),
