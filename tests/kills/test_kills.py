@@ -24,7 +24,7 @@ def test_ended_at_an_operation_on_files_nothing_unfinished_opens_and_all_can_go_
     results = json.loads(done.stdout)
     assert [failure for result in results for failure in result["failures"]] == []
     assert done.returncode == 0
-    assert len(results) == 20
+    assert len(results) == 22
     fewest = {"probe": 15}  # it writes one file and its manifest
     for result in results:
         assert result["kills"] == 1
