@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tailorcli.adapters.interpolated import InterpolatedCheckpoint
 from tailorcli.calibration.stats import BIAS_HESSIAN, HessianInfo, Stats, TensorStats, expert_name
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
@@ -29,8 +30,9 @@ class ExpectedStats(Stats):
         samples: int,
         tokens: int,
     ) -> None:
+        weight = model.weight if isinstance(model, InterpolatedCheckpoint) else 1.0
         manifest = {
-            "model": {"path": str(model.path), "fingerprint": model.fingerprint()},
+            "model": {"path": str(model.path), "fingerprint": model.fingerprint(), "teacher_weight": weight},
             "data": {"tokens": tokens},
             "samples": {"count": samples},
         }

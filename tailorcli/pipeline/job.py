@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Any
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint, is_adapter
+from tailorcli.adapters.interpolated import InterpolatedCheckpoint, original
 from tailorcli.calibration.expected import ExpectedStats
 from tailorcli.calibration.stats import Stats
 from tailorcli.calibration.stats_writer import remove_statistics
@@ -173,7 +174,8 @@ class _Job:
         if retain_data is not None and not retain:
             raise OptionsError("--retain-data and --no-retain exclude each other", "pass the one that you mean")
         if calibration.teacher_weight is not None:
-            raise OptionsError("a teacher weight is for calibrate alone", "calibrate with it, then patch with --stats")
+            what = "the teacher's weight of a whole job is one of the patch's options"
+            raise OptionsError(what, "set it in PatchOptions; to have it picked, calibrate, then patch with --stats")
         calibration = replace(
             calibration,
             device=options.device,
@@ -219,7 +221,8 @@ class _Job:
         protect([self.keep_stats], [*read, self.target.folder], "choose another folder for --keep-stats")
         self.inputs = PatchInputs.open(self.base, self.tuned, None, self.options, stack, None, self.graft_data)
         own = self.inputs.base if is_adapter(self.tuned) else stack.enter_context(open_checkpoint(self.tuned))
-        sides = [Side.of(TUNED, self.inputs.tuned, own, self.data, self.calibration, folder / TUNED, tell, show)]
+        towards = replace(self.calibration, teacher_weight=self.options.teacher_weight)
+        sides = [Side.of(TUNED, self.inputs.tuned, own, self.data, towards, folder / TUNED, tell, show)]
         if self.retained:
             base = stack.enter_context(open_checkpoint(self.base))
             sides.append(Side.of(BASE, base, base, self.retain_data, self.calibration, folder / BASE, tell))
@@ -248,8 +251,9 @@ class _Job:
         stats = []
         for side, done in zip(self.sides, self.done, strict=True):
             model = inputs.tuned if side.name == TUNED else inputs.base
-            stats.append(side.stats(model, self.stored[side.name], done, stack))
-            if side.name == TUNED:
+            at_weight = isinstance(model, InterpolatedCheckpoint)  # whose statistics have the base's names
+            stats.append(side.stats(model, inputs.base if at_weight else self.stored[side.name], done, stack))
+            if side.name == TUNED and not at_weight:
                 stats[-1].rename_for(inputs.tuned)
         first, retained = (stats[0], stats[1] if self.retained else None) if self.fitted else (None, None)
         patch = build_plan(inputs.base, inputs.tuned, first, options, retained)
@@ -299,8 +303,9 @@ class _Job:
         tuned, base, rates = self.inputs.tuned, self.inputs.base, None
         if estimate:
             device = resolve_device(self.options.device)
-            stored = base if isinstance(tuned, AdaptedCheckpoint) else self.stored[TUNED]
-            rates = measure(stored, tuned if stored is base else stored, self.calibration, device)
+            stored, model = self.stored[TUNED], original(tuned)
+            model = model if isinstance(model, AdaptedCheckpoint) else stored
+            rates = measure(stored, model, self.calibration, device)
         steps = []
         for side, done in zip(self.sides, self.done, strict=True):
             written = (side.samples, side.options.length) if side.data is None else None

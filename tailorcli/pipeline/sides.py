@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapters.checkpoint import is_adapter
+from tailorcli.adapters.interpolated import InterpolatedCheckpoint, original
 from tailorcli.calibration.calibrate import calibrate_model
 from tailorcli.calibration.expected import expected_stats
 from tailorcli.calibration.sources import Source, drawn, require_writing
@@ -38,7 +39,7 @@ _HOW = ("batch_size", "device", "blockwise", "overwrite", "keep_samples", "trust
 class Side:
     """A model and what it is calibrated on: ``data``, or what it writes itself; ``folder`` takes its statistics.
 
-    ``base`` is that of an adapter.
+    ``base`` is that of an adapter, or of a model on the way to tuned.
     """
 
     name: str  # TUNED or BASE
@@ -80,13 +81,15 @@ class Side:
         show: Callable[[str], None] | None,
     ) -> Side:
         source = Source(stored, model, read_config(stored.path), options, data, None, tell, show)
-        adapted_to = stored.path if is_adapter(model.path) else None
+        plain = original(model)
+        needed = model.base if isinstance(model, InterpolatedCheckpoint) else stored if is_adapter(plain.path) else None
+        adapted_to = None if needed is None else needed.path
         if data is None:
             require_writing(source, resolve_device(options.device))
-            return cls(name, model.path, adapted_to, data, options, folder, {}, None)
+            return cls(name, plain.path, adapted_to, data, options, folder, {}, None)
         samples = drawn(source)
         facts = {key: value for key, value in samples.facts.items() if key != "file"}
-        return cls(name, model.path, adapted_to, data, options, folder, facts, samples)
+        return cls(name, plain.path, adapted_to, data, options, folder, facts, samples)
 
     @property
     def inputs(self) -> list[Inputs]:

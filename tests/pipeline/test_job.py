@@ -319,3 +319,22 @@ def test_a_model_that_takes_no_text_alone_has_no_estimate(steps, monkeypatch):
         assert trial.measure(tuned, tuned, OPTIONS, torch.device("cpu")) is not None
         monkeypatch.setattr(trial, "forward", refuse)
         assert trial.measure(tuned, tuned, OPTIONS, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "adapter"])
+def test_the_model_that_is_patched_towards_may_lie_between_the_two(steps, tmp_path, kind):
+    base, tuned = steps / "base", steps / "tuned"
+    if kind == "adapter":
+        make_adapter(tmp_path)
+        base, tuned = tmp_path / "base", tmp_path / "adapter"
+    weight, data = ("--teacher-weight", 0.6), ("--data", steps / "data.jsonl", *SMALL)
+    kept = ("--keep-stats", tmp_path / "kept")
+    run("patch", base, tuned, *data, *weight, *kept, "-o", tmp_path / "out")
+    run("calibrate", tuned, "--base", base, *data, *weight, "-o", tmp_path / "stats")
+    stats = ("--stats", tmp_path / "stats", "--retain", tmp_path / "kept" / "base")
+    run("patch", base, tuned, *stats, "-o", tmp_path / "alone")
+    assert folder_digest(tmp_path / "out", REPORTS) == folder_digest(tmp_path / "alone", REPORTS)
+    again = ("patch", base, tuned, *data, *weight, *kept, "-o", tmp_path / "out")
+    assert "already finished" in run(*again, "--resume").stdout
+    assert run(*again, "--overwrite").stderr.count("there already") == 2
+    refused("patch", base, tuned, *data, *kept, "-o", tmp_path / "other", mentions=[tmp_path / "kept" / "tuned"])
