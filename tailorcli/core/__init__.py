@@ -6,6 +6,7 @@ from the fine-tuned weights.
 """
 
 from tailorcli.core.baselines import baseline_layer, drop_and_rescale, interpolate, random_mask, released_layer
+from tailorcli.core.distillation import adam_step_, divergence, kept_accuracy
 from tailorcli.core.hessian import (
     accumulate_,
     accumulate_diagonal_,
@@ -38,6 +39,7 @@ __all__ = [
     "accumulate_",
     "accumulate_diagonal_",
     "accumulate_moments_",
+    "adam_step_",
     "baseline_layer",
     "combine_hessians",
     "count_kept",
@@ -46,6 +48,7 @@ __all__ = [
     "decorate_joint",
     "decorate_sequential",
     "denoise",
+    "divergence",
     "drop_and_rescale",
     "fapm_mask",
     "fapm_score",
@@ -54,6 +57,7 @@ __all__ = [
     "interpolate",
     "inverse_diagonal",
     "inverse_factor",
+    "kept_accuracy",
     "line_weight",
     "minmax",
     "overlap_figures",
