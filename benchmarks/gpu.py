@@ -34,6 +34,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory, gettempdir
@@ -45,6 +46,7 @@ from torch import Tensor
 
 from benchmarks import distillation, gpu_joint, gpu_propagation
 from benchmarks.common import describe, environment, markdown, parser, progress, use_threads, verdict, write_json
+from benchmarks.pages import reflow
 from benchmarks.solver import Layer, joint, layer_error, make_layer, sequential
 from benchmarks.synthetic import LlamaShape, correlated_hessian, write_pair, write_samples, write_stats, write_tokenizer
 from benchmarks.throughput import FLOORS, Rates, batches_of, floors, forward_pass, plain_read, plain_write, weights
@@ -598,6 +600,15 @@ def run_section(bench: Bench, name: str) -> None:
     bench.found[name]["section_seconds"] = perf_counter() - started
 
 
+def listed(text: str) -> str:
+    """Tables as they are, and every other line as an item of a list."""
+    blocks = [
+        "\n".join(lines if is_table else (f"- {line}" for line in lines if line))
+        for is_table, lines in groupby(text.splitlines(), lambda line: line.startswith("|"))
+    ]
+    return "\n\n".join(block for block in blocks if block)
+
+
 def document(bench: Bench) -> str:
     """The page as far as it is known."""
     parts = ["# On a GPU\n\nWritten by `python -m benchmarks.gpu` (`make bench-gpu`)."]
@@ -607,7 +618,7 @@ def document(bench: Bench) -> str:
         found = bench.found[name]
         parts.append(f"## {name.capitalize()}")
         try:
-            parts.append(found["failed"] if "failed" in found else RENDER[name](found))
+            parts.append(found["failed"] if "failed" in found else listed(RENDER[name](found)))
         except Exception as error:  # figures that no table was made for are still in the JSON
             parts.append(f"{type(error).__name__}: {error}")
     cuda = bench.device.type == "cuda"
@@ -618,7 +629,8 @@ def document(bench: Bench) -> str:
         f"{shape.layers} of {bench.args.layers} layers, bf16, density {DENSITY}, one run of "
         f"{perf_counter() - bench.started:.0f} s; {describe(environment())}"
     )
-    return "\n\n".join(parts) + "\n"
+    parts[-1] = listed("\n".join(parts[-1].split("; ")))
+    return reflow("\n\n".join(parts) + "\n")
 
 
 def parse() -> argparse.Namespace:

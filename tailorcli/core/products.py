@@ -22,12 +22,12 @@ _WORTH_PARTS = 256  # rows from which on splitting a matrix for one product pays
 
 @cache
 def multiplies_halves(device: torch.device) -> bool:
-    """Whether products of bfloat16 give float32 sums there."""
+    """Whether products of bfloat16 and of float16 give float32 sums there."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    probe = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    probes = [torch.ones(16, 16, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float16)]
     try:
-        return bool(product_of_halves(probe, probe)[0, 0] == 16.0)
+        return all(bool(product_of_halves(probe, probe)[0, 0] == 16.0) for probe in probes)
     except (RuntimeError, TypeError, NotImplementedError):  # an older torch
         return False
 
