@@ -331,7 +331,7 @@ def train(job: Job, network: Any, examples: Examples, work: Path, progress: bool
             raise OptionsError(what, "see --training-args") from error
         trainer = GuardedTrainer.of(network, arguments, examples.inputs, padding if isinstance(padding, int) else 0)
         tuning = _tuning(job).attach(trainer)
-        guard_of(trainer, work, COMPLETE, progress)
+        guard = guard_of(trainer, work, COMPLETE, progress)
         state = last_state(work)
         try:
             with _states_written(work):
@@ -343,6 +343,8 @@ def train(job: Job, network: Any, examples: Examples, work: Path, progress: bool
             what = f"the {'gradient' if error.in_gradient else 'loss'} is {error.value} in step {error.step}: {where}"
             slower = "a lower --learning-rate" + ("" if job.options.dtype == "float32" else " or --dtype float32")
             raise NumericalError(what, f"remove {work} and start anew with {slower}") from None
+        finally:
+            guard.close()
     cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     log = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     facts = {

@@ -59,18 +59,20 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         return None if found is None else (int(found.name.rpartition("-")[2]), found)
 
 
-class _Guard(TrainerCallback):  # type: ignore[misc]
+class Guard(TrainerCallback):  # type: ignore[misc]
     """Progress, the mark of a whole state, and a look at the gradients before each step."""
 
-    def __init__(self, trainer: Any, work: Path, mark: str, progress: bool) -> None:
-        self._trainer, self._work, self._mark, self._shown = trainer, work, mark, progress
+    def __init__(self, work: Path, mark: str, progress: bool) -> None:
+        self._work, self._mark, self._shown = work, mark, progress
         self._bar: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin to show the steps."""
         self._bar = Progress("training", state.max_steps, "steps", shown=self._shown and args.process_index == 0)
         self._bar.start_at(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Raise NotANumber where the gradient of this step is none."""
         if args.fp16:
             return  # its scaler skips such steps by itself
         total = torch.zeros((), dtype=torch.float64, device=args.device)  # one number, so that a GPU waits but once
@@ -83,15 +85,18 @@ class _Guard(TrainerCallback):  # type: ignore[misc]
             raise NotANumber(norm, state.global_step + 1, in_gradient=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count the step."""
         control.should_log |= state.global_step == state.max_steps  # the last loss, too
         if self._bar is not None:
             self._bar.update()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Show the loss beside the steps."""
         if self._bar is not None and logs and "loss" in logs:
             self._bar.note(f"loss {float(logs['loss']):.4g}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Mark the state that was saved as whole, once all processes have written theirs."""
         if args.world_size > 1:
             torch.distributed.barrier()
         folder = self._work / f"checkpoint-{state.global_step}"
@@ -99,13 +104,17 @@ class _Guard(TrainerCallback):  # type: ignore[misc]
             write_text_atomically(folder / self._mark, f"{state.global_step}\n")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """End it."""
         self.close()
 
     def close(self) -> None:
+        """Take the progress away."""
         if self._bar is not None:
             self._bar.close()
 
 
-def guard_of(trainer: Any, work: Path, mark: str, progress: bool) -> None:
+def guard_of(trainer: Any, work: Path, mark: str, progress: bool) -> Guard:
     """Let ``trainer`` show its progress, mark each whole state with a file ``mark``, and look at its gradients."""
-    trainer.add_callback(_Guard(trainer, work, mark, progress))
+    guard = Guard(work, mark, progress)
+    trainer.add_callback(guard)
+    return guard

@@ -263,14 +263,14 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(pair, tmp_
 def test_a_gradient_that_is_no_number_stops_before_it_spoils_the_weights(pair, tmp_path, monkeypatch):
     from tailorcli.training import trainer
 
-    original = trainer._Guard.on_pre_optimizer_step
+    original = trainer.Guard.on_pre_optimizer_step
 
     def spoilt(self, args, state, control, **given):
         if state.global_step == 2:
             next(p for p in given["model"].parameters() if p.grad is not None).grad[0] = float("inf")
         original(self, args, state, control, **given)
 
-    monkeypatch.setattr(trainer._Guard, "on_pre_optimizer_step", spoilt)
+    monkeypatch.setattr(trainer.Guard, "on_pre_optimizer_step", spoilt)
     data = ("--data", pair / "data.jsonl", "-o", tmp_path / "out")
     refused("finetune", pair / "base", *data, *STEPS, mentions=["gradient is inf in step 3", "of step 2"])
 
