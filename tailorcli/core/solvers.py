@@ -153,15 +153,16 @@ def solve_on_mask(
 
 
 def _worth_solving_directly(kept: Tensor) -> list[bool]:
-    """For each row, whether a Cholesky of its n kept entries beats some 40 products with H.
+    """For each row, whether a Cholesky of its n kept entries beats its iterations.
 
-    n^3/3 against 80 I^2 operations, times 2.4 because small factorisations run slower than large products
-    (measured on a CPU; ``benchmarks/solver``). Not on a GPU, where one row at a time leaves it idle.
+    n^3/3 operations, at the rate of small factorisations, against 2 I^2 an iteration. At the default tolerance both
+    took equally long where n^3 was 12 I^2 (I = 1024) and above 55 I^2 (I = 2048), 96 rows on one busy core;
+    ``benchmarks/solver`` measures it. Not on a GPU, where one row at a time leaves it idle.
     """
     if kept.device.type != "cpu":
         return [False] * kept.shape[0]
     counts = kept.sum(1, dtype=torch.float64)
-    return [bool(n) for n in counts**3 <= 100.0 * kept.shape[1] ** 2]
+    return [bool(n) for n in counts**3 <= 40.0 * kept.shape[1] ** 2]
 
 
 def _solve_directly_(
