@@ -35,9 +35,9 @@ def test_every_weight_is_read_once_whatever_the_number_of_batches(pair, tmp_path
     read = Counter()
     original = Checkpoint.read
 
-    def counting(self, name):
+    def counting(self, name, pinned=False):
         read[name] += 1
-        return original(self, name)
+        return original(self, name, pinned)
 
     monkeypatch.setattr(Checkpoint, "read", counting)
     options = CalibrateOptions(blockwise="always", batch_size=1)
