@@ -277,6 +277,8 @@ class Stats:
             runs = field_of(kept, "responses", list_of(_read_runs)) if "responses" in kept else None
             if runs is not None and len(runs) != len(samples):
                 raise ValueError(f"responses of {len(runs)} samples, expected {len(samples)}")
+            if runs and any(found and "input_ids" not in sample for sample, found in zip(samples, runs, strict=True)):
+                raise ValueError("a response of a sample that has no tokens")
         except ValueError as error:
             raise StatsError(f"{self.path / MANIFEST} is malformed: {error}", _AGAIN) from error
         return response_masks(samples, runs)

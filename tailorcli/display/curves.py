@@ -37,7 +37,8 @@ def draw_distillation(figure: Any, found: Mapping[str, Any]) -> None:
     ):
         axes.plot(found["steps"], found[kind], "o-", color="tab:blue", label="held out")
         trained = found.get(f"trained_{kind}")
-        if isinstance(trained, list) and len(trained) == len(found["steps"]) - 1:
+        values = trained if isinstance(trained, list) else []
+        if len(values) == len(found["steps"]) - 1 and all(isinstance(value, int | float) for value in values):
             axes.plot(found["steps"][1:], trained, "--", color="tab:orange", label="trained on")
         axes.axvline(found["best"], color="gray", linewidth=1, label=f"kept: step {found['best']}")
         axes.set(title=title, xlabel="step", ylabel="nats a token")

@@ -3,6 +3,7 @@
 import json
 from contextlib import closing
 from dataclasses import replace
+from shutil import copytree
 
 import pytest
 import torch
@@ -198,6 +199,13 @@ def test_responses_alone_may_count(pair, tmp_path):
             assert text.startswith("Itis")
             assert text.endswith(".")
             assert int(mask.sum()) < sample["input_ids"].numel() / 2
+    manifest = json.loads((tmp_path / "asked" / "manifest.json").read_text())
+    for wrong in (3, [[]], [[[0]]] * 12, [[[0, -1]]] * 12, [["x"]] * 12):
+        damaged = copytree(tmp_path / "asked", tmp_path / "damaged", dirs_exist_ok=True)
+        changed = manifest | {"samples": manifest["samples"] | {"responses": wrong}}
+        (damaged / "manifest.json").write_text(json.dumps(changed))
+        with closing(Stats.open(damaged)) as stats, pytest.raises(TailorError, match="malformed"):
+            stats.responses()
     how = ("--retain", retain, "--distill", "--distill-steps", 2, "--no-propagate", "--distill-on", "responses")
     run("patch", base, tuned, "--stats", tmp_path / "asked", *how, "-o", output)
     refused("patch", base, tuned, "--stats", pair / "stats", *how, "-o", tmp_path / "no", mentions=["has a response"])
