@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint, is_adapter
 from tailorcli.adapters.interpolated import InterpolatedCheckpoint, original
@@ -21,7 +21,7 @@ from tailorcli.calibration.stats import Stats
 from tailorcli.calibration.stats_writer import remove_statistics
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
-from tailorcli.device import resolve_device
+from tailorcli.device import free_memory, resolve_device
 from tailorcli.errors import OptionsError, OutputError
 from tailorcli.files import PathLike
 from tailorcli.guard import OutputLock, entries, protect
@@ -39,6 +39,9 @@ from tailorcli.runs.again import NEW, RETAINED
 from tailorcli.runs.outputs import Target, free_bytes, identity_of
 from tailorcli.runs.plan import RUNTIME_BYTES, Plan
 from tailorcli.units import counted, format_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 SUFFIX = ".work"  # of the folder beside the output
 
@@ -273,7 +276,9 @@ class _Job:
                 f"{format_bytes(patch.write_bytes)}; {format_bytes(free_bytes(place))} are free",
                 "free some, choose another disk, or fewer tensors with --include",
             )
-        return JobPlan(self._steps(patch, stats, estimate), patch, needed, self.keep_stats is not None, _peak(patch))
+        calibrated = [_calibration_peak(inputs.base, one, resolve_device(options.device)) for one in expected]
+        peak = max([_peak(patch), *calibrated])
+        return JobPlan(self._steps(patch, stats, estimate), patch, needed, self.keep_stats is not None, peak)
 
     def _check_work(self) -> None:
         """The folder beside the output is new, or ours to go on from or to replace. Raises OutputError."""
@@ -348,6 +353,17 @@ def _peak(patch: Plan) -> int:
         return patch.peak_bytes
     held = patch.training.host_bytes + (patch.training.device_bytes if patch.training.device == "cpu" else 0)
     return max(patch.peak_bytes, RUNTIME_BYTES + held)
+
+
+def _calibration_peak(model: Checkpoint, stats: ExpectedStats, device: torch.device) -> int:
+    """Bytes of this machine's memory while a model is calibrated: its weights and Hessians, or a part of them.
+
+    What does not fit goes block by block, within four fifths of what is free.
+    """
+    full = [4 * info.size**2 for info in stats.hessians.values() if info.kind == "full"]
+    whole = model.nbytes + (sum(full) if device.type == "cpu" else 0)
+    free = free_memory(resolve_device("cpu"))
+    return RUNTIME_BYTES + (whole if free is None else min(whole, int(0.8 * free)))
 
 
 def _named(options: PatchOptions) -> str:
