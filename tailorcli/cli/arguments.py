@@ -249,7 +249,7 @@ PushTo = Annotated[
 Html = Annotated[
     Path | None,
     typer.Option(
-        "--html", metavar="FILE.html", help="Write a page to look at (needs tailorcli[html]).", rich_help_panel=OUTPUT
+        "--html", metavar="FILE.html", help="Write a page to look at (needs the extra html).", rich_help_panel=OUTPUT
     ),
 ]
 AsJson = Annotated[bool, flag("--json", help="Print JSON instead of tables.", panel=OUTPUT)]

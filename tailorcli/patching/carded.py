@@ -11,12 +11,14 @@ from tailorcli.adapters.config import CONFIG_FILE
 from tailorcli.adapters.interpolated import original
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.quantized import plain_config
+from tailorcli.data.hub import parse_dataset
+from tailorcli.data.sources import is_dataset
 from tailorcli.errors import CheckpointError
 from tailorcli.files import read_json
 from tailorcli.options import DistillOptions, PatchOptions
 from tailorcli.patching.stream import PatchInputs
 from tailorcli.runs.again import NEW, SELF_WRITTEN, patch_command
-from tailorcli.runs.card import BASE_CARD, CARD, TUNED_CARD, CardText, Source, patch_text, plain_name, with_card
+from tailorcli.runs.card import BASE_CARD, CARD, TUNED_CARD, CardText, Source, as_id, patch_text, plain_name, with_card
 from tailorcli.units import counted
 
 
@@ -77,6 +79,7 @@ def _card(
         base=base,
         tuned=(tuned,),
         license=options.license,
+        datasets=_dataset_of(stats),
     )
 
 
@@ -112,6 +115,16 @@ def _settings(options: PatchOptions, retained: bool, distill: DistillOptions | N
     return shown
 
 
+def _dataset_of(stats: Stats | None) -> tuple[str, ...]:
+    """The dataset of the Hub on which statistics were made; nothing where it was a file, or the model's own samples."""
+    data = {} if stats is None else stats.manifest.get("data")
+    name = data.get("file") if isinstance(data, dict) else None
+    if not isinstance(name, str) or not is_dataset(name):
+        return ()
+    found = as_id(parse_dataset(name)[0])
+    return () if found is None else (found,)
+
+
 def _samples_of(stats: Stats) -> str:
     """How many samples of what statistics were made of, as their manifest has it."""
     data = stats.manifest.get("data")
@@ -120,5 +133,6 @@ def _samples_of(stats: Stats) -> str:
     parts = [counted(number, what) for number, what in ((count, "sample"), (tokens, "token")) if type(number) is int]
     whose = "that the model wrote itself" if data.get("synthetic") else ""
     if isinstance(file, str) and file:
-        whose = f"of {plain_name(Path(file))}" if not whose else f"{whose}, going on from {plain_name(Path(file))}"
+        name = (_dataset_of(stats) or (plain_name(Path(file)),))[0]
+        whose = f"of {name}" if not whose else f"{whose}, going on from {name}"
     return " ".join([", ".join(parts) or "samples", whose]).strip()

@@ -40,7 +40,7 @@ class Source:
     @classmethod
     def of(cls, folder: Path, named: Any = None) -> Source:
         """The model in ``folder``; ``named`` is what another file calls it, an id of the Hub or a path."""
-        found = hub_origin(folder).partition("@")[0] or _as_id(named)
+        found = hub_origin(folder).partition("@")[0] or as_id(named)
         return cls(found or plain_name(folder), found, front_of(_content_of(folder / CARD)))
 
 
@@ -49,7 +49,7 @@ def plain_name(path: Path) -> str:
     return printable(path.resolve().name) or "model"
 
 
-def _as_id(value: Any) -> str | None:
+def as_id(value: Any) -> str | None:
     """A text that is an id of the Hub, and no folder that is there; None for anything else."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -101,6 +101,7 @@ class CardText:
     tuned: tuple[Source, ...]
     license: str | None = None
     merged: bool = False
+    datasets: tuple[str, ...] = ()  # ids on the Hub of what it was fitted on
 
     def front(self) -> dict[str, Any]:
         """The metadata: the licence is the one given, else the fine-tuned model's, else the base's."""
@@ -113,7 +114,7 @@ class CardText:
                 facts = {name: value for name, value in facts.items() if not name.startswith("license")} | licensed
             rest = ("language", "pipeline_tag")
             facts |= {name: source.facts[name] for name in rest if name in source.facts}
-        data = [name for source in self.tuned for name in _listed(source.facts.get("datasets"))]
+        data = [name for source in self.tuned for name in _listed(source.facts.get("datasets"))] + [*self.datasets]
         if self.license is not None:
             facts = {name: value for name, value in facts.items() if not name.startswith("license")}
             facts["license"] = self.license

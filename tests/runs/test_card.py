@@ -139,6 +139,17 @@ def test_an_id_is_known_by_the_hubs_cache_and_a_path_is_none(tmp_path, monkeypat
     assert Source.of(tmp_path / "x", "/data/base").hub_id is None
 
 
+def test_a_dataset_of_the_hub_is_named_in_front(made, tmp_path):
+    stats = tmp_path / "stats"
+    run("calibrate", made / "tuned", "--data", made / "data.jsonl", "-o", stats, "--num-samples", 4)
+    manifest = json.loads((stats / "manifest.json").read_text())
+    manifest["data"]["file"] = "org/answers:main:train"  # as calibrate --data writes it
+    (stats / "manifest.json").write_text(json.dumps(manifest))
+    run("patch", made / "base", made / "tuned", "-o", tmp_path / "out", "--stats", stats)
+    assert front(tmp_path / "out")["datasets"] == ["org/questions", "org/answers"]
+    assert "tokens of org/answers |" in (tmp_path / "out" / CARD).read_text()
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"# no front", b"---\n: : [\n---\n", b"---\n- a\n---\n", b"---\nlicense: [1]\n---\n", b"\xff\xfe---\n",
