@@ -179,7 +179,11 @@ def read(folder: Path) -> list[Result]:
 def page(results: Sequence[Result]) -> str:
     """The tables, and what they say."""
     seeds = sorted({result.seed for result in results})
-    means = ", means over the seeds with the deviation between them behind ±" if len(seeds) > 1 else ""
+    means = (
+        ", means over the seeds with the deviation between them behind ± (without one a figure is of one seed)"
+        if len(seeds) > 1
+        else ""
+    )
     parts = [
         "# Sparse fine-tuning",
         "Written by `python -m benchmarks.sparse`. Every method of [finetune](../how-to/finetune.md) on the models of "
