@@ -175,8 +175,6 @@ def merge_multi(
       tailorcli merge-multi BASE a.safetensors b.safetensors -o OUT \
         --method patches
       tailorcli merge-multi BASE a.safetensors b.safetensors -o OUT \
-        --tuned TUNED-A --tuned TUNED-B
-      tailorcli merge-multi BASE a.safetensors b.safetensors -o OUT \
         --tuned TUNED-A --tuned TUNED-B --stats STATS-A --stats STATS-B \
         --distill --retain base-stats
     """

@@ -373,7 +373,8 @@ def patch(
             plan = plan_patch(base, tuned, output, stats, options, retain=retain, **where)
         show_plan(plan, output, patch_file, as_json, tensors)
         return
-    if output is not None and not ((base if is_adapter(tuned) else tuned) / "config.json").exists():
+    side = base if is_adapter(tuned) else tuned
+    if output is not None and side.is_dir() and not (side / "config.json").exists():
         say(f"note: {tuned} has no config.json, so {output} will not load with from_pretrained", err=True)
     shown: dict[str, Any] = {"progress": wants_progress(as_json)}
     if data is not None:

@@ -72,7 +72,7 @@ def inspect_command(
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to keep it in.")] = Path("demo"),
     quick: Annotated[bool, flag("--quick", help="A much smaller run, to see that everything works.")] = False,
-    distill: Annotated[bool, flag("--distill", help="Distil the default patch, too: twice the time.")] = False,
+    distill: Annotated[bool, flag("--distill", help="Train the patch by --distill, too: twice the time.")] = False,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the weights and the batches.")] = 0,
     overwrite: Annotated[
         bool,
@@ -88,7 +88,6 @@ def demo(
     compares with plain interpolation. The checkpoints stay in DIR to go on with.
 
     Examples:
-      tailorcli demo
       tailorcli demo --distill
       tailorcli demo --quick -o /tmp/demo
     """

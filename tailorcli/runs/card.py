@@ -199,7 +199,7 @@ def patch_text(options: Mapping[str, Any], base: str, tuned: str, *, retained: b
         return f"{first} This model has all of its weights{how}."
     return (
         f"{first} This model keeps the {kept} of its weights that matter most{how}; every other weight is the base's, "
-        "bit for bit, which gives back what fine-tuning had made it forget."
+        "bit for bit, to bring back what fine-tuning made it forget."
     )
 
 
