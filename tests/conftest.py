@@ -1,3 +1,4 @@
+import functools
 import gc
 import os
 
@@ -14,6 +15,15 @@ def _modules_are_no_garbage():
 
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_command_line():
+    """Typer makes the parsers of all commands anew for each call in a process: here once."""
+    import typer.testing
+
+    if hasattr(typer.testing, "_get_command"):
+        typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 
 @pytest.fixture(scope="session")

@@ -252,6 +252,7 @@ def check_reports(pair, folder, monkeypatch):
     return reports
 
 
+@pytest.mark.slow
 def test_quick_goes_through_on_a_tiny_network(tmp_path, monkeypatch):
     """Every step of it, on models that have learned next to nothing: `make test-slow` looks at the figures."""
     pair = quick_pair(tmp_path, monkeypatch, TINY, {"validation": 4, "test": 8}, 8)

@@ -119,7 +119,7 @@ def loaded_layout(folder):
     save_file({n: value.clone() for n, value in state.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl"])
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2.5-vl", marks=pytest.mark.slow)])
 def test_a_model_that_sees_in_the_loaded_model_s_names_gives_the_same_patch(tmp_path, family):
     folder = make_family_pair(tmp_path, family)
     shutil.copytree(folder / "tuned", folder / "loaded")

@@ -49,7 +49,10 @@ def routed_inputs(model, samples, expert):
     return torch.cat(seen)
 
 
-@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "Qwen2Moe"])
+_SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("Qwen3Moe", "Qwen2Moe")]
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", *_SLOW])
 def test_experts_of_equal_values_have_each_their_own_hessian(tmp_path, kind):
     model, folder = upcycled(kind).eval(), tmp_path / "model"
     model.save_pretrained(folder)

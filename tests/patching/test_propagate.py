@@ -401,7 +401,7 @@ def test_batches_do_not_matter(pair, tmp_path, batch):
         torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("after", [1, 7, 13, 29])
+@pytest.mark.parametrize("after", [pytest.param(n, marks=() if n == 13 else pytest.mark.slow) for n in (1, 7, 13, 29)])
 def test_an_interrupted_run_is_finished_to_the_same_bytes(pair, tmp_path, after):
     run(pair, tmp_path / "whole")
     with broken_off(CheckpointWriter, after):
