@@ -13,7 +13,6 @@ from tailorcli.adapters.checkpoint import config_folder
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.device import resolve_device
-from tailorcli.errors import OptionsError
 from tailorcli.files import PathLike
 from tailorcli.guard import Watch, path_text
 from tailorcli.merging.carded import merged_side_files
@@ -51,9 +50,7 @@ def distill_merge(
     whatever the method; fingerprints tell which belongs to which patch. Raises TailorError.
     """
     started = perf_counter()
-    target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
-    if target.folder is None and target.patch_file is None:
-        raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
+    target = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
     with ExitStack() as stack:
         sources = _Sources.open(base, patches, tuned, stats, retain, options, stack)
         inputs = sources.inputs

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.device import StageTimer, resolve_device
-from tailorcli.errors import OptionsError, PatchError
+from tailorcli.errors import PatchError
 from tailorcli.files import PathLike, parse_json, read_bytes
 from tailorcli.guard import Watch
 from tailorcli.merging.carded import merged_side_files
@@ -70,9 +70,7 @@ def merge_patches(
     work starts. Raises TailorError.
     """
     started = perf_counter()
-    target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
-    if target.folder is None and target.patch_file is None:
-        raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
+    target = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
     with ExitStack() as stack:
         inputs = MergeInputs.open(base, patches, tuned, stats, options, stack)
         watch = Watch(inputs.files)

@@ -105,7 +105,7 @@ def patch_to_target(
     reached gives the nearest. Raises TailorError.
     """
     aim = Aim.parse(target) if isinstance(target, str) else target
-    where = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
+    where = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
     earlier = _finished(where)
     if earlier is not None:
         return earlier

@@ -75,9 +75,7 @@ def distill_checkpoint(
     started = perf_counter()
     options = options.resolved(not options.resized_vocab)
     base, tuned = local_folders((base, tuned), code=options.trust_remote_code)
-    target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
-    if target.folder is None and target.patch_file is None:
-        raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
+    target = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
     with ExitStack() as stack:
         sources = _Sources.open(base, tuned, stats, retain, options, stack, graft_data)
         inputs, both, options = sources.inputs, sources.both, sources.options
@@ -202,9 +200,7 @@ def distill_patch(
     Raises TailorError.
     """
     started = perf_counter()
-    target = Target.of(output, patch_file, resume=resume, overwrite=overwrite)
-    if target.folder is None and target.patch_file is None:
-        raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
+    target = Target.needed(output, patch_file, resume=resume, overwrite=overwrite)
     models, folders = (list(given) if isinstance(given, (list, tuple)) else [given] for given in (tuned, stats))
     if len(models) != len(folders) or not models:
         what = f"{len(models)} fine-tuned models and {len(folders)} statistics"

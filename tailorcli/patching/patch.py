@@ -128,9 +128,7 @@ def patch_checkpoint(
     """
     started = perf_counter()
     options = options.resolved(retain is not None)
-    target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
-    if target.folder is None and target.patch_file is None:
-        raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
+    target = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
     _require_stored_rows(target, options)
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, graft_data)

@@ -76,8 +76,8 @@ def tailor(
     The output has the same tensors, to the bit, as ``calibrate_model`` and ``patch_checkpoint`` give one by one.
     Raises TailorError.
     """
-    job = _Job.of(base, tuned, output, data, retain_data, retain, options, calibration, distill, patch_file, keep_stats)
-    job.graft_data = None if graft_data is None else Path(graft_data)
+    given = (output, data, retain_data, retain, options, calibration, distill, patch_file, keep_stats, graft_data)
+    job = _Job.of(base, tuned, *given)
     say = tell or (lambda line: None)
     started, stages = perf_counter(), {}
     with ExitStack() as stack:
@@ -121,8 +121,8 @@ def plan_job(
     tell: Callable[[str], None] | None = None,
 ) -> JobPlan:
     """What ``tailor`` would do and cost; everything is checked and nothing written. Raises TailorError."""
-    job = _Job.of(base, tuned, output, data, retain_data, retain, options, calibration, distill, patch_file, keep_stats)
-    job.graft_data = None if graft_data is None else Path(graft_data)
+    given = (output, data, retain_data, retain, options, calibration, distill, patch_file, keep_stats, graft_data)
+    job = _Job.of(base, tuned, *given)
     with ExitStack() as stack:
         job.open(stack, tell, None)
         return job.plan(stack, True)
@@ -145,7 +145,7 @@ class _Job:
     distill: DistillOptions | None
     target: Target
     keep_stats: Path | None
-    graft_data: Path | None = None
+    graft_data: Path | None
     inputs: PatchInputs | None = None
     stored: dict[str, Checkpoint] = field(default_factory=dict)  # by side: what its network is loaded from
     sides: tuple[Side, ...] = ()
@@ -165,11 +165,10 @@ class _Job:
         distill: DistillOptions | None,
         patch_file: PathLike | None,
         keep_stats: PathLike | None,
+        graft_data: PathLike | None,
     ) -> _Job:
         """Take the options together. Raises OptionsError where they contradict one another."""
-        target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
-        if target.folder is None and target.patch_file is None:
-            raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
+        target = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
         if distill is None and not (options.method == "tailor" and options.needs_hessians):
             raise OptionsError(f"{_named(options)} uses no statistics, and --data is to make them", "leave --data out")
         if distill is not None and not retain:
@@ -198,6 +197,7 @@ class _Job:
             distill,
             target,
             None if keep_stats is None else Path(keep_stats),
+            None if graft_data is None else Path(graft_data),
         )
 
     @property

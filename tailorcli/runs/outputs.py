@@ -14,7 +14,7 @@ from tailorcli._version import __version__
 from tailorcli.checkpoint.folder import INDEX_FILE, WORK_FOLDER, Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.writer import JOURNAL, CheckpointWriter
-from tailorcli.errors import CheckpointError, OutputError, PatchError
+from tailorcli.errors import CheckpointError, OptionsError, OutputError, PatchError
 from tailorcli.files import as_output_error, digest_of, read_bytes, write_text_atomically
 from tailorcli.guard import OutputLock, Watch, entries, lock_file, protect
 from tailorcli.patchfile.reader import SUFFIX, PatchFile
@@ -53,6 +53,13 @@ class Target:
             resume,
             overwrite,
         )
+
+    @classmethod
+    def needed(cls, folder: Any, patch_file: Any, *, resume: bool, overwrite: bool) -> Target:
+        """``of``, for a run that writes. Raises OptionsError where neither output is wanted."""
+        if folder is None and patch_file is None:
+            raise OptionsError("nothing to write", "pass an output folder, a patch file, or both")
+        return cls.of(folder, patch_file, resume=resume, overwrite=overwrite)
 
     @property
     def place(self) -> Path:

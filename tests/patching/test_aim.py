@@ -115,3 +115,8 @@ def test_the_command(pair, tmp_path):
     refused("patch", base, tuned, "--stats", stats, *how, "-o", tmp_path / "no", mentions=["both statistics"])
     refused("patch", base, tuned, *both, "--target", "half", "-o", tmp_path / "no", mentions=["not understood"])
     assert invoke("patch", base, tuned, *both, *how, "--density", 0.1, "-o", tmp_path / "no").exit_code == 2
+
+
+def test_without_an_output_there_is_nothing_to_write(tmp_path):
+    with pytest.raises(TailorError, match="nothing to write"):
+        patch_to_target(tmp_path, tmp_path, None, tmp_path, tmp_path, "old=99")
