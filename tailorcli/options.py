@@ -466,11 +466,13 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
 
     fp8_output: Fp8Output | str = Fp8Output.FP8  # of FP8 weights: the base's own scheme, or bfloat16
     trust_remote_code: bool = False  # run the models' own code, where they are run
-    teacher_weight: float | None = None  # patch towards base + w * (tuned - base); None: as the statistics were made
+    # Patch towards base + w * (tuned - base); None: as the statistics were made; "auto": picked first, by the loss.
+    teacher_weight: float | str | None = None
 
     def __post_init__(self) -> None:
         _choose(self, "fp8_output", Fp8Output)
-        _require_teacher(self.teacher_weight)
+        if self.teacher_weight != AUTO:
+            _require_teacher(self.teacher_weight)
         for part in (KeepOptions, SolverOptions, GraftOptions, OutputOptions):
             part.__post_init__(self)
         what = "propagate is for the method tailor with the solver joint and weight 1"
@@ -482,6 +484,16 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
         damping = self.damping if self.damping is not None else RETAINED_DAMPING if has_term else DAMPING
         propagate = self.propagate if self.propagate is not None else has_term and self._can_propagate
         return replace(self, damping=damping, propagate=propagate)
+
+    @property
+    def known_teacher(self) -> float | None:
+        """The teacher's weight, if it is a number."""
+        return None if self.teacher_weight is None or self.teacher_weight == AUTO else float(self.teacher_weight)
+
+    @property
+    def before_teacher(self) -> PatchOptions:
+        """These options as long as a weight that is "auto" has not been picked: what a plan is made with."""
+        return replace(self, teacher_weight=None) if self.teacher_weight == AUTO else self
 
     @property
     def _can_propagate(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from tailorcli.cli.verbosity import set_quiet, set_verbose
-from tailorcli.options import DistillOn, DTypeName, Solver
+from tailorcli.options import AUTO, DistillOn, DTypeName, Solver
 
 CALIBRATION = "Statistics, with --data"
 TENSORS = "Which tensors"
@@ -25,6 +25,16 @@ OUTPUT = "Output"
 def flag(*names: str, help: str, panel: str | None = None, **more: Any) -> Any:
     """An option that takes no value; Typer alone would show one, <bool>."""
     return typer.Option(*names, metavar="", help=help, rich_help_panel=panel, **more)
+
+
+def parse_teacher(given: str | None) -> float | str | None:
+    """The value of --teacher-weight. Raises typer.BadParameter for a word that is none."""
+    if given is None or given == AUTO:
+        return given
+    try:
+        return float(given)
+    except ValueError as error:
+        raise typer.BadParameter(f"--teacher-weight takes a number or auto, got {given!r}") from error
 
 
 # What goes in.
@@ -44,6 +54,10 @@ RetainWeight = Annotated[float, typer.Option(metavar="W", help="Weight of what -
 NoPropagate = Annotated[
     bool,
     flag("--no-propagate", help="With --retain: fit each layer by itself, and run no models."),
+]
+TeacherData = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="With --teacher-weight auto: records that TUNED was not trained on."),
 ]
 Density = Annotated[float, typer.Option(metavar="D", help="Share of each tensor's entries to keep, 0 to 1.")]
 Omega = Annotated[

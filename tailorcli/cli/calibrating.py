@@ -31,12 +31,14 @@ from tailorcli.cli.arguments import (
     RetainIn,
     RetainWeight,
     StatsIn,
+    TeacherData,
     Tensors,
     TextColumn,
     TrustRemoteCode,
     Tuned,
     Verbose,
     flag,
+    parse_teacher,
 )
 from tailorcli.cli.output import (
     print_json,
@@ -58,16 +60,6 @@ from tailorcli.options import (
     TextMode,
 )
 from tailorcli.units import counted, format_bytes
-
-
-def parse_teacher(given: str | None) -> float | str | None:
-    """The value of --teacher-weight. Raises typer.BadParameter for a word that is none."""
-    if given is None or given == AUTO:
-        return given
-    try:
-        return float(given)
-    except ValueError as error:
-        raise typer.BadParameter(f"--teacher-weight takes a number or auto, got {given!r}") from error
 
 
 def calibrate(
@@ -97,10 +89,7 @@ def calibrate(
             help="Take the model so far on the way from BASE to MODEL, 1 being MODEL; auto: by its loss on the data.",
         ),
     ] = None,
-    teacher_data: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="With --teacher-weight auto: records that MODEL was not trained on."),
-    ] = None,
+    teacher_data: TeacherData = None,
     num_samples: Annotated[int, typer.Option(metavar="N", help="Samples to draw from the data.")] = 128,
     seq_len: Annotated[
         int | None,

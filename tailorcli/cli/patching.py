@@ -50,6 +50,7 @@ from tailorcli.cli.arguments import (
     SolverChoice,
     StatsIn,
     Task,
+    TeacherData,
     Tensors,
     TextColumn,
     Tolerance,
@@ -57,6 +58,7 @@ from tailorcli.cli.arguments import (
     Tuned,
     Verbose,
     flag,
+    parse_teacher,
 )
 from tailorcli.cli.output import (
     print_report,
@@ -76,6 +78,7 @@ from tailorcli.cli.verbosity import is_verbose, wants_progress
 from tailorcli.errors import OptionsError
 from tailorcli.hub import local_folders
 from tailorcli.options import (
+    AUTO,
     Blockwise,
     CalibrateOptions,
     DataColumns,
@@ -120,13 +123,14 @@ def patch(
     density: Density = 0.1,
     omega: Omega = 0.5,
     teacher_weight: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             metavar="W",
-            help="Patch towards the model so far on the way from BASE to TUNED.",
+            help="Patch towards the model so far on the way from BASE to TUNED; auto: by its loss on the new task.",
             show_default="as --stats was made, else 1",
         ),
     ] = None,
+    teacher_data: TeacherData = None,
     preset: Annotated[
         Preset | None,
         typer.Option(metavar="NAME", help="paper: the paper's density, omega, solver, damping and block size."),
@@ -297,6 +301,7 @@ def patch(
     check_push(push_to_hub, output, dry_run)
     check_page(html, [base, tuned, stats, retain, data, retain_data, graft_data, output, patch_file])
     from tailorcli.adapters.checkpoint import is_adapter
+    from tailorcli.patching.aim import patch_to_target, plan_target, search_in_words
     from tailorcli.patching.distilled import distill_checkpoint, plan_distilled
     from tailorcli.patching.patch import patch_checkpoint, plan_patch
     from tailorcli.pipeline.job import plan_job, tailor
@@ -330,7 +335,7 @@ def patch(
         allow_dtype_mismatch=allow_dtype_mismatch,
         resized_vocab=resized_vocab,
         trust_remote_code=trust_remote_code,
-        teacher_weight=teacher_weight,
+        teacher_weight=parse_teacher(teacher_weight),
         task=task,
         license=license_,
         resume=resume,
@@ -345,7 +350,9 @@ def patch(
             "pass --data FILE; or --stats STATS and --retain STATS (tailorcli calibrate BASE --synthetic -o STATS)",
         )
     if target is not None:
-        _require_aim(context, stats, retain, dry_run)
+        _require_aim(context, data, stats, retain)
+    if teacher_data is not None and options.teacher_weight != AUTO:
+        raise typer.BadParameter("--teacher-data is for --teacher-weight auto")
     where: dict[str, Any] = {"patch_file": patch_file, "graft_data": graft_data}
     job: dict[str, Any] = {
         "retain_data": retain_data,
@@ -358,8 +365,10 @@ def patch(
             blockwise=blockwise,
             columns=DataColumns(text_column, prompt_column, response_column),
         ),
-        "distill": how,
+        "distill": how if target is None else DistillOptions(*training),
         "keep_stats": keep_stats,
+        "teacher_data": teacher_data,
+        "target": target,
     }
     base, tuned = local_folders((base, tuned), code=trust_remote_code)
     if dry_run and data is not None:
@@ -367,11 +376,17 @@ def patch(
         show_job(plan_job(base, tuned, output, data, **where, **job, tell=tell), output, patch_file, as_json, tensors)
         return
     if dry_run:
-        if how is not None and stats is not None and retain is not None:
+        if target is not None and stats is not None and retain is not None:
+            trained = DistillOptions(*training)
+            plan = plan_target(base, tuned, output, stats, retain, target, options, trained, **where)
+            say(f"{search_in_words(target, trained)}; what follows is of the last of these densities", err=True)
+        elif how is not None and stats is not None and retain is not None:
             plan = plan_distilled(base, tuned, output, stats, retain, options, how, **where)
         else:
             plan = plan_patch(base, tuned, output, stats, options, retain=retain, **where)
         show_plan(plan, output, patch_file, as_json, tensors)
+        if options.teacher_weight == AUTO:
+            say("before that the teacher's weight is picked: models between BASE and TUNED are run", err=True)
         return
     side = base if is_adapter(tuned) else tuned
     if output is not None and side.is_dir() and not (side / "config.json").exists():
@@ -385,11 +400,10 @@ def patch(
         report = tailor(base, tuned, output, data, **where, **job, **shown)
     else:
         shown["announce"] = None if as_json else partial(show_cost, output=output, patch_file=patch_file)
+        where["teacher_data"] = teacher_data
         if target is not None and stats is not None and retain is not None:
-            from tailorcli.patching.aim import patch_to_target
-
             aimed = (base, tuned, output, stats, retain, target, options, DistillOptions(*training), shown["progress"])
-            report = patch_to_target(*aimed, patch_file, None if as_json else partial(say, err=True))
+            report = patch_to_target(*aimed, tell=None if as_json else partial(say, err=True), **where)
         elif how is not None and stats is not None and retain is not None:
             report = distill_checkpoint(base, tuned, output, stats, retain, options, how, **where, **shown)
         else:
@@ -407,17 +421,16 @@ def patch(
         say(f"statistics kept in {keep_stats}: the same command with another --density and -o takes them from there")
 
 
-def _require_aim(context: typer.Context, stats: Path | None, retain: Path | None, dry_run: bool) -> None:
+def _require_aim(context: typer.Context, data: Path | None, stats: Path | None, retain: Path | None) -> None:
     """What --target goes with. Raises OptionsError, or typer.BadParameter for what it picks itself."""
-    if stats is None or retain is None:
+    if data is None and (stats is None or retain is None):
         raise OptionsError(
             "--target measures on the samples of both statistics",
-            "pass --stats STATS and --retain STATS (tailorcli calibrate BASE --synthetic -o STATS)",
+            "pass --data FILE; or --stats STATS and --retain STATS (tailorcli calibrate BASE --synthetic -o STATS)",
         )
     picked = [name for name in ("density", "distill_weight", "preset") if _is_given(context, name)]
-    if picked or dry_run:
-        given = "dry-run" if dry_run else picked[0].replace("_", "-")
-        raise typer.BadParameter(f"--target does not go with --{given}")
+    if picked:
+        raise typer.BadParameter(f"--target does not go with --{picked[0].replace('_', '-')}")
 
 
 def _require_one_source(

@@ -7,10 +7,11 @@ that the target needs the entries are trained, with the base's weight, or the de
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,13 @@ from tailorcli.options import DistillOptions, PatchOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport, load_report
 from tailorcli.patching.apply import apply_patch
-from tailorcli.patching.distilled import distill_patch, open_teacher
-from tailorcli.patching.patch import patch_checkpoint, plan_patch
-from tailorcli.runs.outputs import Target
+from tailorcli.patching.distilled import distill_patch, open_teacher, plan_distilled
+from tailorcli.patching.patch import patch_checkpoint
+from tailorcli.patching.stream import PatchInputs
+from tailorcli.patching.teacher import with_teacher
+from tailorcli.runs.outputs import Target, free_bytes
+from tailorcli.runs.plan import Plan
+from tailorcli.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from tailorcli.training.distill import Material
@@ -97,26 +102,31 @@ def patch_to_target(
     progress: bool = False,
     patch_file: PathLike | None = None,
     tell: Callable[[str], None] | None = None,
+    graft_data: PathLike | None = None,
+    made_of: Mapping[str, dict[str, str]] | None = None,
+    teacher_data: PathLike | None = None,
 ) -> PatchReport:
     """Patch and distil at the density, and with the weight of the base, that ``target`` needs, such as "old=99".
 
     ``options.density`` and ``distill.weight`` are where neither is known yet. What was tried and reached, by the
     held-out samples, is in the report's ``distillation["target"]``; ``tell`` hears it as it goes. A target that is not
-    reached gives the nearest. Raises TailorError.
+    reached gives the nearest. ``graft_data``, ``made_of`` and ``teacher_data`` are as for ``patch_checkpoint``.
+    Raises TailorError.
     """
     aim = Aim.parse(target) if isinstance(target, str) else target
     where = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
-    earlier = _finished(where)
+    plan_target(base, tuned, output, stats, retain, aim, options, distill, patch_file, graft_data)
+    options = with_teacher(options, base, tuned, stats, teacher_data, progress, tell)
+    with ExitStack() as stack:
+        inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, graft_data)
+        inputs.sources = made_of or {}
+        earlier = finished_target(where, aim, inputs.told(options.resolved(True)), distill, inputs.describe())
     if earlier is not None:
         return earlier
-    if options.is_dense:
-        raise OptionsError(
-            f"--target picks a density, and {options.method} keeps every entry", "pick a method of masks"
-        )
-    plan_patch(base, tuned, output, stats, replace(options, density=1.0), patch_file, retain)
     work = where.place.with_name(where.place.name + SUFFIX)
     _begin(work, resume=options.resume)
-    search = _Search(base, tuned, stats, retain, aim, options, distill, progress, tell or (lambda _: None), work)
+    given = (base, tuned, stats, retain, aim, options, distill, progress, tell or (lambda _: None), work)
+    search = _Search(*given, graft_data, made_of)
     best = search.run()
     if output is not None:
         size, again = options.max_shard_size, options.resume
@@ -126,6 +136,61 @@ def patch_to_target(
         _copy(best.file, where.patch_file)
     shutil.rmtree(work)
     return best.report
+
+
+def plan_target(
+    base: PathLike,
+    tuned: PathLike,
+    output: PathLike | None,
+    stats: PathLike,
+    retain: PathLike,
+    target: str | Aim,
+    options: PatchOptions = PatchOptions(),
+    distill: DistillOptions = DistillOptions(),
+    patch_file: PathLike | None = None,
+    graft_data: PathLike | None = None,
+) -> Plan:
+    """What ``patch_to_target`` would do and cost, at the highest density that it tries. Raises TailorError."""
+    check_target(target, options)
+    given = (base, tuned, output, stats, retain)
+    highest, lowest = (
+        plan_distilled(*given, replace(options, density=density), distill, patch_file, graft_data)
+        for density in (DENSITIES[-1], DENSITIES[0])
+    )
+    place = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite).place
+    written = highest.write_bytes if output is not None else 0
+    needed, free = search_bytes(lowest.patch_bytes, highest.patch_bytes), free_bytes(place)
+    if needed + written > free and not options.resume:
+        raise OutputError(
+            f"not enough disk for {place}: the search keeps up to {format_bytes(needed)} of patches beside it, and the "
+            f"output takes {format_bytes(written)}; {format_bytes(free)} are free",
+            "free some, or choose another disk",
+        )
+    return highest
+
+
+def check_target(target: str | Aim, options: PatchOptions) -> None:
+    """The target is understood, and the method has a density to pick. Raises OptionsError."""
+    if isinstance(target, str):
+        Aim.parse(target)
+    if options.is_dense:
+        raise OptionsError(
+            f"--target picks a density, and {options.method} keeps every entry", "pick a method of masks"
+        )
+
+
+def search_bytes(lowest: int, highest: int) -> int:
+    """Bytes of all patch files of a search, from those of a file at the lowest and at the highest density."""
+    first, last = DENSITIES[0], DENSITIES[-1]
+    closed = sum(lowest + (highest - lowest) * (density - first) / (last - first) for density in DENSITIES)
+    return int(closed) + ATTEMPTS * highest
+
+
+def search_in_words(target: str | Aim, distill: DistillOptions) -> str:
+    """What a search does."""
+    densities = f"{DENSITIES[0]:g} to {DENSITIES[-1]:g}"
+    trainings = f"at most {ATTEMPTS} trainings of {counted(distill.steps, 'step')}"
+    return f"search for {target}: closed forms at densities {densities}, then {trainings}"
 
 
 @dataclass(frozen=True)
@@ -151,6 +216,8 @@ class _Search:
     progress: bool
     tell: Callable[[str], None]
     work: Path
+    graft_data: PathLike | None = None
+    made_of: Mapping[str, dict[str, str]] | None = None
 
     def run(self) -> _Attempt:
         """The best of the trainings: one that reaches the aim and keeps most of the other, or the nearest."""
@@ -159,7 +226,7 @@ class _Search:
         device, trust = resolve_device(self.options.device), self.options.trust_remote_code
         with ExitStack() as stack:
             opened = stack.enter_context(Checkpoint.open(self.base))
-            teacher = open_teacher(opened, self.tuned, self.stats, stack, self.options.teacher_weight)
+            teacher = open_teacher(opened, self.tuned, self.stats, stack, self.options.known_teacher)
             retained = stack.enter_context(closing(Stats.open(self.retain)))
             given = (opened, [teacher], retained, self.distill, device, self.progress, trust, self.work)
             with exact_float32(), device_errors("a smaller --distill-batch-size"):
@@ -189,7 +256,8 @@ class _Search:
         begun = any(path.name.startswith(file.name) for path in self.work.iterdir())
         own = replace(self.options, density=density, resume=begun, overwrite=False, max_shard_size=None)
         pair = (self.base, self.tuned, None, self.stats, own, self.progress)
-        patch_checkpoint(*pair, patch_file=file, retain=self.retain)
+        more: dict[str, Any] = {"retain": self.retain, "graft_data": self.graft_data, "made_of": self.made_of}
+        patch_checkpoint(*pair, patch_file=file, **more)
         return file
 
     def _trained(
@@ -210,7 +278,7 @@ class _Search:
             device=self.options.device,
             progress=self.progress,
             resume=begun,
-            teacher_weight=self.options.teacher_weight,
+            teacher_weight=self.options.known_teacher,
             materials=materials,
             told=told,
         )
@@ -224,16 +292,46 @@ def _said(kept: dict[str, float]) -> str:
     return f"{100 * kept['old']:.1f}% of the old and {100 * kept['new']:.1f}% of the new, by the held-out samples"
 
 
-def _finished(where: Target) -> PatchReport | None:
-    """The report of an earlier run of this command that had finished."""
+def finished_target(
+    where: Target,
+    aim: Aim,
+    options: PatchOptions,
+    distill: DistillOptions,
+    described: Mapping[str, Mapping[str, str]],
+) -> PatchReport | None:
+    """The report of an earlier run of this command that had finished, when asked to resume it.
+
+    ``options`` are resolved and know the teacher's weight; ``described`` are the inputs, as a report has them. Raises
+    OutputError where another run's output is there.
+    """
     if not where.resume or where.place.with_name(where.place.name + SUFFIX).exists():
         return None
     if where.folder is not None and (where.folder / REPORT_FILE).is_file():
-        return replace(load_report(where.folder / REPORT_FILE), is_earlier=True)
-    if where.folder is None and where.patch_file is not None and where.patch_file.is_file():
+        report = load_report(where.folder / REPORT_FILE)
+    elif where.folder is None and where.patch_file is not None and where.patch_file.is_file():
         with PatchFile.open(where.patch_file) as file:
-            return replace(file.report(), is_earlier=True)
-    return None
+            report = file.report()
+    else:
+        return None
+    found = report.distillation or {}
+    same = (
+        found.get("target", {}).get("asked") == str(aim)
+        and _but(report.options, *_PICKED) == _but(options.to_dict(), *_PICKED)
+        and _but(found.get("options", {}), "weight") == _but(asdict(distill), "weight")
+        and all(report.inputs.get(role, {}).get("fingerprint") == of["fingerprint"] for role, of in described.items())
+    )
+    if not same:
+        raise OutputError(f"{where.place} holds the finished output of another run", "choose another, or --overwrite")
+    return replace(report, is_earlier=True)
+
+
+_PICKED = ("density", "max_shard_size")  # options that a search picks, or that only the writing uses
+
+
+def _but(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """The others, as a file has them."""
+    values: dict[str, Any] = json.loads(json.dumps({k: value for k, value in options.items() if k not in names}))
+    return values
 
 
 def _begin(work: Path, *, resume: bool) -> None:

@@ -22,7 +22,7 @@ from tailorcli.files import PathLike, as_output_error, digest_of
 from tailorcli.guard import Watch
 from tailorcli.hub import local_folders
 from tailorcli.models.naming import open_for
-from tailorcli.options import DistillOptions, PatchOptions
+from tailorcli.options import AUTO, DistillOptions, PatchOptions
 from tailorcli.patchfile.reader import PatchFile, raw_bytes
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patchfile.view import side_sources
@@ -33,6 +33,7 @@ from tailorcli.patching.cost import most_kept
 from tailorcli.patching.patch import patch_opened
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs
+from tailorcli.patching.teacher import with_teacher
 from tailorcli.patching.three_models import options_of
 from tailorcli.runs.outputs import Outputs, Target, identity_of, progress_bar, records_of
 from tailorcli.runs.plan import Plan, TrainingPlan
@@ -65,17 +66,21 @@ def distill_checkpoint(
     announce: Callable[[Plan], None] | None = None,
     graft_data: PathLike | None = None,
     made_of: Mapping[str, dict[str, str]] | None = None,
+    teacher_data: PathLike | None = None,
 ) -> PatchReport:
     """``patch_checkpoint``, and then the kept entries trained on KL(tuned || patched) + weight * KL(base || patched).
 
     The divergences are means over the predicted tokens of the samples in ``stats`` (new task) and ``retain`` (what the
     base must keep); a tenth of each is held out, and the state that is best on it is written. Outside the mask the
-    output is the base, bit for bit. Raises TailorError.
+    output is the base, bit for bit. ``teacher_data`` is as for ``patch_checkpoint``. Raises TailorError.
     """
     started = perf_counter()
     options = options.resolved(not options.resized_vocab)
     base, tuned = local_folders((base, tuned), code=options.trust_remote_code)
     target = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
+    if options.teacher_weight == AUTO:
+        plan_distilled(base, tuned, output, stats, retain, options, distill, patch_file, graft_data)
+        options = with_teacher(options, base, tuned, stats, teacher_data, progress)
     with ExitStack() as stack:
         sources = _Sources.open(base, tuned, stats, retain, options, stack, graft_data)
         inputs, both, options = sources.inputs, sources.both, sources.options
@@ -268,7 +273,7 @@ def plan_distilled(
     graft_data: PathLike | None = None,
 ) -> Plan:
     """What ``distill_checkpoint`` would do and what it would cost, from headers and samples. Raises TailorError."""
-    options = options.resolved(not options.resized_vocab)
+    options = options.resolved(not options.resized_vocab).before_teacher
     with ExitStack() as stack:
         sources = _Sources.open(base, tuned, stats, retain, options, stack, graft_data)
         plan = sources.plan(sources.options, distill, resolve_device(options.device))

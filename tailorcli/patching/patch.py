@@ -14,7 +14,7 @@ from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_d
 from tailorcli.errors import OptionsError
 from tailorcli.files import PathLike
 from tailorcli.guard import Watch
-from tailorcli.options import PatchOptions
+from tailorcli.options import AUTO, PatchOptions
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.carded import side_files_of
 from tailorcli.patching.graft import MaskFile, trained_masks
@@ -22,6 +22,7 @@ from tailorcli.patching.methods import find_cut
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.run import Run
 from tailorcli.patching.stream import PatchInputs, tailored
+from tailorcli.patching.teacher import with_teacher
 from tailorcli.runs.outputs import Target, identity_of, progress_bar
 from tailorcli.runs.plan import Plan
 
@@ -40,7 +41,7 @@ def plan_patch(
     graft_data: PathLike | None = None,
 ) -> Plan:
     """What ``patch_checkpoint`` would do to each tensor and what it would cost, from headers alone."""
-    options = options.resolved(retain is not None)
+    options = options.resolved(retain is not None).before_teacher
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, graft_data)
         options = inputs.told(options)
@@ -114,6 +115,7 @@ def patch_checkpoint(
     retain: PathLike | None = None,
     graft_data: PathLike | None = None,
     made_of: Mapping[str, dict[str, str]] | None = None,
+    teacher_data: PathLike | None = None,
 ) -> PatchReport:
     """Patch ``base`` with the best ``density`` of ``tuned``; write the checkpoint ``output``, a ``patch_file`` or both.
 
@@ -124,12 +126,17 @@ def patch_checkpoint(
     or that it wrote itself: the retain term, weighed by ``options.retain_weight``.
     ``announce`` is called with the plan before the work starts; ``graft_data`` is what ``method="graft"`` trains on.
     ``made_of`` are further inputs that the report shall name: the path and the fingerprint of each.
+    With ``options.teacher_weight`` "auto" the weight is picked first, and told, by the loss on ``teacher_data``,
+    records of the new task that ``tuned`` was not trained on, or on the samples of ``stats``.
     Raises TailorError for everything that a user can put right; nothing that looks finished is left then.
     """
     started = perf_counter()
     options = options.resolved(retain is not None)
     target = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
     _require_stored_rows(target, options)
+    if options.teacher_weight == AUTO:
+        plan_patch(base, tuned, output, stats, options, patch_file, retain, graft_data)
+        options = with_teacher(options, base, tuned, stats, teacher_data, progress)
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, graft_data)
         inputs.sources = made_of or {}

@@ -22,7 +22,7 @@ from tailorcli.guard import path_text
 from tailorcli.hub import hub_facts, local_folders
 from tailorcli.models.config import differing_fields, read_config
 from tailorcli.models.naming import open_for
-from tailorcli.options import PatchOptions
+from tailorcli.options import AUTO, PatchOptions
 from tailorcli.patchfile.reader import raw_bytes
 from tailorcli.patching.graft import check_graft
 from tailorcli.patching.methods import patch_by_method
@@ -65,6 +65,8 @@ class PatchInputs:
         """
         if options.method == "graft":
             check_graft(graft_data, options)
+        if options.teacher_weight == AUTO:
+            raise OptionsError("a teacher's weight is picked by patch alone", "pass a number for --teacher-weight")
         base, tuned = local_folders((base, tuned), code=options.trust_remote_code)
         opened_base = stack.enter_context(open_checkpoint(base, options.fp8_output))
         opened_tuned = stack.enter_context(open_for(opened_base, tuned, options.fp8_output))
@@ -81,7 +83,7 @@ class PatchInputs:
                 what = "--resized-vocab is not for adapters"
                 raise OptionsError(what, "merge the adapter first: model.merge_and_unload()")
             opened_base = stack.enter_context(grow_vocabulary(opened_base, opened_tuned))
-        weight = options.teacher_weight
+        weight = options.known_teacher
         if weight is None and opened_stats is not None:
             weight = opened_stats.teacher_weight
         opened_tuned = interpolated(opened_base, opened_tuned, weight)

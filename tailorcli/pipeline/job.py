@@ -26,15 +26,26 @@ from tailorcli.errors import OptionsError, OutputError
 from tailorcli.files import PathLike
 from tailorcli.guard import OutputLock, entries, protect
 from tailorcli.hub import local_folder
-from tailorcli.options import CalibrateOptions, DistillOptions, PatchOptions
+from tailorcli.options import AUTO, CalibrateOptions, DistillOptions, PatchOptions
 from tailorcli.patchfile.report import PatchReport
+from tailorcli.patching.aim import (
+    ATTEMPTS,
+    DENSITIES,
+    Aim,
+    check_target,
+    finished_target,
+    patch_to_target,
+    search_bytes,
+    search_in_words,
+)
 from tailorcli.patching.distilled import SAMPLED, distill_checkpoint, settings_of, with_training
 from tailorcli.patching.patch import check_writable, patch_checkpoint
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs
+from tailorcli.patching.teacher import with_teacher
 from tailorcli.pipeline.plan import JobPlan, Step
 from tailorcli.pipeline.sides import BASE, TUNED, Side
-from tailorcli.pipeline.trial import calibrating, distilling, measure, patching
+from tailorcli.pipeline.trial import calibrating, distilling, measure, patching, picking
 from tailorcli.runs.again import NEW, RETAINED
 from tailorcli.runs.outputs import Target, free_bytes, identity_of
 from tailorcli.runs.plan import RUNTIME_BYTES, Plan
@@ -60,6 +71,8 @@ def tailor(
     patch_file: PathLike | None = None,
     keep_stats: PathLike | None = None,
     graft_data: PathLike | None = None,
+    teacher_data: PathLike | None = None,
+    target: str | None = None,
     progress: bool = False,
     announce: Callable[[JobPlan], None] | None = None,
     tell: Callable[[str], None] | None = None,
@@ -69,7 +82,9 @@ def tailor(
 
     ``data`` is the new task's, which ``tuned`` is calibrated on. ``base`` is calibrated on ``retain_data``, or on what
     it writes itself; without ``retain`` not at all (the paper's way). ``calibration`` says how both are calibrated;
-    its device, tensors and remote code are those of ``options``. With ``distill`` the kept entries are then trained.
+    its device, tensors and remote code are those of ``options``. With ``distill`` the kept entries are then trained;
+    with a ``target`` they are, too, as ``patch_to_target`` does it. A teacher's weight that is "auto" is picked first,
+    on ``teacher_data`` or on the samples of ``data``, and told.
     The statistics stay in ``keep_stats``, if that is given, and are taken from there where they are the very ones that
     would be made. With ``options.resume`` an interrupted job goes on wherever it was. ``announce`` is called with the
     plan before the work starts, ``tell`` with a line on the data and on each step, ``show`` with the first sample.
@@ -77,18 +92,27 @@ def tailor(
     Raises TailorError.
     """
     given = (output, data, retain_data, retain, options, calibration, distill, patch_file, keep_stats, graft_data)
-    job = _Job.of(base, tuned, *given)
+    job = _Job.of(base, tuned, *given, teacher_data, target)
     say = tell or (lambda line: None)
     started, stages = perf_counter(), {}
     with ExitStack() as stack:
         job.open(stack, tell, show)
-        earlier = job.finished()
-        if earlier is not None:
-            job.clean()
-            return earlier
-        plan = job.plan(stack, announce is not None)
-    if announce is not None:
+        earlier = None if job.picks else job.finished()
+        plan = None if earlier is not None else job.plan(stack, announce is not None)
+    if plan is not None and announce is not None:
         announce(plan)
+    if job.picks:
+        begun = perf_counter()
+        job.pick(progress, tell)
+        stages["teacher"] = perf_counter() - begun
+        with ExitStack() as stack:
+            job.open(stack, None, None)
+            earlier = job.finished()
+            if earlier is None:
+                job.plan(stack, False)
+    if earlier is not None:
+        job.clean()
+        return earlier
     with OutputLock(job.work, folder=True), _told_once(job):
         if options.overwrite:
             _remove(job.work)
@@ -97,7 +121,7 @@ def tailor(
                 begun = perf_counter()
                 say(f"{_WHOSE[side.name]}: {side.calibrate(progress, tell)}")
                 stages[f"calibrate {side.name}"] = perf_counter() - begun
-        report = job.patch(progress)
+        report = job.patch(progress, tell)
         job.clean()
     with suppress(OSError):
         job.work.rmdir()
@@ -118,11 +142,13 @@ def plan_job(
     patch_file: PathLike | None = None,
     keep_stats: PathLike | None = None,
     graft_data: PathLike | None = None,
+    teacher_data: PathLike | None = None,
+    target: str | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> JobPlan:
     """What ``tailor`` would do and cost; everything is checked and nothing written. Raises TailorError."""
     given = (output, data, retain_data, retain, options, calibration, distill, patch_file, keep_stats, graft_data)
-    job = _Job.of(base, tuned, *given)
+    job = _Job.of(base, tuned, *given, teacher_data, target)
     with ExitStack() as stack:
         job.open(stack, tell, None)
         return job.plan(stack, True)
@@ -146,6 +172,8 @@ class _Job:
     target: Target
     keep_stats: Path | None
     graft_data: Path | None
+    teacher_data: Path | None
+    aim: Aim | None  # distillation is part of it
     inputs: PatchInputs | None = None
     stored: dict[str, Checkpoint] = field(default_factory=dict)  # by side: what its network is loaded from
     sides: tuple[Side, ...] = ()
@@ -166,13 +194,19 @@ class _Job:
         patch_file: PathLike | None,
         keep_stats: PathLike | None,
         graft_data: PathLike | None,
+        teacher_data: PathLike | None,
+        target: str | None,
     ) -> _Job:
         """Take the options together. Raises OptionsError where they contradict one another."""
-        target = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
+        where = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
+        if target is not None:
+            check_target(target, options)
+            distill = distill or DistillOptions()
         if distill is None and not (options.method == "tailor" and options.needs_hessians):
             raise OptionsError(f"{_named(options)} uses no statistics, and --data is to make them", "leave --data out")
         if distill is not None and not retain:
-            raise OptionsError("--distill needs samples of what the base must keep", "leave --no-retain out")
+            what = "--distill" if target is None else "--target"
+            raise OptionsError(f"{what} needs samples of what the base must keep", "leave --no-retain out")
         if retain_data is not None and not retain:
             raise OptionsError("--retain-data and --no-retain exclude each other", "pass the one that you mean")
         if calibration.teacher_weight is not None:
@@ -195,15 +229,28 @@ class _Job:
             options.resolved(retain),
             calibration,
             distill,
-            target,
+            where,
             None if keep_stats is None else Path(keep_stats),
             None if graft_data is None else Path(graft_data),
+            None if teacher_data is None else Path(teacher_data),
+            None if target is None else Aim.parse(target),
         )
 
     @property
     def work(self) -> Path:
         """The folder beside the output that an interrupted run goes on from."""
         return self.target.place.with_name(self.target.place.name + SUFFIX)
+
+    @property
+    def picks(self) -> bool:
+        """Whether the teacher's weight is yet to be picked."""
+        return self.options.teacher_weight == AUTO
+
+    def pick(self, progress: bool, tell: Callable[[str], None] | None) -> None:
+        """Pick it, on the samples that are drawn or on other data. Raises TailorError."""
+        given = (None, self.teacher_data, progress, tell, self.calibration)
+        drawn = None if self.teacher_data is not None else self.sides[0].drawn
+        self.options = with_teacher(self.options, self.base, self.tuned, *given, drawn)
 
     @property
     def fitted(self) -> bool:
@@ -216,19 +263,23 @@ class _Job:
         return {{TUNED: NEW, BASE: RETAINED}[side.name]: side.describe() for side in self.sides}
 
     def open(self, stack: ExitStack, tell: Callable[[str], None] | None, show: Callable[[str], None] | None) -> None:
-        """Open both models and draw the samples. Raises TailorError."""
+        """Open both models and draw the samples, unless they are drawn. Raises TailorError."""
         folder = self.work if self.keep_stats is None else self.keep_stats
-        read = [self.base, self.tuned, self.data, self.retain_data]
+        read = [self.base, self.tuned, self.data, self.retain_data, self.teacher_data]
         protect([self.target.folder], read, "choose another folder for -o")
         protect([self.target.patch_file], read, "choose another name for --patch-file")
         protect([self.keep_stats], [*read, self.target.folder], "choose another folder for --keep-stats")
-        self.inputs = PatchInputs.open(self.base, self.tuned, None, self.options, stack, None, self.graft_data)
+        options = self.options.before_teacher
+        self.inputs = PatchInputs.open(self.base, self.tuned, None, options, stack, None, self.graft_data)
         own = self.inputs.base if is_adapter(self.tuned) else stack.enter_context(open_checkpoint(self.tuned))
-        towards = replace(self.calibration, teacher_weight=self.options.teacher_weight)
-        sides = [Side.of(TUNED, self.inputs.tuned, own, self.data, towards, folder / TUNED, tell, show)]
+        towards = replace(self.calibration, teacher_weight=options.teacher_weight)
+        drawn = self.sides[0].drawn if self.sides else None
+        sides = [Side.of(TUNED, self.inputs.tuned, own, self.data, towards, folder / TUNED, tell, show, drawn)]
         if self.retained:
             base = stack.enter_context(open_checkpoint(self.base))
-            sides.append(Side.of(BASE, base, base, self.retain_data, self.calibration, folder / BASE, tell))
+            earlier = self.sides[1].drawn if self.sides else None
+            given = (self.retain_data, self.calibration, folder / BASE, tell, None, earlier)
+            sides.append(Side.of(BASE, base, base, *given))
         self.sides = tuple(sides)
         self.stored = {TUNED: own, BASE: self.inputs.base}
 
@@ -236,6 +287,9 @@ class _Job:
         """The report of the same job where it has ended before, when asked to resume it. Raises OutputError."""
         assert self.inputs is not None
         described = self.inputs.describe() | self.sources
+        if self.aim is not None and self.distill is not None:
+            options = self.inputs.told(self.options)
+            return finished_target(self.target, self.aim, options, self.distill, described)
         identity = identity_of(described, self.options.identity(self.retained), resolve_device(self.options.device))
         if self.distill is not None:
             identity |= settings_of(self.distill)
@@ -246,7 +300,9 @@ class _Job:
 
         With ``estimate`` one block of the model is run, to tell how long it will take.
         """
-        inputs, options = self.inputs, self.options
+        inputs, options = self.inputs, self.options.before_teacher
+        if self.aim is not None:
+            options = replace(options, density=DENSITIES[-1])
         assert inputs is not None
         self._check_work()
         fresh = self.keep_stats is None and options.overwrite
@@ -270,9 +326,13 @@ class _Job:
         expected = [one for one in stats if isinstance(one, ExpectedStats)]
         needed = sum(one.total_bytes for one in expected)
         place = self.work if self.keep_stats is None else self.keep_stats
+        if self.aim is not None:
+            lowest = build_plan(inputs.base, inputs.tuned, first, replace(options, density=DENSITIES[0]), retained)
+            needed += search_bytes(lowest.patch_bytes, patch.patch_bytes)
         if needed + patch.write_bytes > free_bytes(place):
+            what = "the statistics" if self.aim is None else "the statistics and the search's patches"
             raise OutputError(
-                f"not enough disk for {place}: the statistics take up to {format_bytes(needed)}, and the output "
+                f"not enough disk for {place}: {what} take up to {format_bytes(needed)}, and the output "
                 f"{format_bytes(patch.write_bytes)}; {format_bytes(free_bytes(place))} are free",
                 "free some, choose another disk, or fewer tensors with --include",
             )
@@ -296,6 +356,8 @@ class _Job:
     def _is_there(self, side: Side) -> bool:
         """Whether the very statistics are there; others are given up with --overwrite alone."""
         assert self.inputs is not None
+        if self.picks and side.name == TUNED:
+            return False  # of which model is not known yet
         try:
             return side.found(self.inputs.tuned if side.name == TUNED else self.inputs.base)
         except OutputError:
@@ -312,6 +374,10 @@ class _Job:
             model = model if isinstance(model, AdaptedCheckpoint) else stored
             rates = measure(stored, model, self.calibration, device)
         steps = []
+        if self.picks:
+            on = self.teacher_data or self.data
+            seconds = None if rates is None else picking(rates, base, self.sides[0].tokens)
+            steps.append(Step(f"pick the teacher's weight by the loss on {on}", seconds=seconds))
         for side, done in zip(self.sides, self.done, strict=True):
             written = (side.samples, side.options.length) if side.data is None else None
             seconds = None if rates is None else calibrating(rates, base, side.tokens, written)
@@ -320,15 +386,22 @@ class _Job:
         numel = sum(tensor.numel for tensor in patch.patched if tensor.role == "linear")
         seconds = None if rates is None else patching(rates, base, stats, tokens, self.options, numel)
         how = ", propagated: three models run block by block" if patch.propagates else ""
+        training = None
+        if self.distill is not None and rates is not None:
+            each = tokens // sum(side.samples for side in self.sides)
+            training = distilling(rates, self.distill.steps, self.distill.batch_size, each)
+        if self.aim is not None and self.distill is not None:
+            if seconds is not None and training is not None:
+                seconds = len(DENSITIES) * seconds + ATTEMPTS * training
+            steps.append(Step(f"{search_in_words(self.aim, self.distill)}{how}", seconds=seconds))
+            return tuple(steps)
         steps.append(Step(f"patch {counted(len(patch.patched), 'tensor')}{how}", seconds=seconds))
         if self.distill is not None:
-            each = tokens // sum(side.samples for side in self.sides)
-            seconds = None if rates is None else distilling(rates, self.distill.steps, self.distill.batch_size, each)
             what = f"train the kept entries: at most {counted(self.distill.steps, 'step')}"
-            steps.append(Step(what, seconds=seconds))
+            steps.append(Step(what, seconds=training))
         return tuple(steps)
 
-    def patch(self, progress: bool) -> PatchReport:
+    def patch(self, progress: bool, tell: Callable[[str], None] | None) -> PatchReport:
         """The last step, with the statistics that are there now."""
         stats, retain = self.sides[0].folder, self.sides[1].folder if self.retained else None
         common: dict[str, Any] = {
@@ -338,6 +411,9 @@ class _Job:
             "graft_data": self.graft_data,
         }
         pair = (self.base, self.tuned, self.target.folder)
+        if self.aim is not None and self.distill is not None and retain is not None:
+            how = (self.aim, self.options, self.distill)
+            return patch_to_target(*pair, stats, retain, *how, tell=tell, **common)
         if self.distill is not None and retain is not None:
             return distill_checkpoint(*pair, stats, retain, self.options, self.distill, **common)
         return patch_checkpoint(*pair, stats, self.options, retain=retain, **common)

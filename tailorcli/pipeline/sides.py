@@ -62,11 +62,12 @@ class Side:
         folder: Path,
         tell: Callable[[str], None] | None = None,
         show: Callable[[str], None] | None = None,
+        drawn_before: Samples | None = None,
     ) -> Side:
-        """Draw the samples, or see that the model can write its own. Raises TailorError."""
+        """Draw the samples unless they are, or see that the model can write its own. Raises TailorError."""
         options = replace(options, synthetic=data is None, overwrite=False)
         with _own_names(name):
-            return cls._of(name, model, stored, data, options, folder, tell, show)
+            return cls._of(name, model, stored, data, options, folder, tell, show, drawn_before)
 
     @classmethod
     def _of(
@@ -79,6 +80,7 @@ class Side:
         folder: Path,
         tell: Callable[[str], None] | None,
         show: Callable[[str], None] | None,
+        drawn_before: Samples | None,
     ) -> Side:
         source = Source(stored, model, read_config(stored.path), options, data, None, tell, show)
         plain = original(model)
@@ -87,7 +89,7 @@ class Side:
         if data is None:
             require_writing(source, resolve_device(options.device))
             return cls(name, plain.path, adapted_to, data, options, folder, {}, None)
-        samples = drawn(source)
+        samples = drawn(source) if drawn_before is None else drawn_before
         facts = {key: value for key, value in samples.facts.items() if key != "file"}
         return cls(name, plain.path, adapted_to, data, options, folder, facts, samples)
 

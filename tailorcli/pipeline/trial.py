@@ -153,6 +153,13 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def picking(rates: Rates, base: Checkpoint, tokens: int) -> float:
+    """Seconds of picking a teacher's weight: models between the two are made of both and run."""
+    from tailorcli.calibration.teacher import MOST_TRIED
+
+    return MOST_TRIED * (2 * rates.load * base.nbytes + rates.forward * tokens)
+
+
 def calibrating(rates: Rates, model: Checkpoint, tokens: int, written: tuple[int, int] | None) -> float:
     """Seconds of a calibration; ``written`` are samples and their length where the model writes them first."""
     seconds = rates.load * model.nbytes + (rates.forward + rates.hessian) * tokens

@@ -6,7 +6,15 @@ import pytest
 import torch
 from helpers import folder_digest, make_adapter, make_pair, read_tensors, refused, run, write_data
 
-from tailorcli import CalibrateOptions, PatchOptions, Stats, calibrate_model, patch_checkpoint
+from tailorcli import (
+    CalibrateOptions,
+    PatchOptions,
+    Stats,
+    TailorError,
+    calibrate_model,
+    patch_checkpoint,
+    score_checkpoint,
+)
 from tailorcli.adapters.interpolated import InterpolatedCheckpoint
 from tailorcli.calibration.teacher import choose
 from tailorcli.checkpoint.folder import Checkpoint
@@ -125,3 +133,75 @@ def test_what_the_teacher_needs_is_asked_for(pair, tmp_path):
     refused("calibrate", tuned, "--data", data, "--teacher-weight", 0.5, "-o", out, mentions=["needs the base"])
     refused("calibrate", tuned, "--data", data, "--teacher-weight", -1, "-o", out, mentions=["positive"])
     assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def found(pair, tmp_path_factory):
+    """Statistics of tuned and of the base."""
+    folder = tmp_path_factory.mktemp("found")
+    calibrate_model(pair / "tuned", pair / "data.jsonl", folder / "stats", CalibrateOptions(6, 16))
+    calibrate_model(pair / "base", None, folder / "retain", CalibrateOptions(6, 16, synthetic=True))
+    return folder
+
+
+@pytest.fixture
+def better_at_half(monkeypatch):
+    """The loss is least at the weight 0.5, whatever the samples; gives the weights that were loaded."""
+    import tailorcli.calibration.teacher as module
+
+    tried = []
+
+    def load(view, *_):
+        tried.append(view.weight)
+        return torch.nn.Identity()
+
+    monkeypatch.setattr(module, "load_model", load)
+    monkeypatch.setattr(
+        module, "next_token_loss", lambda _, sample, *__: (tried[-1] - 0.5) ** 2 + sample["input_ids"].numel()
+    )
+    return tried
+
+
+def test_patch_picks_the_weight_first_and_goes_to_it(pair, found, tmp_path, better_at_half, caplog):
+    both = (pair / "base", pair / "tuned", "--stats", found / "stats", "--density", 0.3)
+    run("patch", *both, "--teacher-weight", "auto", "-o", tmp_path / "auto")
+    assert "teacher weight 0.5, by the loss" in caplog.text
+    assert len(better_at_half) == len(set(better_at_half))
+    run("patch", *both, "--teacher-weight", 0.5, "-o", tmp_path / "half")
+    assert folder_digest(tmp_path / "auto") == folder_digest(tmp_path / "half")
+    before = len(better_at_half)
+    refused("patch", *both, "--teacher-weight", "auto", "-o", tmp_path / "auto", mentions=["not empty"])
+    shown = run("patch", *both, "--teacher-weight", "auto", "-o", tmp_path / "dry", "--dry-run")
+    assert "the teacher's weight is picked" in shown.stderr
+    assert len(better_at_half) == before  # neither has run a model
+
+
+def test_the_whole_job_picks_it_before_it_calibrates(pair, tmp_path, better_at_half):
+    data = ("--data", pair / "data.jsonl", "--num-samples", 6, "--seq-len", 16)
+    job = ("patch", pair / "base", pair / "tuned", *data, "--no-propagate")
+    shown = run(*job, "--teacher-weight", "auto", "--dry-run", "-o", tmp_path / "auto")
+    assert "1. pick the teacher's weight" in shown.stdout
+    assert better_at_half == []
+    run(*job, "--teacher-weight", "auto", "--teacher-data", pair / "data.jsonl", "-o", tmp_path / "auto")
+    run(*job, "--teacher-weight", 0.5, "-o", tmp_path / "half")
+    reports = ("tailor_run.json", "tailor_report.json")  # which name the folders of the statistics
+    assert folder_digest(tmp_path / "auto", reports) == folder_digest(tmp_path / "half", reports)
+    again = run(
+        *job, "--teacher-weight", "auto", "--teacher-data", pair / "data.jsonl", "-o", tmp_path / "auto", "--resume"
+    )
+    assert "already finished" in again.stdout
+
+
+def test_distillation_takes_a_weight_that_was_picked_with_its_statistics(pair, found, tmp_path, caplog):
+    how = CalibrateOptions(6, 16, teacher_weight="auto")
+    calibrate_model(pair / "tuned", pair / "data.jsonl", tmp_path / "at", how, base=pair / "base")
+    stats = ("--stats", tmp_path / "at", "--retain", found / "retain", "--no-propagate", "--distill-steps", 1)
+    run("patch", pair / "base", pair / "tuned", *stats, "--distill", "--teacher-weight", "auto", "-o", tmp_path / "o")
+    assert "which was picked when" in caplog.text
+
+
+def test_a_weight_is_picked_only_where_there_are_data_of_the_new_task(pair, tmp_path):
+    pair_of = ("patch", pair / "base", pair / "tuned", "--method", "magnitude", "-o", tmp_path / "o")
+    refused(*pair_of, "--teacher-weight", "auto", mentions=["there are none"])
+    with pytest.raises(TailorError, match="by patch alone"):
+        score_checkpoint(pair / "base", pair / "tuned", None, PatchOptions(omega=1.0, teacher_weight="auto"))

@@ -120,3 +120,23 @@ def test_the_command(pair, tmp_path):
 def test_without_an_output_there_is_nothing_to_write(tmp_path):
     with pytest.raises(TailorError, match="nothing to write"):
         patch_to_target(tmp_path, tmp_path, None, tmp_path, tmp_path, "old=99")
+
+
+def test_the_whole_job_searches_as_its_steps_do_and_tells_its_plan(pair, tmp_path):
+    base, tuned, output, stats, retain = arguments(pair, tmp_path / "steps")
+    how = ("--target", "old=60", "--no-propagate", "--distill-steps", 4, "--distill-batch-size", 4)
+    job = ("--data", pair / "data.jsonl", "--num-samples", 12, "--seq-len", 24)
+    shown = run("patch", base, tuned, *job, *how, "-o", tmp_path / "out", "--dry-run")
+    assert "search for old=60" in shown.stdout
+    shown = run("patch", base, tuned, "--stats", stats, "--retain", retain, *how, "-o", tmp_path / "out", "--dry-run")
+    assert "search for old=60" in shown.stderr
+    assert list(tmp_path.iterdir()) == []
+    told = run("patch", base, tuned, *job, *how, "-o", tmp_path / "out")
+    assert "target old=60 reached" in told.stderr
+    run("patch", base, tuned, "--stats", stats, "--retain", retain, *how, "-o", output)
+    reports = ("tailor_run.json", "tailor_report.json", "README.md")
+    assert folder_digest(tmp_path / "out", reports) == folder_digest(output, reports)
+    assert "already finished" in run("patch", base, tuned, *job, *how, "-o", tmp_path / "out", "--resume").stdout
+    another = (*how[:1], "old=61", *how[2:])
+    refused("patch", base, tuned, *job, *another, "-o", tmp_path / "out", "--resume", mentions=["another run"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "steps"]
