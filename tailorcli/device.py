@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tailorcli.errors import DeviceError, first_line
+from tailorcli.distributed import launched, ranks
+from tailorcli.errors import DeviceError, first_line, note
 from tailorcli.system import available_memory
 
 if TYPE_CHECKING:
@@ -15,11 +16,14 @@ if TYPE_CHECKING:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is a CUDA device where there is one, else the CPU. Raises DeviceError for one that is absent."""
+    """``auto`` is a CUDA device where there is one, else the CPU; among ranks ``auto`` and ``cuda`` are one GPU a rank.
+
+    Raises DeviceError for one that is absent.
+    """
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -33,7 +37,29 @@ def resolve_device(name: str) -> torch.device:
                 f"{name} was asked for, and this torch ({torch.__version__}) sees {count} CUDA devices",
                 "pass --device cpu, or install a CUDA build of torch",
             )
+        return _of_this_rank(device, count)
     return device
+
+
+def _of_this_rank(device: torch.device, count: int) -> torch.device:
+    """One of the machine's ``count`` GPUs for each rank; alone, the one that was asked for."""
+    import torch
+
+    here = ranks()
+    index: Any = device.index  # None where no GPU was named, which torch's types do not know
+    if here.alone:
+        if count > 1 and index is None and launched().alone:
+            note(f"{count} GPUs are here, and one is used: torchrun --nproc-per-node {count} -m tailorcli ... uses all")
+        return device
+    if index is not None:
+        raise DeviceError(f"{device} is one GPU, and {here.size} ranks run", "pass --device cuda, which gives each one")
+    if here.local_size > count:
+        raise DeviceError(
+            f"{here.local_size} ranks run on this machine, which has {count} GPUs",
+            f"start torchrun with --nproc-per-node {count}, or pass --device cpu",
+        )
+    torch.cuda.set_device(here.local_rank)
+    return torch.device("cuda", here.local_rank)
 
 
 @contextmanager
@@ -131,11 +157,15 @@ class StageTimer:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a device, where the system tells; a container's limit counts as its own."""
+    """Bytes that can still be allocated on a device, where the system tells; a container's limit counts as its own.
+
+    The ranks of one machine share its memory alike.
+    """
     if device.type == "cuda":
         import torch
 
         # What torch keeps of tensors that are gone is not free for the system, but it is for the next tensor.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    return available_memory()
+    free = available_memory()
+    return None if free is None else free // ranks().local_size

@@ -66,6 +66,10 @@ class DeviceError(TailorError):
     """A device was asked for that is not there, or it ran out of memory."""
 
 
+class RankError(TailorError):
+    """The processes of a job differ, or one of them is missing, failed or lost."""
+
+
 def other_base(name: str, path: Path) -> PatchError:
     """The error for a base of which a tensor is not that which the patch was made for."""
     return PatchError(

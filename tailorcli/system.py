@@ -127,6 +127,49 @@ def peak_memory() -> int | None:
     return most if sys.platform == "darwin" else most * 1024  # kilobytes but on macOS
 
 
+def bytes_moved() -> int:
+    """Bytes that this process has read and written so far, from and to files; 0 where the system does not tell."""
+    try:
+        lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+        found = dict(line.split(":", 1) for line in lines)
+        return sum(int(found[name]) for name in ("rchar", "wchar", "read_bytes", "write_bytes"))
+    except (OSError, KeyError, ValueError):
+        return 0
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine still runs; one that has ended and is not yet taken note of does not."""
+    with suppress(OSError, ValueError, IndexError):
+        return (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(") ")[2][0] not in "ZX"
+        )
+    if Path("/proc/self/stat").exists() or os.name == "nt":  # there, signal 0 would end a process
+        return os.name == "nt"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def variable_of_parent(name: str) -> str | None:
+    """A variable as the parent process was given it, where the system tells; else None."""
+    with suppress(OSError, AttributeError):
+        pairs = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+        found = dict(pair.split(b"=", 1) for pair in pairs if b"=" in pair)
+        return found[name.encode()].decode("utf-8", "replace") if name.encode() in found else None
+    return None
+
+
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes of memory that this process can still take, by the machine and by its container; None if untold.
 

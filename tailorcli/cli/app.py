@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from tailorcli._version import __version__
-from tailorcli.cli import calibrating, checking, measure, patchfiles, patching, showing, training
+from tailorcli.cli import calibrating, checking, measure, patchfiles, patching, ranked, showing, training
 from tailorcli.cli.arguments import flag
 from tailorcli.cli.output import say, say_error
 from tailorcli.cli.verbosity import is_verbose
@@ -35,16 +35,19 @@ app = typer.Typer(
 )
 
 
-def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
+def friendly(command: Callable[..., Any], divided: bool = False) -> Callable[..., Any]:
     """The command with ``~`` expanded in its paths, and a TailorError as one message and exit code 1.
 
-    Anything else is a bug and keeps its traceback.
+    Anything else is a bug and keeps its traceback. Under torchrun all ranks work on a command that is ``divided``.
     """
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> Any:
         try:
-            return command(**{name: _expanded(value) for name, value in given.items()})
+            expanded = {name: _expanded(value) for name, value in given.items()}
+            if not divided:
+                return ranked.run_alone(command, expanded)
+            return ranked.run_joined(command, expanded, _interrupted(command, given))
         except TailorError as error:
             if is_verbose():
                 import traceback
@@ -74,16 +77,16 @@ def _expanded(value: Any) -> Any:
 
 def _interrupted(command: Callable[..., Any], given: dict[str, Any]) -> str:
     """What Ctrl-C left behind, and what goes on from there."""
-    if "resume" in given and not given["dry_run"]:
+    if "resume" in given and not given.get("dry_run"):
         return "interrupted; if it had begun to write, the same command with --resume goes on from there"
     if command is measure.sweep:
         return "interrupted; the same command goes on after the settings that are done"
     return "interrupted"
 
 
-def _add(command: Callable[..., Any], panel: str, name: str | None = None) -> None:
+def _add(command: Callable[..., Any], panel: str, name: str | None = None, *, divided: bool = False) -> None:
     """Make a function a command, with its docstring as the help."""
-    app.command(name, help=_help_of(command), rich_help_panel=panel)(friendly(command))
+    app.command(name, help=_help_of(command), rich_help_panel=panel)(friendly(command, divided))
 
 
 def _help_of(command: Callable[..., Any]) -> str:
@@ -96,18 +99,18 @@ def _help_of(command: Callable[..., Any]) -> str:
 
 _add(showing.demo, TRY)
 _add(checking.check, PATCH)
-_add(calibrating.calibrate, PATCH)
-_add(calibrating.score, PATCH)
-_add(patching.patch, PATCH)
+_add(calibrating.calibrate, PATCH, divided=True)
+_add(calibrating.score, PATCH, divided=True)
+_add(patching.patch, PATCH, divided=True)
 _add(showing.inspect_command, PATCH, "inspect")
-_add(measure.evaluate, MEASURE)
-_add(measure.sweep, MEASURE)
+_add(measure.evaluate, MEASURE, divided=True)
+_add(measure.sweep, MEASURE, divided=True)
 _add(measure.hscore, MEASURE)
-_add(training.probe, TRAIN)
-_add(training.finetune, TRAIN)
-_add(patchfiles.apply, FILES)
-_add(patchfiles.verify, FILES)
-_add(patchfiles.merge_multi, FILES, "merge-multi")
+_add(training.probe, TRAIN, divided=True)
+_add(training.finetune, TRAIN, divided=True)
+_add(patchfiles.apply, FILES, divided=True)
+_add(patchfiles.verify, FILES, divided=True)
+_add(patchfiles.merge_multi, FILES, "merge-multi", divided=True)
 
 
 def _show_versions(shown: bool) -> None:
@@ -149,9 +152,13 @@ def main() -> None:
     # threads that read and write, and from whatever else the machine does.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     guard_streams()
+    ranked.prepare()
     try:
         app()
     except KeyboardInterrupt:  # before a command has begun: there is nothing to tell
         sys.exit(130)
+    except SystemExit as ended:
+        ranked.leave(ended.code)
+        raise
     finally:
         sys.stdout.flush()  # here, where a failure is an exit code and no traceback
