@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +16,12 @@ from torch import nn
 from tailorcli.adapters.interpolated import InterpolatedCheckpoint
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.errors import DataError
+from tailorcli.models.blockwise import run_blockwise, skeleton_if_too_large
 from tailorcli.models.config import read_config
 from tailorcli.models.generation import media_token_ids
 from tailorcli.models.loading import load_model
 from tailorcli.models.running import forward, to_device
-from tailorcli.options import LoadOptions
+from tailorcli.options import CalibrateOptions
 from tailorcli.system import give_back_memory
 
 if TYPE_CHECKING:
@@ -72,23 +76,30 @@ def choose_teacher(
     base: Checkpoint,
     tuned: Checkpoint,
     samples: list[Inputs],
-    options: LoadOptions,
+    options: CalibrateOptions,
     device: torch.device,
     responses: list[torch.Tensor | None] | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> TeacherChoice:
     """Try models between base and tuned, and beyond it, on ``samples`` of the new task; see ``choose``.
 
-    Where ``responses`` mark a sample's response (1, T), its tokens alone count. Every weight loads a model once.
+    Where ``responses`` mark a sample's response (1, T), its tokens alone count. Every weight loads a model once, block
+    by block where ``options`` ask for that or it does not fit.
     Raises DataError where no token is predicted, and CheckpointError.
     """
+    marks = responses or [None] * len(samples)
 
     def losses_at(weight: float) -> list[float]:
         view = InterpolatedCheckpoint(base, tuned, weight)
-        network = load_model(view, read_config(view.path), options).to(device)
-        marks = responses or [None] * len(samples)
-        found = [next_token_loss(network, s, mark, device) for s, mark in zip(samples, marks, strict=True)]
-        del network
+        config = read_config(view.path)
+        skeleton = skeleton_if_too_large(view, config, options, device)
+        network = load_model(view, config, options).to(device) if skeleton is None else skeleton
+        loss_of = partial(_loss_of, network, samples, marks, device)
+        if skeleton is None:
+            found = [loss_of(number) for number in range(len(samples))]
+        else:
+            found = run_blockwise(network, view, view, len(samples), loss_of, device, Path(tempfile.gettempdir()))
+        del network, skeleton, loss_of
         gc.collect()
         give_back_memory()
         if device.type == "cuda":
@@ -100,6 +111,16 @@ def choose_teacher(
         return known
 
     return choose(losses_at)
+
+
+def _loss_of(
+    network: Any,
+    samples: list[Inputs],
+    responses: list[torch.Tensor | None],
+    device: torch.device,
+    number: int,
+) -> float | None:
+    return next_token_loss(network, samples[number], responses[number], device)
 
 
 def next_token_loss(network: Any, sample: Inputs, response: torch.Tensor | None, device: torch.device) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint, config_folder
+from tailorcli.adapters.interpolated import original
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import GrownCheckpoint
 from tailorcli.device import free_memory
-from tailorcli.errors import DataError, OptionsError
+from tailorcli.errors import DataError, OptionsError, note
+from tailorcli.models.blockwise import skeleton_if_too_large
 from tailorcli.models.config import read_config
 from tailorcli.models.generation import media_token_ids
 from tailorcli.models.loading import aliases, expected_names, load_model
@@ -26,14 +29,14 @@ from tailorcli.models.parts import adapt, load_from_view
 from tailorcli.models.places import Place, map_names
 from tailorcli.models.skeleton import load_weights
 from tailorcli.models.spill import HIDDEN_SHARE, Spill
-from tailorcli.options import CalibrateOptions, DistillOn, DistillOptions
+from tailorcli.options import Blockwise, CalibrateOptions, DistillOn, DistillOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.system import give_back_memory
 from tailorcli.terminal import Progress
 from tailorcli.training.distill import NEW, RETAINED, History, Material, distill, held_out, kept_shares
 from tailorcli.training.entries import Trained, entries_of
 from tailorcli.training.state import load_state, save_state
-from tailorcli.training.teachers import Teacher, check_head, teach
+from tailorcli.training.teachers import Teacher, check_head, teach, teach_blockwise
 
 if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
@@ -131,7 +134,8 @@ def materials_of(
 ) -> dict[str, Material]:
     """Run every teacher once over its samples; the models are gone after that.
 
-    Hidden states that outgrow the host's memory wait in files in the folder ``scratch``. Raises TailorError.
+    A model that does not fit goes block by block. Hidden states that outgrow the host's memory wait in files in the
+    folder ``scratch``. Raises TailorError.
     """
     waiting = None
     if scratch is not None:
@@ -148,13 +152,11 @@ def materials_of(
     total = sum(len(stats.samples()) for _, stats in sources)
     with Progress("teachers", total, "samples", shown=progress) as bar:
         for number, (model, stats) in enumerate(sources, 1):
-            stored = base if isinstance(model, AdaptedCheckpoint) else model
-            network, _ = _network(stored, model, run_options(stats, trust_remote_code), None, device)
             samples, is_base = stats.samples(), number == len(sources)
-            teacher = _teach(network, samples, device, bar.update, keep)
+            how = run_options(stats, trust_remote_code)
+            teacher = _teach(base, model, samples, how, device, scratch, bar.update, keep)
             kind = RETAINED if is_base else NEW if len(teachers) == 1 else f"{NEW} {number}"
             materials[kind] = Material.split(samples, teacher, options, _counted(stats, options, needed=not is_base))
-            del network
             _give_back()
     return materials
 
@@ -209,7 +211,8 @@ def _counted(stats: Stats, options: DistillOptions, *, needed: bool) -> list[Ten
 def run_options(stats: Stats, trust_remote_code: bool) -> CalibrateOptions:
     """How the model of statistics ran when it was calibrated, and runs here."""
     saved = stats.manifest["options"]
-    return CalibrateOptions(dtype=saved["dtype"], trust_remote_code=trust_remote_code)
+    when = Blockwise.ALWAYS if saved.get("blockwise") == "always" else Blockwise.AUTO
+    return CalibrateOptions(dtype=saved["dtype"], trust_remote_code=trust_remote_code, blockwise=when)
 
 
 def _network(
@@ -226,12 +229,23 @@ def _network(
 
 
 def _teach(
-    network: Any,
+    base: Checkpoint,
+    model: Checkpoint,
     samples: list[Inputs],
+    options: CalibrateOptions,
     device: torch.device,
+    scratch: Path | None,
     advance: Callable[[int], object],
     keep: Callable[[Tensor], Tensor],
 ) -> Teacher:
+    """What one model says of its samples; it is loaded for that, and gone after it."""
+    stored = base if isinstance(model, AdaptedCheckpoint) else model
+    skeleton = skeleton_if_too_large(stored, read_config(stored.path), options, device)
+    if skeleton is not None:
+        note(f"{original(model).path} does not fit with room to spare: it runs block by block")
+        where = Path(tempfile.gettempdir()) if scratch is None else scratch
+        return teach_blockwise(skeleton, stored, model, samples, device, where, advance, keep)
+    network, _ = _network(stored, model, options, None, device)
     check_head(network, {name: value.to(device) for name, value in samples[0].items()})
     return teach(network, samples, device, advance, keep)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.core.distillation import divergence, kept_accuracy
 from tailorcli.errors import CheckpointError
+from tailorcli.models.blockwise import run_blockwise
 from tailorcli.models.running import forward, output_head, to_device
 
 if TYPE_CHECKING:
@@ -76,7 +80,11 @@ def check_head(network: Any, sample: Inputs) -> None:
     """``logits_of`` gives what the model itself gives. Raises CheckpointError where its class does something else."""
     head = head_of(network)
     found = logits_of(network, head.weight, head.bias)(hidden_states(network, sample))
-    wanted = forward(network, sample).logits
+    require_known_logits(network, found, forward(network, sample).logits)
+
+
+def require_known_logits(network: Any, found: Tensor, wanted: Tensor) -> None:
+    """Raise CheckpointError where logits that were ``found`` by ``logits_of`` are not those of the model itself."""
     far = (found.float() - wanted.float()).abs().max()
     if not bool(far <= 1e-2 * wanted.float().abs().max().clamp_min(1e-6)):
         raise CheckpointError(
@@ -109,9 +117,50 @@ def teach(
     for sample in samples:
         states.append(keep(hidden_states(network, to_device(sample, device))[0]))
         advance(1)
+    return Teacher(states, _head_alone(network))
+
+
+def teach_blockwise(
+    network: Any,
+    stored: Checkpoint,
+    tuned: Checkpoint,
+    samples: list[Inputs],
+    device: torch.device,
+    scratch: Path,
+    advance: Callable[[int], object],
+    keep: Callable[[Tensor], Tensor] = lambda states: states.cpu(),
+) -> Teacher:
+    """``teach`` for a ``network`` without weights, which do not fit: ``run_blockwise``; the states are the same.
+
+    Raises CheckpointError where its logits are not those of its output layer alone, as ``check_head`` does.
+    """
+    head = head_of(network)
+    seen = threading.local()  # every sample goes through in a thread of its own
+
+    def take(_: nn.Module, args: tuple[Any, ...]) -> Any:
+        seen.states = args[0]
+        return (args[0][:, -1:], *args[1:])
+
+    def call(number: int) -> Tensor:
+        found = forward(network, to_device(samples[number], device)).logits
+        states, seen.states = seen.states, None
+        if number == 0:
+            require_known_logits(network, logits_of(network, head.weight, head.bias)(states[:, -1:]), found)
+        return keep(states[0])
+
+    handle = head.register_forward_pre_hook(take)
+    try:
+        states = run_blockwise(network, stored, tuned, len(samples), call, device, scratch, advance)
+    finally:
+        handle.remove()
+    return Teacher(states, _head_alone(network))
+
+
+def _head_alone(network: Any) -> Callable[[Tensor], Tensor]:
+    """What makes logits of last hidden states, without the rest of the model."""
     head = head_of(network)
     bias = None if head.bias is None else head.bias.detach().clone()
-    return Teacher(states, logits_of(network, head.weight.detach().clone(), bias))
+    return logits_of(network, head.weight.detach().clone(), bias)
 
 
 def loss(student: Any, teacher: Teacher, batch: Inputs, states: Tensor, wanted: Tensor, grad: bool) -> Tensor:

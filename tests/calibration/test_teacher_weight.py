@@ -16,7 +16,7 @@ from tailorcli import (
     score_checkpoint,
 )
 from tailorcli.adapters.interpolated import InterpolatedCheckpoint
-from tailorcli.calibration.teacher import choose
+from tailorcli.calibration.teacher import choose, choose_teacher
 from tailorcli.checkpoint.folder import Checkpoint
 
 
@@ -111,6 +111,16 @@ def test_auto_is_worked_out_first_and_told(pair, tmp_path):
     losses = manifest["model"]["teacher_losses"]
     assert {"1", "0.8"} <= losses.keys()
     assert manifest["model"].get("teacher_weight", 1.0) in [float(weight) for weight in losses]
+
+
+def test_models_between_go_block_by_block_where_they_do_not_fit_and_lose_the_same(pair):
+    with Checkpoint.open(pair / "base") as base, Checkpoint.open(pair / "tuned") as tuned:
+        samples = [{"input_ids": torch.randint(90, (1, length))} for length in (9, 9, 12)]
+        whole, parts = (
+            choose_teacher(base, tuned, samples, CalibrateOptions(blockwise=when), torch.device("cpu"))
+            for when in ("never", "always")
+        )
+    assert whole == parts
 
 
 def test_an_adapter_has_a_model_between_too(tmp_path):

@@ -1,12 +1,14 @@
 """What is distilled besides plain decoders: FP8 and grown vocabularies, other families, experts, adapters."""
 
 import json
+from contextlib import closing
 
 import pytest
 import torch
 from families import make_family_pair
 from helpers import (
     bits,
+    folder_digest,
     make_adapter,
     make_model,
     make_pair,
@@ -17,8 +19,9 @@ from helpers import (
     write_data,
 )
 
-from tailorcli import DistillOptions, PatchOptions, calibrate_model, distill_checkpoint
+from tailorcli import DistillOptions, PatchOptions, Stats, calibrate_model, distill_checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
+from tailorcli.models.naming import open_for
 from tailorcli.options import CalibrateOptions
 
 DISTILL = DistillOptions(steps=4, batch_size=4)
@@ -79,6 +82,24 @@ def test_a_grown_vocabulary_keeps_its_new_rows_and_the_rest_is_trained(tmp_path)
 LEFT = {"t5": 0, "llava": 0, "mixtral": 0, "whisper": 0}
 
 
+def taught(folder, when, tuned="tuned"):
+    """The last hidden states of tuned on its samples, the model whole or block by block."""
+    from tailorcli.training.run import _teach
+
+    with closing(Stats.open(folder / "stats")) as stats:
+        samples = stats.samples()
+    with open_checkpoint(folder / "base") as base, open_for(base, folder / tuned) as model:
+        how = (CalibrateOptions(blockwise=when), torch.device("cpu"), None, lambda _: None, torch.clone)
+        return _teach(base, model, samples, *how)
+
+
+def assert_the_same_block_by_block(folder, tuned="tuned"):
+    whole, parts = taught(folder, "never", tuned), taught(folder, "always", tuned)
+    for one, other in zip(whole.states, parts.states, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(whole.head(whole.states[0]), parts.head(parts.states[0]))
+
+
 @pytest.mark.parametrize("family", LEFT)
 def test_whatever_the_closed_form_patches_is_trained_or_named(tmp_path, family):
     folder = calibrated(make_family_pair(tmp_path, family))
@@ -91,6 +112,7 @@ def test_whatever_the_closed_form_patches_is_trained_or_named(tmp_path, family):
         moved = int((out[record.name] != base[record.name]).sum())
         assert moved <= record.kept
     assert json.loads((tmp_path / "out" / "tailor_report.json").read_text())["distillation"]["untrained"] == untrained
+    assert_the_same_block_by_block(folder)
 
 
 def test_an_adapter_is_a_teacher_too(tmp_path):
@@ -101,3 +123,16 @@ def test_an_adapter_is_a_teacher_too(tmp_path):
     assert torch.equal(
         read_tensors(tmp_path / "out")["model.norm.weight"], read_tensors(folder / "base")["model.norm.weight"]
     )
+    assert_the_same_block_by_block(folder, "adapter")
+
+
+def test_a_teacher_that_does_not_fit_goes_block_by_block_and_nothing_changes(tmp_path, monkeypatch, caplog):
+    import tailorcli.models.blockwise as module
+
+    folder = calibrated(make_pair(tmp_path))
+    distilled(folder, tmp_path / "whole")
+    monkeypatch.setattr(module, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(module, "MOST_LANES", 5)  # so that the blocks are read three times
+    distilled(folder, tmp_path / "parts")
+    assert "block by block" in caplog.text
+    assert folder_digest(tmp_path / "parts") == folder_digest(tmp_path / "whole")
