@@ -2,6 +2,9 @@
 
 While it is written every shard carries the suffix ``.part`` and a journal lists the tensors that are safely on
 disk. Only ``finish`` gives the shards their names, the index last: an interrupted output loads as nothing.
+
+Several ranks may write one output: every tensor's place is known beforehand. The first lays out the shards, each has
+a journal of its own, and the first finishes what all have written.
 """
 
 from __future__ import annotations
@@ -33,22 +36,35 @@ JOURNAL = "journal.jsonl"
 class CheckpointWriter:
     """Writes one checkpoint folder on a thread of its own; see the module's docstring for the protocol.
 
-    ``identity`` describes the run (options, inputs, versions): resuming with another one is refused.
+    ``identity`` describes the run (options, inputs, versions): resuming with another one is refused. ``done`` has the
+    records of the tensors that are written.
     """
 
-    def __init__(self, folder: Path, layout: ShardLayout, identity: dict[str, Any], resume: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        layout: ShardLayout,
+        identity: dict[str, Any],
+        resume: bool,
+        rank: int = 0,
+        done: Mapping[str, dict[str, Any]] | None = None,
+    ) -> None:
+        """Begin an output, or go on with it; a further ``rank`` takes part in what the first has begun.
+
+        It is told what is ``done`` by then. Raises OutputError.
+        """
         self.folder = folder
         self.layout = layout
-        self.done: dict[str, dict[str, Any]] = {}
-        self._journal = Journal(folder / WORK_FOLDER / JOURNAL)
+        self.done: dict[str, dict[str, Any]] = dict(done or {})
+        self._journal = Journal(_journal_of(folder, rank))
         self._queue = WriteQueue("writer")
         self._descriptors: dict[str, int] = {}
         try:
-            if resume and self._journal.path.exists():
-                for entry in self._journal.load(identity, folder):
-                    self.done[entry["name"]] = entry["record"]
-                if not self.done.keys() <= layout.slots.keys():
-                    raise OutputError(f"cannot resume in {folder}: its journal is damaged", ANEW)
+            if rank:
+                if not self._journal.path.exists():
+                    self._journal.start(identity)
+            elif resume and self._journal.path.exists():
+                self._restore(identity)
             else:
                 self._start(identity)
             for name in layout.headers:  # a run killed while finishing has named some shards already
@@ -59,18 +75,27 @@ class CheckpointWriter:
         except OSError as error:
             raise as_output_error(folder, error) from error
 
+    def _restore(self, identity: dict[str, Any]) -> None:
+        """What an interrupted run has written, however many ranks it had."""
+        for journal in (self._journal, *map(Journal, _further_journals(self.folder))):
+            for entry in journal.load(identity, self.folder):
+                self.done[entry["name"]] = entry["record"]
+        if not self.done.keys() <= self.layout.slots.keys():
+            raise OutputError(f"cannot resume in {self.folder}: its journal is damaged", ANEW)
+
     @property
     def seconds(self) -> float:
         """Seconds that the thread has worked."""
         return self._queue.seconds
 
     def _part(self, shard: str) -> Path:
-        return self.folder / (shard + ".part")
+        return _part_of(self.folder, shard)
 
     def _start(self, identity: dict[str, Any]) -> None:
         """Lay out empty shards with their headers, then the journal: from here on the run can be resumed."""
         self._journal.path.parent.mkdir(parents=True, exist_ok=True)
-        self._journal.path.unlink(missing_ok=True)
+        for path in (self._journal.path, *_further_journals(self.folder)):
+            path.unlink(missing_ok=True)
         for name, header in self.layout.headers.items():
             part = self._part(name)
             part.parent.mkdir(parents=True, exist_ok=True)
@@ -106,15 +131,6 @@ class CheckpointWriter:
             raise as_output_error(self._part(slot.shard), error) from error
         self.done[name] = record
 
-    def read(self, name: str, like: TensorInfo) -> Tensor:
-        """The value of a tensor that was written, of the dtype and shape of ``like``."""
-        slot = self.layout.slots[name]
-        part = self._part(slot.shard)
-        path = part if part.exists() else self.folder / slot.shard  # a run killed while finishing has named some
-        placed = replace(like, file=path, offset=slot.offset)
-        with Checkpoint(self.folder, {name: placed}, [path]) as written:
-            return written.read(name)
-
     def drain(self) -> None:
         """Wait until everything queued is written and journaled."""
         self._queue.submit(self._journal.sync)
@@ -146,6 +162,7 @@ class CheckpointWriter:
             if list(self.layout.headers) != [SINGLE_FILE]:
                 write_text_atomically(self.folder / INDEX_FILE, self._index())
             sync_path(self.folder)
+            self._journal.path.unlink(missing_ok=True)  # before those of other ranks: it tells that there is more to do
             shutil.rmtree(self.folder / WORK_FOLDER)
         except OSError as error:
             raise as_output_error(self.folder, error) from error
@@ -179,6 +196,29 @@ class CheckpointWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def read_written(folder: Path, layout: ShardLayout, name: str, like: TensorInfo) -> Tensor:
+    """The value of a tensor in an output that is not finished, of the dtype and shape of ``like``."""
+    slot = layout.slots[name]
+    part = _part_of(folder, slot.shard)
+    path = part if part.exists() else folder / slot.shard  # a run killed while finishing has named some
+    with Checkpoint(folder, {name: replace(like, file=path, offset=slot.offset)}, [path]) as written:
+        return written.read(name)
+
+
+def _part_of(folder: Path, shard: str) -> Path:
+    return folder / (shard + ".part")
+
+
+def _journal_of(folder: Path, rank: int) -> Path:
+    """Where a rank lists what it has written."""
+    return folder / WORK_FOLDER / (f"journal-{rank}.jsonl" if rank else JOURNAL)
+
+
+def _further_journals(folder: Path) -> list[Path]:
+    """Those of the ranks after the first."""
+    return sorted((folder / WORK_FOLDER).glob("journal-*.jsonl"))
 
 
 def _pieces(source: Checkpoint, info: TensorInfo, digest: str | None) -> Iterable[memoryview]:

@@ -49,6 +49,7 @@ from tailorcli.cli.output import (
     show_score,
 )
 from tailorcli.cli.verbosity import is_verbose, wants_progress
+from tailorcli.distributed import launched
 from tailorcli.guard import check_result
 from tailorcli.options import (
     AUTO,
@@ -239,10 +240,12 @@ def score(
     )
     check_result(output, [base, tuned, stats, retain])
     report = score_checkpoint(base, tuned, stats, options, progress=wants_progress(as_json), retain=retain)
+    if not launched().first:
+        return
     if output is not None:
         write_report(report, output)
     if as_json:
-        print_json(report.to_dict())
+        print_json({**report.to_dict(), **({"ranks": list(report.ranks)} if report.ranks else {})})
         return
     show_score(report, tensors)
     show_reasons(reasons(report.tensors), "left at base")

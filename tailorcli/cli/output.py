@@ -234,7 +234,8 @@ def print_report(report: PatchReport, output: Path | None, patch_file: Path | No
     """The report as JSON, with where it was written and how long it took."""
     paths = {"output": output, "patch_file": patch_file}
     where = {key: str(path) for key, path in paths.items() if path is not None}
-    print_json({**where, **report.to_dict(), "stages": report.stages, "seconds": report.seconds})
+    ranks = {"ranks": list(report.ranks)} if report.ranks else {}
+    print_json({**where, **report.to_dict(), **ranks, "stages": report.stages, "seconds": report.seconds})
 
 
 def show_written(output: Path | None, patch_file: Path | None, report: PatchReport) -> None:
@@ -250,7 +251,17 @@ def show_written(output: Path | None, patch_file: Path | None, report: PatchRepo
         say(f"wrote {patch_file} ({size}); apply it: tailorcli apply BASE {patch_file} -o OUT")
     if output is not None:
         say(f"wrote {output}; its figures: tailorcli inspect {output}")
-    say(f"{report.seconds:.1f} s", err=True)
+    show_time(report)
+
+
+def show_time(report: PatchReport) -> None:
+    """How long a run took, and of several ranks how much each did: the least and the most."""
+    told = f"{report.seconds:.1f} s"
+    if report.ranks:
+        tensors, seconds = ([share[name] for share in report.ranks] for name in ("tensors", "seconds"))
+        each = f"{min(tensors)} to {max(tensors)} tensors in {min(seconds):.1f} to {max(seconds):.1f} s each"
+        told += f", {len(report.ranks)} ranks: {each}"
+    say(told, err=True)
 
 
 def show_stages(stages: dict[str, float]) -> None:

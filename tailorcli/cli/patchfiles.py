@@ -55,6 +55,7 @@ from tailorcli.cli.output import (
 )
 from tailorcli.cli.sharing import check_push, push
 from tailorcli.cli.verbosity import wants_progress
+from tailorcli.distributed import launched
 from tailorcli.options import (
     DistillOn,
     DistillOptions,
@@ -104,6 +105,8 @@ def apply(
         progress=wants_progress(as_json),
         announce=None if as_json else partial(show_cost, output=output, patch_file=None),
     )
+    if not launched().first:
+        return
     for note in report.notes:
         say(f"note: {note}", err=True)
     push(push_to_hub, output)
@@ -219,6 +222,8 @@ def merge_multi(
         report = distill_merge(base, patches, output, *inputs, retain, options, how, **shown)
     else:
         report = merge_patches(base, patches, output, *inputs, options, **shown)
+    if not launched().first:
+        return
     for note in report.notes:
         say(f"note: {note}", err=True)
     push(push_to_hub, output)

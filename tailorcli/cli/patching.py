@@ -75,6 +75,7 @@ from tailorcli.cli.output import (
 )
 from tailorcli.cli.sharing import check_page, check_push, push, write_page_of
 from tailorcli.cli.verbosity import is_verbose, wants_progress
+from tailorcli.distributed import launched
 from tailorcli.errors import OptionsError
 from tailorcli.hub import local_folders
 from tailorcli.options import (
@@ -408,6 +409,8 @@ def patch(
             report = distill_checkpoint(base, tuned, output, stats, retain, options, how, **where, **shown)
         else:
             report = patch_checkpoint(base, tuned, output, stats, options, retain=retain, **where, **shown)
+    if not launched().first:
+        return
     write_page_of(output or patch_file, html)
     push(push_to_hub, output)
     if as_json:

@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.device import StageTimer, resolve_device
+from tailorcli.distributed import wait_for_all
 from tailorcli.errors import PatchError
 from tailorcli.files import PathLike, parse_json, read_bytes
 from tailorcli.guard import Watch
 from tailorcli.merging.carded import merged_side_files
-from tailorcli.merging.plan import MergeInputs, build_merge_plan
+from tailorcli.merging.plan import MergeInputs, build_merge_plan, merge_work
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.records import TensorRecord, fields_of
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport
 from tailorcli.patchfile.view import patched_tensor, side_sources
 from tailorcli.runs.card import CARDS
+from tailorcli.runs.divided import joined_records, own_tensors, shares_of_ranks
 from tailorcli.runs.loop import LastPrepared, worked_on
 from tailorcli.runs.outputs import Target, identity_of, progress_bar
 from tailorcli.runs.plan import Plan, TensorPlan
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tailorcli.core.hessian import PreparedHessian
-    from tailorcli.runs.outputs import Outputs
+    from tailorcli.runs.writing import Outputs
 
 
 def plan_merge(
@@ -72,7 +74,8 @@ def merge_patches(
     started = perf_counter()
     target = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
     with ExitStack() as stack:
-        inputs = MergeInputs.open(base, patches, tuned, stats, options, stack)
+        inputs = MergeInputs.open(base, patches, tuned, stats, options, stack, divided=True)
+        wait_for_all("the patch files to be checked")
         watch = Watch(inputs.files)
         plan = build_merge_plan(inputs, options)
         device = resolve_device(options.device)
@@ -82,17 +85,24 @@ def merge_patches(
         side = merged_side_files(side, inputs, options)
         notes += _retain_notes(inputs, options)
         what = (plan, inputs.base, inputs.paths, identity, "merge-multi", side, manifest_of(inputs, facts, options))
-        begun = target.begin(*what, announce=announce)
+        begun = target.begin(*what, announce=announce, divided=True)
         if isinstance(begun, PatchReport):
             return begun
         outputs = stack.enter_context(begun)
         timer = StageTimer(device)
-        records = _write_all(plan, inputs, options, outputs, device, timer, progress)
+        own = own_tensors(
+            [tensor for tensor in plan.tensors if tensor.name not in outputs.records],
+            partial(merge_work, inputs=inputs),
+        )
+        records = _write_all(plan, own, inputs, options, outputs, device, timer, progress)
         timer.seconds["write"] = outputs.seconds
+        shares = shares_of_ranks(own, started)
+        records = joined_records(records, outputs.records)
         ordered = [records[name] for name in inputs.base.tensors]
         described = described_options(inputs, options)
         seconds = perf_counter() - started
-        report = PatchReport("merge-multi", described, facts, ordered, dict(timer.seconds), seconds, notes)
+        stages = dict(timer.seconds)
+        report = PatchReport("merge-multi", described, facts, ordered, stages, seconds, notes, ranks=shares)
         outputs.finish(report, watch)
         return report
 
@@ -105,6 +115,7 @@ def described_options(inputs: MergeInputs, options: MergeOptions) -> dict[str, A
 
 def _write_all(
     plan: Plan,
+    own: list[TensorPlan],
     inputs: MergeInputs,
     options: MergeOptions,
     outputs: Outputs,
@@ -112,14 +123,14 @@ def _write_all(
     timer: StageTimer,
     progress: bool,
 ) -> dict[str, TensorRecord]:
-    """Merge and write each tensor that an earlier run has not written; gives the records of all."""
+    """Merge and write this rank's ``own`` tensors, which no earlier run has written; the records of these and those."""
     records = dict(outputs.records)
-    todo = [tensor for tensor in plan.tensors if tensor.name not in records]
+    done = [tensor for tensor in plan.tensors if tensor.name in records]
     digests = {name: tensor.digest for name, tensor in inputs.tasks[0].patch.base.items()}
-    with progress_bar(plan.tensors, "merging", progress) as bar:
-        bar.start_at(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
+    with progress_bar([*done, *own], "merging", progress) as bar:
+        bar.start_at(sum(tensor.nbytes for tensor in done))
         try:
-            for tensor, merged in _merged(todo, inputs, options, device, timer):
+            for tensor, merged in _merged(own, inputs, options, device, timer):
                 record = records[tensor.name] = _record(tensor, merged)
                 with timer.stage("wait for write"):
                     if merged is None:

@@ -21,9 +21,12 @@ from tailorcli.models.naming import open_for
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.view import side_sources
+from tailorcli.patching.apply import check_share
 from tailorcli.patching.checks import check_pair, check_stats
+from tailorcli.runs.divided import Work
 from tailorcli.runs.plan import RUNTIME_BYTES, Plan, TensorPlan, group_by_hessian, most_patch_bytes
 
+_PER_BYTE = 64  # multiplications in the time of reading a byte
 _WORK_ARRAYS = 8  # of a row chunk: start, target, the tasks' distances, products, the solver's own
 
 
@@ -65,10 +68,12 @@ class MergeInputs:
         options: MergeOptions,
         stack: ExitStack,
         distilled: bool = False,
+        divided: bool = False,
     ) -> MergeInputs:
         """Open all, check every byte of the patches, and find each patch its model and statistics by fingerprint.
 
-        With ``distilled`` every task needs both, whatever the method. Raises OptionsError for inputs that do not
+        With ``distilled`` every task needs both, whatever the method; with ``divided`` each rank checks its share of
+        the patches. Raises OptionsError for inputs that do not
         belong together, PatchError for a damaged patch.
         """
         _check_counts(patches, tuned, stats, options, distilled)
@@ -81,7 +86,7 @@ class MergeInputs:
         for path in patches:
             patch = stack.enter_context(PatchFile.open(path))
             patch.check_base(opened)
-            patch.check()
+            check_share(patch) if divided else patch.check()
             tasks.append(Task(patch))
         models = [stack.enter_context(open_for(opened, path)) for path in tuned]
         folders = [Stats.open(path) for path in stats]
@@ -281,6 +286,18 @@ def _hessian_bytes(names: tuple[str, ...], inputs: MergeInputs) -> int:
 
 def _hessian_size(names: tuple[str, ...], inputs: MergeInputs) -> int:
     return max(t.stats.hessians[name].size for t, name in zip(inputs.tasks, names, strict=True) if t.stats)
+
+
+def merge_work(tensor: TensorPlan, inputs: MergeInputs) -> Work:
+    """How much work the tasks' Hessians are, once for all tensors that share them, and a tensor is itself."""
+    if tensor.action != "patch":
+        return 0.0, float(_PER_BYTE * 2 * tensor.nbytes)
+    count, names = len(inputs.tasks), tensor.task_hessians
+    each = float((2 * count + 2) * _PER_BYTE * tensor.nbytes)
+    if not names or inputs.tasks[0].stats is None or inputs.tasks[0].stats.hessians[names[0]].kind != "full":
+        return 0.0, each
+    size = _hessian_size(names, inputs)
+    return float(size**3 + 2 * count * _PER_BYTE * size**2), each + (16 + 2 * count) * tensor.numel * size
 
 
 def merge_working_set(tensor: TensorPlan, inputs: MergeInputs) -> int:

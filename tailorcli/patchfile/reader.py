@@ -6,7 +6,7 @@ The header's metadata says what the patch is of, for which base, and how it was 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -188,12 +188,13 @@ class PatchFile:
     def _bytes(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return self._store.read(name).numpy()
 
-    def check(self) -> None:
+    def check(self, names: Iterable[str] | None = None) -> None:
         """Read everything once: digests are right, masks fit their tensors and keep what the metadata says.
 
-        Raises PatchError where they do not.
+        Of tensors only those with these ``names``, where they are given. Raises PatchError where they do not.
         """
-        for name, tensor in self.tensors.items():
+        for name in self.tensors if names is None else names:
+            tensor = self.tensors[name]
             codes = self._bytes(MASK + name)
             try:
                 kept = check(tensor.coding, codes, self.base[name].numel)

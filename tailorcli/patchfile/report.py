@@ -42,6 +42,7 @@ class PatchReport:
     notes: tuple[str, ...] = ()  # what the user should know besides; not in the report file
     distillation: dict[str, Any] | None = None  # options, losses and best step, where the kept entries were trained
     is_earlier: bool = False  # of a run that had finished before this one was asked to go on with it
+    ranks: tuple[dict[str, Any], ...] = ()  # what each of several did; not in the report file
 
     @property
     def totals(self) -> dict[str, Any]:

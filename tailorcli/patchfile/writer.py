@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ from tailorcli.checkpoint.header import TensorInfo, build_header, header_entry
 from tailorcli.checkpoint.journal import Journal, WriteQueue, write_all
 from tailorcli.errors import OutputError
 from tailorcli.files import as_output_error, digest_of
-from tailorcli.patchfile.coding import CODINGS, PADDING, encode, pad_byte
+from tailorcli.patchfile.coding import CODINGS, PADDING, pad_byte
 from tailorcli.patchfile.manifest import PatchTensor, SideFile, read_patch_tensor
 from tailorcli.patchfile.reader import (
     FILE,
@@ -23,9 +23,20 @@ from tailorcli.patchfile.reader import (
     MASK,
     METADATA_KEY,
     VALUES,
-    raw_bytes,
 )
 from tailorcli.patchfile.report import REPORT_FILE
+from tailorcli.patchfile.spool import (
+    Placed,
+    Spooled,
+    SpoolWriter,
+    encode_kept,
+    padding_after,
+    placed_in_order,
+    ranks_with_spools,
+    remove_spools,
+    spooled_earlier,
+    unfinished,
+)
 from tailorcli.system import open_for_writing, sync_path
 from tailorcli.typed import list_of, read_count, read_text
 
@@ -41,6 +52,9 @@ class PatchWriter:
 
     The data are appended to ``FILE.part`` behind room for the header, whose size is known beforehand but whose
     content is not. ``FILE.journal`` lists what is safely written.
+
+    Where several ranks write, each spools its tensors (``patchfile.spool``), and so does a single one that goes on
+    after them: ``places`` and ``take`` then come before ``finish``.
     """
 
     def __init__(
@@ -52,11 +66,12 @@ class PatchWriter:
         side: dict[str, bytes | str],
         identity: dict[str, Any],
         resume: bool,
+        divided: bool = False,
     ) -> None:
-        """Open the file for writing.
+        """Open the file for writing; ``divided`` among ranks, of which this is the first.
 
         ``shapes`` are the tensors to come, in order; ``side`` maps side files to bytes, or to their digest where
-        the base has the same.
+        the base has the same. Raises OutputError.
         """
         self.file = file
         self.done: dict[str, dict[str, Any]] = {}
@@ -70,26 +85,37 @@ class PatchWriter:
         self._needed = self._longest_header()
         self._reserved = self._needed + _SPARE
         self._position = self._reserved
-        self._part = file.with_name(file.name + ".part")
+        self._part = unfinished(file)
         self._journal = Journal(file.with_name(file.name + ".journal"))
         self._queue = WriteQueue("patch writer")
+        self._spooled: dict[str, Spooled] = {}  # that wait in the spools of earlier runs
+        self._spool: SpoolWriter | None = None
         try:
             if resume and self._journal.path.exists() and self._part.exists():
                 self._restore(self._journal.load(identity, file))
+                self._restore_spools(identity)
             else:
+                remove_spools(file)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 self._journal.path.unlink(missing_ok=True)
                 self._part.write_bytes(b"")
                 self._journal.start(identity)
             self._descriptor: int = open_for_writing(self._part)
             os.ftruncate(self._descriptor, self._position)
+            if divided or self._spooled or ranks_with_spools(file):
+                self._spool = SpoolWriter(file, 0, identity, self.done, base)
         except OSError as error:
             raise as_output_error(file, error) from error
 
     @property
+    def is_spooled(self) -> bool:
+        """Whether tensors are spooled, and take their places only in the end."""
+        return self._spool is not None
+
+    @property
     def seconds(self) -> float:
         """Seconds that the thread has worked."""
-        return self._queue.seconds
+        return self._queue.seconds + (self._spool.seconds if self._spool is not None else 0.0)
 
     def _restore(self, entries: list[dict[str, Any]]) -> None:
         damaged = OutputError(f"cannot resume {self.file}: its journal is damaged", "start anew with --overwrite")
@@ -119,18 +145,33 @@ class PatchWriter:
         if self._entries and self._part.stat().st_size < self._position:
             raise damaged
 
+    def _restore_spools(self, identity: dict[str, Any]) -> None:
+        for entry, spooled in spooled_earlier(self.file, identity):
+            name = str(entry["name"])
+            if name not in self._base_tensors or (spooled is not None and name not in self._infos):
+                raise OutputError(f"cannot resume {self.file}: its journal is damaged", "start anew with --overwrite")
+            self._base_tensors[name]["sha256"] = entry["sha256"]
+            self.done[name] = dict(entry["record"])
+            if spooled is not None:
+                self._spooled[name] = spooled
+
     def write(self, name: str, mask: Tensor, patched: Tensor, record: dict[str, Any], base_digest: str) -> None:
         """Queue a tensor: its mask, its final values (of which the kept ones are stored), its report.
 
         ``base_digest`` is the SHA-256 of the base's bytes.
         """
+        if self._spool is not None:
+            self._spool.write(name, mask, patched, record, base_digest)
+            return
         flat, values = mask.detach().cpu().reshape(-1), patched.detach().cpu().reshape(-1)
         if name not in self.done:
             self._queue.submit(lambda: self._write_now(name, flat, values, record, base_digest))
 
     def note(self, name: str, record: dict[str, Any]) -> None:
         """Queue a tensor that stays at base: only the digest of its bytes is taken down."""
-        if name not in self.done:
+        if self._spool is not None:
+            self._spool.note(name, record)
+        elif name not in self.done:
             self._queue.submit(lambda: self._note_now(name, record))
 
     def _note_now(self, name: str, record: dict[str, Any]) -> None:
@@ -142,14 +183,10 @@ class PatchWriter:
     def _write_now(self, name: str, mask: Tensor, patched: Tensor, record: dict[str, Any], base_digest: str) -> None:
         import numpy as np
 
-        entries = np.frombuffer(raw_bytes(patched), dtype=f"V{patched.element_size()}")
-        parts = [entries[:0]]
-        coding, codes = encode(mask.numpy(), lambda places: parts.append(entries[places]))
-        padding = -(self._position + codes.size) % (PADDING + 1)
+        coding, codes, kept, values = encode_kept(mask, patched)
+        padding = padding_after(self._position, codes.size)
         codes = np.append(codes, np.full(padding, pad_byte(coding), dtype=np.uint8))
-        kept = np.concatenate(parts)
-        values = kept.view(np.uint8).data if kept.size else memoryview(b"")
-        entry = PatchTensor(kept.size, coding, digest_of(codes.data, values))
+        entry = PatchTensor(kept, coding, digest_of(codes.data, values))
         try:
             write_all(self._descriptor, codes.data, self._position)
             write_all(self._descriptor, values, self._position + codes.size)
@@ -165,9 +202,35 @@ class PatchWriter:
         self.done[name] = record
 
     def drain(self) -> None:
-        """Wait until everything queued is written and journaled."""
+        """Wait until everything queued is written and journaled. Raises OutputError."""
+        if self._spool is not None:
+            self._spool.drain()
         self._queue.submit(self._journal.sync)
         self._queue.drain()
+
+    @property
+    def spool(self) -> SpoolWriter | None:
+        """What this rank has spooled, where tensors are."""
+        return self._spool
+
+    def places(self, spooled: Mapping[str, Spooled], digests: Mapping[str, str]) -> dict[str, Placed]:
+        """Where each tensor that waits in a spool goes; ``spooled`` are those of this run, of all ranks.
+
+        ``digests`` are the SHA-256 of the base's bytes of every tensor of this run. The order is that of one process.
+        """
+        for name, digest in digests.items():
+            self._base_tensors[name]["sha256"] = digest
+        self._spooled.update(spooled)
+        return placed_in_order(
+            {name: self._spooled[name] for name in self._infos if name in self._spooled}, self._position
+        )
+
+    def take(self, places: Mapping[str, Placed], digests: Mapping[str, str]) -> None:
+        """Take note of tensors that lie in their ``places`` now; ``digests`` are of their masks and values."""
+        for name, place in places.items():
+            self._entries[name] = PatchTensor(place.spooled.kept, place.spooled.coding, digests[name])
+            self._sizes[name] = (place.codes, place.spooled.values)
+            self._position = place.end
 
     def finish(self, report: str) -> None:
         """The side files and the report, then the header, then the file's name. Raises OutputError."""
@@ -186,7 +249,10 @@ class PatchWriter:
             os.fsync(self._descriptor)
             self._close_file()  # Windows names no open file anew
             self._part.replace(self.file)
-            self._journal.path.unlink(missing_ok=True)
+            if self._spool is not None:
+                self._spool.close()
+                remove_spools(self.file)
+            self._journal.path.unlink(missing_ok=True)  # the last: it tells that there is more to take away
             sync_path(self.file.parent)
         except OSError as error:
             raise as_output_error(self.file, error) from error
@@ -231,6 +297,8 @@ class PatchWriter:
     def close(self) -> None:
         """Stop the thread and close the file; what is written stays for ``resume``."""
         self._queue.close()
+        if self._spool is not None:
+            self._spool.close()
         if self._descriptor >= 0:
             if self._journal.path.exists():  # not where all is finished
                 with suppress(OutputError):
@@ -245,6 +313,7 @@ class PatchWriter:
         """Remove all that was written: after an error that no resumed run could get over."""
         self.close()
         self._part.unlink(missing_ok=True)
+        remove_spools(self.file)
         self._journal.path.unlink(missing_ok=True)
 
 

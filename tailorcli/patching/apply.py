@@ -13,6 +13,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.layout import plan_layout
 from tailorcli.checkpoint.readahead import ReadAhead
+from tailorcli.distributed import mine, now_on, wait_for_all
 from tailorcli.errors import PatchError
 from tailorcli.files import PathLike
 from tailorcli.guard import Watch
@@ -20,6 +21,7 @@ from tailorcli.hub import local_folder
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport
 from tailorcli.patchfile.view import patched_tensor, side_sources
+from tailorcli.runs.divided import Work, own_tensors, shares_of_ranks
 from tailorcli.runs.outputs import Target, progress_bar
 from tailorcli.runs.plan import RUNTIME_BYTES, Plan, TensorPlan
 
@@ -67,7 +69,7 @@ def apply_patch(
     started = perf_counter()
     target = Target.of(output, None, resume=resume, overwrite=overwrite)
     with ExitStack() as stack:
-        opened, file = open_both(local_folder(base), patch, stack)
+        opened, file = open_both(local_folder(base), patch, stack, divided=True)
         watch = Watch([*opened.shards, file.path])
         plan = plan_of_patch(opened, file, max_shard_size)
         identity = {
@@ -82,15 +84,17 @@ def apply_patch(
             *(plan, opened, [opened.path, file.path], identity, "apply", side),
             announce=announce,
             before_replacing=lambda: file.check_base(opened, thorough=True),
+            divided=True,
         )
         if isinstance(begun, PatchReport):
             return begun
         outputs = stack.enter_context(begun)
-        bar = stack.enter_context(progress_bar(plan.tensors, "applying", progress))
-        bar.start_at(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in outputs.done))
-        todo = [tensor for tensor in plan.tensors if tensor.name not in outputs.done]
+        done = [tensor for tensor in plan.tensors if tensor.name in outputs.done]
+        own = own_tensors([tensor for tensor in plan.tensors if tensor.name not in outputs.done], _work)
+        bar = stack.enter_context(progress_bar([*done, *own], "applying", progress))
+        bar.start_at(sum(tensor.nbytes for tensor in done))
         try:
-            for tensor, patched in _patched_tensors(todo, opened, file):
+            for tensor, patched in _patched_tensors(own, opened, file):
                 if patched is None:
                     outputs.copy(tensor.name, opened, None, file.base[tensor.name].digest)
                 else:
@@ -101,19 +105,38 @@ def apply_patch(
             outputs.discard()
             raise
         text = file.side_file(REPORT_FILE).decode()
+        shares = shares_of_ranks(own, started)
         seconds = perf_counter() - started
-        report = replace(file.report(), command="apply", seconds=seconds, notes=notes)
+        report = replace(file.report(), command="apply", seconds=seconds, notes=notes, ranks=shares)
         outputs.finish(report, watch, text)
         return report
 
 
-def open_both(base: PathLike, patch: PathLike, stack: ExitStack) -> tuple[Checkpoint, PatchFile]:
-    """Both opened, every byte of the patch checked, and the base's headers and samples."""
+def open_both(base: PathLike, patch: PathLike, stack: ExitStack, divided: bool = False) -> tuple[Checkpoint, PatchFile]:
+    """Both opened, every byte of the patch checked, and the base's headers and samples.
+
+    With ``divided`` each rank checks its share of the patch, and all wait for one another. Raises TailorError.
+    """
     file = stack.enter_context(PatchFile.open(patch))
     opened = stack.enter_context(Checkpoint.open(base))
     file.check_base(opened)
-    file.check()
+    if not divided:
+        file.check()
+        return opened, file
+    check_share(file)
+    wait_for_all("the patch file to be checked")
     return opened, file
+
+
+def check_share(file: PatchFile) -> None:
+    """Check a rank's share of a patch file. Raises PatchError."""
+    names = list(file.tensors)
+    file.check([names[position] for position in mine([file.nbytes_of(name) for name in names])])
+
+
+def _work(tensor: TensorPlan) -> Work:
+    """A tensor is read and written, and one that changes is put together."""
+    return 0.0, float(tensor.nbytes * (4 if tensor.action == "patch" else 2))
 
 
 def plan_of_patch(base: Checkpoint, file: PatchFile, max_shard_size: int | None) -> Plan:
@@ -152,6 +175,8 @@ def _patched_tensors(
     made = iter(reader)
     try:
         for tensor in tensors:
+            now_on(tensor.name)
             yield tensor, next(made) if tensor.name in file.tensors else None
+        now_on("")
     finally:
         reader.close()

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.options import KeepOptions, PatchOptions
+from tailorcli.runs.divided import Work
 from tailorcli.runs.plan import TensorPlan
+
+if TYPE_CHECKING:
+    from tailorcli.patching.stream import PatchInputs
 
 _CHUNK_BYTES = 64 << 20
 COMPARED = 32  # samples of each kind on which propagation runs both unpatched models, to say how far they are apart
 _WORK_BYTES = 12 * _CHUNK_BYTES  # the solver's work arrays, bounded by the row chunks in core.solvers
 
+
+_PER_BYTE, _PER_ENTRY = 64, 200  # multiplications in the time of reading a byte; of scoring and choosing an entry
 
 _TRANSFORMERS_BYTES = 300 << 20  # and what graft needs besides
 
@@ -82,6 +89,27 @@ def bytes_to_read(tensors: list[TensorPlan], tuned: Checkpoint, stats: Stats | N
         for name in {h for t in tensors for h in t.retained_hessians}
         if retain_stats is not None
     )
+
+
+def work_of(tensor: TensorPlan, inputs: PatchInputs, options: PatchOptions) -> Work:
+    """How much work its Hessians are, once for all tensors that share them, and it is itself: in multiplications.
+
+    A byte that is read or written counts as some of them.
+    """
+    if tensor.action != "patch":
+        return 0.0, float(_PER_BYTE * tensor.nbytes)
+    each = float(_PER_BYTE * (2 * tensor.nbytes + inputs.tuned.read_cost(tensor.name)) + _PER_ENTRY * tensor.numel)
+    if options.method == "dg-hard":
+        each += 20.0 * tensor.numel * min(tensor.shape[-2:], default=0)
+    stats = inputs.stats
+    full = [stats.hessians[h].size for h in tensor.hessians if stats.hessians[h].kind == "full"] if stats else []
+    if not full:
+        return 0.0, each
+    kinds = 2 if tensor.retained_hessians else 1
+    prepared = sum(size**3 + kinds * _PER_BYTE * 2.0 * size**2 for size in full)
+    per_channel = {"none": 2, "sequential": 4, "joint": 16}[options.solver]
+    each += per_channel * tensor.numel * max(full)
+    return (0.0, each + prepared) if tensor.experts else (prepared, each)
 
 
 def working_set(tensor: TensorPlan, tuned: Checkpoint, stats: Stats | None, options: PatchOptions) -> int:

@@ -35,8 +35,9 @@ from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs
 from tailorcli.patching.teacher import with_teacher
 from tailorcli.patching.three_models import options_of
-from tailorcli.runs.outputs import Outputs, Target, identity_of, progress_bar, records_of
+from tailorcli.runs.outputs import Target, identity_of, progress_bar
 from tailorcli.runs.plan import Plan, TrainingPlan
+from tailorcli.runs.writing import Outputs, records_of
 
 if TYPE_CHECKING:
     import torch

@@ -21,6 +21,7 @@ from tailorcli.checkpoint.header import read_header
 from tailorcli.data.records import Record, read_records
 from tailorcli.data.samples import draw_samples, make_batches
 from tailorcli.device import is_out_of_memory
+from tailorcli.distributed import ranks, wait_for_all
 from tailorcli.errors import CheckpointError, DataError, NumericalError, OptionsError, OutputError, first_line
 from tailorcli.files import PathLike, parse_json
 from tailorcli.models.config import processor_folder, read_config
@@ -125,10 +126,14 @@ def trained_masks(
     device: torch.device,
     progress: bool,
 ) -> MaskFile:
-    """The masks beside ``output``: trained now, or before this very run (``identity``) was interrupted."""
+    """The masks beside ``output``: trained now, or before this very run (``identity``) was interrupted.
+
+    Of several ranks the first trains them. Raises TailorError.
+    """
     masks = MaskFile.beside(output)
-    if not options.resume or masks.identity() != identity:
+    if ranks().first and (not options.resume or masks.identity() != identity):
         masks.write(train_masks(plan.patched, base, tuned, data, options, device, progress), identity)
+    wait_for_all("graft's masks to be trained")
     return masks
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.device import StageTimer
+from tailorcli.distributed import gathered, mine, ranks, summed_
 from tailorcli.errors import NumericalError
 from tailorcli.options import RELEASED, PatchOptions
 from tailorcli.runs.plan import TensorPlan
@@ -96,23 +97,25 @@ def tensor_seed(seed: int, name: str) -> int:
 
 @dataclass
 class GlobalCut:
-    """The threshold, and how many of the entries that equal it are still to be kept, in the order of the tensors."""
+    """The threshold, and how many of the entries that equal it are still to be kept, in the order of the tensors.
+
+    ``ties`` says it for each tensor, where not all of them are gone through in order.
+    """
 
     threshold: float
     ties_left: int
+    ties: dict[str, int] | None = None
 
     def mask(self, tensor: TensorPlan, base: Tensor, tuned: Tensor) -> Tensor:
-        """The mask of the next tensor."""
+        """The mask of the next tensor, or with ``ties`` of any."""
         from tailorcli.core.baselines import mask_above
 
-        mask, self.ties_left = mask_above(_delta(base, tuned), self.threshold, self.ties_left)
+        delta = _delta(base, tuned)
+        if self.ties is not None:
+            mask, _ = mask_above(delta, self.threshold, self.ties[tensor.name])
+        else:
+            mask, self.ties_left = mask_above(delta, self.threshold, self.ties_left)
         return mask.view(base.shape)
-
-    def skip(self, delta: Tensor) -> None:
-        """Take off what a tensor has taken that was patched earlier."""
-        from tailorcli.core.baselines import count_ties
-
-        self.ties_left -= min(self.ties_left, count_ties(delta, self.threshold))
 
 
 def find_cut(
@@ -125,26 +128,44 @@ def find_cut(
 ) -> GlobalCut:
     """The threshold above which round(density * all entries) lie, counting those that equal it as far as needed.
 
-    ``done`` are the first of ``tensors``, which an earlier run has patched: their share of the equal entries is
-    taken off, for which they are read once more. ``density`` must lie between 0 and 1, and not at the ends.
+    Some of ``tensors`` may be ``done`` by an earlier run, or their counting divided over ranks: all are then read once
+    more, to tell how many of the equal entries each keeps. ``density`` must lie between 0 and 1, and not at the ends.
+    Raises NumericalError.
     """
-    from tailorcli.core.baselines import digit_counts, no_counts, value_of_digits
+    from tailorcli.core.baselines import count_ties, digit_counts, no_counts, value_of_digits
     from tailorcli.core.scores import count_kept, digit_of_rank
 
     count = count_kept(density, sum(tensor.numel for tensor in tensors))
     if count == 0:
         return GlobalCut(float("inf"), 0)
+    own = [tensors[position] for position in mine([tensor.nbytes for tensor in tensors])]
     digits: list[int] = []  # the upper half of the threshold's bits, then the lower
     for _ in range(2):
         counts = no_counts()
-        for delta in _deltas(tensors, base, tuned, device):
+        for delta in _deltas(own, base, tuned, device):
             counts += digit_counts(delta, *digits)
-        digit, count = digit_of_rank(counts, count)
+        digit, count = digit_of_rank(summed_(counts), count)
         digits.append(digit)
     cut = GlobalCut(value_of_digits(*digits), count)
-    for delta in _deltas([tensor for tensor in tensors if tensor.name in done], base, tuned, device):
-        cut.skip(delta)
+    if done or not ranks().alone:
+        deltas = zip(own, _deltas(own, base, tuned, device), strict=True)
+        each = gathered({tensor.name: count_ties(delta, cut.threshold) for tensor, delta in deltas})
+        found = {name: ties for part in each for name, ties in part.items()}
+        cut.ties = shares_in_order([(tensor.name, found[tensor.name]) for tensor in tensors], count)
     return cut
+
+
+def shares_in_order(counts: Sequence[tuple[str, int]], total: int) -> dict[str, int]:
+    """How many of ``total`` fall to each name that takes up to its count, those that come first before the others.
+
+    >>> shares_in_order([("a", 2), ("b", 3), ("c", 1)], 4)
+    {'a': 2, 'b': 2, 'c': 0}
+    """
+    shares = {}
+    for name, count in counts:
+        shares[name] = min(count, total)
+        total -= shares[name]
+    return shares
 
 
 def _deltas(

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
+from tailorcli.distributed import ranks, told, wait_for_all
 from tailorcli.errors import OptionsError
 from tailorcli.files import PathLike
 from tailorcli.guard import Watch
 from tailorcli.options import AUTO, PatchOptions
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.carded import side_files_of
+from tailorcli.patching.cost import work_of
 from tailorcli.patching.graft import MaskFile, trained_masks
 from tailorcli.patching.methods import find_cut
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.run import Run
 from tailorcli.patching.stream import PatchInputs, tailored
 from tailorcli.patching.teacher import with_teacher
+from tailorcli.runs.divided import own_tensors
 from tailorcli.runs.outputs import Target, identity_of, progress_bar
-from tailorcli.runs.plan import Plan
+from tailorcli.runs.plan import Plan, TensorPlan
 
 if TYPE_CHECKING:
     from tailorcli.patching.methods import MaskOf
@@ -93,14 +97,15 @@ def score_checkpoint(
         options = inputs.told(options)
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain_stats)
         device = resolve_device(options.device)
-        bar = stack.enter_context(progress_bar(plan.patched, "scoring", progress))
+        own = own_tensors(plan.patched, partial(work_of, inputs=inputs, options=options))
+        bar = stack.enter_context(progress_bar(own, "scoring", progress))
         run = Run(inputs, options, device, StageTimer(device), bar=bar)
         for tensor in plan.left_at_base:
             run.note(tensor, None)
-        for tensor, result, _ in tailored(plan.patched, run, score_only=True):
+        for tensor, result, _ in tailored(own, run, score_only=True):
             run.note(tensor, result)
             run.advance(tensor)
-        return run.report("score", inputs.describe(), started)
+        return run.report("score", inputs.describe(), started, own)
 
 
 def patch_checkpoint(
@@ -136,7 +141,8 @@ def patch_checkpoint(
     _require_stored_rows(target, options)
     if options.teacher_weight == AUTO:
         plan_patch(base, tuned, output, stats, options, patch_file, retain, graft_data)
-        options = with_teacher(options, base, tuned, stats, teacher_data, progress)
+        options = told(with_teacher(options, base, tuned, stats, teacher_data, progress and ranks().first))
+        wait_for_all("the teacher's weight to be picked")  # none writes before all have checked
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, graft_data)
         inputs.sources = made_of or {}
@@ -165,35 +171,46 @@ def patch_opened(
         identity = identity_of(described, options.identity(inputs.retain_stats is not None), device)
         manifest = {"task": options.task, "license": options.license, "inputs": described}
         what = (plan, inputs.base, inputs.paths, identity, "patch", side, manifest)
-        begun = target.begin(*what, announce=announce)
+        begun = target.begin(*what, announce=announce, divided=not options.propagate)
         if isinstance(begun, PatchReport):
             return begun
         outputs = stack.enter_context(begun)
-        bar = stack.enter_context(progress_bar(plan.tensors, "patching", progress))
         records = dict(outputs.records)
-        bar.start_at(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
+        done = [tensor for tensor in plan.tensors if tensor.name in records]
+        own = _own(plan, inputs, options, records)
+        bar = stack.enter_context(progress_bar([*done, *own], "patching", progress))
+        bar.start_at(sum(tensor.nbytes for tensor in done))
         run = Run(inputs, options, device, StageTimer(device), outputs, bar=bar, records=records)
         trained, masks = _masks_first(target.place, plan, run, identity, progress)
-        _patch_all(plan, replace(run, masks=masks), target)
+        _patch_all(plan, own, replace(run, masks=masks), target)
         run.drain()
-        report = run.report("patch", described, started)
+        report = run.report("patch", described, started, own)
         outputs.finish(report, watch)
-        if trained is not None:
+        if trained is not None and ranks().first:
             trained.remove()
         return report
 
 
-def _patch_all(plan: Plan, run: Run, target: Target) -> None:
-    """Patch and write each tensor that an interrupted run has not written."""
+def _own(plan: Plan, inputs: PatchInputs, options: PatchOptions, done: Collection[str]) -> list[TensorPlan]:
+    """The tensors that this rank patches, of those that no interrupted run has ``done``."""
+    todo = [tensor for tensor in plan.tensors if tensor.name not in done]
+    if options.propagate:  # goes through the model in order: the first rank does it
+        return todo if ranks().first else []
+    return own_tensors(todo, partial(work_of, inputs=inputs, options=options))
+
+
+def _patch_all(plan: Plan, own: Sequence[TensorPlan], run: Run, target: Target) -> None:
+    """Patch and write this rank's tensors, which an interrupted run has not written."""
     if run.options.propagate:
         from tailorcli.patching.propagate import patch_propagated
 
+        if not ranks().first:
+            return
         scratch = target.folder if target.folder is not None else target.place.parent
         with exact_float32(), device_errors():
             patch_propagated(plan.tensors, run, scratch)
         return
-    todo = [tensor for tensor in plan.tensors if tensor.name not in run.records]
-    for tensor, result, digest in tailored(todo, run):
+    for tensor, result, digest in tailored(own, run):
         run.write(tensor, result, digest)
         del result
 

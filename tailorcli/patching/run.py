@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,9 @@ from tailorcli.options import PatchOptions
 from tailorcli.patchfile.records import TensorRecord, fields_of
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.stream import PatchInputs
-from tailorcli.runs.outputs import Outputs, records_of
+from tailorcli.runs.divided import joined_records, shares_of_ranks
 from tailorcli.runs.plan import TensorPlan
+from tailorcli.runs.writing import Outputs, records_of
 from tailorcli.terminal import Progress
 
 if TYPE_CHECKING:
@@ -96,11 +97,18 @@ class Run:
             self.outputs.drain()
         self.timer.seconds["write"] = self.outputs.seconds
 
-    def report(self, command: str, described: dict[str, dict[str, str]], started: float) -> PatchReport:
-        """What was done to each tensor of the base; ``described`` are the inputs, ``started`` is a perf_counter."""
-        ordered = [self.records[name] for name in self.inputs.base.tensors]
+    def report(
+        self, command: str, described: dict[str, dict[str, str]], started: float, own: Sequence[TensorPlan] = ()
+    ) -> PatchReport:
+        """What was done to each tensor of the base; ``described`` are the inputs, ``started`` is a perf_counter.
+
+        Of several ranks each calls it, with the tensors that were its ``own``.
+        """
+        shares = shares_of_ranks(own, started)
+        records = joined_records(self.records, self.outputs.records if self.outputs is not None else ())
+        ordered = [records[name] for name in self.inputs.base.tensors]
         stages, seconds = dict(self.timer.seconds), perf_counter() - started
-        return PatchReport(command, self.options.to_dict(), described, ordered, stages, seconds)
+        return PatchReport(command, self.options.to_dict(), described, ordered, stages, seconds, ranks=shares)
 
 
 def record_of(tensor: TensorPlan, result: LayerResult | None, run: Run, facts: dict[str, Any]) -> TensorRecord:

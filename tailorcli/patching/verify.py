@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from tailorcli.checkpoint.header import read_header
+from tailorcli.distributed import gathered, mine, now_on
 from tailorcli.errors import CheckpointError, other_base
 from tailorcli.files import PathLike, digest_of, read_json, same_bytes
 from tailorcli.guard import Watch
@@ -49,6 +51,15 @@ class VerifyReport:
         if len(self.problems) < MOST_PROBLEMS:
             self.problems.append({"tensor": name, "problem": problem, **details})
 
+    def join(self, parts: Sequence[VerifyReport], order: Sequence[str]) -> None:
+        """Add what was found of parts of the tensors; what is named comes in the ``order`` of the tensors' names."""
+        for part in parts:
+            for name in ("tensors", "entries", "kept", "changed", "wrong_tensors"):
+                setattr(self, name, getattr(self, name) + getattr(part, name))
+        places = {name: place for place, name in enumerate(order)}
+        found = sorted((problem for part in parts for problem in part.problems), key=lambda p: places[p["tensor"]])
+        self.problems = [*self.problems, *found][:MOST_PROBLEMS]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
         return {"ok": self.ok, **asdict(self)}
@@ -72,7 +83,6 @@ def verify_checkpoint(
         if patch is not None:
             file = stack.enter_context(PatchFile.open(patch))
             file.check_base(opened)
-            file.check()
         else:
             kept = _kept_by_report(found, opened)
         report = VerifyReport(str(found.path), "patch" if file is not None else "report")
@@ -80,13 +90,21 @@ def verify_checkpoint(
         for name in found.tensors:
             if name not in opened.tensors:
                 report.add(name, "the base has no such tensor")
-        bar = stack.enter_context(progress_bar(opened.tensors.values(), "verifying", progress))
-        for name, info in opened.tensors.items():
-            report.tensors += 1
-            report.entries += info.numel
-            _verify_tensor(name, opened, found, file, kept, report)
+        infos = list(opened.tensors.values())
+        own = [infos[position] for position in sorted(mine([info.nbytes for info in infos]))]
+        if file is not None:
+            file.check([info.name for info in own if info.name in file.tensors])
+        part = VerifyReport(report.checkpoint, report.against)
+        bar = stack.enter_context(progress_bar(own, "verifying", progress))
+        for info in own:
+            now_on(info.name)
+            part.tensors += 1
+            part.entries += info.numel
+            _verify_tensor(info.name, opened, found, file, kept, part)
             bar.update(info.nbytes)
+        now_on("")
         watch.require_unchanged()
+        report.join(gathered(part), list(opened.tensors))
         return report
 
 

@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 from tailorcli.checkpoint.readahead import ReadAhead
 from tailorcli.device import StageTimer, device_errors, exact_float32
+from tailorcli.distributed import now_on
 from tailorcli.errors import NumericalError
 from tailorcli.runs.plan import TensorPlan
 
@@ -37,6 +38,7 @@ def worked_on(
     loads = iter(reader)
     try:
         for tensor in tensors:
+            now_on(tensor.name)
             if tensor.action != "patch":
                 yield tensor, None
                 continue
@@ -49,6 +51,7 @@ def worked_on(
                     raise NumericalError(f"tensor {tensor.name!r}: {error.message}", error.hint) from error
             yield tensor, result
             del result
+        now_on("")
     finally:
         reader.close()
         timer.seconds["read"] = timer.seconds.get("read", 0.0) + reader.seconds

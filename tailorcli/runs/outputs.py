@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -12,24 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli._version import __version__
 from tailorcli.checkpoint.folder import INDEX_FILE, WORK_FOLDER, Checkpoint
-from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.writer import JOURNAL, CheckpointWriter
+from tailorcli.distributed import ranks, require_shared, told
 from tailorcli.errors import CheckpointError, OptionsError, OutputError, PatchError
 from tailorcli.files import as_output_error, digest_of, read_bytes, write_text_atomically
-from tailorcli.guard import OutputLock, Watch, entries, lock_file, protect
+from tailorcli.guard import OutputLock, entries, lock_file, protect
 from tailorcli.patchfile.reader import SUFFIX, PatchFile
-from tailorcli.patchfile.records import TensorRecord, read_record
 from tailorcli.patchfile.report import EVALUATION_FILE, REPORT_FILE, RUN_FILE, PatchReport, load_report
+from tailorcli.patchfile.spool import SpoolWriter, remove_spools
 from tailorcli.patchfile.writer import PatchWriter
 from tailorcli.runs.card import BASE_CARD, TUNED_CARD
 from tailorcli.runs.plan import Plan
 from tailorcli.runs.record import RunRecord, load_run
+from tailorcli.runs.writing import Outputs, Written
 from tailorcli.system import bytes_on_disk
 from tailorcli.terminal import Progress
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 _ANOTHER = "choose another folder for -o"
 _ANOTHER_FILE = "choose another name for --patch-file"
@@ -76,7 +77,8 @@ class Target:
             self._check_folder(self.folder)
         if self.patch_file is not None:
             self._check_patch_file(self.patch_file)
-        needed = ((self.folder, plan.write_bytes), (self.patch_file, plan.patch_bytes))
+        spooled = 1 if ranks().alone else 2  # ranks hold a patch file in parts until all have their places
+        needed = ((self.folder, plan.write_bytes), (self.patch_file, spooled * plan.patch_bytes))
         disks: dict[int, int] = {}  # bytes still to be written
         for path, nbytes in needed:
             if path is None:
@@ -135,13 +137,62 @@ class Target:
         manifest: dict[str, Any] | None = None,
         announce: Callable[[Plan], None] | None = None,
         before_replacing: Callable[[], None] | None = None,
+        divided: bool = False,
     ) -> Outputs | PatchReport:
         """Check that the plan can be written, and start; or the report of the same run, where it has finished earlier.
 
         ``inputs`` are the paths that no output may touch; ``side`` maps the names of side files to what is copied
         there; ``manifest`` goes into a patch file. ``announce`` is called with the plan when there is work to do,
-        ``before_replacing`` before a folder that is there is given up. Raises TailorError.
+        ``before_replacing`` before a folder that is there is given up. Of several ranks each calls it: the first
+        checks and starts, and with ``divided`` each writes what it is given, else the first alone. Raises TailorError.
         """
+        with ExitStack() as stack:
+            outputs: Outputs | None = None
+            begun: Written | PatchReport | None = None
+            if ranks().first:
+                what = (
+                    plan,
+                    base,
+                    inputs,
+                    identity,
+                    command,
+                    side,
+                    manifest or {},
+                    announce,
+                    before_replacing,
+                    divided,
+                )
+                started = self._begin(*what)
+                outputs = stack.enter_context(started) if isinstance(started, Outputs) else None
+                begun = started.written if isinstance(started, Outputs) else started
+            begun = told(begun)
+            assert begun is not None
+            if isinstance(begun, PatchReport):
+                return begun
+            for place in self._marks(begun):
+                require_shared(place)
+            stack.pop_all()
+            return outputs or self._join(plan, base, identity, side, begun, divided)
+
+    def _marks(self, written: Written) -> list[Path]:
+        """What the first rank has made, and every other must see."""
+        marks = [] if self.folder is None else [self.folder / WORK_FOLDER / JOURNAL]
+        return marks if self.patch_file is None or written.patch is None else [*marks, _journal_of(self.patch_file)]
+
+    def _begin(
+        self,
+        plan: Plan,
+        base: Checkpoint,
+        inputs: Sequence[Path],
+        identity: dict[str, Any],
+        command: str,
+        side: Mapping[str, Path | bytes],
+        manifest: dict[str, Any],
+        announce: Callable[[Plan], None] | None,
+        before_replacing: Callable[[], None] | None,
+        divided: bool,
+    ) -> Outputs | PatchReport:
+        """``begin`` of the first rank."""
         self.check(inputs, plan)
         finished = self.finished(identity, command)
         if finished is not None:
@@ -151,7 +202,40 @@ class Target:
             announce(plan)
         if before_replacing is not None and self.overwrite and self.folder is not None and self.folder.exists():
             before_replacing()
-        return self._open(plan, base, identity, manifest or {}, side)
+        return self._open(plan, base, identity, manifest, side, divided and not ranks().alone)
+
+    def _join(
+        self,
+        plan: Plan,
+        base: Checkpoint,
+        identity: dict[str, Any],
+        side: Mapping[str, Path | bytes],
+        written: Written,
+        divided: bool,
+    ) -> Outputs:
+        """Take part, as a further rank, in what the first has begun and found ``written``."""
+        rank = ranks().rank
+        with ExitStack() as stack:
+            folder, patch = None, None
+            if divided and self.patch_file is not None and written.patch is not None:
+                patch = SpoolWriter(self.patch_file, rank, identity, written.patch, base)
+                stack.callback(patch.close)
+            if divided and self.folder is not None:
+                folder = CheckpointWriter(self.folder, plan.layout, identity, self.resume, rank, written.folder)
+                stack.callback(folder.close)
+            copies = {tensor.name: tensor.copies for tensor in plan.tensors}
+            return Outputs(
+                (self.folder, self.patch_file),
+                folder,
+                patch,
+                written,
+                plan.layout,
+                side,
+                identity,
+                copies,
+                stack.pop_all(),
+                ExitStack(),
+            )
 
     def finished(
         self, identity: dict[str, Any], command: str, aside: Container[str] = frozenset()
@@ -188,7 +272,7 @@ class Target:
             if not work.exists() and not lock_file(place, folder=is_folder).exists():
                 continue
             with suppress(OutputError, OSError), OutputLock(place, folder=is_folder):  # it may be there to be read only
-                shutil.rmtree(work, ignore_errors=True) if is_folder else work.unlink(missing_ok=True)
+                shutil.rmtree(work, ignore_errors=True) if is_folder else _remove_journals(place)
 
     def _patch_is_finished(self, identity: dict[str, Any], aside: Container[str] = frozenset()) -> bool:
         """Whether the patch file, if one is asked for, is there whole; another run's is an error."""
@@ -210,6 +294,7 @@ class Target:
         identity: dict[str, Any],
         manifest: dict[str, Any],
         side: Mapping[str, Path | bytes],
+        divided: bool,
     ) -> Outputs:
         """Start writing, or go on after what an interrupted run has safely written."""
         with ExitStack() as locks, ExitStack() as stack:
@@ -221,14 +306,14 @@ class Target:
                 locks.enter_context(OutputLock(self.patch_file, folder=False))
                 self._check_patch_file(self.patch_file)
             if self.patch_file is not None and self.resume and self._patch_is_finished(identity):
-                _journal_of(self.patch_file).unlink(missing_ok=True)  # that it was ended before it could remove
+                _remove_journals(self.patch_file)  # that it was ended before it could remove
             elif self.patch_file is not None:
                 if self.overwrite:
                     self.patch_file.unlink(missing_ok=True)
                 infos = [base.tensors[name] for tensor in plan.patched for name in tensor.names]
                 contents = _differing(side, base)
                 full = {**manifest, "run": identity}
-                patch_writer = PatchWriter(self.patch_file, base, infos, full, contents, identity, self.resume)
+                patch_writer = PatchWriter(self.patch_file, base, infos, full, contents, identity, self.resume, divided)
                 stack.callback(patch_writer.close)
             if self.folder is not None:
                 unfinished = (self.folder / WORK_FOLDER / JOURNAL).exists()
@@ -239,127 +324,19 @@ class Target:
                 folder_writer = CheckpointWriter(self.folder, plan.layout, identity, self.resume)
                 stack.callback(folder_writer.close)
             copies = {tensor.name: tensor.copies for tensor in plan.tensors}
-            return Outputs(folder_writer, patch_writer, side, identity, copies, stack.pop_all(), locks.pop_all())
-
-
-class Outputs:
-    """The open outputs of a run; ``done`` names what is written already, ``records`` says what was done to it."""
-
-    def __init__(
-        self,
-        folder: CheckpointWriter | None,
-        patch: PatchWriter | None,
-        side: Mapping[str, Path | bytes],
-        identity: dict[str, Any],
-        copies: Mapping[str, tuple[str, ...]],
-        stack: ExitStack,
-        locks: ExitStack,
-    ) -> None:
-        self._folder = folder
-        self._patch = patch
-        self._side = side
-        self._identity = identity
-        self._copies = copies
-        self._stack = stack
-        self._locks = locks
-        self.wants_digest = patch is not None
-        written = [writer.done for writer in (folder, patch) if writer is not None]
-        found = {name: record for name, record in written[0].items() if all(name in done for done in written)}
-        # A tensor that is stored under further names is done when all of these are.
-        self.done = frozenset(name for name in found if all(copy in found for copy in copies.get(name, ())))
-        self.records = {name: _record_again(found[name]) for name in self.done if found[name]}
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of writing."""
-        return sum(writer.seconds for writer in (self._folder, self._patch) if writer is not None)
-
-    def write(
-        self, name: str, patched: Tensor, mask: Tensor | None, record: TensorRecord | None, base_digest: str
-    ) -> None:
-        """Queue a patched tensor; mask and digest of the base are for a patch file (``wants_digest``)."""
-        for each, own in self._by_name(name, record):
-            if self._folder is not None and each not in self._folder.done:
-                self._folder.write(each, patched, _plain(own))
-            if self._patch is not None and mask is not None and each not in self._patch.done:
-                self._patch.write(each, mask, patched, _plain(own), base_digest)
-
-    def copy(self, name: str, base: Checkpoint, record: TensorRecord | None, digest: str | None = None) -> None:
-        """Queue a tensor that stays as it is in the base; with a ``digest`` its bytes must have it."""
-        for each, own in self._by_name(name, record):
-            if self._folder is not None and each not in self._folder.done:
-                self._folder.copy(each, base, _plain(own), digest)
-            if self._patch is not None and each not in self._patch.done:
-                self._patch.note(each, _plain(own))
-
-    def _by_name(self, name: str, record: TensorRecord | None) -> list[tuple[str, TensorRecord | None]]:
-        """A tensor's record under each of its names."""
-        copies = self._copies.get(name, ())
-        if record is None:
-            return [(each, None) for each in (name, *copies)]
-        return [*records_of(name, copies, record).items()]
-
-    def read(self, name: str, like: TensorInfo) -> Tensor | None:
-        """The value of a tensor of ``done`` from the checkpoint that is being written; None where none is."""
-        return None if self._folder is None else self._folder.read(name, like)
-
-    def drain(self) -> None:
-        """Wait until everything is written."""
-        for writer in (self._patch, self._folder):
-            if writer is not None:
-                writer.drain()
-
-    def finish(self, report: PatchReport, watch: Watch, text: str | None = None) -> None:
-        """Give the outputs their names, the patch file first: a folder that loads comes last.
-
-        ``watch`` is over all that was read: what was made of files that have changed since is removed, and
-        CheckpointError raised. ``text`` is what the report file shall hold, if it is not ``report`` itself.
-        """
-        try:
-            watch.require_unchanged()
-        except CheckpointError:
-            self.discard()
-            raise
-        text = report.to_json() if text is None else text
-        if self._patch is not None:
-            self._patch.finish(text)
-        if self._folder is not None:
-            texts = {REPORT_FILE: text, RUN_FILE: RunRecord.of(report, self._identity, len(self.done)).to_json()}
-            self._folder.finish(self._side, texts)
-
-    def discard(self) -> None:
-        """Remove what was written, after an error that no resumed run could get over."""
-        self._stack.close()
-        for writer in (self._folder, self._patch):
-            if writer is not None:
-                writer.discard()
-        self._locks.close()
-
-    def __enter__(self) -> Outputs:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-        self._locks.close()
-
-
-def _plain(record: TensorRecord | None) -> dict[str, Any]:
-    """A record as a journal holds it."""
-    return {} if record is None else record.to_dict()
-
-
-def _record_again(value: dict[str, Any]) -> TensorRecord:
-    """A record as an interrupted run wrote it into its journal. Raises OutputError."""
-    try:
-        return read_record(value)
-    except ValueError as error:
-        raise OutputError(f"cannot resume: the journal is damaged: {error}", "start anew with --overwrite") from error
-
-
-def records_of(name: str, copies: Iterable[str], record: TensorRecord) -> dict[str, TensorRecord]:
-    """The record of a tensor and, with a note, of its copies under further names."""
-    shown = f"one tensor with {name}"
-    return {name: record} | {copy: replace(record, name=copy, note=shown) for copy in copies}
+            written = Written(*(None if w is None else dict(w.done) for w in (folder_writer, patch_writer)))
+            ends = (stack.pop_all(), locks.pop_all())
+            return Outputs(
+                (self.folder, self.patch_file),
+                folder_writer,
+                patch_writer,
+                written,
+                plan.layout,
+                side,
+                identity,
+                copies,
+                *ends,
+            )
 
 
 def identity_of(
@@ -386,8 +363,8 @@ def write_report(report: PatchReport, path: Any) -> None:
 
 
 def progress_bar(tensors: Iterable[Any], what: str, shown: bool) -> Progress:
-    """Progress through the bytes of ``tensors``."""
-    return Progress(what, sum(tensor.nbytes for tensor in tensors), "B", shown=shown)
+    """Progress through the bytes of ``tensors``; of several ranks the first shows it."""
+    return Progress(what, sum(tensor.nbytes for tensor in tensors), "B", shown=shown and ranks().first)
 
 
 def existing_parent(path: Path) -> Path:
@@ -403,8 +380,7 @@ def free_bytes(path: Path) -> int:
 
 def _unfinished_bytes(path: Path) -> int:
     """Disk that the unfinished output of an earlier run takes up already."""
-    part = path.with_name(path.name + ".part")
-    files = path.rglob("*.part") if path.is_dir() else [part] if part.is_file() else []
+    files = path.rglob("*.part") if path.is_dir() else path.parent.glob(f"{glob.escape(path.name)}.*part")
     return sum(bytes_on_disk(file) for file in files)
 
 
@@ -431,6 +407,12 @@ def _finished_run(folder: Path, identity: dict[str, Any], aside: Container[str] 
 
 def _journal_of(patch_file: Path) -> Path:
     return patch_file.with_name(patch_file.name + ".journal")
+
+
+def _remove_journals(patch_file: Path) -> None:
+    """Take away what a finished patch file was made with, the journal that marks it last. Raises OSError."""
+    remove_spools(patch_file)
+    _journal_of(patch_file).unlink(missing_ok=True)
 
 
 def _differing(side: Mapping[str, Path | bytes], base: Checkpoint) -> dict[str, bytes | str]:

@@ -12,7 +12,7 @@ from tailorcli.errors import OutputError
 from tailorcli.files import read_json
 from tailorcli.patchfile.report import RUN_FILE, PatchReport, read_inputs
 from tailorcli.system import peak_memory
-from tailorcli.typed import field_of, maybe, read_amount, read_count, read_object, read_text
+from tailorcli.typed import field_of, list_of, maybe, read_amount, read_count, read_object, read_text
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,14 @@ class RunRecord:
     peak_memory_bytes: int | None
     python: str
     platform: str
+    ranks: tuple[dict[str, Any], ...] = ()  # of several: tensors, bytes and seconds of each
 
     @classmethod
     def of(cls, report: PatchReport, identity: dict[str, Any], resumed: int) -> RunRecord:
         """The record of the run that ends now; ``resumed`` tensors were written by an earlier one."""
         times = (report.seconds, report.stages)
         here = (platform.python_version(), platform.platform())
-        return cls(identity, report.inputs, *times, resumed, peak_memory(), *here)
+        return cls(identity, report.inputs, *times, resumed, peak_memory(), *here, report.ranks)
 
     def to_json(self) -> str:
         """The file's text."""
@@ -51,7 +52,13 @@ def read_run(value: Any) -> RunRecord:
         peak_memory_bytes=field_of(value, "peak_memory_bytes", maybe(read_count)),
         python=field_of(value, "python", read_text),
         platform=field_of(value, "platform", read_text),
+        ranks=tuple(field_of({"ranks": [], **value}, "ranks", list_of(_read_share))),  # early records have none
     )
+
+
+def _read_share(value: Any) -> dict[str, Any]:
+    counts = {name: field_of(value, name, read_count) for name in ("rank", "tensors", "bytes")}
+    return counts | {"seconds": field_of(value, "seconds", read_amount)}
 
 
 def _read_stages(value: Any) -> dict[str, float]:

@@ -26,6 +26,7 @@ from tailorcli.display.web.shell import data_of
 from tailorcli.evaluation.lm_eval import read_results
 from tailorcli.evaluation.tasks import read_tasks
 from tailorcli.models.config import num_positions, read_config, require_buildable
+from tailorcli.patchfile.spool import spooled_earlier
 from tailorcli.patching.graft import MaskFile
 from tailorcli.runs.card import CARD, Source
 from tailorcli.runs.outputs import Target
@@ -202,6 +203,13 @@ def _others(folder):
 
     journal = folder / "journal.jsonl"
     _lines(journal, [{"identity": IDENTITY}, {"name": "a", "record": {}}, {"name": "b", "record": {"kept": 1}}])
+    spooled = folder / "p.rank1.journal"
+    waits = {"sha256": "d", "coding": "bits", "kept": 2, "at": 0, "bytes": [2, 8]}
+    _lines(
+        spooled,
+        [{"identity": IDENTITY}, {"name": "a", "record": {}, **waits}, {"name": "b", "record": {}, "sha256": "d"}],
+    )
+    (folder / "p.rank1.part").write_bytes(bytes(10))
     results = folder / "results.json"
     one = {"acc,none": 0.5, "acc_stderr,none": 0.01, "alias": "t"}
     results.write_text(json.dumps({"results": {"t": one, "u": {**one, "f1,none": 0.1}}, "model_name": "m"}))
@@ -228,6 +236,7 @@ def _others(folder):
         "importance": Case(importance / MANIFEST, lambda: Importance.open(importance), "value"),
         "scores": Case(importance / SCORES, lambda: Importance.open(importance).read("a")),
         "report of a fine-tune": Case(report, lambda: FinetuneReport.read(report), "value"),
+        "journal of a rank": Case(spooled, lambda: spooled_earlier(folder / "p", IDENTITY), "lines"),
         "journal": Case(journal, lambda: Journal(journal).load(IDENTITY, folder), "lines"),
         "lm-eval": Case(results, lambda: read_results([results], ["t"], ["u"]), "value"),
         "sound": Case(folder / "s.wav", lambda: read_wav(folder / "s.wav", 16_000, "d:1")),
