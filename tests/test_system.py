@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -357,7 +358,7 @@ def test_work_within_a_shared_piece_of_work_does_not_start_threads_again():
     torch_before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with chunks.one_torch_thread_each() as threads, chunks.workers(threads) as pool:
+        with chunks.one_torch_thread_each() as threads:
 
             def inner():
                 with chunks.one_torch_thread_each() as found:
@@ -365,7 +366,22 @@ def test_work_within_a_shared_piece_of_work_does_not_start_threads_again():
 
             assert threads == 2
             assert inner() == (1, 1)
-            assert pool.submit(inner).result() == (1, 1)
+            assert chunks.workers(threads).submit(inner).result() == (1, 1)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(torch_before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_starts_its_own_workers():
+    code = """
+import os, torch
+from tailorcli.core import chunks
+torch.set_num_threads(2)
+assert chunks.side_by_side(lambda n: n + 1, [1, 2, 3]) == [2, 3, 4]
+if os.fork() == 0:
+    os._exit(chunks.side_by_side(lambda n: n + 1, [1, 2, 3]) != [2, 3, 4])
+assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

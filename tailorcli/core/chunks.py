@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor
 _CPU_CHUNK = 1 << 18  # entries of an elementwise step on a CPU
 _GPU_CHUNK = 1 << 26
 _SOLVER_CHUNK = 1 << 24  # bounds the work space of products and solvers whatever the tensor's size
-_WORTH_THREADS = 32  # chunks from which on starting threads costs less than it saves
+_WORTH_THREADS = 4  # chunks from which on handing them over costs less than it saves
+_SHARES = 4  # pieces of work a thread, so that one that is held up does not hold up all
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -75,9 +77,39 @@ def _hold_one() -> None:
     torch.set_num_threads(1)
 
 
+# By their number, each with the threads that it has started: starting them for every step would cost more than it.
+_pools: dict[int, tuple[ThreadPoolExecutor, list[threading.Thread]]] = {}
+
+
 def workers(threads: int) -> ThreadPoolExecutor:
-    """A pool of so many Python threads for work within ``one_torch_thread_each``."""
-    return ThreadPoolExecutor(threads, initializer=_hold_one)
+    """The pool of so many Python threads for work within ``one_torch_thread_each``; it stays for the next call."""
+
+    def begin() -> None:
+        started.append(threading.current_thread())
+        _hold_one()
+
+    with _lock:
+        pool, started = _pools.get(threads, (None, []))
+        if pool is None or not all(thread.is_alive() for thread in started):  # a forked process has no others' threads
+            started = []
+            pool = ThreadPoolExecutor(threads, "worker", initializer=begin)
+            _pools[threads] = pool, started
+        return pool
+
+
+def side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """``work`` on every item, on a thread each as long as there are any; the results in order."""
+    with one_torch_thread_each() as threads:
+        if threads == 1 or len(items) < 2:
+            return [work(item) for item in items]
+        return list(workers(threads).map(work, items))
+
+
+def in_shares(work: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item]) -> list[Result]:
+    """``work`` on a few runs of neighbouring items, side by side; all their results in order."""
+    step = -(-len(items) // (_SHARES * max(1, torch.get_num_threads())))
+    shares = [items[start : start + step] for start in range(0, len(items), max(1, step))]
+    return [result for found in side_by_side(work, shares) for result in found]
 
 
 def map_rows(matrix: Tensor, work: Callable[[slice], Result]) -> list[Result]:
@@ -86,10 +118,7 @@ def map_rows(matrix: Tensor, work: Callable[[slice], Result]) -> list[Result]:
     The slices do not depend on the number of threads, so the results do not either.
     """
     slices = list(chunk_rows(matrix))
-    if matrix.device.type != "cpu":
+    if matrix.device.type == "cpu" and len(slices) >= _WORTH_THREADS:
+        return side_by_side(work, slices)
+    with one_torch_thread_each() if matrix.device.type == "cpu" else nullcontext():
         return [work(rows) for rows in slices]
-    with one_torch_thread_each() as threads:
-        if threads == 1 or len(slices) < _WORTH_THREADS:
-            return [work(rows) for rows in slices]
-        with workers(threads) as pool:
-            return list(pool.map(work, slices))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tailorcli.core.chunks import map_rows, row_chunks, row_slices
 from tailorcli.core.hessian import PreparedHessian
+from tailorcli.core.largest import Salient
 from tailorcli.core.precision import extent, gap, working_dtype
 from tailorcli.core.products import in_parts, product
 from tailorcli.core.scores import salience, sensitivity
@@ -146,6 +147,24 @@ def measure(
         **_quantiles(scored, inverse, unit),
         **scores,
         **errors,
+    )
+    return _require_finite(figures)
+
+
+def figures_of_salience(base: Tensor, tuned: Tensor, salient: Salient, patched: bool) -> LayerFigures:
+    """``measure`` of a mask by salience alone, whose kept entries are tuned's; ``base`` and ``tuned`` are (n, 1)."""
+    stride = -(-base.numel() // _SAMPLE)
+    sample = gap(tuned[::stride], base[::stride])
+    figures = LayerFigures(
+        numel=base.numel(),
+        kept=int(np.count_nonzero(salient.mask.numpy())),
+        zero_delta=base.numel() - salient.changed,
+        delta_sq=salient.square,
+        delta_sq_kept=salient.square_kept,
+        distance_tuned=salient.total,
+        distance_before=salient.total_kept,
+        distance_after=salient.total_kept if patched else None,
+        salience_quantiles=_levels(salience(sample)),
     )
     return _require_finite(figures)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from tailorcli.core.chunks import in_shares
+
 _TIE_CHUNK = 1 << 18  # entries searched for ties at a time
 _BOUNDING = 1 << 16  # entries of the sample that bounds a threshold
+_PIECE = 1 << 17  # entries that are compared at a time, in the processor's cache
 
 
 def salience(delta: Tensor) -> Tensor:
@@ -55,7 +60,7 @@ def select_mask(score: Tensor, count: int) -> Tensor:
     if count >= flat.numel():
         return torch.ones_like(score, dtype=torch.bool)
     threshold = _kth_largest(flat, count)
-    mask = flat >= threshold
+    mask = _at_least(flat, threshold)
     surplus = int(mask.count_nonzero()) - count  # ties beyond the count: the last of them go
     stop = flat.numel()
     step = _TIE_CHUNK if flat.device.type == "cpu" else flat.numel()
@@ -69,14 +74,53 @@ def select_mask(score: Tensor, count: int) -> Tensor:
 
 
 def _kth_largest(flat: Tensor, count: int) -> Tensor:
-    """The ``count``-th largest value: NumPy's selection on the CPU, elsewhere between two bounds, or by radix."""
+    """The ``count``-th largest value: between two bounds, else by NumPy's selection on the CPU, elsewhere by radix."""
     if flat.device.type == "cpu":
-        values: np.ndarray = flat.clone().numpy()
-        position = values.size - count
-        values.partition(position)
-        return torch.tensor(values[position])
+        values: np.ndarray = flat.numpy()
+        least = _kth_largest_in_pieces(values, count) if values.size > 2 * _BOUNDING else None
+        return torch.tensor(np.partition(values, values.size - count)[values.size - count] if least is None else least)
     found = _kth_largest_between(flat, count)
     return _kth_largest_by_radix(flat, count) if found is None else found
+
+
+def _at_least(flat: Tensor, threshold: Tensor) -> Tensor:
+    """``flat >= threshold``; on a CPU by NumPy, whose comparisons take a fifteenth of the time of torch's."""
+    if flat.device.type != "cpu":
+        return flat >= threshold
+    return torch.from_numpy(np.greater_equal(flat.numpy(), threshold.numpy()))
+
+
+def bounds_of_rank(sample: np.ndarray, share: float, deviations: float) -> tuple[float, float]:
+    """Two values of ``sample`` (S,) between which lies what the ``share`` of all entries is above; or an infinity.
+
+    ``deviations`` are of its rank in a sample, to both sides.
+    """
+    spread = deviations * (sample.size * share * (1.0 - share)) ** 0.5 + 1.0
+    low = int((1.0 - share) * sample.size - spread)  # ranks from the smallest on
+    high = int((1.0 - share) * sample.size + spread) + 1
+    found = np.partition(sample, [rank for rank in (low, high) if 0 <= rank < sample.size] or [0])
+    return float(found[low]) if low >= 0 else -np.inf, float(found[high]) if high < sample.size else np.inf
+
+
+def _kth_largest_in_pieces(values: np.ndarray, count: int) -> float | None:
+    """The ``count``-th largest value among the few between two bounds; None where the sample misses it."""
+    stride = max(1, values.size // _BOUNDING) | 1  # odd, so that it does not stay in one column
+    lower, upper = bounds_of_rank(values[::stride], count / values.size, 4.0)
+
+    def scan(starts: Sequence[int]) -> list[tuple[int, np.ndarray]]:
+        found = []
+        for start in starts:
+            piece = values[start : start + _PIECE]
+            above = piece > upper
+            found.append((int(np.count_nonzero(above)), piece[(piece >= lower) != above]))
+        return found
+
+    pieces = in_shares(scan, range(0, values.size, _PIECE))
+    between = np.concatenate([found for _, found in pieces])
+    rank = count - sum(above for above, _ in pieces)  # among those between the bounds
+    if not 1 <= rank <= between.size:
+        return None
+    return float(np.partition(between, between.size - rank)[between.size - rank])
 
 
 def _kth_largest_between(flat: Tensor, count: int) -> Tensor | None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tailorcli.core.chunks import one_torch_thread_each, row_chunks, row_slices, workers
+from tailorcli.core.chunks import row_chunks, row_slices, side_by_side
 from tailorcli.core.gradients import conjugate_gradients
 from tailorcli.core.precision import extent, in_units, out_of_units, unit_of
 from tailorcli.core.products import System
@@ -213,8 +213,7 @@ def _solve_directly_(
         failed = [row for row, good in zip(rows, sound.tolist(), strict=True) if not good]
         return failed, float(squares[sound].sum())
 
-    with one_torch_thread_each() as threads, workers(threads) as pool:
-        results = list(pool.map(solve, batches))
+    results = side_by_side(solve, batches)
     return [row for failed, _ in results for row in failed], sum(square for _, square in results)
 
 

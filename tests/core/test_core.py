@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tailorcli import core
-from tailorcli.core import scores
+from tailorcli.core import largest, scores
 from tailorcli.core.gradients import conjugate_gradients
 from tailorcli.core.hessian import damping_steps, factorise, prepare
 from tailorcli.core.products import System
@@ -20,6 +20,7 @@ from tailorcli.errors import NumericalError
 
 SIZES = st.integers(1, 40)
 SEEDS = st.integers(0, 10_000)
+DTYPES = st.sampled_from([(torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float16, torch.float32)])
 DENSITIES = st.sampled_from([0.0, 0.01, 0.1, 0.3, 0.5, 0.9, 1.0])
 
 
@@ -153,6 +154,49 @@ def test_selection_between_bounds_finds_its_threshold_in_weights():
     with patch.object(scores, "_BOUNDING", 4096):
         found = _kth_largest_between(values, 15_000)
     assert found == values.sort(descending=True).values[14_999]
+
+
+@given(size=st.integers(300, 3000), seed=SEEDS, density=DENSITIES, alike=st.floats(0, 1))
+@settings(max_examples=40, deadline=None)
+def test_selection_in_pieces_keeps_exactly_the_best(size, seed, density, alike):
+    score = torch.randn(size, generator=torch.Generator().manual_seed(seed)).abs()
+    score[: int(alike * size)] = 0.25
+    with patch.multiple(scores, _BOUNDING=128, _PIECE=100):
+        mask = core.select_mask(score, core.count_kept(density, size))
+    np.testing.assert_array_equal(mask.numpy(), Oracle.mask(score.numpy(), core.count_kept(density, size)))
+
+
+@given(size=st.integers(300, 3000), seed=SEEDS, density=DENSITIES, alike=st.floats(0, 0.2), kinds=DTYPES)
+@settings(max_examples=20, deadline=None)
+def test_the_largest_changes_are_found_in_one_pass_as_by_their_scores(size, seed, density, alike, kinds):
+    base, tuned = (tensor.flatten().to(kind) for tensor, kind in zip(layer(size, 1, seed), kinds, strict=True))
+    tuned[: int(alike * size)] = (base[: int(alike * size)] + 0.125).to(tuned.dtype)
+    options = {"density": density, "omega": 1.0, "solver": "none"}
+    with patch.multiple(largest, _SAMPLE=128, _PIECE=100):
+        quick = core.tailor_layer(base, tuned, None, **options)
+    with patch.object(largest, "_SAMPLE", size):  # too few for a sample: the long way
+        slow = core.tailor_layer(base, tuned, None, **options)
+    assert torch.equal(quick.mask, slow.mask)
+    assert bits(quick.patched) == bits(slow.patched)
+    found, expected = quick.figures.to_dict(), slow.figures.to_dict()
+    assert found.keys() == expected.keys()
+    for name in ("kept", "zero_delta", "salience_quantiles"):
+        assert found[name] == expected[name]
+    for name in ("delta_sq", "delta_sq_kept", "distance_tuned", "distance_before", "distance_after"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_the_largest_changes_of_weights_take_the_short_way_and_odd_ones_the_long_way():
+    base, tuned = layer(300, 300, 0)
+    count = base.numel() // 10
+    assert torch.equal(
+        largest.most_salient(base, tuned, count).mask.view(300, 300), core.select_mask((tuned - base).abs(), count)
+    )
+    tuned[0, 0] = torch.nan
+    assert largest.most_salient(base, tuned, count) is None
+    assert largest.most_salient(base, base.double(), count) is None
+    with patch.object(largest, "_PIECE", 1000):
+        assert largest.most_salient(torch.zeros(base.shape), torch.ones(base.shape), count) is None  # all alike
 
 
 # --- The solvers ----------------------------------------------------------------------------------------------
