@@ -28,7 +28,10 @@ _errors: IO[str] | None = None  # where a rank that is mute may tell an error th
 
 
 def prepare() -> None:
-    """Before anything is imported or shown: this process's share of the cores, and silence but for the first rank."""
+    """Before anything is imported or shown: this process's share of the cores, and silence but for the first rank.
+
+    Raises SystemExit where the launcher says nonsense.
+    """
     global _errors
     try:
         here = launched()
