@@ -1,4 +1,4 @@
-"""Running Hessians by name: made as they are needed, folded into, and packed."""
+"""Running Hessians by name: made as they are needed, folded into, and given up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tailorcli.calibration.stats import HessianInfo
-from tailorcli.core.hessian import accumulate_, accumulate_diagonal_, diagonal_of, pack_triangle, unpack_triangle
+from tailorcli.core.hessian import accumulate_, accumulate_diagonal_, diagonal_of, unpack_triangle
 from tailorcli.errors import NumericalError
 
 
@@ -62,8 +62,8 @@ class Accumulators:
         full = unpack_triangle(hessian, info.size) if info.kind == "full" else hessian
         self._by_name[name] = Accumulator(full, info.tokens)
 
-    def pack(self, used: Container[str | None]) -> Iterator[tuple[str, HessianInfo, Tensor]]:
-        """Give up every Hessian, one at a time, those in ``used`` packed.
+    def give(self, used: Container[str | None]) -> Iterator[tuple[str, HessianInfo, Tensor]]:
+        """Give up every Hessian, one at a time, those in ``used``: of a full one the lower triangle is valid.
 
         Raises NumericalError if the activations were not finite.
         """
@@ -85,7 +85,7 @@ class Accumulators:
                 mean_diagonal=float(diagonal.mean()),
                 dead=int((diagonal == 0).sum()),
             )
-            yield name, info, pack_triangle(accumulator.hessian) if full else accumulator.hessian
+            yield name, info, accumulator.hessian
 
 
 def _are_relative(ids: Tensor) -> bool:

@@ -24,9 +24,10 @@ class BareParameters:
         self._model = model
         self._accumulators = accumulators
         self._timer = timer
+        self.calls = 0  # uses, in batches that count
 
     def folding(self, samples: Callable[[], int]) -> AbstractContextManager[object]:
-        """Fold all uses in what this thread runs inside; ``samples()`` are those of its batch."""
+        """Fold all uses in what this thread runs inside; ``samples()`` are those of its batch, 0 where none count."""
         if not self.layers:
             return nullcontext()
         # Parameters as they are now: weights come and go block by block.
@@ -36,6 +37,9 @@ class BareParameters:
         return ProductWatch(parameters, tables, lambda use: self._fold(use, samples()))
 
     def _fold(self, use: Use, samples: int) -> None:
+        if samples == 0:
+            return
+        self.calls += 1
         layer = self.layers[use.parameter]
         if layer.reason:
             return

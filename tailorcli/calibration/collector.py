@@ -17,6 +17,7 @@ from tailorcli.calibration.accumulators import Accumulators
 from tailorcli.calibration.bare import BareParameters
 from tailorcli.calibration.hooked import HookedLayers
 from tailorcli.calibration.stats import HessianInfo
+from tailorcli.core.hessian import pack_triangle
 from tailorcli.device import StageTimer
 from tailorcli.models.layers import Layer
 
@@ -33,7 +34,7 @@ class Collector:
         self, wanted: Sequence[Layer], model: nn.Module, device: torch.device, timer: StageTimer, share: bool = True
     ) -> None:
         self.model = model
-        self.batch_size = 1  # samples of the batch that runs now
+        self.batch_size = 1  # samples of the batch that runs now; of one that does not count 0
         self._accumulators = Accumulators(device)
         hooked = [layer for layer in wanted if layer.modules]
         self._hooked = HookedLayers(hooked, self._accumulators, device, timer, share)
@@ -56,9 +57,19 @@ class Collector:
         """The part of ``folding`` that holds for one thread: a watch on torch's functions."""
         return self._bare.folding(lambda: self.batch_size)
 
+    @property
+    def calls(self) -> int:
+        """How often its layers were used in batches that count."""
+        return self._hooked.calls + self._bare.calls
+
     def results(self) -> Iterator[tuple[str, HessianInfo, Tensor]]:
         """Every Hessian, packed, one at a time. Raises NumericalError if the activations were not finite."""
+        for name, info, hessian in self.unpacked():
+            yield name, info, pack_triangle(hessian) if info.kind == "full" else hessian
+
+    def unpacked(self) -> Iterator[tuple[str, HessianInfo, Tensor]]:
+        """``results`` as they were summed: of a full Hessian (I, I) the lower triangle is valid."""
         self._hooked.settle()
         self._bare.settle()
         layers = [*self._hooked.layers, *self._bare.layers.values()]
-        yield from self._accumulators.pack({layer.group for layer in layers} | {n for la in layers for n in la.experts})
+        yield from self._accumulators.give({layer.group for layer in layers} | {n for la in layers for n in la.experts})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tailorcli.calibration.passes import Run
+from tailorcli.calibration.passes import Subject
 from tailorcli.calibration.stats import BIAS_HESSIAN, TensorStats
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
 from tailorcli.models.layers import Layer
@@ -14,7 +14,7 @@ from tailorcli.options import matches
 _NO_CHOICE = "not chosen by --include and --exclude at calibration"
 
 
-def entry_of(tensor: str, run: Run, layers: dict[str, Layer]) -> TensorStats:
+def entry_of(tensor: str, run: Subject, layers: dict[str, Layer]) -> TensorStats:
     """The manifest's entry for a checkpoint tensor."""
     info, place = run.stored.tensors[tensor], run.places.get(tensor, Place(reason="transformers does not load it"))
     if not matches(tensor, run.options.include, run.options.exclude):

@@ -50,6 +50,7 @@ class HookedLayers:
         self._centred: dict[str, bool | None] = {}  # layers that were called: whether a norm takes the mean off
         self._members: dict[str, list[str]] = {}  # of a group: the layers that were called in the trial
         self._shared: dict[str, list[_SharedInput]] = {}  # of a group: what not all its layers have seen yet
+        self.calls = 0  # of modules, with a batch that counts
         if not share:
             for layer in self.layers:
                 layer.group = layer.name
@@ -103,10 +104,14 @@ class HookedLayers:
     def folding(self, samples: Callable[[], int]) -> Iterator[None]:
         """Fold the inputs of every layer that runs here into its Hessian; ``samples()`` are those of its batch.
 
-        Raises TailorError where layers that shared their inputs in the trial do not share them here.
+        Of a batch of 0 samples nothing is folded. Raises TailorError where layers that shared their inputs in the
+        trial do not share them here.
         """
 
         def fold(layer: Layer, module: nn.Module, inputs: Tensor, call: Call) -> None:
+            if samples() == 0:
+                return
+            self.calls += 1
             if layer.name not in self._centred:
                 self._check(layer, module, inputs, call)
             if layer.reason:

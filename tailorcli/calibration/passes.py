@@ -34,8 +34,8 @@ _TRIAL_TOKENS = 8  # a short run that finds out which layers share their inputs
 
 
 @dataclass
-class Run:
-    """What every step of a calibration needs."""
+class Subject:
+    """A model that is calibrated, and what it is run over."""
 
     stored: Checkpoint  # from which the network is loaded
     tuned: Checkpoint  # the same, but for an adapter
@@ -43,10 +43,8 @@ class Run:
     options: CalibrateOptions
     device: torch.device
     timer: StageTimer
-    writer: StatsWriter
-    progress: bool
-    places: dict[str, Place] = field(default_factory=dict)
-    buffers: set[str] = field(default_factory=set)  # checkpoint tensors that are no parameters
+    places: dict[str, Place] = field(default_factory=dict, kw_only=True)
+    buffers: set[str] = field(default_factory=set, kw_only=True)  # checkpoint tensors that are no parameters
 
     def chosen(self, tensor: str) -> bool:
         """Whether a checkpoint tensor is to be calibrated."""
@@ -62,6 +60,14 @@ class Run:
         """Those of ``layers`` whose weight or bias is chosen; ``places`` are those of the checkpoint tensors."""
         chosen = {parameter for t, place in places.items() if self.chosen(t) for parameter in place.parameters}
         return [layer for layer in layers if layer.name in chosen or _bias(layer.name) in chosen]
+
+
+@dataclass
+class Run(Subject):
+    """What every step of a calibration needs that writes statistics."""
+
+    writer: StatsWriter
+    progress: bool
 
     def write(self, collector: Collector) -> None:
         """Pack all Hessians of a collector, and queue them for the disk: they are written while the pass goes on."""

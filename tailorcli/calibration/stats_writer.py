@@ -42,13 +42,7 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
     The old ones stay until ``StatsWriter.finish`` has written the new. Raises OutputError for a folder that holds
     anything else.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} exists and is a file", "choose another folder for -o")
-    present = [entry.name for entry in entries(folder)] if folder.exists() else []
-    ours = (MANIFEST, *(name + end for name in (HESSIANS, SAMPLES) for end in ("", ".part")), MANIFEST + ".part")
-    foreign = [name for name in present if name not in ours and not fnmatchcase(name, "hidden-*.part")]
-    if foreign:
-        raise OutputError(f"{folder} holds other files ({foreign[0]}, ...)", "choose another folder for -o")
+    present = require_ours(folder)
     if MANIFEST in present and not overwrite:
         raise OutputError(f"{folder} already holds statistics", "choose another folder, or pass --overwrite")
     if present and not _are_ours(folder, present):
@@ -57,6 +51,18 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise as_output_error(folder, error) from error
+
+
+def require_ours(folder: Path) -> list[str]:
+    """The names of what is in ``folder``, if it is there. Raises OutputError where one is not of a calibration."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} exists and is a file", "choose another folder for -o")
+    present = [entry.name for entry in entries(folder)] if folder.exists() else []
+    ours = (MANIFEST, *(name + end for name in (HESSIANS, SAMPLES) for end in ("", ".part")), MANIFEST + ".part")
+    foreign = [name for name in present if name not in ours and not fnmatchcase(name, "hidden-*.part")]
+    if foreign:
+        raise OutputError(f"{folder} holds other files ({foreign[0]}, ...)", "choose another folder for -o")
+    return present
 
 
 def remove_statistics(folder: Path) -> None:

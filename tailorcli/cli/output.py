@@ -160,7 +160,7 @@ def _job_lines(plan: JobPlan) -> list[str]:
     for number, step in enumerate(plan.steps, 1):
         ends = "there already" if step.done else "" if step.seconds is None else f"about {_duration(step.seconds)}"
         lines.append(f"{number}. {step.what}{f' ({ends})' if ends else ''}")
-    return lines
+    return [*lines, f"not in one pass: {plan.why}"] if plan.why else lines
 
 
 def _job_cost(plan: JobPlan, output: Path | None, patch_file: Path | None) -> dict[str, str]:

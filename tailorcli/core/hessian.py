@@ -75,7 +75,18 @@ def unpack_triangle(packed: Tensor, size: int) -> Tensor:
         for row in range(size):
             hessian[row, : row + 1] = packed[start : start + row + 1]
             start += row + 1
-    for first in range(0, size, _BLOCK):  # mirror block by block: no second (I, I) temporary
+    return _mirror_(hessian)
+
+
+def complete_triangle_(hessian: Tensor) -> Tensor:
+    """Mirror the lower triangle of ``hessian`` (I, I) into the upper, in place: as packed and unpacked, to the bit."""
+    return _mirror_(hessian.tril_())
+
+
+def _mirror_(hessian: Tensor) -> Tensor:
+    """Fill the upper triangle, which is zero, from the lower one."""
+    size = hessian.shape[0]
+    for first in range(0, size, _BLOCK):  # block by block: no second (I, I) temporary
         last = min(first + _BLOCK, size)
         hessian[first:last, first:last] += hessian[first:last, first:last].tril(-1).T.clone()
         hessian[first:last, last:] = hessian[last:, first:last].T

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint, tuned_side_files
@@ -51,23 +51,8 @@ def build_plan(
         check_propagate(stats, retain_stats, options)
     copies = tied_copies(base, own)
     further = {name for names in copies.values() for name in names}
-    changed: Collection[str] = tuned.tensors.keys()
-    unchanged = "tuned does not hold it, and its model does not use it"
-    if isinstance(own, AdaptedCheckpoint):
-        changed, unchanged = own.changed, "the adapter leaves it alone"
-    tensors = [
-        _plan_tensor(
-            info,
-            "" if info.name in changed else unchanged,
-            info.name in base.scales,
-            stats,
-            options,
-            retain_stats,
-            copies.get(info.name, ()),
-        )
-        for info in base.tensors.values()
-        if info.name not in further
-    ]
+    infos = (info for info in base.tensors.values() if info.name not in further)
+    tensors = _plan_tensors(infos, base, tuned, stats, options, retain_stats, copies)
     if not any(tensor.action == "patch" for tensor in tensors):
         raise OptionsError("no tensor would be patched", "check --include and --exclude, and those of calibrate")
     if (
@@ -102,6 +87,52 @@ def build_plan(
         peak_bytes=RUNTIME_BYTES + max(held) + propagated,
         propagates=bool(options.propagate),
     )
+
+
+def replanned(
+    tensors: Sequence[TensorPlan],
+    base: Checkpoint,
+    tuned: Checkpoint,
+    stats: Stats,
+    options: PatchOptions,
+    retain_stats: Stats | None,
+) -> list[TensorPlan]:
+    """Tensors of a plan in the order of work, now that the statistics are there that it only expected."""
+    copies = {tensor.name: tensor.copies for tensor in tensors}
+    infos = (base.tensors[tensor.name] for tensor in tensors)
+    found = _plan_tensors(infos, base, tuned, stats, options, retain_stats, copies)
+    return [
+        replace(tensor, held_bytes=working_set(tensor, tuned, stats, options)) for tensor in group_by_hessian(found)
+    ]
+
+
+def _plan_tensors(
+    infos: Iterable[TensorInfo],
+    base: Checkpoint,
+    tuned: Checkpoint,
+    stats: Stats | None,
+    options: PatchOptions,
+    retain_stats: Stats | None,
+    copies: Mapping[str, tuple[str, ...]],
+) -> list[TensorPlan]:
+    """The treatment of each of these tensors of the base, in their order; ``copies`` are their further names."""
+    own = original(tuned)
+    changed: Collection[str] = tuned.tensors.keys()
+    unchanged = "tuned does not hold it, and its model does not use it"
+    if isinstance(own, AdaptedCheckpoint):
+        changed, unchanged = own.changed, "the adapter leaves it alone"
+    return [
+        _plan_tensor(
+            info,
+            "" if info.name in changed else unchanged,
+            info.name in base.scales,
+            stats,
+            options,
+            retain_stats,
+            copies.get(info.name, ()),
+        )
+        for info in infos
+    ]
 
 
 def _plan_tensor(

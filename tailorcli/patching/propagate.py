@@ -11,7 +11,7 @@ its plain patch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tailorcli.adapters.checkpoint import config_folder
+from tailorcli.calibration.gathering import NotInOnePassError
 from tailorcli.core.figures import LayerFigures, figures_after_fit
 from tailorcli.core.products import exact_product
 from tailorcli.core.propagation import (
@@ -47,6 +48,7 @@ from tailorcli.models.running import (
 )
 from tailorcli.models.spill import Spill
 from tailorcli.patching.cost import COMPARED
+from tailorcli.patching.measuring import KINDS, NEW, RETAINED, Measuring
 from tailorcli.patching.run import Run
 from tailorcli.patching.stream import tailored
 from tailorcli.patching.three_models import PartModel, PatchedView, ThreeModels, is_linear, options_of
@@ -57,8 +59,6 @@ if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
 
     Result = tuple[TensorPlan, LayerResult | None, str]
-
-NEW, RETAINED = "new", "retained"
 
 
 @dataclass(eq=False)
@@ -110,10 +110,16 @@ class _Group:
     aligned: bool = True  # the two models' inputs are of the same tokens
 
 
-def patch_propagated(tensors: Iterable[TensorPlan], run: Run, scratch: Path) -> None:
+def patch_propagated(
+    tensors: Iterable[TensorPlan],
+    run: Run,
+    scratch: Path,
+    measuring_of: Callable[[PartModel, PartModel], Measuring] | None = None,
+) -> None:
     """Patch and write each of ``tensors`` once; hidden states wait in ``scratch`` where they outgrow the memory.
 
-    Raises TailorError.
+    ``measuring_of`` the tuned model and the base measures their statistics on the way. Raises TailorError, and
+    NotInOnePassError where these cannot be used as they are measured.
     """
     with ExitStack() as stack:
         chosen, inputs = list(tensors), run.inputs
@@ -123,7 +129,8 @@ def patch_propagated(tensors: Iterable[TensorPlan], run: Run, scratch: Path) -> 
         for model in models.each:
             if not model.waits_at_head():
                 stack.enter_context(last_logits_only(model.network))
-        propagation = Propagation(chosen, run, scratch, models)
+        measuring = None if measuring_of is None else measuring_of(models.tuned, models.base)
+        propagation = Propagation(chosen, run, scratch, models, measuring)
         propagation.through_the_models()
     propagation.finish()  # without the models
 
@@ -131,7 +138,14 @@ def patch_propagated(tensors: Iterable[TensorPlan], run: Run, scratch: Path) -> 
 class Propagation:
     """A propagating patch under way; ``patch_propagated`` runs it."""
 
-    def __init__(self, tensors: list[TensorPlan], run: Run, scratch: Path, models: ThreeModels) -> None:
+    def __init__(
+        self,
+        tensors: list[TensorPlan],
+        run: Run,
+        scratch: Path,
+        models: ThreeModels,
+        measuring: Measuring | None = None,
+    ) -> None:
         assert run.inputs.stats is not None
         assert run.inputs.retain_stats is not None
         self._tensors = {tensor.name: tensor for tensor in tensors}
@@ -140,38 +154,56 @@ class Propagation:
         self._device = run.device
         self._timer = run.timer
         self._models = models
+        self._measuring = measuring
         self._layers = find_layers(models.patched.network)
         self._loaded: list[str] = []  # blocks
         self._hessians: LastPrepared[tuple[Tensor, Tensor]] = LastPrepared()  # of the layers that share their input
         self._seen: set[str] = set()  # tensors of the parts that were loaded
         self._groups: dict[str, _Group] = {}  # that are not fitted yet, by the layer that is called first
-        for name, layer in self._load("").items():
-            self._groups[name] = _Group({name: layer})
+        if measuring is None:
+            self._groups |= _each_alone(self._load(""))
+        else:  # as the base has it, until it is measured
+            models.patched.load("")
         self._spill = Spill.measured(run.device, scratch)
         kinds = (
             (NEW, self._stats, models.tuned, models.base),
             (RETAINED, self._retain_stats, models.base, models.tuned),
         )
         found: list[tuple[str, PartModel, PartModel, int]] = []  # a batch's lanes are two or three
-        calls: list[tuple[Callable[[], Any], int]] = []
+        calls: list[tuple[Callable[[], Any], int]] = []  # through the unpatched models
+        behind: list[tuple[Callable[[], Any], int]] = []
         for kind, stats, model, other in kinds:
             batches = list(make_batches(stats.samples(), options_of(stats).batch_size))
             for batch, compared in zip(batches, _spread([samples_in(batch) for batch in batches]), strict=True):
-                each = (model, models.patched, *((other,) if compared else ()))
-                calls += [(self._call(one.network, batch), samples_in(batch)) for one in each]
-                found.append((kind, model, other, len(each)))
-        self._lockstep = Lockstep(models.tuned.stations, calls, [models.base.stations, models.patched.stations])
+                further = (models.patched, *((other,) if compared else ()))
+                call = self._call(model.network, batch)
+                calls.append((call if measuring is None else measuring.watched(kind, call), samples_in(batch)))
+                behind += [(self._call(one.network, batch), samples_in(batch)) for one in further]
+                found.append((kind, model, other, len(further)))
+        others = [models.base.stations, models.patched.stations]
+        self._lockstep = Lockstep(models.tuned.stations, [*calls, *behind], others)
         self._lockstep.passed = {name for name in models.tuned.stations if self._block_of(name) not in ("", name)}
         self._batches: dict[Lane, _Batch] = {}  # by each of its lanes
-        lanes = iter(self._lockstep.lanes)
-        for kind, model, other, count in found:
-            lane, mate, *rivals = (next(lanes) for _ in range(count))
+        first, lanes = self._lockstep.lanes[: len(calls)], iter(self._lockstep.lanes[len(calls) :])
+        for lane, (kind, model, other, count) in zip(first, found, strict=True):
+            mate, *rivals = (next(lanes) for _ in range(count))
             batch_of = _Batch(kind, model, other, lane, mate, rivals[0] if rivals else None)
             self._batches |= dict.fromkeys((lane, mate, *rivals), batch_of)
 
     def through_the_models(self) -> None:
         """Take all batches through the models, and fit the layers that they reach."""
-        self._lockstep.run(lambda lane: None, self._visit, self._spill)
+        measuring = self._measuring
+        if measuring is None:
+            self._lockstep.run(lambda lane: None, self._visit, self._spill)
+            return
+        own = {
+            kind: [b.lane for lane, b in self._batches.items() if lane is b.lane and b.kind == kind] for kind in KINDS
+        }
+        with measuring.running(own):
+            self._lockstep.run(self._start_measured, self._visit, self._spill)
+        left = [tensor for tensor in self._tensors.values() if tensor.name not in self._seen]
+        for tensor in measuring.settle(left, None):
+            self._tensors[tensor.name] = tensor
 
     def finish(self) -> None:
         """Write the layers that this data never reaches, and the tensors that no model loads."""
@@ -182,24 +214,64 @@ class Propagation:
             if tensor.name not in self._run.done:
                 self._run.write(tensor, result, digest)
 
+    def _start_measured(self, lane: Lane) -> None:
+        """The patched model starts behind the others: with what these have measured of what lies before its blocks."""
+        assert self._measuring is not None
+        if lane is not self._batches[lane].lane:
+            self._patch_outside()
+        self._measuring.turn(lane)
+
+    def _patch_outside(self) -> None:
+        """Patch what lies outside the blocks once the unpatched models have passed it, before the patched one does."""
+        measuring = self._measuring
+        if measuring is None or not (passed := measuring.passed()):
+            return
+        left = [tensor for tensor in self._tensors.values() if tensor.name not in self._seen]
+        chosen = measuring.settle(left, passed)
+        for tensor in chosen:
+            self._tensors[tensor.name] = tensor
+        self._seen |= {tensor.name for tensor in chosen}
+        results = self._patch_alone(chosen)
+        view, patched = self._models.view, self._models.patched
+        for name, value in view.values.items():
+            place = patched.places.get(name)
+            if place is None or len(place.parameters) != 1 or place.part is not None or place.transposed:
+                raise NotInOnePassError(f"{name} is not one parameter of the model")
+            with torch.no_grad():
+                patched.network.get_parameter(place.parameters[0]).copy_(value)
+        view.values.clear()
+        self._groups |= _each_alone(self._sort_out(results, patched.places))
+
     def _call(self, network: Any, batch: Inputs) -> Callable[[], Any]:
         return lambda: forward(network, to_device(batch, self._device))
 
     def _load(self, part: str) -> dict[str, _Pending]:
         """Patch a part's tensors by themselves, load them, and write those that stay so; gives the others by module."""
-        patched, view, done = self._models.patched, self._models.view, self._run.done
-        names = {name for name in patched.parts.tensors[part] if name in self._tensors}
-        chosen = [tensor for tensor in self._tensors.values() if tensor.name in names]  # in the plan's order
-        self._seen |= names
+        chosen = self._tensors_of(part)
+        self._seen |= {tensor.name for tensor in chosen}
+        results = self._patch_alone(chosen)
+        places = self._models.patched.load(part)
+        self._models.view.values.clear()
+        return self._sort_out(results, places)
+
+    def _tensors_of(self, part: str) -> list[TensorPlan]:
+        """The tensors of a part in the plan's order."""
+        names = {name for name in self._models.patched.parts.tensors[part] if name in self._tensors}
+        return [tensor for tensor in self._tensors.values() if tensor.name in names]
+
+    def _patch_alone(self, chosen: Sequence[TensorPlan]) -> list[Result]:
+        """Patch tensors by themselves, or take their values from an interrupted run, into the view."""
         results: list[Result] = []
         if not self._restore(chosen):
             for tensor, result, digest in tailored(chosen, self._run):
                 if result is not None and result.patched is not None and not _is_frozen(result):
-                    view.values[tensor.name] = result.patched.cpu()
+                    self._models.view.values[tensor.name] = result.patched.cpu()
                 results.append((tensor, result, digest))
-        places = patched.parts.load(part)
-        view.values.clear()
-        pending: dict[str, _Pending] = {}
+        return results
+
+    def _sort_out(self, results: Iterable[Result], places: Mapping[str, Place]) -> dict[str, _Pending]:
+        """Write what stays as it is patched; gives the layers that are fitted again, by module."""
+        done, pending = self._run.done, dict[str, _Pending]()
         for tensor, result, digest in results:
             layer = self._layer_of(tensor, places.get(tensor.name))
             if layer is not None and result is not None and not _is_frozen(result):
@@ -208,7 +280,7 @@ class Propagation:
                 self._run.write(tensor, result, digest)
         return pending
 
-    def _restore(self, chosen: list[TensorPlan]) -> bool:
+    def _restore(self, chosen: Sequence[TensorPlan]) -> bool:
         """Take the values of a part that an interrupted run has written whole; a part of it is worked out again."""
         if not all(tensor.name in self._run.done for tensor in chosen):
             return False
@@ -248,17 +320,26 @@ class Propagation:
             self._finish_group(group)
         with self._timer.stage("run"):  # as a whole: copies of one batch go on beside the work on the next
             for lane in waiting:
-                self._run_through(station, lane)
+                if lane is self._batches[lane].lane:
+                    self._run_through(station, lane)
+            self._patch_outside()
+            for lane in waiting:
+                if lane is not self._batches[lane].lane:
+                    self._run_through(station, lane)
 
     def _start_block(self, block: str, waiting: list[Lane]) -> None:
         """Load a block, and tell by a run of one batch in which order its layers are called, and which together."""
         for name in [name for name in self._loaded if not self._is_inside(name)]:
             self._models.drop(name)
             self._loaded.remove(name)
+            if self._measuring is not None:
+                self._measuring.forget(name)
         if not self._seen.isdisjoint(self._models.patched.parts.tensors[block]):
             raise TailorError(f"the model calls its block {block} more than once", "pass --no-propagate")
-        pending = self._load(block)
         self._models.load_unpatched(block)
+        if self._measuring is not None:
+            self._measure(block, waiting)
+        pending = self._load(block)
         self._loaded.append(block)
         for lane in waiting:
             batch = self._batches[lane]
@@ -278,6 +359,18 @@ class Propagation:
         self._lockstep.passed -= set(leaders.values())
         for layer in pending.values():
             self._write_plain(layer)
+
+    def _measure(self, block: str, waiting: list[Lane]) -> None:
+        """Take a block's statistics, and plan its tensors by them, but where an interrupted run has written them."""
+        measuring = self._measuring
+        assert measuring is not None
+        chosen = self._tensors_of(block)
+        if self._restore(chosen):
+            return
+        measuring.measure(block, waiting, self._spill, advance=False)
+        for name in [tensor.name for tensor in chosen]:
+            del self._tensors[name]
+        self._tensors |= {tensor.name: tensor for tensor in measuring.plan(chosen)}
 
     def _is_inside(self, block: str) -> bool:
         """Whether a batch waits within a block."""
@@ -332,6 +425,8 @@ class Propagation:
             lane.set_result(nn.functional.linear(lane.held[0][..., -1:, :], module.weight, module.bias))
         else:
             lane.run_inside()
+        if self._measuring is not None:
+            self._measuring.turn(lane)
         lane.advance()
         lane.move(self._spill.out)
 
@@ -411,6 +506,11 @@ class Propagation:
     def _write_plain(self, layer: _Pending) -> None:
         if layer.tensor.name not in self._run.done:
             self._run.write(layer.tensor, layer.result, layer.digest)
+
+
+def _each_alone(pending: Mapping[str, _Pending]) -> dict[str, _Group]:
+    """Layers outside the blocks: each waits by itself."""
+    return {name: _Group({name: layer}) for name, layer in pending.items()}
 
 
 def _spread(sizes: list[int]) -> list[bool]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from tailorcli.models.config import read_config
 from tailorcli.models.layers import Layer, find_layers, is_convolution
 from tailorcli.models.lockstep import find_blocks
 from tailorcli.models.parts import Parts
+from tailorcli.models.places import Place
 from tailorcli.models.running import output_head
 from tailorcli.models.skeleton import empty_model
 from tailorcli.options import CalibrateOptions
@@ -34,6 +35,7 @@ class PartModel:
     network: Any
     stations: dict[str, nn.Module]  # where its batches may wait: blocks and linear layers
     parts: Parts
+    places: dict[str, Place] = field(default_factory=dict)  # where the tensors went of parts that were loaded
 
     @classmethod
     def of(
@@ -51,6 +53,12 @@ class PartModel:
         linear = {layer.name.removesuffix(".weight") for layer in find_layers(network).values() if is_linear(layer)}
         modules = network.named_modules()  # in the order of the modules
         return cls(network, {name: module for name, module in modules if name in blocks or name in linear}, parts)
+
+    def load(self, part: str) -> dict[str, Place]:
+        """Load a part, and give where each of its tensors went."""
+        found = self.parts.load(part)
+        self.places.update(found)
+        return found
 
     @property
     def head(self) -> nn.Module | None:
@@ -125,7 +133,7 @@ class ThreeModels:
     def load_unpatched(self, part: str) -> None:
         """Load a part of the tuned model and of the base."""
         for model in (self.tuned, self.base):
-            model.parts.load(part)
+            model.load(part)
 
     def drop(self, part: str) -> None:
         """Give up a part of all three."""

@@ -1,12 +1,14 @@
 """Calibrate the tuned model and its base, and patch: one call for what are else three, with the same bytes.
 
-The statistics lie in a folder beside the output, which an interrupted run goes on from, and go at the end; or they
-stay where the caller wants them, for a further patch.
+Where nobody wants the statistics, both models are calibrated and patched block by block in one pass, and none are
+written (``patching.onepass``). Else, and where a method or a model forbids that, they lie in a folder beside the
+output, which an interrupted run goes on from, and go at the end; or they stay where the caller wants them.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -17,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint, is_adapter
 from tailorcli.adapters.interpolated import InterpolatedCheckpoint, original
 from tailorcli.calibration.expected import ExpectedStats
+from tailorcli.calibration.gathering import NotInOnePassError
 from tailorcli.calibration.stats import Stats
-from tailorcli.calibration.stats_writer import remove_statistics
+from tailorcli.calibration.stats_writer import remove_statistics, require_ours
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.device import free_memory, resolve_device
-from tailorcli.errors import OptionsError, OutputError
+from tailorcli.distributed import ranks
+from tailorcli.errors import OptionsError, OutputError, note
 from tailorcli.files import PathLike
 from tailorcli.guard import OutputLock, entries, protect
 from tailorcli.hub import local_folder
@@ -39,13 +43,16 @@ from tailorcli.patching.aim import (
     search_in_words,
 )
 from tailorcli.patching.distilled import SAMPLED, distill_checkpoint, settings_of, with_training
+from tailorcli.patching.measuring import NEW as NEW_DATA
+from tailorcli.patching.measuring import RETAINED as RETAINED_DATA
+from tailorcli.patching.onepass import patch_in_one_pass, why_not_in_one_pass
 from tailorcli.patching.patch import check_writable, patch_checkpoint
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs
 from tailorcli.patching.teacher import with_teacher
 from tailorcli.pipeline.plan import JobPlan, Step
 from tailorcli.pipeline.sides import BASE, TUNED, Side
-from tailorcli.pipeline.trial import calibrating, distilling, measure, patching, picking
+from tailorcli.pipeline.trial import Rates, calibrating, distilling, measure, patching, picking
 from tailorcli.runs.again import NEW, RETAINED
 from tailorcli.runs.outputs import Target, free_bytes, identity_of
 from tailorcli.runs.plan import RUNTIME_BYTES, Plan
@@ -94,35 +101,34 @@ def tailor(
     given = (output, data, retain_data, retain, options, calibration, distill, patch_file, keep_stats, graft_data)
     job = _Job.of(base, tuned, *given, teacher_data, target)
     say = tell or (lambda line: None)
-    started, stages = perf_counter(), {}
+    started, stages = perf_counter(), dict[str, float]()
     with ExitStack() as stack:
         job.open(stack, tell, show)
         earlier = None if job.picks else job.finished()
         plan = None if earlier is not None else job.plan(stack, announce is not None)
-    if plan is not None and announce is not None:
-        announce(plan)
-    if job.picks:
-        begun = perf_counter()
-        job.pick(progress, tell)
-        stages["teacher"] = perf_counter() - begun
-        with ExitStack() as stack:
+        if plan is not None and announce is not None:
+            announce(plan)
+        if job.picks:
+            stack.close()
+            begun = perf_counter()
+            job.pick(progress, tell)
+            stages["teacher"] = perf_counter() - begun
             job.open(stack, None, None)
             earlier = job.finished()
-            if earlier is None:
-                job.plan(stack, False)
-    if earlier is not None:
-        job.clean()
-        return earlier
-    with OutputLock(job.work, folder=True), _told_once(job):
-        if options.overwrite:
-            _remove(job.work)
-        for side, done in zip(job.sides, job.done, strict=True):
-            if not done:
-                begun = perf_counter()
-                say(f"{_WHOSE[side.name]}: {side.calibrate(progress, tell)}")
-                stages[f"calibrate {side.name}"] = perf_counter() - begun
-        report = job.patch(progress, tell)
-        job.clean()
+            plan = None if earlier is not None else job.plan(stack, False)
+        if earlier is not None:
+            job.clean()
+            return earlier
+        assert plan is not None
+        with OutputLock(job.work, folder=True), _told_once(job):
+            if options.overwrite:
+                _remove(job.work)
+            report = job.in_one_pass(plan.patch, progress, say, stages) if plan.one_pass else None
+            if report is None:
+                stack.close()  # each step opens what it reads
+                job.calibrate(progress, say, stages)
+                report = job.patch(progress, tell)
+            job.clean()
     with suppress(OSError):
         job.work.rmdir()
     return replace(report, stages=stages | report.stages, seconds=perf_counter() - started)
@@ -324,6 +330,10 @@ class _Job:
         paths = [self.base, self.tuned, self.data, *([] if self.retain_data is None else [self.retain_data])]
         self.target.check(paths, patch)
         expected = [one for one in stats if isinstance(one, ExpectedStats)]
+        why = self._why_in_steps()
+        if not why:
+            peak = _peak(patch) + sum(_block_bytes(one) for one in expected)
+            return JobPlan(self._steps(patch, stats, estimate, True), patch, 0, False, peak, one_pass=True)
         needed = sum(one.total_bytes for one in expected)
         place = self.work if self.keep_stats is None else self.keep_stats
         if self.aim is not None:
@@ -338,7 +348,22 @@ class _Job:
             )
         calibrated = [_calibration_peak(inputs.base, one, resolve_device(options.device)) for one in expected]
         peak = max([_peak(patch), *calibrated])
-        return JobPlan(self._steps(patch, stats, estimate), patch, needed, self.keep_stats is not None, peak)
+        return JobPlan(self._steps(patch, stats, estimate), patch, needed, self.keep_stats is not None, peak, why=why)
+
+    def _why_in_steps(self) -> str:
+        """Why the models are calibrated before they are patched; empty where all is done in one pass."""
+        assert self.inputs is not None
+        if self.keep_stats is not None:
+            return "--keep-stats writes the statistics"
+        if self.distill is not None:
+            return "training starts from a whole patch"
+        if not ranks().alone:
+            return "several processes divide each step"
+        if any(self.done):
+            return "statistics are there already"
+        if self.calibration.blockwise == "never":
+            return "--blockwise never has each model in memory as a whole"
+        return why_not_in_one_pass(self.inputs, self.calibration)
 
     def _check_work(self) -> None:
         """The folder beside the output is new, or ours to go on from or to replace. Raises OutputError."""
@@ -347,6 +372,8 @@ class _Job:
         if not self.work.is_dir() or (strange := [e.name for e in entries(self.work) if e.name not in (TUNED, BASE)]):
             what = f"holds {strange[0]!r}, which no run of ours wrote" if self.work.is_dir() else "is a file"
             raise OutputError(f"{self.work} {what}", "move it away, or choose another output")
+        for name in (TUNED, BASE):
+            require_ours(self.work / name)
         if entries(self.work) and not (self.options.resume or self.options.overwrite):
             raise OutputError(
                 f"{self.target.place} was begun by an earlier run, whose statistics lie in {self.work}",
@@ -365,7 +392,7 @@ class _Job:
                 return False
             raise
 
-    def _steps(self, patch: Plan, stats: list[Stats], estimate: bool) -> tuple[Step, ...]:
+    def _steps(self, patch: Plan, stats: list[Stats], estimate: bool, one_pass: bool = False) -> tuple[Step, ...]:
         assert self.inputs is not None
         tuned, base, rates = self.inputs.tuned, self.inputs.base, None
         if estimate:
@@ -395,11 +422,58 @@ class _Job:
                 seconds = len(DENSITIES) * seconds + ATTEMPTS * training
             steps.append(Step(f"{search_in_words(self.aim, self.distill)}{how}", seconds=seconds))
             return tuple(steps)
-        steps.append(Step(f"patch {counted(len(patch.patched), 'tensor')}{how}", seconds=seconds))
+        work = f"patch {counted(len(patch.patched), 'tensor')}{how}"
+        if one_pass:
+            return (*steps[: int(self.picks)], *self._one_pass(work, rates, seconds))
+        steps.append(Step(work, seconds=seconds))
         if self.distill is not None:
             what = f"train the kept entries: at most {counted(self.distill.steps, 'step')}"
             steps.append(Step(what, seconds=training))
         return tuple(steps)
+
+    def _one_pass(self, patching: str, rates: Rates | None, seconds: float | None) -> tuple[Step, ...]:
+        """The steps of one pass: what the base writes, and everything else; ``seconds`` are those of the patch."""
+        assert self.inputs is not None
+        steps, texts, base = [], [], self.inputs.base
+        for side in self.sides:
+            texts.append(_to_calibrate(side))
+            if side.data is None:
+                written = (side.samples, side.options.length)
+                writing = None if rates is None else calibrating(rates, base, 0, written)
+                steps.append(Step(f"let the base write {_written(side)}", not side.is_written, writing))
+            if rates is not None and seconds is not None:
+                seconds += calibrating(rates, base, side.tokens, None)
+        what = f"block by block in one pass, without statistics on disk: {', '.join(texts)}, {patching}"
+        return (*steps, Step(what, seconds=seconds))
+
+    def in_one_pass(
+        self, plan: Plan, progress: bool, say: Callable[[str], None], stages: dict[str, float]
+    ) -> PatchReport | None:
+        """Calibrate and patch block by block; None, with a note, where the model turns out to forbid that."""
+        assert self.inputs is not None
+        given = {}
+        for kind, side in zip((NEW_DATA, RETAINED_DATA), self.sides, strict=False):
+            begun, writes = perf_counter(), side.is_written
+            given[kind] = material = side.material(progress)
+            if writes:
+                stages["write samples"] = perf_counter() - begun
+                counts = counted(len(material.samples.inputs), "sample"), counted(material.samples.num_tokens, "token")
+                say(f"the base wrote {counts[0]}, {counts[1]} ({stages['write samples']:.1f} s)")
+        self.inputs.sources = self.sources
+        options, started = self.inputs.told(self.options), perf_counter()
+        try:
+            return patch_in_one_pass(self.inputs, given, plan, self.target, options, progress, started)
+        except NotInOnePassError as error:
+            note(f"{error.message}: both models are calibrated first, and patched then")
+            return None
+
+    def calibrate(self, progress: bool, say: Callable[[str], None], stages: dict[str, float]) -> None:
+        """Make the statistics that are not there."""
+        for side, done in zip(self.sides, self.done, strict=True):
+            if not done:
+                begun = perf_counter()
+                say(f"{_WHOSE[side.name]}: {side.calibrate(progress, say)}")
+                stages[f"calibrate {side.name}"] = perf_counter() - begun
 
     def patch(self, progress: bool, tell: Callable[[str], None] | None) -> PatchReport:
         """The last step, with the statistics that are there now."""
@@ -431,6 +505,16 @@ def _peak(patch: Plan) -> int:
     return max(patch.peak_bytes, RUNTIME_BYTES + held)
 
 
+def _block_bytes(stats: ExpectedStats) -> int:
+    """Bytes of the Hessians of one block of a model, the largest."""
+    blocks: dict[str, int] = {}
+    for name, info in stats.hessians.items():
+        if info.kind == "full":
+            block = re.sub(r"(\.\d+)\..*", r"\1", name)  # up to its first number
+            blocks[block] = blocks.get(block, 0) + 4 * info.size**2
+    return max(blocks.values(), default=0)
+
+
 def _calibration_peak(model: Checkpoint, stats: ExpectedStats, device: torch.device) -> int:
     """Bytes of this machine's memory while a model is calibrated: its weights and Hessians, or a part of them.
 
@@ -447,11 +531,20 @@ def _named(options: PatchOptions) -> str:
 
 
 def _to_do(side: Side) -> str:
-    sizes = f"{counted(side.samples, 'sample')}"
     if side.data is None:
-        return f"let the base write {sizes} of {side.options.length:,} tokens, and calibrate it on them"
+        return f"let the base write {_written(side)}, and calibrate it on them"
+    return _to_calibrate(side)
+
+
+def _written(side: Side) -> str:
+    return f"{counted(side.samples, 'sample')} of {side.options.length:,} tokens"
+
+
+def _to_calibrate(side: Side) -> str:
+    if side.data is None:
+        return "calibrate the base on what it wrote"
     whose = "the tuned model" if side.name == TUNED else "the base"
-    return f"calibrate {whose} on {side.data}: {sizes}, {counted(side.tokens, 'token')}"
+    return f"calibrate {whose} on {side.data} ({counted(side.samples, 'sample')}, {counted(side.tokens, 'token')})"
 
 
 def _remove(work: Path) -> None:

@@ -24,7 +24,9 @@ class Step:
 class JobPlan:
     """The steps of a job, what its last does to each tensor, and what all of them need at their fullest.
 
-    ``stats_bytes`` are those of statistics that are yet to be written, ``kept`` says that they stay.
+    ``stats_bytes`` are those of statistics that are yet to be written, ``kept`` says that they stay. In ``one_pass``
+    none are: both models are calibrated and patched block by block; else ``why`` says why they are not, if that is
+    not plain.
     """
 
     steps: tuple[Step, ...]
@@ -32,6 +34,8 @@ class JobPlan:
     stats_bytes: int
     kept: bool
     peak_bytes: int
+    one_pass: bool = False
+    why: str = ""
 
     @property
     def seconds(self) -> float | None:
@@ -47,6 +51,8 @@ class JobPlan:
             "seconds": self.seconds,
             "statistics_bytes": self.stats_bytes,
             "statistics_stay": self.kept,
+            "one_pass": self.one_pass,
+            **({"not_in_one_pass": self.why} if self.why else {}),
             "peak_memory_bytes": self.peak_bytes,
         }
         return self.patch.to_dict() | own

@@ -13,7 +13,8 @@ from tailorcli.adapters.checkpoint import is_adapter
 from tailorcli.adapters.interpolated import InterpolatedCheckpoint, original
 from tailorcli.calibration.calibrate import calibrate_model
 from tailorcli.calibration.expected import expected_stats
-from tailorcli.calibration.sources import Source, drawn, require_writing
+from tailorcli.calibration.kept import keep_samples, kept_samples
+from tailorcli.calibration.sources import Source, drawn, require_writing, self_written
 from tailorcli.calibration.stats import MANIFEST, Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.data.samples import count_tokens
@@ -24,6 +25,7 @@ from tailorcli.guard import path_text
 from tailorcli.models.config import read_config
 from tailorcli.models.loading import package_versions
 from tailorcli.options import CalibrateOptions
+from tailorcli.patching.onepass import Material
 from tailorcli.runs.again import SELF_WRITTEN
 from tailorcli.units import counted, format_bytes
 
@@ -50,6 +52,7 @@ class Side:
     folder: Path
     facts: dict[str, Any]  # of the data file and the samples drawn from it
     drawn: Samples | None  # None: the model writes them
+    source: Source
 
     @classmethod
     def of(
@@ -88,10 +91,10 @@ class Side:
         adapted_to = None if needed is None else needed.path
         if data is None:
             require_writing(source, resolve_device(options.device))
-            return cls(name, plain.path, adapted_to, data, options, folder, {}, None)
+            return cls(name, plain.path, adapted_to, data, options, folder, {}, None, source)
         samples = drawn(source) if drawn_before is None else drawn_before
         facts = {key: value for key, value in samples.facts.items() if key != "file"}
-        return cls(name, plain.path, adapted_to, data, options, folder, facts, samples)
+        return cls(name, plain.path, adapted_to, data, options, folder, facts, samples, source)
 
     @property
     def inputs(self) -> list[Inputs]:
@@ -164,6 +167,29 @@ class Side:
             return stack.enter_context(closing(Stats.open(self.folder)))
         named = self.data if self.data is not None else self.model
         return expected_stats(named, stored, model, self.options, self.samples, self.tokens)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the model writes its samples itself, and an interrupted run has kept none."""
+        return self.drawn is None and kept_samples(self.folder, self._decided) is None
+
+    @property
+    def _decided(self) -> dict[str, Any]:
+        """What decides samples that the model writes itself."""
+        device = resolve_device(self.options.device).type
+        return self.identity | package_versions() | {"device": device, "model": self.source.stored.fingerprint()}
+
+    def material(self, progress: bool) -> Material:
+        """The samples, those that the model writes itself kept in the folder for a run that is resumed.
+
+        Raises TailorError.
+        """
+        samples = self.drawn or kept_samples(self.folder, self._decided)
+        if samples is None:
+            with _own_names(self.name):
+                samples, _ = self_written(self.source, resolve_device(self.options.device), progress)
+            keep_samples(self.folder, samples, self._decided)
+        return Material(self.data or self.model, samples, self.options)
 
     def calibrate(self, progress: bool, announce: Callable[[str], None] | None) -> str:
         """Make the statistics, and say in a line what they are. Raises TailorError."""

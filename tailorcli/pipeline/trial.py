@@ -117,7 +117,9 @@ def _solving(network: Any, block: str, lane: Lane, tokens: int, alike: int, devi
             lane.compute()
 
     plain, folded = _seconds(lane.compute, device, 1), _seconds(fold, device, 1)
-    packed = {name: (info, values) for name, info, values in collector.results() if info.kind == "full"}
+    matrices = {name for name, parameter in network.named_parameters() if parameter.dim() == 2}  # no fused experts
+    found = ((name, info, values) for name, info, values in collector.results() if name in matrices)
+    packed = {name: (info, values) for name, info, values in found if info.kind == "full"}
     name, (info, values) = min(packed.items(), key=lambda entry: entry[1][0].size)
     hessian = unpack_triangle(values.to(device), info.size)
     weight = network.get_parameter(name).detach().float().reshape(-1, info.size)[:_ROWS]
