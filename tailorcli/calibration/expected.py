@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,8 @@ def expected_stats(
     """The statistics that a calibration of ``model`` will write, before it has run.
 
     ``stored`` is the checkpoint that the network is loaded from: ``model`` itself, or an adapter's base. ``path`` is
-    what notes name them by. Layers of one module and as many channels are taken to share an input. Raises
-    CheckpointError where transformers cannot build the model.
+    what notes name them by. Which layers share an input is guessed by their names. Raises CheckpointError
+    where transformers cannot build the model.
     """
     from tailorcli.models.layers import find_layers
 
@@ -71,6 +72,7 @@ def expected_stats(
     layers = find_layers(network)
     places = expected_names(network, stored.tensors)
     users: dict[str, int] = {}  # checkpoint tensors that become one parameter, counted
+    pieces = Counter(places.values())
     tensors: dict[str, TensorStats] = {}
     hessians: dict[str, HessianInfo] = {}
     for name, info in stored.tensors.items():
@@ -86,27 +88,31 @@ def expected_stats(
             continue
         part = users.get(layer.name, 0)
         users[layer.name] = part + 1
-        tensors[name], found = _entry(info, layer, network, part, tokens)
+        tensors[name], found = _entry(info, layer, network, (part, pieces[places[name]]), tokens)
         hessians |= found
     return ExpectedStats(path, model, tensors, hessians, samples, tokens)
 
 
 def _entry(
-    info: TensorInfo, layer: Layer, network: Any, part: int, tokens: int
+    info: TensorInfo, layer: Layer, network: Any, part: tuple[int, int], tokens: int
 ) -> tuple[TensorStats, dict[str, HessianInfo]]:
-    """A tensor's entry and its Hessians; ``part`` numbers those that become one parameter."""
+    """A tensor's entry and its Hessians; ``part`` numbers it among so many that become one parameter."""
+    from tailorcli.models.layers import likely_input
+
     if len(info.shape) == 3 and not layer.modules:
         names = [expert_name(layer.name, number) for number in range(info.shape[0])]
         each = HessianInfo(info.shape[2], "full", tokens)
         return TensorStats(None, "linear", experts=names), dict.fromkeys(names, each)
     if len(info.shape) == 2 and not layer.modules and network.get_parameter(layer.name).dim() == 3:
-        name = expert_name(layer.name, part // 2)  # of two matrices that are fused, both see the same
+        experts = network.get_parameter(layer.name).shape[0]
+        name = expert_name(layer.name, part[0] * experts // part[1])  # of two matrices that are fused, both see one
         return TensorStats(name, "linear"), {name: HessianInfo(info.shape[1], "full", tokens)}
     transposed = layer.transposed and len(info.shape) == 2
     size = info.shape[0] if transposed or len(info.shape) == 1 else info.numel // max(info.shape[0], 1)
+    if not layer.modules and len(info.shape) == 2:  # a bare matrix, as a router is: what it does shows in use
+        return TensorStats(layer.name, "linear"), {layer.name: HessianInfo(info.shape[1], "full", tokens)}
     if layer.role == "linear":
-        block = layer.name.rpartition(".")[0].rpartition(".")[0]
-        name, kind = f"{block} {size}", "full"
+        name, kind = " ".join(map(str, likely_input(layer))), "full"
     else:
         name, kind = layer.name, "diagonal"
     return TensorStats(name, layer.role, transposed), {name: HessianInfo(size, kind, tokens)}

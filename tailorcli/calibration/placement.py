@@ -50,14 +50,14 @@ def skeleton_for_blocks(run: Run, config: dict[str, Any], announce: Callable[[st
 
 
 def _hessian_bytes(run: Run, network: Any) -> int:
-    """Bytes of all full Hessians at most: layers of one module and as many channels are taken to share one."""
-    from tailorcli.models.layers import find_layers
+    """Bytes of all full Hessians at most: those of layers that seem to share an input count once."""
+    from tailorcli.models.layers import find_layers, likely_input
 
     places = guessed_places(expected_names(network, run.stored.tensors))
     layers = run.wanted(find_layers(network).values(), places)
     parameters = dict(network.named_parameters())
     linear = [layer for layer in layers if layer.role == "linear"]
-    shared = {(layer.name.rpartition(".")[0].rpartition(".")[0], layer.size) for layer in linear}
+    shared = {likely_input(layer) for layer in linear}
     experts = [parameters[layer.name] for layer in layers if parameters[layer.name].dim() == 3 and not layer.modules]
     full = sum(4 * size**2 for _, size in shared)
     return full + int(sum(4 * parameter.shape[0] * max(parameter.shape[1:]) ** 2 for parameter in experts))

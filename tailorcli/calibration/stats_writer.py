@@ -37,20 +37,25 @@ _OTHER_PLACE = "free some space or choose another folder for -o"
 
 
 def prepare_folder(folder: Path, overwrite: bool) -> None:
-    """See that ``folder`` may take new statistics: it is made, empty, or holds old ones that ``overwrite`` gives up.
+    """Make the folder that new statistics go to, if it may take them (``check_folder``). Raises OutputError."""
+    check_folder(folder, overwrite)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise as_output_error(folder, error) from error
 
-    The old ones stay until ``StatsWriter.finish`` has written the new. Raises OutputError for a folder that holds
-    anything else.
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """See that ``folder`` may take new statistics: it is not there, empty, or holds old ones that are given up.
+
+    The old ones, which ``overwrite`` gives up, stay until ``StatsWriter.finish`` has written the new. Raises
+    OutputError for a folder that holds anything else.
     """
     present = require_ours(folder)
     if MANIFEST in present and not overwrite:
         raise OutputError(f"{folder} already holds statistics", "choose another folder, or pass --overwrite")
     if present and not _are_ours(folder, present):
         raise OutputError(f"{folder} holds files that tailorcli did not write", "choose another folder for -o")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise as_output_error(folder, error) from error
 
 
 def require_ours(folder: Path) -> list[str]:

@@ -250,6 +250,15 @@ DryRun = Annotated[
     bool,
     flag("--dry-run", help="Check everything, show the plan and its cost.", panel=OUTPUT),
 ]
+OnRanks = Annotated[
+    str | None,
+    typer.Option(
+        "--ranks",
+        metavar="[MxN]N",
+        help="With --dry-run: what it costs on N ranks, or on M machines of N each; a config.json alone will do.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Plot = Annotated[
     Path | None,
     typer.Option("--plot", metavar="FILE.png", help="Draw a picture (needs matplotlib).", rich_help_panel=OUTPUT),

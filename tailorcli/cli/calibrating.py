@@ -18,10 +18,12 @@ from tailorcli.cli.arguments import (
     DataIn,
     Density,
     Device,
+    DryRun,
     DType,
     Exclude,
     Include,
     Omega,
+    OnRanks,
     Overwrite,
     OwnDamping,
     PromptColumn,
@@ -48,6 +50,7 @@ from tailorcli.cli.output import (
     show_reasons,
     show_score,
 )
+from tailorcli.cli.ranks import asked_fleet, show_calibration
 from tailorcli.cli.verbosity import is_verbose, wants_progress
 from tailorcli.distributed import launched
 from tailorcli.guard import check_result
@@ -126,6 +129,8 @@ def calibrate(
         ),
     ] = False,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    ranks: OnRanks = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -163,6 +168,12 @@ def calibrate(
     )
     if teacher_data is not None and options.teacher_weight != AUTO:
         raise typer.BadParameter("--teacher-data is for --teacher-weight auto")
+    fleet = asked_fleet(ranks, dry_run)
+    if dry_run:
+        from tailorcli.pipeline.estimate import plan_calibration
+
+        show_calibration(plan_calibration(model, data, output, options, base, fleet), output, as_json)
+        return
     report = calibrate_model(
         model,
         data,

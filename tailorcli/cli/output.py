@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tailorcli.patchfile.records import TensorRecord
     from tailorcli.patchfile.report import PatchReport
     from tailorcli.pipeline.plan import JobPlan
+    from tailorcli.pipeline.ranks import RankPlan
     from tailorcli.runs.plan import Plan
 
 
@@ -158,7 +159,7 @@ def _job_lines(plan: JobPlan) -> list[str]:
     """Its steps, numbered, each with the time that it will take or that it is there already."""
     lines = []
     for number, step in enumerate(plan.steps, 1):
-        ends = "there already" if step.done else "" if step.seconds is None else f"about {_duration(step.seconds)}"
+        ends = "there already" if step.done else "" if step.seconds is None else f"about {duration(step.seconds)}"
         lines.append(f"{number}. {step.what}{f' ({ends})' if ends else ''}")
     return [*lines, f"not in one pass: {plan.why}"] if plan.why else lines
 
@@ -171,11 +172,11 @@ def _job_cost(plan: JobPlan, output: Path | None, patch_file: Path | None) -> di
     if plan.stats_bytes:
         stay = "of statistics, which stay" if plan.kept else "of statistics meanwhile"
         write += f", and up to {format_bytes(plan.stats_bytes)} {stay}"
-    time = "no estimate of the time" if plan.seconds is None else f"about {_duration(plan.seconds)} in all"
+    time = "no estimate of the time" if plan.seconds is None else f"about {duration(plan.seconds)} in all"
     return {"write": write, "memory": f"about {format_bytes(plan.peak_bytes)}", "time": time}
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A time that is only estimated, in words."""
     if seconds < 60:
         return f"{max(5, 5 * math.ceil(seconds / 5))} s"
@@ -199,25 +200,40 @@ def show_job(
         say(line)
     costs = _cost(plan.patch, output, patch_file)
     patch = {name: costs[name] for name in ("tensors", "training") if name in costs}
-    print_rich("", facts_table(patch | _job_cost(plan, output, patch_file)))
+    costs = _job_cost(plan, output, patch_file)
+    print_rich("", facts_table(patch | ({"write": costs["write"]} if plan.ranks is not None else costs)))
+    _show_ranks(plan.ranks)
     say("dry run: nothing was written", err=True)
 
 
 def show_plan(
-    plan: Plan, output: Path | None, patch_file: Path | None, as_json: bool, every_tensor: bool = False
+    plan: Plan,
+    output: Path | None,
+    patch_file: Path | None,
+    as_json: bool,
+    every_tensor: bool = False,
+    ranks: RankPlan | None = None,
 ) -> None:
     """What ``--dry-run`` shows: the treatment of each kind of layer, or of every tensor, and last what it costs."""
     from tailorcli.runs.outputs import free_bytes
 
     if as_json:
         where = output or patch_file or Path()
-        print_json({**plan.to_dict(), "free_bytes": free_bytes(where)})
+        own = {} if ranks is None else {"on_ranks": ranks.to_dict()}
+        print_json({**plan.to_dict(), "free_bytes": free_bytes(where), **own})
         return
     from tailorcli.display.summary import facts_table
 
     _show_tensors(plan, every_tensor)
     print_rich("", facts_table(_cost(plan, output, patch_file)))
+    _show_ranks(ranks)
     say("dry run: nothing was written", err=True)
+
+
+def _show_ranks(plan: RankPlan | None) -> None:
+    from tailorcli.cli.ranks import show_ranks  # which imports this module
+
+    show_ranks(plan)
 
 
 def _show_tensors(plan: Plan, every_tensor: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,6 +35,7 @@ from tailorcli.cli.arguments import (
     MaxShardSize,
     NoPropagate,
     Omega,
+    OnRanks,
     OutFolder,
     Overwrite,
     OwnDamping,
@@ -73,6 +74,7 @@ from tailorcli.cli.output import (
     show_summary,
     show_written,
 )
+from tailorcli.cli.ranks import asked_fleet
 from tailorcli.cli.sharing import check_page, check_push, push, write_page_of
 from tailorcli.cli.verbosity import is_verbose, wants_progress
 from tailorcli.distributed import launched
@@ -95,6 +97,10 @@ from tailorcli.options import (
     with_preset,
 )
 from tailorcli.units import parse_size
+
+if TYPE_CHECKING:
+    from tailorcli.pipeline.plan import JobPlan
+    from tailorcli.pipeline.ranks import Fleet
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -280,6 +286,7 @@ def patch(
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
+    ranks: OnRanks = None,
     tensors: Tensors = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -305,6 +312,7 @@ def patch(
     from tailorcli.patching.aim import patch_to_target, plan_target, search_in_words
     from tailorcli.patching.distilled import distill_checkpoint, plan_distilled
     from tailorcli.patching.patch import patch_checkpoint, plan_patch
+    from tailorcli.pipeline.estimate import is_described, ranks_of_patch
     from tailorcli.pipeline.job import plan_job, tailor
 
     if preset is not None and (retain is not None or retain_data is not None):
@@ -372,9 +380,14 @@ def patch(
         "target": target,
     }
     base, tuned = local_folders((base, tuned), code=trust_remote_code)
+    fleet = asked_fleet(ranks, dry_run)
+    if fleet is not None and is_described(base):
+        show_job(_described(base, tuned, job, stats, fleet), output, patch_file, as_json, tensors)
+        return
     if dry_run and data is not None:
         tell = None if as_json else partial(say, err=True)
-        show_job(plan_job(base, tuned, output, data, **where, **job, tell=tell), output, patch_file, as_json, tensors)
+        job_plan = plan_job(base, tuned, output, data, **where, **job, tell=tell, fleet=fleet)
+        show_job(job_plan, output, patch_file, as_json, tensors)
         return
     if dry_run:
         if target is not None and stats is not None and retain is not None:
@@ -385,7 +398,10 @@ def patch(
             plan = plan_distilled(base, tuned, output, stats, retain, options, how, **where)
         else:
             plan = plan_patch(base, tuned, output, stats, options, retain=retain, **where)
-        show_plan(plan, output, patch_file, as_json, tensors)
+        there = None
+        if fleet is not None:
+            there = ranks_of_patch(base, tuned, stats, plan, options, retain, how, fleet)
+        show_plan(plan, output, patch_file, as_json, tensors, there)
         if options.teacher_weight == AUTO:
             say("before that the teacher's weight is picked: models between BASE and TUNED are run", err=True)
         return
@@ -422,6 +438,16 @@ def patch(
     show_stages(report.stages)
     if keep_stats is not None:
         say(f"statistics kept in {keep_stats}: the same command with another --density and -o takes them from there")
+
+
+def _described(base: Path, tuned: Path, job: dict[str, Any], stats: Path | None, fleet: Fleet) -> JobPlan:
+    """The cost of the whole job for models of which there is a config.json alone."""
+    from tailorcli.pipeline.estimate import plan_described
+
+    if stats is not None:
+        raise OptionsError(f"{base} has a config.json alone, and --stats are of a model with weights", "leave it out")
+    known = ("retain", "retain_data", "options", "calibration", "distill")
+    return plan_described(base, tuned, **{name: job[name] for name in known}, fleet=fleet)
 
 
 def _require_aim(context: typer.Context, data: Path | None, stats: Path | None, retain: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,18 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
                 layer = _make_layer(name, role, module, parameter) if held else Layer(name, "", [], 0)
                 by_parameter[id(parameter)] = layers[name] = layer
     return layers
+
+
+_LAST = re.compile(r"(o|out|c|wo|w2|fc2|dense|down)(_?(proj|lin|projection))?")
+
+
+def likely_input(layer: Layer) -> tuple[str, int]:
+    """What layers that share an input have in common, guessed before the model has run.
+
+    They lie in one module and have as many channels; the layer that ends a module, by its name, sees another input.
+    """
+    module, _, name = layer.name.rpartition(".")[0].rpartition(".")
+    return (f"{module}.{name}" if _LAST.fullmatch(name) else module), layer.size
 
 
 def _role(module: nn.Module) -> str:

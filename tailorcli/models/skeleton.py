@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.folder import Checkpoint
-from tailorcli.checkpoint.header import torch_dtype
+from tailorcli.checkpoint.header import DTYPES, TensorInfo, torch_dtype
 from tailorcli.errors import CheckpointError
-from tailorcli.models.loading import cannot_load, described, model_class_of, prepared, quiet_transformers
+from tailorcli.models.config import read_config
+from tailorcli.models.loading import (
+    aliases,
+    cannot_load,
+    described,
+    empty_on_meta,
+    model_class_of,
+    prepared,
+    quiet_transformers,
+)
 from tailorcli.options import LoadOptions
 
 if TYPE_CHECKING:
@@ -107,3 +116,67 @@ def fill_computed(network: Any, names: Iterable[str], device: torch.device) -> N
             module._parameters[short] = torch.nn.Parameter(empty, requires_grad=False)
             with torch.no_grad():
                 network._init_weights(module)
+
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt")
+
+
+def is_config_alone(folder: Path) -> bool:
+    """Whether a folder says what a model is like and holds no weights of it, nor an adapter."""
+    if not (folder / "config.json").is_file() or (folder / "adapter_config.json").exists():
+        return False
+    return not any(file.name.endswith(_WEIGHTS) or file.name.endswith(".index.json") for file in folder.iterdir())
+
+
+class DescribedCheckpoint(Checkpoint):
+    """A checkpoint that is not there: names, dtypes and shapes of the tensors that its config.json describes.
+
+    It serves a plan. ``whose`` tells it from another of the same config; reading it raises CheckpointError.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, TensorInfo], whose: str) -> None:
+        super().__init__(path, tensors, [])
+        self._whose = whose
+
+    def fingerprint(self) -> str:
+        """No content is known: whose it is stands for it."""
+        return f"described {self._whose}"
+
+    def sample_bytes(self, info: TensorInfo) -> bytes:
+        """No content is known: no tensor is a copy of another."""
+        return f"{self._whose} {info.name}".encode()
+
+    def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
+        """Raise CheckpointError: there is nothing to read."""
+        raise CheckpointError(f"{self.path} holds no weights, but a config.json alone", "pass the folder of the model")
+
+
+def describe_checkpoint(folder: Path, options: LoadOptions, whose: str) -> DescribedCheckpoint:
+    """What transformers would save for the config in ``folder``: experts one by one, tied tensors once.
+
+    The dtype is that of the config, float32 where it names none. Raises CheckpointError where transformers cannot
+    build the model.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    empty = Checkpoint(folder, {}, [])
+    network = empty_on_meta(empty, read_config(folder), options)
+    dtype = run_dtype(empty, network.config, options)
+    tied = aliases(network)
+    held = {name: value for name, value in network.state_dict().items() if name not in tied}
+    with quiet_transformers():
+        saved = revert_weight_conversion(network, held)
+    names = {torch_name: name for name, (_, torch_name) in DTYPES.items() if torch_name is not None}
+    tensors = {}
+    for name in sorted(saved, key=_by_number):
+        stored = dtype if saved[name].is_floating_point() else saved[name].dtype
+        shape = tuple(saved[name].shape)
+        nbytes = saved[name].numel() * stored.itemsize
+        code = names[str(stored).removeprefix("torch.")]
+        tensors[name] = TensorInfo(name, code, shape, folder / "model.safetensors", 0, nbytes)
+    return DescribedCheckpoint(folder, tensors, whose)
+
+
+def _by_number(name: str) -> tuple[tuple[str, int], ...]:
+    """A key that puts layers.2 before layers.10."""
+    return tuple((text, int(number or -1)) for text, number in re.findall(r"(\D*)(\d*)", name))

@@ -50,9 +50,16 @@ def training_bytes(tensors: list[TensorPlan], base: Checkpoint, tuned: Checkpoin
 
 
 def propagation_bytes(
-    tensors: list[TensorPlan], base: Checkpoint, stats: Stats | None, retain_stats: Stats | None
+    tensors: list[TensorPlan],
+    base: Checkpoint,
+    stats: Stats | None,
+    retain_stats: Stats | None,
+    share: float = 1.0,
 ) -> int:
-    """Bytes that propagation holds besides: a block of three models and its patch, moments, hidden states."""
+    """Bytes that propagation holds besides: a block of three models and its patch, moments, hidden states.
+
+    ``share`` is that of the samples that a process takes.
+    """
     blocks: dict[str, int] = {}
     for info in base.tensors.values():
         block = re.sub(r"(\.\d+)\..*", r"\1", info.name)  # up to its first number
@@ -69,7 +76,7 @@ def propagation_bytes(
     # Of each token, in two models, and of some in a third: what a block holds while it waits within (its input, the
     # residual stream, what its norm makes of that, queries, keys and values, or what the widest layer takes), and the
     # holes between.
-    hidden = int(passes * (5 * embedding + embedding * widest // width))
+    hidden = int(share * passes * (5 * embedding + embedding * widest // width))
     return _TRANSFORMERS_BYTES + 5 * max(blocks.values()) + 10 * max(moments, default=0) + hidden
 
 

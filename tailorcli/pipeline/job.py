@@ -50,7 +50,9 @@ from tailorcli.patching.patch import check_writable, patch_checkpoint
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs
 from tailorcli.patching.teacher import with_teacher
+from tailorcli.pipeline.estimate import Estimate
 from tailorcli.pipeline.plan import JobPlan, Step
+from tailorcli.pipeline.ranks import Fleet, RankPlan, repeated
 from tailorcli.pipeline.sides import BASE, TUNED, Side
 from tailorcli.pipeline.trial import Rates, calibrating, distilling, measure, patching, picking
 from tailorcli.runs.again import NEW, RETAINED
@@ -151,13 +153,17 @@ def plan_job(
     teacher_data: PathLike | None = None,
     target: str | None = None,
     tell: Callable[[str], None] | None = None,
+    fleet: Fleet | None = None,
 ) -> JobPlan:
-    """What ``tailor`` would do and cost; everything is checked and nothing written. Raises TailorError."""
+    """What ``tailor`` would do and cost, on ``fleet`` if it is given; everything is checked and nothing written.
+
+    Raises TailorError.
+    """
     given = (output, data, retain_data, retain, options, calibration, distill, patch_file, keep_stats, graft_data)
     job = _Job.of(base, tuned, *given, teacher_data, target)
     with ExitStack() as stack:
         job.open(stack, tell, None)
-        return job.plan(stack, True)
+        return job.plan(stack, True, fleet)
 
 
 _WHOSE = {TUNED: "calibrated the tuned model", BASE: "calibrated the base"}
@@ -301,10 +307,10 @@ class _Job:
             identity |= settings_of(self.distill)
         return self.target.finished(identity, "patch", ("stats fingerprint", "retain fingerprint", *SAMPLED))
 
-    def plan(self, stack: ExitStack, estimate: bool) -> JobPlan:
+    def plan(self, stack: ExitStack, estimate: bool, fleet: Fleet | None = None) -> JobPlan:
         """Check everything that can be checked beforehand, and say what will be done. Raises TailorError.
 
-        With ``estimate`` one block of the model is run, to tell how long it will take.
+        With ``estimate`` one block of the model is run, to tell how long it will take, here or on ``fleet``.
         """
         inputs, options = self.inputs, self.options.before_teacher
         if self.aim is not None:
@@ -330,7 +336,7 @@ class _Job:
         paths = [self.base, self.tuned, self.data, *([] if self.retain_data is None else [self.retain_data])]
         self.target.check(paths, patch)
         expected = [one for one in stats if isinstance(one, ExpectedStats)]
-        why = self._why_in_steps()
+        why = self._why_in_steps(fleet)
         if not why:
             peak = _peak(patch) + sum(_block_bytes(one) for one in expected)
             return JobPlan(self._steps(patch, stats, estimate, True), patch, 0, False, peak, one_pass=True)
@@ -348,16 +354,46 @@ class _Job:
             )
         calibrated = [_calibration_peak(inputs.base, one, resolve_device(options.device)) for one in expected]
         peak = max([_peak(patch), *calibrated])
-        return JobPlan(self._steps(patch, stats, estimate), patch, needed, self.keep_stats is not None, peak, why=why)
+        steps, kept = self._steps(patch, stats, estimate and fleet is None), self.keep_stats is not None
+        on_ranks = self._on_ranks(patch, stats, fleet) if fleet is not None else None
+        return JobPlan(steps, patch, needed, kept, peak, why=why, ranks=on_ranks)
 
-    def _why_in_steps(self) -> str:
+    def _on_ranks(self, patch: Plan, stats: list[Stats], fleet: Fleet) -> RankPlan | None:
+        """What each step that is to be done costs on ``fleet``; None where no block of the model can be measured."""
+        assert self.inputs is not None
+        own, base = original(self.inputs.tuned), self.inputs.base
+        model = own if isinstance(own, AdaptedCheckpoint) else self.stored[TUNED]
+        known = Estimate.of(self.stored[TUNED], model, self.calibration, resolve_device(self.options.device), fleet)
+        if known is None:
+            return None
+        costs = []
+        if self.picks:
+            work = known.work(self.stored[TUNED], stats[0])
+            costs.append(known.pick("pick the teacher's weight", work, self.sides[0].samples, self.sides[0].tokens))
+        for side, done, one in zip(self.sides, self.done, stats, strict=True):
+            written = side.options.length if side.data is None else None
+            work = known.work(self.stored[side.name], one)
+            if not done:
+                costs.append(known.calibrate(_to_do(side), work, (side.samples, side.tokens), written))
+        samples, tokens = (sum(getattr(side, name) for side in self.sides) for name in ("samples", "tokens"))
+        last = [known.patch(patch, base, stats[0], stats[1] if self.retained else None, (samples, tokens))]
+        if self.distill is not None:
+            last.append(known.distill(patch, base, stats[0], self.distill, tokens // samples))
+        if self.aim is not None and self.distill is not None:
+            what = search_in_words(self.aim, self.distill)
+            last = [repeated(what, list(zip(last, (len(DENSITIES), ATTEMPTS), strict=True)))]
+        return known.plan([*costs, *last])
+
+    def _why_in_steps(self, fleet: Fleet | None) -> str:
         """Why the models are calibrated before they are patched; empty where all is done in one pass."""
         assert self.inputs is not None
         if self.keep_stats is not None:
             return "--keep-stats writes the statistics"
         if self.distill is not None:
             return "training starts from a whole patch"
-        if not ranks().alone:
+        if fleet is not None and fleet.size == 1:
+            return "--ranks is of the steps"
+        if not ranks().alone or fleet is not None:
             return "several processes divide each step"
         if any(self.done):
             return "statistics are there already"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tailorcli.pipeline.ranks import RankPlan
 from tailorcli.runs.plan import Plan
 
 
@@ -26,7 +27,7 @@ class JobPlan:
 
     ``stats_bytes`` are those of statistics that are yet to be written, ``kept`` says that they stay. In ``one_pass``
     none are: both models are calibrated and patched block by block; else ``why`` says why they are not, if that is
-    not plain.
+    not plain. ``ranks`` is what the steps cost on many devices, where that was asked.
     """
 
     steps: tuple[Step, ...]
@@ -36,6 +37,7 @@ class JobPlan:
     peak_bytes: int
     one_pass: bool = False
     why: str = ""
+    ranks: RankPlan | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -55,4 +57,4 @@ class JobPlan:
             **({"not_in_one_pass": self.why} if self.why else {}),
             "peak_memory_bytes": self.peak_bytes,
         }
-        return self.patch.to_dict() | own
+        return self.patch.to_dict() | own | ({} if self.ranks is None else {"on_ranks": self.ranks.to_dict()})

@@ -1,4 +1,4 @@
-"""How long a job will take: one block of the model is run for real, on this machine, and the rest is counted up."""
+"""How fast this machine is: one block of the model is run for real, and the rest is counted up (``ranks``)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from tailorcli.models.parts import Parts
 from tailorcli.models.running import forward, to_device
 from tailorcli.models.skeleton import empty_model
 from tailorcli.options import CalibrateOptions, PatchOptions
+from tailorcli.pipeline.ranks import TOGETHER
 
 if TYPE_CHECKING:
     import torch
 
     from tailorcli.data.samples import Inputs
     from tailorcli.models.lockstep import Lane
+    from tailorcli.pipeline.work import Work
 
 _TOKENS = 512  # of the trial, on a GPU eight times as many
 _ROWS = 128  # of a layer that is solved for
-_TOGETHER = 32  # samples that a model writes at a time
 
 
 class _EnoughError(Exception):
@@ -70,7 +71,7 @@ def _measured(stored: Checkpoint, tuned: Checkpoint, options: CalibrateOptions, 
     parts.load("")
     length = min(128, options.length)
     count = max(1, _TOKENS * (8 if device.type == "cuda" else 1) // length)
-    shapes = ((count, length), (_TOGETHER, 1))
+    shapes = ((count, length), (TOGETHER, 1))
     found: dict[str, float] = {}
 
     def call(shape: tuple[int, int]) -> Callable[[], Any]:
@@ -99,11 +100,8 @@ def _measured(stored: Checkpoint, tuned: Checkpoint, options: CalibrateOptions, 
 
 def _solving(network: Any, block: str, lane: Lane, tokens: int, alike: int, device: torch.device) -> dict[str, float]:
     """Seconds of gathering the block's Hessians, and of preparing and solving with the smallest full one."""
-    import torch
-
     from tailorcli.calibration.collector import Collector
-    from tailorcli.core.hessian import prepare, unpack_triangle
-    from tailorcli.core.tailor import tailor_layer
+    from tailorcli.core.hessian import unpack_triangle
     from tailorcli.models.layers import find_layers
 
     layers = [layer for layer in find_layers(network).values() if layer.name.startswith(f"{block}.")]
@@ -123,6 +121,41 @@ def _solving(network: Any, block: str, lane: Lane, tokens: int, alike: int, devi
     name, (info, values) = min(packed.items(), key=lambda entry: entry[1][0].size)
     hessian = unpack_triangle(values.to(device), info.size)
     weight = network.get_parameter(name).detach().float().reshape(-1, info.size)[:_ROWS]
+    return {"hessian": alike * max(0.0, folded - plain) / tokens} | _solved(hessian, weight, device)
+
+
+def measure_bare(work: Work, dtype: torch.dtype, device: torch.device, load: float) -> Rates:
+    """Rates for a model that is not there, by products of its kind; ``load`` is what a byte is taken to need."""
+    import torch
+
+    from tailorcli.core.hessian import accumulate_
+
+    size, tokens = 1024, _TOKENS * (8 if device.type == "cuda" else 1)
+    weight = torch.randn(size, size, device=device).to(dtype)
+    long, short = (torch.randn(count, size, device=device).to(dtype) for count in (tokens, TOGETHER))
+    hessian = torch.zeros(size, size, device=device)
+    with exact_float32(), torch.no_grad():
+        product = _seconds(lambda: long @ weight, device) / (tokens * weight.numel())
+        few = _seconds(lambda: short @ weight, device) / (TOGETHER * weight.numel())
+        gather = _seconds(lambda: accumulate_(hessian, long, 0), device) / (tokens * size**2)
+        hessian = hessian + hessian.tril(-1).T
+        solving = _solved(hessian, weight.float()[:_ROWS], device)
+    return Rates(
+        forward=product * work.products,
+        hessian=gather * work.gathered,
+        write=2 * few * TOGETHER * work.products,
+        load=load,
+        **solving,
+    )
+
+
+def _solved(hessian: torch.Tensor, weight: torch.Tensor, device: torch.device) -> dict[str, float]:
+    """Seconds of preparing a Hessian, a channel cubed, and of solving with it, a row times its channels squared."""
+    import torch
+
+    from tailorcli.core.hessian import prepare
+    from tailorcli.core.tailor import tailor_layer
+
     other = weight + 0.02 * weight.std() * torch.randn_like(weight)
     begun = perf_counter()
     prepared = prepare(hessian, 0.1, sensitivity=True, sequential=False)
@@ -130,11 +163,8 @@ def _solving(network: Any, block: str, lane: Lane, tokens: int, alike: int, devi
     preparing = perf_counter() - begun
     settings: dict[str, Any] = {"density": 0.1, "omega": 0.5, "solver": "joint"}
     solving = _seconds(lambda: tailor_layer(weight, other, prepared, **settings), device, 1)
-    return {
-        "hessian": alike * max(0.0, folded - plain) / tokens,
-        "prepare": preparing / info.size**3,
-        "solve": solving / (len(weight) * info.size**2),
-    }
+    size = len(hessian)
+    return {"prepare": preparing / size**3, "solve": solving / (len(weight) * size**2)}
 
 
 def _seconds(work: Callable[[], Any], device: torch.device, warm: int = 0) -> float:
@@ -167,7 +197,7 @@ def calibrating(rates: Rates, model: Checkpoint, tokens: int, written: tuple[int
     seconds = rates.load * model.nbytes + (rates.forward + rates.hessian) * tokens
     if written is not None:
         samples, length = written
-        seconds += rates.load * model.nbytes + rates.write * -(-samples // _TOGETHER) * (length - 1)
+        seconds += rates.load * model.nbytes + rates.write * -(-samples // TOGETHER) * (length - 1)
     return seconds
 
 
