@@ -274,10 +274,14 @@ def show_time(report: PatchReport) -> None:
     """How long a run took, and of several ranks how much each did: the least and the most."""
     told = f"{report.seconds:.1f} s"
     if report.ranks:
-        tensors, seconds = ([share[name] for share in report.ranks] for name in ("tensors", "seconds"))
-        each = f"{min(tensors)} to {max(tensors)} tensors in {min(seconds):.1f} to {max(seconds):.1f} s each"
-        told += f", {len(report.ranks)} ranks: {each}"
+        tensors = _range([str(share["tensors"]) for share in sorted(report.ranks, key=lambda s: s["tensors"])])
+        seconds = _range([f"{share['seconds']:.1f}" for share in sorted(report.ranks, key=lambda s: s["seconds"])])
+        told += f"; {len(report.ranks)} ranks: {tensors} tensors in {seconds} s each"
     say(told, err=True)
+
+
+def _range(ordered: list[str]) -> str:
+    return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
 
 
 def show_stages(stages: dict[str, float]) -> None:

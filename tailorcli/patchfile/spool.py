@@ -157,8 +157,9 @@ class SpoolWriter:
         """Stop the thread and close the spool; what is written stays for ``resume``."""
         self._queue.close()
         if self._descriptor >= 0:
-            with suppress(OutputError):
-                self._journal.sync()
+            if self._journal.path.exists():  # not where the first rank has removed all
+                with suppress(OutputError):
+                    self._journal.sync()
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
 

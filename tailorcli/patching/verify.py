@@ -51,15 +51,6 @@ class VerifyReport:
         if len(self.problems) < MOST_PROBLEMS:
             self.problems.append({"tensor": name, "problem": problem, **details})
 
-    def join(self, parts: Sequence[VerifyReport], order: Sequence[str]) -> None:
-        """Add what was found of parts of the tensors; what is named comes in the ``order`` of the tensors' names."""
-        for part in parts:
-            for name in ("tensors", "entries", "kept", "changed", "wrong_tensors"):
-                setattr(self, name, getattr(self, name) + getattr(part, name))
-        places = {name: place for place, name in enumerate(order)}
-        found = sorted((problem for part in parts for problem in part.problems), key=lambda p: places[p["tensor"]])
-        self.problems = [*self.problems, *found][:MOST_PROBLEMS]
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
         return {"ok": self.ok, **asdict(self)}
@@ -104,8 +95,18 @@ def verify_checkpoint(
             bar.update(info.nbytes)
         now_on("")
         watch.require_unchanged()
-        report.join(gathered(part), list(opened.tensors))
+        _join(report, gathered(part), list(opened.tensors))
         return report
+
+
+def _join(report: VerifyReport, parts: Sequence[VerifyReport], order: Sequence[str]) -> None:
+    """Add what ranks found of their parts of the tensors; problems come in the ``order`` of the tensors' names."""
+    for part in parts:
+        for name in ("tensors", "entries", "kept", "changed", "wrong_tensors"):
+            setattr(report, name, getattr(report, name) + getattr(part, name))
+    places = {name: place for place, name in enumerate(order)}
+    found = sorted((problem for part in parts for problem in part.problems), key=lambda p: places[p["tensor"]])
+    report.problems = [*report.problems, *found][:MOST_PROBLEMS]
 
 
 def _kept_by_report(found: Checkpoint, base: Checkpoint) -> dict[str, int]:

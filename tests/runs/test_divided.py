@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from families import make_family_pair
 from helpers import broken_off, folder_digest, read_tensors
 from pretended import pretended
 from safetensors.torch import save_file
@@ -23,6 +26,10 @@ from tailorcli import (
 )
 from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.patchfile.spool import SpoolWriter
+from tailorcli.patching.cost import work_of
+from tailorcli.patching.planner import build_plan
+from tailorcli.patching.stream import PatchInputs
+from tailorcli.runs.divided import own_tensors
 
 
 def patched(pair, out, ranks=1, options=PatchOptions(), *, stats="stats", **more):
@@ -42,6 +49,32 @@ def patched(pair, out, ranks=1, options=PatchOptions(), *, stats="stats", **more
 def whole(llama_pair, tmp_path_factory):
     """What one process writes."""
     return patched(llama_pair, tmp_path_factory.mktemp("whole"))
+
+
+def test_tensors_of_one_hessian_stay_together_and_each_goes_to_one_rank(llama_pair):
+    with ExitStack() as stack:
+        given = (llama_pair / "base", llama_pair / "tuned", llama_pair / "stats", PatchOptions(), stack)
+        inputs = PatchInputs.open(*given)
+        plan = build_plan(inputs.base, inputs.tuned, inputs.stats, PatchOptions())
+        with pretended(4) as run:
+            shares = run(lambda: own_tensors(plan.tensors, partial(work_of, inputs=inputs, options=PatchOptions())))
+    places = {tensor.name: position for position, tensor in enumerate(plan.tensors)}
+    orders = [[places[tensor.name] for tensor in share] for share in shares]
+    assert sorted(place for order in orders for place in order) == list(range(len(plan.tensors)))
+    assert all(order and order == sorted(order) for order in orders)
+    groups = [{tensor.hessian for tensor in share} for share in shares]
+    assert sum(map(len, groups)) == len(set().union(*groups))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "llava"])
+def test_families_are_divided_to_the_same_bytes(tmp_path, family):
+    pair = tmp_path / "pair"
+    make_family_pair(pair, family)
+    calibrate_model(pair / "tuned", pair / "data.jsonl", pair / "stats", CalibrateOptions(num_samples=8))
+    alone, _ = patched(pair, tmp_path / "alone")
+    for ranks in (2, 4):
+        assert patched(pair, tmp_path / str(ranks), ranks)[0] == alone
 
 
 @pytest.mark.parametrize("ranks", [2, 3, pytest.param(50, marks=pytest.mark.slow)])

@@ -59,7 +59,8 @@ def test_score_apply_verify_and_merge_multi_are_those_of_one_process(llama_pair,
     assert on_ranks(size, *words).stdout == run(*words).stdout
     words = ("verify", str(tmp_path / "ranks" / "applied"), "--base", base, "--patch", files[1], "--json")
     ends = ranked_cli(size, *words)
-    assert [end.code for end in ends] == [1] * size
+    assert ends[0].code == 1
+    assert all(end.code for end in ends)  # torchrun ends the others
     assert ends[0].stdout == run(*words, expect=1).stdout
 
 
