@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -76,6 +77,24 @@ def exact_float32() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before)
         torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Torch's deterministic algorithms, where they are ``wanted``; what has none goes on with torch's own warning."""
+    if not wanted:
+        yield
+        return
+    import torch
+
+    # cuBLAS reads it when it is first used; it decides nothing elsewhere.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 _CPU_ALLOCATOR = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")  # torch's words on a CPU

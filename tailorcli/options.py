@@ -218,6 +218,7 @@ class CalibrateOptions:
     keep_samples: bool = True  # beside the statistics, for a patch that propagates
     teacher_weight: float | str | None = None  # the model so far on the way from base to tuned; "auto": picked by loss
     columns: DataColumns = DataColumns()  # of the data
+    deterministic: bool = False  # each sample by itself, sums in float64: no bit depends on the batch size
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "length", "batch_size"):
@@ -236,11 +237,17 @@ class CalibrateOptions:
         """Tokens of a sample at most."""
         return self.seq_len if self.seq_len is not None else 256 if self.synthetic else 2048
 
+    @property
+    def together(self) -> int:
+        """Samples that go through the model together."""
+        return 1 if self.deterministic else self.batch_size
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest; of columns only those that are named, of a teacher only one that is."""
         values = _plain(self) | {"seq_len": self.length}
         columns = {name: column for name, column in values.pop("columns").items() if column is not None}
         values |= {"columns": columns} if columns else {}
+        values = {name: value for name, value in values.items() if name != "deterministic" or value}
         return {name: value for name, value in values.items() if name != "teacher_weight" or value is not None}
 
 

@@ -26,7 +26,7 @@ class Accumulator:
 
     def add_channels(self, rows: Tensor) -> None:
         """Fold the inputs (N, I) of a scale, in any float dtype: each channel stands alone."""
-        squares = rows.to(torch.float32).square().sum(0)
+        squares = rows.to(self.hessian.dtype).square().sum(0)
         self.tokens = accumulate_diagonal_(self.hessian, squares, rows.shape[0], self.tokens)
 
     def add_ids(self, ids: Tensor, samples: int) -> None:
@@ -41,14 +41,20 @@ class Accumulator:
 class Accumulators:
     """The Hessians of a model, or of one of its blocks, by name."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self._device = device
+        self._dtype = dtype  # of the sums
         self._by_name: dict[str, Accumulator] = {}
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number while it is summed."""
+        return self._dtype.itemsize
 
     def get(self, name: str, full: bool, size: int) -> Accumulator:
         """The Hessian of that name, of no token yet where it is new."""
         if name not in self._by_name:
-            zeros = torch.zeros((size, size) if full else (size,), dtype=torch.float32, device=self._device)
+            zeros = torch.zeros((size, size) if full else (size,), dtype=self._dtype, device=self._device)
             self._by_name[name] = Accumulator(zeros)
         return self._by_name[name]
 
@@ -58,14 +64,14 @@ class Accumulators:
 
     def resume(self, name: str, info: HessianInfo, packed: Tensor) -> None:
         """Go on with a Hessian that was packed before: its block is called again."""
-        hessian = packed.to(self._device)
+        hessian = packed.to(self._device, self._dtype)
         full = unpack_triangle(hessian, info.size) if info.kind == "full" else hessian
         self._by_name[name] = Accumulator(full, info.tokens)
 
     def give(self, used: Container[str | None]) -> Iterator[tuple[str, HessianInfo, Tensor]]:
-        """Give up every Hessian, one at a time, those in ``used``: of a full one the lower triangle is valid.
+        """Give up every Hessian in float32, one at a time, those in ``used``.
 
-        Raises NumericalError if the activations were not finite.
+        Of a full one the lower triangle is valid. Raises NumericalError if the activations were not finite.
         """
         for name in list(self._by_name):
             accumulator = self._by_name.pop(name)
@@ -85,7 +91,7 @@ class Accumulators:
                 mean_diagonal=float(diagonal.mean()),
                 dead=int((diagonal == 0).sum()),
             )
-            yield name, info, accumulator.hessian
+            yield name, info, accumulator.hessian.to(torch.float32)
 
 
 def _are_relative(ids: Tensor) -> bool:

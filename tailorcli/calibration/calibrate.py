@@ -23,7 +23,7 @@ from tailorcli.calibration.stats import HESSIANS, HessianInfo, response_masks, t
 from tailorcli.calibration.stats_writer import StatsWriter, prepare_folder
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
-from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
+from tailorcli.device import StageTimer, deterministic_algorithms, device_errors, exact_float32, resolve_device
 from tailorcli.errors import OptionsError, OutputError, note
 from tailorcli.files import PathLike
 from tailorcli.guard import OutputLock, Watch, path_text, protect
@@ -139,7 +139,7 @@ def calibrate_model(
             skeleton = skeleton_for_blocks(run, config, announce)
         blockwise = skeleton is not None
         smaller = "a smaller --batch-size or --seq-len" + ("" if blockwise else ", or --blockwise always")
-        with exact_float32(), device_errors(smaller):
+        with exact_float32(), deterministic_algorithms(options.deterministic), device_errors(smaller):
             layers, dtype = collect_blockwise(run, skeleton) if blockwise else collect_whole(run, config)
         tensors = {name: entry_of(name, run, layers) for name in stored.tensors}
         if any("bias" in entry.hessians for entry in tensors.values()):

@@ -26,16 +26,22 @@ class Collector:
     """Accumulates the Hessians of ``wanted`` layers from whatever runs inside its contexts.
 
     Run a short batch inside ``trial``, then ``allocate``, then each batch inside ``folding``; ``results`` gives the
-    packed Hessians. Without a trial, or without ``share``, every layer has a Hessian of its own. Nothing may be
-    padded: every row counts.
+    packed Hessians, which are float32 and summed in ``dtype``. Without a trial, or without ``share``, every layer has a
+    Hessian of its own. Nothing may be padded: every row counts.
     """
 
     def __init__(
-        self, wanted: Sequence[Layer], model: nn.Module, device: torch.device, timer: StageTimer, share: bool = True
+        self,
+        wanted: Sequence[Layer],
+        model: nn.Module,
+        device: torch.device,
+        timer: StageTimer,
+        share: bool = True,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model = model
         self.batch_size = 1  # samples of the batch that runs now; of one that does not count 0
-        self._accumulators = Accumulators(device)
+        self._accumulators = Accumulators(device, dtype)
         hooked = [layer for layer in wanted if layer.modules]
         self._hooked = HookedLayers(hooked, self._accumulators, device, timer, share)
         self._bare = BareParameters([layer for layer in wanted if not layer.modules], model, self._accumulators, timer)

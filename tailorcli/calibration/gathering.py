@@ -208,7 +208,7 @@ class Gathering:
         return names
 
     def _collector(self, layers: Sequence[Layer], share: bool) -> Collector:
-        return Collector(layers, self._network, self.subject.device, self.subject.timer, share)
+        return Collector(layers, self._network, self.subject.device, self.subject.timer, share, self.subject.sums)
 
     def _owner(self, tensor: str) -> str | None:
         """The layer that a tensor is the weight or the bias of."""

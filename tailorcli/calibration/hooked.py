@@ -90,7 +90,8 @@ class HookedLayers:
     def allocate(self) -> None:
         """Make room for the Hessians of all groups. Raises DeviceError when they do not fit beside the model."""
         groups = {layer.group: layer for layer in self.layers if layer.group in self._members}
-        needed = sum(4 * layer.size ** (2 if layer.role == "linear" else 1) for layer in groups.values())
+        width = self._accumulators.itemsize
+        needed = sum(width * layer.size ** (2 if layer.role == "linear" else 1) for layer in groups.values())
         free = free_memory(self._device)
         if free is not None and needed > free:
             raise DeviceError(

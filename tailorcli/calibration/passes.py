@@ -46,6 +46,13 @@ class Subject:
     places: dict[str, Place] = field(default_factory=dict, kw_only=True)
     buffers: set[str] = field(default_factory=set, kw_only=True)  # checkpoint tensors that are no parameters
 
+    @property
+    def sums(self) -> torch.dtype:
+        """What Hessians are summed in."""
+        import torch
+
+        return torch.float64 if self.options.deterministic else torch.float32
+
     def chosen(self, tensor: str) -> bool:
         """Whether a checkpoint tensor is to be calibrated."""
         patchable = self.stored.tensors[tensor].dtype in PATCHABLE_DTYPES
@@ -97,14 +104,16 @@ def collect_whole(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer], s
     check_ids(run.samples.inputs, network)
     run.note_buffers(network, expected)
     layers = find_layers(network)
-    collector = Collector(_require_any(run.wanted(layers.values(), run.places)), network, run.device, run.timer)
+    collector = Collector(
+        _require_any(run.wanted(layers.values(), run.places)), network, run.device, run.timer, dtype=run.sums
+    )
     with collector.trial():
         for inputs in _trial_inputs(run.samples.inputs):
             forward(network, to_device(inputs, run.device))
     collector.allocate()
     bar = _bar(run, run.samples.num_tokens)
     with bar, run.timer.stage("run"):
-        for batch in make_batches(run.samples.inputs, run.options.batch_size):
+        for batch in make_batches(run.samples.inputs, run.options.together):
             collector.batch_size = samples_in(batch)
             with collector.folding(), last_logits_only(network):
                 forward(network, to_device(batch, run.device))
@@ -161,7 +170,7 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
     held: dict[str, list[Layer]] = {part: [] for part in ("", *blocks)}
     for layer in layers.values():
         held[parts.part_of(layer.name)].append(layer)
-    around = Collector(run.wanted(held[""], places), network, run.device, run.timer, share=False)
+    around = Collector(run.wanted(held[""], places), network, run.device, run.timer, share=False, dtype=run.sums)
 
     def runner(batch: Inputs) -> Any:
         def call() -> None:
@@ -170,7 +179,7 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
 
         return call
 
-    batches = list(make_batches(run.samples.inputs, run.options.batch_size))
+    batches = list(make_batches(run.samples.inputs, run.options.together))
     lanes = Lockstep(blocks, [(runner(batch), samples_in(batch)) for batch in batches])
     tokens = {id(lane): count_tokens(batch) for lane, batch in zip(lanes.lanes, batches, strict=True)}
     spill = Spill.measured(run.device, Path(run.writer.folder))
@@ -181,7 +190,7 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
         found = parts.load(block)
         run.places |= found
         inside = run.wanted(held[block], found)
-        collector = Collector(inside, network, run.device, run.timer)
+        collector = Collector(inside, network, run.device, run.timer, dtype=run.sums)
         for lane in _through_block(run, collector, inside, around, waiting, spill):
             bar.update(tokens[id(lane)])
         run.write(collector)

@@ -60,4 +60,5 @@ def _hessian_bytes(run: Run, network: Any) -> int:
     shared = {likely_input(layer) for layer in linear}
     experts = [parameters[layer.name] for layer in layers if parameters[layer.name].dim() == 3 and not layer.modules]
     full = sum(4 * size**2 for _, size in shared)
-    return full + int(sum(4 * parameter.shape[0] * max(parameter.shape[1:]) ** 2 for parameter in experts))
+    full += int(sum(4 * parameter.shape[0] * max(parameter.shape[1:]) ** 2 for parameter in experts))
+    return full * run.sums.itemsize // 4

@@ -179,6 +179,14 @@ BatchSize = Annotated[
         rich_help_panel=RUNNING,
     ),
 ]
+Deterministic = Annotated[
+    bool,
+    flag(
+        "--deterministic",
+        help="Each sample by itself, sums in float64: the same bits on a device whatever the batches.",
+        panel=RUNNING,
+    ),
+]
 DType = Annotated[
     DTypeName,
     typer.Option(

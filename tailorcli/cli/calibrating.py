@@ -17,6 +17,7 @@ from tailorcli.cli.arguments import (
     BatchSize,
     DataIn,
     Density,
+    Deterministic,
     Device,
     DryRun,
     DType,
@@ -111,6 +112,7 @@ def calibrate(
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: DType = DTypeName.AUTO,
+    deterministic: Deterministic = False,
     blockwise: Annotated[
         Blockwise,
         typer.Option(
@@ -165,6 +167,7 @@ def calibrate(
         keep_samples=not no_samples,
         teacher_weight=parse_teacher(teacher_weight),
         columns=DataColumns(text_column, prompt_column, response_column),
+        deterministic=deterministic,
     )
     if teacher_data is not None and options.teacher_weight != AUTO:
         raise typer.BadParameter("--teacher-data is for --teacher-weight auto")

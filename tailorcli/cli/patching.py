@@ -180,6 +180,14 @@ def patch(
             rich_help_panel=CALIBRATION,
         ),
     ] = DTypeName.AUTO,
+    deterministic: Annotated[
+        bool,
+        flag(
+            "--deterministic",
+            help="Each sample by itself, sums in float64: the same bits whatever --batch-size.",
+            panel=CALIBRATION,
+        ),
+    ] = False,
     blockwise: Annotated[
         Blockwise,
         typer.Option(
@@ -353,6 +361,11 @@ def patch(
     training = (distill_steps, distill_rate, distill_weight, distill_batch_size, seed, distill_on)
     how = DistillOptions(*training) if distill else None
     _require_one_source(data, stats, retain, retain_data, no_retain, keep_stats)
+    if deterministic and data is None:
+        raise OptionsError(
+            "--deterministic goes with --data: a patch with --stats is what its statistics are",
+            "pass it to calibrate, or the new task's data: --data FILE",
+        )
     if distill and data is None and (stats is None or retain is None):
         raise OptionsError(
             "--distill needs the samples of both statistics",
@@ -373,6 +386,7 @@ def patch(
             seed=seed,
             blockwise=blockwise,
             columns=DataColumns(text_column, prompt_column, response_column),
+            deterministic=deterministic,
         ),
         "distill": how if target is None else DistillOptions(*training),
         "keep_stats": keep_stats,

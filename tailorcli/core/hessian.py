@@ -23,16 +23,16 @@ _BLOCK = 512  # columns per product or triangular solve: half the multiply-adds,
 def accumulate_(hessian: Tensor, inputs: Tensor, tokens_seen: int) -> int:
     """Fold a batch of layer inputs into the running mean H = (2/N) sum x x^T, in place.
 
-    Only the lower triangle of ``hessian`` (I, I), float32, is kept up to date: H is symmetric and the other
-    half would double the multiply-adds. ``inputs`` (N, I) holds one row a token, in any float dtype;
-    sums are float32, and so are products, but for those of halves on a GPU, which are exact. Returns the number of
-    tokens seen, this batch included.
+    Only the lower triangle of ``hessian`` (I, I), float32 or float64, is kept up to date: H is symmetric and the other
+    half would double the multiply-adds. ``inputs`` (N, I) holds one row a token, in any float dtype; sums and products
+    are in the dtype of ``hessian``, but for products of halves on a GPU, which are exact in float32. Returns the number
+    of tokens seen, this batch included.
     """
     num_tokens, num_columns = inputs.shape
     if num_tokens == 0:
         return tokens_seen
     total = tokens_seen + num_tokens
-    if are_halves(inputs) and multiplies_halves(inputs.device):
+    if hessian.dtype == torch.float32 and are_halves(inputs) and multiplies_halves(inputs.device):
         fold_lower_(hessian, inputs, inputs, tokens_seen / total, 2.0 / total)
         return total
     x = inputs.to(hessian.dtype)  # (N, I)

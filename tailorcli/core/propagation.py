@@ -58,19 +58,21 @@ class Moments:
         return self.moved / self.whole if self.whole > 0 else 0.0
 
 
-def no_moments(size: int, device: torch.device) -> Moments:
-    """Moments of no token yet."""
-    hessian = torch.zeros(size, size, dtype=torch.float32, device=device)
+def no_moments(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Moments:
+    """Moments of no token yet, to be summed in ``dtype``."""
+    hessian = torch.zeros(size, size, dtype=dtype, device=device)
     return Moments(hessian, torch.zeros_like(hessian), torch.zeros_like(hessian))
 
 
 def accumulate_moments_(moments: Moments, patched: Tensor, unpatched: Tensor) -> None:
     """Fold inputs X' and X, (N, I) in any float dtype, row for row of the same tokens, into the means, in place."""
-    x, reference = patched.to(torch.float32), unpatched.to(torch.float32)  # (N, I) each; squares overflow in halves
+    dtype = moments.hessian.dtype
+    x, reference = patched.to(dtype), unpatched.to(dtype)  # (N, I) each; squares overflow in halves
     apart = reference - x
     before = moments.tokens
     moments.tokens = accumulate_(moments.hessian, patched, before)
-    if moments.tokens > before and patched.dtype == torch.bfloat16 and multiplies_halves(patched.device):
+    halves = dtype == torch.float32 and patched.dtype == torch.bfloat16 and multiplies_halves(patched.device)
+    if moments.tokens > before and halves:
         _accumulate_in_parts_(moments, patched, apart, before / moments.tokens, 2.0 / moments.tokens)
     elif moments.tokens > before:
         accumulate_(moments.gap, apart, before)
@@ -90,10 +92,12 @@ def _accumulate_in_parts_(moments: Moments, x: Tensor, apart: Tensor, keep: floa
 
 
 def complete_(moments: Moments) -> None:
-    """Mirror the lower triangles of H' and K into the upper, in place."""
+    """Mirror the lower triangles of H' and K into the upper, in place; what was summed wider becomes float32."""
     for matrix in (moments.hessian, moments.gap):
         lower = matrix.tril_()
         lower += lower.tril(-1).T
+    moments.hessian, moments.gap = moments.hessian.to(torch.float32), moments.gap.to(torch.float32)
+    moments.drift = moments.drift.to(torch.float32)
 
 
 @dataclass(frozen=True)

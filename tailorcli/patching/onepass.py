@@ -20,7 +20,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import GrownCheckpoint
 from tailorcli.checkpoint.renamed import RenamedCheckpoint
 from tailorcli.data.samples import make_batches
-from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
+from tailorcli.device import StageTimer, deterministic_algorithms, device_errors, exact_float32, resolve_device
 from tailorcli.guard import Watch
 from tailorcli.models.config import read_config
 from tailorcli.models.loading import check_shapes, empty_on_meta
@@ -115,7 +115,8 @@ def patch_in_one_pass(
         run = Run(measured, options, device, timer, outputs, bar=bar, records=records)
         scratch = target.folder if target.folder is not None else target.place.parent
         try:
-            with exact_float32(), device_errors("a smaller --batch-size"):
+            exact = deterministic_algorithms(given[NEW].options.deterministic)
+            with exact_float32(), exact, device_errors("a smaller --batch-size"):
                 if options.propagate:
                     patch_propagated(plan.tensors, run, scratch, lambda *models: _measuring(run, subjects, models))
                 else:
@@ -159,7 +160,7 @@ def _patch_alone(tensors: Sequence[TensorPlan], run: Run, subjects: Mapping[str,
     calls: list[tuple[Callable[[], Any], int]] = []
     owners: list[str] = []
     for kind, subject in subjects.items():
-        for batch in make_batches(subject.samples.inputs, subject.options.batch_size):
+        for batch in make_batches(subject.samples.inputs, subject.options.together):
             call = _call(models[kind].network, batch, run)
             calls.append((measuring.watched(kind, call), samples_in(batch)))
             owners.append(kind)

@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.folder import Checkpoint
-from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
+from tailorcli.device import StageTimer, deterministic_algorithms, device_errors, exact_float32, resolve_device
 from tailorcli.distributed import ranks, told, wait_for_all
 from tailorcli.errors import OptionsError
 from tailorcli.files import PathLike
@@ -207,12 +207,19 @@ def _patch_all(plan: Plan, own: Sequence[TensorPlan], run: Run, target: Target) 
         if not ranks().first:
             return
         scratch = target.folder if target.folder is not None else target.place.parent
-        with exact_float32(), device_errors():
+        with exact_float32(), deterministic_algorithms(_is_deterministic(run)), device_errors():
             patch_propagated(plan.tensors, run, scratch)
         return
-    for tensor, result, digest in tailored(own, run):
-        run.write(tensor, result, digest)
-        del result
+    with deterministic_algorithms(_is_deterministic(run)):
+        for tensor, result, digest in tailored(own, run):
+            run.write(tensor, result, digest)
+            del result
+
+
+def _is_deterministic(run: Run) -> bool:
+    """Whether the statistics were made with --deterministic: the patch is, too, then."""
+    options = {} if run.inputs.stats is None else run.inputs.stats.manifest.get("options", {})
+    return isinstance(options, dict) and bool(options.get("deterministic"))
 
 
 def _masks_first(

@@ -153,6 +153,7 @@ class Propagation:
         self._stats, self._retain_stats = run.inputs.stats, run.inputs.retain_stats
         self._device = run.device
         self._timer = run.timer
+        self._sums = torch.float64 if options_of(self._stats).deterministic else torch.float32
         self._models = models
         self._measuring = measuring
         self._layers = find_layers(models.patched.network)
@@ -173,7 +174,7 @@ class Propagation:
         calls: list[tuple[Callable[[], Any], int]] = []  # through the unpatched models
         behind: list[tuple[Callable[[], Any], int]] = []
         for kind, stats, model, other in kinds:
-            batches = list(make_batches(stats.samples(), options_of(stats).batch_size))
+            batches = list(make_batches(stats.samples(), options_of(stats).together))
             for batch, compared in zip(batches, _spread([samples_in(batch) for batch in batches]), strict=True):
                 further = (models.patched, *((other,) if compared else ()))
                 call = self._call(model.network, batch)
@@ -398,7 +399,9 @@ class Propagation:
                 rivals = [rival for rival in rivals if rival.held[0].shape == batch.lane.held[0].shape]
                 with self._moved(batch.lane, batch.mate, *rivals):
                     unpatched, patched = (lane.held[0].flatten(0, -2) for lane in (batch.lane, batch.mate))
-                    found = group.moments.setdefault(batch.kind, no_moments(patched.shape[-1], self._device))
+                    found = group.moments.setdefault(
+                        batch.kind, no_moments(patched.shape[-1], self._device, self._sums)
+                    )
                     accumulate_moments_(found, patched, unpatched)
                     for rival in rivals:
                         self._measure_apart(group, batch, rival)

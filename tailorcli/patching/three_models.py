@@ -142,9 +142,11 @@ class ThreeModels:
 
 
 def options_of(stats: Stats, trust: bool = False) -> CalibrateOptions:
-    """How a model ran when it was calibrated: its dtype and its batches; ``trust`` lets its own code run."""
+    """How a model ran when it was calibrated: its dtype, batches and sums; ``trust`` lets its own code run."""
     saved = stats.manifest["options"]
-    return CalibrateOptions(dtype=saved["dtype"], batch_size=saved["batch_size"], trust_remote_code=trust)
+    exact = bool(saved.get("deterministic", False))
+    given = {"dtype": saved["dtype"], "batch_size": saved["batch_size"], "deterministic": exact}
+    return CalibrateOptions(**given, trust_remote_code=trust)
 
 
 def is_linear(layer: Layer) -> bool:

@@ -126,6 +126,7 @@ class Side:
         path = path_text(self.data) if self.data is not None else SELF_WRITTEN
         facts = {"path": path, "fingerprint": digest_of(json.dumps(self.identity, sort_keys=True).encode())}
         given = {"num_samples": self.options.num_samples, "seq_len": self.options.seq_len, "seed": self.options.seed}
+        given |= {"deterministic": self.options.deterministic or None}
         return facts | {name: str(value) for name, value in given.items() if value is not None}
 
     def found(self, model: Checkpoint) -> bool:
@@ -150,7 +151,7 @@ class Side:
         if stats.model_fingerprint != model.fingerprint():
             return f"another model ({known['model'].get('path', 'unknown')})"
         options = known.get("options", {})
-        for name, value in mine["options"].items():
+        for name, value in ({"deterministic": None} | mine["options"]).items():
             if options.get(name) != value:
                 return f"another {name.replace('_', '-')} ({options.get(name)}, now {value})"
         data = known.get("data", {})

@@ -53,6 +53,7 @@ def patch_command(
             words += ["--retain-data", inputs[RETAINED]]
         words += ["--no-retain"] if RETAINED not in inputs else []
         words += _given(calibration or {}, {"num_samples": "128", "seed": "0"}, ("num_samples", "seq_len", "seed"))
+        words += ["--deterministic"] if (calibration or {}).get("deterministic") else []
     for role, flag in (("stats", "--stats"), ("retain", "--retain"), ("data", _DATA)):
         if role in inputs and not (NEW in inputs and role != "data"):
             words += [flag, inputs[role]]
