@@ -46,8 +46,12 @@ def _require_regular(found: os.stat_result) -> None:
 
 
 def open_for_writing(path: Path) -> int:
-    """A descriptor of an existing file for ``write_at`` and ``read_at``. Raises OSError."""
-    return os.open(path, os.O_RDWR | _BINARY)
+    """A descriptor of an existing file for ``write_at`` alone. Raises OSError.
+
+    Several machines may write side by side into one file: through a descriptor that could read as well, a network file
+    system may send the whole page around what is written, and with it old bytes in the place of another machine's.
+    """
+    return os.open(path, os.O_WRONLY | _BINARY)
 
 
 def read_at(descriptor: int, buffer: memoryview, position: int) -> int:

@@ -50,6 +50,10 @@ def test_bytes_are_read_and_written_in_place_whatever_the_system_has(tmp_path, m
     assert system.write_at(descriptor, memoryview(b"abc"), 4) == 3
     system.sync_data(descriptor)
     buffer = bytearray(6)
+    with pytest.raises(OSError, match=r"[Bb]ad file descriptor"):  # which a shared file needs
+        system.read_at(descriptor, memoryview(buffer), 0)
+    os.close(descriptor)
+    descriptor = system.open_for_reading(file)
     assert system.read_at(descriptor, memoryview(buffer)[1:], 3) == 5
     assert bytes(buffer) == b"\x003abc7"
     assert system.read_at(descriptor, memoryview(buffer), 10) == 0

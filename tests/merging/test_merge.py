@@ -23,6 +23,7 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretended import pretended
 from safetensors.torch import save_file
 
 from tailorcli import (
@@ -526,3 +527,16 @@ def test_an_adapter_and_a_full_fine_tune_are_stitched(tmp_path, kind):
             assert bits(out[name][outside]) == bits(tensor[outside])
         for patch in union:
             patch.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["average", "joint"])
+def test_ranks_merge_to_the_bytes_of_one_process(tasks, tmp_path, method):
+    def merged(name, ranks):
+        out = tmp_path / name
+        out.mkdir()
+        with pretended(ranks) as run:
+            reports = run(lambda: merge(tasks, out / "model", method, patch_file=out / "patch.safetensors"))
+        return folder_digest(out), reports[0].to_json()
+
+    assert merged("three", 3) == merged("alone", 1)
