@@ -33,12 +33,15 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One thread a worker: the tests are many and small.
+# One thread a worker: the tests are many and small. A file's tests go to one worker, so that what they share is made
+# once; files in the order of their names, as the longest are not the last.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+	$(PYTEST)
 
 test-fast: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -x -k "not installed_command and not killed"
+	$(PYTEST) -x -k "not installed_command and not killed"
 
 # What CI leaves out: the demo in full. `make real`, `make stitch`, `make evidence` and `make bench` are the other
 # long ones.

@@ -5,7 +5,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-from helpers import make_pair
+from helpers import do_not_wait_for_the_disk, make_pair
+
+do_not_wait_for_the_disk()
 
 
 @pytest.fixture(scope="session", autouse=True)

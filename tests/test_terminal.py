@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import invoke, make_pair, run
+from launcher import completed
 from safetensors.torch import save_file
 
 from tailorcli import terminal
@@ -19,11 +20,15 @@ HOSTILE = "a\x1b]0;owned\x07\x1b[2Jb\x9b1mc\u202ed\u2066e\rf\ng[bold red]h[/]\x7
 ACTING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-def program(*arguments, stdout=subprocess.PIPE, **environment):
-    """The installed program in a process of its own."""
+def program(*arguments, **streams):
+    """The program in a process of its own."""
+    return completed(("-m", "tailorcli", *arguments), **streams)
+
+
+def program_in(*arguments, **environment):
+    """The same with an environment that Python reads when it starts."""
     command = [sys.executable, "-m", "tailorcli", *map(str, arguments)]
-    env = {**os.environ, **environment}
-    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=env, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, env=os.environ | environment, timeout=120, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +107,12 @@ def test_errors_quote_nothing_that_acts_on_a_terminal(arguments):
     assert "[bold red]h[/" in text
 
 
-@pytest.mark.parametrize("command", ["inspect", "score", "patch"])
+@pytest.mark.parametrize("command", ["inspect", pytest.param("score", marks=pytest.mark.slow), "patch"])
 def test_json_is_valid_whatever_the_names(hostile, tmp_path, command):
     base, tuned = hostile / "base", hostile / "tuned"
     more = {"inspect": (), "score": (tuned, "--omega", "1"), "patch": (tuned, "--omega", "1", "--solver", "none")}
     where = ("-o", tmp_path / "out") if command == "patch" else ()
-    done = program(command, base, *more[command], *where, "--json", LC_ALL="C", PYTHONIOENCODING="ascii")
+    done = program_in(command, base, *more[command], *where, "--json", LC_ALL="C", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr.decode()
     shown(done)
     tensors = json.loads(done.stdout)["tensors"]
@@ -128,7 +133,7 @@ def test_a_stream_of_few_characters_gets_escapes_in_their_place(pair, tmp_path, 
     named = tmp_path / "日本語"
     named.symlink_to(pair / "base")
     for arguments, code in ((("inspect", named), 0), (("inspect", tmp_path / "無"), 1), (("patch", "--無"), 2)):
-        done = program(*arguments, PYTHONIOENCODING=encoding, LC_ALL="C")
+        done = program_in(*arguments, PYTHONIOENCODING=encoding, LC_ALL="C")
         assert done.returncode == code, done.stderr.decode()
         assert b"Traceback" not in done.stderr
         assert b"\\u" in (done.stdout + done.stderr), done.stdout + done.stderr
@@ -155,7 +160,7 @@ def test_a_reader_that_has_gone_ends_the_program_quietly(pair, arguments):
 def test_output_that_cannot_be_written_is_one_error(pair, arguments):
     here = [pair / word if word == "base" else word for word in arguments]
     with Path("/dev/full").open("w") as full:
-        done = program(*here, stdout=full)
+        done = program(*here, stdout=full.fileno())
     assert done.returncode == 1
     assert done.stderr.decode() == "error: cannot write to standard output: No space left on device\n"
 
@@ -163,9 +168,8 @@ def test_output_that_cannot_be_written_is_one_error(pair, arguments):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 def test_notes_that_cannot_be_written_end_nothing(pair, tmp_path):
     arguments = ("patch", pair / "base", pair / "tuned", "--omega", "1", "--solver", "none", "-o", tmp_path / "out")
-    command = [sys.executable, "-m", "tailorcli", *map(str, arguments)]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, timeout=120, check=False)
+        done = program(*arguments, stderr=full.fileno())
     assert done.returncode == 0
     run("verify", tmp_path / "out", "--base", pair / "base")
 

@@ -5,11 +5,8 @@ import errno
 import json
 import os
 import pickle
-import resource
 import shutil
 import struct
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from helpers import (
     refused,
     run,
 )
+from launcher import completed
 from safetensors.torch import load_file, save_file
 
 from tailorcli import Checkpoint, calibrate_model, patch_checkpoint
@@ -856,10 +854,9 @@ def test_a_damaged_report(pair, change):
 
 
 def command_line(*arguments, **options):
-    command = [sys.executable, "-m", "tailorcli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    done = completed(("-m", "tailorcli", *arguments), **options)
+    assert b"Traceback" not in done.stderr
+    assert done.stdout == b""
     return done
 
 
@@ -867,8 +864,8 @@ def test_errors_of_the_installed_command(pair):
     os.truncate(pair / "tuned" / WEIGHTS, 10_000)
     done = command_line(*patch_command(pair))
     assert done.returncode == 1
-    assert done.stderr.count("error: ") == 1
-    assert "truncated" in done.stderr
+    assert done.stderr.count(b"error: ") == 1
+    assert b"truncated" in done.stderr
     assert command_line("patch", "a").returncode == 2
     assert not (pair / "out").exists()
 
@@ -877,11 +874,9 @@ def test_a_limit_of_the_file_size_in_the_middle_of_a_calibration(pair):
     """A real failure of the disk, which the library that writes the Hessians reports in its own way."""
     limit = 20_000
     assert (pair / "stats" / "hessians.safetensors").stat().st_size > limit
-    done = command_line(
-        *calibrate_command(pair), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    )
+    done = command_line(*calibrate_command(pair), file_limit=limit)
     assert done.returncode == 1, done.stderr
-    assert "hessians.safetensors" in done.stderr
+    assert b"hessians.safetensors" in done.stderr
     assert_nothing_loads(pair / "out")
     assert invoke(*calibrate_command(pair)).exit_code == 0
 

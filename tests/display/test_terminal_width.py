@@ -3,11 +3,10 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 from helpers import make_pair, run
+from launcher import launch
 
 pty = pytest.importorskip("pty")
 LAYERS = 24
@@ -25,21 +24,20 @@ def deep(tmp_path_factory):
 def on_a_terminal(*arguments):
     """The lines that a command shows on a terminal of 80 columns, without colours."""
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}
-    command = [sys.executable, "-m", "tailorcli", *map(str, arguments)]
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
-        os.close(theirs)
-        shown = b""
-        while True:
-            try:
-                read = os.read(ours, 1 << 16)
-            except OSError:  # Linux' way to say that the other end is closed
-                break
-            if not read:
-                break
-            shown += read
+    ends = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    wait = launch(("-m", "tailorcli", *arguments), **ends, env={"COLUMNS": "80", "TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            read = os.read(ours, 1 << 16)
+        except OSError:  # Linux' way to say that the other end is closed
+            break
+        if not read:
+            break
+        shown += read
     os.close(ours)
-    assert process.returncode == 0, shown.decode()
+    assert wait() == 0, shown.decode()
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", shown.decode().replace("\r\n", "\n"))
     return [line.rpartition("\r")[2].rstrip() for line in text.split("\n")]
 

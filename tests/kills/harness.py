@@ -18,7 +18,7 @@ import time
 import traceback
 from pathlib import Path
 
-from helpers import folder_digest
+from helpers import do_not_wait_for_the_disk, folder_digest
 from kills.commands import COMMANDS, FOLDER, make_inputs, opens
 from kills.operations import ENDED, Operations
 from tqdm import tqdm
@@ -38,6 +38,7 @@ def main():
     parser.add_argument("--only", default="", help="commands whose line has this text")
     parser.add_argument("--json", action="store_true", help="results as JSON")
     arguments = parser.parse_args()
+    do_not_wait_for_the_disk()  # a process that ends takes nothing along that the system holds
     tqdm.monitor_interval = 0  # else a thread for the bars of other libraries
     results = []
     with tempfile.TemporaryDirectory() as folder:

@@ -5,8 +5,6 @@ import os
 import random
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 from helpers import bits, broken_off, folder_digest, invoke, make_pair, read_tensors, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launcher import completed
 from safetensors.torch import save_file
 
 from tailorcli import PatchOptions, TailorError, calibrate_model, inspect_path, patch_checkpoint
@@ -132,7 +131,8 @@ def test_ten_lines_of_numpy_apply_a_patch(tmp_path, dtype):
     script = ROOT / "scripts" / "apply_patch.py"
     files = (folder / "base" / "model.safetensors", folder / "p.safetensors", folder / "simple" / "model.safetensors")
     (folder / "simple").mkdir()
-    subprocess.run([sys.executable, script, *files], check=True)
+    done = completed((script, *files))
+    assert done.returncode == 0, done.stderr.decode()
     simple, out = read_tensors(folder / "simple"), read_tensors(folder / "out")
     assert {name: bits(tensor) for name, tensor in simple.items()} == {n: bits(t) for n, t in out.items()}
     assert verify_checkpoint(folder / "simple", folder / "base", folder / "p.safetensors").ok

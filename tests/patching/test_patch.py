@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from helpers import bits, broken_off, folder_digest, make_pair, read_tensors, run
+from launcher import completed
 
 from tailorcli import (
     Checkpoint,
@@ -29,11 +30,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def installed(*arguments):
     """Run the installed command; returns its standard output."""
-    command = [sys.executable, "-m", "tailorcli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout
+    done = completed(("-m", "tailorcli", *arguments))
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"Traceback" not in done.stderr
+    return done.stdout.decode()
 
 
 def check_patched(folder, report):
@@ -237,10 +237,10 @@ def deep_pair(tmp_path_factory):
     return folder
 
 
-def start_child(folder, out, *syncs):
-    """A process that is about to patch, and to kill itself after so many writes to its journals, where given."""
+def start_child(folder, out):
+    """A process that is about to patch."""
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-c", CHILD, *map(str, (folder, out, *syncs))]
+    command = [sys.executable, "-c", CHILD, *map(str, (folder, out))]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
     child.stdout.readline()
     return child
@@ -274,9 +274,8 @@ def resume_killed(folder, out, whole):
 
 @pytest.mark.parametrize("syncs", [1, 70, 180])
 def test_killed_in_the_middle_and_resumed_to_the_same_bytes(deep_pair, tmp_path, whole, syncs):
-    child = start_child(deep_pair, tmp_path / "out", syncs)
-    child.communicate()
-    assert child.returncode == -signal.SIGKILL
+    done = completed(("-c", CHILD, deep_pair, tmp_path / "out", syncs))
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
     from_earlier = resume_killed(deep_pair, tmp_path / "out", whole)
     assert syncs // 3 <= from_earlier <= syncs  # two journals, one of the folder and one of the patch file
