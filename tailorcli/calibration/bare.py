@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
@@ -12,6 +12,8 @@ from tailorcli.calibration.stats import BIAS_HESSIAN, expert_name
 from tailorcli.device import StageTimer
 from tailorcli.models.layers import Layer
 from tailorcli.models.products import ProductWatch, Use
+
+_SEVERAL_WAYS = "it is used in more than one way"
 
 
 class BareParameters:
@@ -46,7 +48,7 @@ class BareParameters:
         if not layer.role:
             layer.role, layer.transposed = use.role, use.transposed
         if (layer.role, layer.transposed) != (use.role, use.transposed):
-            layer.reason = "it is used in more than one way"
+            layer.reason = _SEVERAL_WAYS
             return
         if use.inputs is None:
             layer.group = BIAS_HESSIAN
@@ -64,6 +66,24 @@ class BareParameters:
                 accumulator.add_rows(use.inputs.flatten(0, -2))
             else:
                 accumulator.add_channels(use.inputs.flatten(0, -2))
+
+    def uses(self) -> dict[str, tuple[str, bool, int, str | None, str]]:
+        """Of each parameter that was used here: role, whether it is transposed, its size, Hessian and reason."""
+        return {
+            name: (layer.role, layer.transposed, layer.size, layer.group, layer.reason)
+            for name, layer in self.layers.items()
+            if layer.role or layer.reason
+        }
+
+    def join_uses(self, found: Mapping[str, tuple[str, bool, int, str | None, str]]) -> None:
+        """Take over how another rank's samples used them."""
+        for name, (role, transposed, size, group, reason) in found.items():
+            layer = self.layers[name]
+            layer.reason = layer.reason or reason
+            if role and not layer.role:
+                layer.role, layer.transposed, layer.size, layer.group = role, transposed, size, group
+            elif role and (role, transposed) != (layer.role, layer.transposed):
+                layer.reason = layer.reason or _SEVERAL_WAYS
 
     def settle(self) -> None:
         """Say what each parameter turned out to be; experts with too few tokens get the Hessian of all."""
@@ -86,12 +106,7 @@ class BareParameters:
         layer.pooled = [part for part in range(count) if tokens[part] < layer.size]
         pooled = expert_name(layer.name, None)
         if layer.pooled:
-            total = sum(tokens)
-            mean = self._accumulators.get(pooled, True, layer.size)
-            for name, seen in zip(names, tokens, strict=True):
-                if seen:
-                    mean.hessian.add_(self._accumulators.get(name, True, layer.size).hessian, alpha=seen / total)
-            mean.tokens = total
+            self._accumulators.pool(pooled, names, layer.size)
             layer.note = (
                 f"{len(layer.pooled)} of {count} experts saw fewer tokens than the {layer.size} that their inputs "
                 f"have channels ({_listed(layer.pooled)}): the Hessian of all tokens of the layer serves for them"

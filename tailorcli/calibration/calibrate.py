@@ -24,6 +24,7 @@ from tailorcli.calibration.stats_writer import StatsWriter, prepare_folder
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.device import StageTimer, deterministic_algorithms, device_errors, exact_float32, resolve_device
+from tailorcli.distributed import gathered, ranks, told
 from tailorcli.errors import OptionsError, OutputError, note
 from tailorcli.files import PathLike
 from tailorcli.guard import OutputLock, Watch, path_text, protect
@@ -60,6 +61,7 @@ class CalibrateReport:
     blockwise: bool = False
     notes: dict[str, str] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)  # the form of its records, how many were drawn and cut
+    ranks: list[dict[str, Any]] = field(default_factory=list)  # of several: the samples, tokens, seconds of each
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
@@ -97,6 +99,8 @@ def calibrate_model(
     With ``options.teacher_weight`` w the model that runs is base + w * (tuned - base), which a patch with these
     statistics then goes to. "auto" picks w by the loss of next tokens on ``teacher_data``, records of the new task that
     ``model`` was not trained on, or on the samples themselves; ``announce`` is told. Raises TailorError.
+
+    Among ranks (``tailorcli.distributed.joined``) each runs a part of the samples, and all get the same report.
     """
     started = perf_counter()
     folder = Path(output)
@@ -109,9 +113,10 @@ def calibrate_model(
         read = [stored.path, tuned.path, data]
         protect([folder, held_out], read, "choose another folder for -o, or another file")
         watch = Watch([*stored.shards, *tuned.shards, *([] if data is None else [Path(data)])])
-        prepare_folder(folder, options.overwrite)
-        _require_new(held_out, options.overwrite)
-        stack.enter_context(OutputLock(folder, folder=True))
+        if ranks().first:
+            prepare_folder(folder, options.overwrite)
+            _require_new(held_out, options.overwrite)
+            stack.enter_context(OutputLock(folder, folder=True))
         timer = StageTimer(device)
         config = read_config(stored.path)
         with timer.stage("data"):
@@ -147,9 +152,9 @@ def calibrate_model(
         facts = _facts(run, dtype, blockwise, choice)
         with timer.stage("wait for write"):
             watch.require_unchanged()
-            if options.keep_samples:
+            if options.keep_samples and ranks().first:
                 facts["samples"] = writer.store_samples(samples.inputs, samples.responses)
-            if source.held_out is not None:
+            if source.held_out is not None and ranks().first:
                 write_jsonl(further, source.held_out)  # only now: a run that is ended earlier leaves none in the way
             writer.finish(tensors, facts)
         timer.seconds["write"] = writer.seconds
@@ -163,12 +168,13 @@ def calibrate_model(
         hessians=writer.count,
         calibrated=len(tensors) - len(uncalibrated),
         uncalibrated=uncalibrated,
-        bytes=(folder / HESSIANS).stat().st_size,
+        bytes=told((folder / HESSIANS).stat().st_size if ranks().first else 0),
         seconds=perf_counter() - started,
         stages=dict(timer.seconds),
         blockwise=blockwise,
         notes={name: entry.note for name, entry in tensors.items() if entry.note},
         data=samples.told,
+        ranks=[] if ranks().alone else gathered(run.done | {"seconds": round(perf_counter() - started, 3)}),
     )
 
 
@@ -271,4 +277,4 @@ def _write_bias(run: Run) -> None:
     from tailorcli.calibration.stats import BIAS_HESSIAN
 
     info = HessianInfo(1, "diagonal", run.samples.num_tokens, 2.0)
-    run.writer.write(BIAS_HESSIAN, info, torch.tensor([2.0]))
+    run.writer.write(BIAS_HESSIAN, info, torch.tensor([2.0]) if ranks().first else None)

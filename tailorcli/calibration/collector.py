@@ -19,6 +19,7 @@ from tailorcli.calibration.hooked import HookedLayers
 from tailorcli.calibration.stats import HessianInfo
 from tailorcli.core.hessian import pack_triangle
 from tailorcli.device import StageTimer
+from tailorcli.distributed import gathered, ranks, told
 from tailorcli.models.layers import Layer
 
 
@@ -27,7 +28,8 @@ class Collector:
 
     Run a short batch inside ``trial``, then ``allocate``, then each batch inside ``folding``; ``results`` gives the
     packed Hessians, which are float32 and summed in ``dtype``. Without a trial, or without ``share``, every layer has a
-    Hessian of its own. Nothing may be padded: every row counts.
+    Hessian of its own. Nothing may be padded: every row counts. Of several ranks each uses its own, or ``joint``: all
+    do the same in the same order, and what they find is put together.
     """
 
     def __init__(
@@ -38,16 +40,25 @@ class Collector:
         timer: StageTimer,
         share: bool = True,
         dtype: torch.dtype = torch.float32,
+        joint: bool = False,
     ) -> None:
         self.model = model
         self.batch_size = 1  # samples of the batch that runs now; of one that does not count 0
+        self._joint = joint and not ranks().alone
         self._accumulators = Accumulators(device, dtype)
         hooked = [layer for layer in wanted if layer.modules]
         self._hooked = HookedLayers(hooked, self._accumulators, device, timer, share)
         self._bare = BareParameters([layer for layer in wanted if not layer.modules], model, self._accumulators, timer)
-        self.trial = self._hooked.trial
         self.allocate = self._hooked.allocate
         self.resume = self._accumulators.resume
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Find out from what runs here which layers share their inputs; joint ranks take what the first one found."""
+        with self._hooked.trial():
+            yield
+        if self._joint:
+            self._hooked.group_as(told(self._hooked.groups()))
 
     @contextmanager
     def folding(self) -> Iterator[None]:
@@ -68,14 +79,32 @@ class Collector:
         """How often its layers were used in batches that count."""
         return self._hooked.calls + self._bare.calls
 
-    def results(self) -> Iterator[tuple[str, HessianInfo, Tensor]]:
-        """Every Hessian, packed, one at a time. Raises NumericalError if the activations were not finite."""
+    def results(self) -> Iterator[tuple[str, HessianInfo, Tensor | None]]:
+        """Every Hessian, packed, one at a time; of ``joint`` ones a rank has some, and None for the others.
+
+        Raises NumericalError if the activations were not finite.
+        """
+        if self._joint:
+            yield from self._joint_results()
+            return
         for name, info, hessian in self.unpacked():
             yield name, info, pack_triangle(hessian) if info.kind == "full" else hessian
 
+    def _joint_results(self) -> Iterator[tuple[str, HessianInfo, Tensor | None]]:
+        found = (self._accumulators.counts(), self._hooked.reasons(), self._bare.uses())
+        for counts, reasons, uses in gathered(found):
+            self._accumulators.join_counts(counts)
+            self._hooked.join_reasons(reasons)
+            self._bare.join_uses(uses)
+        yield from self._accumulators.give_joint(self._settled())
+
     def unpacked(self) -> Iterator[tuple[str, HessianInfo, Tensor]]:
         """``results`` as they were summed: of a full Hessian (I, I) the lower triangle is valid."""
+        yield from self._accumulators.give(self._settled())
+
+    def _settled(self) -> set[str | None]:
+        """The Hessians that layers use, now that all samples are through."""
         self._hooked.settle()
         self._bare.settle()
         layers = [*self._hooked.layers, *self._bare.layers.values()]
-        yield from self._accumulators.give({layer.group for layer in layers} | {n for la in layers for n in la.experts})
+        return {layer.group for layer in layers} | {name for layer in layers for name in layer.experts}

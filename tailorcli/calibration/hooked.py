@@ -6,7 +6,7 @@ gate and up): those share one Hessian.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -86,6 +86,32 @@ class HookedLayers:
             alone = layer.role != "linear" or is_convolution(layer.modules[0])
             layer.group = groups.setdefault((layer.name,) if alone else (*seen[layer.name],), layer.name)
             self._members.setdefault(layer.group, []).append(layer.name)
+
+    def groups(self) -> list[tuple[str, str | None, bool]]:
+        """What the trial found: the layers in the order of their calls, each with its group, and whether it ran."""
+        ran = {name for members in self._members.values() for name in members}
+        return [(layer.name, layer.group, layer.name in ran) for layer in self.layers]
+
+    def group_as(self, found: Sequence[tuple[str, str | None, bool]]) -> None:
+        """Take over what another rank's trial found."""
+        by_name = {layer.name: layer for layer in self.layers}
+        self.layers = [by_name[name] for name, _, _ in found]
+        self._members = {}
+        for name, group, ran in found:
+            by_name[name].group = group
+            if ran and group is not None:
+                self._members.setdefault(group, []).append(name)
+
+    def reasons(self) -> dict[str, str]:
+        """Why layers cannot have a Hessian, as far as what ran here showed."""
+        return {layer.name: layer.reason for layer in self.layers if layer.reason}
+
+    def join_reasons(self, found: Mapping[str, str]) -> None:
+        """Take over what ran on another rank showed."""
+        for layer in self.layers:
+            layer.reason = layer.reason or found.get(layer.name, "")
+            if layer.reason:
+                layer.group = None
 
     def allocate(self) -> None:
         """Make room for the Hessians of all groups. Raises DeviceError when they do not fit beside the model."""

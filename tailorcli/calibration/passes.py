@@ -11,8 +11,9 @@ from tailorcli.adapters.checkpoint import AdaptedCheckpoint
 from tailorcli.calibration.stats_writer import StatsWriter
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES
-from tailorcli.data.samples import Samples, count_tokens, make_batches
+from tailorcli.data.samples import Samples, batch_places, count_tokens, join
 from tailorcli.device import StageTimer
+from tailorcli.distributed import mine, now_on, ranks
 from tailorcli.errors import CheckpointError, OptionsError
 from tailorcli.models.loading import aliases, expected_names, load_model
 from tailorcli.models.parts import Parts, adapt
@@ -45,6 +46,7 @@ class Subject:
     timer: StageTimer
     places: dict[str, Place] = field(default_factory=dict, kw_only=True)
     buffers: set[str] = field(default_factory=set, kw_only=True)  # checkpoint tensors that are no parameters
+    done: dict[str, int] = field(default_factory=dict, kw_only=True)  # samples and tokens that this rank runs
 
     @property
     def sums(self) -> torch.dtype:
@@ -67,6 +69,22 @@ class Subject:
         """Those of ``layers`` whose weight or bias is chosen; ``places`` are those of the checkpoint tensors."""
         chosen = {parameter for t, place in places.items() if self.chosen(t) for parameter in place.parameters}
         return [layer for layer in layers if layer.name in chosen or _bias(layer.name) in chosen]
+
+    def own_batches(self) -> list[Inputs]:
+        """The batches that this rank runs; where there are fewer than ranks, they are made smaller."""
+        samples, size = self.samples.inputs, ranks().size
+        places = list(batch_places(samples, self.options.together))
+        if len(places) < size:
+            places = list(batch_places(samples, max(1, len(samples) // size)))
+        own = mine([sum(count_tokens(samples[place]) for place in batch) for batch in places])
+        self.done = {"samples": sum(len(places[position]) for position in own)}
+        batches = [join([samples[place] for place in places[position]]) for position in own]
+        self.done["tokens"] = sum(map(count_tokens, batches))
+        return batches or [min(samples, key=count_tokens)]  # without samples of its own it keeps step by another's
+
+    def counted(self, batch: Inputs) -> int:
+        """The samples of a batch; 0 for another rank's, which this one runs to keep step."""
+        return samples_in(batch) if self.done["samples"] else 0
 
 
 @dataclass
@@ -105,16 +123,23 @@ def collect_whole(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer], s
     run.note_buffers(network, expected)
     layers = find_layers(network)
     collector = Collector(
-        _require_any(run.wanted(layers.values(), run.places)), network, run.device, run.timer, dtype=run.sums
+        _require_any(run.wanted(layers.values(), run.places)),
+        network,
+        run.device,
+        run.timer,
+        dtype=run.sums,
+        joint=True,
     )
     with collector.trial():
         for inputs in _trial_inputs(run.samples.inputs):
             forward(network, to_device(inputs, run.device))
     collector.allocate()
-    bar = _bar(run, run.samples.num_tokens)
+    batches = run.own_batches()
+    bar = _bar(run, run.done["tokens"])
     with bar, run.timer.stage("run"):
-        for batch in make_batches(run.samples.inputs, run.options.together):
-            collector.batch_size = samples_in(batch)
+        for number, batch in enumerate(batches):
+            now_on(f"batch {number + 1} of {len(batches)}")
+            collector.batch_size = run.counted(batch)
             with collector.folding(), last_logits_only(network):
                 forward(network, to_device(batch, run.device))
             bar.update(count_tokens(batch))
@@ -170,7 +195,8 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
     held: dict[str, list[Layer]] = {part: [] for part in ("", *blocks)}
     for layer in layers.values():
         held[parts.part_of(layer.name)].append(layer)
-    around = Collector(run.wanted(held[""], places), network, run.device, run.timer, share=False, dtype=run.sums)
+    outside = run.wanted(held[""], places)
+    around = Collector(outside, network, run.device, run.timer, share=False, dtype=run.sums, joint=True)
 
     def runner(batch: Inputs) -> Any:
         def call() -> None:
@@ -179,18 +205,19 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
 
         return call
 
-    batches = list(make_batches(run.samples.inputs, run.options.together))
-    lanes = Lockstep(blocks, [(runner(batch), samples_in(batch)) for batch in batches])
+    batches = run.own_batches()
+    lanes = Lockstep(blocks, [(runner(batch), run.counted(batch)) for batch in batches])
     tokens = {id(lane): count_tokens(batch) for lane, batch in zip(lanes.lanes, batches, strict=True)}
     spill = Spill.measured(run.device, Path(run.writer.folder))
 
-    bar = _bar(run, run.samples.num_tokens * len(blocks))
+    bar = _bar(run, run.done["tokens"] * len(blocks))
 
     def visit(block: str, waiting: list[Lane]) -> None:
+        now_on(block)
         found = parts.load(block)
         run.places |= found
         inside = run.wanted(held[block], found)
-        collector = Collector(inside, network, run.device, run.timer, dtype=run.sums)
+        collector = Collector(inside, network, run.device, run.timer, dtype=run.sums, joint=True)
         for lane in _through_block(run, collector, inside, around, waiting, spill):
             bar.update(tokens[id(lane)])
         run.write(collector)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tailorcli.calibration.passes import Run, guessed_places
+from tailorcli.distributed import gathered
 from tailorcli.models.loading import expected_names
 from tailorcli.models.skeleton import empty_model
 from tailorcli.units import format_bytes
@@ -15,7 +16,16 @@ _MARGIN = 0.8  # of the free memory that a model and its Hessians may fill befor
 
 
 def skeleton_for_blocks(run: Run, config: dict[str, Any], announce: Callable[[str], None] | None) -> Any:
-    """The model without its weights if it goes block by block: as asked for, or as it does not fit; else None."""
+    """The model without its weights if it goes block by block: as asked for, or as it does not fit; else None.
+
+    Where it does not fit one rank, all go block by block.
+    """
+    network = _skeleton(run, config, announce)
+    blockwise = any(gathered(network is not None))
+    return empty_model(run.stored, config, run.options) if blockwise and network is None else network
+
+
+def _skeleton(run: Run, config: dict[str, Any], announce: Callable[[str], None] | None) -> Any:
     import torch
 
     from tailorcli.device import free_memory

@@ -21,6 +21,7 @@ from tailorcli.calibration.stats import (
 )
 from tailorcli.checkpoint.header import build_header, header_entry
 from tailorcli.checkpoint.journal import WriteQueue
+from tailorcli.distributed import gathered, ranks, require_shared, wait_for_all
 from tailorcli.errors import CheckpointError, OutputError
 from tailorcli.files import as_output_error, file_digest, read_json, write_text_atomically
 from tailorcli.guard import entries
@@ -111,9 +112,12 @@ class StatsWriter:
         self._queue = WriteQueue("statistics")
         header = sum(len(json.dumps(name)) + HEADER_ENTRY for name in room) + HEADER_ENTRY
         self._start = 8 + header + -header % 8  # of the data
+        self._ranks = ranks()
         try:
-            self._file = self._part.open("w+b")
-            self._file.seek(self._start)
+            if self._ranks.first:
+                self._part.open("wb").close()
+            require_shared(self._part)
+            self._file = self._part.open("r+b")
         except OSError as error:
             raise _cannot_write(folder, error) from error
 
@@ -139,22 +143,28 @@ class StatsWriter:
         self._queue.close()
         with suppress(OSError):  # what a full disk refused was reported when it was written
             self._file.close()
+        if not self._ranks.first:
+            return
         with suppress(OSError):  # given up: nothing can go on with it, and it may be large
             self._part.unlink(missing_ok=True)
             (self.folder / f"{SAMPLES}.part").unlink(missing_ok=True)
             for path in self.folder.glob("hidden-*.part"):  # where a mapped file cannot be removed
                 path.unlink(missing_ok=True)
 
-    def write(self, name: str, info: HessianInfo, values: Tensor) -> None:
+    def write(self, name: str, info: HessianInfo, values: Tensor | None) -> None:
         """Append one Hessian, already packed, or replace the one of its name, on a thread of its own.
 
-        Raises OutputError on a full disk, where not at once, with the next Hessian or in the end.
+        None stands for values that another rank writes: all ranks write the same names in the same order. Raises
+        OutputError on a full disk, where not at once, with the next Hessian or in the end.
         """
         import torch
 
-        data = values.to("cpu", torch.float32).contiguous().view(-1)
-        start, stop = self._ends.setdefault(name, (self._size, self._size + 4 * data.numel()))
+        start, stop = self._ends.setdefault(name, (self._size, self._size + 4 * info.stored_numel))
         self._size = max(self._size, stop)
+        if values is None:
+            self._infos.pop(name, None)
+            return
+        data = values.to("cpu", torch.float32).contiguous().view(-1)
         self._queue.submit(lambda: self._write_now(start, data.view(torch.uint8).numpy().data))
         self._infos[name] = info
 
@@ -166,7 +176,7 @@ class StatsWriter:
             raise _cannot_write(self._part, error) from error
 
     def read(self, name: str) -> tuple[HessianInfo, Tensor] | None:
-        """A Hessian that was written before, packed."""
+        """A Hessian that this rank wrote before, packed."""
         import torch
 
         if name not in self._infos:
@@ -210,8 +220,23 @@ class StatsWriter:
         self._start = start
 
     def finish(self, tensors: dict[str, TensorStats], facts: dict[str, Any]) -> None:
-        """Write the header and the manifest, and give the files their names. Raises OutputError."""
+        """Write the header and the manifest, and give the files their names. Raises OutputError.
+
+        Among ranks the first does, when all have written; the others wait for it.
+        """
         self._queue.drain()
+        try:
+            self._file.flush()
+            sync_path(self._part)
+        except OSError as error:
+            raise _cannot_write(self._part, error) from error
+        written = {name: info for infos in gathered(self._infos) for name, info in infos.items()}
+        self._infos = {name: written[name] for name in self._ends}
+        if self._ranks.first:
+            self._complete(tensors, facts)
+        wait_for_all("the manifest")
+
+    def _complete(self, tensors: dict[str, TensorStats], facts: dict[str, Any]) -> None:
         entries = {
             name: header_entry("F32", [info.stored_numel], *self._ends[name]) for name, info in self._infos.items()
         }

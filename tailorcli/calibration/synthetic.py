@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.data.forms import PROMPTS, RESPONSES
 from tailorcli.data.records import Record, Records, check_record, read_records
 from tailorcli.data.samples import Samples, batch_places, join
+from tailorcli.distributed import gathered, mine, now_on
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
 from tailorcli.guard import path_text
 from tailorcli.models.generation import media_token_ids, sampling_generation
@@ -47,7 +48,7 @@ class Start:
         return self.is_asked or bool(self.record.fields.get("text"))
 
 
-_TOGETHER = 32  # samples written at a time, whatever the batch size: the random numbers follow it
+_TOGETHER = 32  # samples written at a time, whatever the batch size and the ranks: the random numbers follow it
 _HINT = "calibrate on data of your own that stand for what it must not forget: --data FILE"
 
 
@@ -109,7 +110,8 @@ def write_samples(
     answered to the model's end of text. Elsewhere the token that ends a text ends no sample: what the model goes on
     with is a new text, as in its training. Sampled at temperature 1 from the whole vocabulary, behind ``starts``
     without the tokens that stand for parts of an image (``media_ids`` and those that the model's config names).
-    The same seed, device and versions give the same samples.
+    The same seed, device and versions give the same samples, on any number of ranks: each batch has a seed of its own,
+    and is written by one of them.
     Raises DataError for a tokenizer of special tokens alone, NumericalError where the model cannot be sampled from.
     """
     import torch
@@ -122,15 +124,25 @@ def write_samples(
         begun = [_begun(starts, number, token) for number, token in enumerate(chosen)]
         asked = [number for number in range(len(begun)) if starts and starts[number % len(starts)].is_asked]
         others = sorted(set(range(len(begun))).difference(asked))
-        samples: list[Inputs] = [{}] * len(begun)
-        for numbers, ends in ((others, []), (asked, _end_ids(network))):
-            for places in batch_places([begun[number] for number in numbers], _TOGETHER):
-                batch = join([begun[numbers[place]] for place in places])
-                length = batch["input_ids"].shape[1]
-                written = _continued(network, batch, options, device, barred, ends)
-                for place, ids in zip(places, written, strict=True):
-                    samples[numbers[place]] = _lengthened(begun[numbers[place]], _ended(ids, length, ends))
-                bar.update(len(places) * max(0, options.length - length))
+        batches = [
+            ([numbers[place] for place in places], ends)
+            for numbers, ends in ((others, []), (asked, _end_ids(network)))
+            for places in batch_places([begun[number] for number in numbers], _TOGETHER)
+        ]
+        found: dict[int, Inputs] = {}
+        for position in mine([len(numbers) for numbers, _ in batches]):
+            numbers, ends = batches[position]
+            now_on(f"samples {numbers[0]} to {numbers[-1]} that the model writes")
+            torch.manual_seed(random.Random(f"{options.seed} {numbers[0]}").getrandbits(63))
+            batch = join([begun[number] for number in numbers])
+            length = batch["input_ids"].shape[1]
+            written = _continued(network, batch, options, device, barred, ends)
+            for number, ids in zip(numbers, written, strict=True):
+                found[number] = _lengthened(begun[number], _ended(ids, length, ends))
+            bar.update(len(numbers) * max(0, options.length - length))
+    now_on("")
+    joint = {number: sample for each in gathered(found) for number, sample in each.items()}
+    samples = [joint[number] for number in range(len(begun))]
     facts = {
         "file": None,
         "synthetic": True,

@@ -15,6 +15,8 @@ from torch import nn
 
 from tailorcli.adapters.interpolated import InterpolatedCheckpoint
 from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.data.samples import count_tokens
+from tailorcli.distributed import gathered, mine
 from tailorcli.errors import DataError
 from tailorcli.models.blockwise import run_blockwise, skeleton_if_too_large
 from tailorcli.models.config import read_config
@@ -94,11 +96,14 @@ def choose_teacher(
         config = read_config(view.path)
         skeleton = skeleton_if_too_large(view, config, options, device)
         network = load_model(view, config, options).to(device) if skeleton is None else skeleton
-        loss_of = partial(_loss_of, network, samples, marks, device)
+        own = mine([count_tokens(sample) for sample in samples])
+        loss_of = partial(_loss_of, network, samples, marks, device, own)
         if skeleton is None:
-            found = [loss_of(number) for number in range(len(samples))]
+            losses = [loss_of(number) for number in range(len(own))]
         else:
-            found = run_blockwise(network, view, view, len(samples), loss_of, device, Path(tempfile.gettempdir()))
+            losses = run_blockwise(network, view, view, len(own), loss_of, device, Path(tempfile.gettempdir()))
+        joint = {place: loss for each in gathered(dict(zip(own, losses, strict=True))) for place, loss in each.items()}
+        found = [joint[place] for place in range(len(samples))]
         del network, skeleton, loss_of
         gc.collect()
         give_back_memory()
@@ -118,9 +123,10 @@ def _loss_of(
     samples: list[Inputs],
     responses: list[torch.Tensor | None],
     device: torch.device,
+    places: list[int],
     number: int,
 ) -> float | None:
-    return next_token_loss(network, samples[number], responses[number], device)
+    return next_token_loss(network, samples[places[number]], responses[places[number]], device)
 
 
 def next_token_loss(network: Any, sample: Inputs, response: torch.Tensor | None, device: torch.device) -> float | None:

@@ -196,6 +196,8 @@ def calibrate(
     what = f"{counted(report.samples, 'sample')}{whose}, {counted(report.tokens, 'token')}"
     made = f"{counted(report.hessians, 'Hessian')} for {counted(report.calibrated, 'tensor')}"
     say(f"{what}: {made} in {output} ({format_bytes(report.bytes)}, {report.seconds:.1f} s)")
+    if report.ranks and is_verbose():
+        say("on each rank: " + ", ".join(counted(each["samples"], "sample") for each in report.ranks), err=True)
     show_reasons(report.uncalibrated, "without statistics")
     show_reasons(report.notes, "note")
     if synthetic:

@@ -13,6 +13,7 @@ from tailorcli.distributed.group import (
     require_shared,
     sent,
     summed_,
+    summed_at,
     told,
     wait_for_all,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "sent",
     "shares",
     "summed_",
+    "summed_at",
     "told",
     "wait_for_all",
 ]

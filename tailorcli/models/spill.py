@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tailorcli.device import free_memory
+from tailorcli.distributed import ranks
 from tailorcli.errors import TailorError
 from tailorcli.system import reserve
 
@@ -117,7 +118,7 @@ class Spill:
     def _mapped(self, tensor: Tensor) -> Tensor:
         """A file's memory with room for the tensor's entries."""
         self._files += 1
-        path = self._folder / f"hidden-{self._files}.part"
+        path = self._folder / f"hidden-{ranks().rank}-{self._files}.part"
         try:
             reserve(path, tensor.numel() * tensor.itemsize)
             return torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)

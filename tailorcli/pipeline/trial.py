@@ -117,7 +117,7 @@ def _solving(network: Any, block: str, lane: Lane, tokens: int, alike: int, devi
     plain, folded = _seconds(lane.compute, device, 1), _seconds(fold, device, 1)
     matrices = {name for name, parameter in network.named_parameters() if parameter.dim() == 2}  # no fused experts
     found = ((name, info, values) for name, info, values in collector.results() if name in matrices)
-    packed = {name: (info, values) for name, info, values in found if info.kind == "full"}
+    packed = {name: (info, values) for name, info, values in found if values is not None and info.kind == "full"}
     name, (info, values) = min(packed.items(), key=lambda entry: entry[1][0].size)
     hessian = unpack_triangle(values.to(device), info.size)
     weight = network.get_parameter(name).detach().float().reshape(-1, info.size)[:_ROWS]
