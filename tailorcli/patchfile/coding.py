@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 CODINGS = ("bits", "gaps4", "gaps8")
 PADDING = 7  # bytes that may follow, so that what comes next in the file is aligned
 _ESCAPES = {"gaps4": 15, "gaps8": 255}
-_CHUNK = 1 << 20  # entries, or codes, worked on at a time: bounds the index arrays
+_CHUNK = 1 << 20  # entries worked on at a time: bounds the index arrays
+_BYTES = 1 << 16  # of codes worked on at a time: what is made of them stays in the processor's cache
 
 Mask = NDArray[np.bool_]
 Codes = NDArray[np.uint8]
@@ -86,13 +87,13 @@ def check(coding: str, data: Codes, num_entries: int) -> int:
         if beyond or (num_entries % 8 and data[needed - 1] >> (num_entries % 8)):
             raise ValueError(f"its mask keeps entries beyond the last of {num_entries}")
         return sum(int(np.bitwise_count(data[i : i + _CHUNK]).sum()) for i in range(0, data.size, _CHUNK))
-    kept, reached, position = 0, 0, 0
-    for codes, keeps in _chunks_of_codes(coding, data):
-        places = np.flatnonzero(keeps)
-        kept += places.size
-        if places.size:
-            reached = position + int(codes[: places[-1] + 1].sum()) + places.size
-        position += int(codes.sum()) + places.size
+    keeping = data[: len(data.tobytes().rstrip(b"\xff"))]  # bytes of nothing but escapes at the end reach no entry
+    counts = np.zeros(256, np.int64)
+    for start in range(0, keeping.size, _BYTES):
+        counts += np.bincount(keeping[start : start + _BYTES], minlength=256)
+    kept, reached = (int(counts @ each) for each in _OF_BYTES[coding])
+    if coding == "gaps4" and keeping.size and keeping[-1] >= 0xF0:
+        reached -= 15  # its last half byte is an escape, too
     if reached > num_entries:
         raise ValueError(f"its mask keeps an entry {reached - 1}, the tensor has {num_entries}")
     return kept
@@ -109,8 +110,10 @@ def decode(coding: str, data: Codes, num_entries: int) -> Iterator[Places]:
         yield from kept_places(np.unpackbits(data, count=num_entries, bitorder="little").view(np.bool_))
         return
     position = -1
-    for codes, keeps in _chunks_of_codes(coding, data):
-        reached = np.cumsum(codes + keeps, dtype=np.int64)
+    for start in range(0, data.size, _BYTES):
+        codes = _single_codes(coding, data[start : start + _BYTES])
+        keeps = codes < _ESCAPES[coding]
+        reached = np.cumsum(codes + keeps, dtype=np.int64)  # at most 255, so that bytes hold the steps
         reached += position
         yield reached[keeps]
         position = int(reached[-1])
@@ -140,10 +143,21 @@ def _pair_up(codes: Codes) -> Codes:
     return np.bitwise_or(codes[0::2], np.left_shift(codes[1::2], 4), dtype=np.uint8)
 
 
-def _chunks_of_codes(coding: str, data: Codes) -> Iterator[tuple[NDArray[np.int32], Mask]]:
-    """The codes one by one, and which of them keep an entry, chunk by chunk."""
-    for start in range(0, data.size, _CHUNK):
-        codes = data[start : start + _CHUNK]
-        if coding == "gaps4":
-            codes = np.stack((codes & 15, codes >> 4), axis=1).reshape(-1)
-        yield codes.astype(np.int32), codes < _ESCAPES[coding]
+def _single_codes(coding: str, data: Codes) -> Codes:
+    """The codes one by one, a byte each."""
+    if coding == "gaps8":
+        return data
+    codes = np.empty(2 * data.size, dtype=np.uint8)
+    np.bitwise_and(data, 15, out=codes[0::2])
+    np.right_shift(data, 4, out=codes[1::2])
+    return codes
+
+
+def _in_each_byte(coding: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of every byte from 0 to 255: how many entries it keeps, and over how many it goes."""
+    codes = _single_codes(coding, np.arange(256, dtype=np.uint8)).reshape(256, -1)
+    keeps = codes < _ESCAPES[coding]
+    return keeps.sum(1, dtype=np.int64), (codes + keeps).sum(1, dtype=np.int64)
+
+
+_OF_BYTES = {coding: _in_each_byte(coding) for coding in _ESCAPES}

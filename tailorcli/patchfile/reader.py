@@ -193,6 +193,8 @@ class PatchFile:
 
         Of tensors only those with these ``names``, where they are given. Raises PatchError where they do not.
         """
+        from tailorcli.core.tailor import is_finite
+
         for name in self.tensors if names is None else names:
             tensor = self.tensors[name]
             codes = self._bytes(MASK + name)
@@ -205,7 +207,7 @@ class PatchFile:
             values = self.values(name)
             if digest_of(codes.data, raw_bytes(values)) != tensor.content:
                 raise self._damaged(f"tensor {name!r}: its mask or values are not those that were written")
-            if not bool(values.isfinite().all()):
+            if not is_finite(values):
                 raise self._damaged(f"tensor {name!r}: NaN or infinity among its values")
         for name, side in self.side_files.items():
             if side.stored and digest_of(self._bytes(FILE + name).data) != side.digest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,7 @@ class PatchedCheckpoint(Checkpoint):
         """One tensor on the CPU, in memory of its own. Raises PatchError where the base is another one."""
         if name not in self.file.tensors:
             return self.base.read(name, pinned)
-        formed = patched_tensor(self.base.read(name), self.file, name, self.base.path)
+        formed = patch_(*read_hashed(self.base, name), self.file, name, self.base.path)
         return formed.pin_memory() if pinned else formed
 
     def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
@@ -65,16 +65,26 @@ def patched_tensor(base: Tensor, file: PatchFile, name: str, path: Path) -> Tens
 
     Raises PatchError if a single bit of the base's tensor differs from that which the patch was made for.
     """
-    digest = digest_beside(raw_bytes(base))
-    tensor = base.clone()
-    entries, values = as_bits(tensor.view(-1)).numpy(), as_bits(file.values(name)).numpy()
+    return patch_(base.clone(), digest_beside(raw_bytes(base)), file, name, path)
+
+
+def read_hashed(base: Checkpoint, name: str) -> tuple[Tensor, Callable[[], str]]:
+    """A tensor, and what waits for the digest of its bytes, which is worked out on a thread of its own."""
+    tensor = base.read(name)
+    return tensor, digest_beside(raw_bytes(tensor))
+
+
+def patch_(base: Tensor, digest: Callable[[], str], file: PatchFile, name: str, path: Path) -> Tensor:
+    """``patched_tensor`` in the memory of ``base``; ``digest`` waits for that of its bytes. Raises PatchError."""
+    values = as_bits(file.values(name)).numpy()
+    if digest() != file.base[name].digest:
+        raise other_base(name, path)
+    entries = as_bits(base.view(-1)).numpy()
     position = 0
     for places in file.places(name):
         entries[places] = values[position : position + places.size]
         position += places.size
-    if digest() != file.base[name].digest:
-        raise other_base(name, path)
-    return tensor
+    return base
 
 
 def side_sources(base: Checkpoint, file: PatchFile) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:

@@ -20,7 +20,7 @@ from tailorcli.guard import Watch
 from tailorcli.hub import local_folder
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport
-from tailorcli.patchfile.view import patched_tensor, side_sources
+from tailorcli.patchfile.view import patch_, read_hashed, side_sources
 from tailorcli.runs.divided import Work, own_tensors, shares_of_ranks
 from tailorcli.runs.outputs import Target, progress_bar
 from tailorcli.runs.plan import RUNTIME_BYTES, Plan, TensorPlan
@@ -165,18 +165,23 @@ def plan_of_patch(base: Checkpoint, file: PatchFile, max_shard_size: int | None)
 def _patched_tensors(
     tensors: list[TensorPlan], base: Checkpoint, file: PatchFile
 ) -> Iterator[tuple[TensorPlan, Tensor | None]]:
-    """Each tensor with its patched value, None where the patch leaves it at base; the next is made ahead."""
+    """Each tensor with its patched value, None where the patch leaves it at base; the next is read and hashed ahead."""
     changed = [tensor for tensor in tensors if tensor.name in file.tensors]
     sizes = [tensor.held_bytes for tensor in changed]
     reader = ReadAhead(
-        lambda i: patched_tensor(base.read(changed[i].name), file, changed[i].name, base.path),
+        lambda i: read_hashed(base, changed[i].name),
         list(zip(sizes, sizes, strict=True)),
     )
     made = iter(reader)
     try:
         for tensor in tensors:
             now_on(tensor.name)
-            yield tensor, next(made) if tensor.name in file.tensors else None
+            if tensor.name not in file.tensors:
+                yield tensor, None
+                continue
+            value, digest = next(made)
+            yield tensor, patch_(value, digest, file, tensor.name, base.path)
+            del value
         now_on("")
     finally:
         reader.close()
