@@ -370,6 +370,7 @@ class SolverOptions:
     max_iterations: int = 300
     retain_weight: float = 0.3  # of the retain term, where there are retained statistics
     propagate: bool | None = None  # fit layers from the patched model's inputs; None: where there is a retain term
+    check_propagation: bool = False  # propagate on nine tenths of the samples, and only if it helps on the rest
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -448,6 +449,7 @@ _REPORTED = (
     *("density", "omega", "solver", "damping", "block_size", "tolerance", "max_iterations", "method", "retain_weight"),
     *(
         "propagate",
+        "check_propagation",
         "weight",
         "seed",
         "threshold",
@@ -490,6 +492,8 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
         has_term = retained and self.retain_weight > 0.0 and self.method == "tailor"
         damping = self.damping if self.damping is not None else RETAINED_DAMPING if has_term else DAMPING
         propagate = self.propagate if self.propagate is not None else has_term and self._can_propagate
+        what = "check-propagation is for a patch that is propagated"
+        _require(propagate or not self.check_propagation, what, "pass --retain STATS and no --no-propagate")
         return replace(self, damping=damping, propagate=propagate)
 
     @property
@@ -528,8 +532,9 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
             values["density"] = 1.0
         if self.fp8_output == "fp8":  # the default says nothing of all the other checkpoints
             del values["fp8_output"]
-        if not self.trust_remote_code:
-            del values["trust_remote_code"]
+        for name in ("trust_remote_code", "check_propagation"):  # which no report of the others names
+            if not values[name]:
+                del values[name]
         if self.teacher_weight in (None, 1.0):
             del values["teacher_weight"]
         return {name: values[name] for name in _REPORTED if name in values}
@@ -543,7 +548,7 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
         used = {"method", "weight", "include", "exclude", "fp8_output", "resized_vocab"}
         used |= {"max_shard_size", "task", "license", "teacher_weight"}
         if self.method == "tailor":
-            used |= {"omega", "solver", "propagate"}
+            used |= {"omega", "solver", "propagate", "check_propagation"}
             if self.solver == "joint":
                 used |= {"tolerance", "max_iterations"}
         for names, is_used in (

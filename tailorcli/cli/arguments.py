@@ -55,6 +55,10 @@ NoPropagate = Annotated[
     bool,
     flag("--no-propagate", help="With --retain: fit each layer by itself, and run no models."),
 ]
+CheckPropagation = Annotated[
+    bool,
+    flag("--check-propagation", help="Propagate on nine tenths of the samples, and only if it helps on the rest."),
+]
 TeacherData = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="With --teacher-weight auto: records that TUNED was not trained on."),

@@ -314,6 +314,11 @@ def show_summary(report: PatchReport) -> None:
             f"moves by {format_share(totals['input_shift'])} of their energy on the new task, "
             f"{format_share(totals['retained_input_shift'])} on the retained data"
         )
+    if report.propagation is not None:
+        from tailorcli.patching.checked import in_words
+
+        kept = "kept" if report.propagation["kept"] else "given up: each layer keeps its plain patch"
+        say(f"propagation checked on the samples held out, and {kept} ({in_words(report.propagation['held_out'])})")
     if report.distillation is not None:
         show_distillation(report.distillation)
     if totals["damped_further"]:

@@ -17,6 +17,7 @@ from tailorcli.cli.arguments import (
     AllowDtype,
     AsJson,
     Base,
+    CheckPropagation,
     DataIn,
     Density,
     Device,
@@ -127,6 +128,7 @@ def patch(
     retain: RetainIn = None,
     retain_weight: RetainWeight = 0.3,
     no_propagate: NoPropagate = False,
+    check_propagation: CheckPropagation = False,
     density: Density = 0.1,
     omega: Omega = 0.5,
     teacher_weight: Annotated[
@@ -332,6 +334,7 @@ def patch(
         **with_preset(preset, **chosen),
         retain_weight=retain_weight,
         propagate=False if no_propagate else None,
+        check_propagation=check_propagation,
         tolerance=tolerance,
         max_iterations=max_iterations,
         method=method,

@@ -127,3 +127,16 @@ def join(samples: list[Inputs]) -> Inputs:
     import torch
 
     return {name: torch.cat([inputs[name] for inputs in samples]) for name in samples[0]}
+
+
+HELD_OUT_EVERY = 10  # every tenth sample tells what those between them gave
+
+
+def held_out(samples: list[Inputs]) -> list[Inputs]:
+    """Every tenth sample, the first among them; samples lie in a drawn order."""
+    return samples[::HELD_OUT_EVERY]
+
+
+def fitted_on(samples: list[Inputs]) -> list[Inputs]:
+    """The samples that are not ``held_out``; all of them where that leaves none."""
+    return [sample for number, sample in enumerate(samples) if number % HELD_OUT_EVERY] or samples

@@ -41,6 +41,7 @@ class PatchReport:
     seconds: float
     notes: tuple[str, ...] = ()  # what the user should know besides; not in the report file
     distillation: dict[str, Any] | None = None  # options, losses and best step, where the kept entries were trained
+    propagation: dict[str, Any] | None = None  # whether it was kept, and both patches' losses, where it was checked
     is_earlier: bool = False  # of a run that had finished before this one was asked to go on with it
     ranks: tuple[dict[str, Any], ...] = ()  # what each of several did; not in the report file
 
@@ -59,6 +60,7 @@ class PatchReport:
             "totals": self.totals,
             "tensors": [tensor.to_dict() for tensor in self.tensors],
             **({"distillation": self.distillation} if self.distillation is not None else {}),
+            **({"propagation": self.propagation} if self.propagation is not None else {}),
         }
 
     def to_json(self) -> str:
@@ -182,7 +184,8 @@ def read_report(report: dict[str, Any], path: Path) -> PatchReport:
         inputs = read_inputs(report.get("inputs"))
         records = [read_record(tensor) for tensor in report["tensors"]]
         distillation = _read_distillation(report.get("distillation"))
-        found = PatchReport(command, report["options"], inputs, records, {}, 0.0, distillation=distillation)
+        both = (distillation, _read_propagation(report.get("propagation")))
+        found = PatchReport(command, report["options"], inputs, records, {}, 0.0, (), *both)
         _check_together(found)
         totals = report["totals"] if isinstance(report["totals"], dict) else {}
         lacking = sorted(found.totals.keys() - totals.keys())
@@ -206,6 +209,19 @@ def _read_distillation(found: Any) -> dict[str, Any] | None:
     numbers = [value for curve in curves for value in curve or ()]
     if not all(type(value) in (int, float) for value in numbers) or found.get("best") not in steps:
         raise ValueError("its distillation has a figure of the wrong type")
+    return dict(found)
+
+
+def _read_propagation(found: Any) -> dict[str, Any] | None:
+    """What a report says of a propagation that was checked. Raises ValueError."""
+    if found is None:
+        return None
+    held = found.get("held_out") if isinstance(found, dict) else None
+    if not isinstance(held, dict) or type(found.get("kept")) is not bool:
+        raise ValueError("its propagation is not what a check gives")
+    losses = [of.get(kind) if isinstance(of, dict) else None for of in held.values() for kind in ("new", "retained")]
+    if not all(type(value) in (int, float) for value in losses):
+        raise ValueError("its propagation has a figure of the wrong type")
     return dict(found)
 
 

@@ -107,7 +107,7 @@ def distill_checkpoint(
         found = train_and_write(work, work.folder / START, plan, inputs.base, teachers, both[1], closed, outputs, *how)
         described_options, seconds = options.to_dict(), perf_counter() - started
         report = PatchReport("patch", described_options, described, found.records, found.stages, seconds)
-        report = replace(report, distillation=found.facts)
+        report = replace(report, distillation=found.facts, propagation=closed.propagation)
         outputs.finish(report, watch)
         remove_work(work.folder)
         return report
@@ -174,7 +174,7 @@ def train_and_write(
             how = (work.folder / STATE, progress, trust_remote_code)
             found = distill_patch_file(file, base, teachers, retain, distill, device, *how, materials)
         with progress_bar(plan.tensors, "writing", progress) as bar, timer.stage("write"):
-            records = _write(plan, base, file, found.values, closed, outputs, bar.update)
+            records = write_patched(plan, base, file, found.values, closed, outputs, bar.update)
     facts = {"options": asdict(distill), "untrained": found.untrained, **found.history.to_dict()}
     stages = dict(closed.stages) | dict(timer.seconds)
     return Written([records[name] for name in base.tensors], stages, facts)
@@ -380,7 +380,7 @@ def settings_of(distill: DistillOptions) -> dict[str, Any]:
     return {f"distill {name}": value for name, value in asdict(distill).items()}
 
 
-def _write(
+def write_patched(
     plan: Plan,
     base: Checkpoint,
     file: PatchFile,
@@ -389,7 +389,10 @@ def _write(
     outputs: Outputs,
     advance: Callable[[int], object],
 ) -> dict[str, TensorRecord]:
-    """Every tensor with its trained values, or as the patch it started from has it; and its record."""
+    """Write every tensor with its trained ``values``, or as the patch ``file`` has it; its record by name.
+
+    ``closed`` is the report of that patch. Raises OutputError.
+    """
     by_name = {record.name: record for record in closed.tensors}
     records = dict(outputs.records)
     for tensor in plan.tensors:

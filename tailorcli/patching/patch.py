@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -157,11 +158,15 @@ def patch_opened(
     progress: bool,
     announce: Callable[[Plan], None] | None,
     started: float,
+    *,
+    holds_out: bool = False,
 ) -> PatchReport:
     """``patch_checkpoint`` of inputs that are open; ``options`` are resolved, ``started`` is a perf_counter.
 
-    Raises TailorError.
+    With ``holds_out`` a tenth of the samples is kept from propagation. Raises TailorError.
     """
+    from tailorcli.patching.checked import begin_work, check_room, patch_checked, work_folder  # which use this
+
     with ExitStack() as stack:
         side = side_files_of(inputs, options)
         watch = Watch([*inputs.files, *(source for source in side.values() if isinstance(source, Path))])
@@ -170,17 +175,29 @@ def patch_opened(
         described = inputs.describe()
         identity = identity_of(described, options.identity(inputs.retain_stats is not None), device)
         manifest = {"task": options.task, "license": options.license, "inputs": described}
+        if holds_out:
+            identity["holds_out"] = True
+        if options.check_propagation:
+            check_room(target.place, plan, inputs)
+            begin_work(target, resume=target.resume)
         what = (plan, inputs.base, inputs.paths, identity, "patch", side, manifest)
         begun = target.begin(*what, announce=announce, divided=not options.propagate)
         if isinstance(begun, PatchReport):
             return begun
         outputs = stack.enter_context(begun)
+        if options.check_propagation:
+            checked = patch_checked(plan, inputs, outputs, target, options, device, progress)
+            checked = replace(checked, seconds=perf_counter() - started)
+            outputs.finish(checked, watch)
+            shutil.rmtree(work_folder(target))
+            return checked
         records = dict(outputs.records)
         done = [tensor for tensor in plan.tensors if tensor.name in records]
         own = _own(plan, inputs, options, records)
         bar = stack.enter_context(progress_bar([*done, *own], "patching", progress))
         bar.start_at(sum(tensor.nbytes for tensor in done))
-        run = Run(inputs, options, device, StageTimer(device), outputs, bar=bar, records=records)
+        timer = StageTimer(device)
+        run = Run(inputs, options, device, timer, outputs, bar=bar, holds_out=holds_out, records=records)
         trained, masks = _masks_first(target.place, plan, run, identity, progress)
         _patch_all(plan, own, replace(run, masks=masks), target)
         run.drain()

@@ -33,7 +33,7 @@ from tailorcli.core.propagation import (
     solve_propagated,
 )
 from tailorcli.core.tailor import LayerResult
-from tailorcli.data.samples import make_batches
+from tailorcli.data.samples import fitted_on, make_batches
 from tailorcli.errors import NumericalError, TailorError
 from tailorcli.models.layers import Layer, find_layers
 from tailorcli.models.lockstep import Lane, Lockstep
@@ -174,7 +174,8 @@ class Propagation:
         calls: list[tuple[Callable[[], Any], int]] = []  # through the unpatched models
         behind: list[tuple[Callable[[], Any], int]] = []
         for kind, stats, model, other in kinds:
-            batches = list(make_batches(stats.samples(), options_of(stats).together))
+            samples = fitted_on(stats.samples()) if run.holds_out else stats.samples()
+            batches = list(make_batches(samples, options_of(stats).together))
             for batch, compared in zip(batches, _spread([samples_in(batch) for batch in batches]), strict=True):
                 further = (models.patched, *((other,) if compared else ()))
                 call = self._call(model.network, batch)

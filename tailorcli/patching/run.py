@@ -31,7 +31,7 @@ class Run:
     """A patch or a score under way; ``records`` alone changes, by ``note`` and ``write``.
 
     ``options`` are resolved; ``outputs`` is None where nothing is written; ``masks`` gives a tensor's mask where all
-    tensors had to be looked at first.
+    tensors had to be looked at first. ``holds_out`` keeps a tenth of the samples from propagation.
     """
 
     inputs: PatchInputs
@@ -41,6 +41,7 @@ class Run:
     outputs: Outputs | None = None
     masks: MaskOf | None = None
     bar: Progress | None = None
+    holds_out: bool = False
     records: dict[str, TensorRecord] = field(default_factory=dict)  # by every name under which a tensor is stored
 
     @property

@@ -391,6 +391,8 @@ class _Job:
             return "--keep-stats writes the statistics"
         if self.distill is not None:
             return "training starts from a whole patch"
+        if self.options.check_propagation:
+            return "--check-propagation makes two patches of the statistics"
         if fleet is not None and fleet.size == 1:
             return "--ranks is of the steps"
         if not ranks().alone or fleet is not None:

@@ -26,7 +26,7 @@ _VALUES = (
     ),
     *("teacher_weight", "max_shard_size", "fp8_output", "task", "license"),
 )
-_FLAGS = ("allow_dtype_mismatch", "resized_vocab", "trust_remote_code")
+_FLAGS = ("check_propagation", "allow_dtype_mismatch", "resized_vocab", "trust_remote_code")
 _DATA = "--graft-data"
 # What the statistics of a whole job were made of, as its report names it, and what stands there for no file.
 NEW, RETAINED, SELF_WRITTEN = "new data", "retain data", "written by the model itself"

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from tailorcli.models.lockstep import find_blocks
 
 MOST_BYTES = 1 << 29  # of a batch's activations that are kept rather than worked out again
+CPU_MOST_BYTES = 3 << 26  # there, where they would be most of what training adds to a small model
 _EXPERTS = 2  # that a token takes, where the config does not tell
 
 
@@ -45,6 +46,11 @@ def kept_bytes(network: Any, tokens: int, size: int) -> tuple[int, int]:
     return sum(blocks), max(blocks, default=0)
 
 
+def kept_limit(*, on_gpu: bool) -> int:
+    """Bytes of activations that are kept; blocks of a batch that has more are run twice."""
+    return MOST_BYTES if on_gpu else CPU_MOST_BYTES
+
+
 @contextmanager
 def checkpointed(network: nn.Module, tokens: int) -> Iterator[bool]:
     """Within it the blocks' activations are worked out again in backward, where ``tokens`` tokens have too many.
@@ -52,7 +58,8 @@ def checkpointed(network: nn.Module, tokens: int) -> Iterator[bool]:
     Whether they do depends on the network alone and not on what is free: a run that is taken up again does the same.
     transformers' own switch works in training mode alone, which turns dropout on; this leaves the mode as it is.
     """
-    if kept_bytes(network, tokens, next(network.parameters()).element_size())[0] <= MOST_BYTES:
+    some = next(network.parameters())
+    if kept_bytes(network, tokens, some.element_size())[0] <= kept_limit(on_gpu=some.is_cuda):
         yield False
         return
     blocks = list(blocks_of(network).values())

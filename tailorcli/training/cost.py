@@ -15,7 +15,7 @@ from tailorcli.models.loading import empty_on_meta
 from tailorcli.models.running import output_head
 from tailorcli.models.skeleton import run_dtype
 from tailorcli.options import CalibrateOptions
-from tailorcli.training.activations import MOST_BYTES, blocks_of, kept_bytes
+from tailorcli.training.activations import blocks_of, kept_bytes, kept_limit
 from tailorcli.training.teachers import CPU_LOGITS_BYTES, LOGITS_BYTES
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def training_bytes(
     every, one = kept_bytes(network, tokens, size)
     head = output_head(network)
     rows, width = (head.weight.shape[0], head.weight.shape[1]) if head is not None else (0, 0)
-    if every > MOST_BYTES:  # a block's input of each, and one block at a time
+    if every > kept_limit(on_gpu=on_gpu):  # a block's input of each, and one block at a time
         every = (len(blocks_of(network)) + 2) * tokens * width * size + 2 * one
     logits = _LOGITS_ARRAYS * min(LOGITS_BYTES if on_gpu else CPU_LOGITS_BYTES, 4 * tokens * rows)
     heads = (2 * size + 4) * rows * width  # the teachers', and the sum of the student's gradient

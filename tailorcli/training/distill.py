@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ class Material:
         random.Random(options.seed).shuffle(order)
         count = max(1, round(HELD_OUT * len(order)))
         held, train = (
-            _batches(samples, sorted(places), options.batch_size) for places in (order[:count], order[count:])
+            in_batches(samples, sorted(places), options.batch_size) for places in (order[:count], order[count:])
         )
         return cls(samples, teacher, train, held, responses)
 
@@ -128,7 +128,8 @@ class Material:
         return float(total) / max(tokens, 1)
 
 
-def _batches(samples: list[Inputs], places: list[int], size: int) -> list[list[int]]:
+def in_batches(samples: list[Inputs], places: Sequence[int], size: int) -> list[list[int]]:
+    """The samples at ``places`` in batches of ``size`` at most, each of one length, by their places."""
     chosen = [samples[place] for place in places]
     return [[places[inner] for inner in batch] for batch in batch_places(chosen, size)]
 

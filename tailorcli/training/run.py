@@ -19,6 +19,7 @@ from tailorcli.adapters.interpolated import original
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import GrownCheckpoint
+from tailorcli.data.samples import held_out as held_out_samples
 from tailorcli.device import free_memory
 from tailorcli.errors import DataError, OptionsError, note
 from tailorcli.models.blockwise import skeleton_if_too_large
@@ -33,7 +34,16 @@ from tailorcli.options import Blockwise, CalibrateOptions, DistillOn, DistillOpt
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.system import give_back_memory
 from tailorcli.terminal import Progress
-from tailorcli.training.distill import NEW, RETAINED, History, Material, distill, held_out, kept_shares
+from tailorcli.training.distill import (
+    NEW,
+    RETAINED,
+    History,
+    Material,
+    distill,
+    held_out,
+    in_batches,
+    kept_shares,
+)
 from tailorcli.training.entries import Trained, entries_of
 from tailorcli.training.state import load_state, save_state
 from tailorcli.training.teachers import Teacher, check_head, teach, teach_blockwise
@@ -147,6 +157,7 @@ def materials_of(
         held = states.to("cpu", copy=True)  # no view of what is larger
         return held if waiting is None else waiting.out(held)
 
+    _give_back()  # a patch that was propagated before leaves its models in circles of references
     sources = [*teachers, (base.stored if isinstance(base, GrownCheckpoint) else base, retain)]
     materials: dict[str, Material] = {}
     total = sum(len(stats.samples()) for _, stats in sources)
@@ -159,6 +170,46 @@ def materials_of(
             materials[kind] = Material.split(samples, teacher, options, _counted(stats, options, needed=not is_base))
             _give_back()
     return materials
+
+
+def held_out_materials(
+    base: Checkpoint,
+    teacher: tuple[Checkpoint, Stats],
+    retain: Stats,
+    batch_size: int,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    scratch: Path | None = None,
+) -> dict[str, Material]:
+    """What both teachers say of the samples that ``data.samples.held_out`` takes of each kind.
+
+    Raises TailorError.
+    """
+    found = {}
+    for kind, (model, stats) in ((NEW, teacher), (RETAINED, (base, retain))):
+        samples, how = held_out_samples(stats.samples()), run_options(stats, trust_remote_code)
+        said = _teach(base, model, samples, how, device, scratch, lambda _: None, lambda states: states.cpu().clone())
+        found[kind] = Material(samples, said, [], in_batches(samples, range(len(samples)), batch_size))
+        _give_back()
+    return found
+
+
+def divergences_of(
+    file: PatchFile,
+    base: Checkpoint,
+    teacher: tuple[Checkpoint, Stats],
+    materials: dict[str, Material],
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> dict[str, float]:
+    """How far the patched model is from both teachers on ``materials``, in nats a token: "new" and "retained".
+
+    Raises TailorError.
+    """
+    trained, _, media = _student_of(file, base, teacher, device, trust_remote_code)
+    trained.close()
+    tasks, retained = held_out(trained.network, materials, media, device)
+    return {NEW: tasks[0], RETAINED: retained}
 
 
 def _student_of(

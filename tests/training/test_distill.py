@@ -145,7 +145,7 @@ def test_activations_that_are_worked_out_again_give_the_same_gradients(family, m
     for block in blocks_of(base).values():
         block.register_forward_hook(lambda *_: ran.append(1))
     for most in (1 << 40, 0):
-        monkeypatch.setattr("tailorcli.training.activations.MOST_BYTES", most)
+        monkeypatch.setattr("tailorcli.training.activations.CPU_MOST_BYTES", most)
         with checkpointed(base, 48) as again:
             loss(base, teacher, batch, torch.stack(teacher.states), predicted(batch, ()), grad=True).backward()
         assert again == (most == 0)
