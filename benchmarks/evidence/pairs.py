@@ -47,16 +47,16 @@ class Pair:
         return [f"{name}={files[name]}:{kind}" for name, kind in self.kinds.items()]
 
 
-def quick(cache: Path, seeds: Sequence[int] | None = None, jobs: int = 1) -> list[Pair]:
+def quick(cache: Path, seeds: Sequence[int] | None = None, jobs: int = 1, *, bases_only: bool = False) -> list[Pair]:
     """Byte-level Llamas of 3 million parameters, trained here; three new tasks for every seed (SEEDS).
 
-    ``jobs`` seeds are trained at a time.
+    ``jobs`` seeds are trained at a time; with ``bases_only`` the fine-tunes are left for others to make.
     """
     tasks = quick_data.load_tasks()
     folder = cache / "data"
     quick_data.write_parts(tasks, folder)
     chosen = SEEDS if seeds is None else seeds
-    make = partial(_quick_models, tasks, cache)
+    make = partial(_quick_models, tasks, cache, bases_only)
     if jobs == 1:
         made = [make(seed) for seed in chosen]
     else:
@@ -69,15 +69,17 @@ def quick(cache: Path, seeds: Sequence[int] | None = None, jobs: int = 1) -> lis
             train, old = folder / f"{new}-train.jsonl", folder / "old-train.jsonl"
             pairs.append(
                 Pair(
-                    *(new, seed, models["base"], models[new], train, old, folder),
+                    *(new, seed, models["base"], cache / f"seed{seed}" / new, train, old, folder),
                     *(kinds, quick_data.OLD_TASKS, (new,), quick_data.WINDOW),
                 )
             )
     return pairs
 
 
-def _quick_models(tasks: dict[str, TaskText], cache: Path, seed: int) -> dict[str, Path]:
+def _quick_models(tasks: dict[str, TaskText], cache: Path, bases_only: bool, seed: int) -> dict[str, Path]:
     say(f"quick: models of seed {seed}")
+    if bases_only:
+        return {"base": quick_model.make_base(tasks, seed, cache / f"seed{seed}" / "base")}
     return quick_model.make_pairs(tasks, seed, cache / f"seed{seed}")
 
 
@@ -98,8 +100,8 @@ FINE_TUNES = {
 }
 
 
-def text(cache: Path) -> list[Pair]:
-    """SmolLM2-135M-Instruct, and its fine-tunes (FINE_TUNES) for every seed."""
+def text(cache: Path, *, bases_only: bool = False) -> list[Pair]:
+    """SmolLM2-135M-Instruct, and its fine-tunes (FINE_TUNES) for every seed, unless ``bases_only``."""
     texts = text_data.load_texts()
     base = real_model.make_base(default_cache())
     tokenizer = tokenizer_of(base)
@@ -115,16 +117,17 @@ def text(cache: Path) -> list[Pair]:
         tasks = (*text_data.OLD_TASKS, how.task)
         kinds = {task: "choice" if task == "cities" else "text" for task in tasks}
         for seed in SEEDS:
-            say(f"text: fine-tune {name} of seed {seed}")
-            recipe = replace(how.recipe, seed=seed)
-            tuned = real_model.make_tuned(base, windows, recipe, cache / f"{name}-tuned{seed}")
+            tuned = cache / f"{name}-tuned{seed}"
+            if not bases_only:
+                say(f"text: fine-tune {name} of seed {seed}")
+                real_model.make_tuned(base, windows, replace(how.recipe, seed=seed), tuned)
             where = (base, tuned, train, folder / "old-train.jsonl", folder)
             pairs.append(Pair(name, seed, *where, kinds, text_data.OLD_TASKS, (how.task,), 128))
     return pairs
 
 
-def multimodal(cache: Path) -> list[Pair]:
-    """A LLaVA that answers questions on shapes and photos, and a fine-tune of it on clothes for every seed."""
+def multimodal(cache: Path, *, bases_only: bool = False) -> list[Pair]:
+    """A LLaVA that answers questions on shapes and photos; its fine-tune on clothes a seed, unless ``bases_only``."""
     folders = picture_data.load(cache)
     new, old = folders[picture_data.NEW_TASK], [folders[name] for name in picture_data.OLD_TASKS]
     base = cache / "base"
@@ -141,9 +144,11 @@ def multimodal(cache: Path) -> list[Pair]:
     starts = picture_data.write_starts(old, cache)
     pairs = []
     for seed in SEEDS:
-        say(f"multimodal: fine-tune of seed {seed}")
-        recipe = replace(picture_model.TUNED_RECIPE, seed=seed)
-        tuned = picture_model.make_tuned(base, picture_data.read(new / "train.jsonl"), recipe, cache / f"tuned{seed}")
+        tuned = cache / f"tuned{seed}"
+        if not bases_only:
+            say(f"multimodal: fine-tune of seed {seed}")
+            recipe = replace(picture_model.TUNED_RECIPE, seed=seed)
+            picture_model.make_tuned(base, picture_data.read(new / "train.jsonl"), recipe, tuned)
         pairs.append(
             Pair(
                 *(picture_data.NEW_TASK, seed, base, tuned, new / "train.jsonl", cache / "old-train.jsonl", cache),

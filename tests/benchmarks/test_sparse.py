@@ -1,28 +1,188 @@
-"""The page of `python -m benchmarks.sparse`: every claim is told as the figures have it."""
+"""Sparse fine-tuning beside patching: the harness on tiny models, and a page that tells claims as figures have them."""
 
-from benchmarks import sparse
-from benchmarks.sparse import Result
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import make_family_pair
+from helpers import make_pair, read_tensors
+
+from benchmarks.evidence import pairs
+from benchmarks.quick import data as quick_data
+from benchmarks.sparse import masks, render, run, setting
+from benchmarks.sparse.run import TEST, VALIDATION, Cell
+from benchmarks.sparse.setting import BASE, MASKS, PARTS, ROWS, TUNED_AT, Row
+from benchmarks.sparse.summary import CLAIMS, DOWSER, FULL, OURS, SPIDER, THIRD, Table
+from tailorcli.evaluation.metrics import TaskScores
+
+DEPTHS = {THIRD: 1, "last 2": 2, TUNED_AT: 4}
 
 
-def results():
-    """Two seeds; with the second SPIDER is behind full."""
-    found = []
-    for seed, spider in ((0, 45.0), (1, 30.0)):
-        rows = [("", "zero-shot", 60.0, 10.0), ("all", "full", 40.0, 50.0), ("all", "spider", 59.0, spider)]
-        rows += [("all", "dowser", 59.0, 30.0), ("all", sparse.OURS, 59.0, 49.0)]
-        found += [Result(depth, name, seed, old, new, 0.1, 10.0, 10**9) for depth, name, old, new in rows]
-    return [*found, Result("last third", "full", 0, 50.0, 40.0, 0.1)]
+def scored(share, hits, items=40):
+    """Items of ten tokens; those of an even number have ``hits`` more right tokens."""
+    correct = np.array([10 * share + (hits if number % 2 == 0 else 0) for number in range(items)], float)
+    return TaskScores(correct, np.full(items, 10.0), np.full(items, np.nan))
 
 
-def test_the_page_says_what_was_seen_and_with_how_many_seeds():
-    page = sparse.page(results())
-    rows = {tuple(cell.strip() for cell in line.strip("|").split("|")) for line in page.splitlines() if line[:1] == "|"}
-    claims = {row[:2]: row[2:] for row in rows if len(row) == 4}
-    assert claims["SPIDER beats full", "all"][1] == "with 1 of 2 seeds"
-    assert claims["(ours, not claimed) our patch of full beats SPIDER", "all"][1] == "yes"
-    assert not any(row[0] == "SPIDER beats half" for row in rows)
-    lines = page[page.index("## All layers") : page.index("## The last third")].splitlines()
-    table = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in lines if line[:1] == "|"}
-    assert table["zero-shot"] == "60.0 ± 0.0"
-    assert table["full"] == "40.0 ± 0.0"
-    assert "all: 2 seeds, last third: 1 seed" in page
+def cell(row, depth, seed, old, new, rate=1e-3):
+    scores = {"english": scored(old, 0), "python": scored(old, 1), "unicode": scored(new, 0)}
+    layers = DEPTHS.get(depth, 0)
+    return Cell("unicode", seed, depth, layers, row, rate, {TEST: scores, VALIDATION: scores}, 0.1, 10.0, 10**9)
+
+
+def cells():
+    """Two seeds with every row, and a third with full alone; SPIDER is ahead of full, and Model-Dowser is not."""
+    found = [cell(BASE, "", seed, 0.6, 0.1, 0.0) for seed in (0, 1, 2)]
+    for seed in (0, 1):
+        for depth in DEPTHS:
+            values = dict.fromkeys(ROWS, (0.4, 0.5)) | {SPIDER: (0.6, 0.4 + seed / 100), DOWSER: (0.6, 0.1)}
+            found += [cell(row, depth, seed, *value) for row, value in values.items()]
+        found += [cell(Row(mask), TUNED_AT, seed, 0.5, 0.3) for mask in MASKS]
+    found.append(cell(OURS[0], TUNED_AT, 0, 0.1, 0.1, rate=3e-3))
+    del found[-1].scores[TEST]
+    return [*found, cell(FULL, TUNED_AT, 2, 0.9, 0.5)]
+
+
+def rows_of(text):
+    """Tables' lines as tuples of cells."""
+    lines = [line for line in text.splitlines() if line[:1] == "|"]
+    return [tuple(item.strip() for item in line.strip("|").split("|")) for line in lines]
+
+
+def test_the_page_says_what_was_seen_what_it_is_of_and_what_is_missing(tmp_path):
+    page = render.page({"quick": cells(), "text": [], "multimodal": []}, tmp_path)
+    claims = {row[:2]: row for row in rows_of(page) if len(row) == 5 and row[0] != "claim"}
+    assert claims["SPIDER beats full", TUNED_AT][-1] == "yes"
+    assert claims["Model-Dowser beats full", TUNED_AT][-1] == "no"
+    assert claims["ours on full beats full alone", TUNED_AT][-1] == "not told apart"
+    assert claims["SPIDER's mask beats that by random", TUNED_AT][-1] == "yes"
+    title = f"### quick-unicode: {TUNED_AT}"
+    table = {row[0]: row for row in rows_of(page[page.index(title) :].split("###")[1])}
+    assert (table["full"][1], table["full"][7]) == ("59.2", "3")
+    assert (table["half"][1], table["half"][7]) == ("42.5", "2")
+    assert table["zero-shot"][3] == "36.2"
+    assert [name for name in table if name in {row.title for row in ROWS}] == [row.title for row in ROWS]
+    assert f"- {TUNED_AT}: 2 of 3 seeds of half, l2, graft, dare," in page
+    assert f"- {THIRD}: 2 of 3 seeds of every row." in page
+    assert "- Other masks in SPIDER's place: 2 of 3 seeds." in page
+    assert "--part text" in page
+    rates = next(row for row in rows_of(page[page.index(": the rates") :]) if row[0] == "ours on full")
+    assert rates[-1] == "0.001"
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "sparse-depths-quick-unicode.png",
+        "sparse-masks-quick-unicode.png",
+    ]
+
+
+def test_intervals_are_paired_over_the_items():
+    """What both rows find hard is no spread of their difference."""
+    table = Table("unicode", tuple(cells()))
+    hard = {task: scored(0.2, 6) for task in ("english", "python", "unicode")}
+    for one in table.cells:
+        if one.row in (FULL, SPIDER) and TEST in one.scores:
+            ahead = {task: replace(scores, correct=scores.correct + 1) for task, scores in hard.items()}
+            one.scores[TEST] = ahead if one.row == SPIDER else hard
+    value, low, high = table.gap(next(claim for claim in CLAIMS if claim.ahead == (SPIDER, TUNED_AT)))
+    single = np.quantile(table.figure((SPIDER, TUNED_AT), "h_score")[1:], (0.025, 0.975))
+    assert (value, low, high) == pytest.approx((10, 10, 10), abs=0.3)
+    assert single[1] - single[0] > 2
+
+
+def test_masks_are_half_of_the_entries_and_what_they_say():
+    generator = torch.Generator().manual_seed(0)
+    base, gradient = torch.randn(8, 6, generator=generator), torch.randn(8, 6, generator=generator)
+    found = {name: rule("w", base, gradient) for name, rule in masks.RULES.items()}
+    assert set(found) == set(MASKS)
+    assert {int(mask.sum()) for mask in found.values()} == {24}
+    assert base[found["magnitude"]].abs().max() <= base[~found["magnitude"]].abs().min()
+    assert gradient[found["gradient"]].abs().min() >= gradient[~found["gradient"]].abs().max()
+    assert torch.equal(masks.at_random("w", base, gradient), found["random"])
+    assert not torch.equal(masks.at_random("v", base, gradient), found["random"])
+
+
+def tiny_part(name, folder, kind):
+    """A part of the table whose pair of two seeds is ``folder``'s, with the same few records for every task."""
+    lines = (folder / "data.jsonl").read_text().splitlines(keepends=True)
+    lines = [line for line in lines if kind == "text" or '"response"' in line]
+    for task in ("old", "new"):
+        for part in (VALIDATION, TEST):
+            (folder / f"{task}-{part}.jsonl").write_text("".join(lines))
+
+    def make(cache, bases_only):
+        assert bases_only
+        where = (folder / "base", folder / "none", folder / "data.jsonl", folder / "data.jsonl", folder)
+        return [pairs.Pair("new", seed, *where, {"old": kind, "new": kind}, ("old",), ("new",), 8) for seed in (0, 1)]
+
+    return replace(
+        PARTS[name], make=make, steps=2, batch=2, seq_len=16, samples=4, items=2, rates=PARTS[name].rates[:1]
+    )
+
+
+LARGER = [
+    ("text", "text", [FULL, OURS[0]]),
+    pytest.param("text", "text", [FULL, OURS[0], SPIDER, DOWSER], marks=pytest.mark.slow),
+    pytest.param("multimodal", "generate", [FULL, OURS[0], SPIDER, DOWSER], marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "rows"), LARGER)
+def test_the_larger_parts_go_through_on_tiny_models(tmp_path, monkeypatch, name, kind, rows):
+    folder = tmp_path / "models"
+    make_pair(folder) if name == "text" else make_family_pair(folder, "llava")
+    kept, other = [], ("random",) if SPIDER in rows else ()
+    monkeypatch.setattr(run, "ROWS", rows)
+    monkeypatch.setattr(run, "MASKS", other)
+    monkeypatch.setattr(run, "ProbeOptions", lambda seq_len: run_probe_options(seq_len))
+    monkeypatch.setattr(run.Bench, "measure_memory", lambda bench: kept.append(bench.pair.seed))
+    assert setting.depths_of(folder / "base") == {THIRD: 1, "last 2": 2, TUNED_AT: 2}
+    depths = {TUNED_AT: 2}
+    monkeypatch.setattr(run, "depths_of", lambda base: depths)
+    part = tiny_part(name, folder, kind)
+    run.run_part(part, tmp_path, 1, ["new"], lambda: None)
+    found = {(cell.row, cell.depth): cell for cell in render.read_part(tmp_path)}
+    made = [(row, TUNED_AT) for row in (*rows, *map(Row, other))]
+    assert set(found) == {(BASE, ""), *made}
+    assert all(TEST in cell.scores for cell in found.values())
+    assert 0 < found[OURS[0], TUNED_AT].moved < 0.11 < found[FULL, TUNED_AT].moved
+    if DOWSER in rows:
+        assert 0.01 < found[DOWSER, TUNED_AT].moved < 0.1
+    assert kept == [0]
+    assert not (tmp_path / "sparse" / "new-0" / "models").exists()
+    monkeypatch.setattr(run, "evaluate_models", None)
+    monkeypatch.setattr(run, "finetune_model", None)
+    run.run_part(part, tmp_path, 1, ["new"], lambda: None)  # nothing is made twice
+
+
+def run_probe_options(seq_len):
+    from tailorcli.training.settings import ProbeOptions
+
+    return ProbeOptions(seq_len=seq_len, num_samples=2, rademacher=1)
+
+
+def test_another_mask_trains_its_own_half(tmp_path):
+    from tailorcli.training.finetune import finetune_model
+    from tailorcli.training.settings import FinetuneOptions
+
+    pair = make_pair(tmp_path)
+    options = FinetuneOptions(method="spider", steps=2, batch_size=4, learning_rate=1e-2)
+    with masks.masked_by(masks.smallest_weights):
+        finetune_model(pair / "base", pair / "data.jsonl", tmp_path / "out", options)
+    base, out = read_tensors(pair / "base"), read_tensors(tmp_path / "out")
+    name = "model.layers.0.mlp.up_proj.weight"
+    moved = base[name] != out[name]
+    assert moved.any()
+    assert not moved[~masks.smallest_weights(name, base[name], base[name])].any()
+
+
+def test_a_part_that_makes_its_bases_makes_no_fine_tune(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs.quick_data, "write_parts", lambda tasks, folder: None)
+    monkeypatch.setattr(pairs.quick_data, "load_tasks", dict)
+    made = []
+    monkeypatch.setattr(pairs.quick_model, "make_base", lambda tasks, seed, folder: made.append(folder) or folder)
+    found = setting.pairs_of(PARTS["quick"], tmp_path, ["unicode"], 2)
+    assert [(pair.name, pair.seed, pair.base) for pair in found] == [("unicode", seed, made[seed]) for seed in (0, 1)]
+    assert len(made) == 2
+    assert found[0].origin == quick_data.OLD_TASKS
+    assert isinstance(found[0].tuned, Path)

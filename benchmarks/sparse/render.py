@@ -1,0 +1,176 @@
+"""The page of sparse fine-tuning: tables, pictures, and what the papers claim against what was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.common import markdown, processor
+from benchmarks.pages import reflow
+from benchmarks.sparse.pictures import draw_depths, draw_masks
+from benchmarks.sparse.run import Cell, read_cells
+from benchmarks.sparse.setting import BASE, MASKS, PARTS, ROWS, TUNED_AT, Part, Row
+from benchmarks.sparse.summary import CLAIMS, FIGURES, FULL, OF_OURS, Claim, Table, tables_of, verdict
+from tailorcli.evaluation.metrics import estimate
+from tailorcli.units import counted
+
+SEEDS = 3  # that the evidence asks for
+
+
+def write(cache: Path, document: Path) -> None:
+    """Write the page and its pictures from all that the cache holds of all parts."""
+    found = {name: read_part(cache / name) for name in PARTS}
+    document.write_text(reflow(page(found, document.parent)), encoding="utf-8")
+
+
+def read_part(folder: Path) -> list[Cell]:
+    """Every cell of a part, in the folder of its cache."""
+    return [cell for place in sorted((folder / "sparse").glob("*-*")) for cell in read_cells(place)]
+
+
+def page(found: dict[str, list[Cell]], folder: Path) -> str:
+    """The whole page; its pictures go into ``folder``."""
+    parts = [HEAD]
+    for name, cells in found.items():
+        parts += _section(PARTS[name], cells, folder) if cells else [_not_run(PARTS[name])]
+    return "\n\n".join(parts) + "\n"
+
+
+HEAD = """# Sparse fine-tuning
+
+Written by `python -m benchmarks.sparse`. The methods of [finetune](../how-to/finetune.md), and patches on top of
+them: the same base, data, steps and layers for all. Embeddings are frozen.
+
+- **old**, **new**: accuracy in percent on the test parts; **average** is their mean, **H** their harmonic mean.
+- **Intervals** (95%) are a bootstrap over the test items, of the mean over the seeds; **±** is the deviation of H
+  between the seeds. Differences are paired: of the same items and seeds.
+- **The rate** of each row is that with the best H on the validation parts, with the first seed and all layers. A patch
+  has the fine-tune below it at the rate that suits the patch.
+- **graft**, **dare** and **tailor (paper)** stand on the full fine-tune. **ours** is the default of `patch`, with
+  statistics of what the base writes itself.
+- **entries** is the share of all entries that differ from the base's.
+- **seconds** are of everything from the base on: the probe, the statistics, the fine-tune below a patch.
+
+It is a small model, trained briefly: an indication of what holds for large ones. They are for a GPU:
+`python -m benchmarks.sparse --part text` (or `multimodal`) runs the same there."""
+
+
+def _not_run(part: Part) -> str:
+    return f"""## {part.name}
+
+Not measured: {part.model} wants a GPU. `python -m benchmarks.sparse --part {part.name}` runs it and adds it here."""
+
+
+def _section(part: Part, cells: Sequence[Cell], folder: Path) -> list[str]:
+    """A part: its setting, and for each task its tables, pictures and claims."""
+    texts = [f"## {part.name}", _setting(part)]
+    for table in tables_of(cells):
+        name = f"{part.name}-{table.task}"
+        texts += [f"### {name}: what is missing", missing] if (missing := _missing(table)) else []
+        for depth, layers in table.depths.items():
+            if table.of((FULL, depth)):
+                texts += [f"### {name}: {depth} ({counted(layers, 'layer')})", _figures(table, depth)]
+        depths, masks = f"sparse-depths-{name}.png", f"sparse-masks-{name}.png"
+        if draw_depths(table, folder / depths):
+            texts += [
+                f"### {name}: H over the depth of fine-tuning",
+                f"As in Model-Dowser's Figure 1.\n\n![H over the layers that are fine-tuned]({depths})",
+            ]
+        if draw_masks(table, folder / masks):
+            texts += [
+                f"### {name}: other masks in SPIDER's place",
+                "As in SPIDER's Table 3: half of the entries of each tensor, those with the smallest weights, the "
+                f"largest gradients, or drawn, at SPIDER's rate.\n\n![Old, new and H by mask]({masks})",
+            ]
+        texts += [f"### {name}: what the papers claim, and what was seen", _claims(table)]
+        texts += [f"### {name}: the rates", _rates(table)]
+    return texts
+
+
+def _setting(part: Part) -> str:
+    limit = "" if part.items is None else f", the first {part.items} items of a task"
+    trained = f"{part.steps} steps of {part.batch} samples of at most {part.seq_len} tokens, AdamW, passes in bfloat16"
+    rows = [
+        ("models", part.model),
+        ("training", trained),
+        ("rates tried", ", ".join(f"{rate:g}" for rate in part.rates)),
+        ("statistics", f"{part.samples} samples of each kind"),
+        ("test and validation", f"those of [{part.name}](evidence-{part.name}.md){limit}"),
+        ("update ratio, density", "0.1"),
+        ("the tables were written on", processor()),
+    ]
+    return markdown(("setting", "value"), rows, text=(0, 1))
+
+
+def _missing(table: Table) -> str:
+    """What was not measured, in words; empty where all was."""
+    lines = []
+    for depth in table.depths:
+        seeds = {row.title: len(table.of((row, depth))) for row in ROWS}
+        for count in sorted(set(seeds.values()) - {SEEDS}):
+            rows = [title for title, found in seeds.items() if found == count]
+            named = "every row" if len(rows) == len(ROWS) else ", ".join(rows)
+            lines.append(f"- {depth}: {count or 'none'} of {SEEDS} seeds of {named}.")
+    masks = min(len(table.of((Row(mask), TUNED_AT))) for mask in MASKS)
+    if masks < SEEDS:
+        lines.append(f"- Other masks in SPIDER's place: {masks or 'none'} of {SEEDS} seeds.")
+    return "\n".join(lines)
+
+
+def _figures(table: Table, depth: str) -> str:
+    """A row a line, in the order of the rows."""
+    columns = ("method", "old", "new", "average", "H", "95% interval", "±", "seeds", "entries", "seconds", "peak MB")
+    rows = []
+    for row in (BASE, *ROWS):
+        side = (row, depth)
+        values = [estimate(figure) for name in FIGURES if (figure := table.figure(side, name)) is not None]
+        if len(values) < len(FIGURES):
+            continue
+        moved, seconds, peak = table.cost(side)
+        interval, spread = values[-1].interval, table.between_seeds(side)
+        cells = [f"{value.value:.1f}" for value in values]
+        cells.append("" if interval is None else f"{interval[0]:.1f} to {interval[1]:.1f}")
+        cells.append("" if spread is None else f"{spread:.1f}")
+        cells += [
+            str(len(table.of(side))),
+            f"{100 * moved:.1f}%",
+            f"{seconds:.0f}" if row.fine else "",
+            f"{peak / 1e6:.0f}" if peak else "",
+        ]
+        rows.append([row.title, *cells])
+    best = max(rows, key=lambda cells: float(cells[4]))
+    return f"The highest H has *{best[0]}*: {best[4]}.\n\n{markdown(columns, rows)}"
+
+
+def _claims(table: Table) -> str:
+    """Every claim with how far it holds."""
+    texts = []
+    for title, claims in (("The papers'", CLAIMS), ("Ours, which no paper claims", OF_OURS)):
+        rows = [row for claim in claims if (row := _claim(table, claim))]
+        if not rows:
+            continue
+        seen = [row[-1] for row in rows]
+        told = ", ".join(f"{seen.count(word)} {word}" for word in ("yes", "no", "not told apart") if word in seen)
+        columns = ("claim", "layers", "ahead in H", "95% interval", "seen here")
+        texts.append(f"{title} ({told}):\n\n{markdown(columns, rows, text=(0, 1, 4))}")
+    return "\n\n".join(texts)
+
+
+def _claim(table: Table, claim: Claim) -> list[str]:
+    gap = table.gap(claim)
+    if gap is None:
+        return []
+    depths = list(dict.fromkeys((claim.ahead[1], claim.behind[1])))
+    return [claim.text, ", ".join(depths), f"{gap[0]:+.1f}", f"{gap[1]:+.1f} to {gap[2]:+.1f}", verdict(gap)]
+
+
+def _rates(table: Table) -> str:
+    """H on the validation part at each rate that was tried."""
+    found = table.rates()
+    tried = sorted({rate for of_row in found.values() for rate in of_row})
+    rows = []
+    for row, of_row in found.items():
+        best = max(of_row, key=lambda rate: of_row[rate])
+        rows.append([row.title, *(f"{of_row[rate]:.1f}" if rate in of_row else "" for rate in tried), f"{best:g}"])
+    what = "H in percent on the validation parts, by rate, and the rate that was taken."
+    return f"{what}\n\n{markdown(('method', *(f'{rate:g}' for rate in tried), 'taken'), rows)}"

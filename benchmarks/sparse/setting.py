@@ -1,0 +1,130 @@
+"""What is compared: the parts, the depths of fine-tuning, the rows of a table, and the rates that are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.evidence import pairs
+from benchmarks.evidence.pairs import Pair
+from tailorcli import Checkpoint, PatchOptions
+from tailorcli.models.config import read_config
+
+FINE_TUNES = ("full", "half", "l2", "spider", "dowser")
+PATCHES = {  # on top of a fine-tune
+    "graft": PatchOptions(method="graft", graft_steps=20),
+    "dare": PatchOptions(method="dare"),
+    "paper": PatchOptions(solver="sequential"),
+    "ours": PatchOptions(),
+}
+MASKS = ("magnitude", "gradient", "random")  # in place of SPIDER's own, half of the entries each
+TUNED_AT = "all layers"
+
+
+@dataclass(frozen=True, order=True)
+class Row:
+    """A line of a table: a fine-tune, and the patch on top of it, if any; the base has neither."""
+
+    fine: str = ""
+    patch: str = ""
+
+    @property
+    def title(self) -> str:
+        """How the row is called."""
+        named = {"paper": "tailor (paper)"}.get(self.patch, self.patch)
+        if not self.fine:
+            return "zero-shot"
+        if self.patch == "ours":
+            return f"ours on {self.fine}"
+        return named or (f"mask by {self.fine}" if self.fine in MASKS else self.fine)
+
+
+BASE = Row()
+OURS = [Row(fine, "ours") for fine in FINE_TUNES]
+ROWS = [
+    *(Row(fine) for fine in ("full", "half", "l2")),
+    *(Row("full", patch) for patch in ("graft", "dare", "paper")),
+    OURS[0],
+    *(Row(fine) for fine in ("spider", "dowser")),
+    *OURS[1:],
+]
+
+
+TRAINING = "bf16: true\n"  # the passes of every fine-tune; weights and optimiser are in the dtype of the part
+
+
+@dataclass(frozen=True)
+class Part:
+    """A kind of model and its data, and how long each fine-tune of it trains."""
+
+    name: str
+    make: Callable[..., list[Pair]]  # of a cache folder
+    tasks: tuple[str, ...]  # new tasks
+    model: str  # in words
+    steps: int
+    batch: int
+    seq_len: int
+    samples: int  # of each kind of statistics
+    rates: tuple[float, ...]  # tried for every row, on the validation part of the first seed at TUNED_AT
+    items: int | None = None  # of a task, at most
+    dtype: str = "auto"  # in which it trains; the output is in the base's
+
+
+_LARGER = {"steps": 100, "batch": 8, "seq_len": 256, "samples": 512}
+PARTS = {
+    "quick": Part(
+        "quick",
+        pairs.quick,
+        ("unicode",),
+        "byte-level Llamas of 3 million parameters",
+        steps=25,
+        batch=8,
+        seq_len=128,
+        samples=48,
+        rates=(1e-3, 3e-3),
+        items=60,
+    ),
+    "text": Part(
+        "text",
+        pairs.text,
+        ("unicode", "licences"),
+        "SmolLM2-135M-Instruct",
+        **_LARGER,
+        rates=(1e-4, 3e-4, 1e-3),
+        dtype="float32",
+    ),
+    "multimodal": Part(
+        "multimodal",
+        pairs.multimodal,
+        ("fashion",),
+        "a LLaVA of SmolLM2-135M-Instruct",
+        **_LARGER,
+        rates=(1e-4, 3e-4, 1e-3),
+        dtype="float32",
+    ),
+}
+
+
+def depths_of(base: Path) -> dict[str, int]:
+    """Layers that are fine-tuned, the last ones, by the name of the depth; the shallowest first."""
+    config = read_config(base)
+    layers = int(config.get("text_config", config).get("num_hidden_layers", 0)) or _counted(base)
+    found = {"last 2": min(2, layers), "last third": max(1, round(layers / 3)), TUNED_AT: layers}
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _counted(base: Path) -> int:
+    """Layers of a model whose config leaves their number to the default of its kind."""
+    with Checkpoint.open(base) as stored:
+        numbers = [name.partition("layers.")[2].partition(".")[0] for name in stored.tensors if "vision" not in name]
+    return 1 + max(int(number) for number in numbers if number.isdigit())
+
+
+def pairs_of(part: Part, cache: Path, tasks: Sequence[str], seeds: int) -> list[Pair]:
+    """The pairs of these tasks and of the first ``seeds`` seeds, seed after seed, with no fine-tune made."""
+    order = {task: place for place, task in enumerate(tasks)}
+    how = {"seeds": range(seeds)} if part.make is pairs.quick else {}  # whose base each seed trains
+    made: Sequence[Pair] = part.make(cache, bases_only=True, **how)
+    found = [pair for pair in made if pair.name in order and pair.seed < seeds]
+    return sorted(found, key=lambda pair: (order[pair.name], pair.seed))

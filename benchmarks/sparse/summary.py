@@ -1,0 +1,140 @@
+"""What the cells come to: means over the seeds, with intervals by the test items, and what is ahead of what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from statistics import mean, stdev
+
+import numpy as np
+
+from benchmarks.sparse.run import TEST, VALIDATION, Cell
+from benchmarks.sparse.setting import BASE, FINE_TUNES, MASKS, OURS, ROWS, TUNED_AT, Row
+from tailorcli.evaluation.metrics import Array, bootstrap, estimate, summarise
+
+RESAMPLES = 1000
+FIGURES = ("origin", "target", "arithmetic_mean", "h_score")  # old, new, their average, H
+THIRD, TWO = "last third", "last 2"
+PAPER, GRAFT, DARE = (Row("full", patch) for patch in ("paper", "graft", "dare"))
+FULL, HALF, L2, SPIDER, DOWSER = (Row(name) for name in FINE_TUNES)
+
+Side = tuple[Row, str]  # a row, and the depth
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one row is ahead of another in H."""
+
+    text: str
+    ahead: Side
+    behind: Side
+
+
+CLAIMS = (
+    *(Claim(f"SPIDER beats {row.title}", (SPIDER, TWO), (row, TWO)) for row in (FULL, HALF, L2, GRAFT, DARE, PAPER)),
+    *(Claim(f"SPIDER beats {row.title}", (SPIDER, TUNED_AT), (row, TUNED_AT)) for row in (FULL, HALF, L2, PAPER)),
+    *(Claim(f"SPIDER's mask beats that by {name}", (SPIDER, TUNED_AT), (Row(name), TUNED_AT)) for name in MASKS),
+    *(
+        Claim(f"Model-Dowser beats {row.title}", (DOWSER, depth), (row, depth))
+        for depth in (THIRD, TUNED_AT)
+        for row in (FULL, SPIDER, GRAFT, DARE, PAPER)
+    ),
+    *(
+        Claim(f"{row.title} collapses with depth: it is better at the last third", (row, THIRD), (row, TUNED_AT))
+        for row in (GRAFT, DARE, PAPER)
+    ),
+)
+OF_OURS = (  # not claimed by a paper
+    *(
+        Claim(f"ours on full beats {row.title}", (OURS[0], TUNED_AT), (row, TUNED_AT))
+        for row in (PAPER, SPIDER, DOWSER)
+    ),
+    *(Claim(f"{row.title} beats {row.fine} alone", (row, TUNED_AT), (Row(row.fine), TUNED_AT)) for row in OURS),
+)
+
+
+@cache
+def figures_of(cell: Cell) -> dict[str, Array]:
+    """Figures (1 + RESAMPLES,) on the test items; the resamplings of a task are the same for all cells."""
+    scores = cell.scores[TEST]
+    found = {task: bootstrap([one], task, RESAMPLES)[0] for task, one in scores.items()}
+    new = cell.new(scores)
+    return summarise(found, [task for task in scores if task != new], [new])
+
+
+@dataclass(frozen=True)
+class Table:
+    """The cells of one task, over all depths and seeds."""
+
+    task: str
+    cells: tuple[Cell, ...]
+
+    @cached_property
+    def depths(self) -> dict[str, int]:
+        """Layers by the name of the depth, the shallowest first."""
+        return dict(sorted({c.depth: c.layers for c in self.cells if c.depth}.items(), key=lambda item: item[1]))
+
+    @cached_property
+    def tested(self) -> dict[tuple[Row, str, int], Cell]:
+        """The cells with test figures, by row, depth and seed."""
+        return {(cell.row, cell.depth, cell.seed): cell for cell in self.cells if TEST in cell.scores}
+
+    def of(self, side: Side) -> list[Cell]:
+        """The cells of a row at a depth; the base has no depth of its own, and stands beside the seeds of full."""
+        row, depth = side
+        if row == BASE:
+            keys = [(row, "", cell.seed) for cell in self.of((FULL, depth))]
+        else:
+            keys = sorted(key for key in self.tested if key[:2] == side)
+        return [self.tested[key] for key in keys if key in self.tested]
+
+    def figure(self, side: Side, name: str) -> Array | None:
+        """The mean over the seeds, (1 + RESAMPLES,); None where there is no cell."""
+        found = [figures_of(cell)[name] for cell in self.of(side)]
+        return np.mean(found, axis=0) if found else None
+
+    def between_seeds(self, side: Side) -> float | None:
+        """The deviation of H between the seeds; None of one."""
+        values = [float(figures_of(cell)["h_score"][0]) for cell in self.of(side)]
+        return stdev(values) if len(values) > 1 else None
+
+    def gap(self, claim: Claim) -> tuple[float, float, float] | None:
+        """How far a claim's first side is ahead in H, with its 95% interval, on the seeds that both have."""
+        sides = [{cell.seed: figures_of(cell)["h_score"] for cell in self.of(s)} for s in (claim.ahead, claim.behind)]
+        both = [seed for seed in sides[0] if seed in sides[1]]
+        if not both:
+            return None
+        found = estimate(np.mean([sides[0][seed] - sides[1][seed] for seed in both], axis=0))
+        if found.value is None or found.interval is None:
+            return None
+        return (found.value, *found.interval)
+
+    def rates(self) -> dict[Row, dict[float, float]]:
+        """H on the validation part by row and rate."""
+        found: dict[Row, dict[float, float]] = {}
+        for cell in self.cells:
+            if VALIDATION in cell.scores and cell.row in ROWS:
+                found.setdefault(cell.row, {})[cell.rate] = cell.h(VALIDATION)
+        return {row: dict(sorted(found[row].items())) for row in ROWS if row in found}
+
+    def cost(self, side: Side) -> tuple[float, float, int | None]:
+        """Share of entries that moved, seconds, and peak bytes, means over the seeds."""
+        cells = self.of(side)
+        peaks = [cell.peak for cell in cells if cell.peak]
+        return (
+            mean(cell.moved for cell in cells),
+            mean(cell.seconds for cell in cells),
+            round(mean(peaks)) if peaks else None,
+        )
+
+
+def tables_of(cells: Sequence[Cell]) -> list[Table]:
+    """A table for each task."""
+    tasks = dict.fromkeys(cell.task for cell in cells)
+    return [Table(task, tuple(cell for cell in cells if cell.task == task)) for task in tasks]
+
+
+def verdict(gap: tuple[float, float, float]) -> str:
+    """Whether what was said to be ahead is."""
+    return "yes" if gap[1] > 0 else "no" if gap[2] < 0 else "not told apart"
