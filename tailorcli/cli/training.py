@@ -26,7 +26,7 @@ from tailorcli.cli.arguments import (
 )
 from tailorcli.cli.output import print_json, print_rich, say, show_reasons, show_stages
 from tailorcli.cli.verbosity import wants_progress
-from tailorcli.options import DataColumns, DTypeName
+from tailorcli.options import Blockwise, DataColumns, DTypeName
 from tailorcli.training.settings import Accumulate, FinetuneOptions, ProbeOptions, TuningMethod
 from tailorcli.units import counted, format_bytes, format_share
 
@@ -65,6 +65,14 @@ def probe(
         ),
     ] = "auto",
     dtype: DType = DTypeName.AUTO,
+    blockwise: Annotated[
+        Blockwise,
+        typer.Option(
+            metavar="WHEN",
+            help="Load one block of the model at a time: always, never; auto: if it does not fit.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = Blockwise.AUTO,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -73,9 +81,9 @@ def probe(
 ) -> None:
     """Score how much each weight of a base matters to what it says.
 
-    Method dowser of finetune takes the scores. Needs no data: the samples are what the base writes itself. The model
-    must fit the device with what backward needs, and four bytes for each scored entry. IMPORTANCE takes two bytes an
-    entry.
+    Method dowser of finetune takes the scores. Needs no data: the samples are what the base writes itself. A
+    model that does not fit the device with what backward needs goes block by block, on --data where it does not fit
+    at all. IMPORTANCE takes two bytes an entry.
 
     Examples:
       tailorcli probe BASE -o importance
@@ -94,6 +102,7 @@ def probe(
         trust_remote_code=trust_remote_code,
         columns=DataColumns(text_column, prompt_column, response_column),
         overwrite=overwrite,
+        blockwise=blockwise,
     )
     report = probe_model(base, output, options, data, wants_progress(as_json))
     if as_json:

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from tailorcli.errors import OptionsError
-from tailorcli.options import DataColumns, DTypeName
+from tailorcli.options import Blockwise, DataColumns, DTypeName
 
 _USUAL = DataColumns()
 
@@ -85,6 +85,7 @@ class ProbeOptions:
     trust_remote_code: bool = False
     overwrite: bool = False
     columns: DataColumns = _USUAL  # of the data
+    blockwise: Blockwise | str = Blockwise.AUTO  # auto: where the model does not fit with what backward needs
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -95,10 +96,12 @@ class ProbeOptions:
         )
         names = [each.value for each in DTypeName]
         _require(self.dtype in names, f"dtype must be one of {', '.join(names)}, got {self.dtype!r}")
+        ways = [each.value for each in Blockwise]
+        _require(self.blockwise in ways, f"blockwise must be one of {', '.join(ways)}, got {self.blockwise!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
-        return asdict(self) | {"dtype": str(self.dtype), "overwrite": False}
+        return asdict(self) | {"dtype": str(self.dtype), "overwrite": False, "blockwise": str(self.blockwise)}
 
 
 @dataclass(frozen=True)

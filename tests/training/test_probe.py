@@ -2,17 +2,21 @@
 
 import json
 import math
+from dataclasses import replace
 from statistics import median
 from time import perf_counter
 
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES, make_family_pair
 from helpers import make_model, make_pair
 
-from tailorcli.errors import OutputError
+from tailorcli.errors import OptionsError, OutputError
+from tailorcli.models.parts import Parts
+from tailorcli.training.gains import scores_of
 from tailorcli.training.importance import MANIFEST, SCORES, Importance, ImportanceError
-from tailorcli.training.probe import probe_model, probe_network, scores_of
+from tailorcli.training.probe import probe_model, probe_network
 from tailorcli.training.settings import ProbeOptions
 
 SMALL = ProbeOptions(num_samples=6, rademacher=2, seq_len=12)
@@ -143,3 +147,63 @@ def test_a_probe_takes_at_most_half_as_long_again_as_its_passes():
             seconds.append(perf_counter() - started)
         ratios.append(seconds[1] / seconds[0])
     assert median(ratios) < 1.5
+
+
+@pytest.mark.parametrize(
+    "name", ["llava", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "t5", "mixtral"))]
+)
+def test_block_by_block_the_scores_are_those_of_the_whole(tmp_path, monkeypatch, name):
+    """With towers, two stacks, tables of positions and experts; one block at a time has its weights."""
+    pair = make_family_pair(tmp_path, name) if name in FAMILIES else make_pair(tmp_path, name)
+    found = []
+    for how in ("never", "always"):
+        if how == "always":
+            monkeypatch.setattr("tailorcli.training.probe.load_model", None)
+            loaded = watch_blocks(monkeypatch)
+        options = ProbeOptions(num_samples=6, rademacher=2, seq_len=12, batch_size=2, blockwise=how)
+        report = probe_model(pair / "base", tmp_path / how, options, pair / "data.jsonl")
+        found.append((Importance.open(tmp_path / how), report))
+    (whole, of_whole), (blocks, of_blocks) = found
+    assert of_blocks.tokens == of_whole.tokens
+    assert blocks.digests == whole.digests
+    assert blocks.reasons == whole.reasons
+    for score in whole.digests:
+        torch.testing.assert_close(blocks.read(score), whole.read(score), rtol=1e-2, atol=0)  # bfloat16's rounding
+    assert max(loaded) == 1
+
+
+def watch_blocks(monkeypatch):
+    """How many blocks had weights after each load."""
+    counts, load = [], Parts.load
+
+    def watched(parts, part):
+        places = load(parts, part)
+        parameters = dict(parts._network.named_parameters())
+        full = {b for b in parts._blocks for n in parts._parameters[b] if parameters[n].device.type != "meta"}
+        counts.append(len(full))
+        return places
+
+    monkeypatch.setattr(Parts, "load", watched)
+    return counts
+
+
+@pytest.mark.slow
+def test_block_by_block_a_model_writes_its_samples_whole_where_it_fits(tmp_path):
+    pair = make_pair(tmp_path)
+    for how in ("never", "always"):
+        probe_model(pair / "base", tmp_path / how, replace(SMALL, blockwise=how))
+    whole, blocks = (Importance.open(tmp_path / how) for how in ("never", "always"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    torch.testing.assert_close(blocks.read(name), whole.read(name), rtol=1e-2, atol=0)
+
+
+def test_a_model_that_does_not_fit_is_probed_block_by_block_by_itself(tmp_path, monkeypatch, caplog):
+    pair = make_pair(tmp_path)
+    monkeypatch.setattr("tailorcli.training.probe_blocks.free_memory", lambda device: 100_000)
+    monkeypatch.setattr("tailorcli.training.probe.load_model", None)
+    probe_model(pair / "base", tmp_path / "importance", SMALL, pair / "data.jsonl")
+    assert "block by block" in caplog.text
+    monkeypatch.setattr("tailorcli.device.free_memory", lambda device: 10_000)
+    with pytest.raises(OptionsError, match="cannot write samples") as error:
+        probe_model(pair / "base", tmp_path / "other", SMALL)
+    assert "--data" in error.value.hint
