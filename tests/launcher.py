@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 
-SECONDS = 300  # after which a command hangs
+SECONDS = 600  # after which a command hangs
 
 
 def launch(arguments, *, stdin=None, stdout, stderr, env=None, file_limit=None):
@@ -111,6 +111,7 @@ def _become(request, descriptors):
         setattr(sys, f"__{name}__", stream)
     kind, *words = request["arguments"]
     sys.path[0] = "" if kind in ("-m", "-c") else os.path.dirname(kind)  # noqa: PTH120
+    sys.path[1:1] = request["env"].get("PYTHONPATH", "").split(os.pathsep)
     if kind == "-m":
         sys.argv = words
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)

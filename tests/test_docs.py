@@ -1,12 +1,12 @@
 """The pages are true: each command has one with all its options, and every link meets its target."""
 
+import functools
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers import run
+from launcher import completed
 
 from benchmarks.evidence.readme import first_table
 from benchmarks.pages import reflow
@@ -22,6 +22,7 @@ def name_of(page):
     return str(page.relative_to(ROOT))
 
 
+@functools.cache
 def options_of(command):
     help_text = re.sub(r"\x1b\[[0-9;]*m", "", run(command, "--help").stdout)
     return set(re.findall(r"--[a-z][a-z-]+", help_text))
@@ -39,8 +40,8 @@ def test_every_command_has_a_page_that_names_all_its_options(command):
 
 def test_option_tables_and_the_python_api_are_as_the_code_has_them():
     script = ROOT / "scripts" / "reference_pages.py"
-    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
+    done = completed((script, "--check"))
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_the_readme_is_short_and_its_table_is_the_evidence():

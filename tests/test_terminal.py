@@ -128,7 +128,7 @@ def test_json_has_no_numbers_that_json_does_not_have(capsys):
     assert json.loads(text) == {"a": [None, 1.5], "b": {"c": None}, "d": "\udcff\x7f"}
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1", marks=pytest.mark.slow)])
 def test_a_stream_of_few_characters_gets_escapes_in_their_place(pair, tmp_path, encoding):
     named = tmp_path / "日本語"
     named.symlink_to(pair / "base")

@@ -388,7 +388,7 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 # --- Multimodal models --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "gemma3"])
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_a_multimodal_model_writes_text_alone(family, tmp_path):
     """Its vision tower is not reached: listed, and patched without the retain term."""
     folder = make_family_pair(tmp_path, family)

@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from launcher import completed
 
 from tailorcli import PatchOptions, patch_checkpoint
 
@@ -17,10 +17,9 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 @pytest.mark.skipif(sys.platform != "linux", reason="open files are told by /proc")
 def test_ended_at_an_operation_on_files_nothing_unfinished_opens_and_all_can_go_on():
     path = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
-    command = [sys.executable, "-m", "kills.harness", "--share", "1", "--json"]
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
-    assert done.stdout, done.stderr
+    environment = ENVIRONMENT | {"PYTHONPATH": path}
+    done = completed(("-m", "kills.harness", "--share", "1", "--json"), env=environment)
+    assert done.stdout, done.stderr.decode()
     results = json.loads(done.stdout)
     assert [failure for result in results for failure in result["failures"]] == []
     assert done.returncode == 0

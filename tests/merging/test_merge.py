@@ -253,8 +253,15 @@ def as_bits(folder):
     return {name: bits(tensor) for name, tensor in read_tensors(folder).items()}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("llama", torch.float32),
+        ("gpt2", torch.bfloat16),
+        pytest.param("llama", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("gpt2", torch.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_one_task_and_two_equal_ones_are_the_patch_itself(tmp_path, kind, dtype):
     folder = make_tasks_folder(tmp_path, kind, dtype, shard="20KB")
     for method in METHODS:

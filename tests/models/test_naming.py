@@ -81,8 +81,18 @@ def test_other_spellings_and_what_only_one_holds_give_the_same_patch(tmp_path, s
     assert moved == len(expected)
 
 
-@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "_fsdp_wrapped_module."])
-@pytest.mark.parametrize("blockwise", ["never", "always"])
+@pytest.mark.parametrize(
+    ("blockwise", "wrapper"),
+    [
+        ("never", "_orig_mod."),
+        ("always", "module."),
+        ("never", "_fsdp_wrapped_module."),
+        *(
+            pytest.param(*both, marks=pytest.mark.slow)
+            for both in (("always", "_orig_mod."), ("never", "module."), ("always", "_fsdp_wrapped_module."))
+        ),
+    ],
+)
 def test_statistics_of_a_wrapped_model_are_those_of_the_model(tmp_path, wrapper, blockwise):
     folder = make_pair(tmp_path)
     how = ["--data", folder / "data.jsonl", "--blockwise", blockwise]

@@ -63,6 +63,20 @@ def run(pair, output, options=PROPAGATED, **more):
     return patch_checkpoint(pair / "base", pair / "tuned", output, pair / "stats", options, **more)
 
 
+@pytest.fixture(scope="module")
+def whole(pair):
+    """The folder that a run writes."""
+    run(pair, pair / "whole")
+    return pair / "whole"
+
+
+@pytest.fixture(scope="module")
+def whole_file(pair):
+    """The patch file that a run writes which writes nothing else."""
+    run(pair, None, patch_file=pair / "whole.safetensors")
+    return pair / "whole.safetensors"
+
+
 def moments_of(patched, unpatched):
     found = no_moments(patched.shape[1], CPU)
     for x, y in zip(torch.tensor_split(patched, 3), torch.tensor_split(unpatched, 3), strict=True):
@@ -365,9 +379,9 @@ def test_a_few_samples_tell_how_far_the_unpatched_models_are_apart(pair, tmp_pat
                 assert one[energy] * one[figure] == pytest.approx(other[energy] * other[figure], rel=1e-5)
 
 
-def test_a_propagated_report_without_the_unpatched_figures_opens(pair, tmp_path):
+def test_a_propagated_report_without_the_unpatched_figures_opens(whole, tmp_path):
     """As earlier versions wrote them."""
-    run(pair, tmp_path / "out")
+    shutil.copytree(whole, tmp_path / "out")
     path = tmp_path / "out" / "tailor_report.json"
     report = json.loads(path.read_text())
     for part in (report["totals"], *report["tensors"]):
@@ -380,8 +394,7 @@ def test_a_propagated_report_without_the_unpatched_figures_opens(pair, tmp_path)
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_batches_do_not_matter(pair, tmp_path, batch):
-    run(pair, tmp_path / "one")
+def test_batches_do_not_matter(pair, whole, tmp_path, batch):
     for which, samples in (("tuned", "stats"), ("base", "retain")):
         manifest = pair / samples / "manifest.json"
         changed = json.loads(manifest.read_text())
@@ -396,45 +409,41 @@ def test_batches_do_not_matter(pair, tmp_path, batch):
         *(pair / "base", pair / "tuned", tmp_path / "other", tmp_path / "stats", PROPAGATED),
         retain=tmp_path / "retain",
     )
-    one, other = read_tensors(tmp_path / "one"), read_tensors(tmp_path / "other")
+    one, other = read_tensors(whole), read_tensors(tmp_path / "other")
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("after", [pytest.param(n, marks=() if n == 13 else pytest.mark.slow) for n in (1, 7, 13, 29)])
-def test_an_interrupted_run_is_finished_to_the_same_bytes(pair, tmp_path, after):
-    run(pair, tmp_path / "whole")
+def test_an_interrupted_run_is_finished_to_the_same_bytes(pair, whole, tmp_path, after):
     with broken_off(CheckpointWriter, after):
         run(pair, tmp_path / "out")
     run(pair, tmp_path / "out", replace(PROPAGATED, resume=True))
-    assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "whole")
+    assert folder_digest(tmp_path / "out") == folder_digest(whole)
 
 
-def test_hidden_states_can_wait_in_files(pair, tmp_path, monkeypatch):
-    run(pair, tmp_path / "memory")
+def test_hidden_states_can_wait_in_files(pair, whole, tmp_path, monkeypatch):
     files = count_mapped_files(monkeypatch)
     monkeypatch.setattr("tailorcli.models.spill.HIDDEN_SHARE", 0.0)
     run(pair, tmp_path / "files")
     assert len(files) > 3 * 4 * 10  # blocks, groups of layers, batches
-    assert folder_digest(tmp_path / "files") == folder_digest(tmp_path / "memory")
+    assert folder_digest(tmp_path / "files") == folder_digest(whole)
 
 
-def test_an_interrupted_patch_file_is_finished_to_the_same_bytes(pair, tmp_path):
+def test_an_interrupted_patch_file_is_finished_to_the_same_bytes(pair, whole_file, tmp_path):
     """No checkpoint is at hand from which the finished blocks could be read: they are worked out again."""
-    run(pair, None, patch_file=tmp_path / "whole.safetensors")
     with broken_off(PatchWriter, 9):
         run(pair, None, patch_file=tmp_path / "p.safetensors")
     run(pair, None, replace(PROPAGATED, resume=True), patch_file=tmp_path / "p.safetensors")
-    assert (tmp_path / "p.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert (tmp_path / "p.safetensors").read_bytes() == whole_file.read_bytes()
 
 
-def test_the_patch_file_gives_the_same_checkpoint(pair, tmp_path):
+def test_the_patch_file_gives_the_same_checkpoint(pair, whole_file, tmp_path):
     run(pair, tmp_path / "out", patch_file=tmp_path / "p.safetensors")
-    run(pair, None, patch_file=tmp_path / "alone.safetensors")
-    for file in ("p", "alone"):
-        apply_patch(pair / "base", tmp_path / f"{file}.safetensors", tmp_path / file)
+    for file in (tmp_path / "p.safetensors", whole_file):
+        apply_patch(pair / "base", file, tmp_path / file.stem)
         expected = read_tensors(tmp_path / "out")
-        for name, value in read_tensors(tmp_path / file).items():
+        for name, value in read_tensors(tmp_path / file.stem).items():
             assert bits(value) == bits(expected[name])
 
 
@@ -516,7 +525,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind != "qwen2.5-vl" else pytest.mark.slow) for kind in KINDS]
+)
 def test_other_families_are_propagated_as_far_as_their_inputs_can_be_told(tmp_path, kind):
     count, reached = KINDS[kind]
     make_pair(tmp_path, kind) if kind == "gpt2" else make_family_pair(tmp_path, kind)

@@ -100,7 +100,9 @@ def assert_the_same_block_by_block(folder, tuned="tuned"):
     assert torch.equal(whole.head(whole.states[0]), parts.head(parts.states[0]))
 
 
-@pytest.mark.parametrize("family", LEFT)
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=() if family != "whisper" else pytest.mark.slow) for family in LEFT]
+)
 def test_whatever_the_closed_form_patches_is_trained_or_named(tmp_path, family):
     folder = calibrated(make_family_pair(tmp_path, family))
     report = distilled(folder, tmp_path / "out")

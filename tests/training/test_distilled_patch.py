@@ -40,6 +40,10 @@ def pair(request, tmp_path_factory):
     return with_statistics(make_pair(tmp_path_factory.mktemp(request.param), request.param))
 
 
+# What does not depend on the kind of layers.
+ONE_KIND = pytest.mark.parametrize("pair", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)], indirect=True)
+
+
 def arguments(pair, output):
     return pair / "base", pair / "tuned", output, pair / "stats", pair / "retain"
 
@@ -70,6 +74,7 @@ def test_the_same_entries_hold_better_values_and_all_others_are_the_bases(pair, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["closed", "out", "p.safetensors"]
 
 
+@ONE_KIND
 @pytest.mark.parametrize("when", ["the closed form", "the training", "the writing"])
 def test_a_run_that_was_broken_off_is_finished_to_the_same_bytes(pair, tmp_path, monkeypatch, when):
     import tailorcli.patching.distilled as module
@@ -102,6 +107,7 @@ def test_any_method_with_a_mask_can_be_distilled(pair, tmp_path):
     assert objective[found["steps"].index(found["best"])] < objective[0]
 
 
+@ONE_KIND
 def test_the_command(pair, tmp_path):
     base, tuned, output, stats, retain = arguments(pair, tmp_path / "out")
     how = ("--distill", "--distill-steps", 4, "--no-propagate", "--density", 0.2)
@@ -119,6 +125,7 @@ def test_the_command(pair, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+@ONE_KIND
 def test_a_dry_run_tells_what_training_takes(pair, tmp_path):
     base, tuned, output, stats, retain = arguments(pair, tmp_path / "out")
     how = ("--stats", stats, "--retain", retain, "--distill", "--density", 0.2, "--dry-run", "-o", output)
@@ -142,6 +149,7 @@ def test_a_patch_file_can_be_distilled_by_itself(pair, tmp_path):
         distill_patch(tmp_path / "closed.safetensors", base, tuned, [stats, stats], retain, tmp_path / "no")
 
 
+@ONE_KIND
 def test_a_work_path_that_is_taken_is_one_error(pair, tmp_path):
     (tmp_path / "out.distill").write_text("mine")
     with pytest.raises(TailorError, match="no folder of ours"):
@@ -154,6 +162,7 @@ def test_a_work_path_that_is_taken_is_one_error(pair, tmp_path):
     assert (tmp_path / "p.safetensors.distill" / "notes.txt").exists()
 
 
+@ONE_KIND
 def test_a_run_that_had_stopped_early_ends_the_same_when_it_is_taken_up(pair, tmp_path, monkeypatch):
     import tailorcli.patching.distilled as module
 
@@ -178,6 +187,7 @@ def test_a_run_that_had_stopped_early_ends_the_same_when_it_is_taken_up(pair, tm
     assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "whole")
 
 
+@ONE_KIND
 def test_hidden_states_wait_in_files_where_memory_is_short(pair, tmp_path, monkeypatch):
     distilled(pair, tmp_path / "whole")
     with monkeypatch.context() as patched:
@@ -188,6 +198,7 @@ def test_hidden_states_wait_in_files_where_memory_is_short(pair, tmp_path, monke
     assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "whole")
 
 
+@ONE_KIND
 def test_responses_alone_may_count(pair, tmp_path):
     base, tuned, output, _, retain = arguments(pair, tmp_path / "out")
     records = [{"prompt": f"What is {n}? ", "response": f"It is {n + 1}."} for n in range(12)]
