@@ -19,7 +19,7 @@ from tailorcli.data.samples import Samples, batch_places, join
 from tailorcli.distributed import gathered, mine, now_on
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
 from tailorcli.guard import path_text
-from tailorcli.models.generation import media_token_ids, sampling_generation
+from tailorcli.models.generation import TOGETHER, media_token_ids, samples_together, sampling_generation
 from tailorcli.options import CalibrateOptions, DataColumns
 from tailorcli.terminal import Progress
 
@@ -48,7 +48,6 @@ class Start:
         return self.is_asked or bool(self.record.fields.get("text"))
 
 
-_TOGETHER = 32  # samples written at a time, whatever the batch size and the ranks: the random numbers follow it
 _HINT = "calibrate on data of your own that stand for what it must not forget: --data FILE"
 
 
@@ -117,6 +116,7 @@ def write_samples(
     import torch
 
     barred = sorted({*media_ids, *media_token_ids(network)}) if starts else []
+    together = TOGETHER if starts else samples_together(network, device, options.length)
     first = _plain_tokens(tokenizer, network.get_input_embeddings().weight.shape[0])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(options.seed)
@@ -127,7 +127,7 @@ def write_samples(
         batches = [
             ([numbers[place] for place in places], ends)
             for numbers, ends in ((others, []), (asked, _end_ids(network)))
-            for places in batch_places([begun[number] for number in numbers], _TOGETHER)
+            for places in batch_places([begun[number] for number in numbers], together)
         ]
         found: dict[int, Inputs] = {}
         for position in mine([len(numbers) for numbers, _ in batches]):
@@ -136,7 +136,7 @@ def write_samples(
             torch.manual_seed(random.Random(f"{options.seed} {numbers[0]}").getrandbits(63))
             batch = join([begun[number] for number in numbers])
             length = batch["input_ids"].shape[1]
-            written = _continued(network, batch, options, device, barred, ends)
+            written = _continued(network, batch, options, device, barred, ends, static=not starts)
             for number, ids in zip(numbers, written, strict=True):
                 found[number] = _lengthened(begun[number], _ended(ids, length, ends))
             bar.update(len(numbers) * max(0, options.length - length))
@@ -241,6 +241,7 @@ def _continued(
     device: torch.device,
     barred: Sequence[int],
     ends: Sequence[int],
+    static: bool,
 ) -> torch.Tensor:
     """Token ids (B, T) on the CPU: the first tokens (B, S), with all that goes with them, continued to ``seq_len``.
 
@@ -253,7 +254,7 @@ def _continued(
         return inputs["input_ids"]
     given = {name: value.to(device) for name, value in inputs.items()}
     try:
-        with sampling_generation(network, missing, barred, ends) as settings:
+        with sampling_generation(network, missing, barred, ends, static=static) as settings:
             written: torch.Tensor = network.generate(
                 **given, attention_mask=torch.ones_like(given["input_ids"]), generation_config=settings
             )

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+TOGETHER = 32  # samples that are written at a time where their size is not known, and behind prompts and pictures
+_MOST_TOGETHER = 256
+_CPU_ROOM = 2 << 30  # bytes of keys, values and logits on a CPU: a fixed number, as what is free may change the samples
+_DEVICE_SHARE = 0.5  # of a GPU's memory beside the weights
 
 
 @contextmanager
@@ -22,15 +30,57 @@ def greedy_generation(network: Any, max_new_tokens: int) -> Iterator[Any]:
         yield config
 
 
+def samples_together(network: Any, device: torch.device, length: int) -> int:
+    """How many samples of ``length`` tokens a model writes at a time: as many as fit, up to 256.
+
+    It follows the model and the device, not what is free there just now: the drawn tokens follow it.
+    """
+    needed = _bytes_of_sample(network, length)
+    if needed is None:
+        return TOGETHER
+    room = _CPU_ROOM
+    if device.type == "cuda":
+        import torch
+
+        weights = sum(parameter.nbytes for parameter in network.parameters())
+        whole = torch.cuda.get_device_properties(device).total_memory
+        room = int(_DEVICE_SHARE * max(0, whole - weights))
+    return max(1, min(_MOST_TOGETHER, room // needed))
+
+
+def _bytes_of_sample(network: Any, length: int) -> int | None:
+    """Bytes of a sample's keys and values, and of its logits in float32 a few times; None where a config is odd."""
+    config = network.config.get_text_config(decoder=True)
+
+    def number(name: str, otherwise: int = 0) -> int:
+        found = getattr(config, name, None)
+        return found if isinstance(found, int) and found > 0 else otherwise
+
+    heads, layers, vocab = number("num_attention_heads"), number("num_hidden_layers"), number("vocab_size")
+    size = number("head_dim", number("hidden_size") // max(1, heads))
+    kept = layers * number("num_key_value_heads", heads) * size
+    return 2 * kept * length * network.dtype.itemsize + 16 * vocab if kept and vocab else None
+
+
+def _holds_static_cache(network: Any) -> bool:
+    """Whether keys and values may lie in memory that is allocated once: what transformers says of its own models."""
+    return bool(getattr(network, "_can_compile_fullgraph", False)) and not network.config.is_encoder_decoder
+
+
 @contextmanager
 def sampling_generation(
-    network: Any, new_tokens: int, barred: Sequence[int] = (), ends: Sequence[int] = ()
+    network: Any, new_tokens: int, barred: Sequence[int] = (), ends: Sequence[int] = (), *, static: bool = False
 ) -> Iterator[Any]:
     """A configuration to sample so many tokens with, at temperature 1 from the whole vocabulary.
 
-    The ``barred`` token ids are never drawn; one of the ``ends`` ends a row, which is then filled with zeros.
+    The ``barred`` token ids are never drawn; one of the ``ends`` ends a row, which is then filled with zeros. With
+    ``static`` keys and values lie in memory that is allocated once, where the model can do with that.
     """
     import transformers
+
+    held = (
+        {"cache_implementation": "static", "disable_compile": True} if static and _holds_static_cache(network) else {}
+    )
 
     config = transformers.GenerationConfig(
         do_sample=True,
@@ -42,6 +92,7 @@ def sampling_generation(
         eos_token_id=list(ends) or None,
         pad_token_id=0,
         suppress_tokens=list(barred) or None,
+        **held,
     )
     with _generating_by(network, config):
         yield config

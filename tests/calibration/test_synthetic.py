@@ -49,6 +49,47 @@ def test_number_and_length_of_the_samples(num_samples, seq_len):
     assert write(num_samples=num_samples, seq_len=seq_len).shape == (num_samples, seq_len)
 
 
+def test_as_many_samples_as_fit_are_written_at_a_time(monkeypatch):
+    """By the model and the device, not by what happens to be free."""
+    from tailorcli.calibration import synthetic
+    from tailorcli.models import generation
+
+    batches, original = [], synthetic._continued
+
+    def counting(network, inputs, *arguments, **options):
+        batches.append(len(inputs["input_ids"]))
+        return original(network, inputs, *arguments, **options)
+
+    monkeypatch.setattr(synthetic, "_continued", counting)
+    assert write(num_samples=70, seq_len=6).shape == (70, 6)
+    config = make_model().config
+    kept = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    one = 2 * kept * 6 * 4 + 4 * 4 * config.vocab_size  # keys and values of 6 tokens in float32, logits a few times
+    monkeypatch.setattr(generation, "_CPU_ROOM", 40 * one + 1)
+    assert write(num_samples=70, seq_len=6).shape == (70, 6)
+    monkeypatch.setattr(generation, "_CPU_ROOM", 1)
+    assert write(num_samples=3, seq_len=6).shape == (3, 6)
+    assert batches == [70, 40, 30, 1, 1, 1]
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_keys_and_values_lie_in_memory_that_is_allocated_once_and_the_tokens_are_the_same(static):
+    from transformers.cache_utils import StaticCache
+
+    from tailorcli.models.generation import sampling_generation
+
+    network, ids, found, caches = make_model().eval(), torch.tensor([[5], [9], [17]]), [], []
+    network._can_compile_fullgraph = static  # how transformers says that a model of its own can do with that
+    network.register_forward_hook(lambda _, args, kwargs, out: caches.append(out.past_key_values), with_kwargs=True)
+    for wanted in (True, False):
+        torch.manual_seed(3)
+        with torch.no_grad(), sampling_generation(network, 9, static=wanted) as settings:
+            mask = torch.ones_like(ids)
+            found.append(network.generate(input_ids=ids, attention_mask=mask, generation_config=settings))
+        assert isinstance(caches[-1], StaticCache) == (wanted and static)
+    assert torch.equal(*found)
+
+
 def test_no_sample_starts_with_a_special_token():
     """Nor with a token that has no row in the embedding; every ordinary one comes up."""
     tokenizer = make_tokenizer()
