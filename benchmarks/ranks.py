@@ -115,13 +115,21 @@ def render(figures: dict[str, Any]) -> str:
         cells = [f"{median(walls):.1f} s", f"{of_wall:.2f}", f"{median(busiest):.1f} s", f"{of_busiest:.2f}", every]
         rows.append([ranks, *cells, f"{median(r['load'] for r in results):.1f}"])
     columns = ["ranks", "wall", "ratio", "busiest rank", "ratio", "all ranks' processor time", "load average"]
-    lines = [markdown(columns, rows), ""]
+    said = []
     if "2" in ratios:
-        lines.append(f"By the busiest of two ranks: {ratios['2']:.2f} of one process; target at most {TARGET}: ")
-        lines[-1] += verdict(ratios["2"] <= TARGET) + "."
-    lines.append("The outputs were equal to the byte." if figures["equal"] else "The outputs DIFFER.")
-    lines.append(figures["pair"])
-    return "\n\n".join(["\n".join(lines[:1]), *lines[2:], describe(figures["environment"]) + "."])
+        outcome = verdict(ratios["2"] <= TARGET)
+        said.append(f"The busiest of two ranks took {ratios['2']:.2f} of one process; at most {TARGET}: {outcome}.")
+    loads = [result["load"] for results in rounds.values() for result in results]
+    if median(loads) > figures["environment"]["cores"]:
+        said.append("Other work ran beside it, more than the cores could take: the wall is not to be compared.")
+    said.append("The outputs were equal to the byte." if figures["equal"] else "The outputs DIFFER.")
+    said += [
+        describe(figures["environment"]) + ".",
+        "The pair has random values in bfloat16; the patch is the default.",
+    ]
+    pair = figures["pair"]
+    shape = markdown([*pair], [[f"{value:,}" for value in pair.values()]], text=())
+    return "\n\n".join([markdown(columns, rows), "\n".join(f"- {line}" for line in said), shape])
 
 
 def main() -> None:
@@ -136,14 +144,15 @@ def main() -> None:
     options.add_argument("--warm-up", type=int, default=1, help="rounds before, which do not count")
     options.add_argument("--dir", type=Path, help="where the temporary folder goes")
     options.add_argument("--page", type=Path, default=DOCUMENT)
+    options.add_argument("--earlier", type=Path, metavar="FILE", help="write the page of what --json kept in FILE")
     args = options.parse_args()
     use_threads(args.threads or 1)
+    if args.earlier is not None:
+        args.page.write_text(reflow(HEAD + render(json.loads(args.earlier.read_text(encoding="utf-8")))), "utf-8")
+        return
     with TemporaryDirectory(prefix="tailorcli-ranks-", dir=args.dir) as name:
         figures = measure(args, Path(name))
-    figures["pair"] = (
-        f"The pair: {args.layers} layers of hidden {args.hidden}, {args.intermediate} and {args.vocab} tokens, "
-        f"bfloat16; the default patch without a retain term, {args.rounds} rounds."
-    )
+    figures["pair"] = {name: getattr(args, name) for name in ("layers", "hidden", "intermediate", "vocab", "rounds")}
     figures["environment"] = environment()
     write_json(args.json, figures)
     table = render(figures)
