@@ -74,13 +74,13 @@ def joined(what_runs: Mapping[str, object] | None = None, tell: Tell | None = No
     except BaseException as error:
         failure, tells = watch.settle(error)
         shown = _shown(error, failure, here)
-        if tell is not None:
-            if tells:
-                tell(shown, failure)
-                watch.told()
-            raise Ended(failure.code) from error
+        if tells and tell is not None:
+            tell(shown, failure)
         if tells:
             watch.told()
+        watch.wait_for_ends()
+        if tell is not None:
+            raise Ended(failure.code) from error
         if shown is error:
             raise
         raise shown from error

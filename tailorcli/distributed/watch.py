@@ -161,6 +161,16 @@ class Watch:
         with suppress(RuntimeError):
             self._store.set("told", "1")
 
+    def wait_for_ends(self) -> None:
+        """Wait a moment until all ranks know: the store may go with the first machine of which a rank ends."""
+        assert self.failure is not None
+        gone = self.failure.rank if self.failure.kind == "gone" else -1
+        ends = [f"ended/{rank}" for rank in range(self.here.size) if rank != gone]
+        until = time.monotonic() + 3 * BEAT_SECONDS
+        with suppress(RuntimeError):
+            while time.monotonic() < until and not self._store.check(ends):
+                time.sleep(0.05)
+
     def _own_failure(self, error: BaseException) -> Failure | None:
         """What this rank has to say; None where what ended it is known, or was another's doing."""
         if self.failure is not None and isinstance(error, Ended):

@@ -1,21 +1,20 @@
 """Several processes as one job: who does what, what they share, and how they end."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 
 import pytest
 import torch
+from failing_ranks import works_on
 from hypothesis import given
 from hypothesis import strategies as st
 from ranked import ranked, started
 
 from tailorcli import distributed
 from tailorcli.distributed import shares
-from tailorcli.errors import NumericalError, RankError
+from tailorcli.errors import RankError
 
 
 def shared_things():
@@ -101,61 +100,7 @@ def test_a_rank_of_a_machine_without_torchrun(monkeypatch):
 # --- how they end -----------------------------------------------------------------------------------------------
 
 
-def works_on(rank, does, how="sums"):
-    """Rank ``rank`` does something odd at its third tensor; the others wait for it in a sum, or work."""
-    with joined_and_told():
-        for number in range(1000 if how == "works" else 5):
-            distributed.now_on(f"tensor {number}")
-            if distributed.ranks().rank == rank and number == 3:
-                ODD[does]()
-            if how == "works":
-                time.sleep(0.05)
-            else:
-                distributed.summed_(torch.ones(1))
-
-
-def raises():
-    raise NumericalError("NaN in it", "look at it")
-
-
-def has_a_bug():
-    return {}["nothing"]
-
-
-def sleeps():
-    time.sleep(1000)
-
-
-def is_killed():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def is_stopped():
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-ODD = {each.__name__: each for each in (raises, has_a_bug, sleeps, is_killed, is_stopped)}
-
-
-@contextmanager
-def joined_and_told():
-    """``joined`` as the command line uses it."""
-    from tailorcli.distributed import watch
-
-    watch.BEAT_SECONDS, watch.IDLE_SECONDS = 0.2, 2.0
-
-    def tell(error, failure):
-        print(f"told by {distributed.launched().rank}: {error!r}", file=sys.stderr, flush=True)
-
-    try:
-        with distributed.joined({"the command": "x"}, tell):
-            yield
-    except distributed.Ended as ended:
-        sys.stderr.flush()
-        os._exit(ended.code)
-
-
-@pytest.mark.parametrize("how", ["sums", "works"])
+@pytest.mark.parametrize("how", ["sums", pytest.param("works", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("does", "told"),
     [
