@@ -28,18 +28,23 @@ started = time.perf_counter()
 pid = os.posix_spawn(sys.executable, [sys.executable, *sys.argv[2:]], os.environ)
 _, status, usage = os.wait4(pid, 0)
 facts = {"code": os.waitstatus_to_exitcode(status), "seconds": time.perf_counter() - started, "peak": usage.ru_maxrss}
+facts["processor"] = usage.ru_utime + usage.ru_stime
 open(sys.argv[1], "w").write(json.dumps(facts))
 """
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that has run: what it printed, seconds from start to end, peak resident memory in bytes."""
+    """A command that has run: what it printed, seconds from start to end, peak resident memory in bytes.
+
+    ``processor_seconds`` are those of all its threads together: other work on the machine changes them less.
+    """
 
     stdout: str
     seconds: float
     peak_bytes: int
     stderr: str = ""
+    processor_seconds: float = 0.0
 
 
 def run_python(arguments: Sequence[str], scratch: Path) -> Finished:
@@ -51,7 +56,7 @@ def run_python(arguments: Sequence[str], scratch: Path) -> Finished:
     if facts["code"] != 0:
         raise RuntimeError(f"{' '.join(arguments)} exited with {facts['code']}:\n{done.stderr}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return Finished(done.stdout, facts["seconds"], facts["peak"] * unit, done.stderr)
+    return Finished(done.stdout, facts["seconds"], facts["peak"] * unit, done.stderr, facts["processor"])
 
 
 def seconds_of(action: Callable[[], object]) -> float:

@@ -11,7 +11,7 @@ random orthogonal basis; delta is normal; the mask takes the highest hybrid scor
 ||(W - W_tuned) X||^2 / ||delta X||^2 = tr(E H E^T) / tr(delta H delta^T).
 
 A second table splits joint: each row by Cholesky of its gathered system ("direct"), or all rows by conjugate
-gradients, over densities; where they cross, n^3 = constant I^2 gives the switch that ``core.solvers`` should use.
+gradients, over densities; where they cross, n^3 = constant I^4 gives the switch that ``core.solvers`` should use.
 """
 
 from __future__ import annotations
@@ -197,13 +197,13 @@ def split_joint(size: int, density: float, power: float, rounds: int, rows: int)
 
 
 def crossover(splits: list[dict[str, Any]]) -> dict[str, float] | None:
-    """Where direct and iterated take equally long: n, and the constant n^3 / I^2; None if it was not bracketed."""
+    """Where direct and iterated take equally long: n, and the constant 10^5 n^3 / I^4; None if it was not bracketed."""
     for below, above in pairwise(splits):
         low, high = log(below["direct_over_iterated"]), log(above["direct_over_iterated"])
         if low <= 0 < high:
             share = -low / (high - low)
             n = exp(log(below["kept_a_row"]) * (1 - share) + log(above["kept_a_row"]) * share)
-            return {"size": below["size"], "kept_a_row": n, "constant": n**3 / below["size"] ** 2}
+            return {"size": below["size"], "kept_a_row": n, "constant": 1e5 * n**3 / below["size"] ** 4}
     return None
 
 
@@ -218,7 +218,7 @@ def render(figures: dict[str, Any]) -> str:
     for found in figures["crossovers"]:
         parts.append(
             f"I = {found['size']}: both take equally long at n = {found['kept_a_row']:.0f}, "
-            f"n^3 = {found['constant']:.0f} I^2"
+            f"n^3 = {found['constant']:.2f}e-5 I^4"
         )
     parts.append(_targets(figures["comparisons"]))
     parts.append(

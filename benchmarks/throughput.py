@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from time import process_time
 from typing import Any
 
 import torch
@@ -118,19 +119,23 @@ def measure_salience(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     nbytes = files[0].stat().st_size
     output, copy = scratch / "salience", scratch / "floor"
     inside: list[float] = []
+    processor: dict[str, list[float]] = {"floor": [], "patch": [], "start": []}
 
     def patch() -> None:
         shutil.rmtree(output, ignore_errors=True)
         command = ["-m", "tailorcli", "patch", str(base), str(tuned), "-o", str(output)]
         done = run_python([*command, "--solver", "none", "--omega", "1", "--device", "cpu", "--json"], scratch)
         inside.append(json.loads(done.stdout)["seconds"])
+        processor["patch"].append(done.processor_seconds)
 
     def floor() -> None:
+        began = process_time()
         plain_read(files)
         plain_write(copy, nbytes)
+        processor["floor"].append(process_time() - began)
 
     def start() -> None:
-        run_python(["-c", "import torch"], scratch)
+        processor["start"].append(run_python(["-c", "import torch"], scratch).processor_seconds)
 
     seconds = interleaved({"floor": floor, "patch": patch, "start": start}, args.rounds)
     for folder in (output, scratch / "pair"):
@@ -144,6 +149,7 @@ def measure_salience(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "patch_seconds": median(seconds["patch"]),
         "inside_seconds": median(inside[1:]),  # what the run itself reports; it includes the import of torch
         "start_seconds": median(seconds["start"]),
+        "processor_seconds": {name: median(found[1:]) for name, found in processor.items()},
         "ratio": ratio(seconds["patch"], seconds["floor"]),
         "ratio_without_start": ratio(without_start, seconds["floor"]),
     }
@@ -347,6 +353,12 @@ def _render_salience(found: dict[str, Any]) -> str:
         [f"floor: read 2 x {nbytes:.2f} GB, write {nbytes:.2f} GB, fsync", f"{found['floor_seconds']:.2f}", "1.00"],
         ["patch --solver none --omega 1, the whole process", f"{found['patch_seconds']:.2f}", f"{found['ratio']:.2f}"],
         ["the same less starting Python and torch", without, f"{found['ratio_without_start']:.2f}"],
+    ]
+    spent = found["processor_seconds"]
+    rows += [
+        ["in the processor's seconds: floor", f"{spent['floor']:.2f}", "1.00"],
+        ["  patch", f"{spent['patch']:.2f}", f"{spent['patch'] / spent['floor']:.2f}"],
+        ["  starting Python and torch", f"{spent['start']:.2f}", f"{spent['start'] / spent['floor']:.2f}"],
     ]
     table = markdown((f"salience alone, {found['layers']} layers", "seconds", "/ floor"), rows)
     met = verdict(found["ratio"] <= SALIENCE_TARGET)

@@ -24,6 +24,7 @@ from tailorcli.core.products import System
 
 _BATCH_ENTRIES = 1 << 19  # of the small systems that are factorised together: they stay in the cache
 _GATHER_ENTRIES = 1 << 18  # of whole rows of H, gathered for one system at a time
+_SWITCH, _ALWAYS_DIRECT, _MOST_DIRECT = 1.5e-5, 64, 2048  # see _worth_solving_directly
 _WIDE = 128  # with more kept entries than these a row is solved by itself: batches cost more than they save
 
 
@@ -155,14 +156,17 @@ def solve_on_mask(
 def _worth_solving_directly(kept: Tensor) -> list[bool]:
     """For each row, whether a Cholesky of its n kept entries beats its iterations.
 
-    n^3/3 operations, at the rate of small factorisations, against 2 I^2 an iteration. At the default tolerance both
-    took equally long where n^3 was 12 I^2 (I = 1024) and above 55 I^2 (I = 2048), 96 rows on one busy core;
-    ``benchmarks/solver`` measures it. Not on a GPU, where one row at a time leaves it idle.
+    n^3/3 operations, at the rate of small factorisations, which grows with n, against 2 I^2 an iteration, of which a
+    wider layer takes more. At the default tolerance both took equally long at n = 100, 240 and 670 of I = 512, 1024
+    and 2048, one thread on a busy machine, in its own seconds: n^3 = 1.5e-5 I^4 within an eighth of n. Beyond some
+    2000 entries a row it was not measured, and the smallest systems are solved at once in any layer. Not on a GPU,
+    where one row at a time leaves it idle.
     """
     if kept.device.type != "cpu":
         return [False] * kept.shape[0]
     counts = kept.sum(1, dtype=torch.float64)
-    return [bool(n) for n in counts**3 <= 40.0 * kept.shape[1] ** 2]
+    most = min(max(_ALWAYS_DIRECT, (_SWITCH * kept.shape[1] ** 4) ** (1 / 3)), _MOST_DIRECT)
+    return [bool(n) for n in (counts > 0) & (counts <= most)]
 
 
 def _solve_directly_(

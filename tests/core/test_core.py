@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tailorcli import core
-from tailorcli.core import largest, scores
+from tailorcli.core import largest, scores, solvers
 from tailorcli.core.gradients import conjugate_gradients
 from tailorcli.core.hessian import damping_steps, factorise, prepare
 from tailorcli.core.products import System
@@ -262,6 +262,16 @@ def test_outside_the_mask_base_to_the_bit(rows, columns, seed, density, solver):
         assert bits(result.patched) == bits(tuned)
     if density == 0.0:
         assert bits(result.patched) == bits(base)
+
+
+def test_a_wide_layer_solves_longer_rows_directly_than_a_narrow_one():
+    def direct(columns, kept):
+        return solvers._worth_solving_directly(torch.arange(columns).unsqueeze(0) < kept) == [True]
+
+    shortest, longest = [(64, 64), (512, 80), (2048, 600), (16384, 2000)], [(512, 150), (2048, 800), (16384, 2100)]
+    assert all(direct(*each) for each in shortest)
+    assert not any(direct(*each) for each in longest)
+    assert not direct(64, 0)
 
 
 def test_conjugate_gradients_agree_with_the_direct_solution():
