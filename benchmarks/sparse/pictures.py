@@ -28,7 +28,7 @@ def draw_depths(table: Table, file: Path) -> bool:
         axes.plot([*depths.values()], [v[0] for v in found if v is not None], style, marker=marker, label=row.title)
     start = table.figure((BASE, next(iter(depths))), "h_score")
     if start is not None:
-        axes.axhline(start[0], color="gray", lw=1, label=BASE.title)
+        axes.axhline(start[0], color="black", lw=1, ls="--", label=BASE.title)
     axes.set(xlabel="layers fine-tuned, the last ones", ylabel="H, % (test)", xticks=[*depths.values()])
     axes.grid(axis="y", color="#e4e4e4", lw=0.8)
     figure.legend(loc="outside right upper")
@@ -38,7 +38,7 @@ def draw_depths(table: Table, file: Path) -> bool:
 
 def draw_masks(table: Table, file: Path) -> bool:
     """Old, new and H with SPIDER's mask and with others in its place; False, and nothing drawn, where they lack."""
-    rows = [row for row in (FULL, *(Row(mask) for mask in MASKS), SPIDER) if table.of((row, TUNED_AT))]
+    rows = [row for row in (BASE, *(Row(mask) for mask in MASKS), SPIDER) if table.of((row, TUNED_AT))]
     if len(rows) < len(MASKS) + 2:
         return False
     figure = new_figure(7.5, 3.8)
@@ -48,7 +48,7 @@ def draw_masks(table: Table, file: Path) -> bool:
         heights = [float(value[0]) for value in found if value is not None]
         bars = axes.bar([n + 0.27 * (place - 1) for n in range(len(rows))], heights, 0.25, label=label, color=color)
         axes.bar_label(bars, fmt="%.1f", fontsize=7)
-    axes.set_xticks(range(len(rows)), [row.title for row in rows])
+    axes.set_xticks(range(len(rows)), [row.fine or row.title for row in rows])
     axes.set_ylabel("% (test)")
     figure.legend(loc="outside upper center", ncols=len(BARS))
     save_figure(figure, file)

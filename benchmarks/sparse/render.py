@@ -49,10 +49,10 @@ them: the same base, data, steps and layers for all. Embeddings are frozen.
 - **graft**, **dare** and **tailor (paper)** stand on the full fine-tune. **ours** is the default of `patch`, with
   statistics of what the base writes itself.
 - **entries** is the share of all entries that differ from the base's.
-- **seconds** are of everything from the base on: the probe, the statistics, the fine-tune below a patch.
+- **seconds** are of everything from the base on: the probe, the statistics, the fine-tune below a patch. On a CPU they
+  are those that one core worked, on a busy machine: compare them within a table only.
 
-It is a small model, trained briefly: an indication of what holds for large ones. They are for a GPU:
-`python -m benchmarks.sparse --part text` (or `multimodal`) runs the same there."""
+*quick* is a small model, trained briefly: an indication of what holds for large ones, no more."""
 
 
 def _not_run(part: Part) -> str:
@@ -114,12 +114,14 @@ def _missing(table: Table) -> str:
     masks = min(len(table.of((Row(mask), TUNED_AT))) for mask in MASKS)
     if masks < SEEDS:
         lines.append(f"- Other masks in SPIDER's place: {masks or 'none'} of {SEEDS} seeds.")
+    if not any(cell.peak for cell in table.cells):
+        lines.append("- Peak memory.")
     return "\n".join(lines)
 
 
 def _figures(table: Table, depth: str) -> str:
     """A row a line, in the order of the rows."""
-    columns = ("method", "old", "new", "average", "H", "95% interval", "±", "seeds", "entries", "seconds", "peak MB")
+    columns = ["method", "old", "new", "average", "H", "95% interval", "±", "seeds", "entries", "seconds", "peak MB"]
     rows = []
     for row in (BASE, *ROWS):
         side = (row, depth)
@@ -139,6 +141,8 @@ def _figures(table: Table, depth: str) -> str:
         ]
         rows.append([row.title, *cells])
     best = max(rows, key=lambda cells: float(cells[4]))
+    filled = [number for number in range(len(columns)) if any(cells[number] for cells in rows)]
+    columns, rows = [columns[n] for n in filled], [[cells[n] for n in filled] for cells in rows]
     return f"The highest H has *{best[0]}*: {best[4]}.\n\n{markdown(columns, rows)}"
 
 
@@ -173,4 +177,6 @@ def _rates(table: Table) -> str:
         best = max(of_row, key=lambda rate: of_row[rate])
         rows.append([row.title, *(f"{of_row[rate]:.1f}" if rate in of_row else "" for rate in tried), f"{best:g}"])
     what = "H in percent on the validation parts, by rate, and the rate that was taken."
+    if len(tried) < 3:
+        what += " With so few, each is at an edge of what was tried: a better one may lie beyond it."
     return f"{what}\n\n{markdown(('method', *(f'{rate:g}' for rate in tried), 'taken'), rows)}"

@@ -84,7 +84,7 @@ def run_part(part: Part, cache: Path, seeds: int, tasks: Sequence[str], rendered
     """Every cell of a part that is missing: the rates, then the tables; ``rendered`` after each.
 
     What a run that is cut short needs most comes first: the first seed at all depths, then the other seeds depth by
-    depth; our patch of what forgets less by itself, and other masks of further seeds, come last.
+    depth; our patch of what forgets less by itself, and other masks in SPIDER's place, come last.
     """
     pairs = pairs_of(part, cache, tasks, seeds)
     for task, group in groupby(pairs, key=lambda pair: pair.name):
@@ -96,7 +96,7 @@ def run_part(part: Part, cache: Path, seeds: int, tasks: Sequence[str], rendered
             for bench, depth in order:
                 say(f"{part.name}, {task}, seed {bench.pair.seed}: {depth}")
                 bench.run(depth, [(row, picks[row]) for row in rows], TEST)
-                if depth == TUNED_AT and (rows is ROWS or bench is first):
+                if depth == TUNED_AT and rows is ROWS:
                     bench.run(depth, [(Row(mask), picks[Row("spider")]) for mask in MASKS], TEST)
                 rendered()
         first.measure_memory()
