@@ -8,6 +8,7 @@ one begins; one for which ``--budget`` leaves no time is passed over.
 - joint       single layers: the float32 conjugate gradients of before beside what is there now, and what each part
               gives; the gap to the optimum in float64. Targets: 4 times as fast, 6 times with a wide input.
 - propagate   both models calibrated, patched and propagated, two layers. Target: 15 s.
+- job         patch --data in one pass beside its three steps, two layers; tokens that a model writes a second.
 - calibrate   128 samples of 2048 tokens, 4 layers, against a bare forward pass. Target: within 1.5 times.
 - correct     a small model: calibrate (whole and block by block), score and patch on the device against the CPU.
 - distill     a step of distillation against a plain training step. Targets: 1.25 times, 200 in 300 s, 40 GB.
@@ -44,7 +45,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import distillation, gpu_joint, gpu_propagation
+from benchmarks import distillation, gpu_job, gpu_joint, gpu_propagation
 from benchmarks.common import describe, environment, markdown, parser, progress, use_threads, verdict, write_json
 from benchmarks.pages import reflow
 from benchmarks.solver import Layer, joint, layer_error, make_layer, sequential
@@ -56,11 +57,12 @@ from tailorcli.core.chunks import row_chunks
 from tailorcli.device import exact_float32
 from tailorcli.options import Blockwise, CalibrateOptions, PatchOptions, Solver
 
-SECTIONS = ("joint", "propagate", "calibrate", "correct", "distill", "patch", "floors")
+SECTIONS = ("joint", "propagate", "job", "calibrate", "correct", "distill", "patch", "floors")
 FURTHER = ("layers", "variants")  # only where they are asked for
 NEEDED = {  # seconds on an H100
     "joint": 25,
     "propagate": 45,
+    "job": 60,
     "calibrate": 20,
     "correct": 20,
     "distill": 20,
@@ -557,6 +559,13 @@ def measure_propagate(bench: Bench) -> Figures:
     return gpu_propagation.measure(shape, folder, device, samples, length, *found)
 
 
+def measure_job(bench: Bench) -> Figures:
+    """Two layers, half as many samples as were asked for, of a quarter of their length."""
+    shape, length = replace(bench.shape, layers=2), max(32, bench.args.seq_len // 4)
+    given = (shape, bench.scratch / "job", str(bench.device), max(8, bench.args.samples // 2), length)
+    return gpu_job.measure(*given, bench.free, lambda: bench.peak)
+
+
 # All of it.
 
 MEASURE: dict[str, Callable[[Bench], Figures]] = {
@@ -569,6 +578,7 @@ MEASURE: dict[str, Callable[[Bench], Figures]] = {
     "distill": measure_distill,
     "joint": measure_joint,
     "propagate": measure_propagate,
+    "job": measure_job,
 }
 RENDER: dict[str, Callable[[Figures], str]] = {
     "correct": render_correct,
@@ -580,6 +590,7 @@ RENDER: dict[str, Callable[[Figures], str]] = {
     "distill": distillation.render,
     "joint": gpu_joint.render,
     "propagate": gpu_propagation.render,
+    "job": gpu_job.render,
 }
 
 

@@ -215,6 +215,7 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
     def visit(block: str, waiting: list[Lane]) -> None:
         now_on(block)
         found = parts.load(block)
+        parts.read_behind(block)  # while this one is run
         run.places |= found
         inside = run.wanted(held[block], found)
         collector = Collector(inside, network, run.device, run.timer, dtype=run.sums, joint=True)
@@ -226,8 +227,11 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
     def start(lane: Lane) -> None:
         around.batch_size = lane.size
 
-    with bar, run.timer.stage("run"), around.folding_layers(), last_logits_only(network):
-        lanes.run(start, visit, spill)
+    try:
+        with bar, run.timer.stage("run"), around.folding_layers(), last_logits_only(network):
+            lanes.run(start, visit, spill)
+    finally:
+        parts.end_reading()
     run.write(around)
     return layers, str(next(network.parameters()).dtype).removeprefix("torch.")
 

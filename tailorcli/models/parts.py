@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint
 from tailorcli.adapters.config import MERGE_HINT
 from tailorcli.checkpoint.folder import Checkpoint
-from tailorcli.device import StageTimer
+from tailorcli.device import StageTimer, free_memory, resolve_device
 from tailorcli.errors import CheckpointError
 from tailorcli.models.loading import aliases, expected_names, require_all, unwrapped
 from tailorcli.models.places import Place, map_names
@@ -20,6 +22,9 @@ from tailorcli.system import give_back_memory
 
 if TYPE_CHECKING:
     import torch
+
+
+_PLENTY = 8  # times the bytes of a block that must be free for the next to be read ahead
 
 
 class Parts:
@@ -43,6 +48,7 @@ class Parts:
         self._tuned = tuned
         self._device = device
         self._timer = timer
+        self._ahead: tuple[str, Future[dict[str, torch.Tensor]], threading.Thread] | None = None
         self.expected = expected_names(network, stored.tensors)
         self._tied = aliases(network)
         held = {name: self.part_of(name) for name in dict(network.named_parameters())}
@@ -58,13 +64,47 @@ class Parts:
         """The block in which a parameter lies."""
         return next((block for block in self._blocks if parameter.startswith(f"{block}.")), "")
 
+    def read_behind(self, block: str) -> None:
+        """Begin to read what comes behind a block on a thread of its own, where memory is plenty, for ``load``."""
+        following = self._blocks[self._blocks.index(block) + 1 :][:1]
+        free = free_memory(resolve_device("cpu")) if following else 0
+        nbytes = sum(self._stored.tensors[name].nbytes for part in following for name in self.tensors[part])
+        if self._ahead is not None or not following or (free is not None and _PLENTY * nbytes > free):
+            return
+        found: Future[dict[str, torch.Tensor]] = Future()
+
+        def read() -> None:
+            try:
+                found.set_result(self._read(following[0]))
+            except BaseException as error:  # raised where it is waited for
+                found.set_exception(error)
+
+        thread = threading.Thread(target=read, name="weights", daemon=True)
+        self._ahead = (following[0], found, thread)
+        thread.start()
+
+    def end_reading(self) -> None:
+        """Give up what was read ahead, once its thread has ended."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead[2].join()
+
+    def _read(self, part: str) -> dict[str, torch.Tensor]:
+        """The stored weights of a part, by the names that transformers knows."""
+        names = [name for name in self.tensors[part] if name not in self._stored.scales]
+        pinned = self._device.type == "cuda"  # from which a GPU copies at full speed
+        return {unwrapped(name): self._stored.read(name, pinned) for name in names}
+
     def load(self, part: str) -> dict[str, Place]:
         """Read the part's weights, prove and give where each tensor went, and apply an adapter's changes."""
         network, stored = self._network, self._stored
         with self._timer.stage("load"):
-            names = [name for name in self.tensors[part] if name not in stored.scales]
-            pinned = self._device.type == "cuda"  # from which a GPU copies at full speed
-            load_weights(network, {unwrapped(name): stored.read(name, pinned) for name in names}, self._device)
+            ahead = self._ahead
+            if ahead is not None and ahead[0] == part:
+                self._ahead = None
+            weights = ahead[1].result() if ahead is not None and ahead[0] == part else self._read(part)
+            load_weights(network, weights, self._device)
+            del weights, ahead
             if part == "":
                 network.tie_weights()
             every = dict(network.named_parameters())

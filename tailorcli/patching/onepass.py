@@ -180,6 +180,7 @@ def _patch_alone(tensors: Sequence[TensorPlan], run: Run, subjects: Mapping[str,
         todo = [tensor for tensor in inside if tensor.name not in run.done]
         for model in models.values():
             model.load(block)
+            model.parts.read_behind(block)  # while this one is run and patched
         with run.timer.stage("run"):
             measuring.measure(block, waiting, spill, advance=True, counts=bool(todo))
         for model in models.values():
@@ -191,6 +192,8 @@ def _patch_alone(tensors: Sequence[TensorPlan], run: Run, subjects: Mapping[str,
         stack.enter_context(measuring.running(lanes))
         for model in models.values():
             stack.enter_context(last_logits_only(model.network))
+        for model in models.values():
+            stack.callback(model.parts.end_reading)
         lockstep.run(measuring.turn, visit, spill)
     _write([t for t in measuring.settle([*left.values()], None) if t.name not in run.done], run)
 

@@ -46,6 +46,47 @@ def test_every_weight_is_read_once_whatever_the_number_of_batches(pair, tmp_path
     assert read == dict.fromkeys(checkpoint.tensors, 1)
 
 
+@pytest.mark.parametrize("free", [None, 10_000])
+def test_the_next_block_is_read_while_one_is_run_where_memory_is_plenty(pair, tmp_path, monkeypatch, free):
+    from tailorcli.calibration import passes
+    from tailorcli.models import parts
+
+    threads, original = {}, Checkpoint.read
+
+    def noting(self, name, pinned=False):
+        threads[name] = threading.current_thread().name
+        return original(self, name, pinned)
+
+    ready, visit = [], passes._through_block
+
+    def waiting(*arguments):
+        for thread in [thread for thread in threading.enumerate() if thread.name == "weights"]:
+            thread.join()
+        ready.append({name.split(".")[2] for name, thread in threads.items() if thread == "weights"})
+        return visit(*arguments)
+
+    monkeypatch.setattr(Checkpoint, "read", noting)
+    monkeypatch.setattr(passes, "_through_block", waiting)
+    monkeypatch.setattr(parts, "free_memory", lambda device: free)
+    calibrate_model(pair / "tuned", pair / "data.jsonl", tmp_path / "stats", STREAMED)
+    assert ready == ([{"1"}, {"1", "2"}, {"1", "2", "3"}, {"1", "2", "3"}] if free is None else [set()] * 4)
+    same_statistics(tmp_path / "stats", pair / "stats")
+
+
+def test_what_cannot_be_read_ahead_is_one_error_and_ends_its_thread(pair, tmp_path, monkeypatch):
+    original = Checkpoint.read
+
+    def failing(self, name, pinned=False):
+        if ".2." in name:
+            raise TailorError("cannot read it", "look")
+        return original(self, name, pinned)
+
+    monkeypatch.setattr(Checkpoint, "read", failing)
+    with pytest.raises(TailorError, match="cannot read it"):
+        calibrate_model(pair / "tuned", pair / "data.jsonl", tmp_path / "stats", STREAMED)
+    assert not [thread for thread in threading.enumerate() if thread.name == "weights"]
+
+
 def test_only_one_block_is_there_at_a_time(pair, tmp_path, monkeypatch):
     from tailorcli.calibration import passes
 
