@@ -26,6 +26,7 @@ from tailorcli._version import __version__
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.data.records import read_records
+from tailorcli.distributed import ranks, require_shared, told
 from tailorcli.errors import CheckpointError, OptionsError, OutputError, TailorError
 from tailorcli.evaluation.evaluate import encode_for_all, score_model, tokenizer_digest
 from tailorcli.evaluation.metrics import (
@@ -285,9 +286,11 @@ def run_sweep(
         raise OptionsError("a sweep needs old and new tasks", "name them: --origin NAME --target NAME")
     files = [task.path for of_part in read.values() for task in of_part]
     protect([output], [base, tuned, stats, retain, graft_data, *files], "choose another folder for -o")
-    folder = _prepare(Path(output))
+    folder = _prepare(Path(output)) if ranks().first else Path(output)
+    require_shared(folder)
     with ExitStack() as stack:
-        stack.enter_context(OutputLock(folder, folder=True))
+        if ranks().first:
+            stack.enter_context(OutputLock(folder, folder=True))
         ends = {name: open_subject(path, base, stack) for name, path in (("base", base), ("tuned", tuned))}
         known = _identity(ends, stats, retain, graft_data, read, options)
         encoded = {part: encode_for_all(of_part, ends, options) for part, of_part in read.items()}
@@ -316,7 +319,8 @@ def run_sweep(
         + ("the best H" if min_old_kept is None else f"most of the new with {min_old_kept:g}% of the old"),
         seconds=perf_counter() - started,
     )
-    write_text_atomically(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
+    if ranks().first:
+        write_text_atomically(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
     return report
 
 
@@ -435,8 +439,10 @@ class _Scorer:
         options = setting.resolved
 
         def make() -> _Made:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
+            if ranks().first:
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir()
+            require_shared(work)
             stored = None if self.quantised else file
             if setting.distill is None:
                 report = patch_checkpoint(base, tuned, model, options=options, patch_file=stored, **inputs)  # type: ignore[arg-type]
@@ -453,7 +459,8 @@ class _Scorer:
         except TailorError as error:
             raise type(error)(f"{setting.label}: {error.message}", error.hint) from error
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            if ranks().first:
+                shutil.rmtree(work, ignore_errors=True)
         return _Result(setting.label, setting.family, options.to_dict(), *found)
 
     def _scores(
@@ -468,14 +475,16 @@ class _Scorer:
         known = {name: fact for name, fact in self.known.items() if name not in unused}
         key = json.dumps([label, options, known], sort_keys=True)
         file = self.folder / _POINTS / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.json"
-        if not file.exists():
+        if not told(file.exists()):
             made = make()
             by_part = {part: models[encoded_for] for part, models in self.tasks.items()}
             flat = {f"{part}/{name}": task for part, tasks in by_part.items() for name, task in tasks.items()}
             scores = score_model(made.path, flat, self.options, made.base)
             values = {"label": label, "options": options, "seconds": made.seconds, "patch_bytes": made.patch_bytes}
             values["scores"] = {name: _plain(one) for name, one in scores.items()}
-            write_text_atomically(file, json.dumps(values) + "\n")
+            if ranks().first:
+                write_text_atomically(file, json.dumps(values) + "\n")
+            require_shared(file)
         items = {f"{part}/{n}": len(t.items) for part, ms in self.tasks.items() for n, t in ms[encoded_for].items()}
         return _read_scores(file, items)
 

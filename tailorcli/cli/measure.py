@@ -49,6 +49,7 @@ from tailorcli.cli.arguments import (
 from tailorcli.cli.output import print_json, print_rich, say
 from tailorcli.cli.sharing import check_page, write_cards
 from tailorcli.cli.verbosity import wants_progress
+from tailorcli.distributed import launched
 from tailorcli.guard import check_result
 from tailorcli.options import (
     DistillOn,
@@ -179,6 +180,8 @@ def evaluate(
         progress=wants_progress(as_json),
         harness=theirs,
     )
+    if not launched().first:
+        return
     if output is not None:
         report.write(output)
         say(f"wrote {output}", err=True)
@@ -372,6 +375,8 @@ def sweep(
         options=EvaluateOptions(batch_size=batch_size, seq_len=seq_len, limit=limit, device=device),
         announce=None if as_json else partial(say, err=True),
     )
+    if not launched().first:
+        return
     if plot is not None:
         from tailorcli.display.plots import plot_frontiers
 

@@ -91,6 +91,19 @@ def _accumulate_in_parts_(moments: Moments, x: Tensor, apart: Tensor, keep: floa
     moments.drift.mul_(keep).add_(found, alpha=share)
 
 
+def joined_(moments: Moments, summed: Callable[[Tensor], Tensor]) -> None:
+    """Make moments of one process's tokens those of all, in place; ``summed`` adds a tensor up over all, in place.
+
+    The matrices are means over ``tokens``: they are weighed by these, in float32.
+    """
+    counts = torch.tensor([moments.tokens, moments.moved, moments.whole], dtype=torch.float64)
+    counts = summed(counts.to(moments.hessian.device)).cpu()
+    total = int(counts[0])
+    for matrix in (moments.hessian, moments.drift, moments.gap):
+        summed(matrix.mul_(moments.tokens / max(1, total)))
+    moments.tokens, moments.moved, moments.whole = total, float(counts[1]), float(counts[2])
+
+
 def complete_(moments: Moments) -> None:
     """Mirror the lower triangles of H' and K into the upper, in place; what was summed wider becomes float32."""
     for matrix in (moments.hessian, moments.gap):

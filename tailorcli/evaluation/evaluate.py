@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.folder import other_files
 from tailorcli.device import device_errors, resolve_device
+from tailorcli.distributed import ranks
 from tailorcli.errors import DataError, OptionsError, TailorError
 from tailorcli.evaluation.harness import HarnessTasks, load_tasks, run_tasks
 from tailorcli.evaluation.lm_eval import Result
@@ -287,7 +288,7 @@ def _evaluate(
     rows = sum(len(item.rows) for task in tasks.values() for item in task.items)
     with Progress(f"evaluating {name}", rows, "rows", shown=progress) as bar:
         try:
-            return evaluate_network(network, tasks, options, advance=bar.update)
+            return evaluate_network(network, tasks, options, advance=lambda rows: bar.update(rows * ranks().size))
         except TailorError as error:
             raise type(error)(f"{name}: {error.message}", error.hint) from error
 

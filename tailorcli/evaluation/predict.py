@@ -1,6 +1,7 @@
 """What a network says of encoded tasks: the logits of the scored positions, in float32, and greedy answers.
 
-Only samples of equal shapes are put into one batch: nothing is padded.
+Only samples of equal shapes are put into one batch: nothing is padded. Several ranks divide the batches, which stay as
+they are, and all have all scores.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn.functional import linear
 
 from tailorcli.data.samples import batch_places, count_tokens, join
 from tailorcli.device import exact_float32, is_out_of_memory
+from tailorcli.distributed import gathered, mine, now_on
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
 from tailorcli.evaluation.metrics import TaskScores
 from tailorcli.evaluation.tasks import EncodedTask, Item, Row, normalise
@@ -70,6 +72,7 @@ def _score_text(reader: _Reader, task: EncodedTask, options: EvaluateOptions, ad
         correct[item] = int((best == row.wanted[0]).sum())
         count[item] = row.wanted.shape[1]
         loss[item] = float(losses.sum())
+    correct, count, loss = (sum(each) for each in zip(*gathered((correct, count, loss)), strict=True))
     return TaskScores(correct, count, loss)
 
 
@@ -79,6 +82,7 @@ def _score_choices(reader: _Reader, task: EncodedTask, options: EvaluateOptions,
     for item, row, _, losses in _asked(reader, task.items, options.batch_size, advance):
         for choice, of_choice in zip(row.choices, losses, strict=True):
             likely[item][choice] = -float(of_choice.sum()) / task.items[item].lengths[choice]
+    likely = [sum(each) for each in zip(*gathered(likely), strict=True)]  # of a choice one rank has more than zero
     right = [float(values.argmax() == item.answer) for item, values in zip(task.items, likely, strict=True)]
     return TaskScores(np.array(right), np.ones(len(right)), np.full(len(right), np.nan))
 
@@ -92,7 +96,7 @@ def _asked(
     by_length = sorted((row for _, row in rows), key=lambda row: -count_tokens(row.inputs))
     for row in {frozenset(row.inputs): row for row in by_length}.values():  # the shortest of each kind of inputs
         reader.check(row, tokens)
-    for batch in batch_places([row.inputs for _, row in rows], batch_size if reader.head is not None else 1):
+    for batch in _own([row.inputs for _, row in rows], batch_size if reader.head is not None else 1):
         chosen = [rows[position] for position in batch]
         best, losses = reader.read([row for _, row in chosen])
         start = 0
@@ -103,6 +107,15 @@ def _asked(
         advance(len(chosen))
 
 
+def _own(samples: list[Inputs], size: int) -> Iterator[list[int]]:
+    """The batches of this rank, as places in ``samples``."""
+    batches = list(batch_places(samples, size))
+    for number in mine([sum(count_tokens(samples[place]) for place in batch) for batch in batches]):
+        now_on(f"batch {number}")
+        yield batches[number]
+    now_on("")
+
+
 def _score_answers(reader: _Reader, task: EncodedTask, options: EvaluateOptions, advance: Advance) -> TaskScores:
     """Right where the first line that is written greedily is an accepted answer, both normalised."""
     if not hasattr(reader.network, "generate"):
@@ -110,11 +123,12 @@ def _score_answers(reader: _Reader, task: EncodedTask, options: EvaluateOptions,
         raise CheckpointError(what, "score its responses with kind text instead")
     outputs = [""] * len(task.items)
     rows = [item.rows[0].inputs for item in task.items]
-    for batch in batch_places(rows, options.batch_size):
+    for batch in _own(rows, options.batch_size):
         texts = reader.write(join([rows[place] for place in batch]), options.max_new_tokens, task.decode)
         for place, text in zip(batch, texts, strict=True):
             outputs[place] = text
         advance(len(batch))
+    outputs = ["".join(each) for each in zip(*gathered(outputs), strict=True)]
     answers = zip(task.items, outputs, strict=True)
     right = np.array([float(normalise(output) in item.accepted) for item, output in answers])
     return TaskScores(right, np.ones(len(right)), np.full(len(right), np.nan), tuple(outputs))

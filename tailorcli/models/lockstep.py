@@ -188,13 +188,23 @@ class Lockstep:
             for _, block in self._blocks:
                 del block.forward
 
+    def _next(self) -> int | None:
+        """The position of the first block at which a lane waits; None when all are through."""
+        return min((self._order[str(lane.wanted)] for lane in self.lanes if lane.wanted is not None), default=None)
+
     def run(
-        self, start: Callable[[Lane], None], visit: Callable[[str, list[Lane]], None], spill: Spill | None = None
+        self,
+        start: Callable[[Lane], None],
+        visit: Callable[[str, list[Lane]], None],
+        spill: Spill | None = None,
+        agree: Callable[[int | None], int | None] = lambda position: position,
     ) -> None:
         """Take all lanes through the model.
 
         ``start(lane)`` is called before a lane's first step. ``visit(block, lanes)`` gets the lanes that wait for a
         block and has to ``compute`` and ``advance`` each; a block that the model calls again is visited again.
+        ``agree`` is given the position of the next block, None at the end, and may say that it is another one, where
+        lanes of other processes wait: it is then visited without lanes.
         """
         try:
             with self._waiting_blocks(), torch.no_grad():  # blocks run in this thread, not in the lanes
@@ -203,9 +213,10 @@ class Lockstep:
                     lane.advance()
                     if spill is not None:
                         lane.move(spill.out)
-                while waiting := [lane for lane in self.lanes if lane.wanted is not None]:
-                    block = min((str(lane.wanted) for lane in waiting), key=self._order.__getitem__)
-                    visit(block, [lane for lane in waiting if lane.wanted == block])
+                names = list(self._order)
+                while (position := agree(self._next())) is not None:
+                    block = names[position]
+                    visit(block, [lane for lane in self.lanes if lane.wanted == block])
         finally:
             for lane in self.lanes:
                 lane.stop()

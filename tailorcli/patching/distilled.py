@@ -17,6 +17,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import GrownCheckpoint
 from tailorcli.checkpoint.quantized import UnroundedCheckpoint
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
+from tailorcli.distributed import ranks, require_shared, told
 from tailorcli.errors import OptionsError, OutputError
 from tailorcli.files import PathLike, as_output_error, digest_of
 from tailorcli.guard import Watch
@@ -123,18 +124,20 @@ class Work:
     def of(cls, target: Target) -> Work:
         """The folder for an output, new unless a run is taken up. Raises OutputError."""
         folder = target.place.with_name(target.place.name + SUFFIX)
-        if not target.resume:
-            remove_work(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise as_output_error(folder, error) from error
+        if ranks().first:
+            if not target.resume:
+                remove_work(folder)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise as_output_error(folder, error) from error
+        require_shared(folder)
         return cls(folder)
 
     @property
     def start(self) -> Target:
         """Where the patch goes that training starts from; one that is there already is taken, or gone on with."""
-        begun = any(path.name.startswith(START) for path in self.folder.iterdir())
+        begun = told(any(path.name.startswith(START) for path in self.folder.iterdir()))
         return Target.of(None, self.folder / START, resume=begun, overwrite=False)
 
 
@@ -415,7 +418,7 @@ def write_patched(
 
 def remove_work(work: Path) -> None:
     """Take away what an interrupted run left. Raises OutputError where something else lies there."""
-    if not work.exists():
+    if not work.exists() or not ranks().first:
         return
     if not work.is_dir():
         raise OutputError(f"{work} is no folder of ours", "move it away")

@@ -27,7 +27,7 @@ from tailorcli.patching.planner import build_plan
 from tailorcli.patching.run import Run
 from tailorcli.patching.stream import PatchInputs, tailored
 from tailorcli.patching.teacher import with_teacher
-from tailorcli.runs.divided import own_tensors
+from tailorcli.runs.divided import own_tensors, spread_tensors
 from tailorcli.runs.outputs import Target, identity_of, progress_bar
 from tailorcli.runs.plan import Plan, TensorPlan
 
@@ -181,7 +181,7 @@ def patch_opened(
             check_room(target.place, plan, inputs)
             begin_work(target, resume=target.resume)
         what = (plan, inputs.base, inputs.paths, identity, "patch", side, manifest)
-        begun = target.begin(*what, announce=announce, divided=not options.propagate)
+        begun = target.begin(*what, announce=announce, divided=True)
         if isinstance(begun, PatchReport):
             return begun
         outputs = stack.enter_context(begun)
@@ -211,9 +211,15 @@ def patch_opened(
 def _own(plan: Plan, inputs: PatchInputs, options: PatchOptions, done: Collection[str]) -> list[TensorPlan]:
     """The tensors that this rank patches, of those that no interrupted run has ``done``."""
     todo = [tensor for tensor in plan.tensors if tensor.name not in done]
-    if options.propagate:  # goes through the model in order: the first rank does it
-        return todo if ranks().first else []
+    if options.propagate:
+        owners = _owners(plan, inputs, options)
+        return [tensor for tensor in todo if owners[tensor.name] == ranks().rank]
     return own_tensors(todo, partial(work_of, inputs=inputs, options=options))
+
+
+def _owners(plan: Plan, inputs: PatchInputs, options: PatchOptions) -> dict[str, int]:
+    """Which rank patches each tensor of a propagated patch, where one group of layers waits for the next."""
+    return spread_tensors(plan.tensors, partial(work_of, inputs=inputs, options=options), ranks().size)
 
 
 def _patch_all(plan: Plan, own: Sequence[TensorPlan], run: Run, target: Target) -> None:
@@ -221,11 +227,10 @@ def _patch_all(plan: Plan, own: Sequence[TensorPlan], run: Run, target: Target) 
     if run.options.propagate:
         from tailorcli.patching.propagate import patch_propagated
 
-        if not ranks().first:
-            return
         scratch = target.folder if target.folder is not None else target.place.parent
+        owners = _owners(plan, run.inputs, run.options)
         with exact_float32(), deterministic_algorithms(_is_deterministic(run)), device_errors():
-            patch_propagated(plan.tensors, run, scratch)
+            patch_propagated(plan.tensors, run, scratch, owners=owners)
         return
     with deterministic_algorithms(_is_deterministic(run)):
         for tensor, result, digest in tailored(own, run):

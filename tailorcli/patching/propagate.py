@@ -6,6 +6,9 @@ propagation. Then its linear layers are fitted to the outputs of the unpatched m
 order in which they are called, those that share their input together, and the patched model goes on through the
 result. What is no linear layer, and a layer whose inputs in two models cannot be told to be of the same tokens, keeps
 its plain patch.
+
+Several ranks have the three models each, and divide the batches. A group's moments are summed over all; each rank
+patches, fits and writes the tensors that are its own, and all put the values of all into their patched model.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ from tailorcli.core.propagation import (
     solve_propagated,
 )
 from tailorcli.core.tailor import LayerResult
-from tailorcli.data.samples import fitted_on, make_batches
+from tailorcli.data.samples import count_tokens, fitted_on, make_batches
+from tailorcli.distributed import gathered, mine, now_on, ranks, told
 from tailorcli.errors import NumericalError, TailorError
 from tailorcli.models.layers import Layer, find_layers
 from tailorcli.models.lockstep import Lane, Lockstep
@@ -50,6 +54,7 @@ from tailorcli.models.spill import Spill
 from tailorcli.patching.cost import COMPARED
 from tailorcli.patching.measuring import KINDS, NEW, RETAINED, Measuring
 from tailorcli.patching.run import Run
+from tailorcli.patching.sharing import first_of_all, join_moments, of_all, shared, summed_pairs
 from tailorcli.patching.stream import tailored
 from tailorcli.patching.three_models import PartModel, PatchedView, ThreeModels, is_linear, options_of
 from tailorcli.runs.loop import LastPrepared
@@ -71,6 +76,7 @@ class _Batch:
     kind: str
     model: PartModel
     other: PartModel
+    number: int  # among those of all ranks
     lane: Lane
     mate: Lane
     rival: Lane | None = None
@@ -79,11 +85,11 @@ class _Batch:
 
 @dataclass
 class _Pending:
-    """A linear layer that has its plain patch and waits to be fitted again."""
+    """A linear layer that has its plain patch and waits to be fitted again; ``result`` is None but on its own rank."""
 
     layer: Layer
     tensor: TensorPlan
-    result: LayerResult
+    result: LayerResult | None
     digest: str
 
 
@@ -115,11 +121,13 @@ def patch_propagated(
     run: Run,
     scratch: Path,
     measuring_of: Callable[[PartModel, PartModel], Measuring] | None = None,
+    owners: Mapping[str, int] | None = None,
 ) -> None:
     """Patch and write each of ``tensors`` once; hidden states wait in ``scratch`` where they outgrow the memory.
 
-    ``measuring_of`` the tuned model and the base measures their statistics on the way. Raises TailorError, and
-    NotInOnePassError where these cannot be used as they are measured.
+    ``owners`` are the ranks that patch each, where there are several. ``measuring_of`` the tuned model and the base
+    measures their statistics on the way. Raises TailorError, and NotInOnePassError where these cannot be used as they
+    are measured.
     """
     with ExitStack() as stack:
         chosen, inputs = list(tensors), run.inputs
@@ -130,7 +138,7 @@ def patch_propagated(
             if not model.waits_at_head():
                 stack.enter_context(last_logits_only(model.network))
         measuring = None if measuring_of is None else measuring_of(models.tuned, models.base)
-        propagation = Propagation(chosen, run, scratch, models, measuring)
+        propagation = Propagation(chosen, run, scratch, models, measuring, owners)
         propagation.through_the_models()
     propagation.finish()  # without the models
 
@@ -145,10 +153,13 @@ class Propagation:
         scratch: Path,
         models: ThreeModels,
         measuring: Measuring | None = None,
+        owners: Mapping[str, int] | None = None,
     ) -> None:
         assert run.inputs.stats is not None
         assert run.inputs.retain_stats is not None
         self._tensors = {tensor.name: tensor for tensor in tensors}
+        self._owners = {tensor.name: 0 for tensor in tensors} if owners is None else owners
+        self._changed: set[str] = set()  # tensors that a rank has patched
         self._run = run
         self._stats, self._retain_stats = run.inputs.stats, run.inputs.retain_stats
         self._device = run.device
@@ -170,33 +181,37 @@ class Propagation:
             (NEW, self._stats, models.tuned, models.base),
             (RETAINED, self._retain_stats, models.base, models.tuned),
         )
-        found: list[tuple[str, PartModel, PartModel, int]] = []  # a batch's lanes are two or three
-        calls: list[tuple[Callable[[], Any], int]] = []  # through the unpatched models
-        behind: list[tuple[Callable[[], Any], int]] = []
+        every: list[tuple[str, PartModel, PartModel, Inputs, bool]] = []
         for kind, stats, model, other in kinds:
             samples = fitted_on(stats.samples()) if run.holds_out else stats.samples()
             batches = list(make_batches(samples, options_of(stats).together))
-            for batch, compared in zip(batches, _spread([samples_in(batch) for batch in batches]), strict=True):
-                further = (models.patched, *((other,) if compared else ()))
-                call = self._call(model.network, batch)
-                calls.append((call if measuring is None else measuring.watched(kind, call), samples_in(batch)))
-                behind += [(self._call(one.network, batch), samples_in(batch)) for one in further]
-                found.append((kind, model, other, len(further)))
+            spread = _spread([samples_in(batch) for batch in batches])
+            every += [(kind, model, other, *pair) for pair in zip(batches, spread, strict=True)]
+        found: list[tuple[str, PartModel, PartModel, int, int]] = []  # a batch's lanes are two or three
+        calls: list[tuple[Callable[[], Any], int]] = []  # through the unpatched models
+        behind: list[tuple[Callable[[], Any], int]] = []
+        for number in mine([count_tokens(batch) * (3 if compared else 2) for *_, batch, compared in every]):
+            kind, model, other, batch, compared = every[number]
+            further = (models.patched, *((other,) if compared else ()))
+            call = self._call(model.network, batch)
+            calls.append((call if measuring is None else measuring.watched(kind, call), samples_in(batch)))
+            behind += [(self._call(one.network, batch), samples_in(batch)) for one in further]
+            found.append((kind, model, other, number, len(further)))
         others = [models.base.stations, models.patched.stations]
         self._lockstep = Lockstep(models.tuned.stations, [*calls, *behind], others)
         self._lockstep.passed = {name for name in models.tuned.stations if self._block_of(name) not in ("", name)}
         self._batches: dict[Lane, _Batch] = {}  # by each of its lanes
         first, lanes = self._lockstep.lanes[: len(calls)], iter(self._lockstep.lanes[len(calls) :])
-        for lane, (kind, model, other, count) in zip(first, found, strict=True):
+        for lane, (kind, model, other, number, count) in zip(first, found, strict=True):
             mate, *rivals = (next(lanes) for _ in range(count))
-            batch_of = _Batch(kind, model, other, lane, mate, rivals[0] if rivals else None)
+            batch_of = _Batch(kind, model, other, number, lane, mate, rivals[0] if rivals else None)
             self._batches |= dict.fromkeys((lane, mate, *rivals), batch_of)
 
     def through_the_models(self) -> None:
         """Take all batches through the models, and fit the layers that they reach."""
         measuring = self._measuring
         if measuring is None:
-            self._lockstep.run(lambda lane: None, self._visit, self._spill)
+            self._lockstep.run(lambda lane: None, self._visit, self._spill, first_of_all)
             return
         own = {
             kind: [b.lane for lane, b in self._batches.items() if lane is b.lane and b.kind == kind] for kind in KINDS
@@ -211,10 +226,13 @@ class Propagation:
         """Write the layers that this data never reaches, and the tensors that no model loads."""
         for group in self._groups.values():
             self._finish_group(group)
-        left = [tensor for tensor in self._tensors.values() if tensor.name not in self._seen]
+        left = [tensor for tensor in self._tensors.values() if tensor.name not in self._seen and self._is_own(tensor)]
         for tensor, result, digest in tailored(left, self._run):
             if tensor.name not in self._run.done:
                 self._run.write(tensor, result, digest)
+
+    def _is_own(self, tensor: TensorPlan) -> bool:
+        return self._owners[tensor.name] == ranks().rank
 
     def _start_measured(self, lane: Lane) -> None:
         """The patched model starts behind the others: with what these have measured of what lies before its blocks."""
@@ -262,23 +280,34 @@ class Propagation:
         return [tensor for tensor in self._tensors.values() if tensor.name in names]
 
     def _patch_alone(self, chosen: Sequence[TensorPlan]) -> list[Result]:
-        """Patch tensors by themselves, or take their values from an interrupted run, into the view."""
-        results: list[Result] = []
-        if not self._restore(chosen):
-            for tensor, result, digest in tailored(chosen, self._run):
-                if result is not None and result.patched is not None and not _is_frozen(result):
-                    self._models.view.values[tensor.name] = result.patched.cpu()
-                results.append((tensor, result, digest))
-        return results
+        """Patch tensors by themselves, or take their values from an interrupted run, into the view.
+
+        Of another rank's tensors the results have the value in the view alone.
+        """
+        results: dict[str, Result] = {}
+        if self._restore(chosen):
+            return []
+        values: dict[str, Tensor] = {}
+        for tensor, result, digest in tailored([tensor for tensor in chosen if self._is_own(tensor)], self._run):
+            if result is not None and result.patched is not None and not _is_frozen(result):
+                values[tensor.name] = result.patched
+            results[tensor.name] = (tensor, result, digest)
+        changed = of_all(values)
+        self._changed |= changed
+        for tensor in chosen:
+            if tensor.name in changed:
+                value = shared(values.pop(tensor.name, None), tensor, self._owners[tensor.name], self._device)
+                self._models.view.values[tensor.name] = value.cpu()
+        return [results.get(tensor.name, (tensor, None, "")) for tensor in chosen]
 
     def _sort_out(self, results: Iterable[Result], places: Mapping[str, Place]) -> dict[str, _Pending]:
         """Write what stays as it is patched; gives the layers that are fitted again, by module."""
         done, pending = self._run.done, dict[str, _Pending]()
         for tensor, result, digest in results:
             layer = self._layer_of(tensor, places.get(tensor.name))
-            if layer is not None and result is not None and not _is_frozen(result):
+            if layer is not None and tensor.name in self._changed:
                 pending[layer.name.removesuffix(".weight")] = _Pending(layer, tensor, result, digest)
-            elif tensor.name not in done:
+            elif tensor.name not in done and self._is_own(tensor):
                 self._run.write(tensor, result, digest)
         return pending
 
@@ -331,7 +360,8 @@ class Propagation:
 
     def _start_block(self, block: str, waiting: list[Lane]) -> None:
         """Load a block, and tell by a run of one batch in which order its layers are called, and which together."""
-        for name in [name for name in self._loaded if not self._is_inside(name)]:
+        inside = of_all(name for name in self._loaded if self._is_inside(name))
+        for name in [name for name in self._loaded if name not in inside]:
             self._models.drop(name)
             self._loaded.remove(name)
             if self._measuring is not None:
@@ -347,20 +377,31 @@ class Propagation:
             batch = self._batches[lane]
             if lane is batch.lane:
                 batch.tokens = math.prod(lane.held[0].shape[:-1])
-        seen: dict[str, list[Tensor]] = {}  # in the order of the calls
-        mates = [lane for lane in waiting if lane is self._batches[lane].mate]
-        if pending and mates:
-            network = self._models.patched.network
-            with self._moved(mates[0]), self._timer.stage("run"), _watching(network, list(pending), seen):
-                mates[0].compute()
-        leaders: dict[tuple[int, ...], str] = {}
-        for name, inputs in seen.items():
-            if len(inputs) == 1:
-                leader = leaders.setdefault(identity_of_input(inputs[0]), name)
-                self._groups.setdefault(leader, _Group({})).layers[name] = pending.pop(name)
+        leaders = self._leaders(list(pending), waiting)
+        for name, leader in leaders.items():
+            self._groups.setdefault(leader, _Group({})).layers[name] = pending.pop(name)
         self._lockstep.passed -= set(leaders.values())
         for layer in pending.values():
             self._write_plain(layer)
+
+    def _leaders(self, names: list[str], waiting: list[Lane]) -> dict[str, str]:
+        """Layers that are called once, in the order of the calls, each with the first of those that see the same.
+
+        The rank that has the first of the batches that wait here tells it the others.
+        """
+        mates = [lane for lane in waiting if lane is self._batches[lane].mate] if names else []
+        numbers = gathered(min((self._batches[lane].number for lane in mates), default=None))
+        known = [number for number in numbers if number is not None]
+        if not known:
+            return {}
+        source, seen = numbers.index(min(known)), dict[str, list[Tensor]]()  # in the order of the calls
+        if source == ranks().rank:
+            network = self._models.patched.network
+            with self._moved(mates[0]), self._timer.stage("run"), _watching(network, names, seen):
+                mates[0].compute()
+        leaders: dict[tuple[int, ...], str] = {}
+        alike = {n: leaders.setdefault(identity_of_input(x[0]), n) for n, x in seen.items() if len(x) == 1}
+        return told(alike, source)
 
     def _measure(self, block: str, waiting: list[Lane]) -> None:
         """Take a block's statistics, and plan its tensors by them, but where an interrupted run has written them."""
@@ -391,9 +432,8 @@ class Propagation:
         """Fold what goes into a group's layers in the patched model beside the same in the unpatched ones."""
         batches = [batch for lane in waiting if (batch := self._batches[lane]).lane is lane]
         mates = sum(self._batches[lane].mate is lane for lane in waiting)
-        group.aligned = len(batches) == mates and all(
-            batch.mate.wanted == station and _are_aligned(batch) for batch in batches
-        )
+        own = len(batches) == mates and all(batch.mate.wanted == station and _are_aligned(batch) for batch in batches)
+        group.aligned = all(gathered(own))
         with self._timer.stage("moments"):
             for batch in batches if group.aligned else ():
                 rivals = [batch.rival] if batch.rival is not None and batch.rival.wanted == station else []
@@ -406,6 +446,10 @@ class Propagation:
                     accumulate_moments_(found, patched, unpatched)
                     for rival in rivals:
                         self._measure_apart(group, batch, rival)
+            if group.aligned and not ranks().alone:
+                join_moments(group.moments, self._device, self._sums)
+                energies = summed_pairs({key: (found.total, found.tokens) for key, found in group.apart.items()})
+                group.apart = {key: _Apart(*found) for key, found in energies.items()}
 
     def _measure_apart(self, group: _Group, batch: _Batch, rival: Lane) -> None:
         """Add how far a batch's outputs of a group's layers in the two unpatched models are apart."""
@@ -439,35 +483,45 @@ class Propagation:
         sound = group.aligned and {*group.moments} == {NEW, RETAINED}
         for moments in group.moments.values():
             complete_(moments)
+        fitted: dict[str, Tensor] = {}
         for layer in group.layers.values():
             if not sound:
                 self._write_plain(layer)
-                continue
-            try:
-                result, facts = self._solve_layer(layer, group)
-            except NumericalError as error:
-                raise NumericalError(f"tensor {layer.tensor.name!r}: {error.message}", error.hint) from error
-            assert result.patched is not None
+            elif layer.result is not None:
+                fitted[layer.tensor.name] = self._fit(layer, layer.result, group)
+        for layer in group.layers.values() if sound else ():
+            owner = self._owners[layer.tensor.name]
+            value = shared(fitted.pop(layer.tensor.name, None), layer.tensor, owner, self._device)
             with torch.no_grad():
-                self._parameter(layer.layer).copy_(result.patched)
-            if layer.tensor.name not in self._run.done:
-                self._run.write(layer.tensor, result, layer.digest, facts)
+                self._parameter(layer.layer).copy_(value)
         group.moments.clear()
         self._hessians = LastPrepared()
 
-    def _solve_layer(self, layer: _Pending, group: _Group) -> tuple[LayerResult, dict[str, Any]]:
+    def _fit(self, layer: _Pending, plain: LayerResult, group: _Group) -> Tensor:
+        """Fit a layer again, from its ``plain`` patch on, and write it. Raises NumericalError, which names it."""
+        now_on(layer.tensor.name)
+        try:
+            result, facts = self._solve_layer(layer, plain, group)
+        except NumericalError as error:
+            raise NumericalError(f"tensor {layer.tensor.name!r}: {error.message}", error.hint) from error
+        assert result.patched is not None
+        if layer.tensor.name not in self._run.done:
+            self._run.write(layer.tensor, result, layer.digest, facts)
+        return result.patched
+
+    def _solve_layer(self, layer: _Pending, plain: LayerResult, group: _Group) -> tuple[LayerResult, dict[str, Any]]:
         """The fitted layer with its figures, and what its record says besides."""
-        tensor, mask = layer.tensor, layer.result.mask
+        tensor, mask = layer.tensor, plain.mask
         new, retained = group.moments[NEW], group.moments[RETAINED]
         name = layer.layer.name.removesuffix(".weight")
         energy, drift_energy = (group.apart.get((kind, name), _Apart()).energy for kind in (NEW, RETAINED))
         pinned = self._device.type == "cuda"
         sources = (self._run.inputs.base, self._run.inputs.tuned)
         base, tuned = (source.read(tensor.name, pinned).to(self._device, non_blocking=pinned) for source in sources)
-        assert layer.result.patched is not None
+        assert plain.patched is not None
         with self._timer.stage("solve"):
             found = solve_propagated(
-                *(base, tuned, layer.result.patched, mask, new, retained),
+                *(base, tuned, plain.patched, mask, new, retained),
                 retain_weight=self._run.options.retain_weight,
                 damping=self._run.options.effective_damping,
                 transposed=tensor.transposed,
@@ -476,7 +530,7 @@ class Propagation:
             )
         patched = self._run.inputs.base.rounded(tensor.name, found.patched, mask)
         with self._timer.stage("measure"):
-            unpatched = self._unpatched_figures(layer, base, tuned, patched)
+            unpatched = self._unpatched_figures(tensor, plain.figures, (base, tuned, patched))
             errors = propagated_errors(
                 *(base, tuned, patched, mask, new, retained),
                 output_energy=energy,
@@ -488,15 +542,19 @@ class Propagation:
         facts |= {f"{name}_unpatched_inputs": getattr(unpatched, name) for name in asdict(errors)}
         return LayerResult(patched, mask, figures), facts
 
-    def _unpatched_figures(self, layer: _Pending, base: Tensor, tuned: Tensor, patched: Tensor) -> LayerFigures:
-        """The figures of the plain patch, with what the fit has changed: on the inputs of the unpatched models."""
-        tensor = layer.tensor
+    def _unpatched_figures(
+        self, tensor: TensorPlan, plain: LayerFigures, values: tuple[Tensor, Tensor, Tensor]
+    ) -> LayerFigures:
+        """The figures of the plain patch, with what the fit has changed: on the inputs of the unpatched models.
+
+        ``values`` are the tensor's in the base, in tuned and patched.
+        """
         assert tensor.hessian is not None
         names = (tensor.hessian, tensor.retained_hessians[0])
         found = self._hessians.of(names, lambda: self._unpack(*names))
         assert found is not None
         hessian, retained = found
-        return figures_after_fit(layer.result.figures, base, tuned, patched, hessian, retained, tensor.transposed)
+        return figures_after_fit(plain, *values, hessian, retained, tensor.transposed)
 
     def _unpack(self, new: str, retained: str) -> tuple[Tensor, Tensor]:
         """Two Hessians of the unpatched models' inputs, (I, I) on the device."""
@@ -508,7 +566,7 @@ class Propagation:
         return first, second
 
     def _write_plain(self, layer: _Pending) -> None:
-        if layer.tensor.name not in self._run.done:
+        if self._is_own(layer.tensor) and layer.tensor.name not in self._run.done:
             self._run.write(layer.tensor, layer.result, layer.digest)
 
 

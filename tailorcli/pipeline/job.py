@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -25,7 +25,7 @@ from tailorcli.calibration.stats_writer import remove_statistics, require_ours
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.device import free_memory, resolve_device
-from tailorcli.distributed import ranks
+from tailorcli.distributed import ranks, require_shared, wait_for_all
 from tailorcli.errors import OptionsError, OutputError, note
 from tailorcli.files import PathLike
 from tailorcli.guard import OutputLock, entries, protect
@@ -122,9 +122,11 @@ def tailor(
             job.clean()
             return earlier
         assert plan is not None
-        with OutputLock(job.work, folder=True), _told_once(job):
-            if options.overwrite:
+        wait_for_all("the plan")  # which is made of what is there before the first rank begins
+        with _locked(job.work), _told_once(job):
+            if options.overwrite and ranks().first:
                 _remove(job.work)
+            require_shared(job.work)
             report = job.in_one_pass(plan.patch, progress, say, stages) if plan.one_pass else None
             if report is None:
                 stack.close()  # each step opens what it reads
@@ -532,7 +534,8 @@ class _Job:
 
     def clean(self) -> None:
         """Take the statistics in the work folder away. Raises OutputError."""
-        _remove(self.work)
+        if ranks().first:
+            _remove(self.work)
 
 
 def _peak(patch: Plan) -> int:
@@ -591,6 +594,13 @@ def _remove(work: Path) -> None:
         remove_statistics(work / name)
     with suppress(OSError):
         work.rmdir()
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """No other run works in the folder meanwhile; of several ranks the first holds the lock."""
+    with OutputLock(work, folder=True) if ranks().first else nullcontext():
+        yield
 
 
 @contextmanager

@@ -26,6 +26,25 @@ def own_tensors(tensors: Sequence[TensorPlan], work: Callable[[TensorPlan], Work
     return [tensor for position in sorted(chosen) for tensor in groups[position]]
 
 
+def spread_tensors(tensors: Sequence[TensorPlan], work: Callable[[TensorPlan], Work], size: int) -> dict[str, int]:
+    """Which of ``size`` ranks works on each tensor, where one group of tensors that share Hessians waits for the next.
+
+    A group's tensors go to as many ranks as there are, the heaviest first, each to the rank that has least of the
+    group, and of those to the one that has least of all.
+    """
+    owners: dict[str, int] = {}
+    loads = [0.0] * size
+    for group in hessian_groups(tensors):
+        own = [0.0] * size
+        weights = [sum(work(tensor)) for tensor in group]
+        for position in sorted(range(len(group)), key=lambda place: (-weights[place], place)):
+            rank = min(range(size), key=lambda each: (own[each], loads[each], each))
+            owners[group[position].name] = rank
+            own[rank] += weights[position]
+            loads[rank] += weights[position]
+    return owners
+
+
 def hessian_groups(tensors: Sequence[TensorPlan]) -> list[list[TensorPlan]]:
     """``tensors`` in groups of neighbours that share their Hessians; one that has none is by itself."""
     found = groupby(enumerate(tensors), lambda entry: entry[1].shared_hessians or entry[0])

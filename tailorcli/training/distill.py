@@ -1,4 +1,8 @@
-"""Train the kept entries of a patch to answer as its teachers do: tuned on the new task, the base on the rest."""
+"""Train the kept entries of a patch to answer as its teachers do: tuned on the new task, the base on the rest.
+
+Several ranks have the model each, and divide the samples of every batch: the gradients are summed, and all take the
+same step.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from torch import Tensor
 
 from tailorcli.core.distillation import rate_at
 from tailorcli.data.samples import batch_places, count_tokens, join
+from tailorcli.distributed import mine, now_on, ranks, summed_
 from tailorcli.errors import DataError, NumericalError
 from tailorcli.models.running import to_device
 from tailorcli.options import DistillOptions
@@ -99,16 +104,21 @@ class Material:
             wanted[:, :-1] &= torch.cat([self.responses[place] for place in places])[:, 1:]
         return wanted
 
+    def _own_held(self) -> list[list[int]]:
+        """The batches of what is held out that are this rank's."""
+        return [self.held[number] for number in mine([len(batch) for batch in self.held])]
+
     def kept_share(self, student: Any, media: tuple[int, ...], device: torch.device) -> float:
         """The share that the student keeps of its teacher's accuracy on what is held out, were that the teacher's."""
         kept, whole = (torch.zeros((), device=device) for _ in range(2))
         with torch.no_grad():
-            for places in self.held:
+            for places in self._own_held():
                 batch = to_device(join([self.samples[place] for place in places]), device)
                 states = torch.stack([self.teacher.states[place] for place in places])
                 parts = kept_accuracy_of(student, self.teacher, batch, states, self.counted(places, media))
                 kept += parts[0]
                 whole += parts[1]
+        kept, whole = summed_(torch.stack([kept, whole]).double())
         return float(kept) / max(float(whole), 1e-9)
 
     @property
@@ -121,11 +131,12 @@ class Material:
         """The mean divergence over what is held out, each sample weighing as much as it has tokens."""
         total, tokens = torch.zeros((), device=device), 0
         with torch.no_grad():
-            for places in self.held:
+            for places in self._own_held():
                 count = int(self.counted(places, media).sum())
                 total += count * self.loss(student, places, media, device, grad=False)
                 tokens += count
-        return float(total) / max(tokens, 1)
+        both = summed_(torch.tensor([float(total), tokens], dtype=torch.float64, device=device))
+        return float(both[0]) / max(float(both[1]), 1)
 
 
 def in_batches(samples: list[Inputs], places: Sequence[int], size: int) -> list[list[int]]:
@@ -168,6 +179,8 @@ def distill(
                 break
             for kind, value in step_losses(trained.network, materials, options, device, media, step).items():
                 sums[kind] += value
+            for each in trained.entries if not ranks().alone else ():
+                summed_(each.gradient)
             trained.step(step + 1, options.rate * rate_at(step + 1, options.steps, warmup))
             advance(step + 1, history.new[-1], history.retained[-1])
             if (step + 1) % every and step + 1 != options.steps:
@@ -190,11 +203,24 @@ def step_losses(
     media: tuple[int, ...],
     step: int,
 ) -> dict[str, Tensor]:
-    """Both losses of a step's batches, scalars on the device; their weighed gradients are added to the entries'."""
-    losses = {}
+    """Both losses of a step's batches, scalars on the device; their weighed gradients are added to the entries'.
+
+    Of several ranks each has its samples' part of both.
+    """
+    losses, here = {}, ranks()
+    now_on(f"step {step + 1}")
     for kind, material in materials.items():
-        value = material.loss(student, material.batch(step, options.seed), media, device, grad=True)
-        weight = options.weight if kind == RETAINED else 1 / (len(materials) - 1)
+        batch = material.batch(step, options.seed)
+        own, weight = batch[here.rank :: here.size], options.weight if kind == RETAINED else 1 / (len(materials) - 1)
+        share = 1.0
+        if own != batch:  # the mean over all of its tokens
+            counts = [int(material.counted(places, media).sum()) if places else 0 for places in (own, batch)]
+            share = counts[0] / max(counts[1], 1)
+        if not own or share == 0.0:
+            losses[kind] = torch.zeros((), device=device)
+            continue
+        value = material.loss(student, own, media, device, grad=True)
+        value = value if share == 1.0 else share * value
         torch.autograd.backward(value if weight == 1 else weight * value)
         losses[kind] = value.detach()
     return losses
@@ -202,7 +228,7 @@ def step_losses(
 
 def _means(sums: dict[str, Tensor], before: int, step: int) -> dict[str, float]:
     """The mean losses since the step ``before``; their sums start anew. Raises NumericalError for no number."""
-    means = {kind: float(total) / (step - before) for kind, total in sums.items()}
+    means = {kind: float(summed_(total.clone())) / (step - before) for kind, total in sums.items()}
     for kind, mean in means.items():
         if not math.isfinite(mean):
             where = f"steps {before + 1} to {step}"

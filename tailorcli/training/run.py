@@ -21,6 +21,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import GrownCheckpoint
 from tailorcli.data.samples import held_out as held_out_samples
 from tailorcli.device import free_memory
+from tailorcli.distributed import ranks
 from tailorcli.errors import DataError, OptionsError, note
 from tailorcli.models.blockwise import skeleton_if_too_large
 from tailorcli.models.config import read_config
@@ -98,6 +99,8 @@ def distill_patch_file(
 
         def save(step: int, history: History, best: dict[str, Tensor]) -> None:
             nonlocal saved, took
+            if not ranks().first:  # all have the same
+                return
             began = perf_counter()
             if (began - saved) * SAVING_SHARE < took:
                 return
