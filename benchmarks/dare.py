@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
-import venv
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -20,12 +18,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.common import describe, environment, markdown, parser, progress, ratio, use_threads, verdict, write_json
+from benchmarks.peers.environments import MERGEKIT, measured, programs_of
 from benchmarks.real.setting import default_cache
 
-MERGEKIT = "mergekit==0.1.5"
 TARGET = 0.5  # of mergekit's time, and of its memory
 WORST_Z = 4.5  # of some hundreds of tensors, by chance alone once in some hundred runs
-STEP = Path(__file__).parent / "real" / "step.py"
 
 
 @dataclass(frozen=True)
@@ -41,32 +38,6 @@ class Moments:
     delta: float  # sums of delta, of its square, and of the square where out differs from base
     delta_square: float
     delta_square_kept: float
-
-
-def installed(cache: Path) -> Path:
-    """Mergekit's command, installed once. The torch is the one that is running."""
-    import torch
-
-    folder = cache / "mergekit-venv"
-    command = folder / "bin" / "mergekit-yaml"
-    if not command.exists():
-        progress(f"installing {MERGEKIT} into {folder}")
-        venv.create(folder, with_pip=True)
-        version = torch.__version__.partition("+")[0]
-        for package in (f"torch=={version}", MERGEKIT):
-            subprocess.run([folder / "bin" / "pip", "install", "--quiet", package], check=True, stdout=sys.stderr)
-    return command
-
-
-def measured(command: list[str], scratch: Path) -> dict[str, float]:
-    """Seconds and peak of a command."""
-    record = scratch / "step.json"
-    done = subprocess.run(
-        [sys.executable, "-S", str(STEP), str(record), "--", *command], capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    return dict(json.loads(record.read_text(encoding="utf-8")))
 
 
 def commands(pair: tuple[Path, Path], density: float, mergekit: Path, scratch: Path) -> dict[str, list[str]]:
@@ -187,7 +158,7 @@ def main() -> None:
         raise SystemExit(f"{args.cache} holds no pair: make it with python -m benchmarks.real")
     with TemporaryDirectory(prefix="tailorcli-") as name:
         scratch = Path(name)
-        both = commands(pair, args.density, installed(args.cache.parent), scratch)
+        both = commands(pair, args.density, programs_of(MERGEKIT, args.cache.parent) / "mergekit-yaml", scratch)
         runs: dict[str, list[dict[str, float]]] = {key: [] for key in both}
         for number in range(args.rounds + 1):
             progress(f"round {number} of {args.rounds}")

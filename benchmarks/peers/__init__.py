@@ -1,0 +1,1 @@
+"""tailorcli beside its peers: the same layer, the same pair, the same adapter."""
