@@ -49,13 +49,14 @@ TEXTS = {
 proportion, memory not at all.""",
     "hidden": """One square layer, over its width I = O, at density 0.1. Scoring and choosing look at each entry once;
 the factorisation and the error's products are cubic. The solver's own systems have n = density · I unknowns a row:
-I · n³ / 3 multiply-adds where each row is solved directly, which is I⁴, beside a right side of I³.""",
+I · n³ / 3 multiply-adds where each row is solved directly, which is I⁴, beside a right side of I³. Larger
+products come nearer to the processor's rate: what is measured falls short of what is counted.""",
     "density": """The joint solver on one layer of I = O = 1024, and a patch file. The right side costs the same at
 any density; the systems grow with its cube until iterating for all rows at once is cheaper, and from there with the
 iterations alone.
 At density 1 there is nothing to solve, and that is left out of the solver's exponents.""",
-    "samples": """A whole `calibrate`, over the samples of 64 tokens that it reads. The pass is in proportion; memory
-and what is stored depend on the model alone.""",
+    "samples": """A whole `calibrate`, over the samples of 64 tokens that it reads. The pass is in proportion, what
+begins and ends it is not; memory and what is stored depend on the model alone.""",
 }
 
 

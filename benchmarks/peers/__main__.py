@@ -34,13 +34,15 @@ sweep in its usual layout, on the mask that `joint` and `sequential` have; *llm-
 SparseGPTModifier ({LLM_COMPRESSOR}) on the change, with the mask that it chooses itself. The error is that of the
 layer's outputs over that of the base's.""",
     "merges": f"""`patch --method dare`, `magnitude` (TIES of one model) and `interpolate` beside {MERGEKIT}'s
-`dare_linear`, `ties` and `linear`, on one random pair. mergekit works out
-the change in bfloat16 and adds it again, where `magnitude` takes the fine-tuned entry itself; its DARE scales by the
-share of the change that its draw kept.""",
-    "dg-hard": "`patch --method dg-hard` beside `dghard repair` (0.1.0, from its repository), on a pair whose "
-    "changes are of low rank but for noise.",
+`dare_linear`, `ties` and `linear`, on one random pair. mergekit works out the change in
+bfloat16 and adds it again, where `magnitude` takes the fine-tuned entry itself; its DARE scales by the share of the
+change that its draw kept.""",
+    "dg-hard": """`patch --method dg-hard` beside `dghard repair` (0.1.0, from its repository), on a pair whose changes
+are of low rank but for noise. dghard rounds the change to bfloat16 and then its sum with the base, where ours rounds
+the sum once.""",
     "adapter": """`patch --method changed` beside `merge_and_unload`, a LoRA adapter of rank 8 on three kinds of
-layers. *Exact* is the sum in float64 rounded once to the base's dtype.""",
+layers. *Exact* is the sum in float64 rounded once to the base's dtype; the products of factors in float32 have
+rounded before.""",
 }
 
 
