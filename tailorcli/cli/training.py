@@ -26,6 +26,7 @@ from tailorcli.cli.arguments import (
 )
 from tailorcli.cli.output import print_json, print_rich, say, show_reasons, show_stages
 from tailorcli.cli.verbosity import wants_progress
+from tailorcli.distributed import require_alone
 from tailorcli.options import Blockwise, DataColumns, DTypeName
 from tailorcli.training.settings import Accumulate, FinetuneOptions, ProbeOptions, TuningMethod
 from tailorcli.units import counted, format_bytes, format_share
@@ -91,6 +92,7 @@ def probe(
     """
     from tailorcli.training.probe import probe_model
 
+    require_alone("probe")
     options = ProbeOptions(
         num_samples=num_samples,
         rademacher=rademacher,

@@ -1,13 +1,16 @@
 """Statistics that several ranks make are those of one process, up to rounding."""
 
 import json
+import os
+import signal
 
 import pytest
 from families import make_family_pair
 from helpers import run
-from ranked import ranked_cli
+from ranked import command_line, ranked_cli, started
 
 from tailorcli.calibration.stats import Stats
+from tailorcli.errors import TailorError
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +95,58 @@ def test_more_ranks_than_samples(pairs, tmp_path, blockwise):
         manifest["options"]["batch_size"] = 0
         (file / "manifest.json").write_text(json.dumps(manifest))
     require_same(tmp_path / "alone", tmp_path / "ranks")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_model_writes_the_same_samples_on_any_number_of_ranks(pairs, tmp_path, size):
+    """Texts of many lengths, and so many batches; further ones go into a file."""
+    pair = pairs("llama")
+    given = [str(pair / "base"), "--synthetic", "--data", str(pair / "data.jsonl"), "--seq-len", "60"]
+    calibrated(size, pair, tmp_path / "ranks", *given, "--held-out", str(tmp_path / "ranks.jsonl"))
+    run("calibrate", *given, "--held-out", tmp_path / "alone.jsonl", "-o", tmp_path / "alone", "--batch-size", "3")
+    require_same(tmp_path / "alone", tmp_path / "ranks")
+    assert (tmp_path / "ranks.jsonl").read_text() == (tmp_path / "alone.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_ranks_pick_the_same_teacher(pairs, tmp_path):
+    pair = pairs("llama")
+    given = [str(pair / "tuned"), "--base", str(pair / "base"), "--data", str(pair / "data.jsonl")]
+    given += ["--teacher-weight", "auto"]
+    calibrated(3, pair, tmp_path / "ranks", *given)
+    run("calibrate", *given, "-o", tmp_path / "alone", "--batch-size", "3")
+    require_same(tmp_path / "alone", tmp_path / "ranks")  # the losses that were tried are in the manifest
+    losses = json.loads((tmp_path / "ranks" / "manifest.json").read_text())["model"]["teacher_losses"]
+    assert len(losses) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_leaves_nothing_that_opens(pairs, tmp_path, rank):
+    pair = pairs("llama")
+    given = [str(pair / "tuned"), "--data", str(pair / "data.jsonl"), "-o", str(tmp_path / "s")]
+    with started(2, killed_while_it_writes, rank, given) as job:
+        ends = job.ended(120)
+    assert ends[rank].code == -signal.SIGKILL
+    assert ends[1 - rank].code == 1
+    assert f"error: rank {rank} of 2 is gone" in ends[1 - rank].stderr
+    assert "; it was at model." in ends[1 - rank].stderr
+    with pytest.raises(TailorError):
+        Stats.open(tmp_path / "s")
+    assert [end.code for end in ranked_cli(2, "calibrate", *given)] == [0, 0]
+    Stats.open(tmp_path / "s")
+
+
+def killed_while_it_writes(rank, given):
+    from tailorcli.calibration.stats_writer import StatsWriter
+
+    original = StatsWriter.write
+
+    def write(self, name, info, values):
+        original(self, name, info, values)
+        if os.environ["RANK"] == str(rank) and self.count == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    StatsWriter.write = write
+    command_line("calibrate", *given)

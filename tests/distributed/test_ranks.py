@@ -126,3 +126,16 @@ def test_all_end_with_one_error(does, told, how, rank):
         assert "it was at tensor 3" in lines[0]
         assert ends[rank].code == -signal.SIGKILL
     assert all(end.code for end in ends)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_ends_all_from_outside_is_told_once(number, code):
+    """Ctrl-C, or a launcher that is ended."""
+    with started(3, works_on, 9, "raises", "works") as job:
+        time.sleep(5)
+        for rank in range(3):
+            job.kill(rank, number)
+        ends = job.ended(like_torchrun=False)
+    assert [end.code for end in ends] == [code] * 3
+    assert sum(end.stderr.count("told by") for end in ends) == 1
