@@ -85,7 +85,7 @@ def distill_patch_file(
     if materials is None:
         how = (progress, trust_remote_code, state.parent)
         materials = materials_of(base, teachers, retain, options, device, *how)
-    trained, untrained, media = _student_of(file, base, teachers[0], device, trust_remote_code)
+    trained, untrained, media = student_of(file, base, teachers[0], device, trust_remote_code)
     network = trained.network
     before = kept_shares(network, materials, media, device)
     earlier = load_state(state, trained) if state.exists() else {}
@@ -130,7 +130,7 @@ def measure_patch_file(
 
     Raises TailorError.
     """
-    trained, _, media = _student_of(file, base, teachers[0], device, trust_remote_code)
+    trained, _, media = student_of(file, base, teachers[0], device, trust_remote_code)
     trained.close()
     return kept_shares(trained.network, materials, media, device)
 
@@ -209,20 +209,23 @@ def divergences_of(
 
     Raises TailorError.
     """
-    trained, _, media = _student_of(file, base, teacher, device, trust_remote_code)
+    trained, _, media = student_of(file, base, teacher, device, trust_remote_code)
     trained.close()
     tasks, retained = held_out(trained.network, materials, media, device)
     return {NEW: tasks[0], RETAINED: retained}
 
 
-def _student_of(
+def student_of(
     file: PatchFile,
     base: Checkpoint,
     first: tuple[Checkpoint, Stats],
     device: torch.device,
     trust_remote_code: bool,
 ) -> tuple[Trained, dict[str, str], tuple[int, ...]]:
-    """The patched model, run as the ``first`` teacher is, tensors that cannot be trained, and media's token ids."""
+    """The patched model, run as the ``first`` teacher is, tensors that cannot be trained, and media's token ids.
+
+    Raises TailorError.
+    """
     tuned, stats = first
     how = run_options(stats, trust_remote_code)
     network, places = _network(base, base, how, config_folder(tuned), device)
