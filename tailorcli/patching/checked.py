@@ -36,8 +36,9 @@ SUFFIX = ".check"  # of the folder beside the output that an interrupted run goe
 PLAIN, PROPAGATED = "plain", "propagated"
 
 
-def check_room(place: Path, plan: Plan, inputs: PatchInputs) -> None:
-    """Both patches can be kept beside the output. Raises OptionsError and OutputError."""
+def check_room(target: Target, plan: Plan, inputs: PatchInputs) -> None:
+    """Both patches can be kept in the folder beside the output. Raises OptionsError and OutputError."""
+    place, work = target.place, work_folder(target)
     require_alone("--check-propagation")
     if inputs.base.dequantized:
         what = "--check-propagation keeps two patch files, and the base's tensors are quantised"
@@ -46,6 +47,8 @@ def check_room(place: Path, plan: Plan, inputs: PatchInputs) -> None:
     if needed > free:
         what = f"not enough disk for {place}: the output and two patches beside it take {format_bytes(needed)}"
         raise OutputError(f"{what}, {format_bytes(free)} are free", "free some, or choose another disk")
+    if work.exists() and not (work.is_dir() and all(p.name.startswith((PLAIN, PROPAGATED)) for p in work.iterdir())):
+        raise OutputError(f"{work} is no folder of ours", "move it away")
 
 
 def patch_checked(
@@ -63,6 +66,8 @@ def patch_checked(
     """
     work = work_folder(target)
     try:
+        if work.exists() and not target.resume:
+            shutil.rmtree(work)
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise as_output_error(work, error) from error
@@ -93,18 +98,6 @@ def patch_checked(
 def work_folder(target: Target) -> Path:
     """The folder beside the output."""
     return target.place.with_name(target.place.name + SUFFIX)
-
-
-def begin_work(target: Target, *, resume: bool) -> None:
-    """See that the folder beside the output is new, or ours to go on from or to take away. Raises OutputError."""
-    work = work_folder(target)
-    if not work.exists():
-        return
-    ours = work.is_dir() and all(path.name.startswith((PLAIN, PROPAGATED)) for path in work.iterdir())
-    if not ours:
-        raise OutputError(f"{work} is no folder of ours", "move it away")
-    if not resume:
-        shutil.rmtree(work)
 
 
 def _measured(

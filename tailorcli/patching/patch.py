@@ -165,7 +165,7 @@ def patch_opened(
 
     With ``holds_out`` a tenth of the samples is kept from propagation. Raises TailorError.
     """
-    from tailorcli.patching.checked import begin_work, check_room, patch_checked, work_folder  # which use this
+    from tailorcli.patching.checked import check_room, patch_checked, work_folder  # which use this
 
     with ExitStack() as stack:
         side = side_files_of(inputs, options)
@@ -178,8 +178,7 @@ def patch_opened(
         if holds_out:
             identity["holds_out"] = True
         if options.check_propagation:
-            check_room(target.place, plan, inputs)
-            begin_work(target, resume=target.resume)
+            check_room(target, plan, inputs)
         what = (plan, inputs.base, inputs.paths, identity, "patch", side, manifest)
         begun = target.begin(*what, announce=announce, divided=True)
         if isinstance(begun, PatchReport):
