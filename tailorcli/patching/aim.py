@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.device import device_errors, exact_float32, resolve_device
+from tailorcli.distributed import ranks, require_shared, told, wait_for_all
 from tailorcli.errors import OptionsError, OutputError
 from tailorcli.files import PathLike, as_output_error
 from tailorcli.options import DistillOptions, PatchOptions
@@ -116,7 +117,7 @@ def patch_to_target(
     aim = Aim.parse(target) if isinstance(target, str) else target
     where = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
     plan_target(base, tuned, output, stats, retain, aim, options, distill, patch_file, graft_data)
-    options = with_teacher(options, base, tuned, stats, teacher_data, progress, tell)
+    options = told(with_teacher(options, base, tuned, stats, teacher_data, progress, tell))
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, graft_data)
         inputs.sources = made_of or {}
@@ -124,7 +125,10 @@ def patch_to_target(
     if earlier is not None:
         return earlier
     work = where.place.with_name(where.place.name + SUFFIX)
-    _begin(work, resume=options.resume)
+    wait_for_all("the search to be planned")  # by what is there before the first rank begins
+    if ranks().first:
+        _begin(work, resume=options.resume)
+    require_shared(work)
     given = (base, tuned, stats, retain, aim, options, distill, progress, tell or (lambda _: None), work)
     search = _Search(*given, graft_data, made_of)
     best = search.run()
@@ -132,9 +136,11 @@ def patch_to_target(
         size, again = options.max_shard_size, options.resume
         written = (base, best.file, output)
         apply_patch(*written, max_shard_size=size, resume=again, overwrite=options.overwrite, progress=progress)
-    if where.patch_file is not None:
-        _copy(best.file, where.patch_file)
-    shutil.rmtree(work)
+    if ranks().first:
+        if where.patch_file is not None:
+            _copy(best.file, where.patch_file)
+        shutil.rmtree(work)
+    wait_for_all("the best patch to get its name")
     return best.report
 
 
@@ -204,7 +210,7 @@ class _Attempt:
 
 @dataclass(frozen=True)
 class _Search:
-    """A search under way in the folder ``work``."""
+    """A search under way in the folder ``work``; of several ranks each goes through it, and the first decides."""
 
     base: PathLike
     tuned: PathLike
@@ -234,7 +240,7 @@ class _Search:
 
             def shares_at(density: float) -> dict[str, float]:
                 with PatchFile.open(self._closed(density)) as file, exact_float32(), device_errors():
-                    found = measure_patch_file(file, opened, [teacher], materials, device, trust)
+                    found = told(measure_patch_file(file, opened, [teacher], materials, device, trust))
                 self.tell(f"closed form at density {density:g}: {_said(found)}")
                 return found
 
@@ -253,19 +259,23 @@ class _Search:
     def _closed(self, density: float) -> Path:
         """The patch at a density, as a file; one that is there is taken, or finished."""
         file = self.work / f"closed-{density:g}.safetensors"
-        begun = any(path.name.startswith(file.name) for path in self.work.iterdir())
+        begun = told(self._begun(file))
         own = replace(self.options, density=density, resume=begun, overwrite=False, max_shard_size=None)
         pair = (self.base, self.tuned, None, self.stats, own, self.progress)
         more: dict[str, Any] = {"retain": self.retain, "graft_data": self.graft_data, "made_of": self.made_of}
         patch_checkpoint(*pair, patch_file=file, **more)
         return file
 
+    def _begun(self, file: Path) -> bool:
+        """Whether a run has begun to write a file."""
+        return any(path.name.startswith(file.name) for path in self.work.iterdir())
+
     def _trained(
         self, number: int, density: float, weight: float, before: list[_Attempt], materials: dict[str, Material]
     ) -> _Attempt:
         file = self.work / f"trained-{number}.safetensors"
-        begun = any(path.name.startswith(file.name) for path in self.work.iterdir())
-        told: dict[str, Any] = {
+        begun = told(self._begun(file))
+        what: dict[str, Any] = {
             "asked": str(self.aim),
             "density": density,
             "weight": weight,
@@ -280,10 +290,10 @@ class _Search:
             resume=begun,
             teacher_weight=self.options.known_teacher,
             materials=materials,
-            told=told,
+            told=what,
         )
         assert report.distillation is not None
-        kept = {kind: report.distillation["kept"][kind] for kind in ("old", "new")}
+        kept = told({kind: report.distillation["kept"][kind] for kind in ("old", "new")})
         self.tell(f"trained at density {density:g}, weight {weight:g}: {_said(kept)}")
         return _Attempt(file, report, kept)
 

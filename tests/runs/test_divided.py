@@ -141,16 +141,6 @@ def test_one_threshold_for_all_tensors_keeps_the_same_entries_whatever_the_ranks
     assert patched(pair, tmp_path / "again", 1, replace(options, resume=True), stats=None)[0] == alone
 
 
-@pytest.mark.slow
-def test_a_propagated_patch_has_the_bytes_of_one_process(llama_pair, tmp_path):
-    small = CalibrateOptions(num_samples=4, seq_len=24, keep_samples=True)
-    for name, stats in (("tuned", "stats"), ("base", "retain")):
-        calibrate_model(llama_pair / name, llama_pair / "data.jsonl", tmp_path / stats, small)
-    given = {"stats": tmp_path / "stats", "retain": tmp_path / "retain"}
-    alone, _ = patched(llama_pair, tmp_path / "alone", 1, **given)
-    assert patched(llama_pair, tmp_path / "three", 3, **given)[0] == alone
-
-
 def test_apply_and_verify_are_divided_and_score_reports_the_same(llama_pair, whole, tmp_path):
     patched(llama_pair, tmp_path)
     base, file = llama_pair / "base", tmp_path / "patch.safetensors"

@@ -104,3 +104,22 @@ def test_a_rank_that_is_killed_leaves_nothing_that_loads_and_others_go_on(llama_
     else:
         on_ranks(again, *arguments, *more)
     assert folder_digest(tmp_path) == alone
+
+
+@pytest.mark.slow
+def test_a_target_is_searched_for_by_all_ranks(llama_pair, tmp_path):
+    small = ("--num-samples", "8", "--seq-len", "24")
+    for name, data in (("tuned", ("--data", str(llama_pair / "data.jsonl"))), ("base", ("--synthetic",))):
+        run("calibrate", str(llama_pair / name), *data, "-o", str(tmp_path / name), *small)
+    where = (llama_pair / "base", llama_pair / "tuned", "--stats", tmp_path / "tuned", "--retain", tmp_path / "base")
+    how = ("--target", "old=90", "--distill-steps", "3", "--no-propagate", "--json")
+    found = {}
+    for name, do in (("alone", run), ("ranks", lambda *words: on_ranks(2, *words))):
+        places = ("-o", tmp_path / f"{name}-model", "--patch-file", tmp_path / f"{name}.safetensors")
+        found[name] = json.loads(do("patch", *map(str, (*where, *places, *how))).stdout)
+        assert (tmp_path / f"{name}.safetensors").exists()
+        assert not (tmp_path / f"{name}-model.target").exists()
+    alone, ranks = (found[name]["distillation"] for name in ("alone", "ranks"))
+    assert alone["steps"] == ranks["steps"]
+    assert ranks["kept"] == pytest.approx(alone["kept"], rel=1e-3)
+    assert ranks["target"]["density"] == alone["target"]["density"]
