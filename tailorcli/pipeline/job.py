@@ -119,6 +119,7 @@ def tailor(
             earlier = job.finished()
             plan = None if earlier is not None else job.plan(stack, False)
         if earlier is not None:
+            job.target.remove_leftovers()
             job.clean()
             return earlier
         assert plan is not None

@@ -196,7 +196,7 @@ class Target:
         self.check(inputs, plan)
         finished = self.finished(identity, command)
         if finished is not None:
-            self._remove_leftovers()
+            self.remove_leftovers()
             return finished
         if announce is not None:
             announce(plan)
@@ -263,7 +263,7 @@ class Target:
         saved = load_report(self.folder / REPORT_FILE)
         return replace(saved, command=command, stages=run.stages, seconds=run.seconds, is_earlier=True)
 
-    def _remove_leftovers(self) -> None:
+    def remove_leftovers(self) -> None:
         """What a run that was ended after it had written all had no time to remove."""
         for place, is_folder in ((self.folder, True), (self.patch_file, False)):
             if place is None:

@@ -76,11 +76,11 @@ def calibrate(inputs, work, variant, *, overwrite=False, **changes):
 def whole(inputs, work, variant, *, resume=False, overwrite=False):
     options = PatchOptions(density=(0.1, 0.2)[variant], max_shard_size=SHARD, resume=resume, overwrite=overwrite)
     calibration = CalibrateOptions(num_samples=4, seq_len=24)
-    tailor(
-        inputs / "base",
-        inputs / "tuned",
+    tailor(  # in one pass: it has blocks to go through
+        inputs / "deep" / "base",
+        inputs / "deep" / "tuned",
         work / FOLDER,
-        inputs / "data.jsonl",
+        inputs / "deep" / "data.jsonl",
         options=options,
         calibration=calibration,
     )

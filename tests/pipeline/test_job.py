@@ -267,6 +267,7 @@ def test_a_job_in_steps_that_was_ended_in_any_stage_goes_on_to_the_same_bytes(st
 def test_a_finished_job_is_known_without_its_statistics(steps, tmp_path):
     patch(steps, "-o", tmp_path / "out")
     before = folder_digest(tmp_path / "out", ())
+    (tmp_path / "out" / ".tailorcli.lock").touch()  # what a kill at the very end leaves
     assert "already finished" in patch(steps, "-o", tmp_path / "out", "--resume").stdout
     assert folder_digest(tmp_path / "out", ()) == before
     command = ("patch", steps / "base", steps / "tuned", "--data", steps / "data.jsonl", "-o", tmp_path / "out")
