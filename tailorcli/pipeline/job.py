@@ -575,7 +575,8 @@ def _named(options: PatchOptions) -> str:
 def _to_do(side: Side) -> str:
     if side.data is None:
         return f"let the base write {_written(side)}, and calibrate it on them"
-    return _to_calibrate(side)
+    whose = "the tuned model" if side.name == TUNED else "the base"
+    return f"calibrate {whose} on {side.data}: {counted(side.samples, 'sample')}, {counted(side.tokens, 'token')}"
 
 
 def _written(side: Side) -> str:
