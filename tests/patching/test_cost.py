@@ -59,8 +59,15 @@ def allocated_peak(work):
     return peak
 
 
-@pytest.mark.parametrize("retained", [False, True], ids=["plain", "retained"])
-@pytest.mark.parametrize("solver", ["joint", "sequential"])
+@pytest.mark.parametrize(
+    ("solver", "retained"),
+    [
+        ("joint", True),
+        ("sequential", False),
+        pytest.param("joint", False, marks=pytest.mark.slow),
+        pytest.param("sequential", True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_plan_holds_what_a_run_allocates(inputs, solver, retained, monkeypatch):
     """For each tensor at least its share of the plan, and of the largest no more than three times as much."""
     monkeypatch.setattr(readahead, "ThreadPoolExecutor", AtOnce)

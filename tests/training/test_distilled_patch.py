@@ -137,6 +137,7 @@ def test_a_dry_run_tells_what_training_takes(pair, tmp_path):
     assert not output.exists()
 
 
+@ONE_KIND
 def test_a_patch_file_can_be_distilled_by_itself(pair, tmp_path):
     base, tuned, output, stats, retain = arguments(pair, tmp_path / "out")
     patch_checkpoint(base, tuned, None, stats, OPTIONS, retain=retain, patch_file=tmp_path / "closed.safetensors")
