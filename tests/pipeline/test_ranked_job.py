@@ -63,6 +63,18 @@ def test_a_propagated_patch_is_that_of_one_process_to_rounding(pair, tmp_path, s
     assert all(share["tensors"] > 0 for share in did)
 
 
+@pytest.mark.slow
+def test_deterministic_statistics_give_the_bytes_of_one_process(pair, tmp_path):
+    data = ("--data", pair / "data.jsonl", *SMALL, "--deterministic")
+    for model in ("base", "tuned"):
+        run("calibrate", pair / model, *data, "-o", tmp_path / f"{model}-stats")
+    both = ("--stats", tmp_path / "tuned-stats", "--retain", tmp_path / "base-stats")
+    run("patch", pair / "base", pair / "tuned", *both, "-o", tmp_path / "alone")
+    ended_well(ranked_cli(3, "patch", pair / "base", pair / "tuned", *both, "-o", tmp_path / "out"))
+    alone = read_tensors(tmp_path / "alone")
+    assert all(value.equal(alone[name]) for name, value in read_tensors(tmp_path / "out").items())
+
+
 def test_a_distilled_patch_takes_the_steps_of_one_process(pair, tmp_path):
     run(*patch_of(pair), *DISTILL, "--no-propagate", "-o", tmp_path / "alone")
     ended_well(ranked_cli(2, *patch_of(pair), *DISTILL, "--no-propagate", "-o", tmp_path / "out"))
