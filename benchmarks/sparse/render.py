@@ -43,7 +43,8 @@ them: the same base, data, steps and layers for all. Embeddings are frozen.
 
 - **old**, **new**: accuracy in percent on the test parts; **average** is their mean, **H** their harmonic mean.
 - **Intervals** (95%) are a bootstrap over the test items, of the mean over the seeds; **±** is the deviation of H
-  between the seeds. Differences are paired: of the same items and seeds.
+  between the seeds. Differences are paired: of the same items and seeds. Of one seed
+  neither says how another fine-tune would differ.
 - **The rate** of each row is that with the best H on the validation parts, with the first seed and all layers. A patch
   has the fine-tune below it at the rate that suits the patch.
 - **graft**, **dare** and **tailor (paper)** stand on the full fine-tune. **ours** is the default of `patch`, with
