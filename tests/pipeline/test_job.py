@@ -89,7 +89,7 @@ def test_the_papers_way_and_data_of_ones_own_are_the_steps_too(steps, tmp_path):
 KINDS = {"gemma3-text": True, "llava": True, "qwen3-moe": True, "t5": False}
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=_slow if k in ("gemma3-text", "t5") else ()) for k in KINDS])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "qwen3-moe" else _slow) for k in KINDS])
 def test_other_families_have_the_bytes_of_their_steps_too(tmp_path, kind):
     folder = make_family_pair(tmp_path / "pair", kind)
     arguments = (folder / "base", folder / "tuned")
