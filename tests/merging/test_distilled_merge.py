@@ -91,7 +91,7 @@ def test_a_merge_that_was_broken_off_is_finished_to_the_same_bytes(tasks, tmp_pa
 
     merge(tmp_path / "whole")
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_write", broken)
+        patched.setattr(module, "write_patched", broken)
         with pytest.raises(KeyboardInterrupt):
             merge(tmp_path / "out")
     merge(tmp_path / "out", resume=True)

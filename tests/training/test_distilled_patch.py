@@ -55,7 +55,7 @@ def distilled(pair, output, options=OPTIONS, **more):
 def test_the_same_entries_hold_better_values_and_all_others_are_the_bases(pair, tmp_path):
     report = distilled(pair, tmp_path / "out", patch_file=tmp_path / "p.safetensors")
     found = report.distillation
-    objective = [a + b for a, b in zip(found["new"], found["retained"], strict=True)]
+    objective = [a + DISTILL.weight * b for a, b in zip(found["new"], found["retained"], strict=True)]
     assert found["kept"].keys() == {"old", "new", "old_before", "new_before"}
     assert all(0 < share <= 1 for share in found["kept"].values())
     assert min(objective) < objective[0]
@@ -93,7 +93,7 @@ def test_a_run_that_was_broken_off_is_finished_to_the_same_bytes(pair, tmp_path,
             patched.setattr(training, "SAVING_SHARE", 1e9)  # at every evaluation
             patched.setattr(training, "save_state", lambda path, step, *a: save(path, step, *a) or step < 3 or broken())
         else:
-            patched.setattr(module, "_write", broken)
+            patched.setattr(module, "write_patched", broken)
         with pytest.raises(KeyboardInterrupt):
             distilled(pair, tmp_path / "out")
     distilled(pair, tmp_path / "out", replace(OPTIONS, resume=True))
@@ -103,7 +103,7 @@ def test_a_run_that_was_broken_off_is_finished_to_the_same_bytes(pair, tmp_path,
 def test_any_method_with_a_mask_can_be_distilled(pair, tmp_path):
     options = PatchOptions(density=0.2, method="magnitude")
     found = distilled(pair, tmp_path / "out", options).distillation
-    objective = [a + b for a, b in zip(found["new"], found["retained"], strict=True)]
+    objective = [a + DISTILL.weight * b for a, b in zip(found["new"], found["retained"], strict=True)]
     assert objective[found["steps"].index(found["best"])] < objective[0]
 
 
@@ -180,7 +180,7 @@ def test_a_run_that_had_stopped_early_ends_the_same_when_it_is_taken_up(pair, tm
 
     with monkeypatch.context() as patched:
         patched.setattr("tailorcli.training.run.SAVING_SHARE", 1e9)
-        patched.setattr(module, "_write", broken)
+        patched.setattr(module, "write_patched", broken)
         with pytest.raises(KeyboardInterrupt):
             run_to(tmp_path / "out")
     again = run_to(tmp_path / "out", resume=True)
