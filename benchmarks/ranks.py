@@ -136,7 +136,7 @@ def main() -> None:
     """Measure, print the table and write the page."""
     options = parser("benchmarks.ranks", __doc__)
     options.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    options.add_argument("--layers", type=int, default=8)
+    options.add_argument("--layers", type=int, default=16)
     options.add_argument("--hidden", type=int, default=1024)
     options.add_argument("--intermediate", type=int, default=2816)
     options.add_argument("--vocab", type=int, default=4096)
