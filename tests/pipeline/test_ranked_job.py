@@ -1,11 +1,16 @@
 """Several ranks in what goes through whole models: propagation, distillation, evaluation, sweeps, the whole job."""
 
 import json
+import os
 
 import pytest
 import torch
+from families import make_family_pair
 from helpers import make_pair, read_tensors, run, write_data
-from ranked import ranked_cli
+from kills.operations import ENDED, Operations
+from ranked import command_line, ranked_cli, started
+
+from tailorcli import Checkpoint, TailorError
 
 SMALL = ("--num-samples", 12, "--seq-len", 24, "--batch-size", 4)
 DISTILL = ("--distill", "--distill-steps", 4, "--distill-batch-size", 3)
@@ -61,6 +66,46 @@ def test_a_propagated_patch_is_that_of_one_process_to_rounding(pair, tmp_path, s
     did = json.loads((tmp_path / "out/tailor_run.json").read_text())["ranks"]
     assert sum(share["tensors"] for share in did) == len(read_tensors(tmp_path / "out"))
     assert all(share["tensors"] > 0 for share in did)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "llava"])
+@pytest.mark.parametrize("more", [(), (*DISTILL, "--no-propagate")], ids=["propagated", "distilled"])
+def test_other_families_are_those_of_one_process(tmp_path, family, more):
+    pair = make_family_pair(tmp_path, family)
+    samples = ("--num-samples", 12, "--batch-size", 3)
+    for model, stats in (("tuned", "stats"), ("base", "base-stats")):
+        run("calibrate", pair / model, "--data", pair / "data.jsonl", "-o", pair / stats, *samples)
+    run(*patch_of(pair), *more, "-o", tmp_path / "alone")
+    ended_well(ranked_cli(2, *patch_of(pair), *more, "-o", tmp_path / "out"))
+    assert_alike(pair, tmp_path / "out", tmp_path / "alone", tolerance=1e-3 if more else 1e-5)
+
+
+def killed_at(rank, number, work, *arguments):
+    """The command line, ended at the ``number``-th operation on files below ``work`` of one rank."""
+    if os.environ["RANK"] == str(rank):
+        Operations(work, number).install()
+    command_line(*arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "number"), [(0, 12), (0, 30), (1, 3), (1, 9)])
+@pytest.mark.parametrize("more", [(), (*DISTILL, "--no-propagate")], ids=["propagated", "distilled"])
+def test_a_killed_rank_leaves_nothing_that_loads_and_others_go_on(pair, tmp_path, rank, number, more):
+    out = tmp_path / "out"
+    command = (*patch_of(pair), *more, "-o", out)
+    with started(2, killed_at, rank, number, tmp_path, *map(str, command)) as job:
+        ends = job.ended(120)
+    assert ends[rank].code == ENDED, ends
+    assert sum(f"rank {rank} of 2" in end.stderr for end in ends) == 1, ends
+    with pytest.raises(TailorError):
+        Checkpoint.open(out)
+    ended_well(ranked_cli(3, *command, "--resume"))
+    expected, tolerance = pair / "alone", 1e-5
+    if more:
+        expected, tolerance = tmp_path / "alone", 1e-3
+        run(*patch_of(pair), *more, "-o", expected)
+    assert_alike(pair, out, expected, tolerance)
 
 
 @pytest.mark.slow
