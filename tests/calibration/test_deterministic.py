@@ -20,6 +20,7 @@ def pair(tmp_path_factory):
     return make_pair(tmp_path_factory.mktemp("pair"))
 
 
+@pytest.mark.slow
 def test_the_batch_size_decides_no_bit(pair, tmp_path):
     job = ("patch", pair / "base", pair / "tuned", "--data", pair / "data.jsonl", *SMALL)
     for batch in (1, 5):

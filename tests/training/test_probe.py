@@ -59,6 +59,7 @@ def test_scores_near_those_of_the_exact_jacobian_as_draws_grow(kind, name):
     assert correlations[1] > max(0.999, correlations[0])
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_no_more_than_rounding_of_the_products():
     model = make_model()
     rows = [torch.randint(2, 90, (1, 9)) for _ in range(4)]
