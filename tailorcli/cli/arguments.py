@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from tailorcli.cli.verbosity import set_quiet, set_verbose
-from tailorcli.options import AUTO, DistillOn, DTypeName, Solver
+from tailorcli.options import AUTO, Blockwise, DistillOn, DTypeName, Solver
 
 CALIBRATION = "Statistics, with --data"
 TENSORS = "Which tensors"
@@ -175,6 +175,14 @@ Device = Annotated[
 ]
 
 # Running models.
+BlockByBlock = Annotated[
+    Blockwise,
+    typer.Option(
+        metavar="WHEN",
+        help="Load one block of the model at a time: always, never; auto: if it does not fit.",
+        rich_help_panel=RUNNING,
+    ),
+]
 BatchSize = Annotated[
     int,
     typer.Option(

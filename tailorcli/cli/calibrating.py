@@ -10,11 +10,11 @@ import typer
 
 from tailorcli.cli.arguments import (
     OUTPUT,
-    RUNNING,
     AllowDtype,
     AsJson,
     Base,
     BatchSize,
+    BlockByBlock,
     DataIn,
     Density,
     Deterministic,
@@ -113,14 +113,7 @@ def calibrate(
     device: Device = "auto",
     dtype: DType = DTypeName.AUTO,
     deterministic: Deterministic = False,
-    blockwise: Annotated[
-        Blockwise,
-        typer.Option(
-            metavar="WHEN",
-            help="Load one block of the model at a time: always, never; auto: if it does not fit.",
-            rich_help_panel=RUNNING,
-        ),
-    ] = Blockwise.AUTO,
+    blockwise: BlockByBlock = Blockwise.AUTO,
     trust_remote_code: TrustRemoteCode = False,
     no_samples: Annotated[
         bool,

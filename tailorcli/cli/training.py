@@ -12,6 +12,8 @@ from tailorcli.cli.arguments import (
     RUNNING,
     AsJson,
     Base,
+    BlockByBlock,
+    Device,
     DryRun,
     DType,
     Overwrite,
@@ -59,21 +61,9 @@ def probe(
     batch_size: Annotated[
         int, typer.Option(metavar="N", help="Samples in a pass: decides memory and speed.", rich_help_panel=RUNNING)
     ] = 4,
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="DEVICE", help="cpu, cuda or cuda:N; auto: a GPU where there is one.", rich_help_panel=RUNNING
-        ),
-    ] = "auto",
+    device: Device = "auto",
     dtype: DType = DTypeName.AUTO,
-    blockwise: Annotated[
-        Blockwise,
-        typer.Option(
-            metavar="WHEN",
-            help="Load one block of the model at a time: always, never; auto: if it does not fit.",
-            rich_help_panel=RUNNING,
-        ),
-    ] = Blockwise.AUTO,
+    blockwise: BlockByBlock = Blockwise.AUTO,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,

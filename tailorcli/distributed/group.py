@@ -240,38 +240,27 @@ def now_on(name: str) -> None:
 
 def summed_(tensor: Tensor) -> Tensor:
     """The sum of all ranks' tensors of one shape, in place: float32, float64 or int64. The same bytes on all ranks."""
-    if _job is None:
-        return tensor
-    from torch import distributed
-
-    dense = tensor.contiguous()
-    _finish(distributed.all_reduce(dense, async_op=True), "a sum")
-    if dense is not tensor:
-        tensor.copy_(dense)
-    return tensor
+    return _together(tensor, lambda group, dense: group.all_reduce(dense, async_op=True), "a sum")
 
 
 def summed_at(tensor: Tensor, rank: int) -> Tensor:
     """``summed_`` for one rank alone, at half the traffic: the other ranks' tensors hold nothing of use after it."""
-    if _job is None:
-        return tensor
-    from torch import distributed
-
-    dense = tensor.contiguous()
-    _finish(distributed.reduce(dense, rank, async_op=True), f"a sum on rank {rank}")
-    if dense is not tensor:
-        tensor.copy_(dense)
-    return tensor
+    return _together(tensor, lambda group, dense: group.reduce(dense, rank, async_op=True), f"a sum on rank {rank}")
 
 
 def sent(tensor: Tensor, source: int = 0) -> Tensor:
     """The tensor of rank ``source``, in place of the others' of the same shape, dtype and device."""
+    return _together(tensor, lambda group, dense: group.broadcast(dense, source, async_op=True), f"rank {source}")
+
+
+def _together(tensor: Tensor, begin: Callable[[Any, Tensor], Any], what: str) -> Tensor:
+    """What all ranks do with a tensor, in place, which ``begin`` starts with torch.distributed; nothing where alone."""
     if _job is None:
         return tensor
     from torch import distributed
 
     dense = tensor.contiguous()
-    _finish(distributed.broadcast(dense, source, async_op=True), f"rank {source}")
+    _finish(begin(distributed, dense), what)
     if dense is not tensor:
         tensor.copy_(dense)
     return tensor
