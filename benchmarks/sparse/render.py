@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import markdown, processor
 from benchmarks.pages import reflow
+from benchmarks.sparse.cells import Cell, machine_of, read_part
 from benchmarks.sparse.pictures import draw_depths, draw_masks
-from benchmarks.sparse.run import Cell, read_cells
 from benchmarks.sparse.setting import BASE, MASKS, PARTS, ROWS, TUNED_AT, Part, Row
 from benchmarks.sparse.summary import CLAIMS, FIGURES, FULL, OF_OURS, Claim, Table, tables_of, verdict
 from tailorcli.evaluation.metrics import estimate
@@ -17,22 +18,21 @@ from tailorcli.units import counted
 SEEDS = 3  # that the evidence asks for
 
 
-def write(cache: Path, document: Path) -> None:
-    """Write the page and its pictures from all that the cache holds of all parts."""
-    found = {name: read_part(cache / name) for name in PARTS}
-    document.write_text(reflow(page(found, document.parent)), encoding="utf-8")
+def write(roots: Sequence[Path], document: Path) -> None:
+    """Write the page and its pictures from all that is there of all parts, each from the first root that has it."""
+    found, machines = {}, {}
+    for name in PARTS:
+        parts = [(read_part(root / name), machine_of(root / name)) for root in roots]
+        found[name], machines[name] = next((part for part in parts if part[0]), ([], {}))
+    document.write_text(reflow(page(found, document.parent, machines)), encoding="utf-8")
 
 
-def read_part(folder: Path) -> list[Cell]:
-    """Every cell of a part, in the folder of its cache."""
-    return [cell for place in sorted((folder / "sparse").glob("*-*")) for cell in read_cells(place)]
-
-
-def page(found: dict[str, list[Cell]], folder: Path) -> str:
+def page(found: dict[str, list[Cell]], folder: Path, machines: dict[str, dict[str, Any]]) -> str:
     """The whole page; its pictures go into ``folder``."""
     parts = [HEAD]
     for name, cells in found.items():
-        parts += _section(PARTS[name], cells, folder) if cells else [_not_run(PARTS[name])]
+        machine = machines.get(name, {})
+        parts += _section(PARTS[name], cells, folder, machine) if cells else [_not_run(PARTS[name])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -45,8 +45,8 @@ them: the same base, data, steps and layers for all. Embeddings are frozen.
 - **Intervals** (95%) are a bootstrap over the test items, of the mean over the seeds; **±** is the deviation of H
   between the seeds. Differences are paired: of the same items and seeds. Of one seed
   neither says how another fine-tune would differ.
-- **The rate** of each row is that with the best H on the validation parts, with the first seed and all layers. A patch
-  has the fine-tune below it at the rate that suits the patch.
+- **The rate** of each row is that with the best H on the validation parts, with the first seed and all layers, of
+  those that ran with the other seeds. A patch has the fine-tune below it at the rate that suits the patch.
 - **graft**, **dare** and **tailor (paper)** stand on the full fine-tune. **ours** is the default of `patch`, with
   statistics of what the base writes itself.
 - **entries** is the share of all entries that differ from the base's.
@@ -62,10 +62,11 @@ def _not_run(part: Part) -> str:
 Not measured: {part.model} wants a GPU. `python -m benchmarks.sparse --part {part.name}` runs it and adds it here."""
 
 
-def _section(part: Part, cells: Sequence[Cell], folder: Path) -> list[str]:
+def _section(part: Part, cells: Sequence[Cell], folder: Path, machine: dict[str, Any]) -> list[str]:
     """A part: its setting, and for each task its tables, pictures and claims."""
-    texts = [f"## {part.name}", _setting(part)]
-    for table in tables_of(cells):
+    tables = tables_of(cells)
+    texts = [f"## {part.name}", _setting(part, machine)]
+    for table in tables:
         name = f"{part.name}-{table.task}"
         texts += [f"### {name}: what is missing", missing] if (missing := _missing(table)) else []
         for depth, layers in table.depths.items():
@@ -88,17 +89,18 @@ def _section(part: Part, cells: Sequence[Cell], folder: Path) -> list[str]:
     return texts
 
 
-def _setting(part: Part) -> str:
+def _setting(part: Part, machine: dict[str, Any]) -> str:
     limit = "" if part.items is None else f", the first {part.items} items of a task"
     trained = f"{part.steps} steps of {part.batch} samples of at most {part.seq_len} tokens, AdamW, passes in bfloat16"
+    ran_on = ", ".join(filter(None, (machine.get("gpu"), machine.get("processor", processor()))))
+    jobs = machine.get("jobs", 1)
     rows = [
         ("models", part.model),
         ("training", trained),
-        ("rates tried", ", ".join(f"{rate:g}" for rate in part.rates)),
         ("statistics", f"{part.samples} samples of each kind"),
         ("test and validation", f"those of [{part.name}](evidence-{part.name}.md){limit}"),
         ("update ratio, density", "0.1"),
-        ("the tables were written on", processor()),
+        ("ran on", ran_on if jobs == 1 else f"{ran_on}, {jobs} fine-tunes at a time"),
     ]
     return markdown(("setting", "value"), rows, text=(0, 1))
 
@@ -170,14 +172,21 @@ def _claim(table: Table, claim: Claim) -> list[str]:
 
 
 def _rates(table: Table) -> str:
-    """H on the validation part at each rate that was tried."""
+    """H on the validation part at each rate that was tried, the one that was taken, and what that leaves open."""
     found = table.rates()
     tried = sorted({rate for of_row in found.values() for rate in of_row})
-    rows = []
+    rows, edges, better = [], [], []
     for row, of_row in found.items():
-        best = max(of_row, key=lambda rate: of_row[rate])
-        rows.append([row.title, *(f"{of_row[rate]:.1f}" if rate in of_row else "" for rate in tried), f"{best:g}"])
-    what = "H in percent on the validation parts, by rate, and the rate that was taken."
-    if len(tried) < 3:
-        what += " With so few, each is at an edge of what was tried: a better one may lie beyond it."
-    return f"{what}\n\n{markdown(('method', *(f'{rate:g}' for rate in tried), 'taken'), rows)}"
+        taken = table.taken[row]
+        shown = (f"{of_row[rate]:.1f}" if rate in of_row else "" for rate in tried)
+        rows.append([row.title, *shown, f"{taken:g}"])
+        if taken != (best := max(of_row, key=lambda rate: of_row[rate])):
+            better.append(f"{row.title} ({best:g})")
+        elif taken in (min(of_row), max(of_row)):
+            edges.append(row.title)
+    texts = ["H in percent on the validation parts, by rate, and the rate that was taken."]
+    if better:
+        texts.append(f"Better on validation, but not run with as many seeds or depths: {', '.join(better)}.")
+    if edges:
+        texts.append(f"At the edge of what was tried, so that a better one may lie beyond it: {', '.join(edges)}.")
+    return f"{' '.join(texts)}\n\n{markdown(('method', *(f'{rate:g}' for rate in tried), 'taken'), rows)}"

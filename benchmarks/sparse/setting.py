@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.evidence import pairs
 from benchmarks.evidence.pairs import Pair
@@ -20,6 +22,7 @@ PATCHES = {  # on top of a fine-tune
 }
 MASKS = ("magnitude", "gradient", "random")  # in place of SPIDER's own, half of the entries each
 TUNED_AT = "all layers"
+DEPTHS = ("last 2", "last third", TUNED_AT)
 
 
 @dataclass(frozen=True, order=True)
@@ -51,6 +54,10 @@ ROWS = [
 ]
 
 
+LATE = [row for row in OURS[1:] if row.fine != "spider"]  # run after the others
+FASTER = ("spider", "dowser")  # want a higher rate than the others: a part of each step, or of the entries
+
+
 TRAINING = "bf16: true\n"  # the passes of every fine-tune; weights and optimiser are in the dtype of the part
 
 
@@ -67,11 +74,18 @@ class Part:
     seq_len: int
     samples: int  # of each kind of statistics
     rates: tuple[float, ...]  # tried for every row, on the validation part of the first seed at TUNED_AT
+    first: float  # of them, the one that full fine-tuning is expected to want, a third of FASTER's
+    wider: tuple[float, ...] = ()  # one of them is tried where the best lies at an edge
     items: int | None = None  # of a task, at most
     dtype: str = "auto"  # in which it trains; the output is in the base's
 
+    def first_rate(self, row: Row) -> float:
+        """The rate at which a row is run before others are tried."""
+        wanted = self.first if row.fine not in FASTER else self.first * 3
+        return min(self.rates, key=lambda rate: abs(math.log(rate / wanted)))
 
-_LARGER = {"steps": 100, "batch": 8, "seq_len": 256, "samples": 512}
+
+_LARGER: dict[str, Any] = {"steps": 100, "batch": 8, "seq_len": 256, "samples": 512}
 PARTS = {
     "quick": Part(
         "quick",
@@ -83,6 +97,8 @@ PARTS = {
         seq_len=128,
         samples=48,
         rates=(1e-3, 3e-3),
+        first=1e-3,
+        wider=(3e-4, 1e-2),
         items=60,
     ),
     "text": Part(
@@ -92,6 +108,7 @@ PARTS = {
         "SmolLM2-135M-Instruct",
         **_LARGER,
         rates=(1e-4, 3e-4, 1e-3),
+        first=3e-4,
         dtype="float32",
     ),
     "multimodal": Part(
@@ -101,6 +118,7 @@ PARTS = {
         "a LLaVA of SmolLM2-135M-Instruct",
         **_LARGER,
         rates=(1e-4, 3e-4, 1e-3),
+        first=3e-4,
         dtype="float32",
     ),
 }
@@ -110,7 +128,7 @@ def depths_of(base: Path) -> dict[str, int]:
     """Layers that are fine-tuned, the last ones, by the name of the depth; the shallowest first."""
     config = read_config(base)
     layers = int(config.get("text_config", config).get("num_hidden_layers", 0)) or _counted(base)
-    found = {"last 2": min(2, layers), "last third": max(1, round(layers / 3)), TUNED_AT: layers}
+    found = dict(zip(DEPTHS, (min(2, layers), max(1, round(layers / 3)), layers), strict=True))
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 
 import numpy as np
 
-from benchmarks.sparse.run import TEST, VALIDATION, Cell
+from benchmarks.sparse.cells import TEST, VALIDATION, Cell
 from benchmarks.sparse.setting import BASE, FINE_TUNES, MASKS, OURS, ROWS, TUNED_AT, Row
 from tailorcli.evaluation.metrics import Array, bootstrap, estimate, summarise
 
@@ -77,8 +77,22 @@ class Table:
 
     @cached_property
     def tested(self) -> dict[tuple[Row, str, int], Cell]:
-        """The cells with test figures, by row, depth and seed."""
-        return {(cell.row, cell.depth, cell.seed): cell for cell in self.cells if TEST in cell.scores}
+        """The cells with test figures at the rate that was taken, by row, depth and seed."""
+        found = [cell for cell in self.cells if TEST in cell.scores and cell.rate == self.taken[cell.row]]
+        return {(cell.row, cell.depth, cell.seed): cell for cell in found}
+
+    @cached_property
+    def taken(self) -> dict[Row, float]:
+        """The rate of every row: of those with which most was run, that with the best H on the validation part."""
+        runs: dict[Row, dict[float, int]] = {}
+        for cell in self.cells:
+            of_row = runs.setdefault(cell.row, {})
+            of_row[cell.rate] = of_row.get(cell.rate, 0) + (TEST in cell.scores)
+        found, rates = {}, self.rates()
+        for row, of_row in runs.items():
+            most = [rate for rate in of_row if of_row[rate] == max(of_row.values())]
+            found[row] = max(most, key=lambda rate: rates.get(row, {}).get(rate, -1.0))
+        return found
 
     def of(self, side: Side) -> list[Cell]:
         """The cells of a row at a depth; the base has no depth of its own, and stands beside the seeds of full."""

@@ -1,6 +1,8 @@
 """Sparse fine-tuning beside patching: the harness on tiny models, and a page that tells claims as figures have them."""
 
+import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,8 @@ from helpers import make_pair, read_tensors
 
 from benchmarks.evidence import pairs
 from benchmarks.quick import data as quick_data
-from benchmarks.sparse import masks, render, run, setting
-from benchmarks.sparse.run import TEST, VALIDATION, Cell
+from benchmarks.sparse import bench, masks, render, run, setting
+from benchmarks.sparse.cells import TEST, VALIDATION, Cell, cell_file, folder_of, read_part
 from benchmarks.sparse.setting import BASE, MASKS, PARTS, ROWS, TUNED_AT, Row
 from benchmarks.sparse.summary import CLAIMS, DOWSER, FULL, OURS, SPIDER, THIRD, Table
 from tailorcli.evaluation.metrics import TaskScores
@@ -52,7 +54,9 @@ def rows_of(text):
 
 
 def test_the_page_says_what_was_seen_what_it_is_of_and_what_is_missing(tmp_path):
-    page = render.page({"quick": cells(), "text": [], "multimodal": []}, tmp_path)
+    machine = {"gpu": "a card", "processor": "a chip", "jobs": 3}
+    page = render.page({"quick": cells(), "text": [], "multimodal": []}, tmp_path, {"quick": machine})
+    assert "a card, a chip, 3 fine-tunes at a time" in page
     claims = {row[:2]: row for row in rows_of(page) if len(row) == 5 and row[0] != "claim"}
     assert claims["SPIDER beats full", TUNED_AT][-1] == "yes"
     assert claims["Model-Dowser beats full", TUNED_AT][-1] == "no"
@@ -132,16 +136,13 @@ def test_the_larger_parts_go_through_on_tiny_models(tmp_path, monkeypatch, name,
     folder = tmp_path / "models"
     make_pair(folder) if name == "text" else make_family_pair(folder, "llava")
     kept, other = [], ("random",) if SPIDER in rows else ()
-    monkeypatch.setattr(run, "ROWS", rows)
-    monkeypatch.setattr(run, "MASKS", other)
-    monkeypatch.setattr(run, "ProbeOptions", lambda seq_len: run_probe_options(seq_len))
-    monkeypatch.setattr(run.Bench, "measure_memory", lambda bench: kept.append(bench.pair.seed))
+    monkeypatch.setattr(bench, "ProbeOptions", lambda seq_len: run_probe_options(seq_len))
+    monkeypatch.setattr(bench.Bench, "measure_memory", lambda bench, rows: kept.append(bench.pair.seed))
     assert setting.depths_of(folder / "base") == {THIRD: 1, "last 2": 2, TUNED_AT: 2}
-    depths = {TUNED_AT: 2}
-    monkeypatch.setattr(run, "depths_of", lambda base: depths)
     part = tiny_part(name, folder, kind)
-    run.run_part(part, tmp_path, 1, ["new"], lambda: None)
-    found = {(cell.row, cell.depth): cell for cell in render.read_part(tmp_path)}
+    plan = run.Plan(["new"], 1, rows, [TUNED_AT], other)
+    assert run.run_part(part, tmp_path, plan, lambda: None) == []
+    found = {(cell.row, cell.depth): cell for cell in read_part(tmp_path)}
     made = [(row, TUNED_AT) for row in (*rows, *map(Row, other))]
     assert set(found) == {(BASE, ""), *made}
     assert all(TEST in cell.scores for cell in found.values())
@@ -150,9 +151,116 @@ def test_the_larger_parts_go_through_on_tiny_models(tmp_path, monkeypatch, name,
         assert 0.01 < found[DOWSER, TUNED_AT].moved < 0.1
     assert kept == [0]
     assert not (tmp_path / "sparse" / "new-0" / "models").exists()
-    monkeypatch.setattr(run, "evaluate_models", None)
-    monkeypatch.setattr(run, "finetune_model", None)
-    run.run_part(part, tmp_path, 1, ["new"], lambda: None)  # nothing is made twice
+    monkeypatch.setattr(bench, "evaluate_models", None)
+    monkeypatch.setattr(bench, "finetune_model", None)
+    assert run.run_part(part, tmp_path, plan, lambda: None) == []  # nothing is made twice
+
+
+class Pretended:
+    """A bench of four layers whose units reach an H that grows with the rate, up to a rate that is best."""
+
+    def __init__(self, seed, best):
+        self.part, self.best, self.pair = PARTS["quick"], best, type("Pair", (), {"name": "unicode", "seed": seed})()
+        self.depths, self.done = DEPTHS, {}
+
+    def units(self, depth, wanted, part):
+        missing = [(row, rate) for row, rate in wanted if (depth, row, rate) not in self.done]
+        return [bench.Unit(depth, *fine, tuple(rows)) for fine, rows in bench.grouped(missing)]
+
+    def validated(self):
+        found = {}
+        for depth, row, rate in self.done:
+            if depth == TUNED_AT:
+                found.setdefault(row, {})[rate] = -abs(np.log(rate / self.best))
+        return found
+
+
+def made_of(benches, plan):
+    """What is made in which order: the name of the phase, and seed, depth, row and rate of each."""
+    found = []
+    for name, units in run.phases(benches, plan):
+        for one, unit in units:
+            for row in unit.rows:
+                one.done[unit.depth, row, unit.rate] = None
+                found.append((name, one.pair.seed, unit.depth, row, unit.rate))
+    return found
+
+
+def test_what_tells_most_is_made_first_and_rates_are_sought_beyond_the_edge():
+    benches = [Pretended(seed, best=1e-2) for seed in range(3)]
+    found = made_of(benches, run.Plan(["unicode"], 3))
+    assert len(found) == len(set(found))
+    first = [row for row in found if row[0] == "all layers, first rates" and row[3] not in setting.LATE]
+    early = [row for row in ROWS if row not in setting.LATE]
+    assert found[: len(first)] == first
+    assert len(first) == 3 * len(early)
+    assert {(row[3].fine, row[4]) for row in first} == {
+        *(("full", 1e-3), ("half", 1e-3), ("l2", 1e-3), ("spider", 3e-3), ("dowser", 3e-3))
+    }
+    assert {seed for _, seed, *_ in found[: 3 * 5]} == {0, 1, 2}
+    beyond = [row for row in found if row[0] == "all layers, beyond the edge"]
+    assert {(seed, rate) for _, seed, _, _, rate in beyond} == {(0, 1e-2)}
+    assert {row for *_, row, _ in beyond} == set(ROWS)
+    tested = {(seed, depth, row) for _, seed, depth, row, rate in found if rate == 1e-2}
+    assert tested >= {(seed, depth, row) for seed in range(3) for depth in DEPTHS for row in ROWS}
+    assert {row.fine for name, *_, row, _ in found if name == "other masks"} == set(MASKS)
+
+
+def test_a_plan_of_few_rows_makes_no_others():
+    benches = [Pretended(seed, best=1e-3) for seed in range(2)]
+    found = made_of(benches, run.Plan(["unicode"], 2, [FULL, OURS[0]], [TUNED_AT], ()))
+    assert {row for *_, row, _ in found} == {FULL, OURS[0]}
+    assert {depth for _, _, depth, *_ in found} == {TUNED_AT}
+    assert {rate for *_, rate in found} == {3e-4, 1e-3, 3e-3}
+
+
+def fails():
+    raise ValueError("no luck")
+
+
+@pytest.mark.parametrize("at_a_time", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_job_that_fails_is_told_and_ends_no_other(tmp_path, at_a_time):
+    jobs = [("one", fails), ("two", partial(Path.touch, tmp_path / "two"))]
+    assert run.run_all(jobs, at_a_time) == ["one: no luck"]
+    assert (tmp_path / "two").exists()
+
+
+def test_the_page_is_of_the_rate_that_ran_most_and_says_which_was_better():
+    found = [replace(one, scores={**one.scores}) for one in cells() if one.row != OURS[0]]
+    found += [cell(OURS[0], TUNED_AT, seed, 0.5, 0.5) for seed in (0, 1)]
+    found.append(cell(OURS[0], TUNED_AT, 0, 0.6, 0.6, rate=3e-3))
+    table = Table("unicode", tuple(found))
+    assert [one.rate for one in table.of((OURS[0], TUNED_AT))] == [1e-3, 1e-3]
+    assert "not run with as many seeds or depths: ours on full (0.003)" in render._rates(table)
+    more = Table("unicode", (*found, cell(OURS[0], TUNED_AT, 1, 0.6, 0.6, rate=3e-3)))
+    assert [one.rate for one in more.of((OURS[0], TUNED_AT))] == [3e-3, 3e-3]
+
+
+def store(found, part):
+    """Write cells as a run leaves them."""
+    for one in found:
+        scores = {
+            part: {task: [value.correct.tolist(), value.count.tolist()] for task, value in tasks.items()}
+            for part, tasks in one.scores.items()
+        }
+        file = cell_file(folder_of(part, one.task, one.seed), one.depth, one.row, one.rate)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"depth": one.depth, "layers": one.layers, "row": [one.row.fine, one.row.patch], "rate": one.rate}
+        more = {"moved": one.moved, "seconds": one.seconds, "peak": one.peak, "scores": scores}
+        file.write_text(json.dumps(facts | more))
+
+
+def test_results_of_another_machine_make_the_page(tmp_path):
+    for name in ("stored", "cache"):
+        store([one for one in cells() if one.row in (BASE, FULL)], tmp_path / name / "text")
+        (tmp_path / name / "text" / "sparse" / "machine.json").write_text(f'{{"gpu": "that of {name}"}}')
+    render.write([tmp_path / "stored", tmp_path / "cache"], tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "that of stored" in page
+    assert "| full " in page
+    assert "3 of 3" not in page
+    render.write([tmp_path / "nothing", tmp_path / "cache"], tmp_path / "page.md")
+    assert "that of cache" in (tmp_path / "page.md").read_text()
 
 
 def run_probe_options(seq_len):
