@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.device import device_errors, exact_float32, resolve_device
 from tailorcli.distributed import ranks, require_shared, told, wait_for_all
 from tailorcli.errors import OptionsError, OutputError
 from tailorcli.files import PathLike, as_output_error
+from tailorcli.hub import local_folders
 from tailorcli.options import DistillOptions, PatchOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport, load_report
@@ -115,6 +117,7 @@ def patch_to_target(
     Raises TailorError.
     """
     aim = Aim.parse(target) if isinstance(target, str) else target
+    base, tuned = local_folders((base, tuned), code=options.trust_remote_code)
     where = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
     plan_target(base, tuned, output, stats, retain, aim, options, distill, patch_file, graft_data)
     options = told(with_teacher(options, base, tuned, stats, teacher_data, progress, tell))
@@ -158,6 +161,9 @@ def plan_target(
 ) -> Plan:
     """What ``patch_to_target`` would do and cost, at the highest density that it tries. Raises TailorError."""
     check_target(target, options)
+    base, tuned = local_folders((base, tuned), code=options.trust_remote_code)
+    with open_checkpoint(base) as opened:
+        check_searchable(options, opened)
     given = (base, tuned, output, stats, retain)
     highest, lowest = (
         plan_distilled(*given, replace(options, density=density), distill, patch_file, graft_data)
@@ -183,6 +189,15 @@ def check_target(target: str | Aim, options: PatchOptions) -> None:
         raise OptionsError(
             f"--target picks a density, and {options.method} keeps every entry", "pick a method of masks"
         )
+
+
+def check_searchable(options: PatchOptions, base: Checkpoint) -> None:
+    """The patches of a search can be kept, as files of entries of the base's own tensors. Raises OptionsError."""
+    hint = "pass --distill and a --density in place of --target"
+    if base.dequantized:
+        raise OptionsError(f"--target keeps patch files, and the tensors of {base.path} are quantised", hint)
+    if options.resized_vocab:
+        raise OptionsError("--target keeps patch files, which cannot hold the new rows of --resized-vocab", hint)
 
 
 def search_bytes(lowest: int, highest: int) -> int:

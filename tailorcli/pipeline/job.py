@@ -36,6 +36,7 @@ from tailorcli.patching.aim import (
     ATTEMPTS,
     DENSITIES,
     Aim,
+    check_searchable,
     check_target,
     finished_target,
     patch_to_target,
@@ -286,6 +287,8 @@ class _Job:
         protect([self.keep_stats], [*read, self.target.folder], "choose another folder for --keep-stats")
         options = self.options.before_teacher
         self.inputs = PatchInputs.open(self.base, self.tuned, None, options, stack, None, self.graft_data)
+        if self.aim is not None:
+            check_searchable(options, self.inputs.base)
         own = self.inputs.base if is_adapter(self.tuned) else stack.enter_context(open_checkpoint(self.tuned))
         towards = replace(self.calibration, teacher_weight=options.teacher_weight)
         drawn = self.sides[0].drawn if self.sides else None
@@ -316,9 +319,9 @@ class _Job:
         With ``estimate`` one block of the model is run, to tell how long it will take, here or on ``fleet``.
         """
         inputs, options = self.inputs, self.options.before_teacher
+        assert inputs is not None
         if self.aim is not None:
             options = replace(options, density=DENSITIES[-1])
-        assert inputs is not None
         self._check_work()
         fresh = self.keep_stats is None and options.overwrite
         self.done = tuple(not fresh and self._is_there(side) for side in self.sides)

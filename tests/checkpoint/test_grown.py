@@ -4,7 +4,15 @@ import pytest
 import torch
 from helpers import bits, broken_off, make_model, make_pair, make_tokenizer, perturb, read_tensors
 
-from tailorcli import CalibrateOptions, PatchOptions, TailorError, calibrate_model, patch_checkpoint, score_checkpoint
+from tailorcli import (
+    CalibrateOptions,
+    PatchOptions,
+    TailorError,
+    calibrate_model,
+    patch_checkpoint,
+    patch_to_target,
+    score_checkpoint,
+)
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import grow_vocabulary
 from tailorcli.checkpoint.writer import CheckpointWriter
@@ -87,6 +95,8 @@ def test_what_is_no_grown_vocabulary_is_refused(grown_pair, tmp_path):
     options = PatchOptions(omega=1, solver="none", resized_vocab=True)
     with pytest.raises(TailorError, match="patch file"):
         patch_checkpoint(base, tuned, None, options=options, patch_file=tmp_path / "p.safetensors")
+    with pytest.raises(TailorError, match="--target keeps patch files"):
+        patch_to_target(base, tuned, out, base, base, "old=99", PatchOptions(resized_vocab=True))
     assert not out.exists()
 
 

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 
 from helpers import make_pair
 
-from tailorcli import CalibrateOptions, Checkpoint, PatchOptions, calibrate_model, patch_checkpoint, tailor
+from tailorcli import (
+    CalibrateOptions,
+    Checkpoint,
+    DistillOptions,
+    PatchOptions,
+    calibrate_model,
+    patch_checkpoint,
+    tailor,
+)
 from tailorcli.calibration.stats import Stats
 from tailorcli.merging.merge import merge_patches
 from tailorcli.options import MergeOptions
@@ -30,6 +38,7 @@ class Command:
     outputs: tuple[str, ...]
     run: Callable
     can_resume: bool = True
+    is_long: bool = False  # left out where a share of the kills is asked for
 
 
 def make_inputs(folder):
@@ -86,6 +95,18 @@ def whole(inputs, work, variant, *, resume=False, overwrite=False):
     )
 
 
+def aimed(inputs, work, variant, *, resume=False, overwrite=False):
+    deep = inputs / "deep"
+    options = PatchOptions(propagate=False, max_shard_size=SHARD, resume=resume, overwrite=overwrite, seed=variant)
+    tailor(
+        *(deep / "base", deep / "tuned", work / FOLDER, deep / "data.jsonl"),
+        options=options,
+        calibration=CalibrateOptions(num_samples=4, seq_len=24, seed=variant),
+        distill=DistillOptions(steps=1, batch_size=2),
+        target=("old=50", "new=50")[variant],
+    )
+
+
 def _with(function, **fixed):
     return lambda *arguments, **options: function(*arguments, **fixed, **options)
 
@@ -100,7 +121,14 @@ COMMANDS = (
     Command("patch both", (FOLDER, FILE), _with(patch, outputs=(FOLDER, FILE))),
     Command("patch file", (FILE,), _with(patch, outputs=(FILE,))),
     Command("patch propagated", (FOLDER,), _with(patch, outputs=(FOLDER,), propagate=True)),
+    Command(
+        "patch checked",
+        (FOLDER,),
+        _with(patch, outputs=(FOLDER,), propagate=True, check_propagation=True),
+        is_long=True,
+    ),
     Command("patch whole", (FOLDER,), whole),
+    Command("patch target", (FOLDER,), aimed, is_long=True),
     Command("apply", (FOLDER,), apply),
     Command("merge-multi", (FOLDER, FILE), merge),
     Command("calibrate", (STATS,), calibrate, can_resume=False),

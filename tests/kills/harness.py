@@ -45,9 +45,11 @@ def main():
         root = Path(folder).resolve()
         inputs = make_inputs(root / "inputs")
         for command in COMMANDS:
+            if (arguments.share and command.is_long and not arguments.only) or not wanted(command, arguments.only):
+                continue
             wholes = [whole_output(command, inputs, root / "work", variant) for variant in (0, 1)]
             for over in (False, True):
-                line = command.name + (" --overwrite" if over else "")
+                line = line_of(command, over)
                 if arguments.only not in line:
                     continue
                 case = Case(command, inputs, root / "work", wholes, over)
@@ -60,6 +62,16 @@ def main():
     if arguments.json:
         print(json.dumps(results))
     sys.exit(any(result["failures"] for result in results))
+
+
+def line_of(command, over):
+    """How a command is named, onto nothing or over an earlier output."""
+    return command.name + (" --overwrite" if over else "")
+
+
+def wanted(command, text):
+    """Whether a line of the command has the text."""
+    return any(text in line_of(command, over) for over in (False, True))
 
 
 def describe(result):

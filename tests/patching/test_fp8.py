@@ -105,7 +105,11 @@ def test_what_does_not_go_with_fp8_is_refused(fp8_pair, tmp_path):
     how = ("--method", "interpolate")
     refused("patch", *pair, *how, "--patch-file", tmp_path / "p.safetensors", mentions=["quantised"])
     refused("patch", *pair, *how, "--resized-vocab", "-o", tmp_path / "o", mentions=["quantised"])
-    assert not (tmp_path / "o").exists()
+    search = ("patch", *pair, "--target", "old=99", "-o", tmp_path / "o")  # which would keep patch files
+    new, both = ("--data", folder / "data.jsonl"), ("--stats", folder / "stats", "--retain", folder / "stats")
+    for given in (new, both, (*both, "--dry-run")):
+        refused(*search, *given, mentions=["--target", "quantised"])
+    assert sorted(tmp_path.iterdir()) == []
 
 
 def test_propagation_sees_the_rounded_weights_and_resumes_to_the_same_bytes(fp8_pair, tmp_path):
