@@ -8,14 +8,14 @@ one begins; one for which ``--budget`` leaves no time is passed over.
 - joint       single layers: the float32 conjugate gradients of before beside what is there now, and what each part
               gives; the gap to the optimum in float64. Targets: 4 times as fast, 6 times with a wide input.
 - propagate   both models calibrated, patched and propagated, two layers. Target: 15 s.
-- job         patch --data in one pass beside its three steps, two layers; tokens that a model writes a second.
-- calibrate   128 samples of 2048 tokens, 4 layers, against a bare forward pass. Target: within 1.5 times.
-- correct     a small model: calibrate (whole and block by block), score and patch on the device against the CPU.
-- distill     a step of distillation against a plain training step. Targets: 1.25 times, 200 in 300 s, 40 GB.
 - patch       the pair with all statistics, against plainly reading the same files and writing the output, and
               against the paper's 1260 s for 2.7e9 parameters on a V100. Targets: 35 s, twice the plain copy, 8 GB.
-              It has as many layers as the disk and the seconds that are left take.
+              It has as many layers as the disk and the seconds that are left take; a timeline of its threads.
 - floors      the stages of that run over the least bytes and multiply-adds at this machine's rates.
+- job         patch --data in one pass beside its three steps, two layers; tokens that a model writes a second.
+- correct     a small model: calibrate (whole and block by block), score and patch on the device against the CPU.
+- calibrate   128 samples of 2048 tokens, 4 layers, against a bare forward pass. Target: within 1.5 times.
+- distill     a step of distillation against a plain training step. Targets: 1.25 times, 200 in 300 s, 40 GB.
 
 Only where they are asked for, with ``--sections``:
 - layers      joint against the sequential sweep on single layers. Target: at least 5 times as fast.
@@ -30,6 +30,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import shutil
 import traceback
 from collections.abc import Callable
@@ -45,7 +46,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import distillation, gpu_job, gpu_joint, gpu_propagation
+from benchmarks import distillation, gpu_job, gpu_joint, gpu_propagation, gpu_timeline
 from benchmarks.common import describe, environment, markdown, parser, progress, use_threads, verdict, write_json
 from benchmarks.pages import reflow
 from benchmarks.solver import Layer, joint, layer_error, make_layer, sequential
@@ -57,17 +58,17 @@ from tailorcli.core.chunks import row_chunks
 from tailorcli.device import exact_float32
 from tailorcli.options import Blockwise, CalibrateOptions, PatchOptions, Solver
 
-SECTIONS = ("joint", "propagate", "job", "calibrate", "correct", "distill", "patch", "floors")
+SECTIONS = ("joint", "propagate", "patch", "floors", "job", "correct", "calibrate", "distill")  # least sure first
 FURTHER = ("layers", "variants")  # only where they are asked for
 NEEDED = {  # seconds on an H100
-    "joint": 25,
-    "propagate": 45,
-    "job": 60,
-    "calibrate": 20,
-    "correct": 20,
-    "distill": 20,
-    "patch": 35,
+    "joint": 30,
+    "propagate": 60,
+    "patch": 60,
     "floors": 8,
+    "job": 45,
+    "correct": 25,
+    "calibrate": 20,
+    "distill": 20,
     "layers": 45,
     "variants": 30,
 }
@@ -374,7 +375,8 @@ def measure_patch(bench: Bench) -> Figures:
     os.sync()
     progress("patch")
     options = PatchOptions(density=DENSITY, device=str(bench.device))
-    report = patch_checkpoint(base, tuned, output, stats, options, progress=True)
+    with gpu_timeline.watched() as spans:
+        report = patch_checkpoint(base, tuned, output, stats, options, progress=True)
     shutil.rmtree(output)
     shutil.rmtree(stats)
     patched = [tensor for tensor in report.tensors if tensor.patched]
@@ -388,6 +390,8 @@ def measure_patch(bench: Bench) -> Figures:
         "peak_bytes": bench.peak,
         "checkpoint_bytes": nbytes,
         "iterations": {tensor.name: tensor.iterations or 0 for tensor in report.tensors},
+        "timeline": gpu_timeline.render(spans),
+        "spans": gpu_timeline.totals(spans),
     }
 
 
@@ -406,9 +410,13 @@ def render_patch(found: Figures) -> str:
         ("patch, all tensors, density 0.1", "found", "target", ""),
         [[title, value, target, verdict(ok) if target else ""] for title, value, target, ok in rows],
     )
+    spans = found["spans"]
+    waits = sum(spans[name] for name in gpu_timeline.WAITS)
     return (
         f"{table}\n\n{found['layers']} layers, {found['parameters'] / 1e9:.2f}e9 parameters in {seconds:.1f} s, plain "
-        f"{plain:.1f} s; at most {max(found['iterations'].values())} iterations a tensor"
+        f"{plain:.1f} s; at most {max(found['iterations'].values())} iterations a tensor\nfrom the first read to the "
+        f"last write {spans['whole']:.1f} s: work {spans['work']:.1f}, waits for the disk {waits:.1f}, neither "
+        f"{spans['whole'] - spans['work'] - waits:.1f}\n\n{found['timeline']}"
     )
 
 
@@ -612,26 +620,51 @@ def run_section(bench: Bench, name: str) -> None:
 
 
 def listed(text: str) -> str:
-    """Tables as they are, and every other line as an item of a list."""
+    """Tables and drawings as they are, and every other line as an item of a list."""
     blocks = [
-        "\n".join(lines if is_table else (f"- {line}" for line in lines if line))
-        for is_table, lines in groupby(text.splitlines(), lambda line: line.startswith("|"))
+        "\n".join(lines if as_it_is else (f"- {line}" for line in lines if line))
+        for as_it_is, lines in groupby(text.splitlines(), lambda line: line.startswith(("|", "```", "  ")))
     ]
     return "\n\n".join(block for block in blocks if block)
 
 
+def in_short(bench: Bench) -> str:
+    """A line for each section."""
+    return "\n".join(section_in_short(bench, name) for name in (*SECTIONS, *FURTHER) if name in bench.found)
+
+
+def section_in_short(bench: Bench, name: str) -> str:
+    """Its seconds, and what is met and missed."""
+    found = bench.found[name]
+    told = found.get("failed") or "; ".join(verdicts_in(rendered(name, found))) or "measured"
+    return f"{name}, {found.get('section_seconds', 0.0):.0f} s: {told}"
+
+
+def verdicts_in(text: str) -> list[str]:
+    """What a section says of its targets, in its table or below it."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    below = [part for line in text.splitlines() if line[:1] != "|" for part in line.split("; ")]
+    judged = [f"{row[0]} {row[1]} {row[-1]}" for row in rows if row[-1] in ("met", "missed")]
+    return judged + [part for part in below if re.search(r"\b(met|missed)\b", part)]
+
+
+def rendered(name: str, found: Figures) -> str:
+    """A section's text; figures that no table was made for are still in the JSON."""
+    try:
+        return RENDER[name](found)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def document(bench: Bench) -> str:
     """The page as far as it is known."""
-    parts = ["# On a GPU\n\nWritten by `python -m benchmarks.gpu` (`make bench-gpu`)."]
+    parts = ["# On a GPU\n\nWritten by `python -m benchmarks.gpu` (`make bench-gpu`).", listed(in_short(bench))]
     for name in (*SECTIONS, *FURTHER):
         if name not in bench.found:
             continue
         found = bench.found[name]
         parts.append(f"## {name.capitalize()}")
-        try:
-            parts.append(found["failed"] if "failed" in found else listed(RENDER[name](found)))
-        except Exception as error:  # figures that no table was made for are still in the JSON
-            parts.append(f"{type(error).__name__}: {error}")
+        parts.append(found["failed"] if "failed" in found else listed(rendered(name, found)))
     cuda = bench.device.type == "cuda"
     device = f"{torch.cuda.get_device_name(bench.device)}, CUDA {torch.version.cuda}" if cuda else "cpu"
     shape = bench.shape
@@ -680,6 +713,7 @@ def main() -> None:
         bench = Bench(args, device, Path(scratch), shape)
         for name in args.sections:
             run_section(bench, name)
+            progress(section_in_short(bench, name))
             if target is not None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(document(bench), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -77,6 +78,37 @@ def exact_float32() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before)
         torch.backends.cudnn.allow_tf32 = convolutions
+
+
+_attention = threading.Lock()
+_without_cudnn = 0  # calls within ``attention_without_cudnn``, of all threads
+_cudnn_before = True
+
+
+@contextmanager
+def attention_without_cudnn() -> Iterator[None]:
+    """A GPU's attention by other kernels than cuDNN's, which plans anew in every thread: a tenth of a second each.
+
+    Calls of several threads may overlap in any order; torch has its setting back after the last.
+    """
+    global _without_cudnn, _cudnn_before  # the setting is one for the whole process, too
+    import torch
+
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        yield
+        return
+    with _attention:
+        if _without_cudnn == 0:
+            _cudnn_before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        _without_cudnn += 1
+    try:
+        yield
+    finally:
+        with _attention:
+            _without_cudnn -= 1
+            if _without_cudnn == 0:
+                torch.backends.cuda.enable_cudnn_sdp(_cudnn_before)
 
 
 @contextmanager

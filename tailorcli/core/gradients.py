@@ -197,8 +197,8 @@ def kernel_or_reason(device: torch.device) -> tuple[Step | None, str]:
     given = State(p, torch.zeros_like(r), r, kept, torch.full((72,), 0.5), 2.0 * ones, squares, 0.5 * squares, goal)
     ours, theirs = (State(*(item.clone().to(device) for item in given)) for _ in range(2))
     try:
-        step_(q.to(device), ours)
-        kernels.step_(q.to(device), theirs)
+        step_(q.to(device, copy=True), ours)  # which uses it up
+        kernels.step_(q.to(device, copy=True), theirs)
         pairs = [(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True)]
         apart = max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-6)) for a, b in pairs)
     except Exception as error:  # no compiler, or whatever Triton raises

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 
+_READERS = 4  # threads that read one part: copies out of the system's cache go on side by side
 _PLENTY = 8  # times the bytes of a block that must be free for the next to be read ahead
 
 
@@ -93,7 +94,9 @@ class Parts:
         """The stored weights of a part, by the names that transformers knows."""
         names = [name for name in self.tensors[part] if name not in self._stored.scales]
         pinned = self._device.type == "cuda"  # from which a GPU copies at full speed
-        return {unwrapped(name): self._stored.read(name, pinned) for name in names}
+        with ThreadPoolExecutor(_READERS, "weights") as pool:
+            values = pool.map(lambda name: self._stored.read(name, pinned), names)
+            return {unwrapped(name): value for name, value in zip(names, values, strict=True)}
 
     def load(self, part: str) -> dict[str, Place]:
         """Read the part's weights, prove and give where each tensor went, and apply an adapter's changes."""

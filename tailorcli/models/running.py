@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from tailorcli.device import is_out_of_memory
+from tailorcli.device import attention_without_cudnn, is_out_of_memory
 from tailorcli.errors import DataError, TailorError, first_line
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def forward(network: Any, inputs: Inputs) -> Any:
     """
     import torch
 
-    with torch.no_grad():
+    with torch.no_grad(), attention_without_cudnn():  # batches wait for one another in threads of their own
         return differentiable(network, inputs)
 
 

@@ -66,12 +66,14 @@ def run_dtype(checkpoint: Checkpoint, config: Any, options: LoadOptions) -> torc
 
 @contextmanager
 def _parameters_on_meta(torch: Any) -> Iterator[None]:
-    """Parameters that are made within give up their memory as soon as a module takes them."""
+    """Parameters that are made within give up their memory as soon as a module takes them, and get no first values."""
     register = torch.nn.Module.register_parameter
 
     def register_on_meta(module: Any, name: str, parameter: Any) -> None:
         if parameter is not None and parameter.device.type != "meta":
             parameter = type(parameter)(parameter.detach().to("meta"), requires_grad=False)
+        if parameter is not None:
+            parameter._is_hf_initialized = True  # as transformers marks it; drawing for no memory takes its time, too
         register(module, name, parameter)
 
     torch.nn.Module.register_parameter = register_on_meta

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 
 from tailorcli.adapters.checkpoint import config_folder
 from tailorcli.calibration.gathering import NotInOnePassError
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.header import torch_dtype
 from tailorcli.core.figures import LayerFigures, figures_after_fit
 from tailorcli.core.products import exact_product
 from tailorcli.core.propagation import (
@@ -170,6 +173,8 @@ class Propagation:
         self._layers = find_layers(models.patched.network)
         self._loaded: list[str] = []  # blocks
         self._hessians: LastPrepared[tuple[Tensor, Tensor]] = LastPrepared()  # of the layers that share their input
+        self._reader = ThreadPoolExecutor(1, "hessians")
+        self._ahead: tuple[tuple[str, str], Future[list[Tensor]]] | None = None  # of the group that is next
         self._seen: set[str] = set()  # tensors of the parts that were loaded
         self._groups: dict[str, _Group] = {}  # that are not fitted yet, by the layer that is called first
         if measuring is None:
@@ -297,7 +302,7 @@ class Propagation:
         for tensor in chosen:
             if tensor.name in changed:
                 value = shared(values.pop(tensor.name, None), tensor, self._owners[tensor.name], self._device)
-                self._models.view.values[tensor.name] = value.cpu()
+                self._models.view.values[tensor.name] = value
         return [results.get(tensor.name, (tensor, None, "")) for tensor in chosen]
 
     def _sort_out(self, results: Iterable[Result], places: Mapping[str, Place]) -> dict[str, _Pending]:
@@ -434,6 +439,8 @@ class Propagation:
         mates = sum(self._batches[lane].mate is lane for lane in waiting)
         own = len(batches) == mates and all(batch.mate.wanted == station and _are_aligned(batch) for batch in batches)
         group.aligned = all(gathered(own))
+        if group.aligned:
+            self._read_ahead(group)
         with self._timer.stage("moments"):
             for batch in batches if group.aligned else ():
                 rivals = [batch.rival] if batch.rival is not None and batch.rival.wanted == station else []
@@ -515,10 +522,10 @@ class Propagation:
         new, retained = group.moments[NEW], group.moments[RETAINED]
         name = layer.layer.name.removesuffix(".weight")
         energy, drift_energy = (group.apart.get((kind, name), _Apart()).energy for kind in (NEW, RETAINED))
-        pinned = self._device.type == "cuda"
-        sources = (self._run.inputs.base, self._run.inputs.tuned)
-        base, tuned = (source.read(tensor.name, pinned).to(self._device, non_blocking=pinned) for source in sources)
         assert plain.patched is not None
+        with self._timer.stage("load"):
+            base = self._weight(self._run.inputs.base, self._models.base, tensor.name)
+            tuned = self._weight(self._run.inputs.tuned, self._models.tuned, tensor.name)
         with self._timer.stage("solve"):
             found = solve_propagated(
                 *(base, tuned, plain.patched, mask, new, retained),
@@ -542,6 +549,16 @@ class Propagation:
         facts |= {f"{name}_unpatched_inputs": getattr(unpatched, name) for name in asdict(errors)}
         return LayerResult(patched, mask, figures), facts
 
+    def _weight(self, source: Checkpoint, model: PartModel, name: str) -> Tensor:
+        """A tensor of a checkpoint on the device: as its ``model`` has it where that is to the bit, else read again."""
+        place, dtype = model.places.get(name), torch_dtype(source.tensors[name].dtype)
+        if place is not None and len(place.parameters) == 1 and place.part is None and not place.transposed:
+            held: Tensor = model.network.get_parameter(place.parameters[0]).detach()
+            if held.dtype == dtype and tuple(held.shape) == source.tensors[name].shape and held.device.type != "meta":
+                return held
+        pinned = self._device.type == "cuda"
+        return source.read(name, pinned).to(self._device, non_blocking=pinned)
+
     def _unpatched_figures(
         self, tensor: TensorPlan, plain: LayerFigures, values: tuple[Tensor, Tensor, Tensor]
     ) -> LayerFigures:
@@ -549,25 +566,40 @@ class Propagation:
 
         ``values`` are the tensor's in the base, in tuned and patched.
         """
-        assert tensor.hessian is not None
-        names = (tensor.hessian, tensor.retained_hessians[0])
-        found = self._hessians.of(names, lambda: self._unpack(*names))
+        names = _both_hessians(tensor)
+        found = self._hessians.of(names, lambda: self._unpack(names))
         assert found is not None
         hessian, retained = found
         return figures_after_fit(plain, *values, hessian, retained, tensor.transposed)
 
-    def _unpack(self, new: str, retained: str) -> tuple[Tensor, Tensor]:
+    def _unpack(self, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
         """Two Hessians of the unpatched models' inputs, (I, I) on the device."""
-        pinned = self._device.type == "cuda"
-        first, second = (
-            source.unpack(name, source.load(name, pinned).to(self._device))
-            for source, name in ((self._stats, new), (self._retain_stats, retained))
-        )
+        ahead, self._ahead = self._ahead, None
+        packed = ahead[1].result() if ahead is not None and ahead[0] == names else self._read_hessians(names)
+        both = zip((self._stats, self._retain_stats), names, packed, strict=True)
+        first, second = (source.unpack(name, stored.to(self._device)) for source, name, stored in both)
         return first, second
+
+    def _read_hessians(self, names: tuple[str, str]) -> list[Tensor]:
+        pinned, sources = self._device.type == "cuda", (self._stats, self._retain_stats)
+        return [source.load(name, pinned) for source, name in zip(sources, names, strict=True)]
+
+    def _read_ahead(self, group: _Group) -> None:
+        """Begin to read the Hessians of a group's first layer, beside a GPU's work on its moments."""
+        own = [layer.tensor for layer in group.layers.values() if layer.result is not None]
+        if own and self._device.type == "cuda":
+            names = _both_hessians(own[0])
+            self._ahead = names, self._reader.submit(self._read_hessians, names)
 
     def _write_plain(self, layer: _Pending) -> None:
         if self._is_own(layer.tensor) and layer.tensor.name not in self._run.done:
             self._run.write(layer.tensor, layer.result, layer.digest)
+
+
+def _both_hessians(tensor: TensorPlan) -> tuple[str, str]:
+    """A tensor's Hessians: of the new task's data and of the retained."""
+    assert tensor.hessian is not None
+    return tensor.hessian, tensor.retained_hessians[0]
 
 
 def _each_alone(pending: Mapping[str, _Pending]) -> dict[str, _Group]:

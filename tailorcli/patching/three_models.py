@@ -88,14 +88,19 @@ class PatchedView(Checkpoint):
         """Those of the base."""
         return self._base.scales
 
+    def read(self, name: str, pinned: bool = False) -> Tensor:
+        """One tensor in its stored dtype, in memory of its own: a value where the value is, else on the CPU."""
+        value = self.values.get(self._copies.get(name, name))
+        return super().read(name, pinned) if value is None else value.clone()
+
     def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
         """Fill ``buffer`` with the tensor's bytes from ``start`` on."""
         value = self.values.get(self._copies.get(info.name, info.name))
         if value is None:
             self._base.read_into(info, buffer, start)
         else:
-            raw = value.reshape(-1).view(torch.uint8).numpy()
-            buffer[:] = raw[start : start + len(buffer)].data
+            raw = value.reshape(-1).view(torch.uint8)[start : start + len(buffer)]
+            buffer[:] = raw.cpu().numpy().data
 
 
 @dataclass(frozen=True)
