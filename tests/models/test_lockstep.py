@@ -11,6 +11,7 @@ from torch import nn
 from tailorcli import CalibrateOptions, Stats, TailorError, calibrate_model
 from tailorcli.calibration.stats import HESSIANS, MANIFEST, SAMPLES
 from tailorcli.calibration.stats_writer import prepare_folder
+from tailorcli.device import attention_without_cudnn
 from tailorcli.models.lockstep import Lockstep
 from tailorcli.models.spill import Spill
 
@@ -235,3 +236,16 @@ def test_hidden_states_stay_on_the_device_while_they_fit_then_in_memory_then_in_
             tensor.data = spill.back(tensor)
             assert (tensor == number).all()
     assert len(files) == 3
+
+
+def test_batches_in_their_own_threads_leave_torchs_attention_as_it_was(monkeypatch):
+    """Whatever the order in which they begin and end: the setting is one for the whole process."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    asked = torch.backends.cuda.cudnn_sdp_enabled()
+    first, second = attention_without_cudnn(), attention_without_cudnn()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    second.__exit__(None, None, None)
+    assert torch.backends.cuda.cudnn_sdp_enabled() is asked

@@ -40,7 +40,7 @@ from tailorcli.core.retain import retain_scale
 from tailorcli.options import CalibrateOptions
 from tailorcli.patchfile.report import load_report
 from tailorcli.patchfile.writer import PatchWriter
-from tailorcli.patching.propagate import _spread
+from tailorcli.patching.propagate import Propagation, _spread
 
 PROPAGATED = PatchOptions(propagate=True, retain_weight=0.3, damping=0.1)
 CPU = torch.device("cpu")
@@ -428,6 +428,22 @@ def test_hidden_states_can_wait_in_files(pair, whole, tmp_path, monkeypatch):
     run(pair, tmp_path / "files")
     assert len(files) > 3 * 4 * 10  # blocks, groups of layers, batches
     assert folder_digest(tmp_path / "files") == folder_digest(whole)
+
+
+def test_weights_that_the_models_hold_are_not_read_again(pair, whole, tmp_path, monkeypatch):
+    """A model in the dtype that is stored has them to the bit."""
+    read_again = []
+
+    def read(self, source, model, name):
+        held = model.network.get_parameter(model.places[name].parameters[0])
+        read_again.append(torch.equal(held, source.read(name)) and held.dtype == source.read(name).dtype)
+        return source.read(name)
+
+    monkeypatch.setattr(Propagation, "_weight", read)
+    run(pair, tmp_path / "out")
+    assert folder_digest(tmp_path / "out") == folder_digest(whole)
+    assert len(read_again) > 20
+    assert all(read_again)
 
 
 def test_an_interrupted_patch_file_is_finished_to_the_same_bytes(pair, whole_file, tmp_path):
