@@ -154,7 +154,7 @@ class Bench:
         options = CalibrateOptions(
             num_samples=self.part.samples,
             seq_len=min(256, self.part.seq_len) if own else self.part.seq_len,
-            batch_size=256 if torch.cuda.is_available() else 16,
+            batch_size=(256 if own else 64) if torch.cuda.is_available() else 16,
             synthetic=own,
         )
         data = self.pair.retain_starts if own else self.pair.train
@@ -200,7 +200,7 @@ class Bench:
             [model],
             self.pair.specs(part),
             EvaluateOptions(
-                batch_size=512 if torch.cuda.is_available() else 32,
+                batch_size=128 if torch.cuda.is_available() else 32,
                 max_new_tokens=self.pair.answer_length,
                 limit=self.part.items,
             ),

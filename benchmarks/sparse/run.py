@@ -143,7 +143,7 @@ def run_all(jobs: Sequence[tuple[str, Job]], at_a_time: int) -> list[str]:
 
 def _begin(threads: int) -> None:
     """Of a process of the pool: its share of the cores, and no bars."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(min(threads, torch.get_num_threads()))
     transformers.utils.logging.disable_progress_bar()
 
 
