@@ -1,6 +1,8 @@
 """``tailorcli finetune``: a base learns new data, and is a checkpoint like any other afterwards."""
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from families import FAMILIES, make_family_pair
 from helpers import bits, make_pair, make_tokenizer, quantise, read_tensors, refused, run
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from tailorcli.core.dowser import least_important
 from tailorcli.data.encoder import Encoder
 from tailorcli.data.records import check_record, read_records
 from tailorcli.errors import DataError
@@ -21,6 +24,7 @@ from tailorcli.training.examples import IGNORED, Collate, encode_examples
 from tailorcli.training.finetune import SUFFIX
 from tailorcli.training.importance import Importance
 
+ROOT = Path(__file__).parents[2]
 STEPS = ("--steps", 6, "--batch-size", 4, "--learning-rate", 1e-2, "--weight-decay", 0.1)
 
 
@@ -68,7 +72,6 @@ def test_every_method_writes_a_checkpoint_and_its_report(pair, tmp_path, method)
 
 @pytest.mark.parametrize("method", ["dowser", "spider"])
 def test_the_callback_on_a_plain_trainer_gives_the_commands_weights(pair, tmp_path, method):
-    """A documented example: docs/how-to/finetune.md."""
     finetune(pair, tmp_path / "out", method=method)
     model = AutoModelForCausalLM.from_pretrained(pair / "base")
     encoder = Encoder(make_tokenizer())
@@ -94,7 +97,6 @@ def test_the_callback_on_a_plain_trainer_gives_the_commands_weights(pair, tmp_pa
 
 
 def test_the_callback_on_trls_trainer_gives_the_commands_weights(pair, tmp_path):
-    """A documented example: docs/how-to/finetune.md."""
     pytest.importorskip("trl")
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -128,6 +130,37 @@ def test_the_callback_on_trls_trainer_gives_the_commands_weights(pair, tmp_path)
         assert torch.allclose(written[name], value.detach(), rtol=1e-4, atol=1e-5), name
         base = read_tensors(pair / "base")[name]
         assert torch.equal(written[name] == base, value.detach() == base), name
+
+
+def examples_of(page):
+    """The Python examples of a page, in their order."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize(("number", "needs"), [(0, "transformers"), (1, "trl")])
+def test_the_documented_example_runs_as_it_stands(pair, tmp_path, monkeypatch, number, needs):
+    pytest.importorskip(needs)
+    for name in ("base", "importance"):
+        shutil.copytree(pair / name, tmp_path / name)
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "<pad>"
+    tokenizer.save_pretrained(tmp_path / "base")
+    shutil.copy(pair / "data.jsonl", tmp_path / "new.jsonl")
+    examples = examples_of("docs/how-to/finetune.md")
+    assert len(examples) == 2
+    assert f"from {needs} import" in examples[number]
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)  # a CPU has it too
+    monkeypatch.chdir(tmp_path)
+    exec(compile(examples[number], "example", "exec"), {"__name__": "example"})
+    tuned = read_tensors(tmp_path / "tuned")
+    base = {name: value.to(tuned[name].dtype) for name, value in read_tensors(pair / "base").items()}
+    assert {value.dtype for value in tuned.values()} == {torch.float32 if needs == "trl" else torch.bfloat16}
+    scores = Importance.open(pair / "importance")
+    for name, value in base.items():
+        still = least_important(scores.read(name), 0.1).logical_not() if name in scores.digests else ...
+        assert torch.equal(tuned[name][still], value[still]), name
+    assert any(moved(base, tuned).values())
 
 
 def test_a_base_in_bfloat16_is_trained_in_it_or_in_float32_and_written_in_it(tmp_path):
