@@ -16,11 +16,17 @@ LINES = (
 BARS = (("old", "origin", "tab:blue"), ("new", "target", "tab:orange"), ("H", "h_score", "black"))
 
 
-def draw_depths(table: Table, file: Path) -> bool:
-    """H over the number of layers that are fine-tuned; False, and nothing drawn, with fewer than two depths."""
+def draw_depths(table: Table, file: Path) -> int:
+    """H over the number of layers that are fine-tuned, of the seeds that all have; 0, and nothing drawn, of one depth.
+
+    Gives the number of seeds.
+    """
     depths = {name: n for name, n in table.depths.items() if all(table.of((row, name)) for row, *_ in LINES)}
     if len(depths) < 2:
-        return False
+        return 0
+    table, seeds = table.of_shared_seeds([(row, name) for row, *_ in LINES for name in depths])
+    if not seeds:
+        return 0
     figure = new_figure(7.5, 4.5)
     axes = figure.subplots()
     for row, style, marker in LINES:
@@ -33,14 +39,18 @@ def draw_depths(table: Table, file: Path) -> bool:
     axes.grid(axis="y", color="#e4e4e4", lw=0.8)
     figure.legend(loc="outside right upper")
     save_figure(figure, file)
-    return True
+    return seeds
 
 
-def draw_masks(table: Table, file: Path) -> bool:
-    """Old, new and H with SPIDER's mask and with others in its place; False, and nothing drawn, where they lack."""
-    rows = [row for row in (BASE, *(Row(mask) for mask in MASKS), SPIDER) if table.of((row, TUNED_AT))]
-    if len(rows) < len(MASKS) + 2:
-        return False
+def draw_masks(table: Table, file: Path) -> int:
+    """Old, new and H with SPIDER's mask and with others in its place, of the seeds that all have; their number.
+
+    0, and nothing drawn, where they lack.
+    """
+    rows = [BASE, *(Row(mask) for mask in MASKS), SPIDER]
+    table, seeds = table.of_shared_seeds([(row, TUNED_AT) for row in rows])
+    if not seeds:
+        return 0
     figure = new_figure(7.5, 3.8)
     axes = figure.subplots()
     for place, (label, name, color) in enumerate(BARS):
@@ -52,4 +62,4 @@ def draw_masks(table: Table, file: Path) -> bool:
     axes.set_ylabel("% (test)")
     figure.legend(loc="outside upper center", ncols=len(BARS))
     save_figure(figure, file)
-    return True
+    return seeds

@@ -10,9 +10,10 @@ from benchmarks.common import markdown, processor
 from benchmarks.pages import reflow
 from benchmarks.sparse.cells import Cell, machine_of, read_part
 from benchmarks.sparse.pictures import draw_depths, draw_masks
-from benchmarks.sparse.setting import BASE, MASKS, PARTS, ROWS, TUNED_AT, Part, Row
+from benchmarks.sparse.setting import BASE, FINE_TUNES, MASKS, PARTS, ROWS, TUNED_AT, Part, Row
 from benchmarks.sparse.summary import CLAIMS, FIGURES, FULL, OF_OURS, Claim, Table, tables_of, verdict
 from tailorcli.evaluation.metrics import estimate
+from tailorcli.training.outcome import memory_of
 from tailorcli.units import counted
 
 SEEDS = 3  # that the evidence asks for
@@ -33,7 +34,33 @@ def page(found: dict[str, list[Cell]], folder: Path, machines: dict[str, dict[st
     for name, cells in found.items():
         machine = machines.get(name, {})
         parts += _section(PARTS[name], cells, folder, machine) if cells else [_not_run(PARTS[name])]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, _memory()]) + "\n"
+
+
+def _memory() -> str:
+    """Bytes a trained entry by method, as the plan of a fine-tune counts them."""
+    entries = 8  # a byte of a mask
+    kinds = {"float32": 4, "bfloat16": 2}
+    costs = {
+        method: [memory_of(method, entries * size, entries, size) for size in kinds.values()] for method in FINE_TUNES
+    }
+    ours = {"weights", "gradients", "optimiser"}
+    rows = [
+        (
+            method,
+            *(f"{sum(cost.values()) / entries:g}" for cost in of_method),
+            ", ".join(f"{part} {of_method[0][part] / entries:g}" for part in of_method[0] if part not in ours),
+        )
+        for method, of_method in costs.items()
+    ]
+    columns = ("method", *(f"weights in {kind}" for kind in kinds), "beside full (float32)")
+    return f"""## Memory
+
+Bytes for each entry that is trained, as `finetune --dry-run` counts them: weights, gradients, AdamW's moments and what
+the method adds. Activations come on top, the same for all. What is frozen takes its weights alone; method *dowser*
+has gradients and moments of whole tensors, for the tenth that moves and the rest.
+
+{markdown(columns, rows, text=(0, 3))}"""
 
 
 HEAD = """# Sparse fine-tuning
@@ -44,14 +71,16 @@ them: the same base, data, steps and layers for all. Embeddings are frozen.
 - **old**, **new**: accuracy in percent on the test parts; **average** is their mean, **H** their harmonic mean.
 - **Intervals** (95%) are a bootstrap over the test items, of the mean over the seeds; **±** is the deviation of H
   between the seeds. Differences are paired: of the same items and seeds. Of one seed
-  neither says how another fine-tune would differ.
+  neither says how another fine-tune would differ. Rows of a table with other numbers of seeds are not to be compared.
 - **The rate** of each row is that with the best H on the validation parts, with the first seed and all layers, of
   those that ran with the other seeds. A patch has the fine-tune below it at the rate that suits the patch.
 - **graft**, **dare** and **tailor (paper)** stand on the full fine-tune. **ours** is the default of `patch`, with
   statistics of what the base writes itself.
 - **entries** is the share of all entries that differ from the base's.
 - **seconds** are of everything from the base on: the probe, the statistics, the fine-tune below a patch. On a CPU they
-  are those that one core worked, on a busy machine: compare them within a table only.
+  are those that one core worked, on a GPU those that passed while others ran on it: compare them within a table only.
+- **peak MB** is that of the fine-tune, or of patching: on a GPU what its tensors took; on a CPU that of a process of
+  three steps, with Python and torch in it.
 
 *quick* is a small model, trained briefly: an indication of what holds for large ones, no more."""
 
@@ -73,16 +102,18 @@ def _section(part: Part, cells: Sequence[Cell], folder: Path, machine: dict[str,
             if table.of((FULL, depth)):
                 texts += [f"### {name}: {depth} ({counted(layers, 'layer')})", _figures(table, depth)]
         depths, masks = f"sparse-depths-{name}.png", f"sparse-masks-{name}.png"
-        if draw_depths(table, folder / depths):
+        if seeds := draw_depths(table, folder / depths):
             texts += [
                 f"### {name}: H over the depth of fine-tuning",
-                f"As in Model-Dowser's Figure 1.\n\n![H over the layers that are fine-tuned]({depths})",
+                f"As in Model-Dowser's Figure 1; mean of {counted(seeds, 'seed')}.\n\n"
+                f"![H over the layers that are fine-tuned]({depths})",
             ]
-        if draw_masks(table, folder / masks):
+        if seeds := draw_masks(table, folder / masks):
             texts += [
                 f"### {name}: other masks in SPIDER's place",
                 "As in SPIDER's Table 3: half of the entries of each tensor, those with the smallest weights, the "
-                f"largest gradients, or drawn, at SPIDER's rate.\n\n![Old, new and H by mask]({masks})",
+                f"largest gradients, or drawn, at SPIDER's rate; mean of {counted(seeds, 'seed')}.\n\n"
+                f"![Old, new and H by mask]({masks})",
             ]
         texts += [f"### {name}: what the papers claim, and what was seen", _claims(table)]
         texts += [f"### {name}: the rates", _rates(table)]
@@ -143,10 +174,12 @@ def _figures(table: Table, depth: str) -> str:
             f"{peak / 1e6:.0f}" if peak else "",
         ]
         rows.append([row.title, *cells])
-    best = max(rows, key=lambda cells: float(cells[4]))
+    most = max(int(cells[7]) for cells in rows)
+    best = max((cells for cells in rows if int(cells[7]) == most), key=lambda cells: float(cells[4]))
+    of = "" if all(int(cells[7]) == most for cells in rows) else f" of the rows with {counted(most, 'seed')}"
     filled = [number for number in range(len(columns)) if any(cells[number] for cells in rows)]
     columns, rows = [columns[n] for n in filled], [[cells[n] for n in filled] for cells in rows]
-    return f"The highest H has *{best[0]}*: {best[4]}.\n\n{markdown(columns, rows)}"
+    return f"The highest H{of} has *{best[0]}*: {best[4]}.\n\n{markdown(columns, rows)}"
 
 
 def _claims(table: Table) -> str:
@@ -158,8 +191,8 @@ def _claims(table: Table) -> str:
             continue
         seen = [row[-1] for row in rows]
         told = ", ".join(f"{seen.count(word)} {word}" for word in ("yes", "no", "not told apart") if word in seen)
-        columns = ("claim", "layers", "ahead in H", "95% interval", "seen here")
-        texts.append(f"{title} ({told}):\n\n{markdown(columns, rows, text=(0, 1, 4))}")
+        columns = ("claim", "layers", "ahead in H", "95% interval", "seeds", "seen here")
+        texts.append(f"{title} ({told}):\n\n{markdown(columns, rows, text=(0, 1, 5))}")
     return "\n\n".join(texts)
 
 
@@ -168,7 +201,8 @@ def _claim(table: Table, claim: Claim) -> list[str]:
     if gap is None:
         return []
     depths = list(dict.fromkeys((claim.ahead[1], claim.behind[1])))
-    return [claim.text, ", ".join(depths), f"{gap[0]:+.1f}", f"{gap[1]:+.1f} to {gap[2]:+.1f}", verdict(gap)]
+    figures = (f"{gap[0]:+.1f}", f"{gap[1]:+.1f} to {gap[2]:+.1f}", str(len(table.both(claim))))
+    return [claim.text, ", ".join(depths), *figures, verdict(gap)]
 
 
 def _rates(table: Table) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from statistics import mean, stdev
@@ -108,18 +108,27 @@ class Table:
         found = [figures_of(cell)[name] for cell in self.of(side)]
         return np.mean(found, axis=0) if found else None
 
+    def of_shared_seeds(self, sides: Iterable[Side]) -> tuple[Table, int]:
+        """The table of the seeds that all ``sides`` have, so that they can be compared, and how many these are."""
+        seeds = set.intersection(*({cell.seed for cell in self.of(side)} for side in sides))
+        return Table(self.task, tuple(cell for cell in self.cells if cell.seed in seeds)), len(seeds)
+
     def between_seeds(self, side: Side) -> float | None:
         """The deviation of H between the seeds; None of one."""
         values = [float(figures_of(cell)["h_score"][0]) for cell in self.of(side)]
         return stdev(values) if len(values) > 1 else None
 
-    def gap(self, claim: Claim) -> tuple[float, float, float] | None:
-        """How far a claim's first side is ahead in H, with its 95% interval, on the seeds that both have."""
+    def both(self, claim: Claim) -> dict[int, Array]:
+        """How far a claim's first side is ahead in H, by the seed, of those that both sides have."""
         sides = [{cell.seed: figures_of(cell)["h_score"] for cell in self.of(s)} for s in (claim.ahead, claim.behind)]
-        both = [seed for seed in sides[0] if seed in sides[1]]
+        return {seed: sides[0][seed] - sides[1][seed] for seed in sides[0] if seed in sides[1]}
+
+    def gap(self, claim: Claim) -> tuple[float, float, float] | None:
+        """How far a claim's first side is ahead in H, the mean over the seeds of ``both``, with its 95% interval."""
+        both = self.both(claim)
         if not both:
             return None
-        found = estimate(np.mean([sides[0][seed] - sides[1][seed] for seed in both], axis=0))
+        found = estimate(np.mean([*both.values()], axis=0))
         if found.value is None or found.interval is None:
             return None
         return (found.value, *found.interval)

@@ -145,6 +145,8 @@ def reasons_of(network: Any, scored: Mapping[str, Any]) -> dict[str, str]:
             continue
         if name in layers and layers[name].role == "linear" and parameter.dim() == 2:
             unscored[name] = "its layer was not run on these samples, or is the output layer"
+        elif parameter.dim() == 3:
+            unscored[name] = "it has three dimensions, as experts in one tensor have: one mask would not suit them"
         else:
             unscored[name] = "it is no weight of a linear layer"
     return unscored

@@ -13,7 +13,7 @@ from helpers import make_pair, read_tensors
 
 from benchmarks.evidence import pairs
 from benchmarks.quick import data as quick_data
-from benchmarks.sparse import bench, masks, render, run, setting
+from benchmarks.sparse import bench, masks, render, run, setting, summary
 from benchmarks.sparse.cells import TEST, VALIDATION, Cell, cell_file, folder_of, read_part
 from benchmarks.sparse.setting import BASE, MASKS, PARTS, ROWS, TUNED_AT, Row
 from benchmarks.sparse.summary import CLAIMS, DOWSER, FULL, OURS, SPIDER, THIRD, Table
@@ -53,13 +53,14 @@ def rows_of(text):
     return [tuple(item.strip() for item in line.strip("|").split("|")) for line in lines]
 
 
-def test_the_page_says_what_was_seen_what_it_is_of_and_what_is_missing(tmp_path):
+def test_the_page_says_what_was_seen_what_it_is_of_and_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, "RESAMPLES", 100)
     machine = {"gpu": "a card", "processor": "a chip", "jobs": 3}
     page = render.page({"quick": cells(), "text": [], "multimodal": []}, tmp_path, {"quick": machine})
     assert "a card, a chip, 3 fine-tunes at a time" in page
-    claims = {row[:2]: row for row in rows_of(page) if len(row) == 5 and row[0] != "claim"}
+    claims = {row[:2]: row for row in rows_of(page) if len(row) == 6 and row[0] != "claim"}
     assert claims["SPIDER beats full", TUNED_AT][-1] == "yes"
-    assert claims["Model-Dowser beats full", TUNED_AT][-1] == "no"
+    assert claims["Model-Dowser beats full", TUNED_AT][-2:] == ("2", "no")
     assert claims["ours on full beats full alone", TUNED_AT][-1] == "not told apart"
     assert claims["SPIDER's mask beats that by random", TUNED_AT][-1] == "yes"
     title = f"### quick-unicode: {TUNED_AT}"
@@ -68,10 +69,17 @@ def test_the_page_says_what_was_seen_what_it_is_of_and_what_is_missing(tmp_path)
     assert (table["half"][1], table["half"][7]) == ("42.5", "2")
     assert table["zero-shot"][3] == "36.2"
     assert [name for name in table if name in {row.title for row in ROWS}] == [row.title for row in ROWS]
+    best = page[page.index(title) :].split("\n\n")[1]
+    assert best == "The highest H of the rows with 3 seeds has *full*: 52.3."
+    assert page.count("mean of 2 seeds") == 2
     assert f"- {TUNED_AT}: 2 of 3 seeds of half, l2, graft, dare," in page
     assert f"- {THIRD}: 2 of 3 seeds of every row." in page
     assert "- Other masks in SPIDER's place: 2 of 3 seeds." in page
     assert "--part text" in page
+    memory = {row[0]: row[1:] for row in rows_of(page[page.index("## Memory") :])}
+    assert memory["full"] == ("16", "8", "")
+    assert memory["spider"] == ("24", "14", "base's copy 4, accumulated gradient 4")
+    assert memory["dowser"] == ("16.125", "8.125", "mask 0.125")
     rates = next(row for row in rows_of(page[page.index(": the rates") :]) if row[0] == "ours on full")
     assert rates[-1] == "0.001"
     assert sorted(file.name for file in tmp_path.iterdir()) == [

@@ -14,7 +14,7 @@ from helpers import make_model, make_pair
 
 from tailorcli.errors import OptionsError, OutputError
 from tailorcli.models.parts import Parts
-from tailorcli.training.gains import scores_of
+from tailorcli.training.gains import reasons_of, scored_layers, scores_of
 from tailorcli.training.importance import MANIFEST, SCORES, Importance, ImportanceError
 from tailorcli.training.probe import probe_model, probe_network
 from tailorcli.training.settings import ProbeOptions
@@ -171,6 +171,17 @@ def test_block_by_block_the_scores_are_those_of_the_whole(tmp_path, monkeypatch,
     for score in whole.digests:
         torch.testing.assert_close(blocks.read(score), whole.read(score), rtol=1e-2, atol=0)  # bfloat16's rounding
     assert max(loaded) == 1
+
+
+def test_experts_in_one_tensor_have_no_scores_and_the_reason_says_so():
+    model = FAMILIES["mixtral"].make()
+    scored = scored_layers(model)
+    experts = {name for name, value in model.named_parameters() if value.dim() == 3}
+    assert experts
+    assert not experts & set(scored)
+    reasons = reasons_of(model, scored)
+    assert all("experts in one tensor" in reasons[name] for name in experts)
+    assert not any("expert" in reason for name, reason in reasons.items() if name not in experts)
 
 
 def watch_blocks(monkeypatch):
