@@ -17,15 +17,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tailorcli.core.chunks import row_chunks, row_slices, side_by_side
+from tailorcli.core.chunks import row_chunks
+from tailorcli.core.direct import solve_directly_
 from tailorcli.core.gradients import conjugate_gradients
 from tailorcli.core.precision import extent, in_units, out_of_units, unit_of
 from tailorcli.core.products import System
 
-_BATCH_ENTRIES = 1 << 19  # of the small systems that are factorised together: they stay in the cache
-_GATHER_ENTRIES = 1 << 18  # of whole rows of H, gathered for one system at a time
-_SWITCH, _ALWAYS_DIRECT, _MOST_DIRECT = 1.5e-5, 64, 2048  # see _worth_solving_directly
-_WIDE = 128  # with more kept entries than these a row is solved by itself: batches cost more than they save
+_SWITCH, _ALWAYS_DIRECT, _MOST_DIRECT = 2e-5, 64, 2048  # see _worth_solving_directly
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ def solve_on_mask(
     if not any(direct):  # on a GPU always: no copies of the rows
         return conjugate_gradients(target, kept, system, tolerance, max_iterations)
     solution = torch.zeros_like(target)
-    failed, direct_sq = _solve_directly_(solution, target, kept, system.hessian, system.amount, direct)
+    failed, direct_sq = solve_directly_(solution, target, kept, system.hessian, system.amount, direct)
     rest = [row for row in range(kept.shape[0]) if not direct[row]] + failed
     part, steps, iterated_sq = conjugate_gradients(target[rest], kept[rest], system, tolerance, max_iterations)
     solution[rest] = part
@@ -157,8 +155,8 @@ def _worth_solving_directly(kept: Tensor) -> list[bool]:
     """For each row, whether a Cholesky of its n kept entries beats its iterations.
 
     n^3/3 operations, at the rate of small factorisations, which grows with n, against 2 I^2 an iteration, of which a
-    wider layer takes more. At the default tolerance both took equally long at n = 100, 240 and 670 of I = 512, 1024
-    and 2048, one thread on a busy machine, in its own seconds: n^3 = 1.5e-5 I^4 within an eighth of n. Beyond some
+    wider layer takes more. At the default tolerance both took equally long at n = 125, 300 and 640 of I = 512, 1024
+    and 2048, one thread on a busy machine, in its own seconds: n^3 = 2e-5 I^4 within an eighth of n. Beyond some
     2000 entries a row it was not measured, and the smallest systems are solved at once in any layer. Not on a GPU,
     where one row at a time leaves it idle.
     """
@@ -167,71 +165,6 @@ def _worth_solving_directly(kept: Tensor) -> list[bool]:
     counts = kept.sum(1, dtype=torch.float64)
     most = min(max(_ALWAYS_DIRECT, (_SWITCH * kept.shape[1] ** 4) ** (1 / 3)), _MOST_DIRECT)
     return [bool(n) for n in (counts > 0) & (counts <= most)]
-
-
-def _solve_directly_(
-    solution: Tensor, target: Tensor, kept: Tensor, hessian: Tensor, amount: float, chosen: list[bool]
-) -> tuple[list[int], float]:
-    """Solve the ``chosen`` rows by Cholesky into ``solution``, in place.
-
-    Small systems of rows that keep equally many entries are factorised as one batch. Returns the rows whose A_SS is
-    numerically singular, left to the iterative solver, and the squared residual of the others.
-    """
-    counts = kept.sum(1).tolist()
-    by_count: dict[int, list[int]] = {}
-    for row, direct in enumerate(chosen):
-        if direct and counts[row]:
-            by_count.setdefault(counts[row], []).append(row)
-    batches = [
-        rows[start : start + step]
-        for count, rows in by_count.items()
-        for step in [_BATCH_ENTRIES // count**2 if count <= _WIDE else 1]
-        for start in range(0, len(rows), step)
-    ]
-
-    def solve_one(row: int) -> tuple[list[int], float]:
-        index = kept[row].nonzero().squeeze(1)  # (n,)
-        system = _submatrix(hessian, index)  # (n, n)
-        system.diagonal().add_(amount)
-        factor, info = torch.linalg.cholesky_ex(system)
-        if int(info):
-            return [row], 0.0
-        right = target[row, index].unsqueeze(1)  # (n, 1)
-        values = torch.cholesky_solve(right, factor)
-        solution[row, index] = values.squeeze(1)
-        return [], float((system @ values - right).square().sum())
-
-    def solve(rows: list[int]) -> tuple[list[int], float]:
-        if len(rows) == 1:
-            return solve_one(rows[0])
-        index = kept[rows].nonzero()[:, 1].view(len(rows), -1)  # (R, n)
-        systems = torch.take(hessian, index.unsqueeze(2) * hessian.shape[1] + index.unsqueeze(1))  # (R, n, n)
-        systems.diagonal(dim1=1, dim2=2).add_(amount)
-        factors, info = torch.linalg.cholesky_ex(systems)
-        right = target[rows].gather(1, index).unsqueeze(2)  # (R, n, 1)
-        values = torch.cholesky_solve(right, factors)
-        sound = info == 0
-        part = torch.zeros_like(target[rows]).scatter_(1, index, values.squeeze(2))
-        solution[rows] = torch.where(sound.unsqueeze(1), part, 0.0)
-        squares = (systems @ values - right).square().sum((1, 2))
-        failed = [row for row, good in zip(rows, sound.tolist(), strict=True) if not good]
-        return failed, float(squares[sound].sum())
-
-    results = side_by_side(solve, batches)
-    return [row for failed, _ in results for row in failed], sum(square for _, square in results)
-
-
-def _submatrix(matrix: Tensor, index: Tensor) -> Tensor:
-    """``matrix`` (I, I) at the rows and columns ``index`` (n,).
-
-    Whole rows, then their columns, few rows at a time: the n whole rows would not stay in the cache, and for a large
-    layer they took three times as long as the factorisation.
-    """
-    count = index.numel()
-    result = torch.empty(count, count, dtype=matrix.dtype, device=matrix.device)
-    for part in row_slices(count, matrix.shape[1], _GATHER_ENTRIES):
-        torch.index_select(matrix.index_select(0, index[part]), 1, index, out=result[part])
-    return result
 
 
 def sum_of_squares(rows: Tensor) -> float:
