@@ -1,4 +1,4 @@
-# make demo: set up from nothing and watch a model forget and be patched.
+# make demo: set up from nothing and watch a model forget and be patched; make demo-distill trains the patch, too.
 # make test: set up from nothing and run ruff, mypy and the tests.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-fast test-slow kills fuzz lint bench bench-large bench-gpu real stitch evidence docs clean
+.PHONY: demo demo-distill test test-fast test-slow kills fuzz lint bench bench-large bench-gpu real stitch evidence docs clean
 
 # torch comes first and pinned, so that nothing else chooses its build.
 $(BIN)/tailorcli: pyproject.toml constraints.txt
@@ -27,6 +27,9 @@ $(VENV)/real: $(VENV)/dev
 
 demo: $(BIN)/tailorcli
 	$(BIN)/tailorcli demo -o demo --overwrite
+
+demo-distill: $(BIN)/tailorcli
+	$(BIN)/tailorcli demo -o demo --overwrite --distill
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
