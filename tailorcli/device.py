@@ -130,6 +130,8 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
 
 
 _CPU_ALLOCATOR = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")  # torch's words on a CPU
+# The words of CUDA itself and of its libraries, which take memory past torch's allocator.
+_CUDA_ALLOCATORS = ("_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -138,7 +140,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_ALLOCATOR)
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in (*_CPU_ALLOCATOR, *_CUDA_ALLOCATORS)
+    )
 
 
 @contextmanager
@@ -155,7 +159,7 @@ def device_errors(smaller: str = "") -> Iterator[None]:
         import torch  # waits until here: a command that needs none of it starts quickly
 
         where, way_out = "this machine", "free some memory, or use a machine with more"
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _CUDA_ALLOCATORS):
             where, way_out = "the device", "pass --device cpu"
         hint = f"pass {smaller}; or {way_out}" if smaller else way_out
         raise DeviceError(f"{where} ran out of memory: {first_line(error)}", hint) from error

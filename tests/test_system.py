@@ -17,6 +17,7 @@ from tailorcli.core import chunks
 from tailorcli.device import device_errors, free_memory
 from tailorcli.errors import CheckpointError, DeviceError, OutputError
 from tailorcli.files import as_output_error, file_digest, unreadable
+from tailorcli.models.running import forward
 
 LINUX_ONLY = ("preadv", "pread", "pwrite", "fdatasync", "posix_fallocate", "O_DIRECTORY", "sysconf")
 
@@ -275,6 +276,19 @@ def test_a_gpu_without_memory_is_told_of_smaller_work_before_another_device():
     with pytest.raises(DeviceError, match=message) as found, device_errors("a smaller --batch-size"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
     assert found.value.hint == "pass a smaller --batch-size; or pass --device cpu"
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "CUDA error: out of memory"],
+)
+def test_a_library_of_the_device_that_finds_no_memory_is_no_fault_of_the_data(message):
+    def network(**inputs):
+        raise RuntimeError(message)
+
+    with pytest.raises(DeviceError, match="the device ran out of memory") as found, device_errors("less of it"):
+        forward(network, {"input_ids": torch.ones(1, 2)})
+    assert found.value.hint == "pass less of it; or pass --device cpu"
 
 
 def test_other_errors_pass_device_errors_as_they_are():

@@ -94,6 +94,8 @@ def make_base(cache: Path) -> Path:
         raise SystemExit(f"transformers reads a GGUF file with {names}: python -m pip install {names}")
     gguf = fetch_gguf(cache)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if tokenizer.pad_token is None:  # some versions of transformers leave it out
+        tokenizer.pad_token = tokenizer.eos_token
     loaded = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
