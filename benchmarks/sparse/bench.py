@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -252,11 +253,13 @@ def measured(make: Callable[[], object]) -> tuple[float, int | None]:
     """Seconds and, on a GPU, peak bytes of a call; on a CPU, which others use too, the seconds are of its own work."""
     on_gpu = torch.cuda.is_available()
     clock = perf_counter if on_gpu else process_time
+    gc.collect()  # of what ran before
+    before = torch.cuda.memory_allocated() if on_gpu else 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     started = clock()
     make()
-    return clock() - started, torch.cuda.max_memory_allocated() if on_gpu else None
+    return clock() - started, torch.cuda.max_memory_allocated() - before if on_gpu else None
 
 
 def share_moved(base: Path, model: Path) -> float:

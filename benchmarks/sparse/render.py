@@ -8,9 +8,9 @@ from typing import Any
 
 from benchmarks.common import markdown, processor
 from benchmarks.pages import reflow
-from benchmarks.sparse.cells import Cell, machine_of, read_part
+from benchmarks.sparse.cells import TEST, Cell, machine_of, read_part
 from benchmarks.sparse.pictures import draw_depths, draw_masks
-from benchmarks.sparse.setting import BASE, FINE_TUNES, MASKS, PARTS, ROWS, TUNED_AT, Part, Row
+from benchmarks.sparse.setting import BASE, DEPTHS, FINE_TUNES, MASKS, PARTS, ROWS, TUNED_AT, Part, Row
 from benchmarks.sparse.summary import CLAIMS, FIGURES, FULL, OF_OURS, Claim, Table, tables_of, verdict
 from tailorcli.evaluation.metrics import estimate
 from tailorcli.training.outcome import memory_of
@@ -25,15 +25,16 @@ def write(roots: Sequence[Path], document: Path) -> None:
     for name in PARTS:
         parts = [(read_part(root / name), machine_of(root / name)) for root in roots]
         found[name], machines[name] = next((part for part in parts if part[0]), ([], {}))
-    document.write_text(reflow(page(found, document.parent, machines)), encoding="utf-8")
+    before = document.read_text(encoding="utf-8") if document.exists() else ""
+    document.write_text(reflow(page(found, document.parent, machines, before)), encoding="utf-8")
 
 
-def page(found: dict[str, list[Cell]], folder: Path, machines: dict[str, dict[str, Any]]) -> str:
-    """The whole page; its pictures go into ``folder``."""
+def page(found: dict[str, list[Cell]], folder: Path, machines: dict[str, dict[str, Any]], before: str = "") -> str:
+    """The whole page; its pictures go into ``folder``. A part without cells stays as it was in the page ``before``."""
     parts = [HEAD]
     for name, cells in found.items():
         machine = machines.get(name, {})
-        parts += _section(PARTS[name], cells, folder, machine) if cells else [_not_run(PARTS[name])]
+        parts += _section(PARTS[name], cells, folder, machine) if cells else [_as_before(PARTS[name], before)]
     return "\n\n".join([*parts, _memory()]) + "\n"
 
 
@@ -80,15 +81,21 @@ them: the same base, data, steps and layers for all. Embeddings are frozen.
 - **seconds** are of everything from the base on: the probe, the statistics, the fine-tune below a patch. On a CPU they
   are those that one core worked, on a GPU those that passed while others ran on it: compare them within a table only.
 - **peak MB** is that of the fine-tune, or of patching: on a GPU what its tensors took; on a CPU that of a process of
-  three steps, with Python and torch in it.
+  three steps, with Python and torch in it. Of several runs it is the least, as what ran before can hold some.
 
 *quick* is a small model, trained briefly: an indication of what holds for large ones, no more."""
 
 
-def _not_run(part: Part) -> str:
-    return f"""## {part.name}
+def _as_before(part: Part, page: str) -> str:
+    """The section of a part in an earlier page, else that it was not measured."""
+    sections = [f"## {text}".strip() for text in page.split("\n## ")[1:]]
+    known = next((text for text in sections if text.startswith(f"## {part.name}\n")), None)
+    return (
+        known
+        or f"""## {part.name}
 
 Not measured: {part.model} wants a GPU. `python -m benchmarks.sparse --part {part.name}` runs it and adds it here."""
+    )
 
 
 def _section(part: Part, cells: Sequence[Cell], folder: Path, machine: dict[str, Any]) -> list[str]:
@@ -138,7 +145,7 @@ def _setting(part: Part, machine: dict[str, Any]) -> str:
 
 def _missing(table: Table) -> str:
     """What was not measured, in words; empty where all was."""
-    lines = []
+    lines = [f"- {depth}: every row." for depth in DEPTHS if depth not in table.depths]
     for depth in table.depths:
         seeds = {row.title: len(table.of((row, depth))) for row in ROWS}
         for count in sorted(set(seeds.values()) - {SEEDS}):
@@ -193,6 +200,9 @@ def _claims(table: Table) -> str:
         told = ", ".join(f"{seen.count(word)} {word}" for word in ("yes", "no", "not told apart") if word in seen)
         columns = ("claim", "layers", "ahead in H", "95% interval", "seeds", "seen here")
         texts.append(f"{title} ({told}):\n\n{markdown(columns, rows, text=(0, 1, 5))}")
+    if better := table.better():
+        named = ", ".join(f"*{row.title}* ({rate:g})" for row, rate in better.items())
+        texts.append(f"These hold at the rates that were taken. Of some rows another was better, see below: {named}.")
     return "\n\n".join(texts)
 
 
@@ -206,21 +216,24 @@ def _claim(table: Table, claim: Claim) -> list[str]:
 
 
 def _rates(table: Table) -> str:
-    """H on the validation part at each rate that was tried, the one that was taken, and what that leaves open."""
-    found = table.rates()
+    """H at each rate that was tried, on the validation and the test part, the one taken, and what that leaves open."""
+    found, tested, better = table.rates(), table.rates(TEST), table.better()
     tried = sorted({rate for of_row in found.values() for rate in of_row})
-    rows, edges, better = [], [], []
+
+    def shown(row: Row, rate: float) -> str:
+        on_test = tested.get(row, {}).get(rate)
+        return f"{found[row][rate]:.1f}" + ("" if on_test is None else f" ({on_test:.1f})")
+
+    rows, edges = [], []
     for row, of_row in found.items():
         taken = table.taken[row]
-        shown = (f"{of_row[rate]:.1f}" if rate in of_row else "" for rate in tried)
-        rows.append([row.title, *shown, f"{taken:g}"])
-        if taken != (best := max(of_row, key=lambda rate: of_row[rate])):
-            better.append(f"{row.title} ({best:g})")
-        elif taken in (min(of_row), max(of_row)):
+        rows.append([row.title, *(shown(row, rate) if rate in of_row else "" for rate in tried), f"{taken:g}"])
+        if row not in better and taken in (min(of_row), max(of_row)):
             edges.append(row.title)
-    texts = ["H in percent on the validation parts, by rate, and the rate that was taken."]
+    texts = ["H with the first seed on the validation part, by rate, in brackets on the test part; the rate taken."]
     if better:
-        texts.append(f"Better on validation, but not run with as many seeds or depths: {', '.join(better)}.")
+        named = ", ".join(f"{row.title} ({rate:g})" for row, rate in better.items())
+        texts.append(f"Better on validation, but not run with as many seeds or depths: {named}.")
     if edges:
         texts.append(f"At the edge of what was tried, so that a better one may lie beyond it: {', '.join(edges)}.")
     return f"{' '.join(texts)}\n\n{markdown(('method', *(f'{rate:g}' for rate in tried), 'taken'), rows)}"

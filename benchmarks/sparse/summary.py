@@ -133,23 +133,25 @@ class Table:
             return None
         return (found.value, *found.interval)
 
-    def rates(self) -> dict[Row, dict[float, float]]:
-        """H on the validation part by row and rate."""
+    def rates(self, part: str = VALIDATION) -> dict[Row, dict[float, float]]:
+        """H with the first seed and all layers on a part of the tasks, by row and rate."""
         found: dict[Row, dict[float, float]] = {}
         for cell in self.cells:
-            if VALIDATION in cell.scores and cell.row in ROWS:
-                found.setdefault(cell.row, {})[cell.rate] = cell.h(VALIDATION)
+            if part in cell.scores and cell.row in ROWS and (cell.seed, cell.depth) == (0, TUNED_AT):
+                found.setdefault(cell.row, {})[cell.rate] = cell.h(part)
         return {row: dict(sorted(found[row].items())) for row in ROWS if row in found}
 
+    def better(self) -> dict[Row, float]:
+        """The rates that were better on the validation part than those that were taken, by row."""
+        best = {row: max(rates, key=lambda rate: rates[rate]) for row, rates in self.rates().items()}
+        return {row: rate for row, rate in best.items() if rate != self.taken[row]}
+
     def cost(self, side: Side) -> tuple[float, float, int | None]:
-        """Share of entries that moved, seconds, and peak bytes, means over the seeds."""
+        """Share of entries that moved and seconds, means over the seeds; the least peak bytes of all runs."""
         cells = self.of(side)
-        peaks = [cell.peak for cell in cells if cell.peak]
-        return (
-            mean(cell.moved for cell in cells),
-            mean(cell.seconds for cell in cells),
-            round(mean(peaks)) if peaks else None,
-        )
+        runs = [cell for cell in self.cells if (cell.row, cell.depth) == side]
+        peaks = [cell.peak for cell in runs if cell.peak]
+        return mean(cell.moved for cell in cells), mean(cell.seconds for cell in cells), min(peaks, default=None)
 
 
 def tables_of(cells: Sequence[Cell]) -> list[Table]:

@@ -53,8 +53,13 @@ def rows_of(text):
     return [tuple(item.strip() for item in line.strip("|").split("|")) for line in lines]
 
 
-def test_the_page_says_what_was_seen_what_it_is_of_and_what_is_missing(tmp_path, monkeypatch):
+@pytest.fixture
+def few_resamples(monkeypatch):
     monkeypatch.setattr(summary, "RESAMPLES", 100)
+
+
+@pytest.mark.usefixtures("few_resamples")
+def test_the_page_says_what_was_seen_what_it_is_of_and_what_is_missing(tmp_path):
     machine = {"gpu": "a card", "processor": "a chip", "jobs": 3}
     page = render.page({"quick": cells(), "text": [], "multimodal": []}, tmp_path, {"quick": machine})
     assert "a card, a chip, 3 fine-tunes at a time" in page
@@ -233,6 +238,7 @@ def test_a_job_that_fails_is_told_and_ends_no_other(tmp_path, at_a_time):
     assert (tmp_path / "two").exists()
 
 
+@pytest.mark.usefixtures("few_resamples")
 def test_the_page_is_of_the_rate_that_ran_most_and_says_which_was_better():
     found = [replace(one, scores={**one.scores}) for one in cells() if one.row != OURS[0]]
     found += [cell(OURS[0], TUNED_AT, seed, 0.5, 0.5) for seed in (0, 1)]
@@ -240,8 +246,10 @@ def test_the_page_is_of_the_rate_that_ran_most_and_says_which_was_better():
     table = Table("unicode", tuple(found))
     assert [one.rate for one in table.of((OURS[0], TUNED_AT))] == [1e-3, 1e-3]
     assert "not run with as many seeds or depths: ours on full (0.003)" in render._rates(table)
+    assert "another was better, see below: *ours on full* (0.003)" in render._claims(table)
     more = Table("unicode", (*found, cell(OURS[0], TUNED_AT, 1, 0.6, 0.6, rate=3e-3)))
     assert [one.rate for one in more.of((OURS[0], TUNED_AT))] == [3e-3, 3e-3]
+    assert "was better" not in render._claims(more)
 
 
 def store(found, part):
@@ -258,6 +266,7 @@ def store(found, part):
         file.write_text(json.dumps(facts | more))
 
 
+@pytest.mark.usefixtures("few_resamples")
 def test_results_of_another_machine_make_the_page(tmp_path):
     for name in ("stored", "cache"):
         store([one for one in cells() if one.row in (BASE, FULL)], tmp_path / name / "text")
@@ -267,8 +276,15 @@ def test_results_of_another_machine_make_the_page(tmp_path):
     assert "that of stored" in page
     assert "| full " in page
     assert "3 of 3" not in page
+    assert "every row.\n" not in page.replace("seeds of every row", "")
+    store([one for one in cells() if one.depth in ("", TUNED_AT)], tmp_path / "few" / "text")
+    render.write([tmp_path / "few"], tmp_path / "few.md")
+    assert "- last 2: every row.\n- last third: every row.\n" in (tmp_path / "few.md").read_text()
     render.write([tmp_path / "nothing", tmp_path / "cache"], tmp_path / "page.md")
     assert "that of cache" in (tmp_path / "page.md").read_text()
+    written = (tmp_path / "page.md").read_text()
+    render.write([tmp_path / "nothing"], tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == written  # a part that is not there stays
 
 
 def run_probe_options(seq_len):
