@@ -10,6 +10,9 @@ The time of a sequential solver is its factor and its sweep. All are float32. H 
 random orthogonal basis; delta is normal; the mask takes the highest hybrid scores (omega 0.5). The error is
 ||(W - W_tuned) X||^2 / ||delta X||^2 = tr(E H E^T) / tr(delta H delta^T).
 
+What arithmetic asks for is counted beside it: joint's multiply-adds are O I^2 (the right side e H) and n^3 / 6 for a
+row of n kept entries (its Cholesky), the sweep's O I^2 / 2 and I^3 / 3 (the factor of H^-1, once for all rows).
+
 A second table splits joint: each row by Cholesky of its gathered system ("direct"), or all rows by conjugate
 gradients, over densities; where they cross, n^3 = constant I^4 gives the switch that ``core.solvers`` should use.
 """
@@ -60,6 +63,7 @@ _DEFAULTS = PatchOptions()
 DAMPING, OMEGA, BLOCK = _DEFAULTS.effective_damping, _DEFAULTS.omega, _DEFAULTS.block_size
 TOLERANCE, MAX_ITERATIONS = _DEFAULTS.tolerance, _DEFAULTS.max_iterations
 SPEEDUP_TARGET, ERROR_TARGET = 3.0, 0.75
+EVEN_DENSITY, EVEN_ERROR = 0.1, 0.7  # where joint may take as long as the sweep, for so much of its error
 CROSSOVER_DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 
 
@@ -155,12 +159,24 @@ def compare(size: int, density: float, power: float, rounds: int, device: torch.
     return {
         "size": size,
         "density": density,
+        "multiply_adds": multiply_adds(layer),
         "seconds": {name: median(times) for name, times in seconds.items()},
         "speedup_over_sequential": ratio(seconds["sequential"], seconds["joint"]),
         "speedup_over_published": ratio(seconds["published"], seconds["joint"]),
         "errors": errors,
         "error_ratio": errors["joint"] / errors["sequential"],
         "sweeps_differ_by": disagreement,
+    }
+
+
+def multiply_adds(layer: Layer) -> dict[str, float]:
+    """What joint by Cholesky and the sweep have to multiply and add on one layer."""
+    rows, columns = layer.delta.shape
+    kept = layer.mask.sum(1, dtype=torch.float64)
+    return {
+        "right side": float(rows * columns**2),
+        "rows": float((kept**3).sum() / 6),
+        "sweep": rows * columns**2 / 2 + columns**3 / 3,
     }
 
 
@@ -265,7 +281,21 @@ def _targets(comparisons: list[dict[str, Any]]) -> str:
             f"{verdict(theirs >= SPEEDUP_TARGET)} ({theirs:.1f}x), than our own {verdict(ours >= SPEEDUP_TARGET)} "
             f"({ours:.1f}x); error <= {ERROR_TARGET:g}x the sequential {verdict(error <= ERROR_TARGET)} ({error:.2f}x)"
         )
+    lines += [_count(found) for found in comparisons if found["density"] == EVEN_DENSITY]
     return "\n".join(lines)
+
+
+def _count(found: dict[str, Any]) -> str:
+    """Joint's time and error beside the sweep's, and what either has to work out."""
+    count, share = found["multiply_adds"], 1.0 / found["speedup_over_sequential"]
+    own = count["right side"] + count["rows"]
+    return (
+        f"I = O = {found['size']}, density {found['density']:g}: joint in at most the sweep's time "
+        f"{verdict(share <= 1.0)} ({share:.2f}x), at most {EVEN_ERROR:g} of its error "
+        f"{verdict(found['error_ratio'] <= EVEN_ERROR)} ({found['error_ratio']:.2f}); of {own / 1e9:.2f}e9 "
+        f"multiply-adds {count['right side'] / 1e9:.2f}e9 are the right side and {count['rows'] / 1e9:.2f}e9 the rows' "
+        f"Cholesky, the sweep has {count['sweep'] / 1e9:.2f}e9: {own / count['sweep']:.2f} times as many"
+    )
 
 
 def parse() -> argparse.Namespace:
@@ -273,7 +303,7 @@ def parse() -> argparse.Namespace:
     options.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048], help="I = O")
     options.add_argument("--densities", type=float, nargs="+", default=[0.01, 0.1, 0.5])
     options.add_argument("--power", type=float, default=1.0, help="eigenvalues of H fall as j^-power")
-    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--split-rows", type=int, default=256, help="rows in the second table; 0 leaves it out")
     options.add_argument("--device", default="cpu", help="cpu or cuda (without the second table)")
     return options.parse_args()
