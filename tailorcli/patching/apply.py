@@ -68,7 +68,10 @@ def apply_patch(
     """
     started = perf_counter()
     target = Target.of(output, None, resume=resume, overwrite=overwrite)
+    from tailorcli.core.chunks import one_torch_thread_each
+
     with ExitStack() as stack:
+        stack.enter_context(one_torch_thread_each())  # further ones would wait busily beside those that read and hash
         opened, file = open_both(local_folder(base), patch, stack, divided=True)
         watch = Watch([*opened.shards, file.path])
         plan = plan_of_patch(opened, file, max_shard_size)

@@ -69,7 +69,10 @@ def verify_checkpoint(
     Without a patch file the checkpoint's own report says how many entries of each tensor may differ from the base.
     Raises TailorError where an input cannot be read or ``patch`` is not of ``base``.
     """
+    from tailorcli.core.chunks import one_torch_thread_each
+
     with ExitStack() as stack:
+        stack.enter_context(one_torch_thread_each())  # further ones would wait busily beside those that read and hash
         checkpoint, base = local_folders((checkpoint, base))
         opened = stack.enter_context(Checkpoint.open(base))
         found = stack.enter_context(Checkpoint.open(checkpoint))
