@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,37 @@ def write(roots: Sequence[Path], document: Path) -> None:
 
 def page(found: dict[str, list[Cell]], folder: Path, machines: dict[str, dict[str, Any]], before: str = "") -> str:
     """The whole page; its pictures go into ``folder``. A part without cells stays as it was in the page ``before``."""
-    parts = [HEAD]
+    parts: list[str] = []
     for name, cells in found.items():
         machine = machines.get(name, {})
         parts += _section(PARTS[name], cells, folder, machine) if cells else [_as_before(PARTS[name], before)]
-    return "\n\n".join([*parts, _memory()]) + "\n"
+    return "\n\n".join([HEAD, *_short(found, before), *parts, _memory()]) + "\n"
+
+
+def _short(found: dict[str, list[Cell]], before: str) -> list[str]:
+    """The rows with the highest H at all layers, of those with the most seeds, for each test; nothing without any.
+
+    A part without cells has its lines of the page ``before``.
+    """
+    lines = []
+    for name, cells in found.items():
+        if not cells:
+            known = re.findall(rf"^\| ({name}-.*?) *\|$", before, re.MULTILINE)
+            lines += [[cell.strip() for cell in line.split("|")] for line in known]
+        for table in tables_of(cells):
+            seeds = {row: len(table.of((row, TUNED_AT))) for row in ROWS}
+            most = max(seeds.values())
+            h = {row: table.figure((row, TUNED_AT), "h_score") for row in (BASE, *ROWS) if seeds.get(row, most) == most}
+            shown = {row: f"{row.title} {values[0]:.1f}" for row, values in h.items() if values is not None}
+            if not most or not {BASE, FULL} <= shown.keys():
+                continue
+            ranked = sorted(shown.keys() - {BASE}, key=lambda row: -float(shown[row].rpartition(" ")[2]))
+            best = [shown[row] for row in ranked[:3]]
+            ends = [shown[row].rpartition(" ")[2] for row in (FULL, BASE)]
+            lines.append([f"{name}-{table.task}", str(most), *best, *[""] * (3 - len(best)), *ends])
+    columns = ("test", "seeds", "highest H", "second", "third", "full", "zero-shot")
+    told = "All layers, the rows with the most seeds; how far these can be told apart is below."
+    return [f"{told}\n\n{markdown(columns, lines, text=(0, 2, 3, 4))}"] if lines else []
 
 
 def _memory() -> str:

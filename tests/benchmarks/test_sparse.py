@@ -68,6 +68,7 @@ def test_the_page_says_what_was_seen_what_it_is_of_and_what_is_missing(tmp_path)
     assert claims["Model-Dowser beats full", TUNED_AT][-2:] == ("2", "no")
     assert claims["ours on full beats full alone", TUNED_AT][-1] == "not told apart"
     assert claims["SPIDER's mask beats that by random", TUNED_AT][-1] == "yes"
+    assert next(row for row in rows_of(page) if row[0] == "quick-unicode")[:3] == ("quick-unicode", "3", "full 52.3")
     title = f"### quick-unicode: {TUNED_AT}"
     table = {row[0]: row for row in rows_of(page[page.index(title) :].split("###")[1])}
     assert (table["full"][1], table["full"][7]) == ("59.2", "3")
