@@ -8,21 +8,28 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo demo-distill test test-fast test-slow kills fuzz lint bench bench-large bench-gpu real stitch evidence docs clean
+.PHONY: demo demo-distill test tests test-fast test-slow kills fuzz lint bench bench-large bench-gpu real stitch evidence docs clean
+
+# Python compiles what it imports and keeps that, so pip need not compile the other three quarters first.
+INSTALL := $(PIP) install --no-compile -c constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 
 # torch comes first and pinned, so that nothing else chooses its build.
-$(BIN)/tailorcli: pyproject.toml constraints.txt
+$(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[plot]'
+	$(INSTALL) torch
 	@touch $@
 
-$(VENV)/dev: $(BIN)/tailorcli
-	$(PIP) install -c constraints.txt -e '.[dev]'
+$(BIN)/tailorcli: $(VENV)/torch pyproject.toml
+	$(INSTALL) -e '.[plot]'
 	@touch $@
+
+$(VENV)/dev: $(VENV)/torch pyproject.toml
+	$(INSTALL) -e '.[dev]'
+	@touch $(BIN)/tailorcli $@
 
 $(VENV)/real: $(VENV)/dev
-	$(PIP) install -c constraints.txt -e '.[dev,real]'
+	$(INSTALL) -e '.[dev,real]'
 	@touch $@
 
 demo: $(BIN)/tailorcli
@@ -40,7 +47,11 @@ lint: $(VENV)/dev
 # once; files in the order of their names, as the longest are not the last.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-test: lint
+# mypy takes one core: beside the tests, which wait a little at times.
+test: $(VENV)/dev
+	$(MAKE) -j 2 lint tests
+
+tests: $(VENV)/dev
 	$(PYTEST)
 
 test-fast: $(VENV)/dev
@@ -82,7 +93,7 @@ evidence: $(VENV)/real
 
 # The pages of docs/ as a site in site/, each link and anchor checked.
 $(VENV)/docs: $(BIN)/tailorcli
-	$(PIP) install -c constraints.txt -e '.[docs]'
+	$(INSTALL) -e '.[docs]'
 	@touch $@
 
 docs: $(VENV)/docs

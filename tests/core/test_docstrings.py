@@ -28,9 +28,15 @@ def raises(function):
     return found
 
 
-def documented(tree):
+@pytest.fixture(scope="module")
+def nodes():
+    """All of each file's syntax tree."""
+    return {file: list(ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8")))) for file in FILES}
+
+
+def documented(nodes):
     """Every public function and method that has a docstring."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and ast.get_docstring(node):
             yield node
 
@@ -48,10 +54,10 @@ def test_the_examples_run(file):
     assert outcome.failed == 0
 
 
-def test_what_raises_says_so():
+def test_what_raises_says_so(nodes):
     silent, told = [], 0
     for file in FILES:
-        for function in documented(ast.parse((PACKAGE / file).read_text(encoding="utf-8"))):
+        for function in documented(nodes[file]):
             if raises(function) and file.as_posix() not in {f"cli/{name}.py" for name in COMMANDS}:
                 said = "raise" in (ast.get_docstring(function) or "").lower()
                 told += said
@@ -60,8 +66,8 @@ def test_what_raises_says_so():
     assert told > 100
 
 
-def test_no_docstring_begins_with_the_same():
+def test_no_docstring_begins_with_the_same(nodes):
     for file in FILES:
-        for node in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8"))):
+        for node in nodes[file]:
             if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
                 assert not (ast.get_docstring(node) or "").startswith("The same"), file
