@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers as tr
-from helpers import CHARACTERS, make_tokenizer, perturb, write_data
+from helpers import CHARACTERS, copy_of, make_tokenizer, perturb, write_data
 from torch import Tensor
 
 VOCAB = 116
@@ -599,7 +599,10 @@ def make_family_model(name, *, seed=0):
 
 def make_family_pair(folder, name, dtype=torch.float32):
     """``folder``/base, ``folder``/tuned, and ``folder``/data.jsonl with its images or sounds."""
-    folder = Path(folder)
+    return copy_of(_make_family_pair, folder, name, dtype)
+
+
+def _make_family_pair(folder, name, dtype):
     for part in ("base", "tuned"):
         model = make_family_model(name)
         if part == "tuned":
@@ -607,7 +610,6 @@ def make_family_pair(folder, name, dtype=torch.float32):
         model.to(dtype).save_pretrained(folder / part)
         FAMILIES[name].save_processor(folder / part)
     write_family_data(folder, name)
-    return folder
 
 
 def outputs(model, family):

@@ -1,9 +1,13 @@
 """Tiny random checkpoints, and a dense float64 reading of the paper to compare with."""
 
+import atexit
+import functools
 import hashlib
 import json
 import os
 import random
+import shutil
+import tempfile
 import warnings
 from contextlib import contextmanager
 from copy import deepcopy
@@ -64,9 +68,29 @@ def perturb(model, *, seed=1, scale=0.02):
     return model
 
 
+@functools.cache
+def _made_once(make, settings):
+    """A folder that ``make`` filled, and the state of the random numbers that it left."""
+    folder = Path(tempfile.mkdtemp(prefix="tailorcli-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    make(folder, *settings)
+    return folder, torch.get_rng_state()
+
+
+def copy_of(make, folder, *settings):
+    """``folder`` as ``make(folder, *settings)`` fills it, which is done once in a process."""
+    made, state = _made_once(make, settings)
+    shutil.copytree(made, folder, dirs_exist_ok=True)
+    torch.set_rng_state(state)
+    return Path(folder)
+
+
 def make_pair(folder, kind="llama", *, dtype=torch.float32, shard=None, tied=False, layers=2):
     """``folder``/base, ``folder``/tuned and ``folder``/data.jsonl."""
-    folder = Path(folder)
+    return copy_of(_make_pair, folder, kind, dtype, shard, tied, layers)
+
+
+def _make_pair(folder, kind, dtype, shard, tied, layers):
     tokenizer = make_tokenizer()
     sharding = {"max_shard_size": shard} if shard else {}
     model = make_model(kind, tied=tied, layers=layers)
@@ -76,7 +100,6 @@ def make_pair(folder, kind="llama", *, dtype=torch.float32, shard=None, tied=Fal
     for name in ("base", "tuned"):
         tokenizer.save_pretrained(folder / name)
     write_data(folder / "data.jsonl")
-    return folder
 
 
 def write_data(path, count=40, seed=0):
