@@ -8,7 +8,7 @@ import torch
 from families import make_family_pair
 from helpers import make_model, make_tokenizer, read_tensors, run
 
-from tailorcli import Checkpoint, TailorError, calibrate_model, evaluate_models, patch_checkpoint
+from tailorcli import Checkpoint, PatchOptions, TailorError, calibrate_model, evaluate_models, patch_checkpoint
 from tailorcli.calibration.stats import Stats
 from tailorcli.calibration.synthetic import encode_starts, read_starts, write_samples
 from tailorcli.models.config import read_config
@@ -328,7 +328,10 @@ def write_pictures(folder):
     return write_lines(folder / "starts.jsonl", *pictures), len(pictures)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "gemma3", "instructblip"])
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("gemma3", "instructblip")]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", *SLOW])
 def test_a_model_writes_behind_pictures(family, tmp_path):
     """Its vision tower is reached; no token that stands for an image is written; the manifest names the file."""
     folder = make_family_pair(tmp_path, family)
@@ -350,9 +353,8 @@ def test_the_retain_term_reaches_the_vision_tower(tmp_path):
     file, _ = write_pictures(folder)
     run("calibrate", folder / "base", "--synthetic", "--data", file, "--seq-len", 60, "-o", folder / "retained")
     calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
-    patched = patch_checkpoint(
-        folder / "base", folder / "tuned", folder / "out", folder / "stats", retain=folder / "retained"
-    )
+    given = (folder / "base", folder / "tuned", folder / "out", folder / "stats", PatchOptions(propagate=False))
+    patched = patch_checkpoint(*given, retain=folder / "retained")
     drifts = [record.drift for record in patched.tensors if "vision" in record.name and record.drift is not None]
     assert drifts
 
@@ -429,7 +431,9 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 # --- Multimodal models --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["llava", *(pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2.5-vl", "gemma3"))]
+)
 def test_a_multimodal_model_writes_text_alone(family, tmp_path):
     """Its vision tower is not reached: listed, and patched without the retain term."""
     folder = make_family_pair(tmp_path, family)

@@ -58,8 +58,8 @@ def own_part(text):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = make_pair(tmp_path_factory.mktemp("page"), layers=3)
-    run("calibrate", folder / "tuned", "--data", folder / "data.jsonl", "-o", folder / "stats")
     few = ("--num-samples", 4, "--seq-len", 16)
+    run("calibrate", folder / "tuned", "--data", folder / "data.jsonl", *few, "-o", folder / "stats")
     run("calibrate", folder / "base", "--synthetic", *few, "-o", folder / "base-stats")
     both = ("--stats", folder / "stats", "--retain", folder / "base-stats")
     outputs = ("-o", folder / "out", "--patch-file", folder / "p.safetensors")

@@ -227,7 +227,9 @@ def family(tmp_path, name):
     return folder, [record | {"images": [image]} for record, image in zip(words, images, strict=True)]
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2.5-vl", "gemma3", "instructblip"])
+@pytest.mark.parametrize(
+    "name", ["llava", "qwen2.5-vl", "instructblip", pytest.param("gemma3", marks=pytest.mark.slow)]
+)
 def test_images_go_through_the_models_own_processor(tmp_path, name):
     pytest.importorskip("PIL")
     folder, records = family(tmp_path, name)
@@ -576,7 +578,7 @@ def test_bad_arguments_are_one_clear_error(pair, tmp_path):
             parse_task(spec)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_an_adapter_is_evaluated_as_the_model_that_it_makes_and_no_file_is_written(tmp_path, dtype):
     make_adapter(tmp_path, target_modules=["q_proj", "down_proj"], dtype=dtype)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())

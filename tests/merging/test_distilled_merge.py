@@ -54,7 +54,7 @@ def inputs(tasks):
     return [tasks / "a.safetensors", tasks / "b.safetensors"], *both
 
 
-@pytest.mark.parametrize("method", ["average", "joint", "patches"])
+@pytest.mark.parametrize("method", ["joint", "patches", pytest.param("average", marks=pytest.mark.slow)])
 def test_the_union_of_the_masks_is_trained_towards_all_teachers(tasks, tmp_path, method):
     patches, tuned, stats = inputs(tasks)
     options = MergeOptions(method=method)

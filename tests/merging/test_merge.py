@@ -336,8 +336,13 @@ def test_the_merged_patch_file_is_the_merged_checkpoint(tasks, tmp_path, method)
     assert "itself merged" in shown
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("after", [0, 3, 15])
+MOMENTS = list(zip(METHODS, (0, 3, 15), strict=True))
+OTHERS = [(method, after) for method in METHODS for after in (0, 3, 15) if (method, after) not in MOMENTS]
+
+
+@pytest.mark.parametrize(
+    ("method", "after"), MOMENTS + [pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS]
+)
 def test_an_interrupted_merge_is_resumed_to_the_same_bytes(tasks, tmp_path, method, after):
     merge(tasks, tmp_path / "whole", method, patch_file=tmp_path / "whole.safetensors")
     with broken_off(CheckpointWriter, after):
@@ -505,7 +510,7 @@ def mask_of(patch, name, tensor):
 # --- Adapters --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_an_adapter_and_a_full_fine_tune_are_stitched(tmp_path, kind):
     """An adapter on a bfloat16 base as one of the tasks: its unrounded weights are what is merged."""
     from helpers import make_adapter

@@ -96,7 +96,12 @@ def test_the_images_and_sounds_count(name):
     assert not torch.equal(before[0], after[0])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+ONE_OF_EACH_KIND = {family.kind: name for name, family in FAMILIES.items()}.values()
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ONE_OF_EACH_KIND else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_half_precision_runs(name, tmp_path):
     folder = make_family_pair(tmp_path, name, dtype=torch.bfloat16)
     loaded = load(folder / "tuned")

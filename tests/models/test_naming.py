@@ -135,7 +135,7 @@ def test_a_model_that_sees_in_the_loaded_model_s_names_gives_the_same_patch(tmp_
     shutil.copytree(folder / "tuned", folder / "loaded")
     loaded_layout(folder / "loaded")
     assert read_tensors(folder / "loaded").keys() != read_tensors(folder / "base").keys()
-    how = ["--data", folder / "data.jsonl"]
+    how = ["--data", folder / "data.jsonl", "--num-samples", 6]
     run("calibrate", folder / "base", *how, "-o", folder / "retained")
     for name in ("tuned", "loaded"):
         run("calibrate", folder / name, *how, "-o", folder / f"stats-{name}")
@@ -148,7 +148,7 @@ def test_a_model_that_sees_in_the_loaded_model_s_names_gives_the_same_patch(tmp_
     run("score", folder / "base", folder / "loaded", "--stats", folder / "stats-loaded")
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "gemma3"])
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_an_adapter_on_a_model_that_sees_is_what_peft_merges(tmp_path, family):
     from peft import LoraConfig, get_peft_model
 

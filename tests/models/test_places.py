@@ -57,7 +57,7 @@ def test_experts_of_equal_values_have_each_their_own_hessian(tmp_path, kind):
     model, folder = upcycled(kind).eval(), tmp_path / "model"
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    write_data(tmp_path / "data.jsonl", 60)
+    write_data(tmp_path / "data.jsonl", 24)
     how = ["--data", tmp_path / "data.jsonl", "--batch-size", 1]
     run("calibrate", folder, *how, "-o", tmp_path / "stats")
     stats = Stats.open(tmp_path / "stats")

@@ -91,8 +91,12 @@ def patched(llama_pair, tmp_path):
     return patch_both(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kind", "shard"), [("llama", None), ("llama", "20KB"), ("gpt2", "20KB")])
+EACH_ONCE = [("llama", None, "float32"), ("llama", "20KB", "bfloat16"), ("gpt2", "20KB", "float16")]
+EVERY = [(*model, dtype) for model in (("llama", None), ("llama", "20KB"), ("gpt2", "20KB")) for dtype in DTYPES]
+OTHERS = [pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in EACH_ONCE]
+
+
+@pytest.mark.parametrize(("kind", "shard", "dtype"), EACH_ONCE + OTHERS)
 def test_apply_gives_the_bytes_of_patch(tmp_path, kind, shard, dtype):
     folder = make_pair(tmp_path, kind, dtype=DTYPES[dtype], shard=shard)
     calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
@@ -374,10 +378,13 @@ def test_the_estimate_of_a_patch_file_is_an_upper_bound(patched):
 # --- Interrupted runs ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("after", [0, 1, 5, 20])
-@pytest.mark.parametrize(
-    ("writer", "with_folder"), [(CheckpointWriter, True), (PatchWriter, True), (PatchWriter, False)]
-)
+WRITERS = [(CheckpointWriter, True), (PatchWriter, True), (PatchWriter, False)]
+MOMENTS = [(*writer, after) for writer, after in zip(WRITERS, (0, 5, 20), strict=True)]
+ALL_MOMENTS = [(*writer, after) for writer in WRITERS for after in (0, 1, 5, 20)]
+OTHER_MOMENTS = [pytest.param(*case, marks=pytest.mark.slow) for case in ALL_MOMENTS if case not in MOMENTS]
+
+
+@pytest.mark.parametrize(("writer", "with_folder", "after"), MOMENTS + OTHER_MOMENTS)
 def test_an_interrupted_run_is_resumed_to_the_same_bytes(llama_pair, tmp_path, writer, after, with_folder):
     inputs = (llama_pair / "base", llama_pair / "tuned")
 

@@ -49,8 +49,12 @@ def check_patched(folder, report):
             assert bits(out[name][changed]) == bits(tuned[name][changed])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kind", "shard"), [("llama", None), ("llama", "20KB"), ("gpt2", None), ("gpt2", "20KB")])
+EACH_ONCE = [("llama", None, "float32"), ("llama", "20KB", "bfloat16"), ("gpt2", None, "float16")]
+EVERY = [(kind, shard, dtype) for kind in ("llama", "gpt2") for shard in (None, "20KB") for dtype in DTYPES]
+OTHERS = [pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in EACH_ONCE]
+
+
+@pytest.mark.parametrize(("kind", "shard", "dtype"), EACH_ONCE + OTHERS)
 def test_the_main_job(tmp_path, kind, dtype, shard):
     check_the_main_job(tmp_path, kind, dtype, shard, lambda *arguments: run(*arguments).stdout)
 

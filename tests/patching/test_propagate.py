@@ -51,7 +51,7 @@ OTHER = {"tuned": "base", "base": "tuned"}  # the model whose samples they are n
 def pair(tmp_path_factory):
     """A tiny Llama pair (untied head) with statistics of both models, samples kept."""
     folder = make_pair(tmp_path_factory.mktemp("propagate"), layers=3)
-    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
+    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats", CalibrateOptions(num_samples=16))
     calibrate_model(
         folder / "base", None, folder / "retain", CalibrateOptions(synthetic=True, num_samples=8, seq_len=12)
     )
