@@ -165,7 +165,10 @@ def test_the_loss_is_on_the_response(tmp_path):
     }
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", pytest.param("gemma3", marks=pytest.mark.slow)])
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2.5-vl", "gemma3")]
+
+
+@pytest.mark.parametrize("family", ["llava", *SLOW])
 def test_a_model_that_sees_trains_on_its_pictures(family, tmp_path):
     folder = make_family_pair(tmp_path, family)
     report = graft(folder, tmp_path / "out", graft_steps=2, graft_rate=20.0)

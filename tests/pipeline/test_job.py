@@ -431,7 +431,7 @@ def test_a_model_that_takes_no_text_alone_has_no_estimate(steps, monkeypatch):
         assert trial.measure(tuned, tuned, OPTIONS, torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "adapter"])
+@pytest.mark.parametrize("kind", ["checkpoint", pytest.param("adapter", marks=_slow)])
 def test_the_model_that_is_patched_towards_may_lie_between_the_two(steps, tmp_path, kind):
     base, tuned = steps / "base", steps / "tuned"
     if kind == "adapter":

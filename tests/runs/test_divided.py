@@ -94,7 +94,7 @@ def test_ranks_write_the_bytes_of_one_process(llama_pair, whole, tmp_path, ranks
     ("before", "after"),
     [(1, 3), (3, 1), pytest.param(2, 4, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("tensors", [1, 5])
+@pytest.mark.parametrize("tensors", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_is_resumed_with_another_number_of_ranks(llama_pair, whole, tmp_path, before, after, tensors):
     with broken_off(CheckpointWriter, tensors):
         patched(llama_pair, tmp_path, before)

@@ -392,7 +392,7 @@ def test_a_response_is_ended_where_the_tokenizer_has_an_end():
     assert labels_of({"prompt": "2+2=", "response": "4"}, tokenizer, seq_len=5)[0] == "4"
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2.5-vl", "t5", "mixtral"])
+@pytest.mark.parametrize("name", ["llava", "t5", "mixtral", pytest.param("qwen2.5-vl", marks=pytest.mark.slow)])
 def test_families_are_trained_through_their_own_processors(tmp_path, name):
     """Towers and embeddings stay, what connects them to the text and the language model move."""
     pair = make_family_pair(tmp_path, name)
