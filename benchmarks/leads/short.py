@@ -28,7 +28,7 @@ MASKS = ("the paper's score", "|delta|", "random", "both", "|goal|", "the paper'
 LEADS: dict[str, dict[str, Run]] = {
     "start": {
         f"density {density:g}: {mask}": Run(density=density, mask=mask)
-        for density, masks in {0.02: MASKS, 0.05: MASKS[:3], 0.1: MASKS[:2]}.items()
+        for density, masks in {0.02: MASKS, 0.05: MASKS[:3], 0.1: (*MASKS[:2], "both")}.items()
         for mask in masks
     },
     "losses": {
