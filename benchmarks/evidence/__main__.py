@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="pairs at a time, each in a process of its own")
     parser.add_argument("--cache", type=Path, default=cache_root(), help="folder for weights and results (%(default)s)")
     parser.add_argument("--stored", type=Path, help="measure nothing: pages from FOLDER/PART/TASK-SEED/sweep")
+    parser.add_argument("--name", default="rivals", help="of the pages of --stored: evidence-PART-NAME.md (%(default)s)")
     options = parser.parse_args()
     parts = options.parts or list(PARTS)
     sections = []
@@ -75,25 +76,25 @@ def main() -> None:
         make = partial(pairs.quick, jobs=options.jobs) if part == "quick" else PARTS[part]
         if options.stored is not None:
             folder = options.stored / part
-            _write(part, load_outcomes(folder, GRIDS[part]), None, machine_of(folder))
-            sections.append(f"evidence-{part}-rivals.md")
+            _write(part, f"{part}-{options.name}", load_outcomes(folder, GRIDS[part]), None, machine_of(folder))
+            sections.append(f"evidence-{part}-{options.name}.md")
             continue
         made = make(cache)
         machine = environment()
         write_text_atomically(cache / "machine.json", json.dumps(machine, indent=1) + "\n")
         for grid in (first_of(GRIDS[part]), GRIDS[part]):  # a run that is cut short has a page of the first
-            _write(part, run_all(part, made, cache, grid, options.jobs), cache, machine)
+            _write(part, part, run_all(part, made, cache, grid, options.jobs), cache, machine)
         sections.append(f"evidence-{part}.md")
     readme.main()
     say(f"wrote {', '.join(sections)}, the pictures, the tables in {SUMMARY.name} and README's")
 
 
-def _write(part: str, outcomes: list[Outcome], cache: Path | None, machine: dict[str, Any]) -> None:
-    """The page of a benchmark, its pictures and its short tables; those of stored results have a name of their own.
+def _write(part: str, name: str, outcomes: list[Outcome], cache: Path | None, machine: dict[str, Any]) -> None:
+    """The page of a benchmark, its pictures, and its short tables where the summary has room for them.
 
-    Without a ``cache``, in which the models lie, there is no picture of what compensation moves.
+    Stored results have a ``name`` of their own. Without a ``cache``, in which the models lie, there is no picture of
+    what compensation moves.
     """
-    name = part if cache is not None else f"{part}-rivals"
     missing = names_missing(outcomes, GRIDS[part])
     texts, short = [_head(part, name, machine, missing)], []
     for group in summary.groups_of(outcomes):
@@ -107,8 +108,9 @@ def _write(part: str, outcomes: list[Outcome], cache: Path | None, machine: dict
         short.append(f"**{part}, {group.name}**\n\n{render.short_table(group)}")
     file = DOCS / f"evidence-{name}.md"
     file.write_text(reflow("\n\n".join(texts)), encoding="utf-8")
-    shown = between(SUMMARY.read_text(encoding="utf-8"), f"evidence-{name}", "\n\n".join(short))
-    SUMMARY.write_text(shown, encoding="utf-8")
+    text = SUMMARY.read_text(encoding="utf-8")
+    if f"evidence-{name}:begin" in text:
+        SUMMARY.write_text(between(text, f"evidence-{name}", "\n\n".join(short)), encoding="utf-8")
 
 
 def _head(part: str, name: str, machine: dict[str, Any], missing: list[str]) -> str:
@@ -116,7 +118,7 @@ def _head(part: str, name: str, machine: dict[str, Any], missing: list[str]) -> 
     title, how = f"The evidence: {part}", f"`make evidence` (`python -m benchmarks.evidence {part}`)"
     if name != part:
         title = f"{title}, with the methods of 2025 and 2026"
-        how = f"`python -m benchmarks.evidence {part} --stored FOLDER` from results of a run on another machine"
+        how = f"`python -m benchmarks.evidence {part} --stored FOLDER` from results that were stored before"
     lacking = ""
     if missing:
         distilled = [f"*{label}*" for label in missing if summary.DISTILLED in label]
