@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="pairs at a time, each in a process of its own")
     parser.add_argument("--cache", type=Path, default=cache_root(), help="folder for weights and results (%(default)s)")
     parser.add_argument("--stored", type=Path, help="measure nothing: pages from FOLDER/PART/TASK-SEED/sweep")
-    parser.add_argument("--name", default="rivals", help="of the pages of --stored: evidence-PART-NAME.md (%(default)s)")
+    parser.add_argument("--name", default="rivals", help="of --stored pages: evidence-PART-NAME.md (%(default)s)")
     options = parser.parse_args()
     parts = options.parts or list(PARTS)
     sections = []
