@@ -101,7 +101,7 @@ them: the same base, data, steps and layers for all. Embeddings are frozen.
   between the seeds. Differences are paired: of the same items and seeds. Of one seed
   neither says how another fine-tune would differ. Rows of a table with other numbers of seeds are not to be compared.
 - **The rate** of each row is that with the best H on the validation parts, with the first seed and all layers, of
-  those that ran with the other seeds. A patch has the fine-tune below it at the rate that suits the patch.
+  those that ran with the most seeds there. A patch has the fine-tune below it at the rate that suits the patch.
 - **graft**, **dare** and **tailor (paper)** stand on the full fine-tune. **ours** is the default of `patch`, with
   statistics of what the base writes itself.
 - **entries** is the share of all entries that differ from the base's.
@@ -229,7 +229,9 @@ def _claims(table: Table) -> str:
         texts.append(f"{title} ({told}):\n\n{markdown(columns, rows, text=(0, 1, 5))}")
     if better := table.better():
         named = ", ".join(f"*{row.title}* ({rate:g})" for row, rate in better.items())
-        texts.append(f"These hold at the rates that were taken. Of some rows another was better, see below: {named}.")
+        texts.append(
+            f"These hold at the rates taken. Of some rows another was better, and not run everywhere: {named}."
+        )
     return "\n\n".join(texts)
 
 
@@ -253,14 +255,16 @@ def _rates(table: Table) -> str:
 
     rows, edges = [], []
     for row, of_row in found.items():
-        taken = table.taken[row]
+        taken = table.taken[row, TUNED_AT]
         rows.append([row.title, *(shown(row, rate) if rate in of_row else "" for rate in tried), f"{taken:g}"])
         if row not in better and taken in (min(of_row), max(of_row)):
             edges.append(row.title)
-    texts = ["H with the first seed on the validation part, by rate, in brackets on the test part; the rate taken."]
+    texts = [
+        "H with the first seed and all layers on the validation part, in brackets on the test part; the rate taken."
+    ]
     if better:
         named = ", ".join(f"{row.title} ({rate:g})" for row, rate in better.items())
-        texts.append(f"Better on validation, but not run with as many seeds or depths: {named}.")
+        texts.append(f"Better on validation, but not run with all seeds or at all depths: {named}.")
     if edges:
         texts.append(f"At the edge of what was tried, so that a better one may lie beyond it: {', '.join(edges)}.")
     return f"{' '.join(texts)}\n\n{markdown(('method', *(f'{rate:g}' for rate in tried), 'taken'), rows)}"

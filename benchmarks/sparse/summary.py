@@ -78,20 +78,20 @@ class Table:
     @cached_property
     def tested(self) -> dict[tuple[Row, str, int], Cell]:
         """The cells with test figures at the rate that was taken, by row, depth and seed."""
-        found = [cell for cell in self.cells if TEST in cell.scores and cell.rate == self.taken[cell.row]]
+        found = [c for c in self.cells if TEST in c.scores and c.rate == self.taken[c.row, c.depth]]
         return {(cell.row, cell.depth, cell.seed): cell for cell in found}
 
     @cached_property
-    def taken(self) -> dict[Row, float]:
-        """The rate of every row: of those with which most was run, that with the best H on the validation part."""
-        runs: dict[Row, dict[float, int]] = {}
+    def taken(self) -> dict[Side, float]:
+        """The rate of every row at a depth: of those with the most seeds there, that with the best H on validation."""
+        runs: dict[Side, dict[float, int]] = {}
         for cell in self.cells:
-            of_row = runs.setdefault(cell.row, {})
-            of_row[cell.rate] = of_row.get(cell.rate, 0) + (TEST in cell.scores)
+            of_side = runs.setdefault((cell.row, cell.depth), {})
+            of_side[cell.rate] = of_side.get(cell.rate, 0) + (TEST in cell.scores)
         found, rates = {}, self.rates()
-        for row, of_row in runs.items():
-            most = [rate for rate in of_row if of_row[rate] == max(of_row.values())]
-            found[row] = max(most, key=lambda rate: rates.get(row, {}).get(rate, -1.0))
+        for (row, depth), of_side in runs.items():
+            most = [rate for rate in of_side if of_side[rate] == max(of_side.values())]
+            found[row, depth] = max(most, key=lambda rate: rates.get(row, {}).get(rate, -1.0))
         return found
 
     def of(self, side: Side) -> list[Cell]:
@@ -142,9 +142,10 @@ class Table:
         return {row: dict(sorted(found[row].items())) for row in ROWS if row in found}
 
     def better(self) -> dict[Row, float]:
-        """The rates that were better on the validation part than those that were taken, by row."""
+        """The rates that were better on validation than one that was taken at some depth, by row."""
         best = {row: max(rates, key=lambda rate: rates[rate]) for row, rates in self.rates().items()}
-        return {row: rate for row, rate in best.items() if rate != self.taken[row]}
+        taken = {row: {rate for (other, _), rate in self.taken.items() if other == row} for row in best}
+        return {row: rate for row, rate in best.items() if taken[row] != {rate}}
 
     def cost(self, side: Side) -> tuple[float, float, int | None]:
         """Share of entries that moved and seconds, means over the seeds; the least peak bytes of all runs."""

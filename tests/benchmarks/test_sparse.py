@@ -246,11 +246,15 @@ def test_the_page_is_of_the_rate_that_ran_most_and_says_which_was_better():
     found.append(cell(OURS[0], TUNED_AT, 0, 0.6, 0.6, rate=3e-3))
     table = Table("unicode", tuple(found))
     assert [one.rate for one in table.of((OURS[0], TUNED_AT))] == [1e-3, 1e-3]
-    assert "not run with as many seeds or depths: ours on full (0.003)" in render._rates(table)
-    assert "another was better, see below: *ours on full* (0.003)" in render._claims(table)
+    assert "not run with all seeds or at all depths: ours on full (0.003)" in render._rates(table)
+    assert "another was better, and not run everywhere: *ours on full* (0.003)" in render._claims(table)
     more = Table("unicode", (*found, cell(OURS[0], TUNED_AT, 1, 0.6, 0.6, rate=3e-3)))
     assert [one.rate for one in more.of((OURS[0], TUNED_AT))] == [3e-3, 3e-3]
     assert "was better" not in render._claims(more)
+    deeper = Table("unicode", (*more.cells, cell(OURS[0], THIRD, 0, 0.5, 0.5)))
+    assert [one.rate for one in deeper.of((OURS[0], THIRD))] == [1e-3]
+    assert [one.rate for one in deeper.of((OURS[0], TUNED_AT))] == [3e-3, 3e-3]
+    assert "*ours on full* (0.003)" in render._claims(deeper)
 
 
 def store(found, part):
