@@ -94,7 +94,7 @@ class Parts:
         """The stored weights of a part, by the names that transformers knows."""
         names = [name for name in self.tensors[part] if name not in self._stored.scales]
         pinned = self._device.type == "cuda"  # from which a GPU copies at full speed
-        with ThreadPoolExecutor(_READERS, "weights") as pool:
+        with ThreadPoolExecutor(_READERS, "reading") as pool:
             values = pool.map(lambda name: self._stored.read(name, pinned), names)
             return {unwrapped(name): value for name, value in zip(names, values, strict=True)}
 

@@ -51,21 +51,22 @@ def test_the_next_block_is_read_while_one_is_run_where_memory_is_plenty(pair, tm
     from tailorcli.calibration import passes
     from tailorcli.models import parts
 
-    threads, original = {}, Checkpoint.read
+    ahead, original = set(), parts.Parts._read
 
-    def noting(self, name, pinned=False):
-        threads[name] = threading.current_thread().name
-        return original(self, name, pinned)
+    def noting(self, part):
+        if threading.current_thread().name == "weights":
+            ahead.add(part.rpartition(".")[2])
+        return original(self, part)
 
     ready, visit = [], passes._through_block
 
     def waiting(*arguments):
         for thread in [thread for thread in threading.enumerate() if thread.name == "weights"]:
             thread.join()
-        ready.append({name.split(".")[2] for name, thread in threads.items() if thread == "weights"})
+        ready.append(set(ahead))
         return visit(*arguments)
 
-    monkeypatch.setattr(Checkpoint, "read", noting)
+    monkeypatch.setattr(parts.Parts, "_read", noting)
     monkeypatch.setattr(passes, "_through_block", waiting)
     monkeypatch.setattr(parts, "free_memory", lambda device: free)
     calibrate_model(pair / "tuned", pair / "data.jsonl", tmp_path / "stats", STREAMED)
