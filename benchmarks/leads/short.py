@@ -31,6 +31,11 @@ LEADS: dict[str, dict[str, Run]] = {
         for density, masks in {0.02: MASKS, 0.05: MASKS[:3], 0.1: (*MASKS[:2], "both")}.items()
         for mask in masks
     },
+    "seeds": {
+        f"density {density:g}: {mask}": Run(density=density, mask=mask)
+        for density in (0.02, 0.1)
+        for mask in ("the paper's score", "both")
+    },
     "losses": {
         "KL(teacher ‖ patched), B 2": FIRST,
         "KL(patched ‖ teacher), B 2": Run(loss="reverse"),
@@ -87,10 +92,10 @@ def h_of(figures: dict[str, float]) -> float:
     return h_score(figures["old"], figures["new"])
 
 
-def write(found: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Write the tables of what was measured."""
+def write(found: dict[str, dict[str, dict[str, float]]], leads: Sequence[str]) -> None:
+    """Write the tables of some leads."""
     document = DOCUMENT.read_text(encoding="utf-8")
-    for lead in LEADS:
+    for lead in leads:
         header, rows = rows_of(lead, found)
         if len(rows) > 1:  # one alone compares nothing
             text = table(header, rows)
@@ -130,7 +135,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="takes every figure, and has those of earlier runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    write(measure(options.pairs, options.leads, options.cache, options.json))
+    write(measure(options.pairs, options.leads, options.cache, options.json), options.leads)
 
 
 if __name__ == "__main__":
