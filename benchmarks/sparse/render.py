@@ -102,6 +102,7 @@ them: the same base, data, steps and layers for all. Embeddings are frozen.
   neither says how another fine-tune would differ. Rows of a table with other numbers of seeds are not to be compared.
 - **The rate** of each row is that with the best H on the validation parts, with the first seed and all layers, of
   those that ran with the most seeds there. A patch has the fine-tune below it at the rate that suits the patch.
+  It was not picked anew for fewer layers, where a higher one can suit a row better.
 - **graft**, **dare** and **tailor (paper)** stand on the full fine-tune. **ours** is the default of `patch`, with
   statistics of what the base writes itself.
 - **entries** is the share of all entries that differ from the base's.
