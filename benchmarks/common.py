@@ -168,6 +168,12 @@ def write_json(path: Path | None, figures: dict[str, Any]) -> None:
         path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
+def kept_figures(file: Path) -> dict[str, Any]:
+    """The figures that an earlier run left in ``file``; none where it is not there."""
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found
+
+
 def progress(text: str) -> None:
     """A note on standard error, so that the table stays the last thing on standard output."""
     print(text, file=sys.stderr, flush=True)

@@ -8,7 +8,6 @@ peak memory. Whole commands are counted less the same command with next to nothi
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -22,8 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import cache_root, describe, environment, markdown, parser, progress, use_threads
-from benchmarks.pages import reflow
+from benchmarks.common import (
+    cache_root,
+    describe,
+    environment,
+    kept_figures,
+    markdown,
+    parser,
+    progress,
+    use_threads,
+    write_json,
+)
+from benchmarks.pages import publish
 from benchmarks.peers.environments import measured
 from benchmarks.solver import DAMPING, OMEGA, joint, make_layer
 from benchmarks.synthetic import LlamaShape, write_inputs, write_pair, write_samples, write_tokenizer
@@ -242,7 +251,7 @@ def main() -> None:
     use_threads(args.threads)
     args.cache.mkdir(parents=True, exist_ok=True)
     kept = args.cache / "growth.json"
-    found = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    found = kept_figures(kept)
     with TemporaryDirectory(prefix="tailorcli-") as name, exact_float32():
         scratch = Path(name)
         work: dict[str, Callable[[], list[Series]]] = {
@@ -253,17 +262,14 @@ def main() -> None:
         }
         for axis in args.only:
             found[axis] = {"series": [asdict(series) for series in work[axis]()], "environment": environment()}
-            kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            write_json(kept, found)
     parts = [HEAD]
     for axis in AXES:
         if axis in found:
             rows = [Series(**series) for series in found[axis]["series"]]
             parts.append(f"{section(axis, rows)}\n\n- {describe(found[axis]['environment'])}\n")
-    page = "\n".join(parts)
-    args.page.write_text(reflow(page), encoding="utf-8")
-    print(page)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    publish("\n".join(parts), args.page)
+    write_json(args.json, found)
 
 
 if __name__ == "__main__":

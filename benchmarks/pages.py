@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from pathlib import Path
 
 WIDTH = 100  # tests/test_docs.py holds every page to it
 _ITEM = re.compile(r"\s*([-*]|\d+\.) ")
@@ -53,3 +54,9 @@ def _filled(block: list[str]) -> str:
         break_on_hyphens=False,
     )
     return text.replace("\0", " ")
+
+
+def publish(page: str, file: Path) -> None:
+    """Write a page, reflowed, and print it."""
+    file.write_text(reflow(page), encoding="utf-8")
+    print(page)

@@ -117,8 +117,10 @@ def _head(part: str, name: str, machine: dict[str, Any], missing: list[str]) -> 
     ran_on = ", ".join(filter(None, (machine["gpu"], machine["processor"])))
     title, how = f"The evidence: {part}", f"`make evidence` (`python -m benchmarks.evidence {part}`)"
     if name != part:
-        title = f"{title}, with the methods of 2025 and 2026"
-        how = f"`python -m benchmarks.evidence {part} --stored FOLDER` from results that were stored before"
+        own = name.removeprefix(f"{part}-")
+        title = f"{title}, {'with the methods of 2025 and 2026' if own == 'rivals' else own}"
+        named = "" if own == "rivals" else f" --name {own}"
+        how = f"`python -m benchmarks.evidence {part} --stored FOLDER{named}` from results that were stored before"
     lacking = ""
     if missing:
         distilled = [f"*{label}*" for label in missing if summary.DISTILLED in label]

@@ -8,13 +8,12 @@ be had says so. Each part's figures stay in the cache too, and the page has thos
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import cache_root, describe, environment, parser, progress, use_threads
-from benchmarks.pages import reflow
+from benchmarks.common import cache_root, describe, environment, kept_figures, parser, progress, use_threads, write_json
+from benchmarks.pages import publish
 from benchmarks.peers import adapter, checkpoints, layer
 from benchmarks.peers.environments import LLM_COMPRESSOR, MERGEKIT, UnavailableError
 from benchmarks.synthetic import LlamaShape
@@ -106,15 +105,12 @@ def main() -> None:
     use_threads(args.threads)
     args.cache.mkdir(parents=True, exist_ok=True)
     kept = args.cache / "peers.json"
-    found = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    found = kept_figures(kept)
     for part in args.only:
         found[part] = measure(part, args)
-        kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    page = "\n".join([HEAD, *(section(part, found[part]) + "\n" for part in PARTS if part in found)])
-    args.page.write_text(reflow(page), encoding="utf-8")
-    print(page)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(kept, found)
+    publish("\n".join([HEAD, *(section(part, found[part]) + "\n" for part in PARTS if part in found)]), args.page)
+    write_json(args.json, found)
 
 
 if __name__ == "__main__":
