@@ -90,7 +90,7 @@ PARTS = {
     "quick": Part(
         "quick",
         pairs.quick,
-        ("unicode",),
+        ("unicode", "licences"),
         "byte-level Llamas of 3 million parameters",
         steps=25,
         batch=8,
