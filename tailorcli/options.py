@@ -52,6 +52,13 @@ _USES_SEED = ("dare", "graft")
 _USES_THRESHOLD = ("magnitude", "graft")
 
 
+class Score(StrEnum):
+    """By what entries are chosen: the paper's score (Eq. 11), or its sum with salience."""
+
+    PAPER = "paper"
+    SUM = "sum"
+
+
 class Threshold(StrEnum):
     """Whether each tensor keeps its own largest entries, or all tensors together keep the largest of all."""
 
@@ -313,6 +320,7 @@ class KeepOptions:
 
     density: float = 0.1
     omega: float = 0.5
+    score: Score | str | None = None  # None: "sum" where the kept entries are then trained, else "paper"
     method: PatchMethod | str = PatchMethod.TAILOR
     weight: float | None = None  # the share of the way that the kept entries go; None: the method's own
     seed: int = 0  # of dare's draws and of graft's samples
@@ -329,6 +337,10 @@ class KeepOptions:
         _require_fraction("density", self.density)
         _require_fraction("omega", self.omega)
         _choose(self, "method", PatchMethod, RELEASED)
+        if self.score is not None:
+            _choose(self, "score", Score)
+        ok = self.score != Score.SUM or self.method == "tailor"
+        _require(ok, "score sum is for the method tailor", "leave --score or --method out")
         _choose(self, "threshold", Threshold)
         _require_weight(self.method, self.weight)
         _require_line(self.alpha, self.effective_beta)
@@ -342,6 +354,11 @@ class KeepOptions:
         if self.weight is not None:
             return float(self.weight)
         return 0.5 if self.method == "interpolate" else 1.0
+
+    @property
+    def effective_score(self) -> Score:
+        """By what entries are chosen; before ``distilled`` as without training."""
+        return Score.PAPER if self.score is None else Score(self.score)
 
     @property
     def effective_beta(self) -> float:
@@ -446,7 +463,8 @@ class DistillOptions:
 
 # The fields of PatchOptions in the order of the report, which is older than their parts.
 _REPORTED = (
-    *("density", "omega", "solver", "damping", "block_size", "tolerance", "max_iterations", "method", "retain_weight"),
+    *("density", "omega", "score", "solver", "damping", "block_size", "tolerance", "max_iterations"),
+    *("method", "retain_weight"),
     *(
         "propagate",
         "check_propagation",
@@ -486,6 +504,12 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
             part.__post_init__(self)
         what = "propagate is for the method tailor with the solver joint and weight 1"
         _require(self._can_propagate or not self.propagate, what, "pass --no-propagate")
+
+    @property
+    def distilled(self) -> PatchOptions:
+        """These options for kept entries that are trained after they are chosen: another score suits that better."""
+        chosen = self.score is not None or self.method != "tailor"
+        return self if chosen else replace(self, score=Score.SUM)
 
     def resolved(self, retained: bool) -> PatchOptions:
         """These options with a value for what depends on whether there are ``retained`` statistics."""
@@ -528,6 +552,8 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
         values["propagate"] = bool(self.propagate)
         values["beta"] = self.effective_beta
         values = {name: value for name, value in values.items() if _OWN.get(name, self.method) == self.method}
+        if self.effective_score == Score.PAPER:  # as in reports that are older than the choice
+            del values["score"]
         if self.is_dense:
             values["density"] = 1.0
         if self.fp8_output == "fp8":  # the default says nothing of all the other checkpoints
@@ -548,7 +574,7 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
         used = {"method", "weight", "include", "exclude", "fp8_output", "resized_vocab"}
         used |= {"max_shard_size", "task", "license", "teacher_weight"}
         if self.method == "tailor":
-            used |= {"omega", "solver", "propagate", "check_propagation"}
+            used |= {"omega", "score", "solver", "propagate", "check_propagation"}
             if self.solver == "joint":
                 used |= {"tolerance", "max_iterations"}
         for names, is_used in (

@@ -39,6 +39,7 @@ def test_a_choice_is_taken_as_a_word_or_as_a_member():
         (lambda: PatchOptions(solver="exact"), "solver must be one of joint, sequential, none, got 'exact'"),
         (lambda: PatchOptions(method="ties"), "method must be one of tailor, interpolate, dare, magnitude, graft,"),
         (lambda: PatchOptions(threshold="all"), "threshold must be one of tensor, global"),
+        (lambda: PatchOptions(score="size"), "score must be one of paper, sum"),
         (lambda: PatchOptions(fp8_output="fp4"), "fp8-output must be one of fp8, bf16"),
         (lambda: MergeOptions(method="mean"), "method must be one of average, joint, patches"),
         (lambda: CalibrateOptions(text_mode="page"), "text-mode must be one of line, chunk"),
@@ -54,6 +55,7 @@ def test_a_word_that_is_no_choice_is_refused_with_those_that_are(make, what):
 def test_the_report_holds_every_option_but_how_an_earlier_output_is_met():
     names = {field.name for field in fields(PatchOptions)} - {"resume", "overwrite"}
     rarely = {"fp8_output": "bf16", "trust_remote_code": True, "teacher_weight": 0.5, "check_propagation": True}
+    rarely["score"] = "sum"
     told = PatchOptions(**rarely).to_dict().keys()
     own = {"alpha", "beta", "threshold_scale"}  # told of by their own methods alone
     assert told == names - own
@@ -72,8 +74,8 @@ IDENTITIES = {
         {},
         {"density": 0.2, "omega": 1.0, "solver": "none", "damping": 0.1, "tolerance": 1e-3, "max_iterations": 9}
         | {"weight": 0.5, "include": ("*mlp*",), "exclude": ("*norm*",), "max_shard_size": 100, "task": "a"}
-        | {"license": "mit", "resized_vocab": True, "fp8_output": "bf16"},
-        {"block_size": 64, "seed": 1, "threshold": "global", "retain_weight": 0.5, **GRAFTS, **SAME},
+        | {"license": "mit", "resized_vocab": True, "fp8_output": "bf16", "score": "sum"},
+        {"block_size": 64, "seed": 1, "threshold": "global", "retain_weight": 0.5, "score": "paper", **GRAFTS, **SAME},
     ),
     "sequential": ({"solver": "sequential"}, {"block_size": 64, "damping": 0.1}, {"tolerance": 1e-3, "seed": 1}),
     "no Hessian": (

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from tailorcli.cli.verbosity import set_quiet, set_verbose
-from tailorcli.options import AUTO, Blockwise, DistillOn, DTypeName, Solver
+from tailorcli.options import AUTO, Blockwise, DistillOn, DTypeName, Score, Solver
 
 CALIBRATION = "Statistics, with --data"
 TENSORS = "Which tensors"
@@ -67,6 +67,16 @@ Density = Annotated[float, typer.Option(metavar="D", help="Share of each tensor'
 Omega = Annotated[
     float,
     typer.Option(metavar="W", help="Weight of an entry's change against its sensitivity in the score, 0 to 1."),
+]
+
+ScoreBy = Annotated[
+    Score | None,
+    typer.Option(
+        "--score",
+        metavar="BY",
+        help="Choose entries by the paper's score, or by its sum with how far each was moved.",
+        show_default="paper; sum with --distill",
+    ),
 ]
 
 # Data.

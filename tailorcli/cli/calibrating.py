@@ -33,6 +33,7 @@ from tailorcli.cli.arguments import (
     ResponseColumn,
     RetainIn,
     RetainWeight,
+    ScoreBy,
     StatsIn,
     TeacherData,
     Tensors,
@@ -207,6 +208,7 @@ def score(
     retain_weight: RetainWeight = 0.3,
     density: Density = 0.1,
     omega: Omega = 0.5,
+    by: ScoreBy = None,
     include: Include = None,
     exclude: Exclude = None,
     allow_dtype_mismatch: AllowDtype = False,
@@ -238,6 +240,7 @@ def score(
     options = PatchOptions(
         density=density,
         omega=omega,
+        score=by,
         retain_weight=retain_weight,
         solver="none",
         damping=damping,

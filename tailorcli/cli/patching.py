@@ -49,6 +49,7 @@ from tailorcli.cli.arguments import (
     Resume,
     RetainIn,
     RetainWeight,
+    ScoreBy,
     SolverChoice,
     StatsIn,
     Task,
@@ -131,6 +132,7 @@ def patch(
     check_propagation: CheckPropagation = False,
     density: Density = 0.1,
     omega: Omega = 0.5,
+    score: ScoreBy = None,
     teacher_weight: Annotated[
         str | None,
         typer.Option(
@@ -332,6 +334,7 @@ def patch(
     chosen = {name: value for name, value in own.items() if _is_given(context, name)}
     options = PatchOptions(
         **with_preset(preset, **chosen),
+        score=score,
         retain_weight=retain_weight,
         propagate=False if no_propagate else None,
         check_propagation=check_propagation,

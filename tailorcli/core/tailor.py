@@ -55,6 +55,7 @@ def tailor_layer(
     density: float,
     omega: float,
     solver: str,
+    score_by: str = "paper",
     transposed: bool = False,
     block_size: int = 128,
     tolerance: float = 2e-4,
@@ -68,9 +69,10 @@ def tailor_layer(
     ``base`` and ``tuned`` have one shape: (O, I), or (I, O) with ``transposed`` (Conv1D weights, embedding
     tables), or (O, ...) for a convolution, or (I,) for a channel scale, or any for a bias, whose Hessian has one
     channel. ``prepared`` is the tensor's Hessian; without one only salience counts and nothing is compensated
-    (``omega=1``, ``solver="none"``). With a retain term in ``prepared`` the goal of every entry is not tuned's value
-    but that of ``core.retain``. The kept entries go the share ``weight`` of the way from base to their final values.
-    Outside the mask the result is bit for bit the base. Raises NumericalError on NaN or infinity.
+    (``omega=1``, ``solver="none"``). With ``score_by="sum"`` salience is added to Eq. 11. With a retain term in
+    ``prepared`` the goal of every entry is not tuned's value but that of ``core.retain``. The kept entries go the share
+    ``weight`` of the way from base to their final values. Outside the mask the result is bit for bit the base. Raises
+    NumericalError on NaN or infinity.
 
     Example: a quarter of the entries, without a Hessian.
 
@@ -105,6 +107,8 @@ def tailor_layer(
         inverse = _along_inputs(prepared, transposed)
         goal = _goal(delta, prepared, transposed)
         score = fused_score(goal, inverse, omega, unit_of(extent(goal)))
+        if score_by == "sum":
+            add_salience_(score, delta)
     with timer.stage("select"):
         mask = select_mask(score, count_kept(density, delta.numel()))
         del score
@@ -236,6 +240,27 @@ def fused_score(delta: Tensor, inverse: Tensor | None, omega: float, unit: float
 
     map_rows(delta, fill)
     return score
+
+
+def add_salience_(score: Tensor, delta: Tensor) -> None:
+    """Make of a score its sum with the salience of ``delta``, each over its largest value in the tensor, in place.
+
+    Better than Eq. 11 alone where the kept entries are trained (docs/results/research.md, 11): entries that fine-tuning
+    moved far and that the retain term's goal leaves are of use then. ``score`` must not be negative.
+
+    >>> score = torch.tensor([[4.0, 1.0, 0.0]])
+    >>> add_salience_(score, torch.tensor([[0.0, -2.0, 1.0]]))
+    >>> score.tolist()
+    [[1.0, 1.25, 0.5]]
+    """
+    unit = unit_of(extent(delta))
+    highest, farthest = extent(score), extent(delta) / unit
+
+    def add(rows: slice) -> None:
+        moved = minmax(salience(in_units(delta[rows], unit)), 0.0, farthest)
+        score[rows] = minmax(score[rows], 0.0, highest).add_(moved)
+
+    map_rows(score, add)
 
 
 def assemble(base: Tensor, tuned: Tensor, mask: Tensor, decorator: Tensor | None, weight: float = 1.0) -> Tensor:

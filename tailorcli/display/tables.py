@@ -412,7 +412,8 @@ def _choice(options: dict[str, Any]) -> str:
     method, weight = options.get("method", "tailor"), options.get("weight", 1.0)  # earlier reports have neither
     scaled = f", weight {weight:g}" if weight != 1.0 else ""
     if method == "tailor":
-        return f"density {options['density']:g}, omega {options['omega']:g}{scaled}"
+        chosen = f", score {options['score']}" if "score" in options else ""
+        return f"density {options['density']:g}, omega {options['omega']:g}{chosen}{scaled}"
     return f"{method}, density {density_of(options):g}{scaled}"
 
 

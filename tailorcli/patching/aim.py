@@ -117,6 +117,7 @@ def patch_to_target(
     Raises TailorError.
     """
     aim = Aim.parse(target) if isinstance(target, str) else target
+    options = options.distilled
     base, tuned = local_folders((base, tuned), code=options.trust_remote_code)
     where = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
     plan_target(base, tuned, output, stats, retain, aim, options, distill, patch_file, graft_data)

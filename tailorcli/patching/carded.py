@@ -94,7 +94,7 @@ def _base_of_adapter(tuned: object) -> Any:
 
 
 _SHOWN = (
-    *("method", "density", "omega", "solver", "damping", "retain_weight", "propagate", "weight", "threshold"),
+    *("method", "density", "omega", "score", "solver", "damping", "retain_weight", "propagate", "weight", "threshold"),
     *("alpha", "beta", "threshold_scale", "teacher_weight"),
     *("include", "exclude", "resized_vocab", "fp8_output"),
 )

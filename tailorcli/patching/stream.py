@@ -188,6 +188,7 @@ def _tailor(
     settings: dict[str, Any] = {
         "density": options.density,
         "omega": options.omega,
+        "score_by": options.effective_score,
         "solver": options.solver,
         "block_size": options.block_size,
         "tolerance": options.tolerance,

@@ -242,7 +242,7 @@ class _Job:
             Path(data),
             None if retain_data is None else Path(retain_data),
             retain,
-            options.resolved(retain),
+            (options if distill is None else options.distilled).resolved(retain),
             calibration,
             distill,
             where,

@@ -11,7 +11,8 @@ from tailorcli.terminal import printable
 
 _WIDTH = 88  # columns of a line, so that a page or a card need not scroll
 _VALUES = (
-    *("method", "density", "omega", "weight", "retain_weight", "solver", "damping", "tolerance", "max_iterations"),
+    *("method", "density", "omega", "score", "weight", "retain_weight", "solver", "damping", "tolerance"),
+    "max_iterations",
     *(
         "block_size",
         "threshold",
@@ -59,7 +60,11 @@ def patch_command(
             words += [flag, inputs[role]]
     method = options.get("method", "tailor")
     known = {"method": method} if method in list(PatchMethod) else {}
-    defaults = PatchOptions(**known).resolved("retain" in inputs or RETAINED in inputs).to_dict()
+    usual = PatchOptions(**known)
+    if distilled is not None:
+        usual = usual.distilled
+        options = ({"score": "paper"} if method == "tailor" else {}) | dict(options)  # which a report leaves unsaid
+    defaults = usual.resolved("retain" in inputs or RETAINED in inputs).to_dict()
     defaults |= {"fp8_output": "fp8", "method": "tailor"}
     words += _given(options, defaults, [name for name in _VALUES if NEW not in inputs or name != "seed"])
     if options.get("batch_size", 8) != 8:

@@ -13,9 +13,11 @@ from tailorcli import core
 from tailorcli.core import largest, scores, solvers
 from tailorcli.core.gradients import conjugate_gradients
 from tailorcli.core.hessian import damping_steps, factorise, prepare
+from tailorcli.core.precision import extent, unit_of
 from tailorcli.core.products import System
+from tailorcli.core.retain import prepare_retaining
 from tailorcli.core.scores import _kth_largest_between, _kth_largest_by_radix
-from tailorcli.core.tailor import fused_score
+from tailorcli.core.tailor import add_salience_, fused_score, tailor_layer
 from tailorcli.errors import NumericalError
 
 SIZES = st.integers(1, 40)
@@ -113,6 +115,50 @@ def test_fused_score_is_eq_11(rows, columns, seed, omega):
     else:  # the one score that counts, not normalised: the order is the same
         expected = np.abs(delta.numpy()) if omega else Oracle.sensitivity(delta, hessian, 0.01)
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3 * expected.max())
+
+
+@given(
+    rows=SIZES,
+    columns=SIZES,
+    seed=SEEDS,
+    omega=st.sampled_from([0.0, 0.5, 1.0]),
+    size=st.sampled_from([1e-18, 1, 1e18]),
+)
+@settings(max_examples=30, deadline=None)
+def test_the_sum_of_scores_is_each_over_its_largest(rows, columns, seed, omega, size):
+    if rows * columns < 2:
+        return
+    base, tuned = layer(rows, columns, seed)
+    delta = (tuned - base) * size
+    hessian = random_hessian(columns, seed=seed)
+    inverse = prepare(hessian, 0.01, sensitivity=True, sequential=False).inverse_diagonal.unsqueeze(0)
+    goal = delta.roll(1, 0)  # as if a retain term aimed elsewhere
+    found = fused_score(goal, inverse, omega, unit_of(extent(goal)))
+    before = found.double().numpy()
+    add_salience_(found, delta)
+    moved = np.abs(delta.double().numpy())
+    expected = before / before.max() + moved / moved.max()
+    np.testing.assert_allclose(found.numpy(), expected, rtol=2e-6, atol=1e-7)
+
+
+def test_the_sum_of_scores_decides_the_mask_of_a_tensor():
+    base = torch.zeros(2, 64)
+    tuned = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    options = {"density": 0.25, "omega": 0.5, "solver": "joint"}
+    new, retained = random_hessian(64, seed=1), random_hessian(64, seed=2)
+    prepared = prepare_retaining(new, retained, 0.3, 0.1, sensitivity=True, sequential=False)
+    masks = {by: tailor_layer(base, tuned, prepared, score_by=by, **options).mask for by in ("paper", "sum")}
+    goal = core.retained_goal(tuned, prepared)
+    score = fused_score(goal, prepared.inverse_diagonal.unsqueeze(0), 0.5)
+    assert masks["paper"].equal(core.select_mask(score, 32))
+    assert masks["sum"].equal(core.select_mask(score / score.max() + tuned.abs() / tuned.abs().max(), 32))
+    assert not masks["sum"].equal(masks["paper"])
+
+
+def test_no_change_at_all_has_no_score():
+    score = torch.zeros(2, 3)
+    add_salience_(score, torch.zeros(2, 3))
+    assert score.equal(torch.zeros(2, 3))
 
 
 @given(

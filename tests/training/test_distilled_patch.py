@@ -22,6 +22,7 @@ from tailorcli import (
     verify_checkpoint,
 )
 from tailorcli.options import CalibrateOptions
+from tailorcli.runs.again import patch_command
 
 DISTILL = DistillOptions(steps=6, batch_size=4)
 OPTIONS = PatchOptions(density=0.2, propagate=False)
@@ -59,7 +60,8 @@ def test_the_same_entries_hold_better_values_and_all_others_are_the_bases(pair, 
     assert found["kept"].keys() == {"old", "new", "old_before", "new_before"}
     assert all(0 < share <= 1 for share in found["kept"].values())
     assert min(objective) < objective[0]
-    patch_checkpoint(*arguments(pair, tmp_path / "closed")[:4], OPTIONS, retain=pair / "retain")
+    chosen = replace(OPTIONS, score="sum")
+    patch_checkpoint(*arguments(pair, tmp_path / "closed")[:4], chosen, retain=pair / "retain")
     base, closed, out = (read_tensors(p) for p in (pair / "base", tmp_path / "closed", tmp_path / "out"))
     moved = 0
     with PatchFile.open(tmp_path / "p.safetensors") as file:
@@ -98,6 +100,35 @@ def test_a_run_that_was_broken_off_is_finished_to_the_same_bytes(pair, tmp_path,
             distilled(pair, tmp_path / "out")
     distilled(pair, tmp_path / "out", replace(OPTIONS, resume=True))
     assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "whole")
+
+
+def test_what_is_trained_is_chosen_by_the_sum_of_scores_unless_another_is_asked_for(pair, tmp_path):
+    closed = {}
+    for score in ("paper", "sum"):
+        patch_checkpoint(
+            *arguments(pair, None)[:4],
+            replace(OPTIONS, score=score),
+            retain=pair / "retain",
+            patch_file=tmp_path / f"{score}.safetensors",
+        )
+        closed[score] = masks(tmp_path / f"{score}.safetensors")
+    assert closed["paper"] != closed["sum"]
+    for number, (asked, taken) in enumerate([(None, "sum"), ("paper", "paper"), ("sum", "sum")]):
+        file = tmp_path / f"{number}.safetensors"
+        report = distilled(pair, None, replace(OPTIONS, score=asked), patch_file=file)
+        assert masks(file) == closed[taken]
+        told = patch_command(report.options, {"base": "B", "tuned": "T", "stats": "S", "retain": "R"}, distilled={})
+        assert ("--score" in told) == (taken == "paper")
+    refused(
+        *("patch", *arguments(pair, None)[:2], "--method", "dare", "--score", "sum", "-o", tmp_path / "no"),
+        mentions=["score sum is for the method tailor"],
+    )
+
+
+def masks(file):
+    """Every mask in a patch file, as bits by name."""
+    with PatchFile.open(file) as opened:
+        return {name: bits(opened.mask(name)) for name in opened.tensors}
 
 
 def test_any_method_with_a_mask_can_be_distilled(pair, tmp_path):
