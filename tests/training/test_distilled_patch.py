@@ -171,14 +171,15 @@ def test_a_dry_run_tells_what_training_takes(pair, tmp_path):
 @ONE_KIND
 def test_a_patch_file_can_be_distilled_by_itself(pair, tmp_path):
     base, tuned, output, stats, retain = arguments(pair, tmp_path / "out")
-    patch_checkpoint(base, tuned, None, stats, OPTIONS, retain=retain, patch_file=tmp_path / "closed.safetensors")
-    report = distill_patch(tmp_path / "closed.safetensors", base, tuned, stats, retain, output, distill=DISTILL)
+    chosen, file = replace(OPTIONS, score="sum"), tmp_path / "closed.safetensors"
+    patch_checkpoint(base, tuned, None, stats, chosen, retain=retain, patch_file=file)
+    report = distill_patch(file, base, tuned, stats, retain, output, distill=DISTILL)
     distilled(pair, tmp_path / "once")
     once, out = read_tensors(tmp_path / "once"), read_tensors(output)
     assert all(bits(value) == bits(out[name]) for name, value in once.items())
     assert report.distillation["best"] > 0
     with pytest.raises(TailorError, match="1 fine-tuned models and 2 statistics"):
-        distill_patch(tmp_path / "closed.safetensors", base, tuned, [stats, stats], retain, tmp_path / "no")
+        distill_patch(file, base, tuned, [stats, stats], retain, tmp_path / "no")
 
 
 @ONE_KIND
