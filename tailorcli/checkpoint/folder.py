@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from tailorcli.checkpoint.bits import bit_type
 from tailorcli.checkpoint.header import SAVE_AGAIN, TensorInfo, damaged, read_header, torch_dtype
 from tailorcli.errors import CheckpointError
 from tailorcli.files import PathLike, read_json, require_file, unreadable
@@ -23,6 +24,8 @@ from tailorcli.system import open_for_reading, read_at
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from tailorcli.checkpoint.bits import Bits
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -121,6 +124,23 @@ class Checkpoint:
         if info.nbytes:
             self.read_into(info, raw.numpy().data, 0)
         return raw.view(dtype).view(info.shape)
+
+    def read_bits(self, name: str) -> Bits:
+        """The entries of one tensor (numel,) as integers of their width, in memory of their own: torch is not needed.
+
+        Raises CheckpointError.
+        """
+        import numpy as np
+
+        info = self.tensors[name]
+        try:
+            kind = bit_type(info.dtype)
+        except ValueError as error:
+            raise CheckpointError(f"tensor {name!r}: {error}", "leave it out with --exclude") from error
+        raw = np.empty(info.nbytes, np.uint8)
+        if info.nbytes:
+            self.read_into(info, raw.data, 0)
+        return raw.view(kind)
 
     def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
         """Fill ``buffer`` with the tensor's bytes from ``start`` on.

@@ -19,8 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tailorcli.checkpoint.bits import bit_type, has_nan
 from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, WORK_FOLDER, Checkpoint
-from tailorcli.checkpoint.header import TensorInfo
+from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
 from tailorcli.checkpoint.journal import ANEW, Journal, WriteQueue, write_all
 from tailorcli.checkpoint.layout import ShardLayout
 from tailorcli.errors import NumericalError, OutputError, other_base
@@ -30,9 +31,9 @@ from tailorcli.system import open_for_writing, sync_path
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tailorcli.checkpoint.bits import Bits
+
 JOURNAL = "journal.jsonl"
-# Of each dtype that can be patched the integers of its width, and infinity among them.
-_INFINITY = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
 
 
 class CheckpointWriter:
@@ -115,7 +116,13 @@ class CheckpointWriter:
         if found.is_cuda:  # pinned memory takes it ten times as fast, and is used again
             found = torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found)
         raw = found.view(-1).view(torch.uint8)
-        self._queue.submit(lambda: self._write_now(name, [raw.numpy().data], record))
+        self.write_bits(name, raw.numpy(), record)
+
+    def write_bits(self, name: str, bits: Bits, record: dict[str, Any]) -> None:
+        """``write`` of entries that are given as integers of their width."""
+        import numpy as np
+
+        self._queue.submit(lambda: self._write_now(name, [bits.view(np.uint8).data], record))
 
     def copy(self, name: str, source: Checkpoint, record: dict[str, Any], digest: str | None = None) -> None:
         """Queue a byte copy of a tensor from ``source``; with a SHA-256 ``digest`` its bytes must have it."""
@@ -237,14 +244,9 @@ def _pieces(source: Checkpoint, info: TensorInfo, digest: str | None) -> Iterabl
 def _refuse_nan(piece: memoryview, info: TensorInfo, source: Checkpoint) -> None:
     """A tensor that is only copied may hold infinities, as masks do, but no NaN.
 
-    By the bits, a NaN's are above infinity's: a twelfth of torch's time, which would also start threads for this one.
+    By the bits that is a twelfth of torch's time, which would also start threads for this one.
     """
     import numpy as np
 
-    if info.dtype not in _INFINITY:
-        return
-    kind, infinity = _INFINITY[info.dtype]
-    bits = np.frombuffer(piece, kind)
-    without_sign = bits & np.array((1 << 8 * bits.itemsize - 1) - 1, kind)
-    if bits.size and int(without_sign.max()) > infinity:
+    if info.dtype in PATCHABLE_DTYPES and has_nan(np.frombuffer(piece, bit_type(info.dtype)), info.dtype):
         raise NumericalError(f"NaN in tensor {info.name!r} of {source.path}", "check this checkpoint")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from tailorcli.checkpoint.bits import is_finite
 from tailorcli.checkpoint.folder import WEIGHT_SUFFIXES, Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, bits_of, read_header
 from tailorcli.errors import CheckpointError, PatchError, other_base
@@ -22,6 +23,9 @@ from tailorcli.typed import field_of, read_object, require_plain
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+    from tailorcli.checkpoint.bits import Bits
+    from tailorcli.patchfile.coding import Mask
 
 FORMAT_VERSION = 1
 METADATA_KEY = "tailorcli_patch"
@@ -148,9 +152,11 @@ class PatchFile:
         """The mask of one tensor, bool, in the tensor's shape."""
         import torch
 
-        numel = self.base[name].numel
-        flat = decode_mask(self.tensors[name].coding, self._bytes(MASK + name), numel)
-        return torch.from_numpy(flat).view(self.base[name].shape)
+        return torch.from_numpy(self.flat_mask(name)).view(self.base[name].shape)
+
+    def flat_mask(self, name: str) -> Mask:
+        """The mask of one tensor (numel,), bool, in NumPy."""
+        return decode_mask(self.tensors[name].coding, self._bytes(MASK + name), self.base[name].numel)
 
     def places(self, name: str) -> Iterator[Places]:
         """The positions of a tensor's kept entries in row-major order, chunk by chunk."""
@@ -159,6 +165,10 @@ class PatchFile:
     def values(self, name: str) -> Tensor:
         """The final values of the kept entries (kept,), in row-major order and in the base's dtype."""
         return self._store.read(VALUES + name)
+
+    def bits(self, name: str) -> Bits:
+        """The ``values`` as integers of their width."""
+        return self._store.read_bits(VALUES + name)
 
     def side_file(self, name: str) -> bytes:
         """A side file that the patch holds."""
@@ -186,15 +196,13 @@ class PatchFile:
         return self._store.tensors[MASK + name].nbytes + self._store.tensors[VALUES + name].nbytes
 
     def _bytes(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        return self._store.read(name).numpy()
+        return self._store.read_bits(name)
 
     def check(self, names: Iterable[str] | None = None) -> None:
         """Read everything once: digests are right, masks fit their tensors and keep what the metadata says.
 
         Of tensors only those with these ``names``, where they are given. Raises PatchError where they do not.
         """
-        from tailorcli.core.tailor import is_finite
-
         for name in self.tensors if names is None else names:
             tensor = self.tensors[name]
             codes = self._bytes(MASK + name)
@@ -204,13 +212,13 @@ class PatchFile:
                 raise self._damaged(f"tensor {name!r}: {error}") from error
             if kept != tensor.kept:
                 raise self._damaged(f"tensor {name!r}: its mask keeps {kept} entries, it has {tensor.kept} values")
-            values = self.values(name)
-            if digest_of(codes.data, raw_bytes(values)) != tensor.content:
+            values = self.bits(name)
+            if digest_of(codes, values) != tensor.content:
                 raise self._damaged(f"tensor {name!r}: its mask or values are not those that were written")
-            if not is_finite(values):
+            if not is_finite(values, self.base[name].dtype):
                 raise self._damaged(f"tensor {name!r}: NaN or infinity among its values")
         for name, side in self.side_files.items():
-            if side.stored and digest_of(self._bytes(FILE + name).data) != side.digest:
+            if side.stored and digest_of(self._bytes(FILE + name)) != side.digest:
                 raise self._damaged(f"its side file {name!r} is not the one that was written")
         self.report()
 

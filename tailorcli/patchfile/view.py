@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tailorcli.checkpoint.bits import bit_type
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
-from tailorcli.core.tailor import as_bits
 from tailorcli.errors import other_base
 from tailorcli.files import digest_beside, digest_of, read_bytes
 from tailorcli.patchfile.reader import PatchFile, raw_bytes
@@ -17,6 +17,8 @@ from tailorcli.patchfile.report import REPORT_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from tailorcli.checkpoint.bits import Bits
 
 
 class PatchedCheckpoint(Checkpoint):
@@ -42,15 +44,30 @@ class PatchedCheckpoint(Checkpoint):
         """One tensor on the CPU, in memory of its own. Raises PatchError where the base is another one."""
         if name not in self.file.tensors:
             return self.base.read(name, pinned)
-        formed = patch_(*read_hashed(self.base, name), self.file, name, self.base.path)
-        return formed.pin_memory() if pinned else formed
+        formed = self.base.read(name, pinned)
+        patch_(
+            _bits_of(formed, self.tensors[name].dtype),
+            digest_beside(raw_bytes(formed)),
+            self.file,
+            name,
+            self.base.path,
+        )
+        return formed
 
     def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
         """Fill ``buffer`` with the tensor's bytes from ``start`` on; a patched one is formed for it as a whole."""
         if info.name not in self.file.tensors:
             self.base.read_into(info, buffer, start)
             return
-        buffer[:] = raw_bytes(self.read(info.name))[start : start + len(buffer)]
+        buffer[:] = self.read_bits(info.name).view("u1").data[start : start + len(buffer)]
+
+    def read_bits(self, name: str) -> Bits:
+        """The entries of one tensor, patched, as integers of their width."""
+        if name not in self.file.tensors:
+            return super().read_bits(name)
+        formed, digest = read_hashed(self.base, name)
+        patch_(formed, digest, self.file, name, self.base.path)
+        return formed
 
     def fingerprint(self) -> str:
         """A hash of the base's fingerprint and the patch's."""
@@ -65,26 +82,39 @@ def patched_tensor(base: Tensor, file: PatchFile, name: str, path: Path) -> Tens
 
     Raises PatchError if a single bit of the base's tensor differs from that which the patch was made for.
     """
-    return patch_(base.clone(), digest_beside(raw_bytes(base)), file, name, path)
+    patched = base.clone()
+    patch_(_bits_of(patched, file.base[name].dtype), digest_beside(raw_bytes(base)), file, name, path)
+    return patched
 
 
-def read_hashed(base: Checkpoint, name: str) -> tuple[Tensor, Callable[[], str]]:
-    """A tensor, and what waits for the digest of its bytes, which is worked out on a thread of its own."""
-    tensor = base.read(name)
-    return tensor, digest_beside(raw_bytes(tensor))
+def _bits_of(tensor: Tensor, dtype: str) -> Bits:
+    """A view of a tensor's memory on the CPU as integers of its entries' width."""
+    import numpy as np
+
+    return np.frombuffer(raw_bytes(tensor), bit_type(dtype))
 
 
-def patch_(base: Tensor, digest: Callable[[], str], file: PatchFile, name: str, path: Path) -> Tensor:
-    """``patched_tensor`` in the memory of ``base``; ``digest`` waits for that of its bytes. Raises PatchError."""
-    values = as_bits(file.values(name)).numpy()
+def read_hashed(base: Checkpoint, name: str) -> tuple[Bits, Callable[[], str]]:
+    """A tensor's entries as integers of their width, and what waits for the digest of its bytes.
+
+    That is worked out on a thread of its own. Raises CheckpointError.
+    """
+    bits = base.read_bits(name)
+    return bits, digest_beside(bits)
+
+
+def patch_(base: Bits, digest: Callable[[], str], file: PatchFile, name: str, path: Path) -> None:
+    """Put the patch's entries of the tensor ``name`` in their places in ``base``, the base's.
+
+    ``digest`` waits for that of its bytes. Raises PatchError.
+    """
+    values = file.bits(name)
     if digest() != file.base[name].digest:
         raise other_base(name, path)
-    entries = as_bits(base.view(-1)).numpy()
     position = 0
     for places in file.places(name):
-        entries[places] = values[position : position + places.size]
+        base[places] = values[position : position + places.size]
         position += places.size
-    return base
 
 
 def side_sources(base: Checkpoint, file: PatchFile) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:

@@ -26,7 +26,7 @@ from tailorcli.runs.outputs import Target, progress_bar
 from tailorcli.runs.plan import RUNTIME_BYTES, Plan, TensorPlan
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from tailorcli.checkpoint.bits import Bits
 
 _FROM_PATCH, _LEFT_OUT = "the patch file", "the patch leaves it alone"
 _COPIED_BYTES = 1 << 24  # of a tensor that goes through in pieces
@@ -68,10 +68,7 @@ def apply_patch(
     """
     started = perf_counter()
     target = Target.of(output, None, resume=resume, overwrite=overwrite)
-    from tailorcli.core.chunks import one_torch_thread_each
-
     with ExitStack() as stack:
-        stack.enter_context(one_torch_thread_each())  # further ones would wait busily beside those that read and hash
         opened, file = open_both(local_folder(base), patch, stack, divided=True)
         watch = Watch([*opened.shards, file.path])
         plan = plan_of_patch(opened, file, max_shard_size)
@@ -101,7 +98,7 @@ def apply_patch(
                 if patched is None:
                     outputs.copy(tensor.name, opened, None, file.base[tensor.name].digest)
                 else:
-                    outputs.write(tensor.name, patched, None, None, "")
+                    outputs.write_bits(tensor.name, patched)
                 bar.update(tensor.nbytes)
             outputs.drain()
         except PatchError:  # a wrong base: no resumed run would get over it
@@ -167,7 +164,7 @@ def plan_of_patch(base: Checkpoint, file: PatchFile, max_shard_size: int | None)
 
 def _patched_tensors(
     tensors: list[TensorPlan], base: Checkpoint, file: PatchFile
-) -> Iterator[tuple[TensorPlan, Tensor | None]]:
+) -> Iterator[tuple[TensorPlan, Bits | None]]:
     """Each tensor with its patched value, None where the patch leaves it at base; the next is read and hashed ahead."""
     changed = [tensor for tensor in tensors if tensor.name in file.tensors]
     sizes = [tensor.held_bytes for tensor in changed]
@@ -183,7 +180,8 @@ def _patched_tensors(
                 yield tensor, None
                 continue
             value, digest = next(made)
-            yield tensor, patch_(value, digest, file, tensor.name, base.path)
+            patch_(value, digest, file, tensor.name, base.path)
+            yield tensor, value
             del value
         now_on("")
     finally:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tailorcli.checkpoint.bits import num_differing, number
 from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from tailorcli.checkpoint.header import TensorInfo, read_header
 from tailorcli.checkpoint.readahead import ReadAhead
@@ -22,8 +23,7 @@ from tailorcli.patchfile.view import patch_, read_hashed
 from tailorcli.runs.outputs import progress_bar
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
+    from tailorcli.checkpoint.bits import Bits
 
 MOST_PROBLEMS = 20  # named one by one; all are counted
 
@@ -69,10 +69,7 @@ def verify_checkpoint(
     Without a patch file the checkpoint's own report says how many entries of each tensor may differ from the base.
     Raises TailorError where an input cannot be read or ``patch`` is not of ``base``.
     """
-    from tailorcli.core.chunks import one_torch_thread_each
-
     with ExitStack() as stack:
-        stack.enter_context(one_torch_thread_each())  # further ones would wait busily beside those that read and hash
         checkpoint, base = local_folders((checkpoint, base))
         opened = stack.enter_context(Checkpoint.open(base))
         found = stack.enter_context(Checkpoint.open(checkpoint))
@@ -148,9 +145,9 @@ def _check_files(found: Checkpoint, report: VerifyReport) -> None:
 class _Pair:
     """One tensor of both checkpoints; ``digest`` waits for that of the base's bytes, where a patch names one."""
 
-    base: Tensor
+    base: Bits
     digest: Callable[[], str]
-    found: Tensor
+    found: Bits
 
 
 def _with_values(
@@ -161,8 +158,8 @@ def _with_values(
     def load(position: int) -> _Pair:
         name = masked[position].name
         if file is None:
-            return _Pair(base.read(name), str, found.read(name))
-        return _Pair(*read_hashed(base, name), found.read(name))
+            return _Pair(base.read_bits(name), str, found.read_bits(name))
+        return _Pair(*read_hashed(base, name), found.read_bits(name))
 
     may_differ = kept if file is None else file.tensors
     masked = [info for info in infos if info.name in may_differ and _alike(info, found.tensors.get(info.name))]
@@ -180,15 +177,6 @@ def _alike(info: TensorInfo, other: TensorInfo | None) -> bool:
     return other is not None and (info.dtype, info.shape) == (other.dtype, other.shape)
 
 
-def _num_differing(one: np.ndarray, other: np.ndarray) -> int:
-    """In how many entries two flat arrays of integers differ."""
-    import numpy as np
-
-    step = 1 << 18  # entries: what is compared stays in the processor's cache
-    parts = (slice(start, start + step) for start in range(0, one.size, step))
-    return sum(int(np.count_nonzero(one[part] != other[part])) for part in parts)
-
-
 def _verify_tensor(
     name: str,
     pair: _Pair | None,
@@ -199,7 +187,7 @@ def _verify_tensor(
     report: VerifyReport,
 ) -> None:
     """Compare one tensor and note what differs."""
-    from tailorcli.core.tailor import as_bits
+    import numpy as np
 
     info, other = base.tensors[name], found.tensors.get(name)
     if other is None:
@@ -216,25 +204,25 @@ def _verify_tensor(
         if not all(same_bytes(ours, theirs) for ours, theirs in pieces):
             report.add(name, "it differs from the base, where it should be equal")
         return
-    dtype, ours, stored = pair.base.dtype, as_bits(pair.base.view(-1)), as_bits(pair.found.view(-1))
-    num_changed = _num_differing(ours.numpy(), stored.numpy())
+    num_changed = num_differing(pair.base, pair.found)
     report.changed += num_changed
     if file is None:
         report.kept += kept[name]
         if num_changed > kept[name]:
             report.add(name, f"{num_changed} entries differ from the base, its mask kept {kept[name]}")
         return
-    expected = as_bits(patch_(pair.base, pair.digest, file, name, base.path).view(-1))
+    patch_(pair.base, pair.digest, file, name, base.path)
+    expected = pair.base
     report.kept += file.tensors[name].kept
-    if _num_differing(expected.numpy(), stored.numpy()):
-        wrong = (expected != stored).nonzero().squeeze(1)
-        mask = file.mask(name).view(-1)[wrong]
+    if num_differing(expected, pair.found):
+        wrong = np.flatnonzero(expected != pair.found)
+        mask = file.flat_mask(name)[wrong]
         first = int(wrong[0])
         report.add(
             name,
             f"{int((~mask).sum())} entries outside the mask differ from the base, {int(mask.sum())} kept ones "
             f"from the patch",
             index=first,
-            expected=expected[first : first + 1].view(dtype).tolist()[0],
-            found=stored[first : first + 1].view(dtype).tolist()[0],
+            expected=number(expected[first:], info.dtype),
+            found=number(pair.found[first:], info.dtype),
         )

@@ -24,6 +24,8 @@ from tailorcli.runs.record import RunRecord
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tailorcli.checkpoint.bits import Bits
+
 
 @dataclass(frozen=True)
 class Written:
@@ -83,6 +85,12 @@ class Outputs:
                 self._folder.write(each, patched, _plain(own))
             if self._patch is not None and mask is not None and each not in self._patch.done:
                 self._patch.write(each, mask, patched, _plain(own), base_digest)
+
+    def write_bits(self, name: str, bits: Bits) -> None:
+        """Queue a tensor for the folder alone, without a record, as integers of its entries' width."""
+        for each, own in self._by_name(name, None):
+            if self._folder is not None and each not in self._folder.done:
+                self._folder.write_bits(each, bits, _plain(own))
 
     def copy(self, name: str, base: Checkpoint, record: TensorRecord | None, digest: str | None = None) -> None:
         """Queue a tensor that stays as it is in the base; with a ``digest`` its bytes must have it."""

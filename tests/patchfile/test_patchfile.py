@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +116,21 @@ def test_apply_gives_the_bytes_of_patch(tmp_path, kind, shard, dtype):
     options = PatchOptions(task="poems", license="CC-BY-4.0")
     patch_checkpoint(*arguments, options, patch_file=folder / "alone.safetensors")  # without -o: the same file
     assert (folder / "alone.safetensors").read_bytes() == (folder / "patch.safetensors").read_bytes()
+
+
+def test_apply_and_verify_do_without_torch(patched):
+    """Bytes are all that they move and compare: a start of half a second in place of two."""
+    run = (
+        "import sys; from tailorcli.cli.app import app; app(sys.argv[1:], standalone_mode=False); "
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    for command in (
+        ("apply", patched / "base", patched / "patch.safetensors", "-o", patched / "applied"),
+        ("verify", patched / "applied", "--base", patched / "base", "--patch", patched / "patch.safetensors"),
+    ):
+        done = subprocess.run([sys.executable, "-c", run, *command], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "[]"
+    assert folder_digest(patched / "applied") == folder_digest(patched / "out")
 
 
 @pytest.mark.parametrize("density", [0.0, 0.003, 0.05, 0.6, 1.0])

@@ -1,0 +1,44 @@
+"""What is told of numbers by their bits is what torch tells of them."""
+
+import numpy as np
+import pytest
+import torch
+
+from tailorcli.checkpoint.bits import bit_type, has_nan, is_finite, num_differing, number
+
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+def as_bits(tensor, dtype):
+    return tensor.view(torch.uint8).numpy().view(bit_type(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_by_their_bits(dtype):
+    largest = torch.finfo(DTYPES[dtype]).max
+    tensor = torch.tensor([0.0, -0.0, 1.5, -3.25, 1e-40, largest, -largest], dtype=DTYPES[dtype]).repeat(1 << 17)
+    bits = as_bits(tensor, dtype)
+    assert is_finite(bits, dtype)
+    assert not has_nan(bits, dtype)
+    assert [number(bits[place:], dtype) for place in range(7)] == tensor[:7].tolist()
+    for bad in (float("inf"), -float("inf"), float("nan")):
+        other = tensor.clone()
+        other[-1] = bad
+        assert not is_finite(as_bits(other, dtype), dtype)
+        assert has_nan(as_bits(other, dtype), dtype) == (bad != bad)
+        assert num_differing(bits, as_bits(other, dtype)) == 1
+    assert num_differing(as_bits(torch.zeros(1, dtype=DTYPES[dtype]), dtype), bits[1:2]) == 1  # minus zero
+
+
+def test_of_no_entries_all_is_well():
+    nothing = np.empty(0, "<u2")
+    assert is_finite(nothing, "BF16")
+    assert not has_nan(nothing, "BF16")
+    assert num_differing(nothing, nothing) == 0
+
+
+def test_integers_have_no_nan_and_half_bytes_no_integers():
+    assert is_finite(np.full(3, 0xFFFFFFFF, "<u4"), "I32")
+    assert not has_nan(np.full(3, 0xFFFFFFFF, "<u4"), "I32")
+    with pytest.raises(ValueError, match="F4"):
+        bit_type("F4")
