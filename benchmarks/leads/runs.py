@@ -20,6 +20,7 @@ from benchmarks.quick import data as quick_data
 from tailorcli import PatchOptions, Stats
 from tailorcli.core import count_kept, select_mask
 from tailorcli.core.distillation import rate_at
+from tailorcli.core.tailor import add_salience_
 from tailorcli.demo.text import encode
 from tailorcli.models.places import Place
 from tailorcli.training.distill import WARMUP
@@ -36,7 +37,7 @@ class Run:
     """One way to distil, shortly."""
 
     density: float = 0.1
-    mask: str = "the paper's score"  # of the goal; or that of delta, |delta|, |goal|, both (a sum), random
+    mask: str = "both"  # the sum that --distill takes; or the paper's score (of the goal), that of delta, |delta|, ...
     budget: str = "tensor"  # or wanted: densities of tensors by the first gradients of what is left out
     form: str = "sparse"  # or blocks: block by block; or low rank
     steps: int = 60
@@ -89,9 +90,13 @@ class Ground:
 
     def masks(self, run: Run) -> list[Tensor]:
         """The mask of every tensor as rows (O, I)."""
+        found = self.scores(run)
+        return [select_mask(score, count_kept(run.density, score.numel())) for score in found]
+
+    def scores(self, run: Run) -> Iterator[Tensor]:
+        """What the entries of every tensor are chosen by, (O, I)."""
         generator = torch.Generator().manual_seed(0)
         tuned = self.teachers[NEW].state_dict()
-        found = []
         for layer in self.layers:
             delta = tuned[layer.name] - self.start[layer.name]
             delta = (delta.T if layer.transposed else delta.reshape(layer.goal.shape)).contiguous()  # (O, I)
@@ -100,14 +105,13 @@ class Ground:
             elif run.mask == "|delta|":
                 score = delta.abs()
             elif run.mask == "both":
-                fused = layer.score("fused")
-                score = delta.abs() / delta.abs().max() + fused / fused.max()
+                score = layer.score("fused").contiguous()
+                add_salience_(score, delta)
             elif run.mask == "the paper's score of delta":
                 score = replace(layer, goal=delta).score("fused")
             else:
                 score = layer.score("salience" if run.mask == "|goal|" else "fused")
-            found.append(select_mask(score.contiguous(), count_kept(run.density, score.numel())))
-        return found
+            yield score.contiguous()
 
     def student(self, run: Run) -> Trained:
         """The base's network with the closed form on the masks in it, whose entries are trained."""
@@ -128,7 +132,7 @@ class Ground:
     def _wanted(self, run: Run, masks: list[Tensor]) -> list[Tensor]:
         """As many entries in all, a tensor's share by the root of its mean squared gradient, halved or doubled at most.
 
-        The gradient is that of the first batches at the closed form, by the paper's score within each tensor.
+        The gradient is that of the first batches at the closed form, on the run's own masks.
         """
         trained = self._student(masks)
         trained.close()
@@ -146,8 +150,7 @@ class Ground:
         shares = [min(2.0, max(0.5, w / usual)) for w in wanted]
         factor = sum(sizes) / sum(s * n for s, n in zip(shares, sizes, strict=True))
         found = []
-        for layer, share in zip(self.layers, shares, strict=True):
-            score = layer.score("fused").contiguous()
+        for score, share in zip(self.scores(run), shares, strict=True):
             found.append(select_mask(score, count_kept(min(1.0, run.density * share * factor), score.numel())))
         return found
 
