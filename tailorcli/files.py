@@ -7,16 +7,19 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tailorcli.errors import CheckpointError, OutputError
-from tailorcli.system import open_for_reading, sync_path
+from tailorcli.system import open_for_reading, sync_path, threads_beside
 from tailorcli.typed import require_sound
 
 PathLike = str | os.PathLike[str]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _MOST_JSON = 1 << 27  # bytes: JSON takes up to twenty times as much memory
 _NO_MORE_FILES = (errno.EMFILE, errno.ENFILE)
@@ -148,6 +151,16 @@ def same_bytes(one: memoryview, other: memoryview) -> bool:
     import numpy as np
 
     return len(one) == len(other) and bool(np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8)))
+
+
+def on_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """``work`` on every item, a few of them side by side; results in order.
+
+    For what leaves Python to others meanwhile: reading, hashing, NumPy. What one raises is raised in its turn, and
+    those that wait are dropped.
+    """
+    with ThreadPoolExecutor(threads_beside(), thread_name_prefix="beside") as pool:
+        yield from pool.map(work, items)
 
 
 def digest_beside(data: Any) -> Callable[[], str]:

@@ -165,6 +165,11 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def threads_beside(most: int = 4) -> int:
+    """Threads for work that leaves Python to others, such as reading and hashing: more gain little and hold memory."""
+    return min(most, usable_cores())
+
+
 def variable_of_parent(name: str) -> str | None:
     """A variable as the parent process was given it, where the system tells; else None."""
     with suppress(OSError, AttributeError):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PIECE_BYTES = 1 << 24  # of a tensor that is worked on in pieces
 WORK_FOLDER = ".tailorcli"  # there while an output of ours is unfinished
 
 _SAMPLE_BYTES = 4096  # read at the start, the middle and the end of a tensor for its fingerprint
@@ -178,7 +179,7 @@ class Checkpoint:
         digest.update(self.sample_bytes(info))
         return digest.hexdigest()
 
-    def pieces(self, info: TensorInfo, size: int = 1 << 24) -> Iterator[memoryview]:
+    def pieces(self, info: TensorInfo, size: int = PIECE_BYTES) -> Iterator[memoryview]:
         """A tensor's bytes in order, up to ``size`` at a time, in a buffer that the next piece overwrites."""
         buffer = bytearray(min(size, info.nbytes))
         for start in range(0, info.nbytes, size):

@@ -256,7 +256,6 @@ def verify(
       tailorcli verify OUT --base BASE
       tailorcli verify OUT --base BASE --patch task.safetensors
     """
-    from tailorcli.display.tables import problem_table
     from tailorcli.patching.verify import verify_checkpoint
 
     report = verify_checkpoint(checkpoint, base, patch_path, progress=wants_progress(as_json))
@@ -269,6 +268,8 @@ def verify(
             + (", all as the patch says" if patch_path else f"; at most {report.kept:,} may (which: pass --patch)")
         )
     else:
+        from tailorcli.display.tables import problem_table
+
         count = f"{report.wrong_tensors} wrong, {len(report.problems)} of them listed"
         say_error(f"{checkpoint} is not what it should be: {count}")
         print_rich(problem_table(report.problems))

@@ -14,7 +14,7 @@ from tailorcli.checkpoint.bits import is_finite
 from tailorcli.checkpoint.folder import WEIGHT_SUFFIXES, Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, bits_of, read_header
 from tailorcli.errors import CheckpointError, PatchError, other_base
-from tailorcli.files import PathLike, digest_of, parse_json
+from tailorcli.files import PathLike, digest_of, on_threads, parse_json
 from tailorcli.patchfile.coding import Places, check, decode, decode_mask
 from tailorcli.patchfile.manifest import read_manifest
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport, read_report
@@ -170,6 +170,13 @@ class PatchFile:
         """The ``values`` as integers of their width."""
         return self._store.read_bits(VALUES + name)
 
+    def kept_entries(self, name: str) -> Iterator[tuple[Places, Bits]]:
+        """The ``places`` of a tensor's kept entries and their final values, as integers of their width, in chunks."""
+        bits, done = self.bits(name), 0
+        for places in self.places(name):
+            yield places, bits[done : done + places.size]
+            done += places.size
+
     def side_file(self, name: str) -> bytes:
         """A side file that the patch holds."""
         return self._bytes(FILE + name).tobytes()
@@ -203,24 +210,27 @@ class PatchFile:
 
         Of tensors only those with these ``names``, where they are given. Raises PatchError where they do not.
         """
-        for name in self.tensors if names is None else names:
-            tensor = self.tensors[name]
-            codes = self._bytes(MASK + name)
-            try:
-                kept = check(tensor.coding, codes, self.base[name].numel)
-            except ValueError as error:
-                raise self._damaged(f"tensor {name!r}: {error}") from error
-            if kept != tensor.kept:
-                raise self._damaged(f"tensor {name!r}: its mask keeps {kept} entries, it has {tensor.kept} values")
-            values = self.bits(name)
-            if digest_of(codes, values) != tensor.content:
-                raise self._damaged(f"tensor {name!r}: its mask or values are not those that were written")
-            if not is_finite(values, self.base[name].dtype):
-                raise self._damaged(f"tensor {name!r}: NaN or infinity among its values")
+        for _ in on_threads(self._check_tensor, self.tensors if names is None else names):
+            pass
         for name, side in self.side_files.items():
             if side.stored and digest_of(self._bytes(FILE + name)) != side.digest:
                 raise self._damaged(f"its side file {name!r} is not the one that was written")
         self.report()
+
+    def _check_tensor(self, name: str) -> None:
+        tensor = self.tensors[name]
+        codes = self._bytes(MASK + name)
+        try:
+            kept = check(tensor.coding, codes, self.base[name].numel)
+        except ValueError as error:
+            raise self._damaged(f"tensor {name!r}: {error}") from error
+        if kept != tensor.kept:
+            raise self._damaged(f"tensor {name!r}: its mask keeps {kept} entries, it has {tensor.kept} values")
+        values = self.bits(name)
+        if digest_of(codes, values) != tensor.content:
+            raise self._damaged(f"tensor {name!r}: its mask or values are not those that were written")
+        if not is_finite(values, self.base[name].dtype):
+            raise self._damaged(f"tensor {name!r}: NaN or infinity among its values")
 
     def check_base(self, base: Checkpoint, *, thorough: bool = False) -> None:
         """``base`` has the tensors of the patch's base, as far as their samples tell; to the bit with ``thorough``.
@@ -238,11 +248,14 @@ class PatchFile:
             if base.tensor_fingerprint(info) != wanted.fingerprint:
                 what = f"tensor {name!r} of {base.path} holds other values"
                 raise PatchError(f"{self.path} is for another base: {what}", hint)
-            if thorough and digest_of(*base.pieces(info)) != wanted.digest:
-                raise other_base(name, base.path)
         more = [name for name in base.tensors if name not in self.base]
         if more:
             raise PatchError(f"{self.path} is for another base: {base.path} also has tensor {more[0]!r}", hint)
+        if thorough:
+            digests = on_threads(lambda name: digest_of(*base.pieces(base.tensors[name])), self.base)
+            for (name, wanted), found in zip(self.base.items(), digests, strict=True):
+                if found != wanted.digest:
+                    raise other_base(name, base.path)
 
     def close(self) -> None:
         """Close the file."""

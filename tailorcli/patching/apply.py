@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from tailorcli._version import __version__
-from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.folder import PIECE_BYTES, Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.layout import plan_layout
 from tailorcli.checkpoint.readahead import ReadAhead
@@ -24,12 +24,12 @@ from tailorcli.patchfile.view import patch_, read_hashed, side_sources
 from tailorcli.runs.divided import Work, own_tensors, shares_of_ranks
 from tailorcli.runs.outputs import Target, progress_bar
 from tailorcli.runs.plan import RUNTIME_BYTES, Plan, TensorPlan
+from tailorcli.system import threads_beside
 
 if TYPE_CHECKING:
     from tailorcli.checkpoint.bits import Bits
 
 _FROM_PATCH, _LEFT_OUT = "the patch file", "the patch leaves it alone"
-_COPIED_BYTES = 1 << 24  # of a tensor that goes through in pieces
 
 
 def plan_apply(
@@ -80,10 +80,16 @@ def apply_patch(
             "max_shard_size": max_shard_size,
         }
         side, notes = side_sources(opened, file)
+        is_checked: list[bool] = []  # whether the base is the patch's to the bit, and need not be hashed again
+
+        def check_thoroughly() -> None:
+            file.check_base(opened, thorough=True)
+            is_checked.append(True)
+
         begun = target.begin(
             *(plan, opened, [opened.path, file.path], identity, "apply", side),
             announce=announce,
-            before_replacing=lambda: file.check_base(opened, thorough=True),
+            before_replacing=check_thoroughly,
             divided=True,
         )
         if isinstance(begun, PatchReport):
@@ -94,9 +100,9 @@ def apply_patch(
         bar = stack.enter_context(progress_bar([*done, *own], "applying", progress))
         bar.start_at(sum(tensor.nbytes for tensor in done))
         try:
-            for tensor, patched in _patched_tensors(own, opened, file):
+            for tensor, patched in _patched_tensors(own, opened, file, bool(is_checked)):
                 if patched is None:
-                    outputs.copy(tensor.name, opened, None, file.base[tensor.name].digest)
+                    outputs.copy(tensor.name, opened, None, None if is_checked else file.base[tensor.name].digest)
                 else:
                     outputs.write_bits(tensor.name, patched)
                 bar.update(tensor.nbytes)
@@ -145,7 +151,7 @@ def plan_of_patch(base: Checkpoint, file: PatchFile, max_shard_size: int | None)
     def plan_tensor(info: TensorInfo) -> TensorPlan:
         common = (info.name, info.dtype, info.shape, info.nbytes)
         if info.name not in file.tensors:
-            return TensorPlan(*common, "base", _LEFT_OUT, held_bytes=_COPIED_BYTES)
+            return TensorPlan(*common, "base", _LEFT_OUT, held_bytes=PIECE_BYTES)
         # Its patched and (waiting to be written) its predecessor's values, mask, indices.
         held = 3 * info.nbytes + info.numel + 2 * file.nbytes_of(info.name) + (32 << 20)
         return TensorPlan(*common, "patch", method=_FROM_PATCH, held_bytes=held)
@@ -163,15 +169,23 @@ def plan_of_patch(base: Checkpoint, file: PatchFile, max_shard_size: int | None)
 
 
 def _patched_tensors(
-    tensors: list[TensorPlan], base: Checkpoint, file: PatchFile
+    tensors: list[TensorPlan], base: Checkpoint, file: PatchFile, is_checked: bool
 ) -> Iterator[tuple[TensorPlan, Bits | None]]:
-    """Each tensor with its patched value, None where the patch leaves it at base; the next is read and hashed ahead."""
+    """Each tensor with its patched value, None where the patch leaves it at base; the next are made ahead.
+
+    A base that ``is_checked`` is not hashed.
+    """
+
+    def load(position: int) -> Bits:
+        name = changed[position].name
+        bits, digest = (base.read_bits(name), None) if is_checked else read_hashed(base, name)
+        patch_(bits, digest, file, name, base.path)
+        return bits
+
     changed = [tensor for tensor in tensors if tensor.name in file.tensors]
-    sizes = [tensor.held_bytes for tensor in changed]
-    reader = ReadAhead(
-        lambda i: read_hashed(base, changed[i].name),
-        list(zip(sizes, sizes, strict=True)),
-    )
+    # To make one takes its values, its mask where that is stored as bits, and its entries in the patch.
+    sizes = [(each.held_bytes, each.nbytes + each.numel + file.nbytes_of(each.name)) for each in changed]
+    reader = ReadAhead(load, sizes, threads_beside())
     made = iter(reader)
     try:
         for tensor in tensors:
@@ -179,10 +193,7 @@ def _patched_tensors(
             if tensor.name not in file.tensors:
                 yield tensor, None
                 continue
-            value, digest = next(made)
-            patch_(value, digest, file, tensor.name, base.path)
-            yield tensor, value
-            del value
+            yield tensor, next(made)
         now_on("")
     finally:
         reader.close()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.bits import num_differing, number
-from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
+from tailorcli.checkpoint.folder import INDEX_FILE, PIECE_BYTES, SINGLE_FILE, Checkpoint
 from tailorcli.checkpoint.header import TensorInfo, read_header
 from tailorcli.checkpoint.readahead import ReadAhead
 from tailorcli.distributed import gathered, mine, now_on
@@ -19,8 +20,9 @@ from tailorcli.guard import Watch
 from tailorcli.hub import local_folders
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, load_report
-from tailorcli.patchfile.view import patch_, read_hashed
+from tailorcli.patchfile.view import patch_
 from tailorcli.runs.outputs import progress_bar
+from tailorcli.system import threads_beside
 
 if TYPE_CHECKING:
     from tailorcli.checkpoint.bits import Bits
@@ -90,18 +92,16 @@ def verify_checkpoint(
         own = [infos[position] for position in sorted(mine([info.nbytes for info in infos]))]
         if file is not None:
             file.check([info.name for info in own if info.name in file.tensors])
-        part = VerifyReport(report.checkpoint, report.against)
         bar = stack.enter_context(progress_bar(own, "verifying", progress))
-        for info, pair in _with_values(own, opened, found, file, kept):
-            now_on(info.name)
-            part.tensors += 1
-            part.entries += info.numel
-            _verify_tensor(info.name, pair, opened, found, file, kept, part)
-            del pair
+        parts = []
+        for info, part in _parts(own, _Inputs(opened, found, file, kept)):
+            parts.append(part)
             bar.update(info.nbytes)
-        now_on("")
         watch.require_unchanged()
-        _join(report, gathered(part), list(opened.tensors))
+        names = list(opened.tensors)
+        mine_joined = VerifyReport(report.checkpoint, report.against)
+        _join(mine_joined, parts, names)
+        _join(report, gathered(mine_joined), names)
         return report
 
 
@@ -141,88 +141,103 @@ def _check_files(found: Checkpoint, report: VerifyReport) -> None:
         report.add(INDEX_FILE, f"its total_size is {total}, the shards hold {found.nbytes} bytes")
 
 
-@dataclass
-class _Pair:
-    """One tensor of both checkpoints; ``digest`` waits for that of the base's bytes, where a patch names one."""
+@dataclass(frozen=True)
+class _Inputs:
+    """What is compared; without a ``file``, ``kept`` says how many entries of a patched tensor may differ."""
 
-    base: Bits
-    digest: Callable[[], str]
-    found: Bits
+    base: Checkpoint
+    found: Checkpoint
+    file: PatchFile | None
+    kept: dict[str, int]
+
+    def may_differ(self, name: str) -> bool:
+        """Whether some entries of a tensor may be others than the base's."""
+        return name in (self.kept if self.file is None else self.file.tensors)
 
 
-def _with_values(
-    infos: Sequence[TensorInfo], base: Checkpoint, found: Checkpoint, file: PatchFile | None, kept: dict[str, int]
-) -> Iterator[tuple[TensorInfo, _Pair | None]]:
-    """Each tensor, with its values where they may differ by a mask; the next are read and hashed ahead."""
-
-    def load(position: int) -> _Pair:
-        name = masked[position].name
-        if file is None:
-            return _Pair(base.read_bits(name), str, found.read_bits(name))
-        return _Pair(*read_hashed(base, name), found.read_bits(name))
-
-    may_differ = kept if file is None else file.tensors
-    masked = [info for info in infos if info.name in may_differ and _alike(info, found.tensors.get(info.name))]
-    reader = ReadAhead(load, [(2 * info.nbytes, 2 * info.nbytes) for info in masked])
-    pairs = iter(reader)
-    names = {info.name for info in masked}
+def _parts(infos: Sequence[TensorInfo], inputs: _Inputs) -> Iterator[tuple[TensorInfo, VerifyReport]]:
+    """Each tensor with what was found of it; a few are compared side by side."""
+    sizes = [2 * info.nbytes if inputs.may_differ(info.name) else 2 * PIECE_BYTES for info in infos]
+    reader = ReadAhead(lambda i: _part_of(infos[i], inputs), list(zip(sizes, sizes, strict=True)), threads_beside())
+    parts = iter(reader)
     try:
         for info in infos:
-            yield info, next(pairs) if info.name in names else None
+            now_on(info.name)
+            yield info, next(parts)
+        now_on("")
     finally:
         reader.close()
 
 
-def _alike(info: TensorInfo, other: TensorInfo | None) -> bool:
-    return other is not None and (info.dtype, info.shape) == (other.dtype, other.shape)
+def _part_of(info: TensorInfo, inputs: _Inputs) -> VerifyReport:
+    """What is found of one tensor."""
+    part = VerifyReport("", "", tensors=1, entries=info.numel)
+    other = inputs.found.tensors.get(info.name)
+    if other is None:
+        part.add(info.name, "it is missing")
+    elif (info.dtype, info.shape) != (other.dtype, other.shape):
+        what = f"it is {other.dtype} {list(other.shape)}, the base has {info.dtype} {list(info.shape)}"
+        part.add(info.name, what)
+    elif inputs.may_differ(info.name):
+        _compare_patched(info, inputs, part)
+    else:
+        _compare_equal(info, other, inputs, part)
+    return part
 
 
-def _verify_tensor(
-    name: str,
-    pair: _Pair | None,
-    base: Checkpoint,
-    found: Checkpoint,
-    file: PatchFile | None,
-    kept: dict[str, int],
-    report: VerifyReport,
-) -> None:
-    """Compare one tensor and note what differs."""
+def _compare_equal(info: TensorInfo, other: TensorInfo, inputs: _Inputs, part: VerifyReport) -> None:
+    """Compare a tensor that must be the base's."""
+    digest, are_same = hashlib.sha256(), True
+    for ours, theirs in zip(inputs.base.pieces(info), inputs.found.pieces(other), strict=True):
+        if inputs.file is not None:
+            digest.update(ours)
+        are_same = are_same and same_bytes(ours, theirs)
+    if inputs.file is not None and digest.hexdigest() != inputs.file.base[info.name].digest:
+        raise other_base(info.name, inputs.base.path)
+    if not are_same:
+        part.add(info.name, "it differs from the base, where it should be equal")
+
+
+def _compare_patched(info: TensorInfo, inputs: _Inputs, part: VerifyReport) -> None:
+    """Compare a tensor some of whose entries may differ from the base's."""
+    name, file = info.name, inputs.file
+    base, found = inputs.base.read_bits(name), inputs.found.read_bits(name)
+    part.changed = num_differing(base, found)
+    if file is None:
+        part.kept = inputs.kept[name]
+        if part.changed > part.kept:
+            part.add(name, f"{part.changed} entries differ from the base, its mask kept {part.kept}")
+        return
+    if digest_of(base) != file.base[name].digest:
+        raise other_base(name, inputs.base.path)
+    part.kept = file.tensors[name].kept
+    if not _is_patched(base, found, part.changed, file, name):
+        patch_(base, None, file, name, inputs.base.path)
+        _name_differences(info, base, found, file, part)
+
+
+def _is_patched(base: Bits, found: Bits, num_changed: int, file: PatchFile, name: str) -> bool:
+    """Whether the kept entries are the patch's, and no others are among the ``num_changed`` that differ."""
     import numpy as np
 
-    info, other = base.tensors[name], found.tensors.get(name)
-    if other is None:
-        report.add(name, "it is missing")
-        return
-    if (info.dtype, info.shape) != (other.dtype, other.shape):
-        what = f"it is {other.dtype} {list(other.shape)}, the base has {info.dtype} {list(info.shape)}"
-        report.add(name, what)
-        return
-    if pair is None:
-        if file is not None and digest_of(*base.pieces(info)) != file.base[name].digest:
-            raise other_base(name, base.path)
-        pieces = zip(base.pieces(info), found.pieces(other), strict=True)
-        if not all(same_bytes(ours, theirs) for ours, theirs in pieces):
-            report.add(name, "it differs from the base, where it should be equal")
-        return
-    num_changed = num_differing(pair.base, pair.found)
-    report.changed += num_changed
-    if file is None:
-        report.kept += kept[name]
-        if num_changed > kept[name]:
-            report.add(name, f"{num_changed} entries differ from the base, its mask kept {kept[name]}")
-        return
-    patch_(pair.base, pair.digest, file, name, base.path)
-    expected = pair.base
-    report.kept += file.tensors[name].kept
-    if num_differing(expected, pair.found):
-        wrong = np.flatnonzero(expected != pair.found)
-        mask = file.flat_mask(name)[wrong]
-        first = int(wrong[0])
-        report.add(
-            name,
-            f"{int((~mask).sum())} entries outside the mask differ from the base, {int(mask.sum())} kept ones "
-            f"from the patch",
-            index=first,
-            expected=number(expected[first:], info.dtype),
-            found=number(pair.found[first:], info.dtype),
-        )
+    for places, values in file.kept_entries(name):
+        if not np.array_equal(found.take(places), values):
+            return False
+        num_changed -= int(np.count_nonzero(base.take(places) != values))
+    return num_changed == 0
+
+
+def _name_differences(info: TensorInfo, expected: Bits, found: Bits, file: PatchFile, part: VerifyReport) -> None:
+    import numpy as np
+
+    wrong = np.flatnonzero(expected != found)
+    mask = file.flat_mask(info.name)[wrong]
+    first = int(wrong[0])
+    part.add(
+        info.name,
+        f"{int((~mask).sum())} entries outside the mask differ from the base, {int(mask.sum())} kept ones "
+        f"from the patch",
+        index=first,
+        expected=number(expected[first:], info.dtype),
+        found=number(found[first:], info.dtype),
+    )
