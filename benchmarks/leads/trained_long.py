@@ -40,7 +40,7 @@ from tailorcli import (
 from tailorcli.demo.text import TaskText, encode, samples, write_jsonl
 
 WINDOW = quick_data.WINDOW
-SAMPLES, FEW = 64, 16  # of each kind
+SAMPLES, COUNTS = 64, (64, 16, 4)  # of each kind
 DISTILL = DistillOptions(steps=40, batch_size=4)
 HELD = 120  # windows of validation text: every other one picks the teacher's weight, the rest is what is measured on
 Figures = dict[str, Any]
@@ -173,7 +173,7 @@ def propagation_rows(found: dict[str, Figures]) -> list[list[str]]:
     """A row a fine-tune and number of samples: H plain and propagated, both on held-out samples, what was kept."""
     rows = []
     for name, of in found.items():
-        for count in (SAMPLES, FEW):
+        for count in COUNTS:
             one = of.get(f"propagation {count}")
             if one is None:
                 continue
@@ -254,7 +254,7 @@ def main() -> None:
             if "teacher" in options.parts:
                 jobs["teacher"] = pair.teacher
             if "propagation" in options.parts:
-                for count in (SAMPLES, FEW):
+                for count in COUNTS:
                     jobs[f"propagation {count}"] = lambda pair=pair, count=count: pair.propagation(count)  # type: ignore[misc]
             if "target" in options.parts:
                 for asked in ("old=99", "new=97"):

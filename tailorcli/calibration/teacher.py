@@ -32,11 +32,15 @@ if TYPE_CHECKING:
 STEP, FINE = 0.2, 0.1
 LEAST, MOST = 0.2, 1.6
 MOST_TRIED = 7  # weights, at most
+TEMPERATURES = (1.0, 1.25, 1.5, 2.0, 3.0)  # what logits are divided by
 
 
 @dataclass(frozen=True)
 class TeacherChoice:
-    """The weight that was picked, and the mean loss in nats a token at each weight that was tried."""
+    """The weight that was picked, and the mean loss in nats a token at each weight that was tried.
+
+    Losses are at the temperature that suits a weight best.
+    """
 
     weight: float
     losses: dict[float, float]
@@ -85,6 +89,9 @@ def choose_teacher(
 ) -> TeacherChoice:
     """Try models between base and tuned, and beyond it, on ``samples`` of the new task; see ``choose``.
 
+    A model that was trained too long is too sure of itself, and its loss high where its guesses are the best. So each
+    weight has the loss at the temperature that suits it (Guo et al. 2017, arXiv 1706.04599), of ``TEMPERATURES``.
+
     Where ``responses`` mark a sample's response (1, T), its tokens alone count. Every weight loads a model once, block
     by block where ``options`` ask for that or it does not fit.
     Raises DataError where no token is predicted, and CheckpointError.
@@ -113,9 +120,18 @@ def choose_teacher(
         known = [value for value in found if value is not None]
         if not known:
             raise DataError("no sample has a token that is predicted", "pass records of text")
-        return known
+        return calibrated(known)
 
     return choose(losses_at)
+
+
+def calibrated(losses: list[list[float]]) -> list[float]:
+    """Each sample's loss at one temperature, that with the least mean; ``losses`` has a sample's at each temperature.
+
+    >>> calibrated([[1.0, 0.5], [1.0, 1.25]])
+    [0.5, 1.25]
+    """
+    return list(min(zip(*losses, strict=True), key=sum))
 
 
 def _loss_of(
@@ -125,14 +141,16 @@ def _loss_of(
     device: torch.device,
     places: list[int],
     number: int,
-) -> float | None:
-    return next_token_loss(network, samples[places[number]], responses[places[number]], device)
+) -> list[float] | None:
+    return next_token_losses(network, samples[places[number]], responses[places[number]], device)
 
 
-def next_token_loss(network: Any, sample: Inputs, response: torch.Tensor | None, device: torch.device) -> float | None:
-    """The mean cross-entropy of a sample's next tokens in nats, of those of its response where it is marked.
+def next_token_losses(
+    network: Any, sample: Inputs, response: torch.Tensor | None, device: torch.device
+) -> list[float] | None:
+    """The mean cross-entropy in nats of a sample's next tokens at each of ``TEMPERATURES``.
 
-    None for a sample without any.
+    Where its response is marked it is of that one's tokens. None for a sample without any.
     """
     ids = sample.get("decoder_input_ids", sample.get("input_ids"))
     if ids is None:
@@ -147,4 +165,5 @@ def next_token_loss(network: Any, sample: Inputs, response: torch.Tensor | None,
     logits = forward(network, to_device(sample, device)).logits[:, :-1]
     if logits.shape[:2] != wanted.shape:
         return None
-    return float(nn.functional.cross_entropy(logits[wanted].float(), ids[:, 1:][wanted].to(device)))
+    guesses, right = logits[wanted].float(), ids[:, 1:][wanted].to(device)
+    return [float(nn.functional.cross_entropy(guesses / temperature, right)) for temperature in TEMPERATURES]

@@ -102,6 +102,25 @@ def test_the_weight_is_picked_where_the_loss_is_least_and_noise_picks_nothing():
     assert noisy.weight == 1.0
 
 
+def test_a_model_too_sure_of_itself_is_judged_at_its_own_temperature(pair, tmp_path):
+    def picked(sharper):
+        with Checkpoint.open(pair / "base") as base, Checkpoint.open(sharper) as tuned:
+            return choose_teacher(base, tuned, samples, CalibrateOptions(), torch.device("cpu"))
+
+    from transformers import LlamaForCausalLM
+
+    network = LlamaForCausalLM.from_pretrained(pair / "tuned", dtype=torch.float32)
+    start = torch.randint(90, (64, 1), generator=torch.Generator().manual_seed(0))
+    texts = network.generate(start, do_sample=True, max_new_tokens=24, pad_token_id=0, top_k=0)
+    samples = [{"input_ids": text[None]} for text in texts]  # of which tuned knows most
+    usual = picked(pair / "tuned")
+    with torch.no_grad():
+        network.lm_head.weight.mul_(3.0)  # guesses the same, three times as sure
+    network.save_pretrained(tmp_path / "sure")
+    found = picked(tmp_path / "sure")
+    assert found.losses[1.0] == pytest.approx(usual.losses[1.0], rel=1e-3)
+
+
 def test_auto_is_worked_out_first_and_told(pair, tmp_path):
     base, tuned, data = pair / "base", pair / "tuned", pair / "data.jsonl"
     how = ("--num-samples", 6, "--seq-len", 16, "--teacher-weight", "auto", "--base", base)
@@ -167,7 +186,7 @@ def better_at_half(monkeypatch):
 
     monkeypatch.setattr(module, "load_model", load)
     monkeypatch.setattr(
-        module, "next_token_loss", lambda _, sample, *__: (tried[-1] - 0.5) ** 2 + sample["input_ids"].numel()
+        module, "next_token_losses", lambda _, sample, *__: [(tried[-1] - 0.5) ** 2 + sample["input_ids"].numel()]
     )
     return tried
 
