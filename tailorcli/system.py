@@ -167,7 +167,7 @@ def usable_cores() -> int:
 
 def threads_beside(most: int = 4) -> int:
     """Threads for work that leaves Python to others, such as reading and hashing: more gain little and hold memory."""
-    return min(most, usable_cores())
+    return min(most, 2 * usable_cores())
 
 
 def variable_of_parent(name: str) -> str | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.checkpoint.header import bits_of
+from tailorcli.checkpoint.header import TensorInfo, bits_of
+from tailorcli.errors import CheckpointError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 # Infinity among the integers of a dtype's width: below it lie the finite numbers' magnitudes, above it the NaNs'.
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000, "F64": 0x7FF << 52}
 _STEP = 1 << 18  # entries at a time: what is made of them stays in the processor's cache
+STEP_BYTES = 1 << 19  # the same in bytes, where more than one array of them is worked on
 
 
 def bit_type(dtype: str) -> str:
@@ -29,6 +31,14 @@ def bit_type(dtype: str) -> str:
     if bits_of(dtype) % 8 or not bits_of(dtype):
         raise ValueError(f"the entries of {dtype} are no whole bytes")
     return f"<u{bits_of(dtype) // 8}"
+
+
+def bit_type_of(info: TensorInfo) -> str:
+    """``bit_type`` of a tensor. Raises CheckpointError."""
+    try:
+        return bit_type(info.dtype)
+    except ValueError as error:
+        raise CheckpointError(f"tensor {info.name!r}: {error}", "leave it out with --exclude") from error
 
 
 def pieces_of(size: int) -> Iterator[slice]:
@@ -51,13 +61,6 @@ def _largest(bits: Bits) -> int:
     """The largest magnitude: of the entries without their signs; 0 of none."""
     without_sign = bits.dtype.type((1 << 8 * bits.dtype.itemsize - 1) - 1)
     return max((int((bits[piece] & without_sign).max()) for piece in pieces_of(bits.size)), default=0)
-
-
-def num_differing(one: Bits, other: Bits) -> int:
-    """In how many entries two arrays of one size differ."""
-    import numpy as np
-
-    return sum(int(np.count_nonzero(one[piece] != other[piece])) for piece in pieces_of(one.size))
 
 
 def number(bits: Bits, dtype: str) -> float:

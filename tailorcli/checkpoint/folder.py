@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.checkpoint.bits import bit_type
+from tailorcli.checkpoint.bits import bit_type_of
 from tailorcli.checkpoint.header import SAVE_AGAIN, TensorInfo, damaged, read_header, torch_dtype
 from tailorcli.errors import CheckpointError
 from tailorcli.files import PathLike, read_json, require_file, unreadable
@@ -134,10 +134,7 @@ class Checkpoint:
         import numpy as np
 
         info = self.tensors[name]
-        try:
-            kind = bit_type(info.dtype)
-        except ValueError as error:
-            raise CheckpointError(f"tensor {name!r}: {error}", "leave it out with --exclude") from error
+        kind = bit_type_of(info)
         raw = np.empty(info.nbytes, np.uint8)
         if info.nbytes:
             self.read_into(info, raw.data, 0)

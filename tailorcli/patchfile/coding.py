@@ -29,6 +29,7 @@ Mask = NDArray[np.bool_]
 Codes = NDArray[np.uint8]
 Gaps = NDArray[np.uint32]
 Places = NDArray[np.int64]
+Entries = NDArray[np.unsignedinteger[Any]]
 
 
 def kept_places(mask: Mask) -> Iterator[Places]:
@@ -111,7 +112,9 @@ def decode(coding: str, data: Codes, num_entries: int) -> Iterator[Places]:
     [[3, 4, 300]]
     """
     if coding == "bits":
-        yield from kept_places(np.unpackbits(data, count=num_entries, bitorder="little").view(np.bool_))
+        for start in range(0, data.size, _BYTES):
+            mask = np.unpackbits(data[start : start + _BYTES], bitorder="little").view(np.bool_)
+            yield np.flatnonzero(mask) + 8 * start
         return
     table = _of_words(coding)
     whole = data if data.size % _WORD == 0 else np.append(data, np.uint8(pad_byte(coding)))
@@ -125,6 +128,28 @@ def decode(coding: str, data: Codes, num_entries: int) -> Iterator[Places]:
         places += table.within.take(some).view(table.within_type)
         yield places.compress(table.keeps.take(some).view(np.bool_))
         before += int(reached[-1])
+
+
+def cut_in_steps(
+    parts: Iterator[tuple[Places, Entries]], num_entries: int, step: int
+) -> Iterator[list[tuple[Places, Entries]]]:
+    """Of each ``step`` entries in turn the kept ones: places counted from the first of them, and what belongs to each.
+
+    ``parts`` gives places in order, chunk by chunk, and as many values for them.
+    """
+    places, values = np.empty(0, np.int64), None
+    for start in range(0, num_entries, step):
+        found = []
+        while True:
+            cut = int(np.searchsorted(places, start + step))
+            if cut and values is not None:
+                found.append((places[:cut] - start, values[:cut]))
+                places, values = places[cut:], values[cut:]
+            following = None if places.size else next(parts, None)
+            if following is None:
+                break
+            places, values = following
+        yield found
 
 
 def decode_mask(coding: str, data: Codes, num_entries: int) -> Mask:

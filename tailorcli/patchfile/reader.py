@@ -15,7 +15,7 @@ from tailorcli.checkpoint.folder import WEIGHT_SUFFIXES, Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, bits_of, read_header
 from tailorcli.errors import CheckpointError, PatchError, other_base
 from tailorcli.files import PathLike, digest_of, on_threads, parse_json
-from tailorcli.patchfile.coding import Places, check, decode, decode_mask
+from tailorcli.patchfile.coding import Places, check, cut_in_steps, decode, decode_mask
 from tailorcli.patchfile.manifest import read_manifest
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport, read_report
 from tailorcli.typed import field_of, read_object, require_plain
@@ -170,8 +170,14 @@ class PatchFile:
         """The ``values`` as integers of their width."""
         return self._store.read_bits(VALUES + name)
 
-    def kept_entries(self, name: str) -> Iterator[tuple[Places, Bits]]:
-        """The ``places`` of a tensor's kept entries and their final values, as integers of their width, in chunks."""
+    def kept_entries(self, name: str, step: int) -> Iterator[list[tuple[Places, Bits]]]:
+        """Of each ``step`` entries of a tensor in turn the kept ones: where they are among these, and their values.
+
+        Of values the ``bits``. They come in chunks, so that what is made of them stays in the processor's cache.
+        """
+        return cut_in_steps(self._kept_entries(name), self.base[name].numel, step)
+
+    def _kept_entries(self, name: str) -> Iterator[tuple[Places, Bits]]:
         bits, done = self.bits(name), 0
         for places in self.places(name):
             yield places, bits[done : done + places.size]

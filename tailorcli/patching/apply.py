@@ -20,7 +20,7 @@ from tailorcli.guard import Watch
 from tailorcli.hub import local_folder
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport
-from tailorcli.patchfile.view import patch_, read_hashed, side_sources
+from tailorcli.patchfile.view import read_patched, side_sources
 from tailorcli.runs.divided import Work, own_tensors, shares_of_ranks
 from tailorcli.runs.outputs import Target, progress_bar
 from tailorcli.runs.plan import RUNTIME_BYTES, Plan, TensorPlan
@@ -175,17 +175,10 @@ def _patched_tensors(
 
     A base that ``is_checked`` is not hashed.
     """
-
-    def load(position: int) -> Bits:
-        name = changed[position].name
-        bits, digest = (base.read_bits(name), None) if is_checked else read_hashed(base, name)
-        patch_(bits, digest, file, name, base.path)
-        return bits
-
     changed = [tensor for tensor in tensors if tensor.name in file.tensors]
-    # To make one takes its values, its mask where that is stored as bits, and its entries in the patch.
-    sizes = [(each.held_bytes, each.nbytes + each.numel + file.nbytes_of(each.name)) for each in changed]
-    reader = ReadAhead(load, sizes, threads_beside())
+    # To make one takes its values and its entries in the patch.
+    sizes = [(each.held_bytes, each.nbytes + file.nbytes_of(each.name)) for each in changed]
+    reader = ReadAhead(lambda i: read_patched(base, file, changed[i].name, is_checked), sizes, threads_beside())
     made = iter(reader)
     try:
         for tensor in tensors:

@@ -6,26 +6,24 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tailorcli.checkpoint.bits import num_differing, number
-from tailorcli.checkpoint.folder import INDEX_FILE, PIECE_BYTES, SINGLE_FILE, Checkpoint
+from tailorcli.checkpoint.bits import STEP_BYTES, bit_type_of, number
+from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from tailorcli.checkpoint.header import TensorInfo, read_header
 from tailorcli.checkpoint.readahead import ReadAhead
 from tailorcli.distributed import gathered, mine, now_on
 from tailorcli.errors import CheckpointError, other_base
-from tailorcli.files import PathLike, digest_of, read_json, same_bytes
+from tailorcli.files import PathLike, read_json, same_bytes
 from tailorcli.guard import Watch
 from tailorcli.hub import local_folders
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, load_report
-from tailorcli.patchfile.view import patch_
+from tailorcli.patchfile.view import read_patched
 from tailorcli.runs.outputs import progress_bar
 from tailorcli.system import threads_beside
-
-if TYPE_CHECKING:
-    from tailorcli.checkpoint.bits import Bits
 
 MOST_PROBLEMS = 20  # named one by one; all are counted
 
@@ -157,7 +155,10 @@ class _Inputs:
 
 def _parts(infos: Sequence[TensorInfo], inputs: _Inputs) -> Iterator[tuple[TensorInfo, VerifyReport]]:
     """Each tensor with what was found of it; a few are compared side by side."""
-    sizes = [2 * info.nbytes if inputs.may_differ(info.name) else 2 * PIECE_BYTES for info in infos]
+    file = inputs.file
+    sizes = [
+        4 * STEP_BYTES + (file.nbytes_of(info.name) if file and info.name in file.tensors else 0) for info in infos
+    ]
     reader = ReadAhead(lambda i: _part_of(infos[i], inputs), list(zip(sizes, sizes, strict=True)), threads_beside())
     parts = iter(reader)
     try:
@@ -181,14 +182,14 @@ def _part_of(info: TensorInfo, inputs: _Inputs) -> VerifyReport:
     elif inputs.may_differ(info.name):
         _compare_patched(info, inputs, part)
     else:
-        _compare_equal(info, other, inputs, part)
+        _compare_equal(info, inputs, part)
     return part
 
 
-def _compare_equal(info: TensorInfo, other: TensorInfo, inputs: _Inputs, part: VerifyReport) -> None:
+def _compare_equal(info: TensorInfo, inputs: _Inputs, part: VerifyReport) -> None:
     """Compare a tensor that must be the base's."""
     digest, are_same = hashlib.sha256(), True
-    for ours, theirs in zip(inputs.base.pieces(info), inputs.found.pieces(other), strict=True):
+    for ours, theirs in zip(*_in_pieces(info, inputs), strict=True):
         if inputs.file is not None:
             digest.update(ours)
         are_same = are_same and same_bytes(ours, theirs)
@@ -200,36 +201,43 @@ def _compare_equal(info: TensorInfo, other: TensorInfo, inputs: _Inputs, part: V
 
 def _compare_patched(info: TensorInfo, inputs: _Inputs, part: VerifyReport) -> None:
     """Compare a tensor some of whose entries may differ from the base's."""
-    name, file = info.name, inputs.file
-    base, found = inputs.base.read_bits(name), inputs.found.read_bits(name)
-    part.changed = num_differing(base, found)
+    import numpy as np
+
+    name, file, kind = info.name, inputs.file, bit_type_of(info)
+    step = STEP_BYTES // np.dtype(kind).itemsize
+    kept_entries = repeat([]) if file is None else file.kept_entries(name, step)
+    digest, is_as_patched, kept_changed = hashlib.sha256(), True, 0
+    for ours, theirs, kept in zip(*_in_pieces(info, inputs), kept_entries, strict=False):
+        if file is not None:
+            digest.update(ours)
+        found = np.frombuffer(theirs, kind)
+        differs = np.not_equal(np.frombuffer(ours, kind), found)
+        part.changed += int(np.count_nonzero(differs))
+        for places, values in kept:
+            is_as_patched = is_as_patched and np.array_equal(found.take(places), values)
+            kept_changed += int(np.count_nonzero(differs.take(places)))
     if file is None:
         part.kept = inputs.kept[name]
         if part.changed > part.kept:
             part.add(name, f"{part.changed} entries differ from the base, its mask kept {part.kept}")
         return
-    if digest_of(base) != file.base[name].digest:
+    if digest.hexdigest() != file.base[name].digest:
         raise other_base(name, inputs.base.path)
     part.kept = file.tensors[name].kept
-    if not _is_patched(base, found, part.changed, file, name):
-        patch_(base, None, file, name, inputs.base.path)
-        _name_differences(info, base, found, file, part)
+    if not is_as_patched or part.changed > kept_changed:
+        _name_differences(info, inputs, file, part)
 
 
-def _is_patched(base: Bits, found: Bits, num_changed: int, file: PatchFile, name: str) -> bool:
-    """Whether the kept entries are the patch's, and no others are among the ``num_changed`` that differ."""
+def _in_pieces(info: TensorInfo, inputs: _Inputs) -> tuple[Iterator[memoryview], Iterator[memoryview]]:
+    """A tensor's bytes in the base and in the checkpoint, in pieces that the processor's cache has room for."""
+    return inputs.base.pieces(info, STEP_BYTES), inputs.found.pieces(inputs.found.tensors[info.name], STEP_BYTES)
+
+
+def _name_differences(info: TensorInfo, inputs: _Inputs, file: PatchFile, part: VerifyReport) -> None:
+    """Say where a tensor that is not right differs, which takes memory for all of it."""
     import numpy as np
 
-    for places, values in file.kept_entries(name):
-        if not np.array_equal(found.take(places), values):
-            return False
-        num_changed -= int(np.count_nonzero(base.take(places) != values))
-    return num_changed == 0
-
-
-def _name_differences(info: TensorInfo, expected: Bits, found: Bits, file: PatchFile, part: VerifyReport) -> None:
-    import numpy as np
-
+    expected, found = read_patched(inputs.base, file, info.name, is_checked=True), inputs.found.read_bits(info.name)
     wrong = np.flatnonzero(expected != found)
     mask = file.flat_mask(info.name)[wrong]
     first = int(wrong[0])

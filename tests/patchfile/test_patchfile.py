@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,10 @@ from safetensors.torch import save_file
 from tailorcli import PatchOptions, TailorError, calibrate_model, inspect_path, patch_checkpoint
 from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.patchfile import coding as maskcode
+from tailorcli.patchfile import view
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.writer import PatchWriter
+from tailorcli.patching import verify
 from tailorcli.patching.apply import apply_patch
 from tailorcli.patching.verify import verify_checkpoint
 
@@ -40,17 +43,26 @@ SALIENCE = PatchOptions(solver="none", omega=1.0)
     st.floats(0, 1),
     st.integers(0, 7),
     st.integers(0, 2**32 - 1),
-    st.sampled_from([7, 64, 1 << 20]),
+    st.sampled_from([(7, 2, 5), (64, 48, 100), (1 << 20, 1 << 16, 1 << 18)]),
 )
-def test_a_mask_survives_its_coding(size, density, padding, seed, chunk):
+def test_a_mask_survives_its_coding(size, density, padding, seed, sizes):
+    chunk, num_bytes, step = sizes
     mask = np.random.default_rng(seed).random(size) < density**3  # dense ones and very sparse ones
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(maskcode, "_CHUNK", chunk)
+        patched.setattr(maskcode, "_BYTES", num_bytes)
         coding, codes = maskcode.encode(mask)
         padded = np.append(codes, np.full(padding, maskcode.pad_byte(coding), np.uint8))
         assert maskcode.check(coding, padded, size) == mask.sum()
         assert np.array_equal(maskcode.decode_mask(coding, padded, size), mask)
         assert codes.size <= -(-size // 8)
+        parts = [(places, places.astype(np.uint16)) for places in maskcode.decode(coding, padded, size)]
+        steps = list(maskcode.cut_in_steps(iter(parts), size, step))
+        assert len(steps) == -(-size // step)
+        for number, kept in enumerate(steps):
+            expected = np.flatnonzero(mask[number * step : (number + 1) * step])
+            assert [*chain.from_iterable(places for places, _ in kept)] == expected.tolist()
+            assert [*chain.from_iterable(values for _, values in kept)] == (expected + number * step).tolist()
 
 
 @pytest.mark.parametrize("coding", maskcode.CODINGS)
@@ -256,6 +268,18 @@ def check_flipped(hundred, file, place):
         file.write_bytes(original)
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.exit_code == 1, (file.name, place)
+
+
+def test_apply_and_verify_work_in_pieces(hundred, patched, monkeypatch):
+    for module in (view, verify):
+        monkeypatch.setattr(module, "STEP_BYTES", 16)
+    monkeypatch.setattr(maskcode, "_BYTES", 4)
+    for folder in (hundred, patched):
+        apply_patch(folder / "base", folder / "patch.safetensors", patched / f"from-{folder.name}")
+        assert folder_digest(patched / f"from-{folder.name}") == folder_digest(folder / "out")
+        assert verify_checkpoint(folder / "out", folder / "base", folder / "patch.safetensors").ok
+    test_verify_catches_one_flipped_bit_anywhere(hundred, 8)
+    test_verify_names_what_is_wrong(patched)
 
 
 def test_verify_names_what_is_wrong(patched):
