@@ -2,7 +2,7 @@
 
 Everything is measured on the held-out tenth of the samples that the statistics hold, the base's own or like them and
 the new task's: no data of the old tasks are needed. Closed forms are made and measured at rising densities; at the one
-that the target needs the entries are trained, with the base's weight, or the density, raised where it is missed.
+that the target needs the entries are trained, with the base's weight raised, or lowered, where it is missed.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.4)
 SLACK = 0.04  # of the share, which training is expected to add to a closed form
+ENOUGH = 0.1  # density above which trained entries keep no more of the old (docs/results/research.md, 12 and 13)
 GAIN = 0.01  # of the new task's teacher that a higher density has to add, to be worth its entries
 ATTEMPTS, FACTOR = 3, 3.0  # trainings, and what the base's weight is multiplied by between them
 SUFFIX = ".target"
@@ -67,30 +68,38 @@ class Aim:
     def __str__(self) -> str:
         return f"{self.kind}={100 * self.share:g}"
 
+    @property
+    def densities(self) -> tuple[float, ...]:
+        """Those that are tried, rising."""
+        return DENSITIES if self.kind == "new" else tuple(each for each in DENSITIES if each <= ENOUGH)
+
 
 def pick_density(shares_at: Callable[[float], dict[str, float]], aim: Aim) -> float:
     """The density that training starts from, from shares of closed forms at rising densities.
 
-    Of the new: the least that comes near the aim. Of the old: up as long as that is near it and the new gains.
+    Of the new: the least that comes near the aim. Of the old: up to ENOUGH as long as the new gains; what a closed form
+    of more entries forgets, training brings back.
     """
-    chosen, before = DENSITIES[0], shares_at(DENSITIES[0])
-    for density in DENSITIES[1:]:
+    chosen, *higher = aim.densities
+    before = shares_at(chosen)
+    for density in higher:
         if aim.kind == "new" and before["new"] >= aim.share - SLACK:
             break
         after = shares_at(density)
-        worth = aim.kind == "new" or after["new"] >= before["new"] + GAIN
-        if not worth or (aim.kind == "old" and after["old"] < aim.share - SLACK):
+        if aim.kind == "old" and after["new"] < before["new"] + GAIN:
             break
         chosen, before = density, after
     return chosen
 
 
 def after_miss(aim: Aim, density: float, weight: float) -> tuple[float, float]:
-    """Density and weight of the base for another training: of the old the weight goes up, of the new the density."""
+    """Density and weight of the base for another training: the weight up for the old, and down for the new.
+
+    For the new the density goes up with it, to ENOUGH.
+    """
     if aim.kind == "old":
         return density, weight * FACTOR
-    higher = [each for each in DENSITIES if each > density]
-    return (higher[0], weight) if higher else (density, weight / FACTOR)
+    return min((each for each in DENSITIES if density < each <= ENOUGH), default=density), weight / FACTOR
 
 
 def patch_to_target(
@@ -161,18 +170,18 @@ def plan_target(
     graft_data: PathLike | None = None,
 ) -> Plan:
     """What ``patch_to_target`` would do and cost, at the highest density that it tries. Raises TailorError."""
-    check_target(target, options)
+    aim = check_target(target, options)
     base, tuned = local_folders((base, tuned), code=options.trust_remote_code)
     with open_checkpoint(base) as opened:
         check_searchable(options, opened)
     given = (base, tuned, output, stats, retain)
     highest, lowest = (
         plan_distilled(*given, replace(options, density=density), distill, patch_file, graft_data)
-        for density in (DENSITIES[-1], DENSITIES[0])
+        for density in (aim.densities[-1], aim.densities[0])
     )
     place = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite).place
     written = highest.write_bytes if output is not None else 0
-    needed, free = search_bytes(lowest.patch_bytes, highest.patch_bytes), free_bytes(place)
+    needed, free = search_bytes(aim, lowest.patch_bytes, highest.patch_bytes), free_bytes(place)
     if needed + written > free and not options.resume:
         raise OutputError(
             f"not enough disk for {place}: the search keeps up to {format_bytes(needed)} of patches beside it, and the "
@@ -182,14 +191,14 @@ def plan_target(
     return highest
 
 
-def check_target(target: str | Aim, options: PatchOptions) -> None:
-    """The target is understood, and the method has a density to pick. Raises OptionsError."""
-    if isinstance(target, str):
-        Aim.parse(target)
+def check_target(target: str | Aim, options: PatchOptions) -> Aim:
+    """The target, if it is understood, and the method has a density to pick. Raises OptionsError."""
+    aim = Aim.parse(target) if isinstance(target, str) else target
     if options.is_dense:
         raise OptionsError(
             f"--target picks a density, and {options.method} keeps every entry", "pick a method of masks"
         )
+    return aim
 
 
 def check_searchable(options: PatchOptions, base: Checkpoint) -> None:
@@ -201,16 +210,17 @@ def check_searchable(options: PatchOptions, base: Checkpoint) -> None:
         raise OptionsError("--target keeps patch files, which cannot hold the new rows of --resized-vocab", hint)
 
 
-def search_bytes(lowest: int, highest: int) -> int:
-    """Bytes of all patch files of a search, from those of a file at the lowest and at the highest density."""
-    first, last = DENSITIES[0], DENSITIES[-1]
-    closed = sum(lowest + (highest - lowest) * (density - first) / (last - first) for density in DENSITIES)
+def search_bytes(aim: Aim, lowest: int, highest: int) -> int:
+    """Bytes of all patch files of a search, from those of a file at its lowest and at its highest density."""
+    first, last = aim.densities[0], aim.densities[-1]
+    closed = sum(lowest + (highest - lowest) * (density - first) / (last - first) for density in aim.densities)
     return int(closed) + ATTEMPTS * highest
 
 
 def search_in_words(target: str | Aim, distill: DistillOptions) -> str:
     """What a search does."""
-    densities = f"{DENSITIES[0]:g} to {DENSITIES[-1]:g}"
+    tried = (Aim.parse(target) if isinstance(target, str) else target).densities
+    densities = f"{tried[0]:g} to {tried[-1]:g}"
     trainings = f"at most {ATTEMPTS} trainings of {counted(distill.steps, 'step')}"
     return f"search for {target}: closed forms at densities {densities}, then {trainings}"
 

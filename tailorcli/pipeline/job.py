@@ -34,7 +34,6 @@ from tailorcli.options import AUTO, CalibrateOptions, DistillOptions, PatchOptio
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.aim import (
     ATTEMPTS,
-    DENSITIES,
     Aim,
     check_searchable,
     check_target,
@@ -321,7 +320,7 @@ class _Job:
         inputs, options = self.inputs, self.options.before_teacher
         assert inputs is not None
         if self.aim is not None:
-            options = replace(options, density=DENSITIES[-1])
+            options = replace(options, density=self.aim.densities[-1])
         self._check_work()
         fresh = self.keep_stats is None and options.overwrite
         self.done = tuple(not fresh and self._is_there(side) for side in self.sides)
@@ -349,8 +348,9 @@ class _Job:
         needed = sum(one.total_bytes for one in expected)
         place = self.work if self.keep_stats is None else self.keep_stats
         if self.aim is not None:
-            lowest = build_plan(inputs.base, inputs.tuned, first, replace(options, density=DENSITIES[0]), retained)
-            needed += search_bytes(lowest.patch_bytes, patch.patch_bytes)
+            least = replace(options, density=self.aim.densities[0])
+            lowest = build_plan(inputs.base, inputs.tuned, first, least, retained)
+            needed += search_bytes(self.aim, lowest.patch_bytes, patch.patch_bytes)
         if needed + patch.write_bytes > free_bytes(place):
             what = "the statistics" if self.aim is None else "the statistics and the search's patches"
             raise OutputError(
@@ -387,7 +387,7 @@ class _Job:
             last.append(known.distill(patch, base, stats[0], self.distill, tokens // samples))
         if self.aim is not None and self.distill is not None:
             what = search_in_words(self.aim, self.distill)
-            last = [repeated(what, list(zip(last, (len(DENSITIES), ATTEMPTS), strict=True)))]
+            last = [repeated(what, list(zip(last, (len(self.aim.densities), ATTEMPTS), strict=True)))]
         return known.plan([*costs, *last])
 
     def _why_in_steps(self, fleet: Fleet | None) -> str:
@@ -463,7 +463,7 @@ class _Job:
             training = distilling(rates, self.distill.steps, self.distill.batch_size, each)
         if self.aim is not None and self.distill is not None:
             if seconds is not None and training is not None:
-                seconds = len(DENSITIES) * seconds + ATTEMPTS * training
+                seconds = len(self.aim.densities) * seconds + ATTEMPTS * training
             steps.append(Step(f"{search_in_words(self.aim, self.distill)}{how}", seconds=seconds))
             return tuple(steps)
         work = f"patch {counted(len(patch.patched), 'tensor')}{how}"

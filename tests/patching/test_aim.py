@@ -43,15 +43,16 @@ def test_the_least_density_that_comes_near_the_new_is_picked():
     assert pick_density(shares_at, Aim.parse("new=90")) == 0.02
 
 
-def test_the_density_goes_up_while_the_old_is_kept_and_the_new_gains():
+def test_the_density_goes_up_to_a_tenth_while_the_new_gains_whatever_the_closed_form_forgets():
     old, new = {0.02: 1, 0.05: 0.99, 0.1: 0.97, 0.2: 0.9, 0.4: 0.8}, {0.02: 0.5, 0.05: 0.8, 0.1: 0.9, 0.2: 0.95, 0.4: 1}
     assert pick_density(lambda d: {"old": old[d], "new": new[d]}, Aim.parse("old=99")) == 0.1
-    assert pick_density(lambda d: {"old": 1, "new": min(0.9, new[d])}, Aim.parse("old=99")) == 0.1
+    assert pick_density(lambda d: {"old": 1 - 2 * d, "new": new[d]}, Aim.parse("old=99")) == 0.1
+    assert pick_density(lambda d: {"old": 1, "new": min(0.8, new[d])}, Aim.parse("old=99")) == 0.05
 
 
-def test_a_miss_raises_the_bases_weight_or_the_density():
+def test_a_miss_moves_the_bases_weight_and_for_the_new_a_low_density_up():
     assert after_miss(Aim.parse("old=99"), 0.1, 1.0) == (0.1, 3.0)
-    assert after_miss(Aim.parse("new=97"), 0.1, 1.0) == (0.2, 1.0)
+    assert after_miss(Aim.parse("new=97"), 0.02, 1.0) == (0.05, pytest.approx(1 / 3))
     assert after_miss(Aim.parse("new=97"), 0.4, 1.0) == (0.4, pytest.approx(1 / 3))
 
 
