@@ -51,7 +51,9 @@ def run_python(arguments: Sequence[str], scratch: Path) -> Finished:
     """Run ``python ARGUMENTS`` in a process of its own; a failure raises with its standard error."""
     facts_file = scratch / "launcher.json"
     command = [sys.executable, "-S", "-c", _LAUNCHER, str(facts_file), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # An installation has its bytecode: what is compiled in the round that does not count is kept, as there.
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=variables)
     facts = json.loads(facts_file.read_text(encoding="utf-8"))
     if facts["code"] != 0:
         raise RuntimeError(f"{' '.join(arguments)} exited with {facts['code']}:\n{done.stderr}")
