@@ -185,7 +185,8 @@ def render(figures: dict[str, Any]) -> str:
         markdown(["dtype", "density", "patch / checkpoint", "mask, bits an entry", "tensors by coding"], sizes, (0, 4)),
         f"bf16 at density 0.1: {target:.3f} of the checkpoint, at most {SIZE_TARGET}: {verdict(target <= SIZE_TARGET)}",
         markdown(["command", "seconds", "baseline", "seconds", "ratio"], rows, (0, 2)),
-        f"{applied['layers']} layers, {applied['bytes'] / 1e9:.2f} GB in bf16; whole processes, floors plainly read and write the same",
+        f"{applied['layers']} layers, {applied['bytes'] / 1e9:.2f} GB in bf16; whole processes, "
+        "floors plainly read and write the same",
         "; ".join(judged),
         f"in the processor's seconds: {spent}",
         markdown(["command", "layers", "peak, MB", "estimate of --dry-run, MB"], merged),

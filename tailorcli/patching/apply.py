@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from tailorcli._version import __version__
+from tailorcli.checkpoint.bits import keep_freed_memory
 from tailorcli.checkpoint.folder import PIECE_BYTES, Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.layout import plan_layout
@@ -68,6 +69,7 @@ def apply_patch(
     """
     started = perf_counter()
     target = Target.of(output, None, resume=resume, overwrite=overwrite)
+    keep_freed_memory()
     with ExitStack() as stack:
         opened, file = open_both(local_folder(base), patch, stack, divided=True)
         watch = Watch([*opened.shards, file.path])

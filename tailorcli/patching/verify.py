@@ -10,7 +10,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from tailorcli.checkpoint.bits import STEP_BYTES, bit_type_of, number
+from tailorcli.checkpoint.bits import STEP_BYTES, bit_type_of, keep_freed_memory, number
 from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from tailorcli.checkpoint.header import TensorInfo, read_header
 from tailorcli.checkpoint.readahead import ReadAhead
@@ -69,6 +69,7 @@ def verify_checkpoint(
     Without a patch file the checkpoint's own report says how many entries of each tensor may differ from the base.
     Raises TailorError where an input cannot be read or ``patch`` is not of ``base``.
     """
+    keep_freed_memory()
     with ExitStack() as stack:
         checkpoint, base = local_folders((checkpoint, base))
         opened = stack.enter_context(Checkpoint.open(base))
