@@ -18,13 +18,14 @@ from tailorcli.typed import field_of, read_object, read_text, require_plain
 ANEW = "start anew with --overwrite"
 
 
-_SYNC_BYTES = 1 << 28  # journal entries wait until this many bytes of theirs are on disk together
+_SYNC_BYTES = 1 << 26  # journal entries wait until this many bytes of theirs are on disk together
 
 
 class Journal:
     """The tensors that are safely on disk, a line each, behind a first line that identifies the run.
 
-    A line is only written after the bytes that it vouches for; lines wait until many bytes can be synced at once.
+    A line is only written after the bytes that it vouches for; lines wait until many bytes can be synced at once. That
+    is done on a thread of its own, while further tensors are written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,6 +33,8 @@ class Journal:
         self._lines: list[str] = []
         self._files: set[int] = set()
         self._nbytes = 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="sync")
+        self._syncing: Future[None] | None = None
 
     def start(self, identity: dict[str, Any]) -> None:
         """A new journal with nothing in it."""
@@ -59,26 +62,38 @@ class Journal:
         return entries
 
     def add(self, entry: dict[str, Any], nbytes: int, descriptor: int) -> None:
-        """Note an entry whose ``nbytes`` were written to the open file ``descriptor``."""
+        """Note an entry whose ``nbytes`` were written to the open file ``descriptor``. Raises OutputError."""
         self._lines.append(json.dumps(entry) + "\n")
         self._files.add(descriptor)
         self._nbytes += nbytes
         if self._nbytes >= _SYNC_BYTES:
-            self.sync()
+            self._wait()
+            self._syncing = self._pool.submit(self._sync, self._lines, self._files)
+            self._lines, self._files, self._nbytes = [], set(), 0
 
     def sync(self) -> None:
-        """Data first, then the lines that vouch for it. Raises OutputError."""
+        """Wait until all is on the disk: data first, then the lines that vouch for it. Raises OutputError."""
+        self._wait()
+        self._sync(self._lines, self._files)
+        self._lines, self._files, self._nbytes = [], set(), 0
+
+    def _wait(self) -> None:
+        """Wait for what is being synced, and raise what it raised."""
+        earlier, self._syncing = self._syncing, None
+        if earlier is not None:
+            earlier.result()
+
+    def _sync(self, lines: list[str], files: set[int]) -> None:
         try:
-            for descriptor in self._files:
+            for descriptor in files:
                 sync_data(descriptor)
-            if self._lines:
+            if lines:
                 with self.path.open("a", encoding="utf-8") as stream:
-                    stream.writelines(self._lines)
+                    stream.writelines(lines)
                     stream.flush()
                     os.fsync(stream.fileno())
         except OSError as error:
             raise as_output_error(self.path, error) from error
-        self._lines, self._files, self._nbytes = [], set(), 0
 
 
 def identity_in(line: str) -> dict[str, Any]:

@@ -218,15 +218,15 @@ from tailorcli.checkpoint import journal
 journal._SYNC_BYTES = 1  # small tensors: journal each of them, so that there is something to resume
 folder = sys.argv[1]
 if len(sys.argv) > 3:
-    sync, left = journal.Journal.sync, [int(sys.argv[3])]
+    sync, left = journal.Journal._sync, [int(sys.argv[3])]
 
-    def counting(self):
-        sync(self)
+    def counting(*what):
+        sync(*what)
         left[0] -= 1
         if not left[0]:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    journal.Journal.sync = counting
+    journal.Journal._sync = counting
 print("ready", flush=True)
 options = PatchOptions(max_shard_size=30_000)
 arguments = (folder + "/base", folder + "/tuned", sys.argv[2], folder + "/stats", options)
