@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -60,7 +60,7 @@ class LayerFigures:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a report."""
-        return asdict(self)
+        return dict(vars(self))  # asdict copies every number by itself: a thirtieth of a patch by salience
 
 
 def combine_figures(parts: Sequence[LayerFigures]) -> LayerFigures:
