@@ -189,10 +189,21 @@ def render(figures: dict[str, Any]) -> str:
         "floors plainly read and write the same",
         "; ".join(judged),
         f"in the processor's seconds: {spent}",
+        *_beside(figures["environment"]),
         markdown(["command", "layers", "peak, MB", "estimate of --dry-run, MB"], merged),
         describe(figures["environment"]),
     ]
     return "\n\n".join(parts)
+
+
+def _beside(facts: dict[str, Any]) -> list[str]:
+    """A remark where other programs ran: a floor is one thread that never waits for another, a command is several."""
+    if facts["load_average"] <= 1:
+        return []
+    return [
+        f"other programs kept the {facts['cores']} cores busy: a load average of {facts['load_average']} before this "
+        "began; it weighs more on commands of several threads than on floors of one"
+    ]
 
 
 def main() -> None:
