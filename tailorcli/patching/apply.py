@@ -24,7 +24,7 @@ from tailorcli.patchfile.report import REPORT_FILE, PatchReport
 from tailorcli.patchfile.view import read_patched, side_sources
 from tailorcli.runs.divided import Work, own_tensors, shares_of_ranks
 from tailorcli.runs.outputs import Target, progress_bar
-from tailorcli.runs.plan import RUNTIME_BYTES, Plan, TensorPlan
+from tailorcli.runs.plan import BARE_BYTES, RUNTIME_BYTES, Plan, TensorPlan
 from tailorcli.system import threads_beside
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def plan_apply(
     """What ``apply_patch`` would write and what it would cost; reads and checks all of the patch."""
     with ExitStack() as stack:
         opened, file = open_both(local_folder(base), patch, stack)
-        plan = plan_of_patch(opened, file, max_shard_size)
+        plan = plan_of_patch(opened, file, max_shard_size, BARE_BYTES)
         Target.of(output, None, resume=resume, overwrite=overwrite).check([opened.path, file.path], plan)
         return plan
 
@@ -73,7 +73,7 @@ def apply_patch(
     with ExitStack() as stack:
         opened, file = open_both(local_folder(base), patch, stack, divided=True)
         watch = Watch([*opened.shards, file.path])
-        plan = plan_of_patch(opened, file, max_shard_size)
+        plan = plan_of_patch(opened, file, max_shard_size, BARE_BYTES)
         identity = {
             "tailorcli": __version__,
             "command": "apply",
@@ -147,7 +147,9 @@ def _work(tensor: TensorPlan) -> Work:
     return 0.0, float(tensor.nbytes * (4 if tensor.action == "patch" else 2))
 
 
-def plan_of_patch(base: Checkpoint, file: PatchFile, max_shard_size: int | None) -> Plan:
+def plan_of_patch(
+    base: Checkpoint, file: PatchFile, max_shard_size: int | None, runtime_bytes: int = RUNTIME_BYTES
+) -> Plan:
     """What a patch file does to each tensor of its base, and what that costs."""
 
     def plan_tensor(info: TensorInfo) -> TensorPlan:
@@ -166,7 +168,7 @@ def plan_of_patch(base: Checkpoint, file: PatchFile, max_shard_size: int | None)
         read_bytes=base.nbytes + file.nbytes,
         write_bytes=layout.nbytes,
         patch_bytes=0,
-        peak_bytes=RUNTIME_BYTES + max((tensor.held_bytes for tensor in tensors), default=0),
+        peak_bytes=runtime_bytes + max((tensor.held_bytes for tensor in tensors), default=0),
     )
 
 

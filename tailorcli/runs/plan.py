@@ -12,6 +12,7 @@ from tailorcli.checkpoint.layout import ShardLayout
 from tailorcli.patchfile.records import AT_BASE, PATCHED, TensorRecord
 
 RUNTIME_BYTES = 400 << 20  # the interpreter with torch loaded
+BARE_BYTES = 100 << 20  # with NumPy alone
 
 
 @dataclass(frozen=True)
