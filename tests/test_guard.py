@@ -347,13 +347,13 @@ def test_verify_notices_a_change(moving, monkeypatch):
     import tailorcli.patching.verify as verify_module
 
     run("patch", moving / "base", moving / "tuned", *SALIENCE, "-o", moving / "out")
-    original = verify_module._verify_tensor
+    original = verify_module._part_of
 
     def changing(*arguments):
         rewrite(moving / "out" / "model.safetensors")
         return original(*arguments)
 
-    monkeypatch.setattr(verify_module, "_verify_tensor", changing)
+    monkeypatch.setattr(verify_module, "_part_of", changing)
     refused("verify", moving / "out", "--base", moving / "base", mentions=["changed while it was read"])
 
 
