@@ -357,7 +357,7 @@ class KeepOptions:
 
     @property
     def effective_score(self) -> Score:
-        """By what entries are chosen; before ``distilled`` as without training."""
+        """By what entries are chosen; before ``resolved`` as without training."""
         return Score.PAPER if self.score is None else Score(self.score)
 
     @property
@@ -505,20 +505,18 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
         what = "propagate is for the method tailor with the solver joint and weight 1"
         _require(self._can_propagate or not self.propagate, what, "pass --no-propagate")
 
-    @property
-    def distilled(self) -> PatchOptions:
-        """These options for kept entries that are trained after they are chosen: another score suits that better."""
-        chosen = self.score is not None or self.method != "tailor"
-        return self if chosen else replace(self, score=Score.SUM)
+    def resolved(self, retained: bool, distilled: bool = False) -> PatchOptions:
+        """These options with a value for what depends on whether there are ``retained`` statistics.
 
-    def resolved(self, retained: bool) -> PatchOptions:
-        """These options with a value for what depends on whether there are ``retained`` statistics."""
+        And on whether the kept entries are ``distilled``, trained after they are chosen, which another score suits.
+        """
         has_term = retained and self.retain_weight > 0.0 and self.method == "tailor"
         damping = self.damping if self.damping is not None else RETAINED_DAMPING if has_term else DAMPING
         propagate = self.propagate if self.propagate is not None else has_term and self._can_propagate
         what = "check-propagation is for a patch that is propagated"
         _require(propagate or not self.check_propagation, what, "pass --retain STATS and no --no-propagate")
-        return replace(self, damping=damping, propagate=propagate)
+        trained = distilled and self.score is None and self.method == "tailor"
+        return replace(self, damping=damping, propagate=propagate, score=Score.SUM if trained else self.score)
 
     @property
     def known_teacher(self) -> float | None:

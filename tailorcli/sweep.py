@@ -78,8 +78,8 @@ class Setting:
     @property
     def resolved(self) -> PatchOptions:
         """The options with a value for everything."""
-        options = self.options if self.distill is None else self.options.distilled
-        return options.resolved(self.retained or self.distill is not None)
+        distilled = self.distill is not None
+        return self.options.resolved(self.retained or distilled, distilled)
 
     @property
     def family(self) -> str:
@@ -108,10 +108,10 @@ class Setting:
             parts.append(f"retain weight {o.retain_weight:g}")
         if o.method == "tailor" and o.omega != PatchOptions().omega:
             parts.append(f"omega {o.omega:g}")
-        usual = PatchOptions() if self.distill is None else PatchOptions().distilled
+        usual = PatchOptions().resolved(self.retained, self.distill is not None)
         if o.method == "tailor" and o.effective_score != usual.effective_score:
             parts.append(f"score {o.effective_score}")
-        if o.method == "tailor" and o.damping != PatchOptions().resolved(self.retained).damping:
+        if o.method == "tailor" and o.damping != usual.damping:
             parts.append(f"damping {o.effective_damping:g}")
         if o.effective_weight != 1.0:
             parts.append(f"weight {o.effective_weight:g}")

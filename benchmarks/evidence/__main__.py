@@ -64,7 +64,6 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="pairs at a time, each in a process of its own")
     parser.add_argument("--cache", type=Path, default=cache_root(), help="folder for weights and results (%(default)s)")
     parser.add_argument("--stored", type=Path, help="measure nothing: pages from FOLDER/PART/TASK-SEED/sweep")
-    parser.add_argument("--name", default="rivals", help="of --stored pages: evidence-PART-NAME.md (%(default)s)")
     options = parser.parse_args()
     parts = options.parts or list(PARTS)
     sections = []
@@ -76,8 +75,8 @@ def main() -> None:
         make = partial(pairs.quick, jobs=options.jobs) if part == "quick" else PARTS[part]
         if options.stored is not None:
             folder = options.stored / part
-            _write(part, f"{part}-{options.name}", load_outcomes(folder, GRIDS[part]), None, machine_of(folder))
-            sections.append(f"evidence-{part}-{options.name}.md")
+            _write(part, f"{part}-rivals", load_outcomes(folder, GRIDS[part]), None, machine_of(folder))
+            sections.append(f"evidence-{part}-rivals.md")
             continue
         made = make(cache)
         machine = environment()
@@ -117,10 +116,8 @@ def _head(part: str, name: str, machine: dict[str, Any], missing: list[str]) -> 
     ran_on = ", ".join(filter(None, (machine["gpu"], machine["processor"])))
     title, how = f"The evidence: {part}", f"`make evidence` (`python -m benchmarks.evidence {part}`)"
     if name != part:
-        own = name.removeprefix(f"{part}-")
-        title = f"{title}, {'with the methods of 2025 and 2026' if own == 'rivals' else own}"
-        named = "" if own == "rivals" else f" --name {own}"
-        how = f"`python -m benchmarks.evidence {part} --stored FOLDER{named}` from results that were stored before"
+        title = f"{title}, with the methods of 2025 and 2026"
+        how = f"`python -m benchmarks.evidence {part} --stored FOLDER` from results that were stored before"
     lacking = ""
     if missing:
         distilled = [f"*{label}*" for label in missing if summary.DISTILLED in label]

@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 from benchmarks.common import cache_root
 from benchmarks.leads.__main__ import DOCUMENT
 from benchmarks.leads.runs import accuracy
+from benchmarks.leads.short import h_of
 from benchmarks.quick import data as quick_data
 from benchmarks.quick.model import TUNED, train
 from benchmarks.real.model import Recipe
@@ -33,7 +34,6 @@ from tailorcli import (
     Stats,
     calibrate_model,
     distill_checkpoint,
-    h_score,
     patch_checkpoint,
     patch_to_target,
 )
@@ -149,11 +149,6 @@ class Pair:
         assert report.distillation is not None
         density = report.distillation["target"]["density"]
         return {"kept": report.distillation["kept"], "density": density, "told": told, **self.accuracies(out)}
-
-
-def h_of(figures: Figures) -> float:
-    """The H-score of old and new."""
-    return h_score(figures["old"], figures["new"])
 
 
 def teacher_rows(found: dict[str, Figures]) -> list[list[str]]:

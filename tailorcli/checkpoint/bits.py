@@ -5,7 +5,6 @@ NumPy does that, which is imported in a tenth of a second where torch takes two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.header import TensorInfo, bits_of
@@ -41,12 +40,6 @@ def bit_type_of(info: TensorInfo) -> str:
         raise CheckpointError(f"tensor {info.name!r}: {error}", "leave it out with --exclude") from error
 
 
-def pieces_of(size: int) -> Iterator[slice]:
-    """Slices of an array of ``size`` entries that the processor's cache has room for."""
-    for start in range(0, size, _STEP):
-        yield slice(start, min(start + _STEP, size))
-
-
 def is_finite(bits: Bits, dtype: str) -> bool:
     """Whether no entry is NaN or infinite; where the dtype has neither, True."""
     return dtype not in _INFINITY or _largest(bits) < _INFINITY[dtype]
@@ -60,7 +53,8 @@ def has_nan(bits: Bits, dtype: str) -> bool:
 def _largest(bits: Bits) -> int:
     """The largest magnitude: of the entries without their signs; 0 of none."""
     without_sign = bits.dtype.type((1 << 8 * bits.dtype.itemsize - 1) - 1)
-    return max((int((bits[piece] & without_sign).max()) for piece in pieces_of(bits.size)), default=0)
+    pieces = (bits[start : start + _STEP] for start in range(0, bits.size, _STEP))
+    return max((int((piece & without_sign).max()) for piece in pieces), default=0)
 
 
 def keep_freed_memory() -> None:

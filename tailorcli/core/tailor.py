@@ -253,11 +253,11 @@ def add_salience_(score: Tensor, delta: Tensor) -> None:
     >>> score.tolist()
     [[1.0, 1.25, 0.5]]
     """
-    unit = unit_of(extent(delta))
-    highest, farthest = extent(score), extent(delta) / unit
+    highest, farthest = extent(score), extent(delta)
+    unit = unit_of(farthest)
 
     def add(rows: slice) -> None:
-        moved = minmax(salience(in_units(delta[rows], unit)), 0.0, farthest)
+        moved = minmax(salience(in_units(delta[rows], unit)), 0.0, farthest / unit)
         score[rows] = minmax(score[rows], 0.0, highest).add_(moved)
 
     map_rows(score, add)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from tailorcli.checkpoint.bits import STEP_BYTES, bit_type
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.errors import other_base
-from tailorcli.files import digest_beside, digest_of, read_bytes
+from tailorcli.files import digest_of, read_bytes
 from tailorcli.patchfile.reader import PatchFile, raw_bytes
 from tailorcli.patchfile.report import REPORT_FILE
 
@@ -45,13 +45,7 @@ class PatchedCheckpoint(Checkpoint):
         if name not in self.file.tensors:
             return self.base.read(name, pinned)
         formed = self.base.read(name, pinned)
-        patch_(
-            _bits_of(formed, self.tensors[name].dtype),
-            digest_beside(raw_bytes(formed)),
-            self.file,
-            name,
-            self.base.path,
-        )
+        patch_(formed, self.file, name, self.base.path)
         return formed
 
     def read_into(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
@@ -81,15 +75,8 @@ def patched_tensor(base: Tensor, file: PatchFile, name: str, path: Path) -> Tens
     Raises PatchError if a single bit of the base's tensor differs from that which the patch was made for.
     """
     patched = base.clone()
-    patch_(_bits_of(patched, file.base[name].dtype), digest_beside(raw_bytes(base)), file, name, path)
+    patch_(patched, file, name, path)
     return patched
-
-
-def _bits_of(tensor: Tensor, dtype: str) -> Bits:
-    """A view of a tensor's memory on the CPU as integers of its entries' width."""
-    import numpy as np
-
-    return np.frombuffer(raw_bytes(tensor), bit_type(dtype))
 
 
 def read_patched(base: Checkpoint, file: PatchFile, name: str, is_checked: bool = False) -> Bits:
@@ -116,17 +103,21 @@ def read_patched(base: Checkpoint, file: PatchFile, name: str, is_checked: bool 
     return patched
 
 
-def patch_(base: Bits, digest: Callable[[], str], file: PatchFile, name: str, path: Path) -> None:
-    """Put the patch's entries of the tensor ``name`` in their places in ``base``, the base's.
+def patch_(base: Tensor, file: PatchFile, name: str, path: Path) -> None:
+    """Put the patch's entries of the tensor ``name`` in their places in ``base``, which is on the CPU, in place.
 
-    ``digest`` waits for that of its bytes. Raises PatchError.
+    ``path`` is where the base lies. Raises PatchError if a single bit of it differs from that which the patch was
+    made for.
     """
-    if digest() != file.base[name].digest:
+    import numpy as np
+
+    if digest_of(raw_bytes(base)) != file.base[name].digest:
         raise other_base(name, path)
-    step = STEP_BYTES // base.itemsize
+    bits = np.frombuffer(raw_bytes(base), bit_type(file.base[name].dtype))
+    step = STEP_BYTES // bits.itemsize
     for number, kept in enumerate(file.kept_entries(name, step)):
         for places, values in kept:
-            base[number * step : (number + 1) * step][places] = values
+            bits[number * step : (number + 1) * step][places] = values
 
 
 def side_sources(base: Checkpoint, file: PatchFile) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:

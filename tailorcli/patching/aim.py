@@ -54,8 +54,10 @@ class Aim:
     share: float
 
     @classmethod
-    def parse(cls, text: str) -> Aim:
-        """The aim that ``old=99`` or ``new=97`` asks for, in percent. Raises OptionsError."""
+    def parse(cls, text: str | Aim) -> Aim:
+        """The aim that ``old=99`` or ``new=97`` asks for, in percent; one that is parsed. Raises OptionsError."""
+        if isinstance(text, Aim):
+            return text
         kind, _, value = text.partition("=")
         try:
             percent = float(value)
@@ -125,8 +127,8 @@ def patch_to_target(
     reached gives the nearest. ``graft_data``, ``made_of`` and ``teacher_data`` are as for ``patch_checkpoint``.
     Raises TailorError.
     """
-    aim = Aim.parse(target) if isinstance(target, str) else target
-    options = options.distilled
+    aim = Aim.parse(target)
+    options = options.resolved(True, distilled=True)
     base, tuned = local_folders((base, tuned), code=options.trust_remote_code)
     where = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
     plan_target(base, tuned, output, stats, retain, aim, options, distill, patch_file, graft_data)
@@ -134,7 +136,7 @@ def patch_to_target(
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, graft_data)
         inputs.sources = made_of or {}
-        earlier = finished_target(where, aim, inputs.told(options.resolved(True)), distill, inputs.describe())
+        earlier = finished_target(where, aim, inputs.told(options), distill, inputs.describe())
     if earlier is not None:
         return earlier
     work = where.place.with_name(where.place.name + SUFFIX)
@@ -193,7 +195,7 @@ def plan_target(
 
 def check_target(target: str | Aim, options: PatchOptions) -> Aim:
     """The target, if it is understood, and the method has a density to pick. Raises OptionsError."""
-    aim = Aim.parse(target) if isinstance(target, str) else target
+    aim = Aim.parse(target)
     if options.is_dense:
         raise OptionsError(
             f"--target picks a density, and {options.method} keeps every entry", "pick a method of masks"
@@ -219,7 +221,7 @@ def search_bytes(aim: Aim, lowest: int, highest: int) -> int:
 
 def search_in_words(target: str | Aim, distill: DistillOptions) -> str:
     """What a search does."""
-    tried = (Aim.parse(target) if isinstance(target, str) else target).densities
+    tried = Aim.parse(target).densities
     densities = f"{tried[0]:g} to {tried[-1]:g}"
     trainings = f"at most {ATTEMPTS} trainings of {counted(distill.steps, 'step')}"
     return f"search for {target}: closed forms at densities {densities}, then {trainings}"

@@ -77,7 +77,7 @@ def distill_checkpoint(
     output is the base, bit for bit. ``teacher_data`` is as for ``patch_checkpoint``. Raises TailorError.
     """
     started = perf_counter()
-    options = options.distilled.resolved(not options.resized_vocab)
+    options = options.resolved(not options.resized_vocab, distilled=True)
     base, tuned = local_folders((base, tuned), code=options.trust_remote_code)
     target = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
     if options.teacher_weight == AUTO:
@@ -277,7 +277,7 @@ def plan_distilled(
     graft_data: PathLike | None = None,
 ) -> Plan:
     """What ``distill_checkpoint`` would do and what it would cost, from headers and samples. Raises TailorError."""
-    options = options.distilled.resolved(not options.resized_vocab).before_teacher
+    options = options.resolved(not options.resized_vocab, distilled=True).before_teacher
     with ExitStack() as stack:
         sources = _Sources.open(base, tuned, stats, retain, options, stack, graft_data)
         plan = sources.plan(sources.options, distill, resolve_device(options.device))

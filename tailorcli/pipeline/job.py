@@ -214,8 +214,8 @@ class _Job:
     ) -> _Job:
         """Take the options together. Raises OptionsError where they contradict one another."""
         where = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
-        if target is not None:
-            check_target(target, options)
+        aim = None if target is None else check_target(target, options)
+        if aim is not None:
             distill = distill or DistillOptions()
         if distill is None and not (options.method == "tailor" and options.needs_hessians):
             raise OptionsError(f"{_named(options)} uses no statistics, and --data is to make them", "leave --data out")
@@ -241,14 +241,14 @@ class _Job:
             Path(data),
             None if retain_data is None else Path(retain_data),
             retain,
-            (options if distill is None else options.distilled).resolved(retain),
+            options.resolved(retain, distilled=distill is not None),
             calibration,
             distill,
             where,
             None if keep_stats is None else Path(keep_stats),
             None if graft_data is None else Path(graft_data),
             None if teacher_data is None else Path(teacher_data),
-            None if target is None else Aim.parse(target),
+            aim,
         )
 
     @property

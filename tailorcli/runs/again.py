@@ -60,11 +60,10 @@ def patch_command(
             words += [flag, inputs[role]]
     method = options.get("method", "tailor")
     known = {"method": method} if method in list(PatchMethod) else {}
-    usual = PatchOptions(**known)
-    if distilled is not None:
-        usual = usual.distilled
-        options = ({"score": "paper"} if method == "tailor" else {}) | dict(options)  # which a report leaves unsaid
-    defaults = usual.resolved("retain" in inputs or RETAINED in inputs).to_dict()
+    retained = "retain" in inputs or RETAINED in inputs
+    defaults = PatchOptions(**known).resolved(retained, distilled is not None).to_dict()
+    if "score" in defaults:
+        options = {"score": "paper", **options}  # which a report leaves unsaid
     defaults |= {"fp8_output": "fp8", "method": "tailor"}
     words += _given(options, defaults, [name for name in _VALUES if NEW not in inputs or name != "seed"])
     if options.get("batch_size", 8) != 8:
