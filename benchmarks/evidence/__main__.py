@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.common import cache_root
 from benchmarks.evidence import pairs, pictures, readme, render, summary
-from benchmarks.evidence.run import GRIDS, SAMPLES, Outcome, first_of, run_all
+from benchmarks.evidence.run import GRIDS, SMALL, Outcome, first_of, run_all
 from benchmarks.evidence.stored import load_outcomes, machine_of, names_missing
 from benchmarks.multimodal.data import COUNTS
 from benchmarks.multimodal.model import BASE_RECIPE, PATCH, PIXELS, TUNED_RECIPE
@@ -35,7 +35,7 @@ def recipe_of(recipe: Recipe) -> str:
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"
 SUMMARY = DOCS / "what-to-expect.md"
-PARTS = {"quick": pairs.quick, "text": pairs.text, "multimodal": pairs.multimodal}
+PARTS = {"quick": pairs.quick, "text": pairs.text, SMALL: pairs.text, "multimodal": pairs.multimodal}
 SETTINGS = {
     "quick": """Byte-level Llamas of 3 million parameters, trained 700 steps on Python source and English prose, then
 200 steps on the new task; accuracy is the share of next bytes guessed right.""",
@@ -44,6 +44,7 @@ licences (*licences-overtrained* for 80 steps at a higher rate on a few of them,
 
 Accuracy is the share of next tokens guessed right (texts of 32 tokens, 300 a task), and of 300 cities put on the right
 one of four continents.""",
+    SMALL: """The models and tasks of *text*, with samples, lengths and steps that two cores can bear.""",
     "multimodal": f"""A LLaVA in bfloat16 of SmolLM2-135M-Instruct, a vision tower of the shape of DINOv2-small and a
 new projector, on pictures of {PIXELS} by {PIXELS} pixels ({(PIXELS // PATCH) ** 2} tokens).
 
@@ -60,12 +61,12 @@ new projector, on pictures of {PIXELS} by {PIXELS} pixels ({(PIXELS // PATCH) **
 def main() -> None:
     """Run the benchmarks that are asked for, and write the document from all that the cache holds."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="quick, text, multimodal; all without")
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help=f"{', '.join(PARTS)}; all but {SMALL} without")
     parser.add_argument("--jobs", type=int, default=1, help="pairs at a time, each in a process of its own")
     parser.add_argument("--cache", type=Path, default=cache_root(), help="folder for weights and results (%(default)s)")
     parser.add_argument("--stored", type=Path, help="measure nothing: pages from FOLDER/PART/TASK-SEED/sweep")
     options = parser.parse_args()
-    parts = options.parts or list(PARTS)
+    parts = options.parts or [part for part in PARTS if part != SMALL]
     sections = []
     for part in PARTS:
         if part not in parts:
@@ -75,13 +76,15 @@ def main() -> None:
         make = partial(pairs.quick, jobs=options.jobs) if part == "quick" else PARTS[part]
         if options.stored is not None:
             folder = options.stored / part
-            _write(part, f"{part}-rivals", load_outcomes(folder, GRIDS[part]), None, machine_of(folder))
-            sections.append(f"evidence-{part}-rivals.md")
+            name = part if part == SMALL else f"{part}-rivals"
+            _write(part, name, load_outcomes(folder, GRIDS[part]), None, machine_of(folder))
+            sections.append(f"evidence-{name}.md")
             continue
         made = make(cache)
         machine = environment()
         write_text_atomically(cache / "machine.json", json.dumps(machine, indent=1) + "\n")
-        for grid in (first_of(GRIDS[part]), GRIDS[part]):  # a run that is cut short has a page of the first
+        # The first grid is what a run that is cut short has a page of.
+        for grid in dict.fromkeys((first_of(GRIDS[part]), GRIDS[part])):
             _write(part, part, run_all(part, made, cache, grid, options.jobs), cache, machine)
         sections.append(f"evidence-{part}.md")
     readme.main()
@@ -114,7 +117,10 @@ def _write(part: str, name: str, outcomes: list[Outcome], cache: Path | None, ma
 
 def _head(part: str, name: str, machine: dict[str, Any], missing: list[str]) -> str:
     ran_on = ", ".join(filter(None, (machine["gpu"], machine["processor"])))
+    grid = GRIDS[part]
     title, how = f"The evidence: {part}", f"`make evidence` (`python -m benchmarks.evidence {part}`)"
+    if part == SMALL:
+        title, how = "The evidence: text, on two cores", f"`python -m benchmarks.evidence {part}`"
     if name != part:
         title = f"{title}, with the methods of 2025 and 2026"
         how = f"`python -m benchmarks.evidence {part} --stored FOLDER` from results that were stored before"
@@ -134,9 +140,9 @@ Written by {how}; every figure is from its last run.
 - **old kept** and **new kept** are the shares of the base's old and of the tuned model's new performance, the paper's
   measure; **gain kept** is that of what fine-tuning gained on the new task.
 - **distilled** is the default with its kept entries trained (`--distill`), at one default for all
-  ({DistillOptions().steps} steps, rate {DistillOptions().rate:g}, B {DistillOptions().weight:g}).
-- **retained** is the retain term on samples that the base wrote itself ({SAMPLES} of them), **retained on old samples**
-  on some of the old tasks' own training data; its weight is `--retain-weight`.
+  ({grid.distill_steps} steps, rate {DistillOptions().rate:g}, B {DistillOptions().weight:g}).
+- **retained** is the retain term on samples that the base wrote itself ({grid.samples} of them), **retained on old
+  samples** on some of the old tasks' own training data; its weight is `--retain-weight`.
 - **patch, s** was taken on a busy machine: compare it within a table only. **patch, MB** is the patch file's size.
 {lacking}
 

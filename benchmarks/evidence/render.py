@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from benchmarks.evidence.run import OWN_DATA
+from benchmarks.evidence.run import OWN_DATA, SMALL
 from benchmarks.evidence.summary import (
+    AT_FIFTIETH,
+    AT_TENTH,
     BASELINES,
     DISTILLED,
-    FIFTIETH,
     PAPER,
     PROPAGATED,
     RETAINED,
-    TENTH,
     Group,
     lines_of,
 )
@@ -114,28 +114,31 @@ def difference_table(group: Group, ours: list[tuple[str, str, str]]) -> str:
     return table(header, rows)
 
 
-BARS = {"quick": (99.0, 97.0), "text": (99.0, 97.0), "multimodal": (90.0, 95.0)}  # percent of the old, of the new
+BARS = {  # percent of the old, of the new
+    **dict.fromkeys(("quick", "text", SMALL), (99.0, 97.0)),
+    "multimodal": (90.0, 95.0),
+}
 
 
 def bar(group: Group, old_kept: float, new_kept: float) -> str:
     """Whether the distilled default is ahead of all, and keeps enough of old and new; empty where there is none."""
-    found = {label: title for title, _, label in group.distilled()}
+    found = {title: label for title, _, label in group.distilled()}
     lines = []
-    if TENTH in found:
-        others = [one for one in rivals(group) if outcome_of(group, (DISTILLED, TENTH), one) != "ahead of"]
-        names = ", ".join(f"*{label}* ({_ahead(group, TENTH, (of, label))})" for of, label in others)
+    if (tenth := found.get(AT_TENTH)) is not None:
+        others = [one for one in rivals(group) if outcome_of(group, (DISTILLED, tenth), one) != "ahead of"]
+        names = ", ".join(f"*{label}* ({_ahead(group, tenth, (of, label))})" for of, label in others)
         missed = f"missed against {names}" if others else "met"
         lines.append(f"A higher H than every other method at its best, at density 0.1: {missed}.")
         for name, least, what in (("origin", old_kept, "old"), ("target", new_kept, "new")):
-            share = float(group.share(DISTILLED, TENTH, name)[0])
+            share = float(group.share(DISTILLED, tenth, name)[0])
             lines.append(f"At least {least:g}% of the {what}: {_met(share >= least)} ({share:.1f}%).")
     elif found:
         lines.append("At density 0.1: not measured in this run.")
     best = group.best("interpolate")
-    if FIFTIETH in found and best is not None:
+    if (fiftieth := found.get(AT_FIFTIETH)) is not None and best is not None:
         rival = ("interpolate", best)
-        ahead = outcome_of(group, (DISTILLED, FIFTIETH), rival) == "ahead of"
-        by = _ahead(group, FIFTIETH, rival)
+        ahead = outcome_of(group, (DISTILLED, fiftieth), rival) == "ahead of"
+        by = _ahead(group, fiftieth, rival)
         lines.append(f"At density 0.02 a higher H than *{best}*: {_met(ahead)} ({by}).")
     return "\n".join(f"- {line}" for line in lines)
 

@@ -20,6 +20,7 @@ from tailorcli.sweep import Point, Setting, SweepReport, run_sweep
 
 SAMPLES = 512  # of each kind; distillation makes more of them than the closed forms do
 SEQ_LEN = 256
+SMALL = "text-small"  # the benchmark text with few samples and steps
 WRITTEN = "written"  # the task of going on as the base did
 PICKED = "joint, propagated, density 0.1, retain weight picked on written samples"  # family and label
 OWN_DATA = "retained on old samples"  # the family that a user has who kept some of the old data
@@ -44,6 +45,9 @@ class Grid:
     dg_hard: tuple[float, ...] = ()  # scales of its threshold
     fapm: tuple[float, ...] = ()  # densities
     distilled: tuple[float, ...] = ()  # densities of the default, distilled at one default for all
+    distill_steps: int = DistillOptions().steps
+    samples: int = SAMPLES  # of each kind
+    seq_len: int = SEQ_LEN
 
     def settings(self) -> list[Setting]:
         """All but those of ``own_data``."""
@@ -63,7 +67,7 @@ class Grid:
         found += [_retained(*one, propagate=False) for one in self.retained]
         found += [Setting(replace(_OPTIONS, solver="sequential", omega=omega)) for omega in self.omegas]
         found += [Setting(replace(_OPTIONS, omega=omega), retained=True) for omega in self.omegas]
-        found += [distilled(density) for density in self.distilled]
+        found += [distilled(density, self.distill_steps) for density in self.distilled]
         return list(dict.fromkeys(found))
 
     def own_settings(self) -> list[Setting]:
@@ -75,9 +79,9 @@ def _other(method: str, **values: float) -> Setting:
     return Setting(replace(_OPTIONS, method=method, **values))  # type: ignore[arg-type]
 
 
-def distilled(density: float) -> Setting:
+def distilled(density: float, steps: int = DistillOptions().steps) -> Setting:
     """The default at a density, distilled."""
-    return Setting(replace(_OPTIONS, density=density), retained=True, distill=DistillOptions())
+    return Setting(replace(_OPTIONS, density=density), retained=True, distill=DistillOptions(steps=steps))
 
 
 def _retained(density: float, beta: float, damping: float, *, propagate: bool) -> Setting:
@@ -128,6 +132,21 @@ GRIDS = {
         fapm=(0.1, 0.3, 0.5),
         distilled=(0.1, 0.02),
     ),
+    SMALL: Grid(  # what two cores do in half an hour a pair
+        weights=(0.4, 0.5, 0.6, 0.7),
+        dare=((0.5, 0.6),),
+        magnitude=((0.3, 1.0),),
+        graft=(0.1,),
+        graft_steps=40,
+        plain=(("sequential", 0.1, 1.0),),
+        propagated=((0.1, 0.3, 0.1),),
+        retained=(),
+        own_data=(),
+        distilled=(0.1,),
+        distill_steps=100,
+        samples=128,
+        seq_len=128,
+    ),
     "multimodal": Grid(
         weights=(0.3, 0.4, 0.5, 0.6, 0.7),
         dare=((0.1, 1.0), (0.5, 0.5), (0.5, 0.6)),
@@ -160,10 +179,12 @@ class Outcome:
 
 def run_pair(pair: Pair, grid: Grid, folder: Path) -> Outcome:
     """Calibrate what is not calibrated yet, then sweep."""
-    new = _stats(folder / "stats", pair.tuned, pair.train)
+    stats = partial(_stats, samples=grid.samples)
+    new = stats(folder / "stats", pair.tuned, pair.train, grid.seq_len)
     held_out = folder / "written.jsonl"
-    written = _stats(folder / "stats-written", pair.base, pair.retain_starts, pair.retain_length, held_out)
-    own = _stats(folder / "stats-own", pair.base, pair.old_train)
+    length = min(pair.retain_length, grid.seq_len)
+    written = stats(folder / "stats-written", pair.base, pair.retain_starts, length, held_out)
+    own = stats(folder / "stats-own", pair.base, pair.old_train, grid.seq_len) if grid.own_data else None
     specs = {part: pair.specs(part) for part in ("test", "validation")}
     with_written = {part: [*of_part, f"{WRITTEN}={held_out}:text"] for part, of_part in specs.items()}
 
@@ -183,10 +204,10 @@ def run_pair(pair: Pair, grid: Grid, folder: Path) -> Outcome:
 
     settings = grid.settings()
     others = sweep([one for one in settings if not one.retained], specs, None)
-    of_old = sweep(grid.own_settings(), specs, own)
+    of_old = sweep(grid.own_settings(), specs, own).points[2:] if grid.own_data else []
     ours = sweep([one for one in settings if one.retained], with_written, written)
     points = [*others.points, *ours.points[2:]]
-    extra = [replace(point, family=OWN_DATA) for point in of_old.points[2:]]
+    extra = [replace(point, family=OWN_DATA) for point in of_old]
     return Outcome(pair, replace(others, points=points), (*extra, *_picked(ours.points[2:])))
 
 
@@ -205,7 +226,9 @@ def _picked(points: Sequence[Point]) -> list[Point]:
     return [replace(best, family=PICKED, label=PICKED)]
 
 
-def _stats(folder: Path, model: Path, data: Path | None, length: int = SEQ_LEN, held_out: Path | None = None) -> Path:
+def _stats(
+    folder: Path, model: Path, data: Path | None, length: int, held_out: Path | None = None, samples: int = SAMPLES
+) -> Path:
     """The statistics of a model in ``folder``, made unless they are there: on data, or on what it writes itself.
 
     With ``held_out`` it writes itself, and the file takes samples that it was not calibrated on.
@@ -220,7 +243,7 @@ def _stats(folder: Path, model: Path, data: Path | None, length: int = SEQ_LEN, 
     if not fits or (held_out is not None and not held_out.exists()):
         say(f"calibrating {model.name} for {folder}")
         options = CalibrateOptions(
-            num_samples=SAMPLES, seq_len=length, batch_size=batch_size(), synthetic=held_out is not None, overwrite=True
+            num_samples=samples, seq_len=length, batch_size=batch_size(), synthetic=held_out is not None, overwrite=True
         )
         folder.parent.mkdir(parents=True, exist_ok=True)
         calibrate_model(model, data, folder, options, held_out=held_out)

@@ -17,7 +17,8 @@ PROPAGATED, RETAINED = "joint, propagated", "joint, retained"
 DEFAULT = Setting(PatchOptions(overwrite=True), retained=True).label
 PAPER = "sequential, density 0.1"
 DISTILLED = distilled(0.1).family
-TENTH, FIFTIETH = distilled(0.1).label, distilled(0.02).label
+TENTH, FIFTIETH = distilled(0.1).label, distilled(0.02).label  # at the default number of steps
+AT_TENTH, AT_FIFTIETH = "distilled", "distilled, density 0.02"  # titles
 BASELINES = ("interpolate", "lines", "dg-hard", "dare", "magnitude", "fapm", "graft", "tailor-released")
 # What a curve over one option holds fixed of the others, at the values of the default and of the paper.
 _ALIKE = ("density", "omega", "weight", "damping")
@@ -117,9 +118,14 @@ class Group:
         return found
 
     def distilled(self) -> list[tuple[str, str, str]]:
-        """(title, family, label) of the default distilled, at densities 0.1 and 0.02."""
-        titles = {TENTH: "distilled", FIFTIETH: "distilled, density 0.02"}
-        return [(title, DISTILLED, label) for label, title in titles.items() if (DISTILLED, label) in self.labels]
+        """(title, family, label) of the default distilled, at densities 0.1 and 0.02, whatever its number of steps."""
+        titles = {TENTH: AT_TENTH, FIFTIETH: AT_FIFTIETH}
+        return [
+            (title, family, label)
+            for start, title in titles.items()
+            for family, label in self.labels
+            if family == DISTILLED and label.startswith(start)
+        ]
 
 
 def groups_of(outcomes: Sequence[Outcome]) -> list[Group]:
