@@ -239,6 +239,11 @@ class CalibrateOptions:
         both = self.synthetic and self.teacher_weight is not None
         _require(not both, "teacher-weight is for the new task, and --synthetic for the base", "leave one out")
 
+    @classmethod
+    def of_job(cls, *, distilled: bool) -> CalibrateOptions:
+        """How a whole job calibrates by default: on more samples where it trains on them, too."""
+        return cls(num_samples=DISTILL_SAMPLES) if distilled else cls()
+
     @property
     def length(self) -> int:
         """Tokens of a sample at most."""
@@ -436,15 +441,20 @@ class OutputOptions:
         _require_labels(self.task, self.license)
 
 
+DISTILL_SAMPLES = 512  # of each kind that a job draws whose entries are trained
+DISTILL_STEPS = 400  # for so many samples
+
+
 @dataclass(frozen=True)
 class DistillOptions:
     """How the kept entries of a patch are trained towards their teachers.
 
     ``rate`` is in units of the root mean square by which the patch moved a tensor's kept entries, so that it means
-    the same in every tensor, and for models of every size. ``weight`` is that of the retained samples.
+    the same in every tensor, and for models of every size. ``weight`` is that of the retained samples. Without
+    ``steps`` it depends on the number of samples how many there are: see ``for_samples``.
     """
 
-    steps: int = 400
+    steps: int | None = None
     rate: float = 0.1
     weight: float = 2.0
     batch_size: int = 8  # samples of each kind in a step
@@ -453,12 +463,27 @@ class DistillOptions:
 
     def __post_init__(self) -> None:
         _choose(self, "on", DistillOn)
-        _require(self.steps >= 1, f"distill-steps must be at least 1, got {self.steps}")
+        _require(self.steps is None or self.steps >= 1, f"distill-steps must be at least 1, got {self.steps}")
         _require(self.batch_size >= 1, f"distill-batch-size must be at least 1, got {self.batch_size}")
         for name in ("rate", "weight"):
             value = getattr(self, name)
             ok = isinstance(value, (int, float)) and math.isfinite(value) and value > 0
             _require(ok, f"distill-{name} must be positive, got {value}", "the usual range is 0.02 to 0.3 and 0.5 to 4")
+
+    def for_samples(self, count: int) -> DistillOptions:
+        """With a known number of steps, for at most ``count`` samples of a kind.
+
+        Unless it is given, that is 400 for up to 512 samples, and grows with the root of their number: 800 for 2,048.
+        """
+        if self.steps is not None:
+            return self
+        return replace(self, steps=round(DISTILL_STEPS * max(1.0, math.sqrt(count / DISTILL_SAMPLES))))
+
+    @property
+    def known_steps(self) -> int:
+        """The steps of options that ``for_samples`` gave."""
+        assert self.steps is not None
+        return self.steps
 
 
 # The fields of PatchOptions in the order of the report, which is older than their parts.

@@ -6,7 +6,15 @@ from dataclasses import fields, replace
 import pytest
 from helpers import broken_off
 
-from tailorcli import CalibrateOptions, EvaluateOptions, MergeOptions, PatchOptions, TailorError, patch_checkpoint
+from tailorcli import (
+    CalibrateOptions,
+    DistillOptions,
+    EvaluateOptions,
+    MergeOptions,
+    PatchOptions,
+    TailorError,
+    patch_checkpoint,
+)
 from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.options import GraftOptions, KeepOptions, OutputOptions, PatchMethod, Solver, SolverOptions
 from tailorcli.patchfile.report import load_report, options_shown
@@ -103,6 +111,17 @@ def test_a_run_is_told_by_the_options_that_change_its_output_and_by_no_others(ki
         assert replace(options, **{name: value}).resolved(False).identity(False) != identity, name
     for name, value in same.items():
         assert replace(options, **{name: value}).resolved(False).identity(False) == identity, name
+
+
+@pytest.mark.parametrize(("samples", "steps"), [(2, 400), (512, 400), (1024, 566), (2048, 800)])
+def test_more_samples_are_trained_on_for_more_steps(samples, steps):
+    assert DistillOptions().for_samples(samples).known_steps == steps
+    assert DistillOptions(steps=7).for_samples(samples).known_steps == 7
+
+
+def test_a_job_draws_more_samples_where_it_trains_on_them():
+    assert CalibrateOptions.of_job(distilled=False) == CalibrateOptions()
+    assert CalibrateOptions.of_job(distilled=True) == CalibrateOptions(num_samples=512)
 
 
 def test_what_the_retain_term_adds_to_a_run_counts_only_with_it():

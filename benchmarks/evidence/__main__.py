@@ -25,7 +25,7 @@ from benchmarks.real.render import between
 from benchmarks.real.setting import environment, say
 from tailorcli.display.plots import plot_frontiers
 from tailorcli.files import write_text_atomically
-from tailorcli.options import DistillOptions
+from tailorcli.options import DISTILL_STEPS, DistillOptions
 
 
 def recipe_of(recipe: Recipe) -> str:
@@ -140,7 +140,7 @@ Written by {how}; every figure is from its last run.
 - **old kept** and **new kept** are the shares of the base's old and of the tuned model's new performance, the paper's
   measure; **gain kept** is that of what fine-tuning gained on the new task.
 - **distilled** is the default with its kept entries trained (`--distill`), at one default for all
-  ({grid.distill_steps} steps, rate {DistillOptions().rate:g}, B {DistillOptions().weight:g}).
+  ({grid.distill_steps or DISTILL_STEPS} steps, rate {DistillOptions().rate:g}, B {DistillOptions().weight:g}).
 - **retained** is the retain term on samples that the base wrote itself ({grid.samples} of them), **retained on old
   samples** on some of the old tasks' own training data; its weight is `--retain-weight`.
 - **patch, s** was taken on a busy machine: compare it within a table only. **patch, MB** is the patch file's size.

@@ -45,7 +45,7 @@ class Grid:
     dg_hard: tuple[float, ...] = ()  # scales of its threshold
     fapm: tuple[float, ...] = ()  # densities
     distilled: tuple[float, ...] = ()  # densities of the default, distilled at one default for all
-    distill_steps: int = DistillOptions().steps
+    distill_steps: int | None = None
     samples: int = SAMPLES  # of each kind
     seq_len: int = SEQ_LEN
 
@@ -79,7 +79,7 @@ def _other(method: str, **values: float) -> Setting:
     return Setting(replace(_OPTIONS, method=method, **values))  # type: ignore[arg-type]
 
 
-def distilled(density: float, steps: int = DistillOptions().steps) -> Setting:
+def distilled(density: float, steps: int | None = None) -> Setting:
     """The default at a density, distilled."""
     return Setting(replace(_OPTIONS, density=density), retained=True, distill=DistillOptions(steps=steps))
 

@@ -117,14 +117,14 @@ def train(
     """Train in place; the held-out divergences, new and retained, of every so many steps."""
     flat = {name: base.read(name).reshape(-1) for name, _ in trained.network.named_parameters()}
     curve = []
-    warmup = max(1, round(WARMUP * OPTIONS.steps))
-    for step in range(OPTIONS.steps):
-        if share > 0 and step % EVERY == 0 and 0 < step < UNTIL * OPTIONS.steps:
-            now = share * 0.5 * (1 + math.cos(math.pi * step / (UNTIL * OPTIONS.steps)))
+    warmup = max(1, round(WARMUP * OPTIONS.known_steps))
+    for step in range(OPTIONS.known_steps):
+        if share > 0 and step % EVERY == 0 and 0 < step < UNTIL * OPTIONS.known_steps:
+            now = share * 0.5 * (1 + math.cos(math.pi * step / (UNTIL * OPTIONS.known_steps)))
             trained = step_with_exchange(trained, materials, flat, step, now)
         else:
             step_losses(trained.network, materials, OPTIONS, CPU, (), step)
-        trained.step(step + 1, OPTIONS.rate * rate_at(step + 1, OPTIONS.steps, warmup))
+        trained.step(step + 1, OPTIONS.rate * rate_at(step + 1, OPTIONS.known_steps, warmup))
         if (step + 1) % EVALUATE == 0:
             tasks, retained = held_out(trained.network, materials, (), CPU)
             curve.append((tasks[0], retained))

@@ -241,6 +241,11 @@ class Stats:
         digest.update(self._store.fingerprint().encode())
         return digest.hexdigest()
 
+    @property
+    def sample_count(self) -> int:
+        """How many samples were kept."""
+        return int((self.manifest.get("samples") or {}).get("count", 0))
+
     def samples(self) -> list[Inputs]:
         """The model's inputs of every sample that was calibrated on. Raises StatsError where they were not kept."""
         from safetensors import SafetensorError

@@ -158,7 +158,15 @@ MaxIterations = Annotated[
     int, typer.Option(metavar="N", help="Most iterations of the joint solver.", rich_help_panel=SOLVER)
 ]
 Distill = Annotated[bool, flag("--distill", help="Then train the kept entries towards TUNED and BASE.", panel=DISTILL)]
-DistillSteps = Annotated[int, typer.Option(metavar="N", help="Steps of training.", rich_help_panel=DISTILL)]
+DistillSteps = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Steps of training.",
+        show_default="400; with more than 512 samples more",
+        rich_help_panel=DISTILL,
+    ),
+]
 DistillRate = Annotated[
     float,
     typer.Option(metavar="R", help="Learning rate, in units of a tensor's own change.", rich_help_panel=DISTILL),

@@ -285,7 +285,7 @@ def sweep(
         typer.Option(metavar="X", help="Dampings to try; repeatable.", show_default="as patch", rich_help_panel=SOLVER),
     ] = None,
     distill: Distill = False,
-    distill_steps: DistillSteps = 400,
+    distill_steps: DistillSteps = None,
     distill_rate: DistillRate = 0.1,
     distill_weight: DistillWeight = 2.0,
     distill_batch_size: DistillBatchSize = 8,

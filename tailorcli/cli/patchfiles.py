@@ -148,7 +148,7 @@ def merge_multi(
             metavar="STATS", help="--distill: statistics of BASE, what it must not forget.", rich_help_panel=DISTILL
         ),
     ] = None,
-    distill_steps: DistillSteps = 400,
+    distill_steps: DistillSteps = None,
     distill_rate: DistillRate = 0.1,
     distill_weight: DistillWeight = 2.0,
     distill_batch_size: DistillBatchSize = 8,

@@ -150,8 +150,14 @@ def patch(
     prompt_column: PromptColumn = None,
     response_column: ResponseColumn = None,
     num_samples: Annotated[
-        int, typer.Option(metavar="N", help="Samples of each kind.", rich_help_panel=CALIBRATION)
-    ] = 128,
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Samples of each kind.",
+            show_default="128; with --distill or --target 512",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
     seq_len: Annotated[
         int | None,
         typer.Option(
@@ -220,7 +226,7 @@ def patch(
             rich_help_panel=DISTILL,
         ),
     ] = None,
-    distill_steps: DistillSteps = 400,
+    distill_steps: DistillSteps = None,
     distill_rate: DistillRate = 0.1,
     distill_weight: DistillWeight = 2.0,
     distill_batch_size: DistillBatchSize = 8,
@@ -382,12 +388,14 @@ def patch(
     if teacher_data is not None and options.teacher_weight != AUTO:
         raise typer.BadParameter("--teacher-data is for --teacher-weight auto")
     where: dict[str, Any] = {"patch_file": patch_file, "graft_data": graft_data}
+    usual = CalibrateOptions.of_job(distilled=distill or target is not None)
     job: dict[str, Any] = {
         "retain_data": retain_data,
         "retain": not no_retain and preset is None,
         "options": options,
         "calibration": CalibrateOptions(
-            *(num_samples, seq_len, batch_size),
+            usual.num_samples if num_samples is None else num_samples,
+            *(seq_len, batch_size),
             dtype=dtype,
             seed=seed,
             blockwise=blockwise,
@@ -411,9 +419,10 @@ def patch(
         return
     if dry_run:
         if target is not None and stats is not None and retain is not None:
-            trained = DistillOptions(*training)
-            plan = plan_target(base, tuned, output, stats, retain, target, options, trained, **where)
-            say(f"{search_in_words(target, trained)}; what follows is of the last of these densities", err=True)
+            plan = plan_target(base, tuned, output, stats, retain, target, options, DistillOptions(*training), **where)
+            assert plan.training is not None
+            search = search_in_words(target, plan.training.steps)
+            say(f"{search}; what follows is of the last of these densities", err=True)
         elif how is not None and stats is not None and retain is not None:
             plan = plan_distilled(base, tuned, output, stats, retain, options, how, **where)
         else:

@@ -38,7 +38,7 @@ from tailorcli.demo.text import (
 from tailorcli.device import StageTimer
 from tailorcli.errors import OutputError
 from tailorcli.files import PathLike
-from tailorcli.options import CalibrateOptions, DistillOptions, PatchOptions, Solver
+from tailorcli.options import DISTILL_STEPS, CalibrateOptions, DistillOptions, PatchOptions, Solver
 from tailorcli.terminal import Progress
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class DemoSettings:
         ("sequential", 0.2, False),
         ("sequential", 0.3, False),
     )
-    distill_steps: int = DistillOptions().steps
+    distill_steps: int = DISTILL_STEPS
 
 
 FULL = DemoSettings()

@@ -21,7 +21,15 @@ from tailorcli.merging.plan import MergeInputs, build_merge_plan, most_kept_of
 from tailorcli.options import DistillOptions, MergeOptions, PatchOptions
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.checks import check_retain
-from tailorcli.patching.distilled import START, Work, remove_work, settings_of, train_and_write, training_plan
+from tailorcli.patching.distilled import (
+    START,
+    Work,
+    for_samples_of,
+    remove_work,
+    settings_of,
+    train_and_write,
+    training_plan,
+)
 from tailorcli.patching.three_models import options_of
 from tailorcli.runs.outputs import Target, identity_of
 from tailorcli.runs.plan import Plan
@@ -54,6 +62,7 @@ def distill_merge(
     with ExitStack() as stack:
         sources = _Sources.open(base, patches, tuned, stats, retain, options, stack)
         inputs = sources.inputs
+        distill = for_samples_of(distill, [sources.retain, *(stats for _, stats in sources.teachers)])
         watch = Watch([*inputs.files, *sources.retain.files])
         device = resolve_device(options.device)
         plan = sources.plan(options, distill, device)

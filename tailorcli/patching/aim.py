@@ -27,7 +27,7 @@ from tailorcli.options import DistillOptions, PatchOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport, load_report
 from tailorcli.patching.apply import apply_patch
-from tailorcli.patching.distilled import distill_patch, open_teacher, plan_distilled
+from tailorcli.patching.distilled import distill_patch, for_samples_of, open_teacher, plan_distilled
 from tailorcli.patching.patch import patch_checkpoint
 from tailorcli.patching.stream import PatchInputs
 from tailorcli.patching.teacher import with_teacher
@@ -136,6 +136,8 @@ def patch_to_target(
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, graft_data)
         inputs.sources = made_of or {}
+        sampled = [stack.enter_context(closing(Stats.open(path))) for path in (stats, retain)]
+        distill = for_samples_of(distill, sampled)
         earlier = finished_target(where, aim, inputs.told(options), distill, inputs.describe())
     if earlier is not None:
         return earlier
@@ -219,11 +221,11 @@ def search_bytes(aim: Aim, lowest: int, highest: int) -> int:
     return int(closed) + ATTEMPTS * highest
 
 
-def search_in_words(target: str | Aim, distill: DistillOptions) -> str:
-    """What a search does."""
+def search_in_words(target: str | Aim, steps: int) -> str:
+    """What a search does, whose trainings have so many steps at most."""
     tried = Aim.parse(target).densities
     densities = f"{tried[0]:g} to {tried[-1]:g}"
-    trainings = f"at most {ATTEMPTS} trainings of {counted(distill.steps, 'step')}"
+    trainings = f"at most {ATTEMPTS} trainings of {counted(steps, 'step')}"
     return f"search for {target}: closed forms at densities {densities}, then {trainings}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -86,6 +86,7 @@ def distill_checkpoint(
     with ExitStack() as stack:
         sources = _Sources.open(base, tuned, stats, retain, options, stack, graft_data)
         inputs, both, options = sources.inputs, sources.both, sources.options
+        distill = for_samples_of(distill, both)
         inputs.sources = made_of or {}
         side = side_files_of(inputs, options, distill, (both[0], both[1]))
         read = [*inputs.files, *both[0].files, *both[1].files]
@@ -221,6 +222,7 @@ def distill_patch(
         retained = stack.enter_context(closing(Stats.open(retain)))
         check_retain(opened, teachers[0][0], retained, PatchOptions())
         sampled = [*(found for _, found in teachers), retained]
+        distill = for_samples_of(distill, sampled)
         read = [path for model, found in teachers for path in (*model.shards, *found.files)]
         watch = Watch([*opened.shards, file.path, *read, *retained.files])
         where = resolve_device(device)
@@ -375,7 +377,12 @@ def training_plan(
     from tailorcli.training.cost import training_bytes
 
     needed = training_bytes(base, folder, kept, samples, how, distill.batch_size, device.type == "cuda")
-    return TrainingPlan(distill.steps, device.type, *needed)
+    return TrainingPlan(distill.for_samples(max(map(len, samples))).known_steps, device.type, *needed)
+
+
+def for_samples_of(distill: DistillOptions, sampled: Iterable[Stats]) -> DistillOptions:
+    """With a known number of steps, for training on the samples of these statistics."""
+    return distill.for_samples(max(found.sample_count for found in sampled))
 
 
 def settings_of(distill: DistillOptions) -> dict[str, Any]:

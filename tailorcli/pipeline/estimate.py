@@ -129,7 +129,7 @@ def plan_described(
     retain: bool = True,
     retain_data: PathLike | None = None,
     options: PatchOptions = PatchOptions(),
-    calibration: CalibrateOptions = CalibrateOptions(),
+    calibration: CalibrateOptions | None = None,
     distill: DistillOptions | None = None,
     fleet: Fleet = Fleet(),
 ) -> JobPlan:
@@ -137,6 +137,7 @@ def plan_described(
 
     Samples are taken to be as many and as long as they may be. Raises TailorError.
     """
+    calibration = calibration or CalibrateOptions.of_job(distilled=distill is not None)
     writes = retain and retain_data is None
     job = DescribedJob.of(base, tuned, options, calibration, retain, writes, distill)
     known = Estimate.of(job.base, job.base, calibration, resolve_device(options.device), fleet)
@@ -327,12 +328,13 @@ class Estimate:
         return patching(what, work, self.device, self.fleet, kinds, held, plan.write_bytes, propagated, samples)
 
     def distill(self, plan: Plan, base: Checkpoint, stats: Stats, options: DistillOptions, tokens: int) -> RankStep:
-        """The step of training the kept entries on samples of so many ``tokens`` each."""
-        held = 0 if plan.training is None else plan.training.device_bytes
+        """The step of training the kept entries, which ``plan`` has, on samples of so many ``tokens`` each."""
+        assert plan.training is not None
+        steps, held = plan.training.steps, plan.training.device_bytes
         kept = plan.patch_bytes // 4  # no more than that
-        what = f"train the kept entries: at most {counted(options.steps, 'step')}"
-        work, size = self.work(base, stats, plan), (options.steps, options.batch_size)
-        return distilling(what, work, self.device, self.fleet, *size, tokens, kept, held)
+        what = f"train the kept entries: at most {counted(steps, 'step')}"
+        size = (steps, options.batch_size)
+        return distilling(what, self.work(base, stats, plan), self.device, self.fleet, *size, tokens, kept, held)
 
     def plan(self, steps: list[RankStep]) -> RankPlan:
         """Steps in the order in which they come."""

@@ -75,7 +75,7 @@ def tailor(
     retain_data: PathLike | None = None,
     retain: bool = True,
     options: PatchOptions = PatchOptions(),
-    calibration: CalibrateOptions = CalibrateOptions(),
+    calibration: CalibrateOptions | None = None,
     distill: DistillOptions | None = None,
     patch_file: PathLike | None = None,
     keep_stats: PathLike | None = None,
@@ -90,8 +90,9 @@ def tailor(
     """Give back to ``tuned`` what it forgot of ``base``: calibrate both, patch, and write ``output`` or a patch file.
 
     ``data`` is the new task's, which ``tuned`` is calibrated on. ``base`` is calibrated on ``retain_data``, or on what
-    it writes itself; without ``retain`` not at all (the paper's way). ``calibration`` says how both are calibrated;
-    its device, tensors and remote code are those of ``options``. With ``distill`` the kept entries are then trained;
+    it writes itself; without ``retain`` not at all (the paper's way). ``calibration`` says how both are calibrated
+    (by default on 128 samples each, with ``distill`` or a ``target`` on 512); its device, tensors and remote code are
+    those of ``options``. With ``distill`` the kept entries are then trained;
     with a ``target`` they are, too, as ``patch_to_target`` does it. A teacher's weight that is "auto" is picked first,
     on ``teacher_data`` or on the samples of ``data``, and told.
     The statistics stay in ``keep_stats``, if that is given, and are taken from there where they are the very ones that
@@ -148,7 +149,7 @@ def plan_job(
     retain_data: PathLike | None = None,
     retain: bool = True,
     options: PatchOptions = PatchOptions(),
-    calibration: CalibrateOptions = CalibrateOptions(),
+    calibration: CalibrateOptions | None = None,
     distill: DistillOptions | None = None,
     patch_file: PathLike | None = None,
     keep_stats: PathLike | None = None,
@@ -204,7 +205,7 @@ class _Job:
         retain_data: PathLike | None,
         retain: bool,
         options: PatchOptions,
-        calibration: CalibrateOptions,
+        calibration: CalibrateOptions | None,
         distill: DistillOptions | None,
         patch_file: PathLike | None,
         keep_stats: PathLike | None,
@@ -224,11 +225,11 @@ class _Job:
             raise OptionsError(f"{what} needs samples of what the base must keep", "leave --no-retain out")
         if retain_data is not None and not retain:
             raise OptionsError("--retain-data and --no-retain exclude each other", "pass the one that you mean")
-        if calibration.teacher_weight is not None:
+        if calibration is not None and calibration.teacher_weight is not None:
             what = "the teacher's weight of a whole job is one of the patch's options"
             raise OptionsError(what, "set it in PatchOptions; to have it picked, calibrate, then patch with --stats")
         calibration = replace(
-            calibration,
+            calibration or CalibrateOptions.of_job(distilled=distill is not None),
             device=options.device,
             include=options.include,
             exclude=options.exclude,
@@ -298,6 +299,8 @@ class _Job:
             given = (self.retain_data, self.calibration, folder / BASE, tell, None, earlier)
             sides.append(Side.of(BASE, base, base, *given))
         self.sides = tuple(sides)
+        if self.distill is not None:
+            self.distill = self.distill.for_samples(max(side.samples for side in sides))
         self.stored = {TUNED: own, BASE: self.inputs.base}
 
     def finished(self) -> PatchReport | None:
@@ -386,7 +389,7 @@ class _Job:
         if self.distill is not None:
             last.append(known.distill(patch, base, stats[0], self.distill, tokens // samples))
         if self.aim is not None and self.distill is not None:
-            what = search_in_words(self.aim, self.distill)
+            what = search_in_words(self.aim, self.distill.known_steps)
             last = [repeated(what, list(zip(last, (len(self.aim.densities), ATTEMPTS), strict=True)))]
         return known.plan([*costs, *last])
 
@@ -460,18 +463,18 @@ class _Job:
         training = None
         if self.distill is not None and rates is not None:
             each = tokens // sum(side.samples for side in self.sides)
-            training = distilling(rates, self.distill.steps, self.distill.batch_size, each)
+            training = distilling(rates, self.distill.known_steps, self.distill.batch_size, each)
         if self.aim is not None and self.distill is not None:
             if seconds is not None and training is not None:
                 seconds = len(self.aim.densities) * seconds + ATTEMPTS * training
-            steps.append(Step(f"{search_in_words(self.aim, self.distill)}{how}", seconds=seconds))
+            steps.append(Step(f"{search_in_words(self.aim, self.distill.known_steps)}{how}", seconds=seconds))
             return tuple(steps)
         work = f"patch {counted(len(patch.patched), 'tensor')}{how}"
         if one_pass:
             return (*steps[: int(self.picks)], *self._one_pass(work, rates, seconds))
         steps.append(Step(work, seconds=seconds))
         if self.distill is not None:
-            what = f"train the kept entries: at most {counted(self.distill.steps, 'step')}"
+            what = f"train the kept entries: at most {counted(self.distill.known_steps, 'step')}"
             steps.append(Step(what, seconds=training))
         return tuple(steps)
 

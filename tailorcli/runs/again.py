@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tailorcli.options import DistillOptions, MergeOptions, PatchMethod, PatchOptions
+from tailorcli.options import CalibrateOptions, DistillOptions, MergeOptions, PatchMethod, PatchOptions
 from tailorcli.terminal import printable
 
 _WIDTH = 88  # columns of a line, so that a page or a card need not scroll
@@ -53,7 +53,9 @@ def patch_command(
         if inputs.get(RETAINED, SELF_WRITTEN) != SELF_WRITTEN:
             words += ["--retain-data", inputs[RETAINED]]
         words += ["--no-retain"] if RETAINED not in inputs else []
-        words += _given(calibration or {}, {"num_samples": "128", "seed": "0"}, ("num_samples", "seq_len", "seed"))
+        usual = CalibrateOptions.of_job(distilled=distilled is not None)
+        plain = {"num_samples": str(usual.num_samples), "seed": "0"}
+        words += _given(calibration or {}, plain, ("num_samples", "seq_len", "seed"))
         words += ["--deterministic"] if (calibration or {}).get("deterministic") else []
     for role, flag in (("stats", "--stats"), ("retain", "--retain"), ("data", _DATA)):
         if role in inputs and not (NEW in inputs and role != "data"):

@@ -163,9 +163,9 @@ def distill(
     KL(tuned || patched) + weight * KL(base || patched), the first term the mean over the tasks.
     Raises NumericalError where the loss is no number.
     """
-    history = history or History()
-    every = max(1, options.steps // EVALUATIONS)
-    warmup = max(1, round(WARMUP * options.steps))
+    history, steps = history or History(), options.known_steps
+    every = max(1, steps // EVALUATIONS)
+    warmup = max(1, round(WARMUP * steps))
     sums = {kind: torch.zeros((), device=device) for kind in materials}  # on the device: no step waits for its losses
     if not history.steps:
         _evaluate(trained, materials, options, device, media, history, 0, None)
@@ -173,7 +173,7 @@ def distill(
     assert best is not None
     tokens = max(material.most_tokens for material in materials.values())
     with checkpointed(trained.network, tokens):
-        for step in range(start, options.steps):
+        for step in range(start, steps):
             # Here and not after an evaluation: a run that is taken up may have stopped before it was broken off.
             if sum(1 for past in history.steps if past > history.best) >= PATIENCE:
                 break
@@ -181,9 +181,9 @@ def distill(
                 sums[kind] += value
             for each in trained.entries if not ranks().alone else ():
                 summed_(each.gradient)
-            trained.step(step + 1, options.rate * rate_at(step + 1, options.steps, warmup))
+            trained.step(step + 1, options.rate * rate_at(step + 1, steps, warmup))
             advance(step + 1, history.new[-1], history.retained[-1])
-            if (step + 1) % every and step + 1 != options.steps:
+            if (step + 1) % every and step + 1 != steps:
                 continue
             means = _means(sums, history.steps[-1], step + 1)
             _evaluate(trained, materials, options, device, media, history, step + 1, means)

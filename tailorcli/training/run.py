@@ -90,7 +90,7 @@ def distill_patch_file(
     before = kept_shares(network, materials, media, device)
     earlier = load_state(state, trained) if state.exists() else {}
     saved, took = perf_counter(), 0.0
-    with Progress("distilling", options.steps, "steps", shown=progress) as bar:
+    with Progress("distilling", options.known_steps, "steps", shown=progress) as bar:
         bar.start_at(earlier.get("start", 0))
 
         def advance(step: int, held_new: float, held_retained: float) -> None:

@@ -399,6 +399,21 @@ def test_python_plans_and_runs_it_in_one_call(steps, tmp_path):
     assert folder_digest(tmp_path / "out", REPORTS) == folder_digest(steps / "out", REPORTS)
 
 
+def test_a_job_that_distils_draws_512_samples_and_tells_their_steps(steps, tmp_path):
+    data = tmp_path / "many.jsonl"
+    data.write_text((steps / "data.jsonl").read_text() * 60)
+    arguments = (steps / "base", steps / "tuned", tmp_path / "out", data)
+    lines = []
+    plan = plan_job(*arguments, distill=DistillOptions(), retain_data=data, tell=lines.append)
+    assert "drawn 512, " in lines[0]
+    assert plan.steps[-1].what == "train the kept entries: at most 400 steps"
+    many = plan_job(
+        *arguments, distill=DistillOptions(), retain_data=data, calibration=CalibrateOptions(num_samples=600)
+    )
+    assert many.steps[-1].what == "train the kept entries: at most 433 steps"
+    assert "128 samples" in plan_job(*arguments).steps[0].what
+
+
 def test_data_may_come_from_standard_input(steps, tmp_path, monkeypatch):
     import io
     import sys
