@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -565,6 +565,11 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
         return self.method == RELEASED
 
     @property
+    def fits_statistics(self) -> bool:
+        """Whether statistics decide what is written; others lend their samples to distillation alone."""
+        return self.method == "tailor" and self.needs_hessians
+
+    @property
     def needs_factor(self) -> bool:
         """Whether columns are swept with the factor of H^-1."""
         return self.method == RELEASED or (self.method == "tailor" and self.solver == "sequential")
@@ -584,7 +589,7 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
         for name in ("trust_remote_code", "check_propagation"):  # which no report of the others names
             if not values[name]:
                 del values[name]
-        if self.teacher_weight in (None, 1.0):
+        if self.teacher_weight is None:  # tuned itself is not named, but where the statistics have another weight
             del values["teacher_weight"]
         return {name: values[name] for name in _REPORTED if name in values}
 
@@ -613,6 +618,18 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
             if is_used:
                 used |= set(names)
         return {name: value for name, value in self.to_dict().items() if name in used}
+
+
+def options_in_report(values: Mapping[str, Any]) -> PatchOptions:
+    """The options that a report names, as ``PatchOptions.to_dict`` put them there.
+
+    Raises OptionsError for values out of their ranges.
+    """
+    known = {each.name for each in fields(PatchOptions)}
+    found: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    if found.get("method") == PatchMethod.LINES:  # which has one for each layer
+        found.pop("weight", None)
+    return PatchOptions(**{name: value for name, value in found.items() if name in known})
 
 
 # Table 1's setting of the paper: its sweep, a tenth of the entries, both scores alike, no retain term.

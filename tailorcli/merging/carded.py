@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from tailorcli.files import read_bytes
 from tailorcli.merging.plan import MergeInputs, Task
-from tailorcli.options import MergeOptions
+from tailorcli.options import DistillOptions, MergeOptions
 from tailorcli.runs.again import merge_command
 from tailorcli.runs.card import (
     BASE_CARD,
@@ -19,14 +20,22 @@ from tailorcli.runs.card import (
     is_ours,
     merge_text,
     plain_name,
+    trained_in_words,
     with_card,
 )
 
 
 def merged_side_files(
-    side: Mapping[str, Path | bytes], inputs: MergeInputs, options: MergeOptions
+    side: Mapping[str, Path | bytes],
+    inputs: MergeInputs,
+    options: MergeOptions,
+    distill: DistillOptions | None = None,
+    retain: Path | None = None,
 ) -> dict[str, Path | bytes]:
-    """The first task's side files with a model card; the first fine-tuned model's own lies beside it."""
+    """The first task's side files with a model card; the first fine-tuned model's own lies beside it.
+
+    With ``distill`` the merge is trained afterwards; ``retain`` is where the base's samples for that lie.
+    """
     tuned = tuple(_source_of(task) for task in inputs.tasks)
     base = Source.of(
         inputs.base.path, next((found for found in (each.facts.get("base_model") for each in tuned) if found), None)
@@ -39,12 +48,16 @@ def merged_side_files(
     titles = [task.patch.name for task in inputs.tasks]
     settings = {"method": str(options.method), "weights": ", ".join(f"{w:.3g}" for w in options.shares(len(titles)))}
     settings |= {f"task {number}": title for number, title in enumerate(titles, 1)}
+    trained = None
+    if distill is not None and retain is not None:
+        names["samples"], trained = plain_name(retain), asdict(distill)
+        settings["distillation"] = trained_in_words(distill)
     licences = {task.patch.manifest.license for task in inputs.tasks}
     text = CardText(
         title=options.task or " + ".join(titles),
-        said=merge_text(titles, base.name, str(options.method)),
+        said=merge_text(titles, base.name, str(options.method), distilled=distill is not None),
         settings=settings,
-        command=merge_command(options.to_dict() | {"weights": options.weights}, names),
+        command=merge_command(options.to_dict() | {"weights": options.weights}, names, distilled=trained),
         base=base,
         tuned=tuned,
         license=options.license or (licences.pop() if len(licences) == 1 else None),

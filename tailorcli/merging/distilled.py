@@ -71,7 +71,7 @@ def distill_merge(
         settings = options.identity(len(patches)) | settings_of(distill)
         identity = identity_of(facts, settings, device, command="merge-multi")
         side, notes = side_files_of(inputs)
-        side = merged_side_files(side, inputs, options)
+        side = merged_side_files(side, inputs, options, distill, sources.retain.path)
         manifest = manifest_of(inputs, facts, options)
         what = (plan, inputs.base, sources.paths, identity, "merge-multi", side, manifest)
         begun = target.begin(*what, announce=announce)

@@ -136,9 +136,10 @@ def patch_to_target(
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, graft_data)
         inputs.sources = made_of or {}
+        options = inputs.told(options)
         sampled = [stack.enter_context(closing(Stats.open(path))) for path in (stats, retain)]
         distill = for_samples_of(distill, sampled)
-        earlier = finished_target(where, aim, inputs.told(options), distill, inputs.describe())
+        earlier = finished_target(where, aim, options, distill, inputs.describe())
     if earlier is not None:
         return earlier
     work = where.place.with_name(where.place.name + SUFFIX)
@@ -291,8 +292,10 @@ class _Search:
         file = self.work / f"closed-{density:g}.safetensors"
         begun = told(self._begun(file))
         own = replace(self.options, density=density, resume=begun, overwrite=False, max_shard_size=None)
-        pair = (self.base, self.tuned, None, self.stats, own, self.progress)
-        more: dict[str, Any] = {"retain": self.retain, "graft_data": self.graft_data, "made_of": self.made_of}
+        both = (self.stats, self.retain)
+        stats, retain = both if own.fits_statistics else (None, None)  # whose samples are used alone
+        pair = (self.base, self.tuned, None, stats, own, self.progress)
+        more: dict[str, Any] = {"retain": retain, "graft_data": self.graft_data, "made_of": self.made_of}
         patch_checkpoint(*pair, patch_file=file, **more)
         return file
 
@@ -321,6 +324,7 @@ class _Search:
             teacher_weight=self.options.known_teacher,
             materials=materials,
             told=what,
+            trust_remote_code=self.options.trust_remote_code,
         )
         assert report.distillation is not None
         kept = told({kind: report.distillation["kept"][kind] for kind in ("old", "new")})

@@ -10,15 +10,28 @@ from tailorcli.adapters.checkpoint import AdaptedCheckpoint, tuned_side_files
 from tailorcli.adapters.config import CONFIG_FILE
 from tailorcli.adapters.interpolated import original
 from tailorcli.calibration.stats import Stats
+from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.quantized import plain_config
 from tailorcli.data.hub import parse_dataset
 from tailorcli.data.sources import is_dataset
 from tailorcli.errors import CheckpointError
 from tailorcli.files import read_json
-from tailorcli.options import DistillOptions, PatchOptions
+from tailorcli.options import DistillOptions, PatchOptions, options_in_report
+from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.stream import PatchInputs
-from tailorcli.runs.again import NEW, SELF_WRITTEN, patch_command
-from tailorcli.runs.card import BASE_CARD, CARD, TUNED_CARD, CardText, Source, as_id, patch_text, plain_name, with_card
+from tailorcli.runs.again import NEW, RETAINED, SELF_WRITTEN, patch_command
+from tailorcli.runs.card import (
+    BASE_CARD,
+    CARD,
+    TUNED_CARD,
+    CardText,
+    Source,
+    as_id,
+    patch_text,
+    plain_name,
+    trained_in_words,
+    with_card,
+)
 from tailorcli.units import counted
 
 
@@ -39,12 +52,32 @@ def side_files_of(
         side[place.as_posix()] = source
     if inputs.base.dequantized and options.fp8_output == "bf16":
         side["config.json"] = plain_config(tuned.path)
-    own = {TUNED_CARD: tuned.path / CARD}
-    if isinstance(tuned, AdaptedCheckpoint):
-        own[BASE_CARD] = inputs.base.path / CARD
     used = samples if samples is not None else (inputs.stats, inputs.retain_stats)
-    there = {name: file for name, file in own.items() if file.is_file()}
+    there = {name: file for name, file in _own_cards(inputs).items() if file.is_file()}
     return with_card(side, _card(inputs, options, distill, *used), there)
+
+
+def card_of_trained(
+    report: PatchReport,
+    base: Checkpoint,
+    tuned: Checkpoint,
+    distill: DistillOptions,
+    samples: tuple[Stats | None, Stats | None],
+) -> bytes:
+    """The card of a patch whose ``report`` was made before its kept entries were trained on ``samples``."""
+    options = options_in_report(report.options)
+    data = report.inputs.get("data")
+    inputs = PatchInputs(base, tuned, None, None, None if data is None else Path(data["path"]))
+    inputs.sources = {role: entry for role, entry in report.inputs.items() if role in (NEW, RETAINED)}
+    beside = [name for name, file in _own_cards(inputs).items() if file.is_file()]
+    return _card(inputs, options, distill, *samples).render(beside).encode()
+
+
+def _own_cards(inputs: PatchInputs) -> dict[str, Path]:
+    """Where the cards of the models lie that are kept beside our own."""
+    tuned = original(inputs.tuned)
+    own = {TUNED_CARD: tuned.path / CARD}
+    return own | ({BASE_CARD: inputs.base.path / CARD} if isinstance(tuned, AdaptedCheckpoint) else {})
 
 
 def _card(
@@ -111,7 +144,7 @@ def _settings(options: PatchOptions, retained: bool, distill: DistillOptions | N
         text = f"{value:g}" if isinstance(value, float) else ", ".join(value) if isinstance(value, tuple) else value
         shown[name.replace("_", " ")] = "yes" if value is True else str(text)
     if distill is not None:
-        shown["distillation"] = f"{distill.steps} steps, rate {distill.rate:g}, weight {distill.weight:g}"
+        shown["distillation"] = trained_in_words(distill)
     return shown
 
 

@@ -28,14 +28,15 @@ from tailorcli.patchfile.reader import PatchFile, raw_bytes
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patchfile.view import side_sources
 from tailorcli.patching.apply import open_both, plan_of_patch
-from tailorcli.patching.carded import side_files_of
+from tailorcli.patching.carded import card_of_trained, side_files_of
 from tailorcli.patching.checks import check_retain, check_stats
 from tailorcli.patching.cost import most_kept
 from tailorcli.patching.patch import patch_opened
 from tailorcli.patching.planner import build_plan
-from tailorcli.patching.stream import PatchInputs
+from tailorcli.patching.stream import PatchInputs, described_stats
 from tailorcli.patching.teacher import with_teacher
 from tailorcli.patching.three_models import options_of
+from tailorcli.runs.card import CARD
 from tailorcli.runs.outputs import Target, identity_of, progress_bar
 from tailorcli.runs.plan import Plan, TrainingPlan
 from tailorcli.runs.writing import Outputs, records_of
@@ -93,7 +94,7 @@ def distill_checkpoint(
         watch = Watch([*read, *(source for source in side.values() if isinstance(source, Path))])
         device = resolve_device(options.device)
         plan = sources.plan(options, distill, device)
-        described = inputs.describe()
+        described = inputs.describe() | described_stats(*both)
         settings = settings_of(distill) | {name: found.fingerprint() for name, found in zip(SAMPLED, both, strict=True)}
         identity = identity_of(described, options.identity(True) | settings, device)
         manifest = {"task": options.task, "license": options.license, "inputs": described}
@@ -200,14 +201,15 @@ def distill_patch(
     teacher_weight: float | None = None,
     materials: dict[str, Material] | None = None,
     told: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> PatchReport:
     """Train the kept entries of the file ``patch``, and write the checkpoint ``output``, a ``patch_file`` or both.
 
     Whatever made the patch, its mask stays. ``tuned`` and ``stats`` are a fine-tuned model and its statistics, or
     several of both in one order; ``retain`` are statistics of ``base``. What is minimised, and what is kept, is as in
     ``distill_checkpoint``. ``teacher_weight`` is that of the patch, where it is not that of the statistics;
-    ``materials`` are what the teachers said, where they have run; the report says ``told`` under "target".
-    Raises TailorError.
+    ``materials`` are what the teachers said, where they have run; the report says ``told`` under "target". With
+    ``trust_remote_code`` the models' own code may run. Raises TailorError.
     """
     started = perf_counter()
     target = Target.needed(output, patch_file, resume=resume, overwrite=overwrite)
@@ -215,7 +217,7 @@ def distill_patch(
     if len(models) != len(folders) or not models:
         what = f"{len(models)} fine-tuned models and {len(folders)} statistics"
         raise OptionsError(what, "pass one of each for every task")
-    base, *models = local_folders((base, *models))
+    base, *models = local_folders((base, *models), code=trust_remote_code)
     with ExitStack() as stack:
         opened, file = open_both(base, patch, stack)
         teachers = [open_teacher(opened, *pair, stack, teacher_weight) for pair in zip(models, folders, strict=True)]
@@ -235,17 +237,23 @@ def distill_patch(
         used = {f"samples {number}": found.fingerprint() for number, found in enumerate(sampled)}
         identity = identity_of(closed.inputs, settings_of(distill) | used | {"patch": file.fingerprint()}, where)
         side, _ = side_sources(opened, file)
-        manifest = {"task": file.manifest.task, "license": file.manifest.license, "inputs": closed.inputs}
+        inputs = closed.inputs
+        if closed.command == "patch":
+            both = (teachers[0][1], retained)
+            inputs = inputs | described_stats(*both)
+            side[CARD] = card_of_trained(closed, opened, teachers[0][0], distill, both)
+        manifest = {"task": file.manifest.task, "license": file.manifest.license, "inputs": inputs}
         paths = [opened.path, file.path, *(original(model).path for model, _ in teachers), *(s.path for s in sampled)]
         begun = target.begin(plan, opened, paths, identity, closed.command, side, manifest)
         if isinstance(begun, PatchReport):
             return begun
         outputs = stack.enter_context(begun)
         work = Work.of(target)
-        how = (distill, where, progress, False)
+        how = (distill, where, progress, trust_remote_code)
         where_from = (plan, opened, teachers, retained, closed, outputs)
         found = train_and_write(work, file.path, *where_from, *how, materials)
-        report = replace(closed, tensors=found.records, stages=found.stages, seconds=perf_counter() - started)
+        report = replace(closed, inputs=inputs, tensors=found.records, stages=found.stages)
+        report = replace(report, seconds=perf_counter() - started)
         report = replace(report, distillation=found.facts | ({} if told is None else {"target": dict(told)}))
         outputs.finish(report, watch)
         remove_work(work.folder)
@@ -308,9 +316,8 @@ class _Sources:
         graft_data: PathLike | None,
     ) -> _Sources:
         """Open all by their headers; ``stack`` closes them. Raises TailorError where they do not go together."""
-        fitted = options.method == "tailor" and options.needs_hessians
         used: tuple[PathLike | None, PathLike | None] = (
-            (stats, retain) if fitted else (None, None)
+            (stats, retain) if options.fits_statistics else (None, None)
         )  # else the samples of both are used alone
         new, retained = (stack.enter_context(closing(Stats.open(path))) for path in (stats, retain))
         if options.teacher_weight is None:
@@ -321,7 +328,7 @@ class _Sources:
         check_stats(inputs.base, inputs.tuned, new)
         own = inputs.base.stored if isinstance(inputs.base, GrownCheckpoint) else inputs.base
         check_retain(own, inputs.tuned, retained, PatchOptions())
-        return cls(inputs, (new, retained), inputs.told(options))
+        return cls(inputs, (new, retained), inputs.told(options, new))
 
     @property
     def paths(self) -> list[Path]:

@@ -90,9 +90,15 @@ class PatchInputs:
         chosen = Path(graft_data) if graft_data and options.method == "graft" else None
         return cls(opened_base, opened_tuned, opened_stats, opened_retain, chosen)
 
-    def told(self, options: PatchOptions) -> PatchOptions:
-        """``options`` with the teacher's weight that the patch goes to, where it is not tuned itself."""
-        weight = self.tuned.weight if isinstance(self.tuned, InterpolatedCheckpoint) else None
+    def told(self, options: PatchOptions, samples: Stats | None = None) -> PatchOptions:
+        """``options`` with the teacher's weight that the patch goes to.
+
+        Tuned itself goes without saying, unless the statistics, or those that give ``samples`` alone, have another.
+        """
+        measured = samples if samples is not None else self.stats
+        weight = None if measured is None or measured.teacher_weight == 1.0 else 1.0
+        if isinstance(self.tuned, InterpolatedCheckpoint):
+            weight = self.tuned.weight
         return replace(options, teacher_weight=weight)
 
     def describe(self) -> dict[str, dict[str, str]]:
@@ -103,9 +109,7 @@ class PatchInputs:
         }
         for name, model in (("base", self.base), ("tuned", original(self.tuned))):
             facts[name] |= hub_facts(model.path)
-        for name, stats in (("stats", self.stats), ("retain", self.retain_stats)):
-            if stats is not None:
-                facts[name] = {"path": path_text(stats.path), "fingerprint": stats.fingerprint()}
+        facts |= described_stats(self.stats, self.retain_stats)
         if self.graft_data is not None:
             facts["data"] = {"path": path_text(self.graft_data), "fingerprint": digest_of(self.graft_data.read_bytes())}
         return facts | dict(self.sources)
@@ -122,6 +126,16 @@ class PatchInputs:
         """What is read of them."""
         stats = [file for item in (self.stats, self.retain_stats) if item is not None for file in item.files]
         return [*self.base.shards, *self.tuned.shards, *stats, *([] if self.graft_data is None else [self.graft_data])]
+
+
+def described_stats(stats: Stats | None, retain: Stats | None) -> dict[str, dict[str, str]]:
+    """Path and fingerprint of both statistics, where they are there."""
+    both = {"stats": stats, "retain": retain}
+    return {
+        role: {"path": path_text(found.path), "fingerprint": found.fingerprint()}
+        for role, found in both.items()
+        if found is not None
+    }
 
 
 @dataclass

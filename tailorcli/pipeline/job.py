@@ -218,7 +218,7 @@ class _Job:
         aim = None if target is None else check_target(target, options)
         if aim is not None:
             distill = distill or DistillOptions()
-        if distill is None and not (options.method == "tailor" and options.needs_hessians):
+        if distill is None and not options.fits_statistics:
             raise OptionsError(f"{_named(options)} uses no statistics, and --data is to make them", "leave --data out")
         if distill is not None and not retain:
             what = "--distill" if target is None else "--target"
@@ -269,11 +269,6 @@ class _Job:
         self.options = with_teacher(self.options, self.base, self.tuned, *given, drawn)
 
     @property
-    def fitted(self) -> bool:
-        """Whether the method reads the Hessians; else distillation alone uses the samples."""
-        return self.options.method == "tailor" and self.options.needs_hessians
-
-    @property
     def sources(self) -> dict[str, dict[str, str]]:
         """The data, as the report names them."""
         return {{TUNED: NEW, BASE: RETAINED}[side.name]: side.describe() for side in self.sides}
@@ -290,7 +285,8 @@ class _Job:
         if self.aim is not None:
             check_searchable(options, self.inputs.base)
         own = self.inputs.base if is_adapter(self.tuned) else stack.enter_context(open_checkpoint(self.tuned))
-        towards = replace(self.calibration, teacher_weight=options.teacher_weight)
+        weight = None if options.teacher_weight == 1.0 else options.teacher_weight  # which is tuned itself
+        towards = replace(self.calibration, teacher_weight=weight)
         drawn = self.sides[0].drawn if self.sides else None
         sides = [Side.of(TUNED, self.inputs.tuned, own, self.data, towards, folder / TUNED, tell, show, drawn)]
         if self.retained:
@@ -307,10 +303,10 @@ class _Job:
         """The report of the same job where it has ended before, when asked to resume it. Raises OutputError."""
         assert self.inputs is not None
         described = self.inputs.describe() | self.sources
+        options = self.inputs.told(self.options)
         if self.aim is not None and self.distill is not None:
-            options = self.inputs.told(self.options)
             return finished_target(self.target, self.aim, options, self.distill, described)
-        identity = identity_of(described, self.options.identity(self.retained), resolve_device(self.options.device))
+        identity = identity_of(described, options.identity(self.retained), resolve_device(self.options.device))
         if self.distill is not None:
             identity |= settings_of(self.distill)
         return self.target.finished(identity, "patch", ("stats fingerprint", "retain fingerprint", *SAMPLED))
@@ -334,7 +330,7 @@ class _Job:
             stats.append(side.stats(model, inputs.base if at_weight else self.stored[side.name], done, stack))
             if side.name == TUNED and not at_weight:
                 stats[-1].rename_for(inputs.tuned)
-        first, retained = (stats[0], stats[1] if self.retained else None) if self.fitted else (None, None)
+        first, retained = (stats[0], stats[1] if self.retained else None) if options.fits_statistics else (None, None)
         patch = build_plan(inputs.base, inputs.tuned, first, options, retained)
         if self.distill is not None:
             samples = [side.inputs for side in self.sides]

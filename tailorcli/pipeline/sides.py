@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from tailorcli.files import digest_of
 from tailorcli.guard import path_text
 from tailorcli.models.config import read_config
 from tailorcli.models.loading import package_versions
-from tailorcli.options import CalibrateOptions
+from tailorcli.options import CalibrateOptions, DTypeName
 from tailorcli.patching.onepass import Material
 from tailorcli.runs.again import SELF_WRITTEN
 from tailorcli.units import counted, format_bytes
@@ -125,8 +125,14 @@ class Side:
         """Path and fingerprint of the data, as a report has them, and how many samples of what length."""
         path = path_text(self.data) if self.data is not None else SELF_WRITTEN
         facts = {"path": path, "fingerprint": digest_of(json.dumps(self.identity, sort_keys=True).encode())}
-        given = {"num_samples": self.options.num_samples, "seq_len": self.options.seq_len, "seed": self.options.seed}
+        given: dict[str, Any] = {
+            "num_samples": self.options.num_samples,
+            "seq_len": self.options.seq_len,
+            "seed": self.options.seed,
+        }
         given |= {"deterministic": self.options.deterministic or None}
+        given |= {"dtype": None if self.options.dtype == DTypeName.AUTO else str(self.options.dtype)}
+        given |= {f"{what}_column": column for what, column in asdict(self.options.columns).items()}
         return facts | {name: str(value) for name, value in given.items() if value is not None}
 
     def found(self, model: Checkpoint) -> bool:

@@ -29,6 +29,8 @@ _VALUES = (
 )
 _FLAGS = ("check_propagation", "allow_dtype_mismatch", "resized_vocab", "trust_remote_code")
 _DATA = "--graft-data"
+# How the data of a whole job were drawn and run, as its report says it of them.
+_DRAWN = ("num_samples", "seq_len", "seed", "dtype", "text_column", "prompt_column", "response_column")
 # What the statistics of a whole job were made of, as its report names it, and what stands there for no file.
 NEW, RETAINED, SELF_WRITTEN = "new data", "retain data", "written by the model itself"
 
@@ -54,8 +56,7 @@ def patch_command(
             words += ["--retain-data", inputs[RETAINED]]
         words += ["--no-retain"] if RETAINED not in inputs else []
         usual = CalibrateOptions.of_job(distilled=distilled is not None)
-        plain = {"num_samples": str(usual.num_samples), "seed": "0"}
-        words += _given(calibration or {}, plain, ("num_samples", "seq_len", "seed"))
+        words += _given(calibration or {}, {"num_samples": str(usual.num_samples), "seed": "0"}, _DRAWN)
         words += ["--deterministic"] if (calibration or {}).get("deterministic") else []
     for role, flag in (("stats", "--stats"), ("retain", "--retain"), ("data", _DATA)):
         if role in inputs and not (NEW in inputs and role != "data"):
@@ -73,16 +74,20 @@ def patch_command(
     if defaults["propagate"] and not options.get("propagate", True):
         words.append("--no-propagate")
     words += [_flag(name) for name in _FLAGS if options.get(name)]
-    if distilled is not None:
-        words.append("--distill")
-        plain = {f"distill_{name}": value for name, value in distilled.items() if name != "seed"}
-        ours = {f"distill_{name}": value for name, value in vars(DistillOptions()).items()}
-        words += _given(plain, ours, tuple(plain))
-    return [*words, "-o", output]
+    return [*words, *_training(distilled), "-o", output]
 
 
-def merge_command(options: Mapping[str, Any], inputs: Mapping[str, str], output: str = "OUT") -> list[str]:
-    """The words of ``tailorcli merge-multi`` with these options and inputs (base, patch 1, tuned 1, ...)."""
+def merge_command(
+    options: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    output: str = "OUT",
+    *,
+    distilled: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """The words of ``tailorcli merge-multi`` with these options and inputs (base, patch 1, tuned 1, ...).
+
+    Where it was ``distilled``, ``samples`` are among the inputs: the statistics of what the base must keep.
+    """
     words = ["tailorcli", "merge-multi", inputs["base"]]
     words += [path for role, path in inputs.items() if role.startswith("patch ")]
     for role, flag in (("tuned ", "--tuned"), ("stats ", "--stats")):
@@ -93,8 +98,19 @@ def merge_command(options: Mapping[str, Any], inputs: Mapping[str, str], output:
     words += _given(options, defaults, named)
     weights = options.get("weights") or ()
     if len(set(weights)) > 1:
-        words += [word for weight in weights for word in ("--weight", f"{weight:g}")]
-    return [*words, "-o", output]
+        words += [word for weight in weights for word in ("--weight", _number(weight))]
+    if distilled is not None and "samples" in inputs:
+        words += ["--retain", inputs["samples"]]
+    return [*words, *_training(distilled), "-o", output]
+
+
+def _training(distilled: Mapping[str, Any] | None) -> list[str]:
+    """What asks for distillation with these options, as a report has them; nothing where there was none."""
+    if distilled is None:
+        return []
+    plain = {f"distill_{name}": value for name, value in distilled.items() if name != "seed"}
+    ours = {f"distill_{name}": value for name, value in vars(DistillOptions()).items()}
+    return ["--distill", *_given(plain, ours, tuple(plain))]
 
 
 def shell_text(words: list[str]) -> str:
@@ -122,7 +138,13 @@ def _given(options: Mapping[str, Any], defaults: Mapping[str, Any], names: Seque
             continue
         for each in value if isinstance(value, (list, tuple)) else (value,):
             yield _flag(name)
-            yield f"{each:g}" if isinstance(each, float) else str(each)
+            yield _number(each) if isinstance(each, float) else str(each)
+
+
+def _number(value: float) -> str:
+    """A number in few digits, and in as many as it needs to be read as the same again."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def _flag(name: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tailorcli.files import read_bytes
 from tailorcli.hub import hub_origin
-from tailorcli.options import DENSE
+from tailorcli.options import DENSE, DistillOptions
 from tailorcli.patchfile.report import REPORT_FILE
 from tailorcli.runs.again import shell_text
 from tailorcli.terminal import printable
@@ -203,12 +203,19 @@ def patch_text(options: Mapping[str, Any], base: str, tuned: str, *, retained: b
     )
 
 
-def merge_text(tasks: Sequence[str], base: str, method: str) -> str:
+def trained_in_words(distill: DistillOptions) -> str:
+    """How the kept entries were trained."""
+    return f"{distill.steps} steps, rate {distill.rate:g}, weight {distill.weight:g}"
+
+
+def merge_text(tasks: Sequence[str], base: str, method: str, *, distilled: bool = False) -> str:
     """What a merge of these tasks did, in two sentences."""
     named = ", ".join(map(code, tasks[:-1])) + (" and " if tasks[:-1] else "") + code(tasks[-1])
     how = {"joint": "chosen together, so that each task's outputs stay", "average": "averaged where several change one"}
+    trained = ", and trained towards all of these models" if distilled else ""
+    said = f"{how.get(method, 'put together from the patches alone')}{trained}"
     return (
-        f"{code(base)} with the patches of {named} in it: {how.get(method, 'put together from the patches alone')}. "
+        f"{code(base)} with the patches of {named} in it: {said}. "
         "Every weight that no patch changes is the base's, bit for bit."
     )
 

@@ -74,6 +74,8 @@ def test_statistics_and_patches_follow_the_weight(pair, tmp_path, caplog):
     assert folder_digest(tmp_path / "one") == folder_digest(tmp_path / "two")
     run("patch", base, tuned, "--stats", tmp_path / "own", "--teacher-weight", 0.5, "-o", tmp_path / "three")
     assert "measured at teacher weight 1" in caplog.text
+    run("patch", base, tuned, "--stats", tmp_path / "at", "--teacher-weight", 1, "-o", tmp_path / "four")
+    assert "--teacher-weight 1 " in (tmp_path / "four" / "README.md").read_text()  # or it would be that of "at"
 
 
 def test_propagation_and_distillation_go_to_the_same_teacher(pair, tmp_path):

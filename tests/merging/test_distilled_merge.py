@@ -118,5 +118,8 @@ def test_the_command_and_what_it_needs(tasks, tmp_path):
     result = run("merge-multi", tasks / "base", *patches, *named, *sampled, *how)
     assert "distilled in 2 steps" in result.stdout
     assert json.loads((tmp_path / "out" / "tailor_report.json").read_text())["distillation"]["by_task"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "--retain retain --distill --distill-steps 2" in " ".join(card.replace("\\\n", " ").split())
+    assert "and trained towards all of these models" in card
     run("inspect", tmp_path / "out")
     refused("merge-multi", tasks / "base", *patches, *named, *how, "--overwrite", mentions=["samples"])

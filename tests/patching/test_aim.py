@@ -79,14 +79,21 @@ def test_what_is_written_is_the_best_of_what_was_tried_and_says_so(pair, tmp_pat
             base[name][file.mask(name)] = file.values(name)
             assert bits(value) == bits(base[name])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "p.safetensors"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "and trained towards both models" in card
+    assert f"--density {found['target']['density']:g} " in card  # what was picked, with which it is made again
+    assert "--distill --distill-steps 4 --distill-batch-size 4 -o OUT" in card.replace(" \\\n  ", " ")
 
 
 def test_a_target_out_of_reach_gives_the_nearest_and_tells(pair, tmp_path):
-    told = []
-    report = patch_to_target(*arguments(pair, tmp_path / "out"), "new=100", OPTIONS, FEW, tell=told.append)
+    told, how = [], PatchOptions(method="magnitude")
+    report = patch_to_target(*arguments(pair, tmp_path / "out"), "new=100", how, FEW, tell=told.append)
     assert "missed" in told[-1]
     assert len([line for line in told if line.startswith("trained")]) == 3
     assert len(report.distillation["target"]["missed"]) <= 2
+    assert report.inputs.keys() == {"base", "tuned", "stats", "retain"}
+    again = PatchOptions(method="magnitude", resume=True)
+    assert patch_to_target(*arguments(pair, tmp_path / "out"), "new=100", again, FEW).is_earlier
 
 
 def test_a_search_that_was_broken_off_is_finished_to_the_same_bytes(pair, tmp_path, monkeypatch):

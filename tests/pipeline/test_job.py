@@ -135,7 +135,7 @@ def test_distillation_is_part_of_it(steps, tmp_path):
 
 def test_kept_statistics_serve_a_second_density(steps, tmp_path, monkeypatch):
     kept = tmp_path / "kept"
-    shown = patch(steps, "-o", tmp_path / "first", "--keep-stats", kept)
+    shown = patch(steps, "-o", tmp_path / "first", "--keep-stats", kept, "--teacher-weight", 1)  # tuned itself
     assert f"statistics kept in {kept}" in shown.stdout
     assert sorted(path.name for path in kept.iterdir()) == ["base", "tuned"]
     Stats.open(kept / "tuned").close()

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from helpers import folder_digest, invoke, make_adapter, make_pair, refused, run
 
+from tailorcli.options import PatchOptions
 from tailorcli.patchfile.report import load_report
-from tailorcli.runs.again import merge_command, patch_command, shell_text
+from tailorcli.runs.again import NEW, RETAINED, SELF_WRITTEN, merge_command, patch_command, shell_text
 from tailorcli.runs.card import BEGIN, CARD, END, TUNED_CARD, Source, front_of, with_evaluation
 from tailorcli.runs.evaluated import read_evaluation
 
@@ -206,6 +207,17 @@ def test_a_command_is_broken_between_options():
         f"tailorcli patch 'a b' --stats {'s' * 50} \\",
         f"  --retain {'r' * 40} -o OUT",
     ]
+
+
+def test_a_command_has_numbers_in_full_and_says_how_the_data_were_read():
+    inputs = {"base": "B", "tuned": "T", NEW: "d.jsonl", RETAINED: SELF_WRITTEN}
+    drawn = {"path": "d.jsonl", "fingerprint": "", "dtype": "bfloat16", "prompt_column": "ask", "seq_len": "64"}
+    values = PatchOptions(density=0.123456789, tolerance=1e-5, omega=1.0).resolved(True).to_dict()
+    text = shell_text(patch_command(values, inputs, calibration=drawn)).replace(" \\\n  ", " ")
+    assert "--data d.jsonl --seq-len 64 --dtype bfloat16 --prompt-column ask" in text
+    assert "--density 0.123456789 --omega 1 --tolerance 1e-05 -o OUT" in text
+    shares = merge_command({"method": "average", "weights": [2 / 3, 1 / 3]}, {"base": "B", "patch 1": "a"})
+    assert [float(word) for word in shares if word[:2] == "0."] == [2 / 3, 1 / 3]
 
 
 class FakeHub:

@@ -63,7 +63,8 @@ def _what_was_done(report: PatchReport) -> str:
     }
     options = report.options
     if report.command == MERGE:
-        text = merge_text([str(task) for task in options["tasks"]], names["base"], options["method"])
+        tasks, trained = [str(task) for task in options["tasks"]], report.distillation is not None
+        text = merge_text(tasks, names["base"], options["method"], distilled=trained)
     else:
         text = patch_text(
             {"method": "tailor", "solver": "none", "weight": 1.0, **options},
@@ -283,11 +284,11 @@ def _left(report: PatchReport) -> list[Section]:
 
 
 def _again(inspection: Inspection, report: PatchReport) -> Section:
+    trained = report.distillation.get("options") if report.distillation is not None else None
     inputs, out = _names(report), inspection.path if inspection.kind == "patched" else "OUT"
     if report.command == MERGE:
-        words = merge_command(report.options, inputs, out)
+        words = merge_command(report.options, inputs, out, distilled=trained)
     else:
-        trained = report.distillation.get("options") if report.distillation is not None else None
         how, command = report.inputs.get(NEW), report.command
         words = patch_command(report.options, inputs, out, distilled=trained, calibration=how, command=command)
     facts = {
