@@ -5,9 +5,16 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-from helpers import do_not_wait_for_the_disk, make_pair
 
-do_not_wait_for_the_disk()
+# What takes seconds to import is imported within the fixtures: pytest-xdist's first process, which runs no test, reads
+# this file before it starts its workers.
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_waits_for_the_disk():
+    from helpers import do_not_wait_for_the_disk
+
+    do_not_wait_for_the_disk()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,17 +38,20 @@ def _one_command_line():
 @pytest.fixture(scope="session")
 def llama_pair(tmp_path_factory):
     """A tiny float32 Llama pair with data and statistics; read only."""
-    return _with_stats(make_pair(tmp_path_factory.mktemp("llama")))
+    return _with_stats(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")
 def gpt2_pair(tmp_path_factory):
     """A tiny float32 GPT-2 pair (transposed weights, biases) with data and statistics; read only."""
-    return _with_stats(make_pair(tmp_path_factory.mktemp("gpt2"), "gpt2"))
+    return _with_stats(tmp_path_factory.mktemp("gpt2"), "gpt2")
 
 
-def _with_stats(folder):
+def _with_stats(folder, kind="llama"):
+    from helpers import make_pair
+
     from tailorcli import calibrate_model
 
+    make_pair(folder, kind)
     calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
     return folder

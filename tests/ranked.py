@@ -1,31 +1,22 @@
-"""Several ranks in a test, at the price of one import: processes forked from a server that has imported torch.
+"""Several ranks in a test: processes that the launcher forks.
 
 The test's process plays the part of torchrun's agent: it holds the store in which the ranks meet, and, as the agent
 does, ends the others with SIGTERM when one has failed.
 """
 
-import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-_PRELOADED = [
-    "torch",
-    "torch.distributed",
-    "transformers.models.llama.modeling_llama",
-    "tailorcli.cli",
-    "tailorcli.calibration.calibrate",
-    "tailorcli.patching.patch",
-    "ranked",
-]
+from launcher import launch
 
 
 @dataclass
@@ -51,11 +42,8 @@ class Job:
             if like_torchrun and not told and any(process.exitcode for process in self.processes):
                 told = True
                 for process in self.processes:
-                    if process.exitcode is None:
-                        process.terminate()
+                    process.send_signal(signal.SIGTERM)
             if time.monotonic() > until:
-                for process in self.processes:
-                    process.kill()
                 pytest.fail(f"ranks run on: {[self.shown(rank) for rank in range(len(self.processes))]}")
             time.sleep(0.02)
         return [
@@ -67,7 +55,7 @@ class Job:
         return (self._folder / f"{rank}.{stream}").read_text()
 
     def kill(self, rank, number=signal.SIGKILL):
-        os.kill(self.processes[rank].pid, number)
+        self.processes[rank].send_signal(number)
 
 
 @contextmanager
@@ -75,25 +63,25 @@ def started(size, function, *arguments, env=None):
     """``size`` ranks that each call ``function(*arguments)``: a ``Job``."""
     from torch.distributed import TCPStore
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     shared |= {"LOCAL_WORLD_SIZE": str(size), "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
-    shared |= {"GLOO_SOCKET_IFNAME": "lo"} | (env or {})
+    shared |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)} | (env or {})
     with tempfile.TemporaryDirectory() as folder:
+        call = Path(folder) / "call"
+        call.write_bytes(pickle.dumps((function, arguments)))
         processes = []
         for rank in range(size):
             own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            given = (own, str(Path(folder) / str(rank)), function, arguments)
-            processes.append(context.Process(target=_run, args=given))
-            processes[-1].start()
+            with (Path(folder) / f"{rank}.out").open("wb") as out, (Path(folder) / f"{rank}.err").open("wb") as err:
+                ends = {"stdout": out.fileno(), "stderr": err.fileno()}
+                processes.append(launch(("-c", "import ranked; ranked.run_here()", call), **ends, env=own))
         try:
             yield Job(processes, Path(folder))
         finally:
             for process in processes:
-                process.kill()
-                process.join()
+                process.send_signal(signal.SIGKILL)
+                process.wait()
 
 
 def ranked(size, function, *arguments, env=None):
@@ -126,16 +114,20 @@ def _called(folder, function, arguments):
         (Path(folder) / str(here.rank)).write_bytes(pickle.dumps(value))
 
 
-def _run(variables, place, function, arguments):
-    """In the child: its streams are files, its variables those of its rank."""
-    for number, name in ((1, "out"), (2, "err")):
-        descriptor = os.open(f"{place}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, number)
-        os.close(descriptor)
-    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
-    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", closefd=False)
-    os.environ.update(variables)
+def run_here():
+    """In the process of a rank: make the call that is in the file, and end without what Python takes apart then."""
     import torch
 
     torch.set_num_threads(1)
-    function(*arguments)
+    function, arguments = pickle.loads(Path(sys.argv[1]).read_bytes())
+    code = 1
+    try:
+        function(*arguments)
+        code = 0
+    except SystemExit as ended:
+        code = ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

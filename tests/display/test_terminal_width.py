@@ -25,7 +25,7 @@ def on_a_terminal(*arguments):
     """The lines that a command shows on a terminal of 80 columns, without colours."""
     ours, theirs = pty.openpty()
     ends = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-    wait = launch(("-m", "tailorcli", *arguments), **ends, env={"COLUMNS": "80", "TERM": "xterm"})
+    process = launch(("-m", "tailorcli", *arguments), **ends, env={"COLUMNS": "80", "TERM": "xterm"})
     os.close(theirs)
     shown = b""
     while True:
@@ -37,7 +37,7 @@ def on_a_terminal(*arguments):
             break
         shown += read
     os.close(ours)
-    assert wait() == 0, shown.decode()
+    assert process.wait() == 0, shown.decode()
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", shown.decode().replace("\r\n", "\n"))
     return [line.rpartition("\r")[2].rstrip() for line in text.split("\n")]
 
