@@ -21,6 +21,8 @@ from tailorcli.sweep import Point, Setting, SweepReport, run_sweep
 SAMPLES = 512  # of each kind; distillation makes more of them than the closed forms do
 SEQ_LEN = 256
 SMALL = "text-small"  # the benchmark text with few samples and steps
+MANY = 2048  # samples of each kind, on which the default is distilled once more
+ON_MANY = f"{MANY:,} samples"  # what its label ends with
 WRITTEN = "written"  # the task of going on as the base did
 PICKED = "joint, propagated, density 0.1, retain weight picked on written samples"  # family and label
 OWN_DATA = "retained on old samples"  # the family that a user has who kept some of the old data
@@ -45,6 +47,7 @@ class Grid:
     dg_hard: tuple[float, ...] = ()  # scales of its threshold
     fapm: tuple[float, ...] = ()  # densities
     distilled: tuple[float, ...] = ()  # densities of the default, distilled at one default for all
+    many: tuple[float, ...] = ()  # densities of the same on MANY samples
     distill_steps: int | None = None
     samples: int = SAMPLES  # of each kind
     seq_len: int = SEQ_LEN
@@ -69,6 +72,10 @@ class Grid:
         found += [Setting(replace(_OPTIONS, omega=omega), retained=True) for omega in self.omegas]
         found += [distilled(density, self.distill_steps) for density in self.distilled]
         return list(dict.fromkeys(found))
+
+    def many_settings(self) -> list[Setting]:
+        """Those on MANY samples, without what their labels end with."""
+        return [distilled(density, self.distill_steps) for density in self.many]
 
     def own_settings(self) -> list[Setting]:
         """Those with retained statistics of old samples."""
@@ -116,6 +123,7 @@ GRIDS = {
         dg_hard=(0.5, 1.0, 2.0, 4.0),
         fapm=(0.1, 0.3, 0.5, 0.8),
         distilled=(0.1, 0.02),
+        many=(0.1,),
     ),
     "text": Grid(
         weights=(0.4, 0.5, 0.6, 0.7),
@@ -188,10 +196,12 @@ def run_pair(pair: Pair, grid: Grid, folder: Path) -> Outcome:
     specs = {part: pair.specs(part) for part in ("test", "validation")}
     with_written = {part: [*of_part, f"{WRITTEN}={held_out}:text"] for part, of_part in specs.items()}
 
-    def sweep(settings: list[Setting], tasks: dict[str, list[str]], retain: Path | None) -> SweepReport:
-        # One folder for all, where base and tuned are scored once for the same tasks.
+    def sweep(
+        settings: list[Setting], tasks: dict[str, list[str]], retain: Path | None, place: str = "sweep"
+    ) -> SweepReport:
+        # One folder for all on the same samples, where base and tuned are scored once for the same tasks.
         return run_sweep(
-            *(pair.base, pair.tuned, settings, tasks["test"], folder / "sweep"),
+            *(pair.base, pair.tuned, settings, tasks["test"], folder / place),
             origin=pair.origin,
             target=pair.target,
             validation=tasks["validation"],
@@ -208,7 +218,17 @@ def run_pair(pair: Pair, grid: Grid, folder: Path) -> Outcome:
     ours = sweep([one for one in settings if one.retained], with_written, written)
     points = [*others.points, *ours.points[2:]]
     extra = [replace(point, family=OWN_DATA) for point in of_old]
+    if grid.many:
+        new = stats(folder / "stats-many", pair.tuned, pair.train, grid.seq_len, samples=MANY)
+        more = folder / "written-many.jsonl"
+        written = stats(folder / "stats-many-written", pair.base, pair.retain_starts, length, more, samples=MANY)
+        points += [on_many(point) for point in sweep(grid.many_settings(), specs, written, "sweep-many").points[2:]]
     return Outcome(pair, replace(others, points=points), (*extra, *_picked(ours.points[2:])))
+
+
+def on_many(point: Point) -> Point:
+    """A point of a setting on MANY samples, with a label of its own."""
+    return replace(point, label=f"{point.label}, {ON_MANY}")
 
 
 def _picked(points: Sequence[Point]) -> list[Point]:

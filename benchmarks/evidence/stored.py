@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.evidence.pairs import Pair
-from benchmarks.evidence.run import OWN_DATA, WRITTEN, Grid, Outcome
+from benchmarks.evidence.run import ON_MANY, OWN_DATA, WRITTEN, Grid, Outcome, on_many
 from tailorcli import EvaluateOptions
 from tailorcli.evaluation.metrics import Roles, TaskScores, bootstrap, summarise
 from tailorcli.sweep import Point, SweepReport
@@ -24,13 +24,15 @@ def load_outcomes(folder: Path, grid: Grid) -> list[Outcome]:
     Raises SystemExit where there is none, or where base or tuned is missing.
     """
     found: dict[tuple[str, int], dict[tuple[str, bool], dict[str, Any]]] = {}
+    many: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}  # of the sweep on many samples, by label
     roles: dict[tuple[str, int], Roles] = {}
     for place in sorted(folder.glob("*-*/sweep/sweep.json")):
         task, _, seed = place.parent.parent.name.rpartition("-")
         report = json.loads(place.read_text(encoding="utf-8"))
         key = (task, int(seed))
         roles[key] = Roles(tuple(report["origin"]), tuple(report["target"]))
-        results = [json.loads(file.read_text(encoding="utf-8")) for file in (place.parent / "settings").glob("*.json")]
+        results = _results_in(place.parent)
+        many[key] = {result["label"]: result for result in _results_in(place.parents[1] / "sweep-many")}
         found[key] = {(result["label"], f"test/{WRITTEN}" in result["scores"]): result for result in results}
     if not found:
         raise SystemExit(f"{folder} holds no results: it has the folders TASK-SEED/sweep of a cache")
@@ -40,7 +42,22 @@ def load_outcomes(folder: Path, grid: Grid) -> list[Outcome]:
     }
     if not all({("base", False), ("tuned", False)} <= of_task for of_task in common.values()):
         raise SystemExit(f"{folder} has not base and tuned of every pair")
-    return [_outcome(*key, results, roles[key], grid, common[key[0]]) for key, results in sorted(found.items())]
+    return [
+        _outcome(*key, results, roles[key], grid, common[key[0]], _of_all_seeds(many, key))
+        for key, results in sorted(found.items())
+    ]
+
+
+def _results_in(sweep: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted((sweep / "settings").glob("*.json"))]
+
+
+def _of_all_seeds(
+    many: Mapping[tuple[str, int], dict[str, dict[str, Any]]], key: tuple[str, int]
+) -> dict[str, dict[str, Any]]:
+    """The results of a pair that every seed of its task has."""
+    seeds = [results for (task, _), results in many.items() if task == key[0]]
+    return {label: result for label, result in many[key].items() if all(label in results for results in seeds)}
 
 
 def _outcome(
@@ -50,6 +67,7 @@ def _outcome(
     roles: Roles,
     grid: Grid,
     common: set[tuple[str, bool]],
+    many: Mapping[str, dict[str, Any]],
 ) -> Outcome:
     pair = Pair(task, seed, *(Path(),) * 5, {}, roles.origin, roles.target, 0)
 
@@ -60,6 +78,9 @@ def _outcome(
     for setting in grid.settings():
         if (setting.label, setting.retained) in common:
             points.append(point(setting.label, setting.family, setting.retained))
+    for setting in grid.many_settings():
+        if setting.label in many:
+            points.append(on_many(_point(many[setting.label], setting.label, setting.family, roles)))
     own = [
         point(setting.label, OWN_DATA, written=False)
         for setting in grid.own_settings()
@@ -98,4 +119,6 @@ def machine_of(folder: Path) -> dict[str, Any]:
 def names_missing(outcomes: Sequence[Outcome], grid: Grid) -> list[str]:
     """The labels of the grid's settings that the results of a task lack."""
     have = set.intersection(*({point.label for point in outcome.report.points} for outcome in outcomes))
-    return [setting.label for setting in grid.settings() if setting.label not in have]
+    wanted = [setting.label for setting in grid.settings()]
+    wanted += [f"{setting.label}, {ON_MANY}" for setting in grid.many_settings()]
+    return [label for label in wanted if label not in have]

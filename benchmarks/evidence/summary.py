@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence.run import OWN_DATA, PICKED, Outcome, distilled
+from benchmarks.evidence.run import ON_MANY, OWN_DATA, PICKED, Outcome, distilled
 from tailorcli.evaluation.metrics import Array, Estimate, estimate, frontier
 from tailorcli.options import PatchOptions
 from tailorcli.sweep import Point, Setting, area_figure, members_of
@@ -18,7 +18,7 @@ DEFAULT = Setting(PatchOptions(overwrite=True), retained=True).label
 PAPER = "sequential, density 0.1"
 DISTILLED = distilled(0.1).family
 TENTH, FIFTIETH = distilled(0.1).label, distilled(0.02).label  # at the default number of steps
-AT_TENTH, AT_FIFTIETH = "distilled", "distilled, density 0.02"  # titles
+AT_TENTH, AT_FIFTIETH, AT_MANY = "distilled", "distilled, density 0.02", f"distilled, {ON_MANY}"  # titles
 BASELINES = ("interpolate", "lines", "dg-hard", "dare", "magnitude", "fapm", "graft", "tailor-released")
 # What a curve over one option holds fixed of the others, at the values of the default and of the paper.
 _ALIKE = ("density", "omega", "weight", "damping")
@@ -118,13 +118,16 @@ class Group:
         return found
 
     def distilled(self) -> list[tuple[str, str, str]]:
-        """(title, family, label) of the default distilled, at densities 0.1 and 0.02, whatever its number of steps."""
-        titles = {TENTH: AT_TENTH, FIFTIETH: AT_FIFTIETH}
+        """(title, family, label) of the default distilled, at densities 0.1 and 0.02, whatever its number of steps.
+
+        And of that at density 0.1 on many samples.
+        """
+        found = [label for family, label in self.labels if family == DISTILLED]
+        few = [label for label in found if not label.endswith(ON_MANY)]
+        many = [label for label in found if label.endswith(ON_MANY)]
+        kinds = ((AT_TENTH, TENTH, few), (AT_MANY, TENTH, many), (AT_FIFTIETH, FIFTIETH, few))
         return [
-            (title, family, label)
-            for start, title in titles.items()
-            for family, label in self.labels
-            if family == DISTILLED and label.startswith(start)
+            (title, DISTILLED, label) for title, start, among in kinds for label in among if label.startswith(start)
         ]
 
 

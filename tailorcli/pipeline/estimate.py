@@ -172,7 +172,7 @@ class DescribedJob:
     ) -> DescribedJob:
         """Plan it; ``writes`` where the base writes its own samples. Raises TailorError."""
         _require_statistics(options)
-        options = options.resolved(retain)
+        options = options.resolved(retain, distilled=distill is not None)
         own: dict[str, Any] = {"device": options.device, "trust_remote_code": options.trust_remote_code}
         asked = replace(calibration, include=options.include, exclude=options.exclude, **own)
         before, after = (describe_checkpoint(Path(p), asked, whose) for p, whose in ((base, "base"), (tuned, TUNED)))
@@ -241,7 +241,7 @@ def ranks_of_patch(
     None where no block of the model can be measured. Raises TailorError.
     """
     _require_statistics(options)
-    options = options.resolved(retain is not None)
+    options = options.resolved(retain is not None, distilled=distill is not None)
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain)
         assert inputs.stats is not None  # as the options need Hessians
