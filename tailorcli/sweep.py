@@ -175,6 +175,7 @@ def settings_of(
         found.append(Setting(changed, retained=retain_weight > 0))
         if distill is not None and retain_weight > 0:
             found.append(Setting(changed, retained=True, distill=distill))
+    options = replace(options, score=None)  # which is of the method tailor
     for method in methods:
         if method == "interpolate":
             found += [Setting(replace(options, method=method, weight=weight)) for weight in weights or WEIGHTS]

@@ -429,7 +429,8 @@ def patch(
             plan = plan_patch(base, tuned, output, stats, options, retain=retain, **where)
         there = None
         if fleet is not None:
-            there = ranks_of_patch(base, tuned, stats, plan, options, retain, how, fleet)
+            trained = how if target is None else DistillOptions(*training)
+            there = ranks_of_patch(base, tuned, stats, plan, options, retain, trained, fleet, target)
         show_plan(plan, output, patch_file, as_json, tensors, there)
         if options.teacher_weight == AUTO:
             say("before that the teacher's weight is picked: models between BASE and TUNED are run", err=True)
@@ -475,7 +476,7 @@ def _described(base: Path, tuned: Path, job: dict[str, Any], stats: Path | None,
 
     if stats is not None:
         raise OptionsError(f"{base} has a config.json alone, and --stats are of a model with weights", "leave it out")
-    known = ("retain", "retain_data", "options", "calibration", "distill")
+    known = ("retain", "retain_data", "options", "calibration", "distill", "target")
     return plan_described(base, tuned, **{name: job[name] for name in known}, fleet=fleet)
 
 

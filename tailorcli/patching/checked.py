@@ -37,12 +37,14 @@ PLAIN, PROPAGATED = "plain", "propagated"
 
 
 def check_room(target: Target, plan: Plan, inputs: PatchInputs) -> None:
-    """Both patches can be kept in the folder beside the output. Raises OptionsError and OutputError."""
-    place, work = target.place, work_folder(target)
+    """Both patches can be kept in the folder beside the output, if there is one. Raises OptionsError, OutputError."""
     require_alone("--check-propagation")
     if inputs.base.dequantized:
         what = "--check-propagation keeps two patch files, and the base's tensors are quantised"
         raise OptionsError(what, "leave it out")
+    if target.folder is None and target.patch_file is None:
+        return
+    place, work = target.place, work_folder(target)
     needed, free = plan.write_bytes + 2 * plan.patch_bytes, free_bytes(place)
     if needed > free:
         what = f"not enough disk for {place}: the output and two patches beside it take {format_bytes(needed)}"

@@ -293,6 +293,10 @@ def plan_distilled(
         plan = sources.plan(sources.options, distill, resolve_device(options.device))
         target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
         target.check(sources.paths, plan)
+        if sources.options.check_propagation:
+            from tailorcli.patching.checked import check_room  # which uses this
+
+            check_room(target, plan, sources.inputs)
         return plan
 
 

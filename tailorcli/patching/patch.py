@@ -54,6 +54,10 @@ def plan_patch(
         target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
         check_writable(target, options, inputs.base)
         target.check(inputs.paths, plan)
+        if options.check_propagation:
+            from tailorcli.patching.checked import check_room  # which uses this
+
+            check_room(target, plan, inputs)
         return plan
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,14 +24,25 @@ from tailorcli.hub import local_folder
 from tailorcli.models.config import read_config
 from tailorcli.models.naming import open_for
 from tailorcli.models.skeleton import describe_checkpoint, is_config_alone, run_dtype
-from tailorcli.options import CalibrateOptions, DistillOptions, PatchOptions
+from tailorcli.options import AUTO, CalibrateOptions, DistillOptions, PatchOptions
+from tailorcli.patching.aim import ATTEMPTS, Aim, check_target, search_bytes, search_in_words
 from tailorcli.patching.cost import propagation_bytes
 from tailorcli.patching.distilled import with_training
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs
 from tailorcli.patching.three_models import options_of
 from tailorcli.pipeline.plan import JobPlan, Step
-from tailorcli.pipeline.ranks import Device, Fleet, RankPlan, RankStep, calibrating, distilling, patching, picking
+from tailorcli.pipeline.ranks import (
+    Device,
+    Fleet,
+    RankPlan,
+    RankStep,
+    calibrating,
+    distilling,
+    patching,
+    picking,
+    repeated,
+)
 from tailorcli.pipeline.sides import TUNED, Side
 from tailorcli.pipeline.trial import Rates, measure, measure_bare
 from tailorcli.pipeline.work import Work
@@ -131,15 +143,21 @@ def plan_described(
     options: PatchOptions = PatchOptions(),
     calibration: CalibrateOptions | None = None,
     distill: DistillOptions | None = None,
+    target: str | None = None,
     fleet: Fleet = Fleet(),
 ) -> JobPlan:
     """What ``tailor`` would cost for models of which there is a config.json alone; nothing is written.
 
     Samples are taken to be as many and as long as they may be. Raises TailorError.
     """
+    aim = None if target is None else check_target(target, options)
+    if aim is not None:
+        distill = distill or DistillOptions()
     calibration = calibration or CalibrateOptions.of_job(distilled=distill is not None)
     writes = retain and retain_data is None
-    job = DescribedJob.of(base, tuned, options, calibration, retain, writes, distill)
+    require_divisible(options, fleet)
+    require_retained(retain, distill, aim)
+    job = DescribedJob.of(base, tuned, options, calibration, retain, writes, distill, aim)
     known = Estimate.of(job.base, job.base, calibration, resolve_device(options.device), fleet)
     assert known is not None  # nothing of the model itself is run
     _require_room(job.base, writes, known.device)
@@ -158,6 +176,9 @@ class DescribedJob:
     samples: int  # of each kind
     written: int | None  # length of those that the base writes
     distill: DistillOptions | None
+    aim: Aim | None = None  # of a search, of whose patches ``patch`` is the largest
+    search_bytes: int = 0  # of all of them
+    picks: bool = False  # the teacher's weight, first
 
     @classmethod
     def of(
@@ -169,10 +190,14 @@ class DescribedJob:
         retain: bool,
         writes: bool,
         distill: DistillOptions | None = None,
+        aim: Aim | None = None,
     ) -> DescribedJob:
         """Plan it; ``writes`` where the base writes its own samples. Raises TailorError."""
         _require_statistics(options)
-        options = options.resolved(retain, distilled=distill is not None)
+        picks = options.teacher_weight == AUTO
+        options = options.resolved(retain, distilled=distill is not None).before_teacher
+        if aim is not None:
+            options = replace(options, density=aim.densities[-1])
         own: dict[str, Any] = {"device": options.device, "trust_remote_code": options.trust_remote_code}
         asked = replace(calibration, include=options.include, exclude=options.exclude, **own)
         before, after = (describe_checkpoint(Path(p), asked, whose) for p, whose in ((base, "base"), (tuned, TUNED)))
@@ -187,12 +212,20 @@ class DescribedJob:
             inputs = PatchInputs(before, after, new, kept[0] if kept else None)
             samples, where = [_blank(count, one.length) for one in kinds], resolve_device(options.device)
             patch = with_training(patch, inputs, samples, asked, options, distill, where)
-        written = kinds[-1].length if writes else None
-        return cls(before, after, new, kept[0] if kept else None, patch, count, written, distill)
+        written, search = kinds[-1].length if writes else None, 0
+        if aim is not None:
+            least = replace(options, density=aim.densities[0])
+            lowest = build_plan(before, after, new, least, kept[0] if kept else None)
+            search = search_bytes(aim, lowest.patch_bytes, patch.patch_bytes)
+        known = (kept[0] if kept else None, patch, count, written, distill, aim, search, picks)
+        return cls(before, after, new, *known)
 
     def on(self, known: Estimate) -> JobPlan:
         """What each step costs on a fleet."""
         count, costs, total = self.samples, [], 0
+        if self.picks:
+            own = (count, int(self.stats.manifest["data"]["tokens"]))
+            costs.append(known.pick(PICKING, known.work(self.tuned, self.stats), *own))
         for stats, model in ((self.stats, self.tuned), (self.retain, self.base)):
             if stats is None:
                 continue
@@ -202,12 +235,13 @@ class DescribedJob:
             what = f"let the base write {counted(count, 'sample')} of {written:,} tokens" if written else what
             costs.append(known.calibrate(what, known.work(model, stats), (count, tokens), written))
             total += tokens
-        costs.append(known.patch(self.patch, self.base, self.stats, self.retain, (count * len(costs), total)))
+        kinds = 1 if self.retain is None else 2
+        last = [known.patch(self.patch, self.base, self.stats, self.retain, (count * kinds, total))]
         if self.distill is not None:
-            each = total // (count * 2)
-            costs.append(known.distill(self.patch, self.base, self.stats, self.distill, each))
+            last.append(known.distill(self.patch, self.base, self.stats, self.distill, total // (count * 2)))
+        costs += last if self.aim is None else [searching(self.aim, self.patch, last)]
         steps, ranks = tuple(Step(cost.what, seconds=cost.seconds) for cost in costs), known.plan(costs)
-        needed = self.stats.total_bytes + (0 if self.retain is None else self.retain.total_bytes)
+        needed = self.search_bytes + self.stats.total_bytes + (0 if self.retain is None else self.retain.total_bytes)
         return JobPlan(steps, self.patch, needed, False, ranks.device_bytes, ranks=ranks)
 
 
@@ -235,13 +269,17 @@ def ranks_of_patch(
     retain: PathLike | None = None,
     distill: DistillOptions | None = None,
     fleet: Fleet = Fleet(),
+    target: str | None = None,
 ) -> RankPlan | None:
     """What a patch with statistics that are there costs on ``fleet``; ``plan`` is that of ``plan_patch``.
 
-    None where no block of the model can be measured. Raises TailorError.
+    With a ``target`` it is that of ``plan_target``. None where no block of the model can be measured. Raises
+    TailorError.
     """
     _require_statistics(options)
-    options = options.resolved(retain is not None, distilled=distill is not None)
+    require_divisible(options, fleet)
+    picks = options.teacher_weight == AUTO
+    options = options.resolved(retain is not None, distilled=distill is not None).before_teacher
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain)
         assert inputs.stats is not None  # as the options need Hessians
@@ -257,7 +295,36 @@ def ranks_of_patch(
         costs = [known.patch(plan, inputs.base, inputs.stats, inputs.retain_stats, (samples, tokens))]
         if distill is not None:
             costs.append(known.distill(plan, inputs.base, inputs.stats, distill, tokens // max(1, samples)))
+        if target is not None:
+            costs = [searching(Aim.parse(target), plan, costs)]
+        if picks:
+            own_data = (inputs.stats.sample_count, int(inputs.stats.manifest["data"].get("tokens", 0)))
+            costs.insert(0, known.pick(PICKING, known.work(stored, inputs.stats), *own_data))
         return known.plan(costs)
+
+
+PICKING = "pick the teacher's weight"
+
+
+def searching(aim: Aim, plan: Plan, once: Sequence[RankStep]) -> RankStep:
+    """The step of a search, whose patches and trainings each cost what they cost ``once``."""
+    assert plan.training is not None
+    times = (len(aim.densities), ATTEMPTS)
+    return repeated(search_in_words(aim, plan.training.steps), list(zip(once, times, strict=True)))
+
+
+def require_divisible(options: PatchOptions, fleet: Fleet) -> None:
+    """Refuse what runs in a single process where several are asked for. Raises OptionsError."""
+    if options.check_propagation and fleet.size > 1:
+        what = f"--check-propagation runs in a single process, and --ranks asks for {fleet.size}"
+        raise OptionsError(what, "leave one of them out")
+
+
+def require_retained(retain: bool, distill: DistillOptions | None, aim: Aim | None) -> None:
+    """Refuse training without samples of the base. Raises OptionsError."""
+    if distill is not None and not retain:
+        what = "--distill" if aim is None else "--target"
+        raise OptionsError(f"{what} needs samples of what the base must keep", "leave --no-retain out")
 
 
 def _blank(count: int, length: int) -> list[Inputs]:

@@ -42,6 +42,7 @@ from tailorcli.patching.aim import (
     search_bytes,
     search_in_words,
 )
+from tailorcli.patching.checked import check_room
 from tailorcli.patching.distilled import SAMPLED, distill_checkpoint, settings_of, with_training
 from tailorcli.patching.measuring import NEW as NEW_DATA
 from tailorcli.patching.measuring import RETAINED as RETAINED_DATA
@@ -50,9 +51,9 @@ from tailorcli.patching.patch import check_writable, patch_checkpoint
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs
 from tailorcli.patching.teacher import with_teacher
-from tailorcli.pipeline.estimate import Estimate
+from tailorcli.pipeline.estimate import PICKING, Estimate, require_divisible, require_retained, searching
 from tailorcli.pipeline.plan import JobPlan, Step
-from tailorcli.pipeline.ranks import Fleet, RankPlan, repeated
+from tailorcli.pipeline.ranks import Fleet, RankPlan
 from tailorcli.pipeline.sides import BASE, TUNED, Side
 from tailorcli.pipeline.trial import Rates, calibrating, distilling, measure, patching, picking
 from tailorcli.runs.again import NEW, RETAINED
@@ -220,9 +221,7 @@ class _Job:
             distill = distill or DistillOptions()
         if distill is None and not options.fits_statistics:
             raise OptionsError(f"{_named(options)} uses no statistics, and --data is to make them", "leave --data out")
-        if distill is not None and not retain:
-            what = "--distill" if target is None else "--target"
-            raise OptionsError(f"{what} needs samples of what the base must keep", "leave --no-retain out")
+        require_retained(retain, distill, aim)
         if retain_data is not None and not retain:
             raise OptionsError("--retain-data and --no-retain exclude each other", "pass the one that you mean")
         if calibration is not None and calibration.teacher_weight is not None:
@@ -321,6 +320,7 @@ class _Job:
         if self.aim is not None:
             options = replace(options, density=self.aim.densities[-1])
         self._check_work()
+        require_divisible(options, fleet or Fleet())
         fresh = self.keep_stats is None and options.overwrite
         self.done = tuple(not fresh and self._is_there(side) for side in self.sides)
         stats = []
@@ -339,6 +339,8 @@ class _Job:
         check_writable(self.target, options, inputs.base)
         paths = [self.base, self.tuned, self.data, *([] if self.retain_data is None else [self.retain_data])]
         self.target.check(paths, patch)
+        if options.check_propagation:
+            check_room(self.target, patch, inputs)
         expected = [one for one in stats if isinstance(one, ExpectedStats)]
         why = self._why_in_steps(fleet)
         if not why:
@@ -374,7 +376,7 @@ class _Job:
         costs = []
         if self.picks:
             work = known.work(self.stored[TUNED], stats[0])
-            costs.append(known.pick("pick the teacher's weight", work, self.sides[0].samples, self.sides[0].tokens))
+            costs.append(known.pick(PICKING, work, self.sides[0].samples, self.sides[0].tokens))
         for side, done, one in zip(self.sides, self.done, stats, strict=True):
             written = side.options.length if side.data is None else None
             work = known.work(self.stored[side.name], one)
@@ -385,8 +387,7 @@ class _Job:
         if self.distill is not None:
             last.append(known.distill(patch, base, stats[0], self.distill, tokens // samples))
         if self.aim is not None and self.distill is not None:
-            what = search_in_words(self.aim, self.distill.known_steps)
-            last = [repeated(what, list(zip(last, (len(self.aim.densities), ATTEMPTS), strict=True)))]
+            last = [searching(self.aim, patch, last)]
         return known.plan([*costs, *last])
 
     def _why_in_steps(self, fleet: Fleet | None) -> str:
@@ -456,6 +457,11 @@ class _Job:
         numel = sum(tensor.numel for tensor in patch.patched if tensor.role == "linear")
         seconds = None if rates is None else patching(rates, base, stats, tokens, self.options, numel)
         how = ", propagated: three models run block by block" if patch.propagates else ""
+        if self.options.check_propagation:
+            how = f"{how}; and plainly, to write the better of both"
+            if rates is not None and seconds is not None:
+                plainly = replace(self.options, propagate=False, check_propagation=False)
+                seconds += patching(rates, base, stats, tokens, plainly, numel)
         training = None
         if self.distill is not None and rates is not None:
             each = tokens // sum(side.samples for side in self.sides)

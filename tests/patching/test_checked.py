@@ -88,11 +88,16 @@ def test_what_it_cannot_check_is_one_error(pair, tmp_path):
     refused(*command(pair, "--check-propagation", "--no-propagate", "-o", tmp_path / "o"), mentions=["propagated"])
     (tmp_path / "o.check").mkdir()
     (tmp_path / "o.check" / "thesis.txt").write_text("mine")
-    refused(*command(pair, "--check-propagation", "-o", tmp_path / "o"), mentions=["o.check"])
+    for how in ((), ("--dry-run",), ("--distill", "--dry-run")):
+        refused(*command(pair, "--check-propagation", "-o", tmp_path / "o", *how), mentions=["o.check"])
     assert (tmp_path / "o.check" / "thesis.txt").read_text() == "mine"
 
 
 def test_the_whole_job_takes_it_in_steps(pair, tmp_path):
     data = ("--data", pair / "data.jsonl", "--num-samples", 12, "--seq-len", 24, "--check-propagation")
-    shown = run("patch", pair / "base", pair / "tuned", *data, "-o", tmp_path / "out", "--dry-run")
+    job = ("patch", pair / "base", pair / "tuned", *data, "-o", tmp_path / "out", "--dry-run")
+    shown = run(*job)
     assert "not in one pass: --check-propagation" in shown.stdout
+    assert "and plainly, to write the better of both" in " ".join(shown.stdout.split())
+    (tmp_path / "out.check").write_text("mine")
+    refused(*job, mentions=["out.check"])

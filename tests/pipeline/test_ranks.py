@@ -142,8 +142,13 @@ def test_dry_runs_tell_what_ranks_cost_with_weights_and_with_a_config_alone(pair
     assert (shown["ranks"], shown["machines"], len(shown["steps"])) == (8, 2, 3)
     assert shown["seconds"] == pytest.approx(sum(step["seconds"] for step in shown["steps"]))
     assert all(step["seconds"] == pytest.approx(sum(step["parts"].values())) for step in shown["steps"])
-    told = run("patch", bare, bare, *small, "-o", tmp_path / "out", "--dry-run", "--ranks", 2).stdout
+    how = (*small, "-o", tmp_path / "out", "--dry-run", "--ranks", 2)
+    search = ("--data", pair / "data.jsonl", "--target", "old=99", "--teacher-weight", "auto")
+    told = run("patch", bare, bare, *how, *search).stdout
     assert "on 2 ranks by rates measured here" in told
+    assert "1. pick the teacher's weight" in told
+    assert "4. search for old=99" in told
+    refused("patch", bare, bare, *how, "--check-propagation", mentions=["single process"])
     assert "weights as its config.json describes them" in told
     told = run("calibrate", bare, "--synthetic", "-o", tmp_path / "stats", "--dry-run", "--ranks", 2).stdout
     assert "on 2 ranks" in told
@@ -165,7 +170,9 @@ def test_a_calibration_is_planned_by_its_own_samples(pair, tmp_path):
 def test_ranks_of_a_patch_with_statistics(pair, tmp_path):
     run("calibrate", pair / "tuned", "--data", pair / "data.jsonl", "-o", tmp_path / "stats", "--num-samples", 8)
     patch = ("patch", pair / "base", pair / "tuned", "-o", tmp_path / "out", "--stats", tmp_path / "stats", "--dry-run")
-    assert "on 4 ranks by rates measured here" in run(*patch, "--ranks", 4).stdout
+    told = run(*patch, "--ranks", 4, "--teacher-weight", "auto").stdout
+    assert "on 4 ranks by rates measured here" in told
+    assert "pick the teacher's weight" in told
     refused(*patch, "--ranks", "many", mentions=["--ranks", "many"])
     magnitude = ("patch", pair / "base", pair / "tuned", "-o", tmp_path / "out", "--method", "magnitude", "--dry-run")
     refused(*magnitude, "--ranks", 4, mentions=["--ranks"])
