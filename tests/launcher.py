@@ -223,6 +223,7 @@ if __name__ == "__main__":
     from transformers import GPT2LMHeadModel, LlamaForCausalLM  # noqa: F401
 
     import tailorcli.calibration.calibrate
+    import tailorcli.cli.app
     import tailorcli.patching.patch  # noqa: F401
 
     gc.collect()

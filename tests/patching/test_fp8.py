@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import bits, broken_off, folder_digest, make_pair, quantise, read_tensors, refused
 
-from tailorcli import PatchOptions, Stats, calibrate_model, patch_checkpoint
+from tailorcli import CalibrateOptions, PatchOptions, Stats, calibrate_model, patch_checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.checkpoint.writer import CheckpointWriter
 
@@ -114,16 +114,19 @@ def test_what_does_not_go_with_fp8_is_refused(fp8_pair, tmp_path):
 
 def test_propagation_sees_the_rounded_weights_and_resumes_to_the_same_bytes(fp8_pair, tmp_path):
     folder, _ = fp8_pair
-    calibrate_model(folder / "base", folder / "data.jsonl", folder / "retain")
+    few = CalibrateOptions(num_samples=12)  # each goes through four models
+    stats = {"tuned": tmp_path / "stats", "base": tmp_path / "retain"}
+    for which, place in stats.items():
+        calibrate_model(folder / which, folder / "data.jsonl", place, few)
     arguments = (folder / "base", folder / "tuned")
-    more = {"retain": folder / "retain"}
+    more = {"retain": stats["base"]}
     options = PatchOptions(density=0.3, propagate=True)
-    report = patch_checkpoint(*arguments, tmp_path / "whole", folder / "stats", options, **more)
+    report = patch_checkpoint(*arguments, tmp_path / "whole", stats["tuned"], options, **more)
     assert report.totals["propagated"] > 0
     with broken_off(CheckpointWriter, 9):
-        patch_checkpoint(*arguments, tmp_path / "out", folder / "stats", options, **more)
+        patch_checkpoint(*arguments, tmp_path / "out", stats["tuned"], options, **more)
     again = PatchOptions(density=0.3, propagate=True, resume=True)
-    patch_checkpoint(*arguments, tmp_path / "out", folder / "stats", again, **more)
+    patch_checkpoint(*arguments, tmp_path / "out", stats["tuned"], again, **more)
     assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "whole")
     base, out = read_tensors(folder / "base"), read_tensors(tmp_path / "out")
     name = "model.layers.1.self_attn.o_proj.weight"

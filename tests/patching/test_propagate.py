@@ -43,6 +43,7 @@ from tailorcli.patchfile.writer import PatchWriter
 from tailorcli.patching.propagate import Propagation, _spread
 
 PROPAGATED = PatchOptions(propagate=True, retain_weight=0.3, damping=0.1)
+FEW = CalibrateOptions(num_samples=12)  # each sample goes through up to four models
 CPU = torch.device("cpu")
 OTHER = {"tuned": "base", "base": "tuned"}  # the model whose samples they are not
 
@@ -164,7 +165,7 @@ def test_a_float16_model_with_large_activations_reports_the_shifts_of_a_float32_
     for dtype in ("float16", "float32"):
         stats = {which: tmp_path / f"{which}-{dtype}" for which in ("base", "tuned")}
         for which, folder in stats.items():
-            calibrate_model(tmp_path / which, tmp_path / "data.jsonl", folder, CalibrateOptions(dtype=dtype))
+            calibrate_model(tmp_path / which, tmp_path / "data.jsonl", folder, replace(FEW, dtype=dtype))
         report = patch_checkpoint(
             *(tmp_path / "base", tmp_path / "tuned", tmp_path / dtype, stats["tuned"], PROPAGATED),
             retain=stats["base"],
@@ -548,7 +549,7 @@ def test_other_families_are_propagated_as_far_as_their_inputs_can_be_told(tmp_pa
     count, reached = KINDS[kind]
     make_pair(tmp_path, kind) if kind == "gpt2" else make_family_pair(tmp_path, kind)
     for which in ("tuned", "base"):
-        calibrate_model(tmp_path / which, tmp_path / "data.jsonl", tmp_path / f"{which}-stats")
+        calibrate_model(tmp_path / which, tmp_path / "data.jsonl", tmp_path / f"{which}-stats", FEW)
     common = (tmp_path / "base", tmp_path / "tuned")
     report = patch_checkpoint(
         *(*common, tmp_path / "out", tmp_path / "tuned-stats", PROPAGATED), retain=tmp_path / "base-stats"
@@ -583,8 +584,8 @@ def test_an_adapter_is_propagated_as_the_model_that_it_makes(tmp_path):
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     make_tokenizer().save_pretrained(tmp_path / "merged")
     for name, base in (("adapter", tmp_path / "base"), ("merged", None)):
-        calibrate_model(tmp_path / name, tmp_path / "data.jsonl", tmp_path / f"{name}-stats", base=base)
-    calibrate_model(tmp_path / "base", tmp_path / "data.jsonl", tmp_path / "retain")
+        calibrate_model(tmp_path / name, tmp_path / "data.jsonl", tmp_path / f"{name}-stats", FEW, base=base)
+    calibrate_model(tmp_path / "base", tmp_path / "data.jsonl", tmp_path / "retain", FEW)
     for name in ("adapter", "merged"):
         patch_checkpoint(
             *(tmp_path / "base", tmp_path / name, tmp_path / f"{name}-out", tmp_path / f"{name}-stats", PROPAGATED),
@@ -617,8 +618,8 @@ def test_the_patched_model_runs_under_the_config_that_the_output_gets(tmp_path):
     config = json.loads((folder / "tuned" / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
     (folder / "tuned" / "config.json").write_text(json.dumps(config))
-    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
-    calibrate_model(folder / "base", folder / "data.jsonl", folder / "retain")
+    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats", FEW)
+    calibrate_model(folder / "base", folder / "data.jsonl", folder / "retain", FEW)
     options = PatchOptions(density=1.0, retain_weight=1e-6, damping=1e-4, propagate=True)
     run(folder, tmp_path / "out", options)
     ids = torch.randint(2, 97, (4, 60), generator=torch.Generator().manual_seed(0))

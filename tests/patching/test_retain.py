@@ -286,7 +286,7 @@ def test_the_figures_are_those_of_the_values_that_are_stored():
 
 # --- Checkpoints --------------------------------------------------------------------------------------------------
 
-SYNTHETIC = CalibrateOptions(synthetic=True, num_samples=40, seq_len=24)
+SYNTHETIC = CalibrateOptions(synthetic=True, num_samples=16, seq_len=24)
 
 
 @pytest.fixture(scope="module")

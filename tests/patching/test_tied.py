@@ -32,7 +32,7 @@ def pairs(request, tmp_path_factory):
         folder = make_pair(tmp_path_factory.mktemp(name), kind, tied=True)
         for part in ("base", "tuned") if name == "twice" else ():
             store_twice(folder / part, kind)
-        how = ["--data", folder / "data.jsonl", "-o"]
+        how = ["--data", folder / "data.jsonl", "--num-samples", 12, "-o"]
         run("calibrate", folder / "tuned", *how, folder / "stats")
         run("calibrate", folder / "base", *how, folder / "retained")
         made.append(folder)

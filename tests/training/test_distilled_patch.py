@@ -102,6 +102,7 @@ def test_a_run_that_was_broken_off_is_finished_to_the_same_bytes(pair, tmp_path,
     assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "whole")
 
 
+@ONE_KIND
 def test_what_is_trained_is_chosen_by_the_sum_of_scores_unless_another_is_asked_for(pair, tmp_path):
     closed = {}
     for score in ("paper", "sum"):
