@@ -1,5 +1,6 @@
 """Every family of models through the whole chain: calibrate, patch, load; in the ordinary way and block by block."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -33,6 +34,18 @@ def chain(tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="module")
+def outputs_of(chain):
+    """What a family's ``base`` or ``tuned`` gives, worked out once."""
+
+    @functools.cache
+    def of(name, model):
+        folder, _ = chain(name)
+        return outputs(load(FAMILIES[name], folder / model), FAMILIES[name])
+
+    return of
+
+
 def load(family, folder):
     return type(family.make()).from_pretrained(folder)
 
@@ -48,17 +61,18 @@ def test_every_tensor_is_calibrated_or_has_its_reason(chain, name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(("density", "model"), [(1.0, "tuned"), (0.0, "base")])
-def test_an_all_keeping_mask_gives_the_tuned_logits_and_an_empty_one_the_base(chain, tmp_path, name, density, model):
+def test_an_all_keeping_mask_gives_the_tuned_logits_and_an_empty_one_the_base(
+    chain, outputs_of, tmp_path, name, density, model
+):
     folder, _ = chain(name)
     options = PatchOptions(density=density)
     patch_checkpoint(folder / "base", folder / "tuned", tmp_path / "out", folder / "stats", options)
     family = FAMILIES[name]
-    expected = outputs(load(family, folder / model), family)
-    assert torch.equal(outputs(load(family, tmp_path / "out"), family), expected)
+    assert torch.equal(outputs(load(family, tmp_path / "out"), family), outputs_of(name, model))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_sparse_patch_loads_and_keeps_its_density(chain, tmp_path, name):
+def test_a_sparse_patch_loads_and_keeps_its_density(chain, outputs_of, tmp_path, name):
     folder, _ = chain(name)
     options = PatchOptions(density=0.3)
     report = patch_checkpoint(folder / "base", folder / "tuned", tmp_path / "out", folder / "stats", options)
@@ -75,7 +89,7 @@ def test_a_sparse_patch_loads_and_keeps_its_density(chain, tmp_path, name):
     found = outputs(load(family, tmp_path / "out"), family)
     assert found.isfinite().all()
     for model in ("base", "tuned"):
-        assert not torch.equal(found, outputs(load(family, folder / model), family))
+        assert not torch.equal(found, outputs_of(name, model))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
