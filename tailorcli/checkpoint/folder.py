@@ -70,7 +70,7 @@ class Checkpoint:
             if (folder / INDEX_FILE).exists():
                 return cls(folder, *_open_shards(folder))
             if (shards := _shards_without_index(folder)) is not None:
-                checkpoint = cls(folder, {n: i for shard in shards for n, i in read_header(shard)[0].items()}, shards)
+                checkpoint = cls(folder, _in_all(shards), shards)
                 checkpoint.is_found = False
                 return checkpoint
             raise _no_weights(folder)
@@ -225,6 +225,20 @@ def _shards_without_index(folder: Path) -> list[Path] | None:
     count = len(shards)
     complete = [folder / f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     return shards if count and shards == complete else None
+
+
+def _in_all(shards: list[Path]) -> dict[str, TensorInfo]:
+    """The tensors of shards that no index tells about. Raises CheckpointError for a name that is in two of them."""
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for name, info in read_header(shard)[0].items():
+            if name in tensors:
+                what = (
+                    f"{tensors[name].file} and {shard} both hold tensor {name!r}, and no {INDEX_FILE} says which counts"
+                )
+                raise CheckpointError(what, SAVE_AGAIN)
+            tensors[name] = info
+    return tensors
 
 
 def _open_shards(folder: Path) -> tuple[dict[str, TensorInfo], list[Path]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tailorcli.errors import CheckpointError, other_base
 from tailorcli.files import PathLike, read_json, same_bytes
 from tailorcli.guard import Watch
 from tailorcli.hub import local_folders
+from tailorcli.options import Fp8Output
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, load_report
 from tailorcli.patchfile.view import read_patched
@@ -66,7 +67,8 @@ def verify_checkpoint(
 ) -> VerifyReport:
     """Compare ``checkpoint`` bit for bit with ``base`` outside the mask, and with ``patch`` inside it.
 
-    Without a patch file the checkpoint's own report says how many entries of each tensor may differ from the base.
+    Without a patch file the checkpoint's own report says how many entries of each tensor may differ from the base;
+    of a vocabulary that was resized the rows that the base has are compared.
     Raises TailorError where an input cannot be read or ``patch`` is not of ``base``.
     """
     keep_freed_memory()
@@ -75,13 +77,12 @@ def verify_checkpoint(
         opened = stack.enter_context(Checkpoint.open(base))
         found = stack.enter_context(Checkpoint.open(checkpoint))
         watch = Watch([*opened.shards, *found.shards, *([] if patch is None else [Path(patch)])])
-        file = None
-        kept: dict[str, int] = {}
+        file, kept, grows = None, dict[str, int](), False
         if patch is not None:
             file = stack.enter_context(PatchFile.open(patch))
             file.check_base(opened)
         else:
-            kept = _kept_by_report(found, opened)
+            kept, grows = _kept_by_report(found, opened)
         report = VerifyReport(str(found.path), "patch" if file is not None else "report")
         _check_files(found, report)
         for name in found.tensors:
@@ -93,7 +94,7 @@ def verify_checkpoint(
             file.check([info.name for info in own if info.name in file.tensors])
         bar = stack.enter_context(progress_bar(own, "verifying", progress))
         parts = []
-        for info, part in _parts(own, _Inputs(opened, found, file, kept)):
+        for info, part in _parts(own, _Inputs(opened, found, file, kept, grows)):
             parts.append(part)
             bar.update(info.nbytes)
         watch.require_unchanged()
@@ -114,16 +115,20 @@ def _join(report: VerifyReport, parts: Sequence[VerifyReport], order: Sequence[s
     report.problems = [*report.problems, *found][:MOST_PROBLEMS]
 
 
-def _kept_by_report(found: Checkpoint, base: Checkpoint) -> dict[str, int]:
-    """How many entries of each patched tensor the checkpoint's own report says were kept."""
+def _kept_by_report(found: Checkpoint, base: Checkpoint) -> tuple[dict[str, int], bool]:
+    """How many entries of each patched tensor the checkpoint's own report says were kept; whether it has new rows."""
     path = found.path / REPORT_FILE
     hint = "pass the patch: --patch FILE"
     if not path.exists():
         raise CheckpointError(f"{found.path} has no {REPORT_FILE} that would say what was kept", hint)
     saved = load_report(path)
+    if saved.options.get("fp8_output") == Fp8Output.BF16:
+        what = f"{found.path} holds FP8 weights of {base.path} in bfloat16: none of their bits can be compared"
+        raise CheckpointError(what, "verify one that was written with --fp8-output fp8")
     if saved.inputs["base"]["fingerprint"] != base.fingerprint():
         raise CheckpointError(f"{path} says that it was made from another base than {base.path}", hint)
-    return {tensor.name: tensor.kept for tensor in saved.tensors if tensor.patched}
+    kept = {tensor.name: tensor.kept for tensor in saved.tensors if tensor.patched}
+    return kept, bool(saved.options.get("resized_vocab"))
 
 
 def _check_files(found: Checkpoint, report: VerifyReport) -> None:
@@ -148,6 +153,7 @@ class _Inputs:
     found: Checkpoint
     file: PatchFile | None
     kept: dict[str, int]
+    grows: bool = False  # whether tensors may have further rows, of which the base knows nothing
 
     def may_differ(self, name: str) -> bool:
         """Whether some entries of a tensor may be others than the base's."""
@@ -177,7 +183,7 @@ def _part_of(info: TensorInfo, inputs: _Inputs) -> VerifyReport:
     other = inputs.found.tensors.get(info.name)
     if other is None:
         part.add(info.name, "it is missing")
-    elif (info.dtype, info.shape) != (other.dtype, other.shape):
+    elif (info.dtype, info.shape) != (other.dtype, other.shape) and not (inputs.grows and _has_new_rows(info, other)):
         what = f"it is {other.dtype} {list(other.shape)}, the base has {info.dtype} {list(info.shape)}"
         part.add(info.name, what)
     elif inputs.may_differ(info.name):
@@ -185,6 +191,12 @@ def _part_of(info: TensorInfo, inputs: _Inputs) -> VerifyReport:
     else:
         _compare_equal(info, inputs, part)
     return part
+
+
+def _has_new_rows(info: TensorInfo, other: TensorInfo) -> bool:
+    """Whether ``other`` has the rows of ``info``, as far as its shape tells, and more behind them."""
+    alike = info.dtype == other.dtype and info.shape[1:] == other.shape[1:]
+    return alike and len(info.shape) > 0 and 0 < info.shape[0] < other.shape[0]
 
 
 def _compare_equal(info: TensorInfo, inputs: _Inputs, part: VerifyReport) -> None:
@@ -231,7 +243,8 @@ def _compare_patched(info: TensorInfo, inputs: _Inputs, part: VerifyReport) -> N
 
 def _in_pieces(info: TensorInfo, inputs: _Inputs) -> tuple[Iterator[memoryview], Iterator[memoryview]]:
     """A tensor's bytes in the base and in the checkpoint, in pieces that the processor's cache has room for."""
-    return inputs.base.pieces(info, STEP_BYTES), inputs.found.pieces(inputs.found.tensors[info.name], STEP_BYTES)
+    other = replace(inputs.found.tensors[info.name], nbytes=info.nbytes)  # without rows that are new
+    return inputs.base.pieces(info, STEP_BYTES), inputs.found.pieces(other, STEP_BYTES)
 
 
 def _name_differences(info: TensorInfo, inputs: _Inputs, file: PatchFile, part: VerifyReport) -> None:

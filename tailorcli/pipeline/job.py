@@ -222,6 +222,11 @@ class _Job:
         if distill is None and not options.fits_statistics:
             raise OptionsError(f"{_named(options)} uses no statistics, and --data is to make them", "leave --data out")
         require_retained(retain, distill, aim)
+        if options.resized_vocab and retain and distill is None:
+            raise OptionsError(
+                "what BASE must keep is measured on BASE, which knows nothing of the new rows of --resized-vocab",
+                "pass --no-retain, or give the base the new rows first: resize_token_embeddings",
+            )
         if retain_data is not None and not retain:
             raise OptionsError("--retain-data and --no-retain exclude each other", "pass the one that you mean")
         if calibration is not None and calibration.teacher_weight is not None:
@@ -241,7 +246,7 @@ class _Job:
             Path(data),
             None if retain_data is None else Path(retain_data),
             retain,
-            options.resolved(retain, distilled=distill is not None),
+            options.resolved(retain and not options.resized_vocab, distilled=distill is not None),
             calibration,
             distill,
             where,
@@ -330,7 +335,8 @@ class _Job:
             stats.append(side.stats(model, inputs.base if at_weight else self.stored[side.name], done, stack))
             if side.name == TUNED and not at_weight:
                 stats[-1].rename_for(inputs.tuned)
-        first, retained = (stats[0], stats[1] if self.retained else None) if options.fits_statistics else (None, None)
+        has_term = self.retained and not options.resized_vocab  # else the base lends its samples alone
+        first, retained = (stats[0], stats[1] if has_term else None) if options.fits_statistics else (None, None)
         patch = build_plan(inputs.base, inputs.tuned, first, options, retained)
         if self.distill is not None:
             samples = [side.inputs for side in self.sides]

@@ -434,3 +434,10 @@ def test_no_index_breaks_the_reader(sharded):
             messages.append(error.message)
     assert len(messages) > 100
     assert all(INDEX_FILE in message for message in messages)
+
+
+def test_a_name_in_two_shards_that_no_index_tells_apart_is_refused(tmp_path):
+    for number in (1, 2):
+        save_file({"a": torch.full((2,), number)}, tmp_path / f"model-0000{number}-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="both hold tensor 'a'"):
+        Checkpoint.open(tmp_path)

@@ -12,6 +12,7 @@ from tailorcli import (
     patch_checkpoint,
     patch_to_target,
     score_checkpoint,
+    verify_checkpoint,
 )
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import grow_vocabulary
@@ -37,6 +38,7 @@ def test_common_rows_are_patched_and_new_rows_are_tuned_s(grown_pair, tmp_path, 
     folder = grown_pair
     options = PatchOptions(density=density, solver=solver, resized_vocab=True)
     report = patch_checkpoint(folder / "base", folder / "tuned", tmp_path / "out", folder / "stats", options)
+    assert verify_checkpoint(tmp_path / "out", folder / "base").ok  # the rows that both have
     base, tuned, out = (read_tensors(path) for path in (folder / "base", folder / "tuned", tmp_path / "out"))
     records = {record["name"]: record for record in report.to_dict()["tensors"]}
     for name in TABLES:
@@ -54,10 +56,25 @@ def test_common_rows_are_patched_and_new_rows_are_tuned_s(grown_pair, tmp_path, 
     assert model(input_ids=torch.tensor([[106, 3]])).logits.shape == (1, 2, 107)
 
 
+def flip_a_bit(folder, name):
+    with Checkpoint.open(folder) as opened:
+        info = opened.tensors[name]
+    with info.file.open("r+b") as stream:
+        stream.seek(info.offset)
+        (byte,) = stream.read(1)
+        stream.seek(info.offset)
+        stream.write(bytes([byte ^ 1]))
+
+
 def test_tables_that_stay_at_base_still_get_their_new_rows(grown_pair, tmp_path):
     folder = grown_pair
     options = PatchOptions(exclude=("*embed*", "lm_head*"), resized_vocab=True)
     patch_checkpoint(folder / "base", folder / "tuned", tmp_path / "out", folder / "stats", options)
+    assert verify_checkpoint(tmp_path / "out", folder / "base").ok
+    flip_a_bit(tmp_path / "out", "lm_head.weight")
+    found = verify_checkpoint(tmp_path / "out", folder / "base")
+    assert [problem["tensor"] for problem in found.problems] == ["lm_head.weight"]
+    flip_a_bit(tmp_path / "out", "lm_head.weight")
     base, tuned, out = (read_tensors(path) for path in (folder / "base", folder / "tuned", tmp_path / "out"))
     for name in TABLES:
         assert bits(out[name]) == bits(torch.cat([base[name], tuned[name][100:]]))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import bits, broken_off, folder_digest, make_pair, quantise, read_tensors, refused
+from helpers import bits, broken_off, folder_digest, make_pair, quantise, read_tensors, refused, run
 
 from tailorcli import CalibrateOptions, PatchOptions, Stats, calibrate_model, patch_checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
@@ -74,6 +74,10 @@ def test_with_statistics_in_either_form(fp8_pair, tmp_path, form):
     report = patch_checkpoint(folder / "base", folder / "tuned", tmp_path / "out", folder / "stats", options)
     assert report.totals["error_after"] < report.totals["error_before"]
     out = read_tensors(tmp_path / "out")
+    if form == "fp8":
+        run("verify", tmp_path / "out", "--base", folder / "base")
+    else:
+        refused("verify", tmp_path / "out", "--base", folder / "base", mentions=["in bfloat16"])
     name = "model.layers.0.mlp.up_proj.weight"
     if form == "fp8":
         same = out[name].view(torch.uint8) == read_tensors(folder / "base")[name].view(torch.uint8)

@@ -347,6 +347,7 @@ def test_one_clear_error_where_options_contradict_one_another(steps, tmp_path):
     refused(*command, "--keep-stats", tmp_path / "k", "--stats", steps / "stats", mentions=["--keep-stats"])
     refused(*command, *data, "--method", "interpolate", mentions=["--method interpolate"])
     refused(*command, *data, "--no-retain", "--distill", mentions=["--distill"])
+    assert "--no-retain" in refused(*command, *data, "--resized-vocab", mentions=["new rows"])
     refused(*command, *data, "--no-retain", "--retain-data", steps / "data.jsonl", mentions=["--no-retain"])
     assert "tailorcli check" in refused(*command, "--dry-run", mentions=["no statistics"])
     refused(*command, *data, "--keep-stats", steps / "base", mentions=["replace an input"])
