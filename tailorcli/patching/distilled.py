@@ -17,7 +17,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import GrownCheckpoint
 from tailorcli.checkpoint.quantized import UnroundedCheckpoint
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
-from tailorcli.distributed import ranks, require_shared, told
+from tailorcli.distributed import ranks, require_shared, told, wait_for_all
 from tailorcli.errors import OptionsError, OutputError
 from tailorcli.files import PathLike, as_output_error, digest_of
 from tailorcli.guard import Watch
@@ -83,7 +83,8 @@ def distill_checkpoint(
     target = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
     if options.teacher_weight == AUTO:
         plan_distilled(base, tuned, output, stats, retain, options, distill, patch_file, graft_data)
-        options = with_teacher(options, base, tuned, stats, teacher_data, progress)
+        options = told(with_teacher(options, base, tuned, stats, teacher_data, progress and ranks().first))
+        wait_for_all("the teacher's weight to be picked")  # none writes before all have checked
     with ExitStack() as stack:
         sources = _Sources.open(base, tuned, stats, retain, options, stack, graft_data)
         inputs, both, options = sources.inputs, sources.both, sources.options
