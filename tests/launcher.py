@@ -111,6 +111,7 @@ def _server():
         try:
             ours = _connected()
         except OSError:
+            Path(_address()).unlink(missing_ok=True)  # left by one that was killed
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
                 listener.bind(_address())
                 listener.listen(100)
