@@ -23,7 +23,7 @@ from tailorcli.files import PathLike, as_output_error, digest_of
 from tailorcli.guard import Watch
 from tailorcli.hub import local_folders
 from tailorcli.models.naming import open_for
-from tailorcli.options import AUTO, DistillOptions, PatchOptions
+from tailorcli.options import AUTO, DistillOptions, PatchOptions, options_in_report
 from tailorcli.patchfile.reader import PatchFile, raw_bytes
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patchfile.view import side_sources
@@ -36,6 +36,7 @@ from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs, described_stats
 from tailorcli.patching.teacher import with_teacher
 from tailorcli.patching.three_models import options_of
+from tailorcli.runs.again import RETAINED
 from tailorcli.runs.card import CARD
 from tailorcli.runs.outputs import Target, identity_of, progress_bar
 from tailorcli.runs.plan import Plan, TrainingPlan
@@ -241,6 +242,8 @@ def distill_patch(
         inputs = closed.inputs
         if closed.command == "patch":
             both = (teachers[0][1], retained)
+            if not {"retain", RETAINED} & inputs.keys() and options_in_report(closed.options).fits_statistics:
+                closed = replace(closed, options=closed.options | {"retain_weight": 0.0})  # it lends samples alone
             inputs = inputs | described_stats(*both)
             side[CARD] = card_of_trained(closed, opened, teachers[0][0], distill, both)
         manifest = {"task": file.manifest.task, "license": file.manifest.license, "inputs": inputs}

@@ -179,6 +179,11 @@ def test_a_patch_file_can_be_distilled_by_itself(pair, tmp_path):
     once, out = read_tensors(tmp_path / "once"), read_tensors(output)
     assert all(bits(value) == bits(out[name]) for name, value in once.items())
     assert report.distillation["best"] > 0
+    assert report.options["retain_weight"] == chosen.retain_weight
+    patch_checkpoint(base, tuned, None, stats, PatchOptions(density=0.3), patch_file=tmp_path / "alone.safetensors")
+    alone = distill_patch(tmp_path / "alone.safetensors", base, tuned, stats, retain, tmp_path / "a", distill=DISTILL)
+    assert alone.options["retain_weight"] == 0.0  # the base lends its samples alone
+    assert "--retain-weight 0 " in (tmp_path / "a" / "README.md").read_text()
     with pytest.raises(TailorError, match="1 fine-tuned models and 2 statistics"):
         distill_patch(file, base, tuned, [stats, stats], retain, tmp_path / "no")
 
