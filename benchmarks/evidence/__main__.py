@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.common import cache_root
 from benchmarks.evidence import pairs, pictures, readme, render, summary
-from benchmarks.evidence.run import GRIDS, SMALL, Outcome, first_of, run_all
+from benchmarks.evidence.run import GRIDS, MANY, ON_MANY, SMALL, Outcome, first_of, run_all
 from benchmarks.evidence.stored import load_outcomes, machine_of, names_missing
 from benchmarks.multimodal.data import COUNTS
 from benchmarks.multimodal.model import BASE_RECIPE, PATCH, PIXELS, TUNED_RECIPE
@@ -117,18 +117,20 @@ def _write(part: str, name: str, outcomes: list[Outcome], cache: Path | None, ma
 
 def _head(part: str, name: str, machine: dict[str, Any], missing: list[str]) -> str:
     ran_on = ", ".join(filter(None, (machine["gpu"], machine["processor"])))
-    grid = GRIDS[part]
+    grid, steps = GRIDS[part], DistillOptions().for_samples(MANY).steps
     title, how = f"The evidence: {part}", f"`make evidence` (`python -m benchmarks.evidence {part}`)"
     if part == SMALL:
         title, how = "The evidence: text, on two cores", f"`python -m benchmarks.evidence {part}`"
     if name != part:
         title = f"{title}, with the methods of 2025 and 2026"
         how = f"`python -m benchmarks.evidence {part} --stored FOLDER` from results that were stored before"
+    many = f"- **{ON_MANY}** is the same on so many of each kind, for the {steps} steps that they get.\n"
     lacking = ""
     if missing:
         distilled = [f"*{label}*" for label in missing if summary.DISTILLED in label]
         among = f", {' and '.join(distilled)} among them" if distilled else ""
-        lacking = f"- **Not measured** in this run, which was cut short: {len(missing)} settings of the grid{among}."
+        count = f"{len(missing)} settings of the grid{among}"
+        lacking = f"- **Not measured** on every task in this run, which was cut short: {count}."
     return f"""# {title}
 
 Written by {how}; every figure is from its last run.
@@ -141,8 +143,9 @@ Written by {how}; every figure is from its last run.
   measure; **gain kept** is that of what fine-tuning gained on the new task.
 - **distilled** is the default with its kept entries trained (`--distill`), at one default for all
   ({grid.distill_steps or DISTILL_STEPS} steps, rate {DistillOptions().rate:g}, B {DistillOptions().weight:g}).
-- **retained** is the retain term on samples that the base wrote itself ({grid.samples} of them), **retained on old
-  samples** on some of the old tasks' own training data; its weight is `--retain-weight`.
+{many if grid.many else ""}- **retained** is the retain term on samples that the base wrote itself
+  ({grid.samples} of them), **retained on old samples** on some of the old tasks' own training data; its weight is
+  `--retain-weight`.
 - **patch, s** was taken on a busy machine: compare it within a table only. **patch, MB** is the patch file's size.
 {lacking}
 
