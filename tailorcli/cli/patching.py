@@ -371,7 +371,7 @@ def patch(
         overwrite=overwrite,
     )
     training = (distill_steps, distill_rate, distill_weight, distill_batch_size, seed, distill_on)
-    how = DistillOptions(*training) if distill else None
+    how = DistillOptions(*training) if distill or target is not None else None
     _require_one_source(data, stats, retain, retain_data, no_retain, keep_stats)
     if deterministic and data is None:
         raise OptionsError(
@@ -388,7 +388,7 @@ def patch(
     if teacher_data is not None and options.teacher_weight != AUTO:
         raise typer.BadParameter("--teacher-data is for --teacher-weight auto")
     where: dict[str, Any] = {"patch_file": patch_file, "graft_data": graft_data}
-    usual = CalibrateOptions.of_job(distilled=distill or target is not None)
+    usual = CalibrateOptions.of_job(distilled=how is not None)
     job: dict[str, Any] = {
         "retain_data": retain_data,
         "retain": not no_retain and preset is None,
@@ -402,7 +402,7 @@ def patch(
             columns=DataColumns(text_column, prompt_column, response_column),
             deterministic=deterministic,
         ),
-        "distill": how if target is None else DistillOptions(*training),
+        "distill": how,
         "keep_stats": keep_stats,
         "teacher_data": teacher_data,
         "target": target,
@@ -418,8 +418,8 @@ def patch(
         show_job(job_plan, output, patch_file, as_json, tensors)
         return
     if dry_run:
-        if target is not None and stats is not None and retain is not None:
-            plan = plan_target(base, tuned, output, stats, retain, target, options, DistillOptions(*training), **where)
+        if target is not None and how is not None and stats is not None and retain is not None:
+            plan = plan_target(base, tuned, output, stats, retain, target, options, how, **where)
             assert plan.training is not None
             search = search_in_words(target, plan.training.steps)
             say(f"{search}; what follows is of the last of these densities", err=True)
@@ -429,8 +429,7 @@ def patch(
             plan = plan_patch(base, tuned, output, stats, options, retain=retain, **where)
         there = None
         if fleet is not None:
-            trained = how if target is None else DistillOptions(*training)
-            there = ranks_of_patch(base, tuned, stats, plan, options, retain, trained, fleet, target)
+            there = ranks_of_patch(base, tuned, stats, plan, options, retain, how, fleet, target)
         show_plan(plan, output, patch_file, as_json, tensors, there)
         if options.teacher_weight == AUTO:
             say("before that the teacher's weight is picked: models between BASE and TUNED are run", err=True)
@@ -448,8 +447,8 @@ def patch(
     else:
         shown["announce"] = None if as_json else partial(show_cost, output=output, patch_file=patch_file)
         where["teacher_data"] = teacher_data
-        if target is not None and stats is not None and retain is not None:
-            aimed = (base, tuned, output, stats, retain, target, options, DistillOptions(*training), shown["progress"])
+        if target is not None and how is not None and stats is not None and retain is not None:
+            aimed = (base, tuned, output, stats, retain, target, options, how, shown["progress"])
             report = patch_to_target(*aimed, tell=None if as_json else partial(say, err=True), **where)
         elif how is not None and stats is not None and retain is not None:
             report = distill_checkpoint(base, tuned, output, stats, retain, options, how, **where, **shown)

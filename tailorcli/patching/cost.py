@@ -71,7 +71,7 @@ def propagation_bytes(
     embedding = max((t.nbytes // t.shape[0] for t in tensors if t.role == "embedding" and len(t.shape) == 2), default=0)
     width = max((t.shape[-1] for t in tensors if t.role == "embedding" and len(t.shape) == 2), default=1)
     tokens = [int(source.manifest["data"].get("tokens", 0)) for source in known]
-    counts = [max(1, int((source.manifest.get("samples") or {}).get("count", 1))) for source in known]
+    counts = [max(1, source.sample_count) for source in known]
     passes = sum(number * (2 + min(1.0, COMPARED / count)) for number, count in zip(tokens, counts, strict=True))
     # Of each token, in two models, and of some in a third: what a block holds while it waits within (its input, the
     # residual stream, what its norm makes of that, queries, keys and values, or what the widest layer takes), and the

@@ -290,7 +290,7 @@ def ranks_of_patch(
         if known is None:
             return None
         kinds = [one for one in (inputs.stats, inputs.retain_stats) if one is not None]
-        samples = sum(int((one.manifest.get("samples") or {}).get("count", 1)) for one in kinds)
+        samples = sum(max(1, one.sample_count) for one in kinds)
         tokens = sum(int(one.manifest["data"].get("tokens", 0)) for one in kinds)
         costs = [known.patch(plan, inputs.base, inputs.stats, inputs.retain_stats, (samples, tokens))]
         if distill is not None:
