@@ -140,7 +140,7 @@ GRIDS = {
         fapm=(0.1, 0.3, 0.5),
         distilled=(0.1, 0.02),
     ),
-    SMALL: Grid(  # what two cores do in half an hour a pair
+    SMALL: Grid(  # what two cores can bear
         weights=(0.4, 0.5, 0.6, 0.7),
         dare=((0.5, 0.6),),
         magnitude=((0.3, 1.0),),
