@@ -30,12 +30,14 @@ class ExpectedStats(Stats):
         hessians: dict[str, HessianInfo],
         samples: int,
         tokens: int,
+        batch_size: int,
     ) -> None:
         weight = model.weight if isinstance(model, InterpolatedCheckpoint) else 1.0
         manifest = {
             "model": {"path": str(model.path), "fingerprint": model.fingerprint(), "teacher_weight": weight},
             "data": {"tokens": tokens},
             "samples": {"count": samples},
+            "options": {"batch_size": batch_size},
         }
         super().__init__(path, manifest, tensors, hessians, Checkpoint(path, {}, []))
 
@@ -90,7 +92,7 @@ def expected_stats(
         users[layer.name] = part + 1
         tensors[name], found = _entry(info, layer, network, (part, pieces[places[name]]), tokens)
         hessians |= found
-    return ExpectedStats(path, model, tensors, hessians, samples, tokens)
+    return ExpectedStats(path, model, tensors, hessians, samples, tokens, options.batch_size)
 
 
 def _entry(

@@ -385,9 +385,9 @@ class Estimate:
         held = max(tensor.held_bytes for tensor in plan.tensors)
         if plan.propagates:
             mine, alone = -(-samples // self.fleet.size) / max(1, samples), held
-            held += propagation_bytes(list(plan.tensors), base, stats, retain, mine)
+            held += propagation_bytes(list(plan.tensors), base, stats, retain, mine, on_heap=False)
             if self.device.memory is not None and held > self.device.memory:  # then hidden states wait elsewhere
-                held = alone + propagation_bytes(list(plan.tensors), base, stats, retain, 0.0)
+                held = alone + propagation_bytes(list(plan.tensors), base, stats, retain, 0.0, on_heap=False)
             how = ", propagated"
         what = f"patch {counted(len(plan.patched), 'tensor')}{how}"
         work, kinds = self.work(base, stats, plan), 1 if retain is None else 2

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +27,7 @@ from typer.testing import CliRunner
 
 from tailorcli import PatchOptions, TailorError, apply_patch, calibrate_model, patch_checkpoint, plan_patch
 from tailorcli.calibration.stats import SAMPLES, Stats
+from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.cli import app
 from tailorcli.core.hessian import unpack_triangle
@@ -40,6 +42,7 @@ from tailorcli.core.retain import retain_scale
 from tailorcli.options import CalibrateOptions
 from tailorcli.patchfile.report import load_report
 from tailorcli.patchfile.writer import PatchWriter
+from tailorcli.patching.cost import propagation_bytes
 from tailorcli.patching.propagate import Propagation, _spread
 
 PROPAGATED = PatchOptions(propagate=True, retain_weight=0.3, damping=0.1)
@@ -462,6 +465,21 @@ def test_the_patch_file_gives_the_same_checkpoint(pair, whole_file, tmp_path):
         expected = read_tensors(tmp_path / "out")
         for name, value in read_tensors(tmp_path / file.stem).items():
             assert bits(value) == bits(expected[name])
+
+
+def test_small_hidden_states_count_twice_where_the_heap_keeps_their_holes(pair, monkeypatch):
+    plan = plan_patch(*(pair / "base", pair / "tuned", None, pair / "stats", PROPAGATED), retain=pair / "retain")
+    known = Stats.open(pair / "stats"), Stats.open(pair / "retain")
+    with Checkpoint.open(pair / "base") as base, closing(known[0]), closing(known[1]):
+
+        def asked(**how):
+            return propagation_bytes(list(plan.tensors), base, *known, **how)
+
+        states = asked(on_heap=False) - asked(share=0.0, on_heap=False)
+        assert states > 0
+        assert asked() == asked(on_heap=False) + states
+        monkeypatch.setattr("tailorcli.patching.cost._MAPPED", 64)  # as if these arrays were large
+        assert asked() == asked(on_heap=False)
 
 
 def propagate_by_command(pair, *more):
