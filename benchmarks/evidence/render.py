@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from benchmarks.evidence.run import ON_MANY, OWN_DATA, SMALL
 from benchmarks.evidence.summary import (
+    ALONE,
+    AT_ALONE,
     AT_FIFTIETH,
     AT_MANY,
     AT_TENTH,
@@ -123,24 +125,24 @@ BARS = {  # percent of the old, of the new
 
 def bar(group: Group, old_kept: float, new_kept: float) -> str:
     """Whether the distilled default is ahead of all, and keeps enough of old and new; empty where there is none."""
-    found = {title: label for title, _, label in group.distilled()}
+    found = {title: (family, label) for title, family, label in group.distilled()}
     lines = []
-    for title, how in ((AT_TENTH, ""), (AT_MANY, f", {ON_MANY}")):
+    for title, how in ((AT_TENTH, ""), (AT_ALONE, ", not propagated"), (AT_MANY, f", {ON_MANY}")):
         if (tenth := found.get(title)) is None:
             continue
-        others = [one for one in rivals(group) if outcome_of(group, (DISTILLED, tenth), one) != "ahead of"]
+        others = [one for one in rivals(group) if outcome_of(group, tenth, one) != "ahead of"]
         names = ", ".join(f"*{label}* ({_ahead(group, tenth, (of, label))})" for of, label in others)
         missed = f"missed against {names}" if others else "met"
         lines.append(f"A higher H than every other method at its best, at density 0.1{how}: {missed}.")
         for name, least, what in (("origin", old_kept, "old"), ("target", new_kept, "new")):
-            share = float(group.share(DISTILLED, tenth, name)[0])
+            share = float(group.share(*tenth, name)[0])
             lines.append(f"At least {least:g}% of the {what}{how}: {_met(share >= least)} ({share:.1f}%).")
     if found and AT_TENTH not in found:
         lines.append("At density 0.1: not measured in this run.")
     best = group.best("interpolate")
     if (fiftieth := found.get(AT_FIFTIETH)) is not None and best is not None:
         rival = ("interpolate", best)
-        ahead = outcome_of(group, (DISTILLED, fiftieth), rival) == "ahead of"
+        ahead = outcome_of(group, fiftieth, rival) == "ahead of"
         by = _ahead(group, fiftieth, rival)
         lines.append(f"At density 0.02 a higher H than *{best}*: {_met(ahead)} ({by}).")
     return "\n".join(f"- {line}" for line in lines)
@@ -150,9 +152,9 @@ def _met(ok: bool) -> str:
     return "met" if ok else "missed"
 
 
-def _ahead(group: Group, label: str, rival: tuple[str, str]) -> str:
+def _ahead(group: Group, ours: tuple[str, str], rival: tuple[str, str]) -> str:
     """H of a distilled setting minus that of a rival, with its interval."""
-    difference, _ = group.difference((DISTILLED, label), rival)
+    difference, _ = group.difference(ours, rival)
     return f"{difference.value:+.2f}, {_interval(difference, '.2f')}"
 
 
@@ -181,6 +183,7 @@ def _ranking(group: Group, title: str, family: str, label: str) -> str:
     names = {
         "default": "The default is",
         "distilled": "The default, distilled, is",
+        AT_ALONE: "The default, distilled but not propagated, is",
         AT_MANY: f"The default, distilled on {ON_MANY}, is",
         "distilled, density 0.02": "At density 0.02, distilled, it is",
         "picked on validation data": f"The setting picked on validation data ({_weight_of(label)}) is",
@@ -191,7 +194,7 @@ def _ranking(group: Group, title: str, family: str, label: str) -> str:
 def _nearest(group: Group) -> list[str]:
     """How much of the gain comes with 99% of the old, at densities below 1."""
     near = []
-    for family in (DISTILLED, PROPAGATED, RETAINED, OWN_DATA):
+    for family in (DISTILLED, ALONE, PROPAGATED, RETAINED, OWN_DATA):
         points = [
             (label, group.share(family, label, "origin")[0], group.share(family, label, "gain")[0])
             for of, label in group.labels
@@ -248,7 +251,12 @@ def _weight_of(label: str) -> str:
 
 def _settings(label: str) -> str:
     """A label of our families without the family."""
-    return label.removeprefix(f"{DISTILLED}, ").removeprefix(f"{PROPAGATED}, ").removeprefix(f"{RETAINED}, ")
+    return (
+        label.removeprefix(f"{DISTILLED}, ")
+        .removeprefix(f"{ALONE}, ")
+        .removeprefix(f"{PROPAGATED}, ")
+        .removeprefix(f"{RETAINED}, ")
+    )
 
 
 def area_table(group: Group) -> str:

@@ -47,6 +47,7 @@ class Grid:
     dg_hard: tuple[float, ...] = ()  # scales of its threshold
     fapm: tuple[float, ...] = ()  # densities
     distilled: tuple[float, ...] = ()  # densities of the default, distilled at one default for all
+    unpropagated: tuple[float, ...] = ()  # densities of the same without propagation
     many: tuple[float, ...] = ()  # densities of the same on MANY samples
     distill_steps: int | None = None
     samples: int = SAMPLES  # of each kind
@@ -71,6 +72,7 @@ class Grid:
         found += [Setting(replace(_OPTIONS, solver="sequential", omega=omega)) for omega in self.omegas]
         found += [Setting(replace(_OPTIONS, omega=omega), retained=True) for omega in self.omegas]
         found += [distilled(density, self.distill_steps) for density in self.distilled]
+        found += [distilled(density, self.distill_steps, propagate=False) for density in self.unpropagated]
         return list(dict.fromkeys(found))
 
     def many_settings(self) -> list[Setting]:
@@ -86,9 +88,10 @@ def _other(method: str, **values: float) -> Setting:
     return Setting(replace(_OPTIONS, method=method, **values))  # type: ignore[arg-type]
 
 
-def distilled(density: float, steps: int | None = None) -> Setting:
-    """The default at a density, distilled."""
-    return Setting(replace(_OPTIONS, density=density), retained=True, distill=DistillOptions(steps=steps))
+def distilled(density: float, steps: int | None = None, *, propagate: bool | None = None) -> Setting:
+    """The default at a density, distilled; ``propagate`` may say whether it is propagated before."""
+    changed = replace(_OPTIONS, density=density, propagate=propagate)
+    return Setting(changed, retained=True, distill=DistillOptions(steps=steps))
 
 
 def _retained(density: float, beta: float, damping: float, *, propagate: bool) -> Setting:
@@ -172,6 +175,7 @@ GRIDS = {
         dg_hard=(0.5, 1.0, 2.0),
         fapm=(0.1, 0.3, 0.5),
         distilled=(0.1, 0.02),
+        unpropagated=(0.1,),
     ),
 }
 

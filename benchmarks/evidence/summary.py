@@ -19,6 +19,7 @@ PAPER = "sequential, density 0.1"
 DISTILLED = distilled(0.1).family
 TENTH, FIFTIETH = distilled(0.1).label, distilled(0.02).label  # at the default number of steps
 AT_TENTH, AT_FIFTIETH, AT_MANY = "distilled", "distilled, density 0.02", f"distilled, {ON_MANY}"  # titles
+ALONE, AT_ALONE = distilled(0.1, propagate=False).family, "distilled, not propagated"
 BASELINES = ("interpolate", "lines", "dg-hard", "dare", "magnitude", "fapm", "graft", "tailor-released")
 # What a curve over one option holds fixed of the others, at the values of the default and of the paper.
 _ALIKE = ("density", "omega", "weight", "damping")
@@ -120,15 +121,15 @@ class Group:
     def distilled(self) -> list[tuple[str, str, str]]:
         """(title, family, label) of the default distilled, at densities 0.1 and 0.02, whatever its number of steps.
 
-        And of that at density 0.1 on many samples.
+        And of that at density 0.1 without propagation, and on many samples.
         """
         found = [label for family, label in self.labels if family == DISTILLED]
-        few = [label for label in found if not label.endswith(ON_MANY)]
-        many = [label for label in found if label.endswith(ON_MANY)]
-        kinds = ((AT_TENTH, TENTH, few), (AT_MANY, TENTH, many), (AT_FIFTIETH, FIFTIETH, few))
-        return [
-            (title, DISTILLED, label) for title, start, among in kinds for label in among if label.startswith(start)
-        ]
+        few = [(DISTILLED, label) for label in found if not label.endswith(ON_MANY)]
+        many = [(DISTILLED, label) for label in found if label.endswith(ON_MANY)]
+        alone = [one for one in self.labels if one[0] == ALONE]
+        tenth = distilled(0.1, propagate=False).label
+        kinds = ((AT_TENTH, TENTH, few), (AT_ALONE, tenth, alone), (AT_MANY, TENTH, many), (AT_FIFTIETH, FIFTIETH, few))
+        return [(title, *one) for title, start, among in kinds for one in among if one[1].startswith(start)]
 
 
 def groups_of(outcomes: Sequence[Outcome]) -> list[Group]:
@@ -158,7 +159,7 @@ def lines_of(group: Group) -> list[tuple[str, str, str]]:
         if label is not None and label != f"{family}, density 0.1":
             lines.append((label, family, label))
     lines.append((f"{DEFAULT} (default)", PROPAGATED, DEFAULT))
-    lines += [(label, family, label) for family, label in group.labels if family == DISTILLED]
+    lines += [(label, family, label) for family, label in group.labels if family in (DISTILLED, ALONE)]
     if (PICKED, PICKED) in group.labels:
         lines.append((PICKED, PICKED, PICKED))
     for family in (PROPAGATED, RETAINED, OWN_DATA):

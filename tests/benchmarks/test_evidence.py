@@ -122,6 +122,17 @@ def test_what_is_distilled_on_many_samples_has_its_own_column_and_bar():
     assert "The default, distilled on 2,048 samples, is ahead of *fapm" in render.verdict(group)
 
 
+def test_what_is_distilled_without_propagation_has_its_own_column_and_bar():
+    before, other = labelled(run.distilled(0.1), 59.0, 59.0), labelled(setting_of(method="fapm"), 50.0, 50.0)
+    alone = labelled(run.distilled(0.1, propagate=False), 60.0, 59.4)
+    group = group_of([before, alone, other, labelled(setting_of(True, retain_weight=0.3), 45.0, 55.0)])
+    assert [title for title, *_ in group.distilled()] == ["distilled", "distilled, not propagated"]
+    told = render.bar(group, 99.0, 97.0)
+    assert "at density 0.1, not propagated: met." in told
+    assert "of the old, not propagated: " in told
+    assert "The default, distilled but not propagated, is ahead of *fapm" in render.verdict(group)
+
+
 def test_a_distilled_patch_is_found_whatever_its_number_of_steps():
     points = [labelled(run.distilled(0.1, 100), 60.0, 60.0), labelled(setting_of(method="fapm"), 50.0, 50.0)]
     [(title, family, label)] = group_of(points).distilled()
