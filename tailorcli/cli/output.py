@@ -129,6 +129,9 @@ def _cost(plan: Plan, output: Path | None, patch_file: Path | None) -> dict[str,
         if plan.training.device == "cpu":
             there = f"{format_bytes(plan.training.device_bytes + host)} of memory"
         training = {"training": f"at most {steps}, about {there}"}
+    if plan.search is not None:
+        of_last = f"the figures here are of density {plan.search.densities[-1]:g}"
+        training["search"] = f"for {plan.search.target}: {plan.search}; {of_last}"
     return {
         "tensors": f"patching {counted(len(plan.patched), 'tensor')}{term}, leaving {len(plan.left_at_base)} at base",
         "read": format_bytes(plan.read_bytes),

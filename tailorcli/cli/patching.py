@@ -327,7 +327,7 @@ def patch(
     check_push(push_to_hub, output, dry_run)
     check_page(html, [base, tuned, stats, retain, data, retain_data, graft_data, output, patch_file])
     from tailorcli.adapters.checkpoint import is_adapter
-    from tailorcli.patching.aim import patch_to_target, plan_target, search_in_words
+    from tailorcli.patching.aim import patch_to_target, plan_target
     from tailorcli.patching.distilled import distill_checkpoint, plan_distilled
     from tailorcli.patching.patch import patch_checkpoint, plan_patch
     from tailorcli.pipeline.estimate import is_described, ranks_of_patch
@@ -420,9 +420,6 @@ def patch(
     if dry_run:
         if target is not None and how is not None and stats is not None and retain is not None:
             plan = plan_target(base, tuned, output, stats, retain, target, options, how, **where)
-            assert plan.training is not None
-            search = search_in_words(target, plan.training.steps)
-            say(f"{search}; what follows is of the last of these densities", err=True)
         elif how is not None and stats is not None and retain is not None:
             plan = plan_distilled(base, tuned, output, stats, retain, options, how, **where)
         else:

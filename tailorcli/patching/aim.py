@@ -32,7 +32,7 @@ from tailorcli.patching.patch import patch_checkpoint
 from tailorcli.patching.stream import PatchInputs
 from tailorcli.patching.teacher import with_teacher
 from tailorcli.runs.outputs import Target, free_bytes
-from tailorcli.runs.plan import Plan
+from tailorcli.runs.plan import Plan, SearchPlan
 from tailorcli.units import counted, format_bytes
 
 if TYPE_CHECKING:
@@ -74,6 +74,11 @@ class Aim:
     def densities(self) -> tuple[float, ...]:
         """Those that are tried, rising."""
         return DENSITIES if self.kind == "new" else tuple(each for each in DENSITIES if each <= ENOUGH)
+
+    @property
+    def search(self) -> SearchPlan:
+        """What is tried to reach it."""
+        return SearchPlan(str(self), self.densities, ATTEMPTS)
 
 
 def pick_density(shares_at: Callable[[float], dict[str, float]], aim: Aim) -> float:
@@ -193,7 +198,7 @@ def plan_target(
             f"output takes {format_bytes(written)}; {format_bytes(free)} are free",
             "free some, or choose another disk",
         )
-    return highest
+    return replace(highest, search=aim.search)
 
 
 def check_target(target: str | Aim, options: PatchOptions) -> Aim:
@@ -224,10 +229,8 @@ def search_bytes(aim: Aim, lowest: int, highest: int) -> int:
 
 def search_in_words(target: str | Aim, steps: int) -> str:
     """What a search does, whose trainings have so many steps at most."""
-    tried = Aim.parse(target).densities
-    densities = f"{tried[0]:g} to {tried[-1]:g}"
-    trainings = f"at most {ATTEMPTS} trainings of {counted(steps, 'step')}"
-    return f"search for {target}: closed forms at densities {densities}, then {trainings}"
+    aim = Aim.parse(target)
+    return f"search for {aim}: {aim.search} of {counted(steps, 'step')}"
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,19 @@ class TrainingPlan:
 
 
 @dataclass(frozen=True)
+class SearchPlan:
+    """What a search for a target tries: a closed form at each density, then some trainings at one of them."""
+
+    target: str
+    densities: tuple[float, ...]  # rising; the other figures of a plan are of the last
+    trainings: int  # at most
+
+    def __str__(self) -> str:
+        tried = f"closed forms at densities {self.densities[0]:g} to {self.densities[-1]:g}"
+        return f"{tried}, then at most {self.trainings} trainings"
+
+
+@dataclass(frozen=True)
 class Plan:
     """All tensors in the order of work (those that share a Hessian side by side) and what the run will cost."""
 
@@ -98,6 +111,7 @@ class Plan:
     peak_bytes: int
     propagates: bool = False  # the models are run over the statistics' samples
     training: TrainingPlan | None = None  # of the kept entries, once they are there
+    search: SearchPlan | None = None  # before it
 
     @property
     def patched(self) -> list[TensorPlan]:
@@ -120,6 +134,7 @@ class Plan:
             "peak_memory_bytes": self.peak_bytes,
             "propagates": self.propagates,
             **({"training": asdict(self.training)} if self.training is not None else {}),
+            **({"search": asdict(self.search)} if self.search is not None else {}),
         }
 
 

@@ -7,7 +7,7 @@ import pytest
 from helpers import bits, folder_digest, invoke, make_pair, read_tensors, refused, run
 
 from tailorcli import CalibrateOptions, DistillOptions, PatchFile, PatchOptions, TailorError, calibrate_model
-from tailorcli.patching.aim import Aim, after_miss, patch_to_target, pick_density
+from tailorcli.patching.aim import ATTEMPTS, Aim, after_miss, patch_to_target, pick_density
 
 FEW = DistillOptions(steps=4, batch_size=4)
 OPTIONS = PatchOptions(propagate=False)
@@ -136,8 +136,10 @@ def test_the_whole_job_searches_as_its_steps_do_and_tells_its_plan(pair, tmp_pat
     job = ("--data", pair / "data.jsonl", "--num-samples", 12, "--seq-len", 24)
     shown = run("patch", base, tuned, *job, *how, "-o", tmp_path / "out", "--dry-run")
     assert "search for old=60" in shown.stdout
-    shown = run("patch", base, tuned, "--stats", stats, "--retain", retain, *how, "-o", tmp_path / "out", "--dry-run")
-    assert "search for old=60" in shown.stderr
+    given = ("patch", base, tuned, "--stats", stats, "--retain", retain, *how, "-o", tmp_path / "out", "--dry-run")
+    assert "for old=60: closed forms at densities 0.02 to 0.1" in " ".join(run(*given).stdout.split())
+    search = json.loads(run(*given, "--json").stdout)["search"]
+    assert search == {"target": "old=60", "densities": [0.02, 0.05, 0.1], "trainings": ATTEMPTS}
     assert list(tmp_path.iterdir()) == []
     told = run("patch", base, tuned, *job, *how, "-o", tmp_path / "out")
     assert "target old=60 reached" in told.stderr
