@@ -227,9 +227,8 @@ def search_bytes(aim: Aim, lowest: int, highest: int) -> int:
     return int(closed) + ATTEMPTS * highest
 
 
-def search_in_words(target: str | Aim, steps: int) -> str:
+def search_in_words(aim: Aim, steps: int) -> str:
     """What a search does, whose trainings have so many steps at most."""
-    aim = Aim.parse(target)
     return f"search for {aim}: {aim.search} of {counted(steps, 'step')}"
 
 
