@@ -391,7 +391,8 @@ class SolverOptions:
     tolerance: float = 2e-4
     max_iterations: int = 300
     retain_weight: float = 0.3  # of the retain term, where there are retained statistics
-    propagate: bool | None = None  # fit layers from the patched model's inputs; None: where there is a retain term
+    # Fit layers from the patched model's inputs; None: where there is a retain term, and nothing is trained after it.
+    propagate: bool | None = None
     check_propagation: bool = False  # propagate on nine tenths of the samples, and only if it helps on the rest
     device: str = "auto"
 
@@ -528,16 +529,18 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
         for part in (KeepOptions, SolverOptions, GraftOptions, OutputOptions):
             part.__post_init__(self)
         what = "propagate is for the method tailor with the solver joint and weight 1"
-        _require(self._can_propagate or not self.propagate, what, "pass --no-propagate")
+        _require(self._can_propagate or not self.propagate, what, "leave --propagate out")
 
     def resolved(self, retained: bool, distilled: bool = False) -> PatchOptions:
         """These options with a value for what depends on whether there are ``retained`` statistics.
 
-        And on whether the kept entries are ``distilled``, trained after they are chosen, which another score suits.
+        And on whether the kept entries are ``distilled``, trained after they are chosen: another score suits that, and
+        propagation before it changes nothing. Raises OptionsError for check_propagation of what is not propagated.
         """
         has_term = retained and self.retain_weight > 0.0 and self.method == "tailor"
         damping = self.damping if self.damping is not None else RETAINED_DAMPING if has_term else DAMPING
-        propagate = self.propagate if self.propagate is not None else has_term and self._can_propagate
+        usual = has_term and self._can_propagate and (self.check_propagation or not distilled)
+        propagate = usual if self.propagate is None else self.propagate
         what = "check-propagation is for a patch that is propagated"
         _require(propagate or not self.check_propagation, what, "pass --retain STATS and no --no-propagate")
         trained = distilled and self.score is None and self.method == "tailor"

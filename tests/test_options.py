@@ -134,6 +134,15 @@ def test_what_the_retain_term_adds_to_a_run_counts_only_with_it():
     assert identity(False, propagate=False) == identity(False)
 
 
+@pytest.mark.parametrize(
+    ("options", "propagated"),
+    [({}, False), ({"propagate": True}, True), ({"check_propagation": True}, True), ({"propagate": False}, False)],
+)
+def test_what_is_trained_is_propagated_only_where_that_is_asked_for(options, propagated):
+    assert PatchOptions().resolved(True).propagate
+    assert PatchOptions(**options).resolved(True, distilled=True).propagate is propagated
+
+
 def test_a_merge_is_told_by_its_shares_and_by_what_its_method_uses():
     average = MergeOptions().identity(2)
     assert MergeOptions(weights=(2.0, 2.0), device="cpu", damping=0.1).identity(2) == average

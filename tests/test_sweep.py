@@ -147,10 +147,12 @@ def test_a_distilled_setting_is_what_patch_distill_gives(pair, tmp_path):
     plain, distilled = settings_of(PatchOptions(), retain_weights=[0.3], distill=how)
     assert distilled == Setting(plain.options, True, how)
     other = Setting(PatchOptions(method="magnitude", density=0.2), distill=how)
-    assert distilled.family == "joint, propagated, distilled"
+    assert plain.family == "joint, propagated"
+    assert distilled.family == "joint, retained, distilled"  # training needs no propagation before it
     assert distilled.label == (
-        "joint, propagated, distilled, density 0.1, retain weight 0.3, distill steps 3, distill batch size 2"
+        "joint, retained, distilled, density 0.1, retain weight 0.3, distill steps 3, distill batch size 2"
     )
+    assert Setting(PatchOptions(propagate=True), True, how).family == "joint, propagated, distilled"
     assert Setting(PatchOptions(), True, DistillOptions(on="responses")).label.endswith(", distill on responses")
     report = run(pair, tmp_path / "sweep", [plain, distilled, other])
     assert [point.family for point in report.points[3:]] == [distilled.family, "magnitude, distilled"]
@@ -327,7 +329,7 @@ def test_command_line(pair, tmp_path):
     result = CliRunner().invoke(app, [str(a) for a in (*arguments[:-2], "--json")])
     report = json.loads(result.stdout)
     families = [p["family"] for p in report["points"][2:]]
-    assert families == ["joint, propagated", "joint, propagated, distilled", "interpolate", "magnitude"]
+    assert families == ["joint, propagated", "joint, retained, distilled", "interpolate", "magnitude"]
     without = [a for a in arguments[:-2] if a not in ("--retain", pair / "retain")]
     result = CliRunner().invoke(app, [str(a) for a in (*without, "--retain-weight", 0.3)])
     assert result.exit_code == 2

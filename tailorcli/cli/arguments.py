@@ -51,9 +51,13 @@ RetainIn = Annotated[
     typer.Option("--retain", metavar="STATS", help="Statistics of BASE: what it must not forget."),
 ]
 RetainWeight = Annotated[float, typer.Option(metavar="W", help="Weight of what --retain keeps, against the new task.")]
-NoPropagate = Annotated[
-    bool,
-    flag("--no-propagate", help="With --retain: fit each layer by itself, and run no models."),
+Propagate = Annotated[
+    bool | None,
+    flag(
+        "--propagate/--no-propagate",
+        help="With --retain: fit layers again, from the inputs that the patched model gives them.",
+        show_default="not with --distill",
+    ),
 ]
 CheckPropagation = Annotated[
     bool,

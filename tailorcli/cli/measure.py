@@ -29,9 +29,9 @@ from tailorcli.cli.arguments import (
     DType,
     Html,
     Limit,
-    NoPropagate,
     Origin,
     Plot,
+    Propagate,
     Quiet,
     RetainIn,
     SeqLen,
@@ -258,7 +258,7 @@ def sweep(
             metavar="W", help="Weights of --retain to try; 0 is without it. Repeatable.", show_default="as patch"
         ),
     ] = None,
-    no_propagate: NoPropagate = False,
+    propagate: Propagate = None,
     density: Annotated[
         list[float] | None,
         typer.Option(metavar="D", help="Densities to try; repeatable.", show_default="0.1"),
@@ -343,7 +343,7 @@ def sweep(
     retain_weights = retain_weight if retain_weight else [defaults.retain_weight] if retain is not None else []
     how = DistillOptions(distill_steps, distill_rate, distill_weight, distill_batch_size, on=distill_on)
     settings = settings_of(
-        PatchOptions(device=device, overwrite=True, propagate=False if no_propagate else None),
+        PatchOptions(device=device, overwrite=True, propagate=propagate),
         densities=density or [defaults.density],
         omegas=omega or [defaults.omega],
         solvers=solver or [defaults.solver],

@@ -133,7 +133,7 @@ def patch_to_target(
     Raises TailorError.
     """
     aim = Aim.parse(target)
-    options = options.resolved(True, distilled=True)
+    options = searched(options).resolved(True, distilled=True)
     base, tuned = local_folders((base, tuned), code=options.trust_remote_code)
     where = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
     plan_target(base, tuned, output, stats, retain, aim, options, distill, patch_file, graft_data)
@@ -181,6 +181,7 @@ def plan_target(
 ) -> Plan:
     """What ``patch_to_target`` would do and cost, at the highest density that it tries. Raises TailorError."""
     aim = check_target(target, options)
+    options = searched(options)
     base, tuned = local_folders((base, tuned), code=options.trust_remote_code)
     with open_checkpoint(base) as opened:
         check_searchable(options, opened)
@@ -209,6 +210,14 @@ def check_target(target: str | Aim, options: PatchOptions) -> Aim:
             f"--target picks a density, and {options.method} keeps every entry", "pick a method of masks"
         )
     return aim
+
+
+def searched(options: PatchOptions) -> PatchOptions:
+    """These options for closed forms of which one may be written as it is: propagated, as one that is not trained.
+
+    Raises OptionsError, as ``PatchOptions.resolved`` does.
+    """
+    return options.resolved(True)
 
 
 def check_searchable(options: PatchOptions, base: Checkpoint) -> None:

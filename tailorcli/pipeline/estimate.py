@@ -25,7 +25,7 @@ from tailorcli.models.config import read_config
 from tailorcli.models.naming import open_for
 from tailorcli.models.skeleton import describe_checkpoint, is_config_alone, run_dtype
 from tailorcli.options import AUTO, CalibrateOptions, DistillOptions, PatchOptions
-from tailorcli.patching.aim import ATTEMPTS, Aim, check_target, search_bytes, search_in_words
+from tailorcli.patching.aim import ATTEMPTS, Aim, check_target, search_bytes, search_in_words, searched
 from tailorcli.patching.cost import propagation_bytes
 from tailorcli.patching.distilled import with_training
 from tailorcli.patching.planner import build_plan
@@ -152,7 +152,7 @@ def plan_described(
     """
     aim = None if target is None else check_target(target, options)
     if aim is not None:
-        distill = distill or DistillOptions()
+        distill, options = distill or DistillOptions(), searched(options)
     calibration = calibration or CalibrateOptions.of_job(distilled=distill is not None)
     writes = retain and retain_data is None
     require_divisible(options, fleet)
@@ -279,6 +279,7 @@ def ranks_of_patch(
     _require_statistics(options)
     require_divisible(options, fleet)
     picks = options.teacher_weight == AUTO
+    options = options if target is None else searched(options)
     options = options.resolved(retain is not None, distilled=distill is not None).before_teacher
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain)

@@ -41,6 +41,7 @@ from tailorcli.patching.aim import (
     patch_to_target,
     search_bytes,
     search_in_words,
+    searched,
 )
 from tailorcli.patching.checked import check_room
 from tailorcli.patching.distilled import SAMPLED, distill_checkpoint, settings_of, with_training
@@ -218,7 +219,7 @@ class _Job:
         where = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
         aim = None if target is None else check_target(target, options)
         if aim is not None:
-            distill = distill or DistillOptions()
+            distill, options = distill or DistillOptions(), searched(options)
         if distill is None and not options.fits_statistics:
             raise OptionsError(f"{_named(options)} uses no statistics, and --data is to make them", "leave --data out")
         require_retained(retain, distill, aim)

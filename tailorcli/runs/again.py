@@ -71,8 +71,9 @@ def patch_command(
     words += _given(options, defaults, [name for name in _VALUES if NEW not in inputs or name != "seed"])
     if options.get("batch_size", 8) != 8:
         words += ["--graft-batch-size", str(options["batch_size"])]
-    if defaults["propagate"] and not options.get("propagate", True):
-        words.append("--no-propagate")
+    propagated = options.get("propagate", defaults["propagate"])
+    if propagated != defaults["propagate"]:
+        words.append("--propagate" if propagated else "--no-propagate")
     words += [_flag(name) for name in _FLAGS if options.get(name)]
     return [*words, *_training(distilled), "-o", output]
 

@@ -22,6 +22,8 @@ from tailorcli import (
     verify_checkpoint,
 )
 from tailorcli.options import CalibrateOptions
+from tailorcli.patching.aim import plan_target
+from tailorcli.patching.distilled import plan_distilled
 from tailorcli.runs.again import patch_command
 
 DISTILL = DistillOptions(steps=6, batch_size=4)
@@ -124,6 +126,26 @@ def test_what_is_trained_is_chosen_by_the_sum_of_scores_unless_another_is_asked_
         *("patch", *arguments(pair, None)[:2], "--method", "dare", "--score", "sum", "-o", tmp_path / "no"),
         mentions=["score sum is for the method tailor"],
     )
+
+
+@ONE_KIND
+def test_training_starts_from_what_is_not_propagated_unless_that_is_asked_for(pair):
+    given = arguments(pair, pair / "out")
+    usual, asked, searched = (
+        plan(*given, *more, DISTILL)
+        for plan, more in (
+            (plan_distilled, (PatchOptions(),)),
+            (plan_distilled, (PatchOptions(propagate=True),)),
+            (plan_target, ("old=99", PatchOptions())),
+        )
+    )
+    assert (usual.propagates, asked.propagates, searched.propagates) == (False, True, True)
+    roles = {"base": "B", "tuned": "T", "stats": "S", "retain": "R"}
+    for propagate in (False, True):
+        options = PatchOptions(propagate=propagate).resolved(True, distilled=True).to_dict()
+        assert ("--propagate" in patch_command(options, roles, distilled={})) is propagate
+        options = PatchOptions(propagate=propagate).resolved(True).to_dict()
+        assert ("--no-propagate" in patch_command(options, roles)) is not propagate
 
 
 def masks(file):
