@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from benchmarks.evidence.run import ON_MANY, OWN_DATA, SMALL
 from benchmarks.evidence.summary import (
-    ALONE,
-    AT_ALONE,
+    AFTER_PROPAGATION,
     AT_FIFTIETH,
     AT_MANY,
     AT_TENTH,
     BASELINES,
     DISTILLED,
+    FIRST,
     PAPER,
     PROPAGATED,
     RETAINED,
@@ -125,11 +125,13 @@ BARS = {  # percent of the old, of the new
 
 def bar(group: Group, old_kept: float, new_kept: float) -> str:
     """Whether the distilled default is ahead of all, and keeps enough of old and new; empty where there is none."""
-    found = {title: (family, label) for title, family, label in group.distilled()}
+    found = {title.removesuffix(FIRST): (title, (family, label)) for title, family, label in group.distilled()}
     lines = []
-    for title, how in ((AT_TENTH, ""), (AT_ALONE, ", not propagated"), (AT_MANY, f", {ON_MANY}")):
-        if (tenth := found.get(title)) is None:
+    for kind, how in ((AT_TENTH, ""), (AT_MANY, f", {ON_MANY}")):
+        if kind not in found:
             continue
+        title, tenth = found[kind]
+        how += FIRST if title.endswith(FIRST) else ""
         others = [one for one in rivals(group) if outcome_of(group, tenth, one) != "ahead of"]
         names = ", ".join(f"*{label}* ({_ahead(group, tenth, (of, label))})" for of, label in others)
         missed = f"missed against {names}" if others else "met"
@@ -140,11 +142,13 @@ def bar(group: Group, old_kept: float, new_kept: float) -> str:
     if found and AT_TENTH not in found:
         lines.append("At density 0.1: not measured in this run.")
     best = group.best("interpolate")
-    if (fiftieth := found.get(AT_FIFTIETH)) is not None and best is not None:
+    if AT_FIFTIETH in found and best is not None:
+        title, fiftieth = found[AT_FIFTIETH]
+        how = f"{FIRST}," if title.endswith(FIRST) else ""
         rival = ("interpolate", best)
         ahead = outcome_of(group, fiftieth, rival) == "ahead of"
         by = _ahead(group, fiftieth, rival)
-        lines.append(f"At density 0.02 a higher H than *{best}*: {_met(ahead)} ({by}).")
+        lines.append(f"At density 0.02{how} a higher H than *{best}*: {_met(ahead)} ({by}).")
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -180,21 +184,21 @@ def _ranking(group: Group, title: str, family: str, label: str) -> str:
         if rival != (family, label):
             words.setdefault(outcome_of(group, (family, label), rival), []).append(f"*{rival[1]}*")
     ranking = "; ".join(f"{word} {', '.join(names)}" for word, names in words.items())
+    how = FIRST if title.endswith(FIRST) else ""
     names = {
         "default": "The default is",
-        "distilled": "The default, distilled, is",
-        AT_ALONE: "The default, distilled but not propagated, is",
-        AT_MANY: f"The default, distilled on {ON_MANY}, is",
-        "distilled, density 0.02": "At density 0.02, distilled, it is",
+        AT_TENTH: f"The default, distilled{how}, is",
+        AT_MANY: f"The default, distilled on {ON_MANY}{how}, is",
+        AT_FIFTIETH: f"At density 0.02, distilled{how}, it is",
         "picked on validation data": f"The setting picked on validation data ({_weight_of(label)}) is",
     }
-    return f"{names.get(title, f'With the {title} it is')} {ranking}."
+    return f"{names.get(title.removesuffix(FIRST), f'With the {title} it is')} {ranking}."
 
 
 def _nearest(group: Group) -> list[str]:
     """How much of the gain comes with 99% of the old, at densities below 1."""
     near = []
-    for family in (DISTILLED, ALONE, PROPAGATED, RETAINED, OWN_DATA):
+    for family in (DISTILLED, AFTER_PROPAGATION, PROPAGATED, RETAINED, OWN_DATA):
         points = [
             (label, group.share(family, label, "origin")[0], group.share(family, label, "gain")[0])
             for of, label in group.labels
@@ -253,7 +257,7 @@ def _settings(label: str) -> str:
     """A label of our families without the family."""
     return (
         label.removeprefix(f"{DISTILLED}, ")
-        .removeprefix(f"{ALONE}, ")
+        .removeprefix(f"{AFTER_PROPAGATION}, ")
         .removeprefix(f"{PROPAGATED}, ")
         .removeprefix(f"{RETAINED}, ")
     )

@@ -47,7 +47,6 @@ class Grid:
     dg_hard: tuple[float, ...] = ()  # scales of its threshold
     fapm: tuple[float, ...] = ()  # densities
     distilled: tuple[float, ...] = ()  # densities of the default, distilled at one default for all
-    unpropagated: tuple[float, ...] = ()  # densities of the same without propagation
     many: tuple[float, ...] = ()  # densities of the same on MANY samples
     distill_steps: int | None = None
     samples: int = SAMPLES  # of each kind
@@ -72,7 +71,6 @@ class Grid:
         found += [Setting(replace(_OPTIONS, solver="sequential", omega=omega)) for omega in self.omegas]
         found += [Setting(replace(_OPTIONS, omega=omega), retained=True) for omega in self.omegas]
         found += [distilled(density, self.distill_steps) for density in self.distilled]
-        found += [distilled(density, self.distill_steps, propagate=False) for density in self.unpropagated]
         return list(dict.fromkeys(found))
 
     def many_settings(self) -> list[Setting]:
@@ -175,7 +173,6 @@ GRIDS = {
         dg_hard=(0.5, 1.0, 2.0),
         fapm=(0.1, 0.3, 0.5),
         distilled=(0.1, 0.02),
-        unpropagated=(0.1,),
     ),
 }
 

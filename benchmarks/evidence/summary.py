@@ -16,10 +16,9 @@ from tailorcli.sweep import Point, Setting, area_figure, members_of
 PROPAGATED, RETAINED = "joint, propagated", "joint, retained"
 DEFAULT = Setting(PatchOptions(overwrite=True), retained=True).label
 PAPER = "sequential, density 0.1"
-DISTILLED = distilled(0.1).family
-TENTH, FIFTIETH = distilled(0.1).label, distilled(0.02).label  # at the default number of steps
+DISTILLED, AFTER_PROPAGATION = (distilled(0.1, propagate=how).family for how in (None, True))
 AT_TENTH, AT_FIFTIETH, AT_MANY = "distilled", "distilled, density 0.02", f"distilled, {ON_MANY}"  # titles
-ALONE, AT_ALONE = distilled(0.1, propagate=False).family, "distilled, not propagated"
+FIRST = ", propagated first"  # ends the title of what was measured in no other way
 BASELINES = ("interpolate", "lines", "dg-hard", "dare", "magnitude", "fapm", "graft", "tailor-released")
 # What a curve over one option holds fixed of the others, at the values of the default and of the paper.
 _ALIKE = ("density", "omega", "weight", "damping")
@@ -119,17 +118,22 @@ class Group:
         return found
 
     def distilled(self) -> list[tuple[str, str, str]]:
-        """(title, family, label) of the default distilled, at densities 0.1 and 0.02, whatever its number of steps.
+        """(title, family, label) of the default distilled: at density 0.1, on many samples, and at density 0.02.
 
-        And of that at density 0.1 without propagation, and on many samples.
+        Whatever its number of steps. Of what was propagated first alone, that, with FIRST in its title.
         """
-        found = [label for family, label in self.labels if family == DISTILLED]
-        few = [(DISTILLED, label) for label in found if not label.endswith(ON_MANY)]
-        many = [(DISTILLED, label) for label in found if label.endswith(ON_MANY)]
-        alone = [one for one in self.labels if one[0] == ALONE]
-        tenth = distilled(0.1, propagate=False).label
-        kinds = ((AT_TENTH, TENTH, few), (AT_ALONE, tenth, alone), (AT_MANY, TENTH, many), (AT_FIFTIETH, FIFTIETH, few))
-        return [(title, *one) for title, start, among in kinds for one in among if one[1].startswith(start)]
+        kinds = ((AT_TENTH, 0.1, False), (AT_MANY, 0.1, True), (AT_FIFTIETH, 0.02, False))
+        found = []
+        for title, density, many in kinds:
+            ways = (("", distilled(density)), (FIRST, distilled(density, propagate=True)))
+            alike = (
+                (f"{title}{ending}", *one)
+                for ending, way in ways
+                for one in self.labels
+                if one[0] == way.family and one[1].startswith(way.label) and one[1].endswith(ON_MANY) == many
+            )
+            found += [*alike][:1]
+        return found
 
 
 def groups_of(outcomes: Sequence[Outcome]) -> list[Group]:
@@ -159,7 +163,7 @@ def lines_of(group: Group) -> list[tuple[str, str, str]]:
         if label is not None and label != f"{family}, density 0.1":
             lines.append((label, family, label))
     lines.append((f"{DEFAULT} (default)", PROPAGATED, DEFAULT))
-    lines += [(label, family, label) for family, label in group.labels if family in (DISTILLED, ALONE)]
+    lines += [(label, family, label) for family, label in group.labels if family in (DISTILLED, AFTER_PROPAGATION)]
     if (PICKED, PICKED) in group.labels:
         lines.append((PICKED, PICKED, PICKED))
     for family in (PROPAGATED, RETAINED, OWN_DATA):

@@ -98,7 +98,7 @@ def test_the_bar_is_measured_against_each_method_at_its_best():
         "- At least 97% of the new: missed (96.0%).",
         "- At density 0.02 a higher H than *interpolate 0.5*: missed (-0.51, -0.51 to -0.51).",
     ]
-    assert group.share(summary.DISTILLED, summary.TENTH, "gain")[0] == pytest.approx(94.0)
+    assert group.share(summary.DISTILLED, run.distilled(0.1).label, "gain")[0] == pytest.approx(94.0)
     worse = {**settings, setting_of(method="fapm", density=0.5): (60.0, 60.0)}
     points = [labelled(setting, *figures) for setting, figures in worse.items()]
     assert "missed against *fapm, density 0.5*" in render.bar(group_of(points), 99.0, 97.0)
@@ -122,15 +122,20 @@ def test_what_is_distilled_on_many_samples_has_its_own_column_and_bar():
     assert "The default, distilled on 2,048 samples, is ahead of *fapm" in render.verdict(group)
 
 
-def test_what_is_distilled_without_propagation_has_its_own_column_and_bar():
-    before, other = labelled(run.distilled(0.1), 59.0, 59.0), labelled(setting_of(method="fapm"), 50.0, 50.0)
-    alone = labelled(run.distilled(0.1, propagate=False), 60.0, 59.4)
-    group = group_of([before, alone, other, labelled(setting_of(True, retain_weight=0.3), 45.0, 55.0)])
-    assert [title for title, *_ in group.distilled()] == ["distilled", "distilled, not propagated"]
+def test_what_was_propagated_before_it_was_distilled_says_so_where_nothing_else_was_measured():
+    first, other = labelled(run.distilled(0.1, propagate=True), 59.0, 59.0), labelled(setting_of(method="fapm"), 50, 50)
+    less = labelled(run.distilled(0.02, propagate=True), 52.0, 52.0)
+    now = labelled(run.distilled(0.1), 60.0, 59.4)
+    rest = [other, *(labelled(one, 50, 50) for one in (setting_of(method="interpolate", weight=0.5), setting_of(True)))]
+    assert [title for title, *_ in group_of([first, now, less, *rest]).distilled()] == [
+        *("distilled", "distilled, density 0.02, propagated first")
+    ]
+    group = group_of([first, less, *rest])
     told = render.bar(group, 99.0, 97.0)
-    assert "at density 0.1, not propagated: met." in told
-    assert "of the old, not propagated: " in told
-    assert "The default, distilled but not propagated, is ahead of *fapm" in render.verdict(group)
+    assert "at density 0.1, propagated first: met." in told
+    assert "of the old, propagated first: " in told
+    assert "At density 0.02, propagated first, a higher H than *interpolate 0.5*: met" in told
+    assert "The default, distilled, propagated first, is ahead of" in render.verdict(group)
 
 
 def test_a_distilled_patch_is_found_whatever_its_number_of_steps():
