@@ -224,7 +224,13 @@ if __name__ == "__main__":
     from transformers import GPT2LMHeadModel, LlamaForCausalLM  # noqa: F401
 
     import tailorcli.calibration.calibrate
-    import tailorcli.cli.app
+    import tailorcli.cli.calibrating
+    import tailorcli.cli.checking
+    import tailorcli.cli.measure
+    import tailorcli.cli.patchfiles
+    import tailorcli.cli.patching
+    import tailorcli.cli.showing
+    import tailorcli.cli.training
     import tailorcli.patching.patch  # noqa: F401
 
     gc.collect()

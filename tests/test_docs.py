@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 from helpers import run
 from launcher import completed
 
@@ -14,7 +15,7 @@ from benchmarks.real.render import between
 from tailorcli.cli import app
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
+COMMANDS = sorted(typer.main.get_command(app).commands)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
 
 

@@ -6,14 +6,17 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from tailorcli._version import __version__
-from tailorcli.cli import calibrating, checking, measure, patchfiles, patching, ranked, showing, training
+from tailorcli.cli import ranked
 from tailorcli.cli.arguments import flag
 from tailorcli.cli.output import say, say_error
 from tailorcli.cli.verbosity import is_verbose
@@ -25,14 +28,6 @@ MEASURE = "Measure models"
 TRAIN = "Fine-tune so that less is forgotten"
 FILES = "Patch files"
 TRY = "Try it"
-
-app = typer.Typer(
-    name="tailorcli",
-    epilog="The main job:\n\n  tailorcli calibrate TUNED --data train.jsonl -o stats"
-    "\n\n  tailorcli patch BASE TUNED --stats stats -o OUT",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 
 
 def friendly(command: Callable[..., Any], divided: bool = False) -> Callable[..., Any]:
@@ -79,14 +74,69 @@ def _interrupted(command: Callable[..., Any], given: dict[str, Any]) -> str:
     """What Ctrl-C left behind, and what goes on from there."""
     if "resume" in given and not given.get("dry_run"):
         return "interrupted; if it had begun to write, the same command with --resume goes on from there"
-    if command is measure.sweep:
+    if command.__name__ == "sweep":
         return "interrupted; the same command goes on after the settings that are done"
     return "interrupted"
 
 
-def _add(command: Callable[..., Any], panel: str, name: str | None = None, *, divided: bool = False) -> None:
-    """Make a function a command, with its docstring as the help."""
-    app.command(name, help=_help_of(command), rich_help_panel=panel)(friendly(command, divided))
+@dataclass(frozen=True)
+class _Entry:
+    """A command: the module of this package and the function in it, and the panel of the help where it stands."""
+
+    module: str
+    function: str
+    panel: str
+    divided: bool = False
+
+    def built(self, name: str) -> Any:
+        """The command as Typer builds it, with its docstring as the help."""
+        function = getattr(import_module(f"tailorcli.cli.{self.module}"), self.function)
+        alone = typer.Typer(add_completion=False)
+        alone.command(name, help=_help_of(function), rich_help_panel=self.panel)(friendly(function, self.divided))
+        return typer.main.get_command(alone)
+
+
+_ENTRIES = {  # in the order of the help
+    "demo": _Entry("showing", "demo", TRY),
+    "check": _Entry("checking", "check", PATCH),
+    "calibrate": _Entry("calibrating", "calibrate", PATCH, divided=True),
+    "score": _Entry("calibrating", "score", PATCH, divided=True),
+    "patch": _Entry("patching", "patch", PATCH, divided=True),
+    "inspect": _Entry("showing", "inspect_command", PATCH),
+    "evaluate": _Entry("measure", "evaluate", MEASURE, divided=True),
+    "sweep": _Entry("measure", "sweep", MEASURE, divided=True),
+    "hscore": _Entry("measure", "hscore", MEASURE),
+    "probe": _Entry("training", "probe", TRAIN, divided=True),
+    "finetune": _Entry("training", "finetune", TRAIN, divided=True),
+    "apply": _Entry("patchfiles", "apply", FILES, divided=True),
+    "verify": _Entry("patchfiles", "verify", FILES, divided=True),
+    "merge-multi": _Entry("patchfiles", "merge_multi", FILES, divided=True),
+}
+
+
+class _Commands(Mapping[str, Any]):
+    """All commands by name, each built when it is asked for: those that are not take a tenth of a second."""
+
+    def __init__(self) -> None:
+        self._built: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._built:
+            self._built[name] = _ENTRIES[name].built(name)
+        return self._built[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_ENTRIES)
+
+    def __len__(self) -> int:
+        return len(_ENTRIES)
+
+
+class _Group(TyperGroup):
+    """The program, with the commands of ``_ENTRIES``."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**(attributes | {"commands": _Commands()}))
 
 
 def _help_of(command: Callable[..., Any]) -> str:
@@ -97,20 +147,14 @@ def _help_of(command: Callable[..., Any]) -> str:
     )
 
 
-_add(showing.demo, TRY)
-_add(checking.check, PATCH)
-_add(calibrating.calibrate, PATCH, divided=True)
-_add(calibrating.score, PATCH, divided=True)
-_add(patching.patch, PATCH, divided=True)
-_add(showing.inspect_command, PATCH, "inspect")
-_add(measure.evaluate, MEASURE, divided=True)
-_add(measure.sweep, MEASURE, divided=True)
-_add(measure.hscore, MEASURE)
-_add(training.probe, TRAIN, divided=True)
-_add(training.finetune, TRAIN, divided=True)
-_add(patchfiles.apply, FILES, divided=True)
-_add(patchfiles.verify, FILES, divided=True)
-_add(patchfiles.merge_multi, FILES, "merge-multi", divided=True)
+app = typer.Typer(
+    name="tailorcli",
+    cls=_Group,
+    epilog="The main job:\n\n  tailorcli calibrate TUNED --data train.jsonl -o stats"
+    "\n\n  tailorcli patch BASE TUNED --stats stats -o OUT",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def _show_versions(shown: bool) -> None:

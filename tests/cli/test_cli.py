@@ -5,12 +5,13 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from helpers import run
 
 from tailorcli import __version__, inspect_path
 from tailorcli.cli import app
 
-COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
+COMMANDS = sorted(typer.main.get_command(app).commands)
 
 
 def test_version_and_help():

@@ -130,11 +130,11 @@ def test_apply_gives_the_bytes_of_patch(tmp_path, kind, shard, dtype):
     assert (folder / "alone.safetensors").read_bytes() == (folder / "patch.safetensors").read_bytes()
 
 
-def test_apply_and_verify_do_without_torch(patched):
+def test_apply_and_verify_do_without_torch_and_without_the_other_commands(patched):
     """Bytes are all that they move and compare: a start of half a second in place of two."""
     run = (
         "import sys; from tailorcli.cli.app import app; app(sys.argv[1:], standalone_mode=False); "
-        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+        "print([name for name in ('torch', 'transformers', 'tailorcli.cli.patching') if name in sys.modules])"
     )
     for command in (
         ("apply", patched / "base", patched / "patch.safetensors", "-o", patched / "applied"),
