@@ -179,6 +179,7 @@ class DescribedJob:
     aim: Aim | None = None  # of a search, of whose patches ``patch`` is the largest
     search_bytes: int = 0  # of all of them
     picks: bool = False  # the teacher's weight, first
+    checked: bool = False  # whether propagation helps, by a plain patch beside it
 
     @classmethod
     def of(
@@ -218,7 +219,7 @@ class DescribedJob:
             lowest = build_plan(before, after, new, least, kept[0] if kept else None)
             search = search_bytes(aim, lowest.patch_bytes, patch.patch_bytes)
         known = (kept[0] if kept else None, patch, count, written, distill, aim, search, picks)
-        return cls(before, after, new, *known)
+        return cls(before, after, new, *known, options.check_propagation)
 
     def on(self, known: Estimate) -> JobPlan:
         """What each step costs on a fleet."""
@@ -236,7 +237,7 @@ class DescribedJob:
             costs.append(known.calibrate(what, known.work(model, stats), (count, tokens), written))
             total += tokens
         kinds = 1 if self.retain is None else 2
-        last = [known.patch(self.patch, self.base, self.stats, self.retain, (count * kinds, total))]
+        last = known.patches(self.patch, self.base, self.stats, self.retain, (count * kinds, total), self.checked)
         if self.distill is not None:
             last.append(known.distill(self.patch, self.base, self.stats, self.distill, total // (count * 2)))
         costs += last if self.aim is None else [searching(self.aim, self.patch, last)]
@@ -293,7 +294,8 @@ def ranks_of_patch(
         kinds = [one for one in (inputs.stats, inputs.retain_stats) if one is not None]
         samples = sum(max(1, one.sample_count) for one in kinds)
         tokens = sum(int(one.manifest["data"].get("tokens", 0)) for one in kinds)
-        costs = [known.patch(plan, inputs.base, inputs.stats, inputs.retain_stats, (samples, tokens))]
+        sources = (plan, inputs.base, inputs.stats, inputs.retain_stats)
+        costs = known.patches(*sources, (samples, tokens), options.check_propagation)
         if distill is not None:
             costs.append(known.distill(plan, inputs.base, inputs.stats, distill, tokens // max(1, samples)))
         if target is not None:
@@ -308,9 +310,9 @@ PICKING = "pick the teacher's weight"
 
 
 def searching(aim: Aim, plan: Plan, once: Sequence[RankStep]) -> RankStep:
-    """The step of a search, whose patches and trainings each cost what they cost ``once``."""
+    """The step of a search, whose patches and trainings each cost what they cost ``once``, the training last."""
     assert plan.training is not None
-    times = (len(aim.densities), ATTEMPTS)
+    times = [*[len(aim.densities)] * (len(once) - 1), ATTEMPTS]
     return repeated(search_in_words(aim, plan.training.steps), list(zip(once, times, strict=True)))
 
 
@@ -377,6 +379,19 @@ class Estimate:
         from tailorcli.calibration.teacher import MOST_TRIED
 
         return picking(what, work, self.device, self.fleet, samples, tokens, MOST_TRIED)
+
+    def patches(
+        self, plan: Plan, base: Checkpoint, stats: Stats, retain: Stats | None, data: tuple[int, int], checked: bool
+    ) -> list[RankStep]:
+        """The step of a patch, and where its propagation is ``checked`` that of the plain one that it is held against.
+
+        ``data`` are samples and tokens of both kinds.
+        """
+        found = [self.patch(plan, base, stats, retain, data)]
+        if checked:
+            plain = self.patch(replace(plan, propagates=False), base, stats, retain, data)
+            found.append(replace(plain, what=f"{plain.what} plainly, to write the better of both"))
+        return found
 
     def patch(
         self, plan: Plan, base: Checkpoint, stats: Stats, retain: Stats | None, data: tuple[int, int]

@@ -390,7 +390,8 @@ class _Job:
             if not done:
                 costs.append(known.calibrate(_to_do(side), work, (side.samples, side.tokens), written))
         samples, tokens = (sum(getattr(side, name) for side in self.sides) for name in ("samples", "tokens"))
-        last = [known.patch(patch, base, stats[0], stats[1] if self.retained else None, (samples, tokens))]
+        kinds = (stats[0], stats[1] if self.retained else None)
+        last = known.patches(patch, base, *kinds, (samples, tokens), self.options.check_propagation)
         if self.distill is not None:
             last.append(known.distill(patch, base, stats[0], self.distill, tokens // samples))
         if self.aim is not None and self.distill is not None:

@@ -149,6 +149,15 @@ def test_dry_runs_tell_what_ranks_cost_with_weights_and_with_a_config_alone(pair
     assert "1. pick the teacher's weight" in told
     assert "4. search for old=99" in told
     refused("patch", bare, bare, *how, "--check-propagation", mentions=["single process"])
+    one = ("--data", pair / "data.jsonl", *how[:-1], 1, "--check-propagation", "--json")
+    for models in ((bare, bare), (pair / "base", pair / "tuned")):
+        for more in ((), ("--distill",)):
+            steps = json.loads(run("patch", *models, *one, *more).stdout)["on_ranks"]["steps"]
+            assert steps[3]["what"].endswith("plainly, to write the better of both")
+            assert steps[3]["seconds"] < steps[2]["seconds"]
+            assert len(steps) == 4 + len(more)
+        [*_, search] = json.loads(run("patch", *models, *one, "--target", "old=99").stdout)["on_ranks"]["steps"]
+        assert search["seconds"] > 3 * (steps[2]["seconds"] + steps[3]["seconds"])
     assert "weights as its config.json describes them" in told
     told = run("calibrate", bare, "--synthetic", "-o", tmp_path / "stats", "--dry-run", "--ranks", 2).stdout
     assert "on 2 ranks" in told
