@@ -128,7 +128,7 @@ def _head(part: str, name: str, machine: dict[str, Any], missing: list[str]) -> 
     lacking = ""
     if missing:
         distilled = [f"*{label}*" for label in missing if summary.DISTILLED in label]
-        among = f", {' and '.join(distilled)} among them" if distilled else ""
+        among = f", {', '.join(distilled)} among them" if distilled else ""
         count = f"{len(missing)} settings of the grid{among}"
         lacking = f"- **Not measured** on every task in this run, which was cut short: {count}."
     return f"""# {title}

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.evidence.pairs import Pair
-from benchmarks.evidence.run import ON_MANY, OWN_DATA, WRITTEN, Grid, Outcome, on_many
+from benchmarks.evidence.run import ON_MANY, OWN_DATA, WRITTEN, Grid, Outcome, distilled, on_many
 from tailorcli import EvaluateOptions
 from tailorcli.evaluation.metrics import Roles, TaskScores, bootstrap, summarise
-from tailorcli.sweep import Point, SweepReport
+from tailorcli.sweep import Point, Setting, SweepReport
 
 PARTS = ("test", "validation")
 
@@ -75,10 +75,10 @@ def _outcome(
         return _point(results[label, written], label, family, roles)
 
     points = [point(name, name, written=False) for name in ("base", "tuned")]
-    for setting in grid.settings():
+    for setting in [*grid.settings(), *_propagated_first(grid, grid.distilled)]:
         if (setting.label, setting.retained) in common:
             points.append(point(setting.label, setting.family, setting.retained))
-    for setting in grid.many_settings():
+    for setting in [*grid.many_settings(), *_propagated_first(grid, grid.many)]:
         if setting.label in many:
             points.append(on_many(_point(many[setting.label], setting.label, setting.family, roles)))
     own = [
@@ -88,6 +88,11 @@ def _outcome(
     ]
     report = SweepReport(points, roles, PARTS, {}, {}, "", 0.0)
     return Outcome(pair, report, tuple(own))
+
+
+def _propagated_first(grid: Grid, densities: Sequence[float]) -> list[Setting]:
+    """What the default was when training began from a propagated patch."""
+    return [distilled(density, grid.distill_steps, propagate=True) for density in densities]
 
 
 def _point(result: dict[str, Any], label: str, family: str, roles: Roles) -> Point:
