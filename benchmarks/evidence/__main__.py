@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.common import cache_root
 from benchmarks.evidence import pairs, pictures, readme, render, summary
-from benchmarks.evidence.run import GRIDS, MANY, ON_MANY, SMALL, Outcome, first_of, run_all
+from benchmarks.evidence.run import GRIDS, SMALL, Outcome, first_of, run_all, samples_of
 from benchmarks.evidence.stored import load_outcomes, machine_of, names_missing
 from benchmarks.multimodal.data import COUNTS
 from benchmarks.multimodal.model import BASE_RECIPE, PATCH, PIXELS, TUNED_RECIPE
@@ -117,14 +117,15 @@ def _write(part: str, name: str, outcomes: list[Outcome], cache: Path | None, ma
 
 def _head(part: str, name: str, machine: dict[str, Any], missing: list[str]) -> str:
     ran_on = ", ".join(filter(None, (machine["gpu"], machine["processor"])))
-    grid, steps = GRIDS[part], DistillOptions().for_samples(MANY).steps
+    grid, steps = GRIDS[part], DistillOptions().for_samples(GRIDS[part].many_samples).steps
     title, how = f"The evidence: {part}", f"`make evidence` (`python -m benchmarks.evidence {part}`)"
     if part == SMALL:
         title, how = "The evidence: text, on two cores", f"`python -m benchmarks.evidence {part}`"
     if name != part:
         title = f"{title}, with the methods of 2025 and 2026"
         how = f"`python -m benchmarks.evidence {part} --stored FOLDER` from results that were stored before"
-    many = f"- **{ON_MANY}** is the same on so many of each kind, for the {steps} steps that they get.\n"
+    many = f"- **{samples_of(grid.many_samples)}** is the same on so many of each kind, for the {steps} steps "
+    many += "that they get.\n"
     lacking = ""
     if missing:
         distilled = [f"*{label}*" for label in missing if summary.DISTILLED in label]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks.evidence.run import ON_MANY, OWN_DATA, SMALL
+from benchmarks.evidence.run import OWN_DATA, SMALL
 from benchmarks.evidence.summary import (
     AFTER_PROPAGATION,
     AT_FIFTIETH,
-    AT_MANY,
     AT_TENTH,
     BASELINES,
     DISTILLED,
@@ -125,13 +124,13 @@ BARS = {  # percent of the old, of the new
 
 def bar(group: Group, old_kept: float, new_kept: float) -> str:
     """Whether the distilled default is ahead of all, and keeps enough of old and new; empty where there is none."""
-    found = {title.removesuffix(FIRST): (title, (family, label)) for title, family, label in group.distilled()}
+    found = {title: (family, label) for title, family, label in group.distilled()}
+    less = [title for title in found if title.startswith(AT_FIFTIETH)]
     lines = []
-    for kind, how in ((AT_TENTH, ""), (AT_MANY, f", {ON_MANY}")):
-        if kind not in found:
+    for title, tenth in found.items():
+        if title in less:
             continue
-        title, tenth = found[kind]
-        how += FIRST if title.endswith(FIRST) else ""
+        how = title.removeprefix(AT_TENTH)
         others = [one for one in rivals(group) if outcome_of(group, tenth, one) != "ahead of"]
         names = ", ".join(f"*{label}* ({_ahead(group, tenth, (of, label))})" for of, label in others)
         missed = f"missed against {names}" if others else "met"
@@ -139,12 +138,11 @@ def bar(group: Group, old_kept: float, new_kept: float) -> str:
         for name, least, what in (("origin", old_kept, "old"), ("target", new_kept, "new")):
             share = float(group.share(*tenth, name)[0])
             lines.append(f"At least {least:g}% of the {what}{how}: {_met(share >= least)} ({share:.1f}%).")
-    if found and AT_TENTH not in found:
+    if found and not lines:
         lines.append("At density 0.1: not measured in this run.")
     best = group.best("interpolate")
-    if AT_FIFTIETH in found and best is not None:
-        title, fiftieth = found[AT_FIFTIETH]
-        how = f"{FIRST}," if title.endswith(FIRST) else ""
+    if less and best is not None:
+        fiftieth, how = found[less[0]], f"{FIRST}," if less[0].endswith(FIRST) else ""
         rival = ("interpolate", best)
         ahead = outcome_of(group, fiftieth, rival) == "ahead of"
         by = _ahead(group, fiftieth, rival)
@@ -188,11 +186,13 @@ def _ranking(group: Group, title: str, family: str, label: str) -> str:
     names = {
         "default": "The default is",
         AT_TENTH: f"The default, distilled{how}, is",
-        AT_MANY: f"The default, distilled on {ON_MANY}{how}, is",
         AT_FIFTIETH: f"At density 0.02, distilled{how}, it is",
         "picked on validation data": f"The setting picked on validation data ({_weight_of(label)}) is",
     }
-    return f"{names.get(title.removesuffix(FIRST), f'With the {title} it is')} {ranking}."
+    kind = title.removesuffix(FIRST)
+    if kind.startswith(AT_TENTH) and kind.endswith(" samples"):
+        return f"The default, distilled on {kind.removeprefix(f'{AT_TENTH}, ')}{how}, is {ranking}."
+    return f"{names.get(kind, f'With the {title} it is')} {ranking}."
 
 
 def _nearest(group: Group) -> list[str]:

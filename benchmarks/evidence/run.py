@@ -22,7 +22,6 @@ SAMPLES = 512  # of each kind; distillation makes more of them than the closed f
 SEQ_LEN = 256
 SMALL = "text-small"  # the benchmark text with few samples and steps
 MANY = 2048  # samples of each kind, on which the default is distilled once more
-ON_MANY = f"{MANY:,} samples"  # what its label ends with
 WRITTEN = "written"  # the task of going on as the base did
 PICKED = "joint, propagated, density 0.1, retain weight picked on written samples"  # family and label
 OWN_DATA = "retained on old samples"  # the family that a user has who kept some of the old data
@@ -47,7 +46,8 @@ class Grid:
     dg_hard: tuple[float, ...] = ()  # scales of its threshold
     fapm: tuple[float, ...] = ()  # densities
     distilled: tuple[float, ...] = ()  # densities of the default, distilled at one default for all
-    many: tuple[float, ...] = ()  # densities of the same on MANY samples
+    many: tuple[float, ...] = ()  # densities of the same on more samples
+    many_samples: int = MANY  # of each kind
     distill_steps: int | None = None
     samples: int = SAMPLES  # of each kind
     seq_len: int = SEQ_LEN
@@ -74,7 +74,7 @@ class Grid:
         return list(dict.fromkeys(found))
 
     def many_settings(self) -> list[Setting]:
-        """Those on MANY samples, without what their labels end with."""
+        """Those on more samples, without what their labels end with."""
         return [distilled(density, self.distill_steps) for density in self.many]
 
     def own_settings(self) -> list[Setting]:
@@ -151,8 +151,8 @@ GRIDS = {
         propagated=((0.1, 0.3, 0.1),),
         retained=(),
         own_data=(),
-        distilled=(0.1,),
-        distill_steps=100,
+        many=(0.1,),
+        many_samples=512,
         samples=128,
         seq_len=128,
     ),
@@ -220,16 +220,22 @@ def run_pair(pair: Pair, grid: Grid, folder: Path) -> Outcome:
     points = [*others.points, *ours.points[2:]]
     extra = [replace(point, family=OWN_DATA) for point in of_old]
     if grid.many:
-        new = stats(folder / "stats-many", pair.tuned, pair.train, grid.seq_len, samples=MANY)
-        more = folder / "written-many.jsonl"
-        written = stats(folder / "stats-many-written", pair.base, pair.retain_starts, length, more, samples=MANY)
-        points += [on_many(point) for point in sweep(grid.many_settings(), specs, written, "sweep-many").points[2:]]
+        count, more = grid.many_samples, folder / "written-many.jsonl"
+        new = stats(folder / "stats-many", pair.tuned, pair.train, grid.seq_len, samples=count)
+        written = stats(folder / "stats-many-written", pair.base, pair.retain_starts, length, more, samples=count)
+        found = sweep(grid.many_settings(), specs, written, "sweep-many")
+        points += [on_many(point, count) for point in found.points[2:]]
     return Outcome(pair, replace(others, points=points), (*extra, *_picked(ours.points[2:])))
 
 
-def on_many(point: Point) -> Point:
-    """A point of a setting on MANY samples, with a label of its own."""
-    return replace(point, label=f"{point.label}, {ON_MANY}")
+def on_many(point: Point, samples: int) -> Point:
+    """A point of a setting on so many samples, with a label of its own."""
+    return replace(point, label=f"{point.label}, {samples_of(samples)}")
+
+
+def samples_of(count: int) -> str:
+    """What the label of a setting on so many samples ends with."""
+    return f"{count:,} samples"
 
 
 def _picked(points: Sequence[Point]) -> list[Point]:

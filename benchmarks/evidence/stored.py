@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.evidence.pairs import Pair
-from benchmarks.evidence.run import ON_MANY, OWN_DATA, WRITTEN, Grid, Outcome, distilled, on_many
+from benchmarks.evidence.run import OWN_DATA, WRITTEN, Grid, Outcome, distilled, on_many, samples_of
 from tailorcli import EvaluateOptions
 from tailorcli.evaluation.metrics import Roles, TaskScores, bootstrap, summarise
 from tailorcli.sweep import Point, Setting, SweepReport
@@ -80,7 +80,8 @@ def _outcome(
             points.append(point(setting.label, setting.family, setting.retained))
     for setting in [*grid.many_settings(), *_propagated_first(grid, grid.many)]:
         if setting.label in many:
-            points.append(on_many(_point(many[setting.label], setting.label, setting.family, roles)))
+            one = _point(many[setting.label], setting.label, setting.family, roles)
+            points.append(on_many(one, grid.many_samples))
     own = [
         point(setting.label, OWN_DATA, written=False)
         for setting in grid.own_settings()
@@ -125,5 +126,5 @@ def names_missing(outcomes: Sequence[Outcome], grid: Grid) -> list[str]:
     """The labels of the grid's settings that the results of a task lack."""
     have = set.intersection(*({point.label for point in outcome.report.points} for outcome in outcomes))
     wanted = [setting.label for setting in grid.settings()]
-    wanted += [f"{setting.label}, {ON_MANY}" for setting in grid.many_settings()]
+    wanted += [f"{setting.label}, {samples_of(grid.many_samples)}" for setting in grid.many_settings()]
     return [label for label in wanted if label not in have]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence.run import ON_MANY, OWN_DATA, PICKED, Outcome, distilled
+from benchmarks.evidence.run import OWN_DATA, PICKED, Outcome, distilled
 from tailorcli.evaluation.metrics import Array, Estimate, estimate, frontier
 from tailorcli.options import PatchOptions
 from tailorcli.sweep import Point, Setting, area_figure, members_of
@@ -17,7 +18,7 @@ PROPAGATED, RETAINED = "joint, propagated", "joint, retained"
 DEFAULT = Setting(PatchOptions(overwrite=True), retained=True).label
 PAPER = "sequential, density 0.1"
 DISTILLED, AFTER_PROPAGATION = (distilled(0.1, propagate=how).family for how in (None, True))
-AT_TENTH, AT_FIFTIETH, AT_MANY = "distilled", "distilled, density 0.02", f"distilled, {ON_MANY}"  # titles
+AT_TENTH, AT_FIFTIETH = "distilled", "distilled, density 0.02"  # titles
 FIRST = ", propagated first"  # ends the title of what was measured in no other way
 BASELINES = ("interpolate", "lines", "dg-hard", "dare", "magnitude", "fapm", "graft", "tailor-released")
 # What a curve over one option holds fixed of the others, at the values of the default and of the paper.
@@ -118,22 +119,28 @@ class Group:
         return found
 
     def distilled(self) -> list[tuple[str, str, str]]:
-        """(title, family, label) of the default distilled: at density 0.1, on many samples, and at density 0.02.
+        """(title, family, label) of the default distilled: at density 0.1, on more samples, and at density 0.02.
 
         Whatever its number of steps. Of what was propagated first alone, that, with FIRST in its title.
         """
-        kinds = ((AT_TENTH, 0.1, False), (AT_MANY, 0.1, True), (AT_FIFTIETH, 0.02, False))
+        kinds = ((AT_TENTH, 0.1, False), (AT_TENTH, 0.1, True), (AT_FIFTIETH, 0.02, False))
         found = []
         for title, density, many in kinds:
             ways = (("", distilled(density)), (FIRST, distilled(density, propagate=True)))
             alike = (
-                (f"{title}{ending}", *one)
+                (f"{title}{_more_samples(one[1])}{ending}", *one)
                 for ending, way in ways
                 for one in self.labels
-                if one[0] == way.family and one[1].startswith(way.label) and one[1].endswith(ON_MANY) == many
+                if one[0] == way.family and one[1].startswith(way.label) and bool(_more_samples(one[1])) == many
             )
             found += [*alike][:1]
         return found
+
+
+def _more_samples(label: str) -> str:
+    """The end of a label that says on how many samples, which only those on more have."""
+    found = re.search(r", [\d,]+ samples$", label)
+    return found[0] if found else ""
 
 
 def groups_of(outcomes: Sequence[Outcome]) -> list[Group]:

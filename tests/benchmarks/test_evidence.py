@@ -111,7 +111,7 @@ def test_the_bar_is_measured_against_each_method_at_its_best():
 
 def test_what_is_distilled_on_many_samples_has_its_own_column_and_bar():
     few, other = labelled(run.distilled(0.1), 59.0, 59.0), labelled(setting_of(method="fapm"), 50.0, 50.0)
-    many = run.on_many(labelled(run.distilled(0.1), 59.8, 59.4))
+    many = run.on_many(labelled(run.distilled(0.1), 59.8, 59.4), 2048)
     group = group_of([few, many, other, labelled(setting_of(True, retain_weight=0.3), 45.0, 55.0)])
     assert [title for title, *_ in group.distilled()] == ["distilled", "distilled, 2,048 samples"]
     assert render.bar(group, 99.0, 97.0).splitlines()[3:] == [
@@ -261,7 +261,7 @@ GRID = run.Grid(weights=(0.5,), plain=PLAIN, samples=32, **OURS, **NO_FURTHER)
 RIVALS = {"lines": (0.4,), "dg_hard": (1.0,), "fapm": (0.3,), "distilled": (0.02, 0.1)}
 FEW = run.Grid(
     **{"weights": (0.5,), "plain": (PLAIN[1],), "propagated": OURS["propagated"], "retained": (), "samples": 8},
-    **{"distill_steps": 30, "seq_len": 64, "many": (0.1,)},
+    **{"distill_steps": 30, "seq_len": 64, "many": (0.1,), "many_samples": 16},
     **(NO_FURTHER | RIVALS),
 )
 
@@ -298,7 +298,6 @@ def check_reports(pair, folder, monkeypatch):
 @pytest.mark.slow
 def test_quick_goes_through_on_a_tiny_network(tmp_path, monkeypatch):
     """Every step of it, on models that have learned next to nothing: `make test-slow` looks at the figures."""
-    monkeypatch.setattr(run, "MANY", 16)
     pair = quick_pair(tmp_path, monkeypatch, TINY, {"validation": 4, "test": 8})
     folder = tmp_path / "unicode-0"
     outcome = run.run_pair(pair, FEW, folder)
@@ -315,7 +314,7 @@ def test_quick_goes_through_on_a_tiny_network(tmp_path, monkeypatch):
     released, swept = "tailor-released, density 0.1", "sequential, density 0.1"
     tenth, fiftieth = (run.distilled(density, 30).label for density in (0.1, 0.02))
     later = {"lines, alpha 0.4, beta 0.6", "dg-hard, threshold scale 1", "fapm, density 0.3"}
-    many = f"{tenth}, {run.ON_MANY}"
+    many = f"{tenth}, 16 samples"
     ours = {summary.DEFAULT, tenth, fiftieth, many}
     assert set(points) == {"base", "tuned", "interpolate 0.5", released, swept, *later, *ours}
     assert points[fiftieth].patch_bytes < points[tenth].patch_bytes  # mostly reports here
