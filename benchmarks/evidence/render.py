@@ -280,5 +280,5 @@ def grid_table(group: Group) -> str:
         if family in BASELINES or family == label:
             continue
         values = [f"{group.value(family, label, name):.1f}" for name in ("origin", "target", "h_score")]
-        rows.append([label.replace(RETAINED, family), *values])
+        rows.append([label.replace(RETAINED, family) if family == OWN_DATA else label, *values])
     return table(["setting", "old", "new", "H"], rows)

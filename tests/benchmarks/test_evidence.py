@@ -103,6 +103,7 @@ def test_the_bar_is_measured_against_each_method_at_its_best():
     points = [labelled(setting, *figures) for setting, figures in worse.items()]
     assert "missed against *fapm, density 0.5*" in render.bar(group_of(points), 99.0, 97.0)
     page = render.section("quick", group, "", "x.png")
+    assert f"| {run.distilled(0.1).label} | 59.7 | 57.6 |" in render.grid_table(group)
     assert "### The bar" in page
     assert "| distilled | 95% | each seed | distilled, density 0.02" in page
     assert "**density 0.1: distilled**" in render.short_table(group)
