@@ -156,7 +156,10 @@ def tiny_outputs(work: Path) -> Iterator[tuple[str, Path]]:
     """Patched tiny models of families whose tokenizers are SentencePiece models, with one that is trained here."""
     import random
 
-    import sentencepiece
+    try:
+        import sentencepiece
+    except ImportError:
+        raise SystemExit("--tiny trains tokenizers: pip install sentencepiece") from None
     import torch
     import transformers as tr
 
