@@ -49,7 +49,7 @@ from tailorcli.hub import local_folders
 from tailorcli.options import DistillOptions, EvaluateOptions, PatchMethod, PatchOptions, Solver
 from tailorcli.patching.distilled import distill_checkpoint
 from tailorcli.patching.patch import patch_checkpoint
-from tailorcli.runs.again import patch_command, shell_text
+from tailorcli.runs.again import number_of, patch_command, shell_text
 from tailorcli.typed import field_of, list_of, maybe, read_amount, read_count, read_number, read_object
 
 if TYPE_CHECKING:
@@ -93,28 +93,28 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """The family with what distinguishes its settings."""
+        """The family with what distinguishes its settings, numbers in full: no two settings have one label."""
         o = self.resolved
         if o.is_dense:
             dense = {
-                "interpolate": [f"{self.family} {o.effective_weight:g}"],
+                "interpolate": [f"{self.family} {number_of(o.effective_weight)}"],
                 "changed": [self.family],
-                "lines": [self.family, f"alpha {o.alpha:g}", f"beta {o.effective_beta:g}"],
+                "lines": [self.family, f"alpha {number_of(o.alpha)}", f"beta {o.effective_beta:g}"],
             }
-            parts = dense.get(o.method, [self.family, f"threshold scale {o.threshold_scale:g}"])
+            parts = dense.get(o.method, [self.family, f"threshold scale {number_of(o.threshold_scale)}"])
             return ", ".join([*parts, *self._distilled])
-        parts = [self.family, f"density {o.density:g}"]
+        parts = [self.family, f"density {number_of(o.density)}"]
         if self.retained:
-            parts.append(f"retain weight {o.retain_weight:g}")
+            parts.append(f"retain weight {number_of(o.retain_weight)}")
         if o.method == "tailor" and o.omega != PatchOptions().omega:
-            parts.append(f"omega {o.omega:g}")
+            parts.append(f"omega {number_of(o.omega)}")
         usual = PatchOptions().resolved(self.retained, self.distill is not None)
         if o.method == "tailor" and o.effective_score != usual.effective_score:
             parts.append(f"score {o.effective_score}")
         if o.method == "tailor" and o.damping != usual.damping:
-            parts.append(f"damping {o.effective_damping:g}")
+            parts.append(f"damping {number_of(o.effective_damping)}")
         if o.effective_weight != 1.0:
-            parts.append(f"weight {o.effective_weight:g}")
+            parts.append(f"weight {number_of(o.effective_weight)}")
         return ", ".join([*parts, *self._distilled])
 
     def command(self, inputs: Mapping[str, str]) -> str:
@@ -138,7 +138,9 @@ class Setting:
             return []
         chosen, default = asdict(self.distill), asdict(DistillOptions())
         changed = {name: value for name, value in chosen.items() if value != default[name]}
-        shown = {name: f"{value:g}" if isinstance(value, (int, float)) else value for name, value in changed.items()}
+        shown = {
+            name: number_of(value) if isinstance(value, (int, float)) else value for name, value in changed.items()
+        }
         return [f"distill {name.replace('_', ' ')} {value}" for name, value in shown.items()]
 
 

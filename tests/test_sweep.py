@@ -142,6 +142,14 @@ def test_every_point_is_what_patch_and_evaluate_give(pair, tmp_path):
         assert label == max(members, key=lambda p: p.at("validation", "h_score")).label
 
 
+def test_settings_that_differ_have_labels_that_differ():
+    close = [PatchOptions(density=0.1), PatchOptions(density=0.10000001), PatchOptions(density=0.1, damping=0.0100001)]
+    assert [Setting(one).label for one in close] == [
+        *("joint, density 0.1", "joint, density 0.10000001", "joint, density 0.1, damping 0.0100001")
+    ]
+    assert Setting(PatchOptions(method="lines", alpha=0.7)).label == "lines, alpha 0.7, beta 0.3"
+
+
 def test_a_distilled_setting_is_what_patch_distill_gives(pair, tmp_path):
     how = DistillOptions(steps=3, batch_size=2)
     plain, distilled = settings_of(PatchOptions(), retain_weights=[0.3], distill=how)

@@ -99,7 +99,7 @@ def merge_command(
     words += _given(options, defaults, named)
     weights = options.get("weights") or ()
     if len(set(weights)) > 1:
-        words += [word for weight in weights for word in ("--weight", _number(weight))]
+        words += [word for weight in weights for word in ("--weight", number_of(weight))]
     if distilled is not None and "samples" in inputs:
         words += ["--retain", inputs["samples"]]
     return [*words, *_training(distilled), "-o", output]
@@ -139,10 +139,10 @@ def _given(options: Mapping[str, Any], defaults: Mapping[str, Any], names: Seque
             continue
         for each in value if isinstance(value, (list, tuple)) else (value,):
             yield _flag(name)
-            yield _number(each) if isinstance(each, float) else str(each)
+            yield number_of(each) if isinstance(each, float) else str(each)
 
 
-def _number(value: float) -> str:
+def number_of(value: float) -> str:
     """A number in few digits, and in as many as it needs to be read as the same again."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
