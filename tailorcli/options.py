@@ -535,7 +535,7 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
         """These options with a value for what depends on whether there are ``retained`` statistics.
 
         And on whether the kept entries are ``distilled``, trained after they are chosen: another score suits that, and
-        propagation before it changes nothing. Raises OptionsError for check_propagation of what is not propagated.
+        propagation before it is not missed. Raises OptionsError for check_propagation of what is not propagated.
         """
         has_term = retained and self.retain_weight > 0.0 and self.method == "tailor"
         damping = self.damping if self.damping is not None else RETAINED_DAMPING if has_term else DAMPING

@@ -93,7 +93,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """The family with what distinguishes its settings, numbers in full: no two settings have one label."""
+        """The family with what distinguishes its settings, numbers in full."""
         o = self.resolved
         if o.is_dense:
             dense = {
