@@ -279,14 +279,13 @@ def test_a_browser_draws_sorts_and_filters_and_fetches_nothing(made, swept, brow
     assert [name.rpartition(".")[2] for name in names_in(page)] == ["q_proj"] * 3
     page.locator("select").first.select_option("")
     heading = page.locator("thead th", has_text="changed")
-    counts = []
-    for _ in range(2):
+    column = page.locator("thead th").all_inner_texts().index("changed") + 1
+    for order in ("ascending", "descending"):
         heading.click()
-        column = page.locator("thead th").all_inner_texts().index("changed") + 1
+        page.locator(f"thead th[aria-sort={order}]", has_text="changed").wait_for()  # it sorts after the click
         texts = page.locator(f"table tbody td:nth-child({column})").all_inner_texts()
-        counts.append([int(text.replace(",", "")) for text in texts if text])
-    assert counts[0] == sorted(counts[0])
-    assert counts[1] == sorted(counts[1], reverse=True)
+        counts = [int(text.replace(",", "")) for text in texts if text]
+        assert counts == sorted(counts, reverse=order == "descending")
     page.locator(".vega-bind-radio input").nth(1).check()
     assert page.complaints == []
     narrow = opened(browser, file, viewport={"width": 390, "height": 800})
