@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.sparse.setting import Row
-from tailorcli.evaluation.metrics import TaskScores, h_score
+from tailorcli.evaluation.metrics import Array, TaskScores, h_score
+from tailorcli.files import write_text_atomically
 
 VALIDATION, TEST = "validation", "test"
 
@@ -33,6 +34,12 @@ class Cell:
     moved: float  # share of all entries that differ from the base's
     seconds: float  # of everything from the base on; on a CPU those of one core
     peak: int | None  # bytes, where it was measured
+    machine: str = ""  # that it ran on, in words
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What no two cells of a part have alike."""
+        return (self.task, self.seed, self.depth, self.row, self.rate)
 
     def h(self, part: str) -> float:
         """H in percent on a part of the tasks; all but the new one are old."""
@@ -63,14 +70,8 @@ def cell_file(folder: Path, depth: str, row: Row, rate: float) -> Path:
 def read_cells(folder: Path) -> list[Cell]:
     """All that was measured of one task and seed, in a folder that ``folder_of`` names."""
     task, _, seed = folder.name.rpartition("-")
-    cells = []
-    for file in sorted((folder / "cells").glob("*.json")):
-        facts = json.loads(file.read_text(encoding="utf-8"))
-        scores = {
-            part: {name: _scores(*arrays) for name, arrays in tasks.items()} for part, tasks in facts["scores"].items()
-        }
-        how = (facts["depth"], facts["layers"], Row(*facts["row"]), facts["rate"])
-        cells.append(Cell(task, int(seed), *how, scores, facts["moved"], facts["seconds"], facts["peak"]))
+    files = sorted((folder / "cells").glob("*.json"))
+    cells = [_cell({"task": task, "seed": int(seed)} | json.loads(file.read_text(encoding="utf-8"))) for file in files]
     memory = folder / "memory.json"
     peaks = json.loads(memory.read_text(encoding="utf-8")) if memory.exists() else {}
     return [replace(cell, peak=cell.peak or peaks.get(f"{cell.depth}: {cell.row.title}")) for cell in cells]
@@ -78,15 +79,60 @@ def read_cells(folder: Path) -> list[Cell]:
 
 def read_part(folder: Path) -> list[Cell]:
     """Every cell of a part, in the folder of its cache."""
-    return [cell for place in sorted((folder / "sparse").glob("*-*")) for cell in read_cells(place)]
+    machine = _machine_of(folder)
+    cells = [cell for place in sorted((folder / "sparse").glob("*-*")) for cell in read_cells(place)]
+    return [replace(cell, machine=machine) for cell in cells]
 
 
-def machine_of(folder: Path) -> dict[str, Any]:
-    """What a part was measured on, where its run noted it."""
-    file = folder / "sparse" / "machine.json"
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return found
+def read_kept(file: Path) -> list[Cell]:
+    """The cells of a part that ``write_kept`` left beside the page; none without the file."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [_cell(json.loads(line)) for line in lines]
+
+
+def write_kept(cells: Iterable[Cell], file: Path) -> None:
+    """Keep all cells of a part in one file, a line each, so that later runs add to them."""
+    file.parent.mkdir(exist_ok=True)
+    write_text_atomically(file, "".join(json.dumps(_facts(cell), separators=(",", ":")) + "\n" for cell in cells))
+
+
+def joined(earlier: Iterable[Cell], later: Iterable[Cell]) -> list[Cell]:
+    """Both, in order; where they have the same cell the later is taken, with the parts that the earlier alone has."""
+    found = {cell.key: cell for cell in earlier}
+    for cell in later:
+        known = found[cell.key].scores if cell.key in found else {}
+        found[cell.key] = replace(cell, scores=known | cell.scores)
+    return [found[key] for key in sorted(found)]
+
+
+def _cell(facts: dict[str, Any]) -> Cell:
+    scores = {
+        part: {name: _scores(*arrays) for name, arrays in tasks.items()} for part, tasks in facts["scores"].items()
+    }
+    return Cell(**facts | {"row": Row(*facts["row"]), "scores": scores})
+
+
+def _facts(cell: Cell) -> dict[str, Any]:
+    """What ``_cell`` reads."""
+    scores = {
+        part: {name: [_numbers(one.correct), _numbers(one.count)] for name, one in tasks.items()}
+        for part, tasks in cell.scores.items()
+    }
+    return vars(cell) | {"row": [cell.row.fine, cell.row.patch], "scores": scores}
+
+
+def _numbers(values: Array) -> list[float]:
+    """Whole numbers without a fraction, which is shorter."""
+    return [int(value) if value == int(value) else float(value) for value in values]
 
 
 def _scores(correct: Sequence[float], count: Sequence[float]) -> TaskScores:
     return TaskScores(np.array(correct, float), np.array(count, float), np.full(len(count), np.nan))
+
+
+def _machine_of(folder: Path) -> str:
+    """What a part was measured on, in words, where its run noted it."""
+    file = folder / "sparse" / "machine.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    parts = [found[name] for name in ("gpu", "processor") if found.get(name)]
+    return ", ".join([*parts, *([f"{found['jobs']} fine-tunes at a time"] if found.get("jobs", 1) > 1 else [])])

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.common import markdown, processor
+from benchmarks.common import markdown
 from benchmarks.pages import reflow
-from benchmarks.sparse.cells import TEST, Cell, machine_of, read_part
+from benchmarks.sparse.cells import TEST, Cell, joined, read_kept, read_part, write_kept
 from benchmarks.sparse.pictures import draw_depths, draw_masks
 from benchmarks.sparse.setting import BASE, DEPTHS, FINE_TUNES, MASKS, PARTS, ROWS, TUNED_AT, Part, Row
 from benchmarks.sparse.summary import CLAIMS, FIGURES, FULL, OF_OURS, Claim, Table, tables_of, verdict
@@ -21,21 +20,26 @@ SEEDS = 3  # that the evidence asks for
 
 
 def write(roots: Sequence[Path], document: Path) -> None:
-    """Write the page and its pictures from all that is there of all parts, each from the first root that has it."""
-    found, machines = {}, {}
+    """Write the page and its pictures from all that is there of all parts, each from the first root that has it.
+
+    Every cell is kept in a file beside the page, data/sparse-PART.jsonl, and those of earlier runs stay in both.
+    """
+    found = {}
     for name in PARTS:
-        parts = [(read_part(root / name), machine_of(root / name)) for root in roots]
-        found[name], machines[name] = next((part for part in parts if part[0]), ([], {}))
+        kept = document.parent / "data" / f"sparse-{name}.jsonl"
+        measured = next(filter(None, (read_part(root / name) for root in roots)), [])
+        found[name] = joined(read_kept(kept), measured)
+        if measured:
+            write_kept(found[name], kept)
     before = document.read_text(encoding="utf-8") if document.exists() else ""
-    document.write_text(reflow(page(found, document.parent, machines, before)), encoding="utf-8")
+    document.write_text(reflow(page(found, document.parent, before)), encoding="utf-8")
 
 
-def page(found: dict[str, list[Cell]], folder: Path, machines: dict[str, dict[str, Any]], before: str = "") -> str:
+def page(found: dict[str, list[Cell]], folder: Path, before: str = "") -> str:
     """The whole page; its pictures go into ``folder``. A part without cells stays as it was in the page ``before``."""
     parts: list[str] = []
     for name, cells in found.items():
-        machine = machines.get(name, {})
-        parts += _section(PARTS[name], cells, folder, machine) if cells else [_as_before(PARTS[name], before)]
+        parts += _section(PARTS[name], cells, folder) if cells else [_as_before(PARTS[name], before)]
     return "\n\n".join([HEAD, *_short(found, before), *parts, _memory()]) + "\n"
 
 
@@ -126,10 +130,10 @@ Not measured: {part.model} wants a GPU. `python -m benchmarks.sparse --part {par
     )
 
 
-def _section(part: Part, cells: Sequence[Cell], folder: Path, machine: dict[str, Any]) -> list[str]:
+def _section(part: Part, cells: Sequence[Cell], folder: Path) -> list[str]:
     """A part: its setting, and for each task its tables, pictures and claims."""
     tables = tables_of(cells)
-    texts = [f"## {part.name}", _setting(part, machine)]
+    texts = [f"## {part.name}", _setting(part, cells)]
     for table in tables:
         name = f"{part.name}-{table.task}"
         texts += [f"### {name}: what is missing", missing] if (missing := _missing(table)) else []
@@ -155,18 +159,17 @@ def _section(part: Part, cells: Sequence[Cell], folder: Path, machine: dict[str,
     return texts
 
 
-def _setting(part: Part, machine: dict[str, Any]) -> str:
+def _setting(part: Part, cells: Sequence[Cell]) -> str:
     limit = "" if part.items is None else f", the first {part.items} items of a task"
     trained = f"{part.steps} steps of {part.batch} samples of at most {part.seq_len} tokens, AdamW, passes in bfloat16"
-    ran_on = ", ".join(filter(None, (machine.get("gpu"), machine.get("processor", processor()))))
-    jobs = machine.get("jobs", 1)
+    machines = sorted({cell.machine for cell in cells if cell.machine})
     rows = [
         ("models", part.model),
         ("training", trained),
         ("statistics", f"{part.samples} samples of each kind"),
         ("test and validation", f"those of [{part.name}](evidence-{part.name}.md){limit}"),
         ("update ratio, density", "0.1"),
-        ("ran on", ran_on if jobs == 1 else f"{ran_on}, {jobs} fine-tunes at a time"),
+        ("ran on", "; ".join(machines)),
     ]
     return markdown(("setting", "value"), rows, text=(0, 1))
 

@@ -14,7 +14,7 @@ from helpers import make_pair, read_tensors
 from benchmarks.evidence import pairs
 from benchmarks.quick import data as quick_data
 from benchmarks.sparse import bench, masks, render, run, setting, summary
-from benchmarks.sparse.cells import TEST, VALIDATION, Cell, cell_file, folder_of, read_part
+from benchmarks.sparse.cells import TEST, VALIDATION, Cell, cell_file, folder_of, joined, read_kept, read_part
 from benchmarks.sparse.setting import BASE, MASKS, PARTS, ROWS, TUNED_AT, Row
 from benchmarks.sparse.summary import CLAIMS, DOWSER, FULL, OURS, SPIDER, THIRD, Table
 from tailorcli.evaluation.metrics import TaskScores
@@ -60,9 +60,9 @@ def few_resamples(monkeypatch):
 
 @pytest.mark.usefixtures("few_resamples")
 def test_the_page_says_what_was_seen_what_it_is_of_and_what_is_missing(tmp_path):
-    machine = {"gpu": "a card", "processor": "a chip", "jobs": 3}
-    page = render.page({"quick": cells(), "text": [], "multimodal": []}, tmp_path, {"quick": machine})
-    assert "a card, a chip, 3 fine-tunes at a time" in page
+    found = [replace(one, machine=f"chip {min(one.seed, 1)}") for one in cells()]
+    page = render.page({"quick": found, "text": [], "multimodal": []}, tmp_path)
+    assert "chip 0; chip 1 " in page
     claims = {row[:2]: row for row in rows_of(page) if len(row) == 6 and row[0] != "claim"}
     assert claims["SPIDER beats full", TUNED_AT][-1] == "yes"
     assert claims["Model-Dowser beats full", TUNED_AT][-2:] == ("2", "no")
@@ -283,13 +283,38 @@ def test_results_of_another_machine_make_the_page(tmp_path):
     assert "3 of 3" not in page
     assert "every row.\n" not in page.replace("seeds of every row", "")
     store([one for one in cells() if one.depth in ("", TUNED_AT)], tmp_path / "few" / "text")
-    render.write([tmp_path / "few"], tmp_path / "few.md")
-    assert "- last 2: every row.\n- last third: every row.\n" in (tmp_path / "few.md").read_text()
+    render.write([tmp_path / "few"], tmp_path / "few" / "page.md")
+    assert "- last 2: every row.\n- last third: every row.\n" in (tmp_path / "few" / "page.md").read_text()
     render.write([tmp_path / "nothing", tmp_path / "cache"], tmp_path / "page.md")
     assert "that of cache" in (tmp_path / "page.md").read_text()
     written = (tmp_path / "page.md").read_text()
     render.write([tmp_path / "nothing"], tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == written
+    (tmp_path / "data" / "sparse-text.jsonl").unlink()
+    render.write([tmp_path / "nothing"], tmp_path / "page.md")
     assert (tmp_path / "page.md").read_text() == written  # a part that is not there stays
+
+
+@pytest.mark.usefixtures("few_resamples")
+def test_a_run_adds_to_what_earlier_ones_left_beside_the_page(tmp_path):
+    found = cells()
+    store(found, tmp_path / "whole" / "quick")
+    for seed in (0, 1, 2):
+        store([one for one in found if one.seed == seed], tmp_path / f"only-{seed}" / "quick")
+    for folder, roots in (("at-once", ["whole"]), ("in-turn", ["only-0", "only-1", "only-2"])):
+        (tmp_path / folder).mkdir()
+        for root in roots:
+            render.write([tmp_path / root], tmp_path / folder / "page.md")
+    for name in ("page.md", "data/sparse-quick.jsonl"):
+        assert (tmp_path / "in-turn" / name).read_text() == (tmp_path / "at-once" / name).read_text()
+    again = read_kept(tmp_path / "at-once" / "data" / "sparse-quick.jsonl")
+    assert [one.key for one in again] == sorted(one.key for one in found)
+    one, other = (next(c for c in of if c.key == again[0].key) for of in (again, found))
+    assert np.array_equal(one.scores[TEST]["python"].correct, other.scores[TEST]["python"].correct)
+    later = replace(again[0], scores={VALIDATION: {}}, machine="new")
+    [both] = (c for c in joined(again, [later]) if c.key == later.key)
+    assert both.machine == "new"
+    assert both.scores == {TEST: again[0].scores[TEST], VALIDATION: {}}
 
 
 def run_probe_options(seq_len):
