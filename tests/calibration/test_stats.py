@@ -178,7 +178,7 @@ def test_no_manifest_breaks_the_reader(folder):
         else:
             value = mutate_json(json.loads(manifest), generator)
             (folder / MANIFEST).write_text(json.dumps(value))
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             stats = Stats.open(folder)
         except StatsError:
@@ -191,7 +191,7 @@ def test_no_manifest_breaks_the_reader(folder):
             stats.fingerprint()
             stats.close()
             json.dumps(inspect_path(folder).to_dict())
-        assert time.perf_counter() - started < 2, number
+        assert time.process_time() - started < 2, number
         (folder / MANIFEST).write_bytes(manifest)
         (folder / HESSIANS).write_bytes(hessians)
     assert 0 < opened < 1000

@@ -135,9 +135,9 @@ HEADERS = {
 def test_a_lying_header_is_refused(tmp_path, case):
     header, data, why = HEADERS[case]
     file = write_raw(tmp_path / SINGLE_FILE, header, data)
-    started = time.perf_counter()
+    started = time.process_time()
     error = refusal(read_header, file, mentions=[file, why])
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert len(error.message) < 1000
     assert "\n" not in error.message
 
@@ -168,9 +168,9 @@ def test_a_header_beyond_the_format_s_limit_is_not_read(tmp_path):
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", 200_000_000))
         stream.truncate(300_000_000)  # sparse: takes no room
-    started = time.perf_counter()
+    started = time.process_time()
     refusal(read_header, file, mentions=["200000000"])
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_every_truncation_is_noticed(tmp_path):
@@ -405,7 +405,7 @@ def test_no_header_breaks_the_reader(tmp_path):
             for _ in range(generator.randrange(1, 3)):
                 header = mutate_json(header, generator)
             write_raw(file, header, whole[8 + length :])
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             with Checkpoint.open(tmp_path) as checkpoint:
                 checkpoint.fingerprint()
@@ -414,7 +414,7 @@ def test_no_header_breaks_the_reader(tmp_path):
             opened += 1
         except TailorError as error:
             messages.append(error.message)
-        assert time.perf_counter() - started < 2, number
+        assert time.process_time() - started < 2, number
     assert 0 < opened < 1500
     assert all(SINGLE_FILE in message or "torch cannot hold" in message for message in messages)
 
