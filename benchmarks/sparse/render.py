@@ -114,6 +114,8 @@ them: the same base, data, steps and layers for all. Embeddings are frozen.
   are those that one core worked, on a GPU those that passed while others ran on it: compare them within a table only.
 - **peak MB** is that of the fine-tune, or of patching: on a GPU what its tensors took; on a CPU that of a process of
   three steps, with Python and torch in it. Of several runs it is the least, as what ran before can hold some.
+- Scores lie item by item in `data/sparse-PART.jsonl` beside this page, for the parts that were run since that is so:
+  a later run adds its own to them.
 
 *quick* is a small model, trained briefly: an indication of what holds for large ones, no more."""
 
