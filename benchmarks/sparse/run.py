@@ -108,7 +108,7 @@ def beyond(first: Bench, rows: Sequence[Row]) -> list[tuple[Row, float]]:
         higher = [rate for rate in first.part.wider if rate > max(found[row])]
         if best == min(found[row]) and lower:
             more.append((row, max(lower)))
-        elif best == max(found[row]) and higher:
+        if best == max(found[row]) and higher:  # of one rate alone both
             more.append((row, min(higher)))
     return more
 

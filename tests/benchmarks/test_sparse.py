@@ -133,9 +133,8 @@ def tiny_part(name, folder, kind):
         where = (folder / "base", folder / "none", folder / "data.jsonl", folder / "data.jsonl", folder)
         return [pairs.Pair("new", seed, *where, {"old": kind, "new": kind}, ("old",), ("new",), 8) for seed in (0, 1)]
 
-    return replace(
-        PARTS[name], make=make, steps=2, batch=2, seq_len=16, samples=4, items=2, rates=PARTS[name].rates[:1]
-    )
+    few = {"steps": 2, "batch": 2, "seq_len": 16, "samples": 4, "items": 2}
+    return replace(PARTS[name], make=make, **few, rates=PARTS[name].rates[:1], wider=())
 
 
 LARGER = [
@@ -218,6 +217,16 @@ def test_what_tells_most_is_made_first_and_rates_are_sought_beyond_the_edge():
     tested = {(seed, depth, row) for _, seed, depth, row, rate in found if rate == 1e-2}
     assert tested >= {(seed, depth, row) for seed in range(3) for depth in DEPTHS for row in ROWS}
     assert {row.fine for name, *_, row, _ in found if name == "other masks"} == set(MASKS)
+
+
+@pytest.mark.parametrize("best", [1e-4, 3e-4, 1e-3, 3e-3, 1e-2])
+def test_what_is_run_again_makes_no_more(best):
+    for rates in (PARTS["quick"].rates, (1e-3,)):
+        benches = [Pretended(0, best)]
+        benches[0].part = replace(benches[0].part, rates=rates)
+        plan = run.Plan(["unicode"], 1, [FULL, OURS[0]], [TUNED_AT], ())
+        assert made_of(benches, plan)
+        assert made_of(benches, plan) == []
 
 
 def test_a_plan_of_few_rows_makes_no_others():
