@@ -97,11 +97,11 @@ def write_kept(cells: Iterable[Cell], file: Path) -> None:
 
 
 def joined(earlier: Iterable[Cell], later: Iterable[Cell]) -> list[Cell]:
-    """Both, in order; where they have the same cell the later is taken, with the parts that the earlier alone has."""
+    """Both, in order; where they have the same cell the later is taken, with what the earlier alone has measured."""
     found = {cell.key: cell for cell in earlier}
     for cell in later:
-        known = found[cell.key].scores if cell.key in found else {}
-        found[cell.key] = replace(cell, scores=known | cell.scores)
+        known = found.get(cell.key, cell)
+        found[cell.key] = replace(cell, scores=known.scores | cell.scores, peak=cell.peak or known.peak)
     return [found[key] for key in sorted(found)]
 
 

@@ -320,9 +320,10 @@ def test_a_run_adds_to_what_earlier_ones_left_beside_the_page(tmp_path):
     assert [one.key for one in again] == sorted(one.key for one in found)
     one, other = (next(c for c in of if c.key == again[0].key) for of in (again, found))
     assert np.array_equal(one.scores[TEST]["python"].correct, other.scores[TEST]["python"].correct)
-    later = replace(again[0], scores={VALIDATION: {}}, machine="new")
+    later = replace(again[0], scores={VALIDATION: {}}, machine="new", peak=None)
     [both] = (c for c in joined(again, [later]) if c.key == later.key)
     assert both.machine == "new"
+    assert both.peak == again[0].peak == 10**9
     assert both.scores == {TEST: again[0].scores[TEST], VALIDATION: {}}
 
 
