@@ -45,6 +45,11 @@ PARTS = {
         "`patch` by salience alone against reading both checkpoints and writing one; the default `patch` by stage, "
         "each against its floor; `calibrate` against a bare forward pass and the Hessians' multiply-adds.",
     ),
+    "finetuning": (
+        "Sparse fine-tuning",
+        "`probe` against the passes that it needs, and a step of each method of `finetune` beside one of full "
+        "fine-tuning.",
+    ),
     "dare": (
         "DARE beside mergekit",
         "`patch --method dare` against mergekit's `dare_linear` on SmolLM2-135M and the fine-tune of `benchmarks.real` "
@@ -89,7 +94,10 @@ def document(outputs: dict[str, str], earlier: str) -> str:
 
 
 def main() -> None:
-    """Run the parts, one after the other; arguments that are not known here go to each of them."""
+    """Run the parts, one after the other; arguments that are not known here go to each of them.
+
+    With ``--parts``, some of a part's tables, the page stays as it is, for they would replace all of that part's.
+    """
     made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     made.add_argument(
         "--only",
@@ -104,6 +112,8 @@ def main() -> None:
         command = [sys.executable, "-m", f"benchmarks.{name}", *rest]
         outputs[name] = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         print(outputs[name])
+    if "--parts" in rest:
+        return
     earlier = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
     DOCUMENT.write_text(document(outputs, earlier), encoding="utf-8")
 
