@@ -46,7 +46,7 @@ class Run:
     rate: float = 0.1
     weight: float | str = 2.0  # B; or start, running: the quotient of both divergences
     loss: str = "forward"  # or reverse, both, confident
-    retained: str = "written"  # by the base, or own: of the old tasks
+    retained: str = "written"  # by the base, at temperature 1 or "written at T"; or own: of the old tasks
 
 
 @dataclass
@@ -162,7 +162,14 @@ class Ground:
 
     def tokens(self, run: Run, kind: str, places: list[int] | slice) -> Tensor:
         """Tokens (B, T) of a kind."""
-        return self.texts[run.retained if kind == RETAINED else NEW][places]
+        return self._texts(run.retained if kind == RETAINED else NEW)[places]
+
+    def _texts(self, name: str) -> Tensor:
+        """All samples of a name, (B, T); those at a temperature of their own are written when first asked for."""
+        if name not in self.texts:
+            temperature = float(name.removeprefix("written at "))
+            self.texts[name] = written_at(temperature, self.teachers[RETAINED], self.texts["written"])
+        return self.texts[name]
 
     def loss(self, student: Any, run: Run, kind: str, places: list[int] | slice, loss: str | None = None) -> Tensor:
         """The divergence of each predicted token from its teacher, (N,)."""
@@ -172,7 +179,7 @@ class Ground:
     def _taught(self, run: Run, kind: str, places: list[int] | slice) -> Tensor:
         """The teacher's logits of the predicted tokens, (B, T, V), each sample's worked out once."""
         name = run.retained if kind == RETAINED else NEW
-        numbers = range(len(self.texts[name]))[places] if isinstance(places, slice) else places
+        numbers = range(len(self._texts(name)))[places] if isinstance(places, slice) else places
         for number in numbers:
             if (name, number) not in self._logits:
                 with torch.no_grad():
@@ -229,6 +236,14 @@ class Ground:
                 losses[kind] = float(value.detach())
             seen.append(losses)
             update(step + 1, run.rate * rate_at(step + 1, run.steps, warmup))
+
+
+def written_at(temperature: float, network: Any, others: Tensor) -> Tensor:
+    """As many samples as ``others`` (B, T), from the same first tokens, written by ``network`` at a temperature."""
+    torch.manual_seed(0)
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "eos_token_id": None}
+    found: Tensor = network.generate(others[:, :1], max_length=others.shape[1], pad_token_id=0, **how)
+    return found
 
 
 _KINDS = {NEW: "", "written": "-written", "own": "-own"}

@@ -44,6 +44,11 @@ LEADS: dict[str, dict[str, Run]] = {
         "B by both divergences at the start": Run(weight="start"),
         "B by both divergences of the last steps": Run(weight="running"),
     },
+    "temperature": {
+        "temperature 1": FIRST,
+        **{f"temperature {heat:g}": Run(retained=f"written at {heat:g}") for heat in (0.5, 0.7, 1.3)},
+        "samples of the old tasks": Run(retained="own"),
+    },
     "forms": {
         "whole": FIRST,
         "block by block": Run(form="blocks"),
