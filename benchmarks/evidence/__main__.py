@@ -2,7 +2,8 @@
 
 Trains or fetches the models of several seeds, calibrates, sweeps over the settings of every method and writes
 docs/results/evidence-PART.md with its pictures, the tables of what-to-expect.md and README's. Everything lies in a
-cache; a rerun goes on from there.
+cache; a rerun goes on from there. Scores of text-small are kept item by item in docs/results/data, to which later runs
+add theirs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from typing import Any
 from benchmarks.common import cache_root
 from benchmarks.evidence import pairs, pictures, readme, render, summary
 from benchmarks.evidence.run import GRIDS, SMALL, Outcome, first_of, run_all, samples_of
-from benchmarks.evidence.stored import load_outcomes, machine_of, names_missing
+from benchmarks.evidence.stored import (
+    Result,
+    joined,
+    machine_of,
+    names_missing,
+    outcomes_of,
+    read_kept,
+    read_results,
+    write_kept,
+)
 from benchmarks.multimodal.data import COUNTS
 from benchmarks.multimodal.model import BASE_RECIPE, PATCH, PIXELS, TUNED_RECIPE
 from benchmarks.pages import reflow
@@ -65,6 +75,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="pairs at a time, each in a process of its own")
     parser.add_argument("--cache", type=Path, default=cache_root(), help="folder for weights and results (%(default)s)")
     parser.add_argument("--stored", type=Path, help="measure nothing: pages from FOLDER/PART/TASK-SEED/sweep")
+    parser.add_argument("--page-only", action="store_true", help="measure nothing: pages from what earlier runs kept")
     options = parser.parse_args()
     parts = options.parts or [part for part in PARTS if part != SMALL]
     sections = []
@@ -74,10 +85,10 @@ def main() -> None:
         cache = options.cache.expanduser().resolve() / part
         cache.mkdir(parents=True, exist_ok=True)
         make = partial(pairs.quick, jobs=options.jobs) if part == "quick" else PARTS[part]
-        if options.stored is not None:
-            folder = options.stored / part
+        if options.stored is not None or options.page_only:
             name = part if part == SMALL else f"{part}-rivals"
-            _write(part, name, load_outcomes(folder, GRIDS[part]), None, machine_of(folder))
+            results, machine = _kept(part, None if options.stored is None else options.stored / part)
+            _write(part, name, outcomes_of(results, GRIDS[part]), None, machine)
             sections.append(f"evidence-{name}.md")
             continue
         made = make(cache)
@@ -86,9 +97,22 @@ def main() -> None:
         # The first grid is what a run that is cut short has a page of.
         for grid in dict.fromkeys((first_of(GRIDS[part]), GRIDS[part])):
             _write(part, part, run_all(part, made, cache, grid, options.jobs), cache, machine)
+            _kept(part, cache)
         sections.append(f"evidence-{part}.md")
     readme.main()
     say(f"wrote {', '.join(sections)}, the pictures, the tables in {SUMMARY.name} and README's")
+
+
+def _kept(part: str, folder: Path | None) -> tuple[list[Result], dict[str, Any]]:
+    """All results of a benchmark that were ever kept, with those of ``folder``; and the machine."""
+    file = DOCS / "data" / f"evidence-{part}.jsonl"
+    earlier, machine = read_kept(file)
+    if folder is None:
+        return earlier, machine
+    results, machine = joined(earlier, read_results(folder)), machine_of(folder) or machine
+    if part == SMALL:  # whose pairs are run a few at a time; of the others it would be megabytes
+        write_kept(results, machine, file)
+    return results, machine
 
 
 def _write(part: str, name: str, outcomes: list[Outcome], cache: Path | None, machine: dict[str, Any]) -> None:

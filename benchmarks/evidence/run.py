@@ -22,6 +22,7 @@ SAMPLES = 512  # of each kind; distillation makes more of them than the closed f
 SEQ_LEN = 256
 SMALL = "text-small"  # the benchmark text with few samples and steps
 MANY = 2048  # samples of each kind, on which the default is distilled once more
+MANY_SWEEP = "sweep-many"  # the folder of what was distilled on them
 WRITTEN = "written"  # the task of going on as the base did
 PICKED = "joint, propagated, density 0.1, retain weight picked on written samples"  # family and label
 OWN_DATA = "retained on old samples"  # the family that a user has who kept some of the old data
@@ -223,7 +224,7 @@ def run_pair(pair: Pair, grid: Grid, folder: Path) -> Outcome:
         count, more = grid.many_samples, folder / "written-many.jsonl"
         new = stats(folder / "stats-many", pair.tuned, pair.train, grid.seq_len, samples=count)
         written = stats(folder / "stats-many-written", pair.base, pair.retain_starts, length, more, samples=count)
-        found = sweep(grid.many_settings(), specs, written, "sweep-many")
+        found = sweep(grid.many_settings(), specs, written, MANY_SWEEP)
         points += [on_many(point, count) for point in found.points[2:]]
     return Outcome(pair, replace(others, points=points), (*extra, *_picked(ours.points[2:])))
 

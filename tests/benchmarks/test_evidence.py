@@ -303,7 +303,10 @@ def test_quick_goes_through_on_a_tiny_network(tmp_path, monkeypatch):
     folder = tmp_path / "unicode-0"
     outcome = run.run_pair(pair, FEW, folder)
     points = {point.label: point for point in outcome.report.points}
-    [again] = stored.load_outcomes(tmp_path, FEW)  # from the results alone
+    results = stored.read_results(tmp_path)
+    [again] = stored.outcomes_of(results, FEW)  # from the results alone
+    stored.write_kept(results, {"cores": 2}, tmp_path / "data" / "kept.jsonl")
+    assert stored.read_kept(tmp_path / "data" / "kept.jsonl") == (results, {"cores": 2})
     assert [(p.label, p.family, p.seconds) for p in again.report.points] == [
         (p.label, p.family, p.seconds) for p in outcome.report.points
     ]
