@@ -14,6 +14,7 @@ from tailorcli.data.forms import HINT
 from tailorcli.data.media import read_image, read_wav
 from tailorcli.data.records import Record, Records, content_parts
 from tailorcli.data.timed import within
+from tailorcli.data.turns import answer_places, marked, tokens_at
 from tailorcli.errors import DataError, first_line, note
 from tailorcli.files import parse_json
 
@@ -46,6 +47,7 @@ class Encoder:
     cuts: list[tuple[int, int]] = field(
         default_factory=list, compare=False
     )  # tokens of each record that was cut, before and after
+    told: set[str] = field(default_factory=set, compare=False)  # what a note was made of: once, not for each record
 
     @property
     def tokenizer(self) -> Any:
@@ -105,10 +107,10 @@ class Encoder:
         return records.has_turns and self._has_template(records.has_media)
 
     def responses(self, record: Record, inputs: Inputs) -> list[tuple[int, int]]:
-        """The runs of ``inputs``' tokens that are the record's responses, each with the token after it.
+        """The runs of ``inputs``' tokens that are the record's responses, each with what ends it.
 
-        Of messages those of the assistant. None where a record has no response, or all that is predicted is one.
-        Raises DataError.
+        Of messages those that the assistant writes, calls of tools and thoughts included. None where a record has no
+        response, or all that is predicted is one. Raises DataError.
         """
         response = str(record.fields.get("response", ""))
         record = self.framed_by_template(record)
@@ -116,16 +118,65 @@ class Encoder:
             return []
         ids = inputs["input_ids"][0].tolist()
         if self.takes_media and record.has_media:
+            if "messages" in record.fields:
+                return self._answers_beside_media(record, ids)
             size = len(self.tokens(record, response, False))
             return [(max(0, len(ids) - size), len(ids))] if size else []
-        plain = "messages" not in record.fields
+        if "messages" in record.fields:
+            return self._answers(record, ids)
+        if "prompt" not in record.fields:
+            return []
         text = self._text_of(record)
-        found = []
-        for start, stop in _spans(record, text):
+        places = [(len(record.fields["prompt"]), len(text))]
+        return list(self._runs(record, ids, text, places, plain=True))
+
+    def _answers(self, record: Record, ids: list[int]) -> list[tuple[int, int]]:
+        """The tokens of the assistant's turns, in the text that the chat template makes of a conversation."""
+        messages, text = self._form_of(record)
+        places = answer_places(messages, text, partial(self._rendered, record))
+        if places is None:
+            places = list(_spans(messages, text))
+        said = sum(message.get("role") == "assistant" for message in messages)
+        if len(places) < said:
+            what = f"the chat template leaves out an assistant's turn of {record.where}, and maybe of others"
+            self._tell("turns", f"{what}: nothing is learnt of it")
+        return list(self._runs(record, ids, text, places, plain=False))
+
+    def _runs(
+        self, record: Record, ids: list[int], text: str, places: list[tuple[int, int]], *, plain: bool
+    ) -> Iterator[tuple[int, int]]:
+        """The tokens of ``ids`` that hold these places of a text, by characters."""
+        if getattr(self.tokenizer, "is_fast", False) and not plain:
+            how = {"add_special_tokens": False, "return_offsets_mapping": True}
+            offsets = self.tokenizer(text, **how)["offset_mapping"][: len(ids)]
+            yield from tokens_at(places, offsets)
+            return
+        for start, stop in places:
             before, after = (self.tokens(record, text[:place], plain, len(ids) + 1) for place in (start, stop))
             first, last = (_common(ids, part) for part in (before, after))
             if last > first:
-                found.append((first, min(last + 1, len(ids))))
+                yield first, last
+
+    def _answers_beside_media(self, record: Record, ids: list[int]) -> list[tuple[int, int]]:
+        """The tokens of the assistant's turns, each told by the whole conversation with another one in its place."""
+        whole = self._with_images(record, sys.maxsize)["input_ids"][0].tolist()
+        messages = record.fields["messages"]
+        numbers = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
+        inside = []
+        for number in numbers:
+            turns = marked(messages, [number])
+            other = self._with_images(replace(record, fields={**record.fields, "messages": turns}), sys.maxsize)
+            changed = other["input_ids"][0].tolist()
+            start, after = _common(whole, changed), _common(whole[::-1], changed[::-1])
+            inside.append((start, max(start, len(whole) - after)))
+        ends = numbers and numbers[-1] == len(messages) - 1
+        ending = whole[inside[-1][1] :] if ends else []
+        found = []
+        for start, stop in inside:
+            more = _common(whole[stop:], ending) if ending else 1
+            first, last = start, min(stop + more, len(ids))
+            if last > first:
+                found.append((first, last))
         return found
 
     def _within(self, ids: list[int], seq_len: int) -> list[int]:
@@ -141,13 +192,20 @@ class Encoder:
             return str(fields["text"])
         if "messages" not in fields:
             return str(fields["prompt"] + fields["response"])
+        text = self._form_of(record)[1]
+        self._tell_of_tools(record, text)
+        return text
+
+    def _form_of(self, record: Record) -> tuple[list[dict[str, Any]], str]:
+        """Messages in the form that the chat template takes, and what it makes of them. Raises DataError."""
+        fields = record.fields
         if not getattr(self.tokenizer, "chat_template", None):
             raise DataError(
                 f"{record.where} has messages, and the model's tokenizer has no chat template",
                 'give the records a "text" field instead',
             )
         problem: Exception | None = None
-        rendered: list[str] = []
+        rendered: list[tuple[list[dict[str, Any]], str]] = []
         tools = fields.get("tools") or None
         for messages in (fields["messages"], *_other_forms(fields["messages"])):
             try:
@@ -160,14 +218,20 @@ class Encoder:
             else:
                 whole = all(words.strip() in text for words in _words_of(messages))
                 if whole and not any(str(m["content"]) in text for m in messages if content_parts(m)):
-                    self._tell_of_tools(record, text)
-                    return text
-                rendered.append(text)
+                    return messages, text
+                rendered.append((messages, text))
         if not rendered:
             what = f"{record.where}: the chat template refuses these messages: {problem}"
             raise DataError(what, _TEMPLATE_HINT) from problem
-        self._tell_of_tools(record, rendered[0])
         return rendered[0]  # it leaves words out whatever their form: thoughts of earlier turns, for example
+
+    def _rendered(self, record: Record, messages: list[dict[str, Any]], prompted: bool) -> str | None:
+        """What the chat template makes of messages, and of the head of an answer to them; None where it refuses."""
+        how = {"tools": record.fields.get("tools") or None, "tokenize": False, "add_generation_prompt": prompted}
+        try:
+            return str(within(_SECONDS, partial(self.tokenizer.apply_chat_template, messages, **how)))
+        except Exception:  # whatever a model's own template raises
+            return None
 
     def _tell_of_tools(self, record: Record, text: str) -> None:
         """Note where a template has left the tools, or the calls of them, out of its text."""
@@ -176,10 +240,14 @@ class Encoder:
         named = [tool.get("function", tool) for tool in (*(record.fields.get("tools") or ()), *calls)]
         lost = [str(f["name"]) for f in named if isinstance(f, dict) and "name" in f and str(f["name"]) not in text]
         if lost:
-            where = f"{record.where}, and maybe in others"
-            note(
-                f"the model's chat template does not write the tool {lost[0]!r} of {where}: a template with tools does"
-            )
+            what = f"the tool {lost[0]!r} of {record.where}, and maybe in others"
+            self._tell("tools", f"the model's chat template does not write {what}: a template with tools does")
+
+    def _tell(self, kind: str, message: str) -> None:
+        """Make a note of a kind once."""
+        if kind not in self.told:
+            self.told.add(kind)
+            note(message)
 
     @cached_property
     def _frame(self) -> tuple[str, str]:
@@ -367,15 +435,10 @@ def _texts(record: Record) -> list[str]:
     return [value for name in ("text", "prompt", "response") if isinstance(value := record.fields.get(name), str)]
 
 
-def _spans(record: Record, text: str) -> Iterator[tuple[int, int]]:
-    """Where the responses of a record stand in its text, by characters."""
-    fields = record.fields
-    if "messages" not in fields:
-        if "prompt" in fields:
-            yield len(fields["prompt"]), len(text)
-        return
+def _spans(messages: list[dict[str, Any]], text: str) -> Iterator[tuple[int, int]]:
+    """Where the words of the assistant's turns stand in the text of a conversation, by characters."""
     place = 0
-    for message in fields["messages"]:
+    for message in messages:
         for words in (each for each in _words_of([message]) if each.strip()):
             found = text.find(words.strip(), place)
             if found < 0:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ def _with_labels(inputs: Inputs, record: Record, encoder: Encoder, seq_len: int)
     if "text" in fields:
         return inputs | {"labels": inputs["input_ids"].clone()}
     if "messages" in fields:
-        spans = _turns(inputs["input_ids"][0], record, encoder, seq_len)
+        spans = encoder.responses(record, inputs)
     else:
         asked = replace(record, fields={**fields, "response": ""})
         begin = _common(encoder.encode(asked, seq_len), inputs["input_ids"][0])
@@ -98,25 +98,6 @@ def _with_labels(inputs: Inputs, record: Record, encoder: Encoder, seq_len: int)
     for start, stop in spans:
         labels[:, start:stop] = inputs["input_ids"][:, start:stop]
     return inputs | {"labels": labels}
-
-
-def _turns(ids: Tensor, record: Record, encoder: Encoder, seq_len: int) -> list[tuple[int, int]]:
-    """Where the assistant's turns begin, behind their heads, and end, their ends of turn included.
-
-    A turn begins where the text with an empty one in its place goes on otherwise.
-    """
-    messages = record.fields["messages"]
-    spans = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        parts = isinstance(message.get("content"), list)
-        empty: dict[str, Any] = {"role": "assistant", "content": [{"type": "text", "text": ""}] if parts else ""}
-        asked, answered = ([*messages[:number], turn] for turn in (empty, message))
-        both = (replace(record, fields={**record.fields, "messages": some}) for some in (asked, answered))
-        start, stop = (_common(encoder.encode(each, seq_len), ids) for each in both)
-        spans.append((start, stop))
-    return spans
 
 
 def _common(inputs: Inputs | None, ids: Tensor) -> int:

@@ -467,7 +467,7 @@ RESPONSES = [
                 {"role": "assistant", "content": [{"type": "text", "text": "no"}]},
             ]
         },
-        ["yes<", "no<"],
+        ["yes<e>", "no<e>"],
     ),
 ]
 
