@@ -41,8 +41,8 @@ def choose(network: Any, trainable: Sequence[str] = (), last_layers: int | None 
                 raise OptionsError(f"--trainable {glob} matches no parameter", f"a name is {next(iter(parameters))}")
         chosen = [name for name in parameters if any(fnmatchcase(name, glob) for glob in trainable)]
     else:
-        tables = _tables(network)
-        chosen = [name for name, value in parameters.items() if id(value) not in tables and not in_tower(name)]
+        frozen = _tables(network) | _senses(network)
+        chosen = [name for name, value in parameters.items() if id(value) not in frozen and not in_tower(name)]
     if last_layers is not None:
         inside = _last_blocks(network, last_layers)
         chosen = [name for name in chosen if name.startswith(inside)]
@@ -62,6 +62,16 @@ def _tables(network: Any) -> set[int]:
     modules = [module for module in network.modules() if isinstance(module, nn.Embedding)]
     head = output_head(network)
     return {id(value) for module in [*modules, *([] if head is None else [head])] for value in module.parameters()}
+
+
+def _senses(network: Any) -> set[int]:
+    """The parameters of an encoder-decoder's encoder where it hears or sees, and does not read."""
+    if not getattr(network.config, "is_encoder_decoder", False):
+        return set()
+    encoder = network.get_encoder()
+    if getattr(encoder, "main_input_name", "input_ids") == "input_ids":
+        return set()
+    return {id(value) for value in encoder.parameters()}
 
 
 def _last_blocks(network: Any, count: int) -> tuple[str, ...]:

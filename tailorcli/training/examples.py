@@ -34,8 +34,8 @@ class Examples:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all examples, those of images included."""
-        return sum(inputs["input_ids"].numel() if "input_ids" in inputs else 1 for inputs in self.inputs)
+        """Tokens of all examples, those of images included; of sound those of the answers."""
+        return sum(inputs.get("input_ids", inputs["labels"]).numel() for inputs in self.inputs)
 
 
 def encode_examples(

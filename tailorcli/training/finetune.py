@@ -7,21 +7,23 @@ from the last of them, in the base's own names, dtypes and shards.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from errno import ENOSPC
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.data.records import Records, read_records
 from tailorcli.device import StageTimer, device_errors, resolve_device
-from tailorcli.errors import NumericalError, OptionsError, OutputError, TailorError, first_line
+from tailorcli.errors import NumericalError, OptionsError, OutputError, first_line, note
 from tailorcli.files import PathLike, as_output_error, file_digest, read_json, write_text_atomically
 from tailorcli.guard import OutputLock, Watch, entries, path_text, protect
 from tailorcli.models.config import processor_folder, read_config
@@ -35,13 +37,14 @@ from tailorcli.models.loading import (
     package_versions,
 )
 from tailorcli.models.running import check_ids
+from tailorcli.models.skeleton import run_dtype
 from tailorcli.system import peak_memory
 from tailorcli.training.choice import choose, trained_numel
 from tailorcli.training.examples import Examples, encode_examples
 from tailorcli.training.importance import Importance, ImportanceError
 from tailorcli.training.outcome import FinetunePlan, FinetuneReport, memory_of, write_outcome
 from tailorcli.training.probe import open_plain
-from tailorcli.training.settings import OWN_ARGUMENTS, FinetuneOptions
+from tailorcli.training.settings import OWN_ARGUMENTS, PUBLISHING, REFUSED_ARGUMENTS, FinetuneOptions
 
 if TYPE_CHECKING:
     from tailorcli.training.sparse import SparseTuning
@@ -97,17 +100,18 @@ def finetune_model(
     started = perf_counter()
     require_accelerate()
     folder = Path(output)
-    work = folder.with_name(folder.name + SUFFIX)
+    work = work_of(folder)
     with ExitStack() as stack:
         job = _open(base, data, options, importance, training_args, stack)
+        options = job.options
         identity = job.identity()
         main = is_main_process()
         if main:
             protect([folder, work], [job.base.path, job.data], "choose another folder for -o")
+            stack.enter_context(OutputLock(work, folder=True))
             earlier = _check(folder, work, identity, options.resume)
             if earlier is not None:
                 return earlier
-            stack.enter_context(OutputLock(work, folder=True))
             stack.push(_forget_if_refused(work))
             _begin(work, identity)
         timer = StageTimer()
@@ -118,8 +122,9 @@ def finetune_model(
                 check_shapes(job.base, job.config, options)
                 network = load_model(job.base, job.config, options)
                 examples = _examples(job, network)
+            plan = plan_of(job, network, examples, folder)
             if main and announce is not None:
-                announce(plan_of(job, network, examples, folder))
+                announce(plan)
             smaller = "a smaller --batch-size with more --gradient-accumulation, or --last-layers"
             with timer.stage("train"), device_errors(smaller):
                 facts = train(job, network, examples, work, progress, started)
@@ -146,11 +151,14 @@ def plan_finetune(
     folder = Path(output)
     with ExitStack() as stack:
         job = _open(base, data, options, importance, training_args, stack)
-        work = folder.with_name(folder.name + SUFFIX)
+        options = job.options
+        work = work_of(folder)
         protect([folder, work], [job.base.path, job.data], "choose another folder for -o")
         _check(folder, work, job.identity(), options.resume)
         check_shapes(job.base, job.config, options)
         network = empty_on_meta(job.base, job.config, options)
+        with refused_arguments(job):
+            training_arguments(job, work)
         return plan_of(job, network, _examples(job, network), folder)
 
 
@@ -158,6 +166,14 @@ def require_accelerate() -> None:
     """Raise OptionsError where what transformers' Trainer needs is not installed."""
     if find_spec("accelerate") is None:
         raise OptionsError("fine-tuning needs accelerate, which the extra [train] brings", "pip install accelerate")
+
+
+def work_of(folder: Path) -> Path:
+    """The folder beside an output that an interrupted run goes on from. Raises OutputError for one without a name."""
+    whole = folder if folder.name not in ("", "..") else folder.resolve()
+    if not whole.name:
+        raise OutputError(f"{folder} cannot be a checkpoint's folder", "choose another folder for -o")
+    return whole.with_name(whole.name + SUFFIX)
 
 
 def is_main_process() -> bool:
@@ -187,7 +203,31 @@ def _open(
         )
     arguments = {} if training_args is None else read_arguments(Path(training_args))
     records = read_records(data, columns=options.columns)
-    return Job(stored, read_config(stored.path), records, Path(data), opened, options, arguments)
+    config = read_config(stored.path)
+    options = _in_trainable_dtype(stored, config, options, arguments)
+    return Job(stored, config, records, Path(data), opened, options, arguments)
+
+
+def _in_trainable_dtype(
+    stored: Checkpoint, config: Mapping[str, Any], options: FinetuneOptions, arguments: Mapping[str, Any]
+) -> FinetuneOptions:
+    """The options with a dtype in which an optimiser can work. Raises OptionsError for one in which it cannot.
+
+    Adam divides by its epsilon, 1e-8, where a gradient is zero; in float16 that is zero, too.
+    """
+    import torch
+
+    said = config.get("dtype") or config.get("torch_dtype")
+    dtype = run_dtype(stored, SimpleNamespace(dtype=getattr(torch, str(said), None)), options)
+    if dtype == torch.float16 and not {"adam_epsilon", "optim"} & arguments.keys():
+        if options.dtype != "auto":
+            what = "in float16 Adam's epsilon is zero: the first weight without a gradient would be NaN"
+            raise OptionsError(what, "pass --dtype float32, or bfloat16")
+        note(f"{stored.path} is stored in float16, in which Adam fails: trained in float32, written in float16")
+        return replace(options, dtype="float32")
+    if dtype == torch.bfloat16:
+        note("trained in bfloat16, which drops steps of less than 1/256 of a weight: --dtype float32 keeps them")
+    return options
 
 
 def read_arguments(file: Path) -> dict[str, Any]:
@@ -206,6 +246,9 @@ def read_arguments(file: Path) -> dict[str, Any]:
     for name in value:
         if name in OWN_ARGUMENTS:
             raise OptionsError(f"{file} sets {name}", f"pass {OWN_ARGUMENTS[name]} instead")
+        if name in REFUSED_ARGUMENTS or str(name).startswith(PUBLISHING):
+            reason = REFUSED_ARGUMENTS.get(name, "finetune uploads nothing")
+            raise OptionsError(f"{file} sets {name}: {reason}", "leave it out")
         if name not in known:
             raise OptionsError(f"{file} sets {name!r}, which transformers' TrainingArguments does not have", hint)
     return value
@@ -253,7 +296,7 @@ def _forget_if_refused(work: Path) -> Callable[..., None]:
     """What takes the folder of states away again where a run was refused before it had any."""
 
     def forget(_: Any, error: BaseException | None, __: Any) -> None:
-        if isinstance(error, TailorError) and last_state(work) is None and not (work / FINAL / FACTS).exists():
+        if isinstance(error, Exception) and last_state(work) is None and not (work / FINAL / FACTS).exists():
             shutil.rmtree(work, ignore_errors=True)
 
     return forget
@@ -265,7 +308,10 @@ def _facts_of(final: Path) -> dict[str, Any] | None:
 
 
 def _examples(job: Job, network: Any) -> Examples:
-    """The records of the data as examples of the model. Raises DataError."""
+    """The records of the data as examples of the model. Raises DataError, and OptionsError for one without a loss."""
+    if "MaskedLM" in type(network).__name__:
+        what = f"{job.base.path} is a {type(network).__name__}, whose labels would be what it is shown"
+        raise OptionsError(what, "train a model that predicts the next token, or an encoder-decoder")
     has_media = job.records.has_media
     folder = processor_folder(job.base.path, job.base.path, has_media)
     encoder = load_encoder(folder, job.base.path, has_media, job.options)
@@ -286,21 +332,23 @@ def plan_of(job: Job, network: Any, examples: Examples, output: Path) -> Finetun
             raise OptionsError(what, "see --trainable and --last-layers")
     numel = trained_numel(network, names)
     trained = round(options.update_ratio * numel) if options.method == "dowser" else numel
-    weights = sum(parameter.nbytes for parameter in network.parameters())
-    size = next(network.parameters()).element_size()
+    if not trained:
+        raise OptionsError(f"--update-ratio {options.update_ratio:g} leaves no entry to train", "the paper's is 0.1")
+    entries = sum(parameter.numel() for parameter in network.parameters())
+    size = run_dtype(job.base, network.config, options).itemsize
     batches = -(-len(examples.inputs) // (options.batch_size * processes() * options.gradient_accumulation))
-    steps = options.steps or max(1, round(options.epochs * batches))
+    steps = options.steps or math.ceil(options.epochs * batches)
     return FinetunePlan(
         output=path_text(output),
         method=options.method,
         parameters=len(names),
         entries=trained,
-        of_entries=sum(parameter.numel() for parameter in network.parameters()),
+        of_entries=entries,
         examples=len(examples.inputs),
         tokens=examples.num_tokens,
         learnt_tokens=examples.learnt,
         steps=steps,
-        memory=memory_of(options.method, weights, numel, size),
+        memory=memory_of(options.method, entries * size, numel, size),
         write_bytes=job.base.nbytes,
     )
 
@@ -317,32 +365,30 @@ def train(job: Job, network: Any, examples: Examples, work: Path, progress: bool
     Raises NumericalError where the loss or the gradients are no numbers; the last good state is kept.
     """
     import torch
-    from transformers import TrainingArguments
 
     from tailorcli.models.loading import quiet_transformers
     from tailorcli.training.trainer import GuardedTrainer, NotANumber, guard_of
 
     padding = getattr(network.config.get_text_config(), "pad_token_id", None)
     with quiet_transformers():
-        try:
-            arguments = TrainingArguments(**_arguments(job, work))
-        except (TypeError, ValueError, ImportError) as error:
-            what = f"transformers refuses these TrainingArguments: {first_line(error)}"
-            raise OptionsError(what, "see --training-args") from error
-        trainer = GuardedTrainer.of(network, arguments, examples.inputs, padding if isinstance(padding, int) else 0)
+        with refused_arguments(job):
+            arguments = training_arguments(job, work)
+            padding = padding if isinstance(padding, int) else 0
+            trainer = GuardedTrainer.of(network, arguments, examples.inputs, padding)
         tuning = _tuning(job).attach(trainer)
         guard = guard_of(trainer, work, COMPLETE, progress)
         state = last_state(work)
         try:
-            with _states_written(work):
+            with _states_written(work), refused_arguments(job, lambda: guard.has_begun):
                 trainer.train(resume_from_checkpoint=None if state is None else str(state))
                 trainer.save_model(str(work / FINAL))
         except NotANumber as error:
-            kept = trainer.keep_last_good(error.in_gradient)
+            kept = trainer.keep_last_good()
             where = f"the last good state, of step {kept[0]}, is {kept[1]}" if kept else "no state was saved before it"
-            what = f"the {'gradient' if error.in_gradient else 'loss'} is {error.value} in step {error.step}: {where}"
-            slower = "a lower --learning-rate" + ("" if job.options.dtype == "float32" else " or --dtype float32")
-            raise NumericalError(what, f"remove {work} and start anew with {slower}") from None
+            slower = "start anew with a lower --learning-rate"
+            slower += "" if job.options.dtype == "float32" else " or --dtype float32"
+            how = f"remove {work} and {slower}" if kept else slower
+            raise NumericalError(f"{error.what} in step {error.step}: {where}", how) from None
         finally:
             guard.close()
     cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
@@ -364,6 +410,30 @@ def train(job: Job, network: Any, examples: Examples, work: Path, progress: bool
     if is_main_process():
         write_text_atomically(work / FINAL / FACTS, json.dumps(facts, indent=1) + "\n")
     return facts
+
+
+def training_arguments(job: Job, work: Path) -> Any:
+    """The TrainingArguments of a run, which may refuse what they are given."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(**_arguments(job, work))
+
+
+@contextmanager
+def refused_arguments(job: Job, has_begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Raise OptionsError where transformers refuses what --training-args says, which it does late in part.
+
+    What goes wrong after training ``has_begun`` is no matter of arguments, nor is anything where there are none.
+    """
+    import torch
+
+    try:
+        yield
+    except (TypeError, ValueError, ImportError, AttributeError, KeyError, RuntimeError) as error:
+        if not job.arguments or has_begun() or isinstance(error, torch.OutOfMemoryError):
+            raise
+        what = f"transformers refuses these TrainingArguments: {first_line(error)}"
+        raise OptionsError(what, "see --training-args") from error
 
 
 @contextmanager

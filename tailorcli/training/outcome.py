@@ -226,10 +226,11 @@ def _write(name: str, base: Checkpoint, source: tuple[Checkpoint, str] | None, w
         writer.copy(name, base, {})
         return
     before = base.read(name)
-    after = source[0].read(source[1]).to(before.dtype)
-    if after.shape != before.shape:
-        shapes = f"has shape {list(after.shape)} after training, {list(before.shape)} before"
+    trained = source[0].read(source[1])
+    if trained.shape != before.shape:
+        shapes = f"has shape {list(trained.shape)} after training, {list(before.shape)} before"
         raise CheckpointError(f"tensor {name!r} {shapes}", "train a base that is not resized")
+    after = _unless_moved(trained, before)
     if not bool(after.isfinite().all()) and bool(before.isfinite().all()):
         raise NumericalError(f"training left NaN or infinity in tensor {name!r}", "lower --learning-rate")
     moved = int((_raw(after) != _raw(before)).count_nonzero())
@@ -239,6 +240,17 @@ def _write(name: str, base: Checkpoint, source: tuple[Checkpoint, str] | None, w
         return
     record = TensorChange(name, info.numel, moved, _square(after.double() - before.double()), _square(before))
     writer.write(name, after, asdict(record))
+
+
+def _unless_moved(trained: Tensor, before: Tensor) -> Tensor:
+    """What was trained, in the dtype of ``before``; that itself where training has left what the run made of it.
+
+    A run in fewer bits rounds the entries that it does not train, too.
+    """
+    import torch
+
+    rounded = before.to(trained.dtype)
+    return torch.where(_raw(trained) == _raw(rounded), before, trained.to(before.dtype))
 
 
 def _raw(value: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
         self.options = TuningOptions(
             method=method,
             update_ratio=update_ratio,
-            trainable=tuple(trainable),
+            trainable=(trainable,) if isinstance(trainable, str) else tuple(trainable),
             last_layers=last_layers,
             accumulate=accumulate,
             strength=strength,
@@ -85,6 +85,11 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
         """
         if getattr(trainer, "is_deepspeed_enabled", False):
             raise OptionsError("sparse fine-tuning does not go with DeepSpeed", "use FSDP, or one device")
+        if getattr(trainer, "model_init", None) is not None:
+            what = (
+                "this Trainer makes its model anew when it trains (model_init), after this has frozen the present one"
+            )
+            raise OptionsError(what, "give the Trainer the model itself")
         network = trainer.model
         self.names = freeze_others(network, choose(network, self.options.trainable, self.options.last_layers))
         if self.options.method == "dowser":

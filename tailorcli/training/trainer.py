@@ -21,11 +21,20 @@ if TYPE_CHECKING:
 
 
 class NotANumber(Exception):  # noqa: N818  # it never reaches a user
-    """The loss of a step, or its gradient, is no number."""
+    """The loss of a step, its gradient, or what it has left of the weights is no number."""
 
-    def __init__(self, value: float, step: int, *, in_gradient: bool) -> None:
-        super().__init__(value, step)
-        self.value, self.step, self.in_gradient = value, step, in_gradient
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(what, step)
+        self.what, self.step = what, step
+
+
+def unsound(network: Any) -> int:
+    """Entries of all parameters that are no numbers, of all processes' shards together."""
+    found = 0
+    for parameter in network.parameters():
+        wrong = local(parameter).isfinite().logical_not_().count_nonzero()
+        found += int(summed(wrong, parameter))
+    return found
 
 
 class GuardedTrainer(Trainer):  # type: ignore[misc]
@@ -43,16 +52,15 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         found = super().compute_loss(model, inputs, *args, **given)
         value = float((found[0] if isinstance(found, tuple) else found).detach())
         if not math.isfinite(value):
-            raise NotANumber(value, self.state.global_step + 1, in_gradient=False)
+            raise NotANumber(f"the loss is {value}", self.state.global_step + 1)
         return found
 
-    def keep_last_good(self, in_gradient: bool) -> tuple[int, Path] | None:
+    def keep_last_good(self) -> tuple[int, Path] | None:
         """The step and folder of the last state with sound weights: of now, or what was saved earlier; None if none."""
         from tailorcli.training.finetune import last_state
 
         folder = Path(self.args.output_dir)
-        sound = all(bool(local(parameter).isfinite().all()) for parameter in self.model.parameters())
-        if sound and self.args.world_size == 1 and self.state.global_step:
+        if self.args.world_size == 1 and self.state.global_step and not unsound(self.model):
             self._save_checkpoint(self.model, None)
             self.callback_handler.on_save(self.args, self.state, self.control)
         found = last_state(folder)
@@ -65,6 +73,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
     def __init__(self, work: Path, mark: str, progress: bool) -> None:
         self._work, self._mark, self._shown = work, mark, progress
         self._bar: Progress | None = None
+        self.has_begun = False  # the first step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin to show the steps."""
@@ -73,6 +82,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Raise NotANumber where the gradient of this step is none."""
+        self.has_begun = True
         if args.fp16:
             return  # its scaler skips such steps by itself
         total = torch.zeros((), dtype=torch.float64, device=args.device)  # one number, so that a GPU waits but once
@@ -82,11 +92,15 @@ class Guard(TrainerCallback):  # type: ignore[misc]
                 total += summed(square, parameter.grad)
         norm = math.sqrt(value) if (value := float(total)) >= 0 else value
         if not math.isfinite(norm):
-            raise NotANumber(norm, state.global_step + 1, in_gradient=True)
+            raise NotANumber(f"the gradient is {norm}", state.global_step + 1)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Count the step."""
-        control.should_log |= state.global_step == state.max_steps  # the last loss, too
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Count the step. Raises NotANumber before weights that are none are saved."""
+        last = state.global_step == state.max_steps
+        # The last loss, too; and at each state, from which a run that goes on counts its mean anew.
+        control.should_log |= last or control.should_save
+        if (last or control.should_save) and (wrong := unsound(given["model"])):
+            raise NotANumber(f"{wrong:,} weights are no numbers", state.global_step)
         if self._bar is not None:
             self._bar.update()
 
