@@ -34,7 +34,7 @@ def differentiable(network: Any, inputs: Inputs) -> Any:
     Raises DataError where it cannot run on these inputs, as the data may not be what it takes.
     """
     try:
-        return network(**inputs)
+        return network(**in_dtype_of(network, inputs))
     except TailorError:
         raise
     except Exception as error:  # whatever a model's own code raises
@@ -45,6 +45,14 @@ def differentiable(network: Any, inputs: Inputs) -> Any:
             f"the model cannot run on a sample of this data ({shapes}): {first_line(error)}",
             "see that its records hold what the model takes: text, images, or sound",
         ) from error
+
+
+def in_dtype_of(network: Any, inputs: Inputs) -> Inputs:
+    """The inputs with pictures and sound in the dtype of the model's weights, which not every model sees to itself."""
+    dtype = getattr(network, "dtype", None)
+    if dtype is None or not dtype.is_floating_point:
+        return inputs
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from tailorcli.files import write_text_atomically
+from tailorcli.models.running import in_dtype_of
 from tailorcli.terminal import Progress
 from tailorcli.training.examples import Collate
 from tailorcli.training.shards import local, summed
@@ -49,7 +50,7 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **given: Any) -> Any:
         """Give transformers' loss. Raises NotANumber."""
-        found = super().compute_loss(model, inputs, *args, **given)
+        found = super().compute_loss(model, in_dtype_of(self.model, inputs), *args, **given)
         value = float((found[0] if isinstance(found, tuple) else found).detach())
         if not math.isfinite(value):
             raise NotANumber(f"the loss is {value}", self.state.global_step + 1)

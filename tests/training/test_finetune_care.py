@@ -1,0 +1,206 @@
+"""What ``finetune`` must not do to a base or to its user: the cases that went wrong once."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from families import make_family_pair
+from helpers import make_model, make_pair, read_tensors, refused, run
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from tailorcli.errors import OptionsError
+from tailorcli.training import SparseTuning
+from tailorcli.training.finetune import SUFFIX
+
+FAST = ("--steps", 4, "--batch-size", 4, "--learning-rate", 1e-2)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("care"), layers=2)
+
+
+@pytest.fixture(scope="module")
+def importance(pair):
+    run("probe", pair / "base", "-o", pair / "importance", "--num-samples", 4, "--seq-len", 12)
+    return pair / "importance"
+
+
+def finetune(folder, out, *more, expect=0):
+    return run("finetune", folder / "base", "--data", folder / "data.jsonl", "-o", out, *FAST, *more, expect=expect)
+
+
+def shares(base, out):
+    one, two = read_tensors(base), read_tensors(out)
+    return {name: float((one[name] != two[name]).double().mean()) for name in one}
+
+
+def test_a_run_in_fewer_bits_leaves_what_is_frozen_as_it_is(pair, importance, tmp_path):
+    more = ("--dtype", "bfloat16", "--method", "dowser", "--importance", importance)
+    found = json.loads(finetune(pair, tmp_path / "out", *more, "--json").stdout)
+    moved = shares(pair / "base", tmp_path / "out")
+    assert moved["model.embed_tokens.weight"] == moved["lm_head.weight"] == moved["model.norm.weight"] == 0
+    assert all(share <= 0.101 for share in moved.values())
+    assert 0.01 < found["moved"] / found["numel"] <= 0.1
+
+
+def test_tensors_of_another_dtype_than_the_run_stay_where_they_are_frozen(pair, tmp_path):
+    folder = shutil.copytree(pair, tmp_path / "pair")
+    tensors = load_file(folder / "base" / "model.safetensors")
+    wide = ("embed", "norm", "layers.0")
+    kept = {n: v if any(word in n for word in wide) else v.bfloat16() for n, v in tensors.items()}
+    save_file(kept, folder / "base" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "base" / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    finetune(folder, tmp_path / "out", "--last-layers", 1)
+    moved = shares(folder / "base", tmp_path / "out")
+    assert {name for name, share in moved.items() if share} <= {n for n in moved if "layers.1." in n}
+    assert moved["model.layers.1.mlp.up_proj.weight"] > 0.5
+
+
+def test_a_base_in_float16_is_trained_in_float32(tmp_path):
+    pair = make_pair(tmp_path / "pair", dtype=torch.float16)
+    found = json.loads(finetune(pair, tmp_path / "out", "--json").stdout)
+    assert found["losses"][-1][1] < found["losses"][0][1]
+    assert {value.dtype for value in read_tensors(tmp_path / "out").values()} == {torch.float16}
+    data = ("--data", pair / "data.jsonl", "-o", tmp_path / "again")
+    refused("finetune", pair / "base", *data, *FAST, "--dtype", "float16", mentions=["epsilon"])
+
+
+def test_a_state_that_is_no_numbers_is_not_kept(pair, tmp_path, monkeypatch):
+    from tailorcli.training import trainer
+
+    original = trainer.Guard.on_step_end
+
+    def spoilt(self, args, state, control, **given):
+        if state.global_step == 3:
+            next(given["model"].parameters()).data[0] = float("nan")
+        original(self, args, state, control, **given)
+
+    monkeypatch.setattr(trainer.Guard, "on_step_end", spoilt)
+    command = ("finetune", pair / "base", "--data", pair / "data.jsonl", "-o", tmp_path / "out", *FAST)
+    shown = refused(*command, "--save-every", 1, mentions=["weights are no numbers in step 3", "of step 2"])
+    assert "--resume" not in shown
+    assert not (tmp_path / "out").exists()
+    shutil.rmtree(tmp_path / f"out{SUFFIX}")
+    shown = refused(*command, mentions=["no state was saved before it"])  # at the end alone
+    assert str(tmp_path / f"out{SUFFIX}") not in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+REFUSED = {
+    "hub_token: hf_secret": "hub_token",
+    "push_to_hub: true": "uploads nothing",
+    "save_only_model: true": "no run could go on",
+    "disable_tqdm: false": "progress",
+    "eval_strategy: steps": "refuses these TrainingArguments",
+    "lr_scheduler_type: cosine_with_min_lr": "refuses these TrainingArguments",
+    "optim: galore_adamw": "refuses these TrainingArguments",
+    "max_grad_norm: abc": "refuses these TrainingArguments",
+    "optim: foo": "refuses these TrainingArguments",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_arguments_that_are_refused_late_leave_nothing_behind(pair, tmp_path, text):
+    (tmp_path / "args.yaml").write_text(text + "\n")
+    command = ("finetune", pair / "base", "--data", pair / "data.jsonl", "-o", tmp_path / "out", *FAST)
+    shown = refused(*command, "--training-args", tmp_path / "args.yaml", mentions=[REFUSED[text]])
+    assert "hf_secret" not in shown
+    assert [file.name for file in tmp_path.iterdir()] == ["args.yaml"]
+
+
+def test_the_plan_is_of_the_dtype_that_runs_and_counts_the_steps_that_are_made(tmp_path):
+    pair = make_pair(tmp_path / "pair", dtype=torch.bfloat16)
+    entries = sum(value.numel() for value in read_tensors(pair / "base").values())
+    command = ("finetune", pair / "base", "--data", pair / "data.jsonl", "-o", tmp_path / "out")
+    more = ("--epochs", 0.25, "--batch-size", 8, "--json")
+    plan = json.loads(run(*command, *more, "--dry-run").stdout)
+    assert plan["memory"]["weights"] == 2 * entries
+    assert plan["steps"] == json.loads(run(*command, *more).stdout)["steps"] == 2
+    (tmp_path / "args.yaml").write_text("optim: foo\n")
+    shutil.rmtree(tmp_path / "out")
+    refused(*command, "--training-args", tmp_path / "args.yaml", "--dry-run", mentions=["foo"])
+
+
+def test_values_out_of_range_are_refused(pair, importance, tmp_path):
+    command = ("finetune", pair / "base", "--data", pair / "data.jsonl")
+    out = ("-o", tmp_path / "out")
+    for seed in (-1, 1 << 32):
+        refused(*command, *out, "--seed", seed, mentions=["seed must be from 0"])
+    refused("probe", pair / "base", *out, "--seed", 1 << 64, mentions=["seed must be from 0"])
+    refused(*command, "-o", "/", mentions=["cannot be a checkpoint's folder"])
+    refused(*command, "-o", ".", mentions=["exists and is not empty"])
+    dowser = ("--method", "dowser", "--importance", importance)
+    refused(*command, *out, *dowser, "--update-ratio", 1e-9, mentions=["no entry to train"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_masked_words_is_refused(tmp_path):
+    pair = make_family_pair(tmp_path, "bert")
+    data = ("--data", pair / "data.jsonl", "-o", tmp_path / "out")
+    refused("finetune", pair / "base", *data, mentions=["MaskedLM"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_encoder_that_hears_is_frozen(tmp_path, dtype):
+    pair = make_family_pair(tmp_path, "whisper", dtype)
+    plan = json.loads(finetune(pair, tmp_path / "out", "--dry-run", "--json").stdout)
+    assert plan["tokens"] >= plan["learnt_tokens"]
+    finetune(pair, tmp_path / "out")
+    moved = shares(pair / "base", tmp_path / "out")
+    assert not any(share for name, share in moved.items() if ".encoder." in name)
+    assert any(share for name, share in moved.items() if ".decoder.layers" in name)
+
+
+def test_a_trainer_that_makes_its_model_anew_is_refused(pair, tmp_path):
+    arguments = TrainingArguments(tmp_path / "run", report_to="none", use_cpu=True)
+    trainer = Trainer(model_init=lambda: AutoModelForCausalLM.from_pretrained(pair / "base"), args=arguments)
+    with pytest.raises(OptionsError, match="model_init"):
+        SparseTuning("half").attach(trainer)
+
+
+def test_one_glob_may_be_a_string(tmp_path):
+    arguments = TrainingArguments(tmp_path / "run", report_to="none", use_cpu=True)
+    tuning = SparseTuning("half", trainable="*layers.1.mlp*").attach(Trainer(make_model("llama"), arguments))
+    assert tuning.names
+    assert all("layers.1.mlp" in name for name in tuning.names)
+
+
+def test_losses_of_a_run_that_went_on_are_those_of_an_unbroken_one(pair, tmp_path, monkeypatch):
+    from tailorcli.training import trainer
+
+    more = ("--steps", 12, "--save-every", 8)
+    whole = json.loads(finetune(pair, tmp_path / "whole", *more, "--json").stdout)
+    original = trainer.Guard.on_save
+
+    def broken(self, args, state, control, **given):
+        original(self, args, state, control, **given)
+        if state.global_step == 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Guard, "on_save", broken)
+    finetune(pair, tmp_path / "out", *more, expect=130)
+    monkeypatch.setattr(trainer.Guard, "on_save", original)
+    found = json.loads(finetune(pair, tmp_path / "out", *more, "--resume", "--json").stdout)
+    assert found["losses"] == whole["losses"]
+    assert [step for step, _ in found["losses"]] == [1, 8, 10, 12]
+
+
+def test_a_second_run_is_told_of_the_one_that_is_at_work(pair, tmp_path):
+    command = ["finetune", pair / "base", "--data", pair / "data.jsonl", "-o", tmp_path / "out", *FAST]
+    words = [sys.executable, "-m", "tailorcli", *map(str, [*command, "--steps", 5000])]
+    with subprocess.Popen(words, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL) as first:
+        try:
+            while not (tmp_path / f"out{SUFFIX}" / "run.json").exists():
+                assert first.poll() is None
+                time.sleep(0.05)
+            refused(*command, "--steps", 5000, mentions=["another run is writing"])
+        finally:
+            first.kill()
