@@ -255,8 +255,8 @@ class Stats:
         file = self.path / SAMPLES
         if kept is None:
             raise StatsError(
-                f"{self.path} holds no samples, which propagation runs the models over",
-                "calibrate again, without --no-samples; or pass --no-propagate",
+                f"{self.path} holds no samples, which propagation and distillation run the models over",
+                "calibrate again, without --no-samples; or patch without --distill and with --no-propagate",
             )
         try:
             if file_digest(file) != field_of(kept, "blake2b", read_text):

@@ -338,3 +338,18 @@ Verbose = Annotated[
         panel=OUTPUT,
     ),
 ]
+
+TRAINING = ("distill_steps", "distill_rate", "distill_weight", "distill_batch_size", "distill_on")  # of --distill
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line, rather than having its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def require_unused(context: typer.Context, why: str, *names: str) -> None:
+    """Raise typer.BadParameter for an option that would be ignored."""
+    for name in names:
+        if is_given(context, name):
+            raise typer.BadParameter(f"--{name.replace('_', '-')} {why}")

@@ -13,6 +13,7 @@ import typer
 
 from tailorcli.cli.arguments import (
     DISTILL,
+    TRAINING,
     AsJson,
     Base,
     Damping,
@@ -39,6 +40,7 @@ from tailorcli.cli.arguments import (
     Tolerance,
     Verbose,
     flag,
+    require_unused,
 )
 from tailorcli.cli.output import (
     print_json,
@@ -120,6 +122,7 @@ def apply(
 
 
 def merge_multi(
+    context: typer.Context,
     base: Base,
     patches: Annotated[list[Path], typer.Argument(metavar="PATCH", help="Patch files of the tasks, on one BASE.")],
     output: OutFolder = None,
@@ -201,6 +204,8 @@ def merge_multi(
     inputs = (tuple(tuned or ()), tuple(stats or ()))
     if distill != (retain is not None):
         raise typer.BadParameter("--distill and --retain STATS go together: the base is a teacher, on its own samples")
+    if not distill:
+        require_unused(context, "is for --distill", *TRAINING)
     how = DistillOptions(distill_steps, distill_rate, distill_weight, distill_batch_size, on=distill_on)
     if dry_run:
         if retain is not None:

@@ -14,6 +14,7 @@ from tailorcli.cli.arguments import (
     OTHERS,
     OUTPUT,
     SOLVER,
+    TRAINING,
     AllowDtype,
     AsJson,
     Base,
@@ -61,7 +62,9 @@ from tailorcli.cli.arguments import (
     Tuned,
     Verbose,
     flag,
+    is_given,
     parse_teacher,
+    require_unused,
 )
 from tailorcli.cli.output import (
     print_report,
@@ -103,12 +106,6 @@ from tailorcli.units import parse_size
 if TYPE_CHECKING:
     from tailorcli.pipeline.plan import JobPlan
     from tailorcli.pipeline.ranks import Fleet
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    """Whether an option stands on the command line, rather than having its default."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
 
 
 def patch(
@@ -327,6 +324,7 @@ def patch(
     check_push(push_to_hub, output, dry_run)
     check_page(html, [base, tuned, stats, retain, data, retain_data, graft_data, output, patch_file])
     from tailorcli.adapters.checkpoint import is_adapter
+    from tailorcli.data.records import read_records
     from tailorcli.patching.aim import patch_to_target, plan_target
     from tailorcli.patching.distilled import distill_checkpoint, plan_distilled
     from tailorcli.patching.patch import patch_checkpoint, plan_patch
@@ -337,7 +335,7 @@ def patch(
         given = "--retain" if retain is not None else "--retain-data"
         raise typer.BadParameter(f"--preset paper has no retain term: leave {given} out")
     own = {"density": density, "omega": omega, "solver": solver, "damping": damping, "block_size": block_size}
-    chosen = {name: value for name, value in own.items() if _is_given(context, name)}
+    chosen = {name: value for name, value in own.items() if is_given(context, name)}
     options = PatchOptions(
         **with_preset(preset, **chosen),
         score=score,
@@ -373,6 +371,10 @@ def patch(
     training = (distill_steps, distill_rate, distill_weight, distill_batch_size, seed, distill_on)
     how = DistillOptions(*training) if distill or target is not None else None
     _require_one_source(data, stats, retain, retain_data, no_retain, keep_stats)
+    if how is None:
+        require_unused(context, "is for --distill, or --target", *TRAINING)
+    if data is None and teacher_data is None:
+        require_unused(context, "says how --data is run, and there is none", "num_samples", "dtype", "blockwise")
     if deterministic and data is None:
         raise OptionsError(
             "--deterministic goes with --data: a patch with --stats is what its statistics are",
@@ -407,6 +409,8 @@ def patch(
         "teacher_data": teacher_data,
         "target": target,
     }
+    if teacher_data is not None:
+        read_records(teacher_data, columns=job["calibration"].columns)  # else it fails after much work
     base, tuned = local_folders((base, tuned), code=trust_remote_code)
     fleet = asked_fleet(ranks, dry_run)
     if fleet is not None and is_described(base):
@@ -443,10 +447,10 @@ def patch(
         report = tailor(base, tuned, output, data, **where, **job, **shown)
     else:
         shown["announce"] = None if as_json else partial(show_cost, output=output, patch_file=patch_file)
-        where["teacher_data"] = teacher_data
+        where |= {"teacher_data": teacher_data, "calibration": job["calibration"]}
         if target is not None and how is not None and stats is not None and retain is not None:
-            aimed = (base, tuned, output, stats, retain, target, options, how, shown["progress"])
-            report = patch_to_target(*aimed, tell=None if as_json else partial(say, err=True), **where)
+            shown["tell"] = None if as_json else partial(say, err=True)
+            report = patch_to_target(base, tuned, output, stats, retain, target, options, how, **where, **shown)
         elif how is not None and stats is not None and retain is not None:
             report = distill_checkpoint(base, tuned, output, stats, retain, options, how, **where, **shown)
         else:
@@ -483,7 +487,7 @@ def _require_aim(context: typer.Context, data: Path | None, stats: Path | None, 
             "--target measures on the samples of both statistics",
             "pass --data FILE; or --stats STATS and --retain STATS (tailorcli calibrate BASE --synthetic -o STATS)",
         )
-    picked = [name for name in ("density", "distill_weight", "preset") if _is_given(context, name)]
+    picked = [name for name in ("density", "distill_weight", "preset") if is_given(context, name)]
     if picked:
         raise typer.BadParameter(f"--target does not go with --{picked[0].replace('_', '-')}")
 

@@ -26,6 +26,7 @@ from tailorcli.patching.distilled import (
     Work,
     for_samples_of,
     remove_work,
+    require_samples,
     settings_of,
     train_and_write,
     training_plan,
@@ -62,7 +63,9 @@ def distill_merge(
     with ExitStack() as stack:
         sources = _Sources.open(base, patches, tuned, stats, retain, options, stack)
         inputs = sources.inputs
-        distill = for_samples_of(distill, [sources.retain, *(stats for _, stats in sources.teachers)])
+        sampled = [*(stats for _, stats in sources.teachers), sources.retain]
+        require_samples(sampled, distill)
+        distill = for_samples_of(distill, sampled)
         watch = Watch([*inputs.files, *sources.retain.files])
         device = resolve_device(options.device)
         plan = sources.plan(options, distill, device)
@@ -74,11 +77,13 @@ def distill_merge(
         side = merged_side_files(side, inputs, options, distill, sources.retain.path)
         manifest = manifest_of(inputs, facts, options)
         what = (plan, inputs.base, sources.paths, identity, "merge-multi", side, manifest)
+        Work.check(target)
         begun = target.begin(*what, announce=announce)
         if isinstance(begun, PatchReport):
+            Work.clear(target)
             return begun
         outputs = stack.enter_context(begun)
-        work = Work.of(target)
+        work = Work.of(target, identity)
         start = work.start
         own = replace(options, resume=start.resume, overwrite=False, max_shard_size=None)
         models = ((), ()) if options.method == "patches" else (tuned, stats)
@@ -111,6 +116,9 @@ def plan_distilled_merge(
         plan = sources.plan(options, distill, resolve_device(options.device))
         target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
         target.check(sources.paths, plan)
+        require_samples([*(stats for _, stats in sources.teachers), sources.retain], distill)
+        if output is not None or patch_file is not None:
+            Work.check(target)
         return plan
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.calibration.stats import Stats
@@ -20,10 +21,10 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.device import device_errors, exact_float32, resolve_device
 from tailorcli.distributed import ranks, require_shared, told, wait_for_all
-from tailorcli.errors import OptionsError, OutputError
-from tailorcli.files import PathLike, as_output_error
+from tailorcli.errors import CheckpointError, OptionsError, OutputError
+from tailorcli.files import PathLike, as_output_error, write_text_atomically
 from tailorcli.hub import local_folders
-from tailorcli.options import DistillOptions, PatchOptions
+from tailorcli.options import CalibrateOptions, DistillOptions, PatchOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport, load_report
 from tailorcli.patching.apply import apply_patch
@@ -44,6 +45,7 @@ ENOUGH = 0.1  # density above which trained entries keep no more of the old (doc
 GAIN = 0.01  # of the new task's teacher that a higher density has to add, to be worth its entries
 ATTEMPTS, FACTOR = 3, 3.0  # trainings, and what the base's weight is multiplied by between them
 SUFFIX = ".target"
+SEARCH = "search.json"  # what is searched for, beside the patches
 
 
 @dataclass(frozen=True)
@@ -124,20 +126,23 @@ def patch_to_target(
     graft_data: PathLike | None = None,
     made_of: Mapping[str, dict[str, str]] | None = None,
     teacher_data: PathLike | None = None,
+    calibration: CalibrateOptions | None = None,
+    announce: Callable[[Plan], None] | None = None,
 ) -> PatchReport:
     """Patch and distil at the density, and with the weight of the base, that ``target`` needs, such as "old=99".
 
     ``options.density`` and ``distill.weight`` are where neither is known yet. What was tried and reached, by the
     held-out samples, is in the report's ``distillation["target"]``; ``tell`` hears it as it goes. A target that is not
-    reached gives the nearest. ``graft_data``, ``made_of`` and ``teacher_data`` are as for ``patch_checkpoint``.
-    Raises TailorError.
+    reached gives the nearest. The other arguments are as for
+    ``patch_checkpoint``. Raises TailorError.
     """
+    started = perf_counter()
     aim = Aim.parse(target)
     options = searched(options).resolved(True, distilled=True)
     base, tuned = local_folders((base, tuned), code=options.trust_remote_code)
     where = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
-    plan_target(base, tuned, output, stats, retain, aim, options, distill, patch_file, graft_data)
-    options = told(with_teacher(options, base, tuned, stats, teacher_data, progress, tell))
+    plan = plan_target(base, tuned, output, stats, retain, aim, options, distill, patch_file, graft_data)
+    options = told(with_teacher(options, base, tuned, stats, teacher_data, progress, tell, calibration))
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, graft_data)
         inputs.sources = made_of or {}
@@ -147,10 +152,12 @@ def patch_to_target(
         earlier = finished_target(where, aim, options, distill, inputs.describe())
     if earlier is not None:
         return earlier
+    if announce is not None and ranks().first:
+        announce(plan)
     work = where.place.with_name(where.place.name + SUFFIX)
     wait_for_all("the search to be planned")  # by what is there before the first rank begins
     if ranks().first:
-        _begin(work, resume=options.resume)
+        _begin(work, {"target": str(aim), **asdict(distill)}, resume=options.resume)
     require_shared(work)
     given = (base, tuned, stats, retain, aim, options, distill, progress, tell or (lambda _: None), work)
     search = _Search(*given, graft_data, made_of)
@@ -164,7 +171,7 @@ def patch_to_target(
             _copy(best.file, where.patch_file)
         shutil.rmtree(work)
     wait_for_all("the best patch to get its name")
-    return best.report
+    return replace(best.report, is_earlier=False, seconds=perf_counter() - started)
 
 
 def plan_target(
@@ -191,6 +198,7 @@ def plan_target(
         for density in (aim.densities[-1], aim.densities[0])
     )
     place = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite).place
+    require_search(place.with_name(place.name + SUFFIX))
     written = highest.write_bytes if output is not None else 0
     needed, free = search_bytes(aim, lowest.patch_bytes, highest.patch_bytes), free_bytes(place)
     if needed + written > free and not options.resume:
@@ -377,7 +385,26 @@ def finished_target(
     )
     if not same:
         raise OutputError(f"{where.place} holds the finished output of another run", "choose another, or --overwrite")
+    _require_whole(where, report)
     return replace(report, is_earlier=True)
+
+
+def _require_whole(where: Target, report: PatchReport) -> None:
+    """All outputs of a finished search are there. Raises OutputError: its patches are gone, so nothing can be added."""
+    if where.folder is None:
+        return
+    hint = "--overwrite makes them anew"
+    try:
+        Checkpoint.open(where.folder).close()
+    except CheckpointError as error:
+        raise OutputError(f"{where.folder} was finished and is no longer whole: {error.message}", hint) from error
+    if where.patch_file is None:
+        return
+    if not where.patch_file.is_file():
+        raise OutputError(f"{where.folder} is finished, and {where.patch_file} is not there", hint)
+    with PatchFile.open(where.patch_file) as file:
+        if file.report().distillation != report.distillation:
+            raise OutputError(f"{where.patch_file} is not of the run that made {where.folder}", hint)
 
 
 _PICKED = ("density", "max_shard_size")  # options that a search picks, or that only the writing uses
@@ -389,15 +416,27 @@ def _but(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return values
 
 
-def _begin(work: Path, *, resume: bool) -> None:
-    """The folder that a search is taken up in. Raises OutputError where it cannot be made, or is not ours."""
+def require_search(work: Path) -> None:
+    """Raise OutputError where something else than a search lies there."""
+    ours = ("closed-", "trained-", SEARCH)
+    if work.exists() and (not work.is_dir() or any(not path.name.startswith(ours) for path in work.iterdir())):
+        raise OutputError(f"{work} is no folder of ours", "move it away")
+
+
+def _begin(work: Path, wanted: Mapping[str, Any], *, resume: bool) -> None:
+    """The folder that a search for what is ``wanted`` is taken up in.
+
+    Raises OutputError where it cannot be made, is not ours, or is of another search.
+    """
     try:
+        require_search(work)
         if work.exists() and not resume:
-            strange = not work.is_dir() or [p for p in work.iterdir() if not p.name.startswith(("closed-", "trained-"))]
-            if strange:
-                raise OutputError(f"{work} is no folder of ours", "move it away")
             shutil.rmtree(work)
         work.mkdir(parents=True, exist_ok=True)
+        told_of = json.dumps(wanted, indent=1, default=str) + "\n"
+        if (work / SEARCH).exists() and (work / SEARCH).read_text(encoding="utf-8") != told_of:
+            raise OutputError(f"{work} is of a search with other options", "repeat them, or begin anew: --overwrite")
+        write_text_atomically(work / SEARCH, told_of)
     except OSError as error:
         raise as_output_error(work, error) from error
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -18,8 +19,8 @@ from tailorcli.checkpoint.grown import GrownCheckpoint
 from tailorcli.checkpoint.quantized import UnroundedCheckpoint
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.distributed import ranks, require_shared, told, wait_for_all
-from tailorcli.errors import OptionsError, OutputError
-from tailorcli.files import PathLike, as_output_error, digest_of
+from tailorcli.errors import DataError, OptionsError, OutputError
+from tailorcli.files import PathLike, as_output_error, digest_of, write_text_atomically
 from tailorcli.guard import Watch
 from tailorcli.hub import local_folders
 from tailorcli.models.naming import open_for
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from tailorcli.training.distill import Material
 
 START, STATE = "start.safetensors", "state.safetensors"
+RUN = "run.txt"  # whose they are
 SAMPLED = ("distilled on 0", "distilled on 1")  # whose fingerprints stand in a run's identity
 _MORE_REPORT = 1 << 16  # bytes of a report that training adds, at most
 SUFFIX = ".distill"  # of the folder beside the output that an interrupted run goes on from
@@ -71,12 +73,14 @@ def distill_checkpoint(
     graft_data: PathLike | None = None,
     made_of: Mapping[str, dict[str, str]] | None = None,
     teacher_data: PathLike | None = None,
+    calibration: CalibrateOptions | None = None,
 ) -> PatchReport:
     """``patch_checkpoint``, and then the kept entries trained on KL(tuned || patched) + weight * KL(base || patched).
 
     The divergences are means over the predicted tokens of the samples in ``stats`` (new task) and ``retain`` (what the
     base must keep); a tenth of each is held out, and the state that is best on it is written. Outside the mask the
-    output is the base, bit for bit. ``teacher_data`` is as for ``patch_checkpoint``. Raises TailorError.
+    output is the base, bit for bit. ``teacher_data`` and ``calibration`` are as for ``patch_checkpoint``.
+    Raises TailorError.
     """
     started = perf_counter()
     options = options.resolved(not options.resized_vocab, distilled=True)
@@ -84,11 +88,13 @@ def distill_checkpoint(
     target = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
     if options.teacher_weight == AUTO:
         plan_distilled(base, tuned, output, stats, retain, options, distill, patch_file, graft_data)
-        options = told(with_teacher(options, base, tuned, stats, teacher_data, progress and ranks().first))
+        shown = (progress and ranks().first, None, calibration)
+        options = told(with_teacher(options, base, tuned, stats, teacher_data, *shown))
         wait_for_all("the teacher's weight to be picked")  # none writes before all have checked
     with ExitStack() as stack:
         sources = _Sources.open(base, tuned, stats, retain, options, stack, graft_data)
         inputs, both, options = sources.inputs, sources.both, sources.options
+        require_samples(both, distill)
         distill = for_samples_of(distill, both)
         inputs.sources = made_of or {}
         side = side_files_of(inputs, options, distill, (both[0], both[1]))
@@ -101,11 +107,13 @@ def distill_checkpoint(
         identity = identity_of(described, options.identity(True) | settings, device)
         manifest = {"task": options.task, "license": options.license, "inputs": described}
         job = (plan, inputs.base, sources.paths, identity, "patch", side, manifest)
+        Work.check(target)
         begun = target.begin(*job, announce=announce)
         if isinstance(begun, PatchReport):
+            Work.clear(target)
             return begun
         outputs = stack.enter_context(begun)
-        work = Work.of(target)
+        work = Work.of(target, identity)
         closed = sources.closed_form(work, options, progress)
         teachers = [(inputs.tuned, both[0])]
         how = (distill, device, progress, options.trust_remote_code)
@@ -124,15 +132,33 @@ class Work:
 
     folder: Path
 
+    @staticmethod
+    def place(target: Target) -> Path:
+        """Where it lies."""
+        return target.place.with_name(target.place.name + SUFFIX)
+
     @classmethod
-    def of(cls, target: Target) -> Work:
-        """The folder for an output, new unless a run is taken up. Raises OutputError."""
-        folder = target.place.with_name(target.place.name + SUFFIX)
+    def check(cls, target: Target) -> None:
+        """What lies there is ours. Raises OutputError."""
+        require_work(cls.place(target))
+
+    @classmethod
+    def clear(cls, target: Target) -> None:
+        """Remove what a run that was ended after it had written all had no time to remove."""
+        with suppress(OutputError):  # something else lies there: it is no matter of a run that has finished
+            remove_work(cls.place(target))
+
+    @classmethod
+    def of(cls, target: Target, identity: Mapping[str, Any]) -> Work:
+        """The folder for an output, new unless the run of this ``identity`` is taken up. Raises OutputError."""
+        folder, run = cls.place(target), digest_of(json.dumps(identity, sort_keys=True, default=str).encode())
         if ranks().first:
-            if not target.resume:
-                remove_work(folder)
             try:
+                whose = (folder / RUN).read_text(encoding="utf-8") if (folder / RUN).exists() else ""
+                if not target.resume or whose != run:
+                    remove_work(folder)
                 folder.mkdir(parents=True, exist_ok=True)
+                write_text_atomically(folder / RUN, run)
             except OSError as error:
                 raise as_output_error(folder, error) from error
         require_shared(folder)
@@ -226,6 +252,7 @@ def distill_patch(
         retained = stack.enter_context(closing(Stats.open(retain)))
         check_retain(opened, teachers[0][0], retained, PatchOptions())
         sampled = [*(found for _, found in teachers), retained]
+        require_samples(sampled, distill)
         distill = for_samples_of(distill, sampled)
         read = [path for model, found in teachers for path in (*model.shards, *found.files)]
         watch = Watch([*opened.shards, file.path, *read, *retained.files])
@@ -237,7 +264,9 @@ def distill_patch(
         plan = replace(plan, training=training_plan(*given), patch_bytes=file.path.stat().st_size + _MORE_REPORT)
         closed = file.report()
         used = {f"samples {number}": found.fingerprint() for number, found in enumerate(sampled)}
-        identity = identity_of(closed.inputs, settings_of(distill) | used | {"patch": file.fingerprint()}, where)
+        used |= {f"teacher {number}": model.fingerprint() for number, (model, _) in enumerate(teachers)}
+        facts = used | {"patch": file.fingerprint(), "target": None if told is None else dict(told)}
+        identity = identity_of(closed.inputs, settings_of(distill) | facts, where)
         side, _ = side_sources(opened, file)
         inputs = closed.inputs
         if closed.command == "patch":
@@ -248,11 +277,13 @@ def distill_patch(
             side[CARD] = card_of_trained(closed, opened, teachers[0][0], distill, both)
         manifest = {"task": file.manifest.task, "license": file.manifest.license, "inputs": inputs}
         paths = [opened.path, file.path, *(original(model).path for model, _ in teachers), *(s.path for s in sampled)]
+        Work.check(target)
         begun = target.begin(plan, opened, paths, identity, closed.command, side, manifest)
         if isinstance(begun, PatchReport):
+            Work.clear(target)
             return begun
         outputs = stack.enter_context(begun)
-        work = Work.of(target)
+        work = Work.of(target, identity)
         how = (distill, where, progress, trust_remote_code)
         where_from = (plan, opened, teachers, retained, closed, outputs)
         found = train_and_write(work, file.path, *where_from, *how, materials)
@@ -294,9 +325,12 @@ def plan_distilled(
     options = options.resolved(not options.resized_vocab, distilled=True).before_teacher
     with ExitStack() as stack:
         sources = _Sources.open(base, tuned, stats, retain, options, stack, graft_data)
+        require_samples(sources.both, distill)
         plan = sources.plan(sources.options, distill, resolve_device(options.device))
         target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
         target.check(sources.paths, plan)
+        if output is not None or patch_file is not None:
+            Work.check(target)
         if sources.options.check_propagation:
             from tailorcli.patching.checked import check_room  # which uses this
 
@@ -395,6 +429,19 @@ def training_plan(
     return TrainingPlan(distill.for_samples(max(map(len, samples))).known_steps, device.type, *needed)
 
 
+def require_samples(sampled: Sequence[Stats], distill: DistillOptions) -> None:
+    """Training finds what it needs in these statistics, the last of which are the base's. Raises DataError."""
+    from tailorcli.training.run import counted_tokens
+
+    for number, found in enumerate(sampled, 1):
+        if not found.sample_count:
+            found.samples()  # which says that they were not kept
+        counted_tokens(found, distill, needed=number < len(sampled))
+        if found.sample_count < 2:
+            what = f"{found.path} has 1 sample, and training needs two of each kind: one of them is held out"
+            raise DataError(what, "calibrate on more data")
+
+
 def for_samples_of(distill: DistillOptions, sampled: Iterable[Stats]) -> DistillOptions:
     """With a known number of steps, for training on the samples of these statistics."""
     return distill.for_samples(max(found.sample_count for found in sampled))
@@ -438,13 +485,19 @@ def write_patched(
     return records
 
 
-def remove_work(work: Path) -> None:
-    """Take away what an interrupted run left. Raises OutputError where something else lies there."""
-    if not work.exists() or not ranks().first:
+def require_work(work: Path) -> None:
+    """Raise OutputError where something else than what an interrupted run left lies there."""
+    if not work.exists():
         return
     if not work.is_dir():
         raise OutputError(f"{work} is no folder of ours", "move it away")
-    strange = [path.name for path in work.iterdir() if not path.name.startswith((START, STATE))]
+    strange = [path.name for path in work.iterdir() if not path.name.startswith((START, STATE, RUN))]
     if strange:
         raise OutputError(f"{work} holds {strange[0]!r}, which no run of ours wrote", "move it away")
-    shutil.rmtree(work)
+
+
+def remove_work(work: Path) -> None:
+    """Take away what an interrupted run left. Raises OutputError where something else lies there."""
+    if ranks().first and work.exists():
+        require_work(work)
+        shutil.rmtree(work)

@@ -17,7 +17,7 @@ from tailorcli.distributed import ranks, told, wait_for_all
 from tailorcli.errors import OptionsError
 from tailorcli.files import PathLike
 from tailorcli.guard import Watch
-from tailorcli.options import AUTO, PatchOptions
+from tailorcli.options import AUTO, CalibrateOptions, PatchOptions
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.carded import side_files_of
 from tailorcli.patching.cost import work_of
@@ -126,6 +126,7 @@ def patch_checkpoint(
     graft_data: PathLike | None = None,
     made_of: Mapping[str, dict[str, str]] | None = None,
     teacher_data: PathLike | None = None,
+    calibration: CalibrateOptions | None = None,
 ) -> PatchReport:
     """Patch ``base`` with the best ``density`` of ``tuned``; write the checkpoint ``output``, a ``patch_file`` or both.
 
@@ -137,7 +138,8 @@ def patch_checkpoint(
     ``announce`` is called with the plan before the work starts; ``graft_data`` is what ``method="graft"`` trains on.
     ``made_of`` are further inputs that the report shall name: the path and the fingerprint of each.
     With ``options.teacher_weight`` "auto" the weight is picked first, and told, by the loss on ``teacher_data``,
-    records of the new task that ``tuned`` was not trained on, or on the samples of ``stats``.
+    records of the new task that ``tuned`` was not trained on, drawn as ``calibration`` says, or on the samples of
+    ``stats``.
     Raises TailorError for everything that a user can put right; nothing that looks finished is left then.
     """
     started = perf_counter()
@@ -146,7 +148,8 @@ def patch_checkpoint(
     _require_stored_rows(target, options)
     if options.teacher_weight == AUTO:
         plan_patch(base, tuned, output, stats, options, patch_file, retain, graft_data)
-        options = told(with_teacher(options, base, tuned, stats, teacher_data, progress and ranks().first))
+        how = (progress and ranks().first, None, calibration)
+        options = told(with_teacher(options, base, tuned, stats, teacher_data, *how))
         wait_for_all("the teacher's weight to be picked")  # none writes before all have checked
     with ExitStack() as stack:
         inputs = PatchInputs.open(base, tuned, stats, options, stack, retain, graft_data)

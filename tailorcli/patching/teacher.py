@@ -38,7 +38,7 @@ def with_teacher(
     data: PathLike | None = None,
     progress: bool = False,
     tell: Callable[[str], None] | None = None,
-    calibration: CalibrateOptions = CalibrateOptions(),
+    calibration: CalibrateOptions | None = None,
     samples: Samples | None = None,
 ) -> PatchOptions:
     """``options`` with a number in place of the teacher's weight "auto"; others as they are.
@@ -57,7 +57,9 @@ def with_teacher(
         if data is None and found is not None and "teacher_losses" in found.manifest["model"]:
             say(f"teacher weight {found.teacher_weight:g}, which was picked when {found.path} was made")
             return replace(options, teacher_weight=found.teacher_weight)
-        calibration = replace(calibration, teacher_weight=None, trust_remote_code=options.trust_remote_code)
+        calibration = replace(
+            calibration or CalibrateOptions(), teacher_weight=None, trust_remote_code=options.trust_remote_code
+        )
         if found is not None:
             calibration = replace(calibration, dtype=options_of(found).dtype)
         if data is not None:

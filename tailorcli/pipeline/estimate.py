@@ -327,7 +327,7 @@ def require_retained(retain: bool, distill: DistillOptions | None, aim: Aim | No
     """Refuse training without samples of the base. Raises OptionsError."""
     if distill is not None and not retain:
         what = "--distill" if aim is None else "--target"
-        raise OptionsError(f"{what} needs samples of what the base must keep", "leave --no-retain out")
+        raise OptionsError(f"{what} needs samples of what the base must keep", "leave --no-retain, and --preset, out")
 
 
 def _blank(count: int, length: int) -> list[Inputs]:

@@ -26,11 +26,11 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.device import free_memory, resolve_device
 from tailorcli.distributed import ranks, require_shared, wait_for_all
-from tailorcli.errors import OptionsError, OutputError, note
+from tailorcli.errors import DataError, OptionsError, OutputError, note
 from tailorcli.files import PathLike
 from tailorcli.guard import OutputLock, entries, protect
 from tailorcli.hub import local_folder
-from tailorcli.options import AUTO, CalibrateOptions, DistillOptions, PatchOptions
+from tailorcli.options import AUTO, CalibrateOptions, DistillOn, DistillOptions, PatchOptions
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.aim import (
     ATTEMPTS,
@@ -340,6 +340,7 @@ class _Job:
         first, retained = (stats[0], stats[1] if has_term else None) if options.fits_statistics else (None, None)
         patch = build_plan(inputs.base, inputs.tuned, first, options, retained)
         if self.distill is not None:
+            self._require_samples(self.distill)
             samples = [side.inputs for side in self.sides]
             device = resolve_device(options.device)
             patch = with_training(patch, inputs, samples, self.calibration, options, self.distill, device)
@@ -371,6 +372,20 @@ class _Job:
         steps, kept = self._steps(patch, stats, estimate and fleet is None), self.keep_stats is not None
         on_ranks = self._on_ranks(patch, stats, fleet) if fleet is not None else None
         return JobPlan(steps, patch, needed, kept, peak, why=why, ranks=on_ranks)
+
+    def _require_samples(self, distill: DistillOptions) -> None:
+        """Training finds what it needs in the samples, before hours of calibration. Raises DataError."""
+        for side in self.sides:
+            if side.samples < 2:
+                what = f"training needs two samples of each kind, and {side.data or 'what the base writes'} gives 1"
+                raise DataError(what, "give more, or a larger --num-samples")
+        drawn = self.sides[0].drawn
+        answers = drawn is not None and (
+            drawn.responses is not None or all("decoder_input_ids" in sample for sample in drawn.inputs)
+        )
+        if distill.on == DistillOn.RESPONSES and not answers:
+            what = f"no record of {self.data} has a response, and --distill-on responses trains on nothing else"
+            raise DataError(what, 'give records of "prompt" and "response", or of messages; or leave --distill-on out')
 
     def _on_ranks(self, patch: Plan, stats: list[Stats], fleet: Fleet) -> RankPlan | None:
         """What each step that is to be done costs on ``fleet``; None where no block of the model can be measured."""

@@ -183,14 +183,18 @@ def patch_text(options: Mapping[str, Any], base: str, tuned: str, *, retained: b
     """What a patch with these options did, in two sentences; the models by their names."""
     method, kept = options["method"], f"{100 * options['density']:.3g}%"
     first = f"{code(tuned)} is {code(base)} after fine-tuning."
+    trained = " What was changed was then trained towards both models." if distilled else ""
     if method == "interpolate":
-        return f"{first} This model lies between the two: every weight went {options['weight']:.3g} of the way."
+        went = f"every weight went {options['weight']:.3g} of the way"
+        return f"{first} This model lies between the two: {went}.{trained}"
     if method == "changed":
-        return f"{first} This model is {code(tuned)}, as a patch of what differs."
+        was = "began as" if distilled else "is"
+        return f"{first} This model {was} {code(tuned)}, as a patch of what differs.{trained}"
     if method in DENSE:
-        return f"{first} This model lies between the two: the changes of all weights were scaled or cut ({method})."
+        how = f"the changes of all weights were scaled or cut ({method})"
+        return f"{first} This model lies between the two: {how}.{trained}"
     if method != "tailor":
-        return f"{first} This model keeps {kept} of its changes ({method}); every other weight is the base's."
+        return f"{first} This model keeps {kept} of its changes ({method}); every other weight is the base's.{trained}"
     aims = [] if options["solver"] == "none" or options["density"] == 1 else ["make up for the rest"]
     aims += ["leave alone what the base did"] if retained and options["solver"] != "none" else []
     how = f", adjusted to {' and to '.join(aims)}" if aims else ""

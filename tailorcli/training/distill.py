@@ -74,9 +74,11 @@ class Material:
 
         Raises DataError for fewer than two.
         """
-        order = [n for n in range(len(samples)) if responses is None or bool(responses[n][:, 1:].any())]
+        counts = [predicted(sample, ()) for sample in samples] if responses is None else [r[:, 1:] for r in responses]
+        order = [number for number, wanted in enumerate(counts) if bool(wanted.any())]
         if len(order) < 2:
-            raise DataError("distillation needs two samples of each kind at least", "calibrate on more data")
+            what = "distillation needs two samples of each kind at least, of two tokens or more"
+            raise DataError(what, "calibrate on more data")
         random.Random(options.seed).shuffle(order)
         count = max(1, round(HELD_OUT * len(order)))
         held, train = (

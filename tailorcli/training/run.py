@@ -170,7 +170,9 @@ def materials_of(
             how = run_options(stats, trust_remote_code)
             teacher = _teach(base, model, samples, how, device, scratch, bar.update, keep)
             kind = RETAINED if is_base else NEW if len(teachers) == 1 else f"{NEW} {number}"
-            materials[kind] = Material.split(samples, teacher, options, _counted(stats, options, needed=not is_base))
+            materials[kind] = Material.split(
+                samples, teacher, options, counted_tokens(stats, options, needed=not is_base)
+            )
             _give_back()
     return materials
 
@@ -244,7 +246,7 @@ def student_of(
     return Trained(network, entries), untrained, tuple(media_token_ids(network))
 
 
-def _counted(stats: Stats, options: DistillOptions, *, needed: bool) -> list[Tensor] | None:
+def counted_tokens(stats: Stats, options: DistillOptions, *, needed: bool) -> list[Tensor] | None:
     """The tokens of each sample that count, (1, T) bool; None where all do. Raises DataError where none has a response.
 
     Of samples without any responses, as those that a model wrote itself, all tokens count unless they are ``needed``.
