@@ -148,6 +148,8 @@ def show_cost(plan: Plan, output: Path | None, patch_file: Path | None) -> None:
     say(f"{costs['tensors']}: {read} to read, to write {costs['write']}, {memory}", err=True)
     if "training" in costs:
         say(f"then training the kept entries: {costs['training']}", err=True)
+    if "search" in costs:
+        say(f"all that in a search {costs['search']}", err=True)
 
 
 def show_job_cost(plan: JobPlan, output: Path | None, patch_file: Path | None) -> None:

@@ -54,7 +54,7 @@ def distill_merge(
 ) -> PatchReport:
     """``merge_patches``, and then the entries that any task keeps trained towards all teachers.
 
-    Minimises the mean over the tasks of KL(tuned || merged) on the samples of each one's statistics
+    Minimises the mean over the tasks, by ``options.weights``, of KL(tuned || merged) on each one's samples
     + weight * KL(base || merged) on those of ``retain``. ``tuned`` and ``stats`` have to be there for every task,
     whatever the method; fingerprints tell which belongs to which patch. Raises TailorError.
     """
@@ -88,8 +88,9 @@ def distill_merge(
         own = replace(options, resume=start.resume, overwrite=False, max_shard_size=None)
         models = ((), ()) if options.method == "patches" else (tuned, stats)
         closed = merge_patches(base, patches, None, *models, own, progress, start.patch_file)
+        shares = options.shares(len(sources.teachers))
         given = (plan, inputs.base, sources.teachers, sources.retain, closed, outputs)
-        found = train_and_write(work, work.folder / START, *given, distill, device, progress, False)
+        found = train_and_write(work, work.folder / START, *given, distill, device, progress, False, None, shares)
         described = described_options(inputs, options)
         seconds = perf_counter() - started
         report = PatchReport("merge-multi", described, facts, found.records, found.stages, seconds, notes)

@@ -194,10 +194,11 @@ def train_and_write(
     progress: bool,
     trust_remote_code: bool,
     materials: dict[str, Material] | None = None,
+    shares: Sequence[float] = (),
 ) -> Written:
     """Train the kept entries of the patch file ``start``, whose report is ``closed``, and write every tensor.
 
-    ``teachers`` are fine-tuned models with their statistics. Raises TailorError.
+    ``teachers`` are fine-tuned models with their statistics, weighed by ``shares``. Raises TailorError.
     """
     from tailorcli.training.run import distill_patch_file
 
@@ -205,7 +206,7 @@ def train_and_write(
     with PatchFile.open(start) as file:
         with timer.stage("distill"), exact_float32(), device_errors("a smaller --distill-batch-size"):
             how = (work.folder / STATE, progress, trust_remote_code)
-            found = distill_patch_file(file, base, teachers, retain, distill, device, *how, materials)
+            found = distill_patch_file(file, base, teachers, retain, distill, device, *how, materials, shares)
         with progress_bar(plan.tensors, "writing", progress) as bar, timer.stage("write"):
             records = write_patched(plan, base, file, found.values, closed, outputs, bar.update)
     facts = {"options": asdict(distill), "untrained": found.untrained, **found.history.to_dict()}

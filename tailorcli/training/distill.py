@@ -62,13 +62,19 @@ class Material:
 
     samples: list[Inputs]
     teacher: Teacher
-    train: list[list[int]]  # batches of samples of one length
-    held: list[list[int]]
+    train: list[list[list[int]]]  # by step: its samples, in batches of one length
+    held: list[list[int]]  # batches of samples of one length
     responses: list[Tensor] | None = None  # of each sample (1, T) bool: the tokens that count, where not all do
+    share: float = 1.0  # of a new task among several
 
     @classmethod
     def split(
-        cls, samples: list[Inputs], teacher: Teacher, options: DistillOptions, responses: list[Tensor] | None = None
+        cls,
+        samples: list[Inputs],
+        teacher: Teacher,
+        options: DistillOptions,
+        responses: list[Tensor] | None = None,
+        share: float = 1.0,
     ) -> Material:
         """Every tenth sample (``HELD_OUT``) in a drawn order is held out; one with no token that counts is left out.
 
@@ -81,13 +87,12 @@ class Material:
             raise DataError(what, "calibrate on more data")
         random.Random(options.seed).shuffle(order)
         count = max(1, round(HELD_OUT * len(order)))
-        held, train = (
-            in_batches(samples, sorted(places), options.batch_size) for places in (order[:count], order[count:])
-        )
-        return cls(samples, teacher, train, held, responses)
+        held = in_batches(samples, sorted(order[:count]), options.batch_size)
+        train = in_steps(samples, sorted(order[count:]), options.batch_size)
+        return cls(samples, teacher, train, held, responses, share)
 
-    def batch(self, step: int, seed: int) -> list[int]:
-        """The samples of a step: all batches in turn, in a new order each time round."""
+    def batches(self, step: int, seed: int) -> list[list[int]]:
+        """The samples of a step, in batches of one length: all steps' in turn, in a new order each time round."""
         turn, place = divmod(step, len(self.train))
         order = list(range(len(self.train)))
         random.Random(f"{seed} {turn}").shuffle(order)
@@ -126,7 +131,7 @@ class Material:
     @property
     def most_tokens(self) -> int:
         """Tokens of the largest batch."""
-        batches = [*self.train, *self.held]
+        batches = [*(batch for step in self.train for batch in step), *self.held]
         return max(sum(count_tokens(self.samples[place]) for place in batch) for batch in batches)
 
     def held_out_loss(self, student: Any, media: tuple[int, ...], device: torch.device) -> float:
@@ -147,6 +152,16 @@ def in_batches(samples: list[Inputs], places: Sequence[int], size: int) -> list[
     return [[places[inner] for inner in batch] for batch in batch_places(chosen, size)]
 
 
+def in_steps(samples: list[Inputs], places: Sequence[int], size: int) -> list[list[list[int]]]:
+    """The samples at ``places`` by steps of ``size`` samples, the last one's fewer, each in batches of one length.
+
+    Samples of like lengths come together, so that a step has few batches.
+    """
+    ordered = [place for batch in in_batches(samples, places, len(places)) for place in batch]
+    steps = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    return [in_batches(samples, step, size) for step in steps]
+
+
 def distill(
     trained: Trained,
     materials: dict[str, Material],
@@ -162,8 +177,8 @@ def distill(
     """Train in place and leave the best state on the held-out samples in ``trained``.
 
     ``materials`` holds "new", or several tasks' "new 1" and so on, and "retained". Minimises
-    KL(tuned || patched) + weight * KL(base || patched), the first term the mean over the tasks.
-    Raises NumericalError where the loss is no number.
+    KL(tuned || patched) + weight * KL(base || patched), each the mean over the predicted tokens of a step's samples,
+    the first term the mean over the tasks by their shares. Raises NumericalError where the loss is no number.
     """
     history, steps = history or History(), options.known_steps
     every = max(1, steps // EVALUATIONS)
@@ -211,20 +226,26 @@ def step_losses(
     """
     losses, here = {}, ranks()
     now_on(f"step {step + 1}")
+    tasks = sum(material.share for kind, material in materials.items() if kind != RETAINED)
     for kind, material in materials.items():
-        batch = material.batch(step, options.seed)
-        own, weight = batch[here.rank :: here.size], options.weight if kind == RETAINED else 1 / (len(materials) - 1)
-        share = 1.0
-        if own != batch:  # the mean over all of its tokens
-            counts = [int(material.counted(places, media).sum()) if places else 0 for places in (own, batch)]
-            share = counts[0] / max(counts[1], 1)
-        if not own or share == 0.0:
-            losses[kind] = torch.zeros((), device=device)
-            continue
-        value = material.loss(student, own, media, device, grad=True)
-        value = value if share == 1.0 else share * value
-        torch.autograd.backward(value if weight == 1 else weight * value)
-        losses[kind] = value.detach()
+        weight = options.weight if kind == RETAINED else material.share / tasks
+        batches = material.batches(step, options.seed)
+        in_all = [place for batch in batches for place in batch]
+        mine_of_all = set(in_all[here.rank :: here.size])
+        losses[kind] = torch.zeros((), device=device)
+        total = None
+        for batch in batches:
+            own = [place for place in batch if place in mine_of_all]
+            share = 1.0
+            if own != batch or len(batches) > 1:  # of the mean over all tokens of the step
+                total = total or sum(int(material.counted(places, media).sum()) for places in batches)
+                share = int(material.counted(own, media).sum()) / max(total, 1) if own else 0.0
+            if share == 0.0:
+                continue
+            value = material.loss(student, own, media, device, grad=True)
+            value = value if share == 1.0 else share * value
+            torch.autograd.backward(value if weight == 1 else weight * value)
+            losses[kind] = losses[kind] + value.detach()
     return losses
 
 
@@ -251,7 +272,7 @@ def _evaluate(
 ) -> None:
     """Add the held-out losses at ``step`` to the history, and note whether it is the best."""
     tasks, retained = held_out(trained.network, materials, media, device)
-    new = _mean(tasks)
+    new = mean_of(tasks, materials)
     objectives = [a + options.weight * b for a, b in zip(history.new, history.retained, strict=True)]
     if all(new + options.weight * retained < earlier for earlier in objectives):
         history.best = step
@@ -261,7 +282,7 @@ def _evaluate(
     if len(tasks) > 1:
         history.by_task.append(tasks)
     if means is not None:
-        history.trained_new.append(_mean([value for kind, value in means.items() if kind != RETAINED]))
+        history.trained_new.append(mean_of([value for kind, value in means.items() if kind != RETAINED], materials))
         history.trained_retained.append(means[RETAINED])
 
 
@@ -281,5 +302,7 @@ def kept_shares(
     return {"old": shares.pop(RETAINED), "new": min(shares.values())}
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def mean_of(values: Sequence[float], materials: dict[str, Material]) -> float:
+    """The mean of a number of each new task, by the tasks' shares."""
+    shares = [material.share for kind, material in materials.items() if kind != RETAINED]
+    return sum(share * value for share, value in zip(shares, values, strict=True)) / sum(shares)

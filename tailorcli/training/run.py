@@ -44,6 +44,7 @@ from tailorcli.training.distill import (
     held_out,
     in_batches,
     kept_shares,
+    mean_of,
 )
 from tailorcli.training.entries import Trained, entries_of
 from tailorcli.training.state import load_state, save_state
@@ -75,15 +76,17 @@ def distill_patch_file(
     progress: bool = False,
     trust_remote_code: bool = False,
     materials: dict[str, Material] | None = None,
+    shares: Sequence[float] = (),
 ) -> Distilled:
     """Train the kept entries of ``file``, a patch of ``base``, towards a fine-tuned model on each one's samples.
 
     ``teachers`` are these models with their statistics, whose samples are of their tasks, and ``retain`` those of
     ``base``. The patched model runs as the first of them does. ``state`` is where an interrupted run is taken up, and
-    where this one leaves its own; ``materials`` what the teachers say, where they have run. Raises TailorError.
+    where this one leaves its own; ``materials`` what the teachers say, where they have run; ``shares`` are the weights
+    of several teachers among each other, equal without. Raises TailorError.
     """
     if materials is None:
-        how = (progress, trust_remote_code, state.parent)
+        how = (progress, trust_remote_code, state.parent, shares)
         materials = materials_of(base, teachers, retain, options, device, *how)
     trained, untrained, media = student_of(file, base, teachers[0], device, trust_remote_code)
     network = trained.network
@@ -111,7 +114,7 @@ def distill_patch_file(
         history = distill(trained, materials, options, device, media, save=save, advance=advance, **earlier)
     values = _rounded(trained, base, file)
     tasks, history.rounded_retained = held_out(network, materials, media, device)
-    history.rounded_new = sum(tasks) / len(tasks)
+    history.rounded_new = mean_of(tasks, materials)
     after = kept_shares(network, materials, media, device)
     history.kept = {f"{kind}_before": share for kind, share in before.items()} | after
     trained.close()
@@ -144,6 +147,7 @@ def materials_of(
     progress: bool = False,
     trust_remote_code: bool = False,
     scratch: Path | None = None,
+    shares: Sequence[float] = (),
 ) -> dict[str, Material]:
     """Run every teacher once over its samples; the models are gone after that.
 
@@ -170,9 +174,9 @@ def materials_of(
             how = run_options(stats, trust_remote_code)
             teacher = _teach(base, model, samples, how, device, scratch, bar.update, keep)
             kind = RETAINED if is_base else NEW if len(teachers) == 1 else f"{NEW} {number}"
-            materials[kind] = Material.split(
-                samples, teacher, options, counted_tokens(stats, options, needed=not is_base)
-            )
+            counted = counted_tokens(stats, options, needed=not is_base)
+            share = 1.0 if is_base or not shares else shares[number - 1]
+            materials[kind] = Material.split(samples, teacher, options, counted, share)
             _give_back()
     return materials
 
