@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +16,7 @@ from tailorcli.data.forms import HINT, formed, renamed
 from tailorcli.data.media import image_of
 from tailorcli.data.sources import open_source
 from tailorcli.errors import DataError
-from tailorcli.files import PathLike, parse_json
+from tailorcli.files import PathLike, file_digest, parse_json
 from tailorcli.options import DataColumns
 
 _IMAGES_HINT = 'an image is a file name, relative to the data file, or its bytes, as base64 or {"bytes": "..."}'
@@ -50,6 +52,16 @@ class Record:
             return bool(self.images) or "audio" in self.fields
         parts = [part for message in self.fields.get("messages", ()) for part in content_parts(message)]
         return bool(self.images) or "audio" in self.fields or any(part.get("type") != "text" for part in parts)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of pictures and sound that it names."""
+        found = [image for image in self.images if isinstance(image, Path)]
+        found += [self.folder / self.fields["audio"]] if isinstance(self.fields.get("audio"), str) else []
+        for part in (part for message in self.fields.get("messages", ()) for part in content_parts(message)):
+            named = next((part[key] for key in ("image", "path", "url") if key in part), None)
+            found += [self.folder / named] if isinstance(named, str) else []
+        return found
 
 
 def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
@@ -94,6 +106,16 @@ class Records(Sequence[Record]):
             return self._digest()
         except OSError as error:
             raise DataError(f"cannot read {self.name}: {error.strerror or error}", "check the path") from error
+
+    def media_digest(self) -> str:
+        """A hash of the pictures and sounds that the records name; those that are not there count as nothing."""
+        digest, seen = hashlib.blake2b(digest_size=16), set[Path]()
+        for file in (file for record in self._read() for file in record.files):
+            if file not in seen:
+                seen.add(file)
+                with suppress(OSError):
+                    digest.update(file_digest(file).encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self._count

@@ -123,7 +123,11 @@ def tailor(
             plan = None if earlier is not None else job.plan(stack, False)
         if earlier is not None:
             job.target.remove_leftovers()
-            job.clean()
+            if job.work.exists():  # of a run that was ended just before it removed it
+                with suppress(OutputError), _locked(job.work):
+                    job.clean()
+                with suppress(OSError):
+                    job.work.rmdir()
             return earlier
         assert plan is not None
         wait_for_all("the plan")  # which is made of what is there before the first rank begins

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -21,21 +21,60 @@ if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
 
 IGNORED = -100  # the label of a token that is not learnt
-_PER_TOKEN = ("input_ids", "labels", "decoder_input_ids")
+
+
+class Prepared(Sequence["Inputs"]):
+    """Inputs of examples: their tokens are held, and their pictures and sounds made anew whenever one is asked for.
+
+    A picture takes a megabyte as the model's input, so that those of all records would fill the memory.
+    """
+
+    def __init__(self, encoder: Encoder, seq_len: int) -> None:
+        self.tokens: list[Inputs] = []  # with labels
+        self._encoder, self._seq_len = encoder, seq_len
+        self._records: dict[int, Record] = {}  # those with more than tokens
+
+    def add(self, inputs: Inputs, record: Record) -> None:
+        """One more."""
+        if record.has_media:
+            self._records[len(self.tokens)] = record
+            inputs = {name: value for name, value in inputs.items() if _is_per_token(name)}
+        self.tokens.append(inputs)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @overload
+    def __getitem__(self, place: int) -> Inputs: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Inputs]: ...
+    def __getitem__(self, place: int | slice) -> Inputs | list[Inputs]:
+        if isinstance(place, slice):
+            return [self[each] for each in range(len(self))[place]]
+        place = range(len(self))[place]
+        if place not in self._records:
+            return self.tokens[place]
+        made = self._encoder.encode(self._records[place], self._seq_len) or {}
+        return {name: value for name, value in made.items() if not _is_per_token(name)} | self.tokens[place]
 
 
 @dataclass(frozen=True)
 class Examples:
     """What is trained on: inputs with "labels" for each record, and how many of their tokens are learnt."""
 
-    inputs: list[Inputs]
+    inputs: Prepared
     learnt: int
     dropped: int  # records without a token to learn
 
     @property
+    def tokens(self) -> list[Inputs]:
+        """Of the inputs what stands for tokens."""
+        return self.inputs.tokens
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all examples, those of images included; of sound those of the answers."""
-        return sum(inputs.get("input_ids", inputs["labels"]).numel() for inputs in self.inputs)
+        return sum(inputs.get("input_ids", inputs["labels"]).numel() for inputs in self.tokens)
 
 
 def encode_examples(
@@ -45,7 +84,7 @@ def encode_examples(
 
     Raises DataError where not one of them has a token to learn.
     """
-    found: list[Inputs] = []
+    found = Prepared(encoder, seq_len)
     barred = torch.tensor(sorted({*media_ids, *encoder.media_ids}), dtype=torch.long)
     learnt = cut = 0
     for record in records:
@@ -60,9 +99,9 @@ def encode_examples(
         labels[torch.isin(labels, barred)] = IGNORED
         count = int((labels[:, 1:] if "decoder_input_ids" not in inputs else labels).ne(IGNORED).sum())
         if count:
-            found.append(inputs)
+            found.add(inputs, record)
             learnt += count
-    if not found:
+    if not len(found):
         raise DataError(
             f"{records[0].where}: no record has a token to train on",
             'give records a "response" or an assistant\'s turn within --seq-len tokens, or "text"',
@@ -130,7 +169,7 @@ class Collate:
         """One batch, with an attention mask. Raises DataError for images of shapes that cannot stand together."""
         batch: Inputs = {}
         for name in dict.fromkeys(name for example in examples for name in example):
-            if name in _PER_TOKEN or name.endswith("token_type_ids"):
+            if _is_per_token(name):
                 batch[name] = self._padded(name, [_of(example, name) for example in examples])
                 continue
             try:
@@ -148,6 +187,11 @@ class Collate:
         fill = IGNORED if name == "labels" else self.padding if name.endswith("input_ids") else 0
         width = max(value.shape[1] for value in values)
         return torch.cat([pad(value, (0, width - value.shape[1]), value=fill) for value in values])
+
+
+def _is_per_token(name: str) -> bool:
+    """Whether an input has a value for each token: InstructBLIP has a second text, for its query tokens."""
+    return name == "labels" or name.endswith(("input_ids", "token_type_ids")) or name == "qformer_attention_mask"
 
 
 def _of(example: Inputs, name: str) -> Tensor:

@@ -73,6 +73,7 @@ class Job:
             "versions": package_versions(),
             "base": self.base.fingerprint(),
             "data": self.records.digest,
+            "media": self.records.media_digest() if self.records.has_media else None,
             "importance": None if self.importance is None else file_digest(self.importance.path / "importance.json"),
             "options": self.options.identity(),
             "training_args": self.arguments,
@@ -317,7 +318,7 @@ def _examples(job: Job, network: Any) -> Examples:
     encoder = load_encoder(folder, job.base.path, has_media, job.options)
     length = min(job.options.seq_len, most_tokens(job.base, job.config, job.options))
     examples = encode_examples(job.records, encoder, length, media_token_ids(network))
-    check_ids(examples.inputs, network)
+    check_ids(examples.tokens, network)
     return examples
 
 

@@ -44,7 +44,7 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
     @classmethod
     def of(cls, network: Any, arguments: Any, examples: Sequence[Inputs], padding: int) -> Self:
         """A Trainer of examples with labels, which are padded with ``padding``."""
-        made = cls(network, arguments, train_dataset=list(examples), data_collator=Collate(padding))
+        made = cls(network, arguments, train_dataset=examples, data_collator=Collate(padding))
         made.remove_callback(PrinterCallback)
         return made
 

@@ -204,3 +204,43 @@ def test_a_second_run_is_told_of_the_one_that_is_at_work(pair, tmp_path):
             refused(*command, "--steps", 5000, mentions=["another run is writing"])
         finally:
             first.kill()
+
+
+def test_pictures_are_made_when_they_are_asked_for(tmp_path):
+    from tailorcli.data.records import read_records
+    from tailorcli.models.loading import load_encoder
+    from tailorcli.options import CalibrateOptions
+    from tailorcli.training.examples import encode_examples
+
+    pair = make_family_pair(tmp_path, "llava")
+    encoder = load_encoder(pair / "base", pair / "base", True, CalibrateOptions())
+    records = read_records(pair / "data.jsonl")
+    found = encode_examples(records, encoder, 512)
+    assert all({"input_ids", "labels"} == set(tokens) for tokens in found.tokens)
+    seen = [inputs for inputs in found.inputs if "pixel_values" in inputs]
+    assert len(seen) == sum(record.has_media for record in records) > 0
+    first = next(place for place, record in enumerate(records) if record.has_media)
+    again = encoder.encode(records[first], 512)
+    assert torch.equal(found.inputs[first]["pixel_values"], again["pixel_values"])
+    ids = again["input_ids"]
+    assert torch.equal(found.inputs[first]["input_ids"][:, : ids.shape[1]], ids)  # an end of text may follow
+
+
+def test_a_run_is_not_taken_up_with_another_picture(tmp_path, monkeypatch):
+    from tailorcli.training import trainer
+
+    pair = make_family_pair(tmp_path, "llava")
+    original = trainer.Guard.on_save
+
+    def broken(self, args, state, control, **given):
+        original(self, args, state, control, **given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Guard, "on_save", broken)
+    command = ("--steps", 3, "--batch-size", 2, "--save-every", 1)
+    finetune(pair, tmp_path / "out", *command, expect=130)
+    monkeypatch.setattr(trainer.Guard, "on_save", original)
+    image, *others = pair.rglob("*.png")
+    image.write_bytes(next(file.read_bytes() for file in others if file.read_bytes() != image.read_bytes()))
+    data = ("--data", pair / "data.jsonl", "-o", tmp_path / "out", *FAST, *command)
+    refused("finetune", pair / "base", *data, "--resume", mentions=["other options, inputs or versions"])
