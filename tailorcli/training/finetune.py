@@ -10,10 +10,11 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from errno import ENOSPC
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
@@ -29,17 +30,20 @@ from tailorcli.guard import OutputLock, Watch, entries, path_text, protect
 from tailorcli.models.config import processor_folder, read_config
 from tailorcli.models.generation import media_token_ids
 from tailorcli.models.loading import (
+    aliases,
     check_shapes,
     empty_on_meta,
+    expected_names,
     load_encoder,
     load_model,
     most_tokens,
     package_versions,
+    unwrapped,
 )
 from tailorcli.models.running import check_ids
 from tailorcli.models.skeleton import run_dtype
 from tailorcli.system import peak_memory
-from tailorcli.training.choice import choose, trained_numel
+from tailorcli.training.choice import choose, named_parameters, trained_numel
 from tailorcli.training.examples import Examples, encode_examples
 from tailorcli.training.importance import Importance, ImportanceError
 from tailorcli.training.outcome import FinetunePlan, FinetuneReport, memory_of, write_outcome
@@ -325,7 +329,7 @@ def _examples(job: Job, network: Any) -> Examples:
 def plan_of(job: Job, network: Any, examples: Examples, output: Path) -> FinetunePlan:
     """What is trained and what it takes, of a network that may be without memory. Raises OptionsError."""
     options = job.options
-    names = choose(network, options.trainable, options.last_layers)
+    names = choose(network, trainable_in(job, network), options.last_layers)
     if job.importance is not None:
         names = [name for name in names if name in job.importance.digests]
         if not names:
@@ -354,6 +358,23 @@ def plan_of(job: Job, network: Any, examples: Examples, output: Path) -> Finetun
     )
 
 
+def trainable_in(job: Job, network: Any) -> tuple[str, ...]:
+    """The globs of --trainable by the names of the loaded model, where they are of the checkpoint's or of a tied table.
+
+    A report has the checkpoint's names, which multimodal models change when they are loaded.
+    """
+    own, tied = named_parameters(network), aliases(network)
+    known = {unwrapped(name): unwrapped(of) for name, of in tied.items()}
+    if job.options.trainable:
+        for stored, name in expected_names(network, job.base.tensors).items():
+            known[stored] = unwrapped(tied.get(name, name))
+    found: list[str] = []
+    for glob in job.options.trainable:
+        others = [known[name] for name in known if fnmatchcase(name, glob) and known[name] in own]
+        found += [glob] if any(fnmatchcase(name, glob) for name in own) or not others else others
+    return tuple(dict.fromkeys(found))
+
+
 def processes() -> int:
     """Processes that train together."""
     text = os.environ.get("WORLD_SIZE", "1")
@@ -376,7 +397,7 @@ def train(job: Job, network: Any, examples: Examples, work: Path, progress: bool
             arguments = training_arguments(job, work)
             padding = padding if isinstance(padding, int) else 0
             trainer = GuardedTrainer.of(network, arguments, examples.inputs, padding)
-        tuning = _tuning(job).attach(trainer)
+        tuning = _tuning(job, trainable_in(job, network)).attach(trainer)
         guard = guard_of(trainer, work, COMPLETE, progress)
         state = last_state(work)
         try:
@@ -455,7 +476,7 @@ def _states_written(work: Path) -> Iterator[None]:
         raise OutputError(problem, "free some space; --resume goes on from the last state") from error
 
 
-def _tuning(job: Job) -> SparseTuning:
+def _tuning(job: Job, trainable: Sequence[str]) -> SparseTuning:
     from tailorcli.training.sparse import SparseTuning
 
     options = job.options
@@ -463,7 +484,7 @@ def _tuning(job: Job) -> SparseTuning:
         options.method,
         importance=None if job.importance is None else job.importance.path,
         update_ratio=options.update_ratio,
-        trainable=options.trainable,
+        trainable=trainable,
         last_layers=options.last_layers,
         accumulate=options.accumulate,
         strength=options.strength,

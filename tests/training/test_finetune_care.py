@@ -244,3 +244,15 @@ def test_a_run_is_not_taken_up_with_another_picture(tmp_path, monkeypatch):
     image.write_bytes(next(file.read_bytes() for file in others if file.read_bytes() != image.read_bytes()))
     data = ("--data", pair / "data.jsonl", "-o", tmp_path / "out", *FAST, *command)
     refused("finetune", pair / "base", *data, "--resume", mentions=["other options, inputs or versions"])
+
+
+def test_what_is_trained_may_be_named_as_it_is_stored_or_tied(tmp_path):
+    pair = make_family_pair(tmp_path / "llava", "llava")
+    name = next(n for n in read_tensors(pair / "base") if "layers.1.mlp.up_proj" in n and "vision" not in n)
+    finetune(pair, tmp_path / "out", "--trainable", name.replace("up_proj", "*"))
+    moved = {n for n, share in shares(pair / "base", tmp_path / "out").items() if share}
+    assert moved == {name.replace("up_proj", part) for part in ("up_proj", "gate_proj", "down_proj")}
+    pair = make_pair(tmp_path / "tied", tied=True)
+    finetune(pair, tmp_path / "table", "--trainable", "lm_head*")
+    moved = {n for n, share in shares(pair / "base", tmp_path / "table").items() if share}
+    assert moved == {"model.embed_tokens.weight"}
