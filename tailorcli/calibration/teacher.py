@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from tailorcli.adapters.interpolated import InterpolatedCheckpoint
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.data.samples import count_tokens
 from tailorcli.distributed import gathered, mine
-from tailorcli.errors import DataError
+from tailorcli.errors import DataError, NumericalError
 from tailorcli.models.blockwise import run_blockwise, skeleton_if_too_large
 from tailorcli.models.config import read_config
 from tailorcli.models.generation import media_token_ids
@@ -34,21 +35,26 @@ LEAST, MOST = 0.2, 1.6
 MOST_TRIED = 7  # weights, at most
 TEMPERATURES = (1.0, 1.25, 1.5, 2.0, 3.0)  # what logits are divided by
 
+_NO_NUMBER = 1e9  # the loss of a model that gives none: no other is as high
+
 
 @dataclass(frozen=True)
 class TeacherChoice:
     """The weight that was picked, and the mean loss in nats a token at each weight that was tried.
 
-    Losses are at the temperature that suits a weight best.
+    Losses are at the temperature that suits a weight best. ``least`` is the weight with the least.
     """
 
     weight: float
     losses: dict[float, float]
+    least: float
 
     def told(self) -> str:
         """One line for the user."""
-        tried = ", ".join(f"{weight:g}: {self.losses[weight]:.4f}" for weight in sorted(self.losses))
-        return f"teacher weight {self.weight:g}, by the loss on the new task's data (nats a token; {tried})"
+        said = {weight: "no number" if loss >= _NO_NUMBER else f"{loss:.4f}" for weight, loss in self.losses.items()}
+        tried = ", ".join(f"{weight:g}: {said[weight]}" for weight in sorted(said))
+        noise = "" if self.least == self.weight else f"; {self.least:g} is better by no more than noise"
+        return f"teacher weight {self.weight:g}, by the loss on the new task's data (nats a token; {tried}{noise})"
 
 
 def choose(losses_at: Callable[[float], list[float]]) -> TeacherChoice:
@@ -75,7 +81,7 @@ def choose(losses_at: Callable[[float], list[float]]) -> TeacherChoice:
     gain = sum(gains) / len(gains)
     spread = (sum((each - gain) ** 2 for each in gains) / max(1, len(gains) - 1) / len(gains)) ** 0.5
     weight = round(best, 2) if gain > spread else 1.0
-    return TeacherChoice(weight, {each: sum(values) / len(values) for each, values in found.items()})
+    return TeacherChoice(weight, {each: sum(values) / len(values) for each, values in found.items()}, round(best, 2))
 
 
 def choose_teacher(
@@ -94,7 +100,7 @@ def choose_teacher(
 
     Where ``responses`` mark a sample's response (1, T), its tokens alone count. Every weight loads a model once, block
     by block where ``options`` ask for that or it does not fit.
-    Raises DataError where no token is predicted, and CheckpointError.
+    Raises DataError where no token is predicted, NumericalError where tuned's loss is no number, and CheckpointError.
     """
     marks = responses or [None] * len(samples)
 
@@ -120,6 +126,11 @@ def choose_teacher(
         known = [value for value in found if value is not None]
         if not known:
             raise DataError("no sample has a token that is predicted", "pass records of text")
+        if not all(math.isfinite(value) for values in known for value in values):
+            if weight == 1.0:
+                what = f"the loss of {tuned.path} is no number on this data"
+                raise NumericalError(what, "run it in another --dtype, such as bfloat16 or float32; or give a weight")
+            return [_NO_NUMBER] * len(known)
         return calibrated(known)
 
     return choose(losses_at)

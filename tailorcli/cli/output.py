@@ -353,13 +353,14 @@ def show_distillation(found: dict[str, Any]) -> None:
 
 def show_merge(report: PatchReport) -> None:
     """The totals of a merge in a few lines."""
-    from tailorcli.units import format_share
+    from tailorcli.units import counted, format_share
 
     totals, tasks = report.totals, report.options["tasks"]
     kept = ", ".join(f"{task} {count:,}" for task, count in zip(tasks, totals["kept_by"], strict=True))
     say(
-        f"merged {len(tasks)} tasks ({report.options['method']}): {totals['kept']:,} of {totals['numel']:,} entries "
-        f"({format_share(totals['density'])}); kept by {kept}; by all {totals['kept_by_all']:,} "
+        f"merged {counted(len(tasks), 'task')} ({report.options['method']}): "
+        f"{totals['kept']:,} of {totals['numel']:,} entries ({format_share(totals['density'])}); "
+        f"kept by {kept}; by all {totals['kept_by_all']:,} "
         f"(Jaccard {format_share(totals['jaccard'])}), {totals['sign_conflicts']:,} with changes of both signs"
     )
     if totals["errors"] is not None:

@@ -200,7 +200,8 @@ def _pair_up(tasks: list[Task], models: list[Checkpoint], folders: list[Stats]) 
             made_from = task.patch.manifest.inputs["tuned"]["path"]
             raise PatchError(
                 f"none of the --tuned folders is the model that {task.patch.path} was made from ({made_from})",
-                "pass it with --tuned, or merge from the patches alone: --method patches",
+                "pass it with --tuned, or merge from the patches alone: --method patches; a patch that was made with "
+                "--teacher-weight belongs to a model between the two, and wants --stats that were made so, too",
             )
         task.tuned = by_model.get(str(fingerprint))
         if folders and fingerprint not in by_stats:

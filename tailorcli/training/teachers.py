@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.core.distillation import divergence, kept_accuracy
-from tailorcli.errors import CheckpointError
+from tailorcli.errors import CheckpointError, NumericalError
 from tailorcli.models.blockwise import run_blockwise
 from tailorcli.models.running import forward, output_head, to_device
 
@@ -84,7 +84,13 @@ def check_head(network: Any, sample: Inputs) -> None:
 
 
 def require_known_logits(network: Any, found: Tensor, wanted: Tensor) -> None:
-    """Raise CheckpointError where logits that were ``found`` by ``logits_of`` are not those of the model itself."""
+    """Raise CheckpointError where logits that were ``found`` by ``logits_of`` are not those of the model itself.
+
+    Raises NumericalError where these are no numbers.
+    """
+    if not bool(wanted.isfinite().all()):
+        what = f"the logits of {type(network).__name__} are no numbers in {str(wanted.dtype).removeprefix('torch.')}"
+        raise NumericalError(what, "calibrate with another --dtype, such as bfloat16 or float32, and use that")
     far = (found.float() - wanted.float()).abs().max()
     if not bool(far <= 1e-2 * wanted.float().abs().max().clamp_min(1e-6)):
         raise CheckpointError(
