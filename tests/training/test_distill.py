@@ -13,7 +13,7 @@ from tailorcli.errors import TailorError
 from tailorcli.models.places import Place
 from tailorcli.options import DistillOptions
 from tailorcli.training.activations import blocks_of, checkpointed
-from tailorcli.training.distill import Material, distill
+from tailorcli.training.distill import NEW, RETAINED, Material, distill, mean_of, step_losses
 from tailorcli.training.entries import Trained, entries_of, positions_in
 from tailorcli.training.teachers import check_head, hidden_states, loss, predicted, teach
 
@@ -289,3 +289,52 @@ def test_a_model_without_such_an_output_layer_is_refused():
     )
     with pytest.raises(TailorError, match="no linear output layer"):
         check_head(transformers.BertModel(config), {"input_ids": torch.ones(1, 4, dtype=torch.long)})
+
+
+def gradients_of(network, materials, options, step=0):
+    """The gradients of all entries after both losses of a step, with the losses."""
+    trained = trained_of(copy.deepcopy(network), perturb(copy.deepcopy(network)))
+    losses = step_losses(trained.network, materials, options, CPU, (), step)
+    return torch.cat([each.gradient for each in trained.entries]), {kind: float(loss) for kind, loss in losses.items()}
+
+
+def test_a_step_of_samples_of_many_lengths_is_their_mean_over_all_tokens():
+    base = make_model("llama").eval()
+    tuned = perturb(copy.deepcopy(base)).eval()
+    options = DistillOptions(batch_size=64)
+    mixed = [sample for length in (4, 9, 7) for sample in samples(6, length, seed=length)]
+    of = {NEW: teach(tuned, mixed, CPU, lambda _: None), RETAINED: teach(base, mixed, CPU, lambda _: None)}
+    materials = {kind: Material.split(mixed, teacher, options) for kind, teacher in of.items()}
+    [[_, *others]] = [materials[NEW].batches(0, 0)]
+    assert others  # several lengths in one step
+    gradient, found = gradients_of(base, materials, options)
+    student = trained_of(copy.deepcopy(base), perturb(copy.deepcopy(base))).network
+    for kind, teacher in ((NEW, tuned), (RETAINED, base)):
+        places = [place for batch in materials[kind].batches(0, 0) for place in batch]
+        with torch.no_grad():
+            logits = [(teacher(**mixed[p]).logits[0, :-1], student(**mixed[p]).logits[0, :-1]) for p in places]
+        each = torch.cat([divergence(*pair) for pair in logits])
+        assert found[kind] == pytest.approx(float(each.mean()), rel=1e-4)
+    assert float(gradient.abs().max()) > 0
+
+
+def test_tasks_weigh_by_their_shares():
+    base = make_model("llama").eval()
+    teachers = [perturb(copy.deepcopy(base), seed=seed).eval() for seed in (1, 2)]
+    options = DistillOptions(batch_size=4, weight=1e-9)
+
+    def materials_with(*shares):
+        found = {
+            f"{NEW} {number}": Material.split(
+                samples(), teach(teacher, samples(), CPU, lambda _: None), options, share=s
+            )
+            for number, (teacher, s) in enumerate(zip(teachers, shares, strict=True), 1)
+        }
+        return found | {RETAINED: Material.split(samples(), teach(base, samples(), CPU, lambda _: None), options)}
+
+    first, second, both, uneven = (
+        gradients_of(base, materials_with(*shares), options)[0] for shares in ((1, 0), (0, 1), (1, 1), (3, 1))
+    )
+    torch.testing.assert_close(both, (first + second) / 2, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(uneven, 0.75 * first + 0.25 * second, rtol=1e-3, atol=1e-7)
+    assert mean_of([1.0, 3.0], materials_with(3, 1)) == 1.5
