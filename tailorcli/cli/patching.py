@@ -324,10 +324,10 @@ def patch(
     check_push(push_to_hub, output, dry_run)
     check_page(html, [base, tuned, stats, retain, data, retain_data, graft_data, output, patch_file])
     from tailorcli.adapters.checkpoint import is_adapter
-    from tailorcli.data.records import read_records
     from tailorcli.patching.aim import patch_to_target, plan_target
     from tailorcli.patching.distilled import distill_checkpoint, plan_distilled
     from tailorcli.patching.patch import patch_checkpoint, plan_patch
+    from tailorcli.patching.teacher import check_teacher_data
     from tailorcli.pipeline.estimate import is_described, ranks_of_patch
     from tailorcli.pipeline.job import plan_job, tailor
 
@@ -373,8 +373,8 @@ def patch(
     _require_one_source(data, stats, retain, retain_data, no_retain, keep_stats)
     if how is None:
         require_unused(context, "is for --distill, or --target", *TRAINING)
-    if data is None and teacher_data is None:
-        require_unused(context, "says how --data is run, and there is none", "num_samples", "dtype", "blockwise")
+    if stats is not None and teacher_data is None:
+        require_unused(context, "is for --data: --stats hold their samples", "num_samples", "dtype", "blockwise")
     if deterministic and data is None:
         raise OptionsError(
             "--deterministic goes with --data: a patch with --stats is what its statistics are",
@@ -410,7 +410,7 @@ def patch(
         "target": target,
     }
     if teacher_data is not None:
-        read_records(teacher_data, columns=job["calibration"].columns)  # else it fails after much work
+        check_teacher_data(teacher_data, job["calibration"])  # else it fails after much work
     base, tuned = local_folders((base, tuned), code=trust_remote_code)
     fleet = asked_fleet(ranks, dry_run)
     if fleet is not None and is_described(base):

@@ -13,6 +13,7 @@ from tailorcli.calibration.sources import Source, drawn
 from tailorcli.calibration.stats import Stats, response_masks
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
+from tailorcli.data.records import read_records
 from tailorcli.device import device_errors, exact_float32, resolve_device
 from tailorcli.errors import OptionsError, note
 from tailorcli.files import PathLike
@@ -80,6 +81,11 @@ def with_teacher(
     if data is None:
         note("it was picked on what TUNED is calibrated on: where it was trained on that, pass others: --teacher-data")
     return replace(options, teacher_weight=choice.weight)
+
+
+def check_teacher_data(data: PathLike, calibration: CalibrateOptions) -> None:
+    """What the weight is to be picked on can be read. Raises DataError."""
+    read_records(data, columns=calibration.columns)
 
 
 def _choose(
