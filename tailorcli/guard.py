@@ -11,6 +11,7 @@ import platform
 import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -63,15 +64,15 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def check_result(file: PathLike | None, inputs: Iterable[PathLike | None]) -> None:
-    """A JSON result may go to ``file``: it is none of the inputs, and new or an earlier result of ours.
+def check_result(file: PathLike | None, inputs: Iterable[PathLike | None], command: str) -> None:
+    """A JSON result may go to ``file``: it is none of the inputs, and new or an earlier result of this command.
 
     Raises OutputError.
     """
     if file is None:
         return
     protect([file], inputs)
-    _only_over(Path(file), _is_result, "a result of tailorcli")
+    _only_over(Path(file), partial(_is_result, command), f"a result of tailorcli {command}")
 
 
 def check_plot_file(file: PathLike | None, inputs: Iterable[PathLike | None]) -> None:
@@ -99,6 +100,9 @@ def check_page_file(file: PathLike | None, inputs: Iterable[PathLike | None]) ->
 
 
 def _only_over(file: Path, is_ours: Callable[[Path], bool], what: str) -> None:
+    above = next((folder for folder in file.absolute().parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise OutputError(f"{file} would lie in {above}, which is a file", _ELSEWHERE)
     if not file.exists():
         return
     if file.is_dir():
@@ -111,12 +115,12 @@ def _only_over(file: Path, is_ours: Callable[[Path], bool], what: str) -> None:
         raise OutputError(f"{file} exists and is not {what}", "choose another path, or remove it first")
 
 
-def _is_result(file: Path) -> bool:
+def _is_result(command: str, file: Path) -> bool:
     try:
         value = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(value, dict) and {"format_version", "command"} <= value.keys()
+    return isinstance(value, dict) and "format_version" in value and value.get("command") == command
 
 
 def _is_picture(file: Path) -> bool:

@@ -25,7 +25,7 @@ import numpy as np
 from tailorcli._version import __version__
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.quantized import open_checkpoint
-from tailorcli.data.records import read_records
+from tailorcli.data.records import media_digest, read_records
 from tailorcli.distributed import ranks, require_shared, told
 from tailorcli.errors import CheckpointError, OptionsError, OutputError, TailorError
 from tailorcli.evaluation.evaluate import encode_for_all, score_model, tokenizer_digest
@@ -285,6 +285,9 @@ def run_sweep(
     model is encoded with its own tokenizer; a patched one has tuned's. Raises TailorError.
     """
     started = perf_counter()
+    if min_old_kept is not None and not 0 <= min_old_kept <= 100:
+        raise OptionsError(f"min-old-kept must lie between 0 and 100, got {min_old_kept}", "it is a share in percent")
+    _require_inputs(settings, stats, graft_data)
     say = announce or (lambda message: None)
     base, tuned = local_folders((base, tuned), code=options.trust_remote_code)
     read = _read_parts(tasks, validation, options)
@@ -322,13 +325,22 @@ def run_sweep(
         parts=parts,
         areas={part: _areas(points, part) for part in parts},
         picked=_pick(points, parts[-1], min_old_kept),
-        rule=f"on {parts[-1]}: "
-        + ("the best H" if min_old_kept is None else f"most of the new with {min_old_kept:g}% of the old"),
+        rule=f"on {parts[-1]}: {_rule(points, parts[-1], min_old_kept)}",
         seconds=perf_counter() - started,
     )
     if ranks().first:
         write_text_atomically(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
     return report
+
+
+def _require_inputs(settings: Sequence[Setting], stats: PathLike | None, graft_data: PathLike | None) -> None:
+    """Every setting has what it is made of, before any model runs. Raises OptionsError."""
+    for setting in settings:
+        if setting.options.needs_hessians and stats is None:
+            what = f"the setting {setting.label} needs statistics"
+            raise OptionsError(what, "pass --stats STATS, or other methods alone: --method interpolate")
+        if setting.options.method == "graft" and graft_data is None:
+            raise OptionsError("method graft trains on the fine-tuning data", "pass --graft-data FILE")
 
 
 def _read_parts(tasks: Sequence[str], validation: Sequence[str], options: EvaluateOptions) -> dict[str, list[Task]]:
@@ -341,7 +353,15 @@ def _read_parts(tasks: Sequence[str], validation: Sequence[str], options: Evalua
                 f"--validation has the tasks {', '.join(names[1])}, --task {', '.join(names[0])}",
                 "give every task a validation file under the same name",
             )
+        kinds = {task.name: task.kind for task in read["test"]}
+        for task in read["validation"]:
+            if task.kind != kinds[task.name]:
+                what = f"--validation has task {task.name!r} of kind {task.kind}, --task of kind {kinds[task.name]}"
+                raise OptionsError(what, "give both the same kind")
     return read
+
+
+_DRAWN = (".png", ".svg", ".pdf", ".html")  # pictures and pages, which may lie in the folder
 
 
 def _prepare(folder: Path) -> Path:
@@ -349,12 +369,12 @@ def _prepare(folder: Path) -> Path:
     try:
         present = [entry.name for entry in entries(folder)] if folder.exists() else []
         foreign = [
-            name for name in present if name not in (_POINTS, _WORK, _MERGED, REPORT_FILE) and not name.endswith(".png")
+            name for name in present if name not in (_POINTS, _WORK, _MERGED, REPORT_FILE) and not name.endswith(_DRAWN)
         ]
         results = (folder / _POINTS).iterdir() if (folder / _POINTS).is_dir() else iter(())
         foreign += [place.name for place in results if not _RESULT.fullmatch(place.name)]
         if not foreign and _POINTS not in present:  # ours is the first thing that a sweep makes
-            foreign = [name for name in present if not name.endswith(".png")]
+            foreign = [name for name in present if not name.endswith(_DRAWN)]
         if foreign:
             raise OutputError(f"{folder} holds other files ({foreign[0]}, ...)", "choose another folder for -o")
         (folder / _POINTS).mkdir(parents=True, exist_ok=True)
@@ -384,8 +404,11 @@ def _identity(
             facts[name] = found.fingerprint()
             found.close()
     if graft_data is not None:
-        facts["graft_data"] = read_records(graft_data).digest
-    facts["tasks"] = {part: [(t.name, t.kind, t.digest) for t in of_part] for part, of_part in read.items()}
+        records = read_records(graft_data)
+        facts["graft_data"] = (records.digest, media_digest(records))
+    facts["tasks"] = {
+        part: [(t.name, t.kind, t.digest, media_digest(t.records)) for t in of_part] for part, of_part in read.items()
+    }
     ignored = ("batch_size", "resamples", "seed")
     facts["options"] = {key: value for key, value in options.to_dict().items() if key not in ignored}
     return facts
@@ -585,9 +608,25 @@ def area_figure(points: Sequence[Point], family: str, part: str) -> Array:
     return np.array([frontier_area(old[:, r], new[:, r], old[:2, r], new[:2, r]) for r in range(old.shape[1])])
 
 
+def _floor(points: list[Point], part: str, min_old_kept: float) -> float:
+    """The least old performance that keeps so many percent of the base's."""
+    return min_old_kept / 100 * points[0].at(part, "origin")
+
+
+def _rule(points: list[Point], part: str, min_old_kept: float | None) -> str:
+    """By what a setting of each family is picked, and for which of them none fulfils it."""
+    if min_old_kept is None:
+        return "the best H"
+    floor = _floor(points, part, min_old_kept)
+    kept = {point.family for point in points if point.options is not None and point.at(part, "origin") >= floor}
+    missed = [family for family in families_of(points) if family not in kept]
+    rule = f"most of the new with {min_old_kept:g}% of the old"
+    return rule + (f"; no setting of {', '.join(missed)} keeps that: the one that keeps most" if missed else "")
+
+
 def _pick(points: list[Point], part: str, min_old_kept: float | None) -> dict[str, str]:
     """Each family's setting by the rule; without one that keeps enough, the one that keeps the most."""
-    floor = None if min_old_kept is None else min_old_kept / 100 * points[0].at(part, "origin")
+    floor = None if min_old_kept is None else _floor(points, part, min_old_kept)
     picked = {}
     for family in families_of(points):
         members = [point for point in points if point.options is not None and point.family == family]

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,9 @@ def test_a_result_replaces_only_results_of_ours(pair, tmp_path, content):
     file.unlink()
     run(*commands(pair)["score"][0], "-o", file)
     run(*commands(pair)["score"][0], "-o", file)
-    check_result(None, [pair])
+    check_result(None, [pair], "score")
+    refused(*commands(pair)["evaluate"][0], "-o", file, mentions=["not a result of tailorcli evaluate"])
+    refused(*commands(pair)["score"][0], "-o", file / "inside.json", mentions=["which is a file"])
 
 
 def test_devices_and_pipes_are_not_replaced(pair, tmp_path):
@@ -138,7 +141,7 @@ def test_devices_and_pipes_are_not_replaced(pair, tmp_path):
     for name in ("score", "evaluate"):
         refused(*commands(pair)[name][0], "-o", tmp_path / "pipe.json", mentions=["pipe"])
     refused("inspect", pair / "stats", "--plot", tmp_path / "pipe.png", mentions=["pipe"])
-    for check in (check_result, check_plot_file):
+    for check in (partial(check_result, command="score"), check_plot_file):
         with pytest.raises(OutputError, match="device or a pipe"):
             check("/dev/null", [pair])
     assert not list(tmp_path.glob("*.part"))

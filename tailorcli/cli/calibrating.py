@@ -250,7 +250,7 @@ def score(
         allow_dtype_mismatch=allow_dtype_mismatch,
         resized_vocab=resized_vocab,
     )
-    check_result(output, [base, tuned, stats, retain])
+    check_result(output, [base, tuned, stats, retain], "score")
     report = score_checkpoint(base, tuned, stats, options, progress=wants_progress(as_json), retain=retain)
     if not launched().first:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -122,4 +123,5 @@ def _verdict(found: Comparison) -> list[str]:
 
 
 def _next(found: Comparison, base: Path, tuned: Path) -> str:
-    return " ".join(["tailorcli patch", str(base), str(tuned), *found.needs, "--data NEW_TASK.jsonl -o OUT"])
+    pair = [str(base), str(tuned)]
+    return shlex.join(["tailorcli", "patch", *pair, *found.needs, "--data", "NEW_TASK.jsonl", "-o", "OUT"])

@@ -15,6 +15,7 @@ from tailorcli.cli.arguments import (
     RUNNING,
     SOLVER,
     TASK_SPEC,
+    TRAINING,
     All,
     AsJson,
     Base,
@@ -45,6 +46,7 @@ from tailorcli.cli.arguments import (
     Tuned,
     Verbose,
     flag,
+    require_unused,
 )
 from tailorcli.cli.output import print_json, print_rich, say
 from tailorcli.cli.sharing import check_page, write_cards
@@ -168,7 +170,9 @@ def evaluate(
         from tailorcli.display.plots import check_plot
 
         check_plot(plot, bool(origin and target), read)
-    check_result(output, read)
+    check_result(output, read, "evaluate")
+    if output is not None and plot is not None and output.absolute() == plot.absolute():
+        raise typer.BadParameter(f"-o and --plot are both {output}")
     report = evaluate_models(
         models,
         task or (),
@@ -238,6 +242,7 @@ def hscore(
 
 
 def sweep(
+    context: typer.Context,
     base: Base,
     tuned: Tuned,
     output: Annotated[
@@ -354,7 +359,17 @@ def sweep(
         distill=how if distill else None,
     )
     read = [base, tuned, stats, retain, graft_data, *(parse_task(spec)[1] for spec in (*task, *(validation or ())))]
-    check_page(html, [*read, output])
+    if not distill:
+        require_unused(context, "is for --distill", *TRAINING)
+    if not {"interpolate", "lines"} & set(method or ()):
+        require_unused(context, "is for --method interpolate and lines", "weight")
+    if "graft" not in (method or ()):
+        require_unused(context, "is for --method graft", "graft_data")
+    if retain is not None and not any(retain_weights):
+        raise typer.BadParameter("--retain is for settings with a weight above 0: leave it or --retain-weight 0 out")
+    if stats is None and method:  # the other methods alone
+        settings = [setting for setting in settings if not setting.options.needs_hessians]
+    check_page(html, read)
     if plot is not None:
         from tailorcli.display.plots import check_plot
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -58,7 +58,8 @@ class Record:
         """The files of pictures and sound that it names."""
         found = [image for image in self.images if isinstance(image, Path)]
         found += [self.folder / self.fields["audio"]] if isinstance(self.fields.get("audio"), str) else []
-        for part in (part for message in self.fields.get("messages", ()) for part in content_parts(message)):
+        messages = () if "text" in self.fields else self.fields.get("messages", ())  # text wins over them
+        for part in (part for message in messages for part in content_parts(message)):
             named = next((part[key] for key in ("image", "path", "url") if key in part), None)
             found += [self.folder / named] if isinstance(named, str) else []
         return found
@@ -68,6 +69,20 @@ def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
     """The parts of a message whose content is a list; none where it is plain text."""
     content = message.get("content")
     return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+
+
+def media_digest(records: Iterable[Record]) -> str | None:
+    """A hash of the pictures and sounds that the records name, None where they name no file.
+
+    What is not there counts as nothing: whoever reads it says so.
+    """
+    digest, seen = hashlib.blake2b(digest_size=16), set[Path]()
+    for file in (file for record in records for file in record.files):
+        if file not in seen:
+            seen.add(file)
+            with suppress(OSError):
+                digest.update(file_digest(file).encode())
+    return digest.hexdigest() if seen else None
 
 
 # Gives a record of the place, value and folder of a JSON value, or refuses it.
@@ -106,16 +121,6 @@ class Records(Sequence[Record]):
             return self._digest()
         except OSError as error:
             raise DataError(f"cannot read {self.name}: {error.strerror or error}", "check the path") from error
-
-    def media_digest(self) -> str:
-        """A hash of the pictures and sounds that the records name; those that are not there count as nothing."""
-        digest, seen = hashlib.blake2b(digest_size=16), set[Path]()
-        for file in (file for record in self._read() for file in record.files):
-            if file not in seen:
-                seen.add(file)
-                with suppress(OSError):
-                    digest.update(file_digest(file).encode())
-        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self._count

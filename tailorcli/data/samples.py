@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.data.forms import HINT
-from tailorcli.data.records import Record, Records
+from tailorcli.data.records import Record, Records, media_digest
 from tailorcli.errors import DataError
 from tailorcli.guard import path_text
 from tailorcli.options import CalibrateOptions
@@ -60,6 +60,7 @@ def draw_samples(
     """
     chosen: list[Inputs] = []
     responses: list[list[tuple[int, int]]] = []
+    used: list[Record] = []
     if options.text_mode == "chunk" and records.is_plain_text:
         pool = [chunk for record in records for chunk in _chunks(encode(record, sys.maxsize), options.length)]
         random.Random(options.seed).shuffle(pool)
@@ -76,6 +77,7 @@ def draw_samples(
                 inputs = encode(record, options.length)
                 if inputs is not None:
                     chosen.append(inputs)
+                    used.append(record)
                     responses.append([] if responses_of is None else responses_of(record, inputs))
                 if len(chosen) == options.num_samples:
                     break
@@ -92,6 +94,8 @@ def draw_samples(
         "seq_len": options.length,
         "text_mode": options.text_mode,
     }
+    if (media := media_digest(used)) is not None:
+        facts["media"] = media
     return Samples(chosen, facts, responses=responses if any(responses) else None)
 
 

@@ -41,7 +41,8 @@ def plot_inspection(inspection: Inspection, file: Path) -> None:
         raise TailorError(
             f"{inspection.path} has nothing to plot", "plot a stats folder, a report or a patched checkpoint"
         )
-    figure.suptitle(f"{inspection.kind}: {Path(inspection.path).name}", fontsize=13)
+    name = Path(inspection.path).name.replace("$", r"\$")  # else what stands between two is a formula
+    figure.suptitle(f"{inspection.kind}: {name}", fontsize=13)
     save_figure(figure, file)
 
 

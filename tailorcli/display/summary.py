@@ -36,11 +36,14 @@ class _Titled(Table):
         yield from super().__rich_console__(console, options)
 
 
+_LEAST = 16  # characters of a first column: beside many others it would have none
+
+
 def new_table(title: str, first: str, columns: Sequence[str], *, left: Sequence[str] = ()) -> Table:
     """A table without frames: its first column may fold, the others, right-aligned, never do."""
     table = _Titled(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.heading = title
-    table.add_column(first, overflow="fold")
+    table.add_column(first, overflow="fold", min_width=_LEAST)
     for column in columns:
         table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
     return table

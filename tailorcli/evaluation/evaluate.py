@@ -216,13 +216,14 @@ def encode_for_all(
     Raises DataError for a task without an item that is short enough for all.
     """
     has_media = any(record.has_media for task in tasks for record in task.records)
-    made: dict[tuple[str, int, int | None], dict[str, EncodedTask]] = {}
+    made: dict[tuple[str, int | None], dict[str, EncodedTask]] = {}
     keys = {}
+    # Texts are cut alike for all, so that a model of more positions is not scored on more of one.
+    positions = min(most_tokens(one.stored, read_config(one.stored.path), options) for one in subjects.values())
     for name, subject in subjects.items():
         stored, folder = subject.stored, subject.encoder_folder(has_media)
         encoder = load_encoder(folder, stored.path, has_media, options)
-        positions = most_tokens(stored, read_config(stored.path), options)
-        keys[name] = (tokenizer_digest(folder, stored.path), positions, encoder.start_token)
+        keys[name] = (tokenizer_digest(folder, stored.path), encoder.start_token)
         if keys[name] not in made:
             made[keys[name]] = {task.name: encode_task(task, encoder, options, positions) for task in tasks}
     for task in tasks:

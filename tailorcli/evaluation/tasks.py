@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from tailorcli.data.encoder import Encoder
 from tailorcli.data.records import Check, Record, check_record, read_records
 from tailorcli.data.sources import is_dataset
-from tailorcli.errors import DataError, OptionsError
+from tailorcli.errors import DataError, OptionsError, note
 from tailorcli.options import EvaluateOptions, is_label
 
 if TYPE_CHECKING:
@@ -196,7 +196,10 @@ def encode_task(task: Task, encoder: Encoder, options: EvaluateOptions, position
         encode = partial(_generate_item, room=options.max_new_tokens)
     else:
         encode = partial(_choice_item, raw=task.kind == "choice-raw")
+    before = len(encoder.cuts)
     found = [encode(number, record, encoder, limit) for number, record in enumerate(task.records)]
+    if task.kind == "text" and (cut := len(encoder.cuts) - before):
+        note(f"task {task.name}: {cut:,} of {len(found):,} texts have more than {limit:,} tokens and are cut")
     items = tuple(item for item in found if item is not None)
     if not items:
         raise DataError(
@@ -217,7 +220,7 @@ def _text_item(number: int, record: Record, encoder: Encoder, limit: int) -> Ite
         prompt = record.fields.get("prompt", "")
         if encoder.exceeds(record, (prompt, record.fields["response"]), limit):
             return None
-        row = _continuation(encoder, record, prompt, record.fields["response"], _alone(encoder, record, prompt))
+        row = _continuation(encoder, record, prompt, record.fields["response"], _before(encoder, record, prompt))
         return Item(number, (row,)) if _num_tokens(row.inputs) <= limit else None
     inputs = encoder.encode(record, limit)
     if inputs is None or inputs["input_ids"].shape[1] < 2:
@@ -235,7 +238,7 @@ def _choice_item(number: int, record: Record, encoder: Encoder, limit: int, *, r
     prompt, choices = record.fields["prompt"], record.fields["choices"]
     if encoder.exceeds(record, (prompt, *choices), limit):
         return None
-    alone = _alone(encoder, record, prompt)
+    alone = _before(encoder, record, prompt)
     rows: dict[tuple[int, ...], Row] = {}
     for choice, text in enumerate(choices):
         row = _continuation(encoder, record, prompt, text, alone)
@@ -279,6 +282,16 @@ def _generate_item(number: int, record: Record, encoder: Encoder, limit: int, *,
 def _alone(encoder: Encoder, record: Record, prompt: str) -> Inputs | None:
     """The model's inputs for a prompt without a response."""
     return encoder.encode(_joined(record, prompt, ""), sys.maxsize)
+
+
+def _before(encoder: Encoder, record: Record, prompt: str) -> Inputs | None:
+    """The inputs for a prompt with nothing of its response, to tell where that begins.
+
+    Behind the head that a chat template frames it with stands another answer: some write no empty one.
+    """
+    other = _joined(record, prompt, "\ue000")  # a character of private use, which no answer begins with
+    framed = encoder.framed_by_template(other)
+    return _alone(encoder, record, prompt) if framed is other else encoder.encode(other, sys.maxsize)
 
 
 def _joined(record: Record, prompt: str, response: str) -> Record:

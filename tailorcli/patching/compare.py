@@ -20,7 +20,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import GrownCheckpoint, grow_vocabulary
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo, torch_dtype
 from tailorcli.checkpoint.quantized import open_checkpoint
-from tailorcli.errors import CheckpointError, OptionsError, TailorError
+from tailorcli.errors import CheckpointError, NumericalError, OptionsError, TailorError
 from tailorcli.files import PathLike, read_json
 from tailorcli.guard import path_text
 from tailorcli.hub import hub_facts, local_folders
@@ -180,7 +180,7 @@ def _grown_where_needed(base: Checkpoint, tuned: Checkpoint, needs: list[str]) -
         if grown is None:
             raise
         check_pair(grown, tuned, allow_dtype_mismatch=True)
-        needs.append("--resized-vocab")
+        needs += ["--resized-vocab", "--no-retain"]  # the base knows nothing of the new rows
         return grown
     return base
 
@@ -350,6 +350,10 @@ def _directions(base: Checkpoint, tuned: Checkpoint, name: str, whole: bool) -> 
     picked = sorted({int(number * rows / min(rows, _BLOCK)) for number in range(min(rows, _BLOCK))})
     length = min(width, _BLOCK)
     pair = [_rows(model, name, picked, width, length, whole).double() for model in (tuned, base)]
+    for model, part in zip((tuned, base), pair, strict=True):
+        if not bool(part.isfinite().all()):
+            what = f"tensor {name!r} of {model.path} holds NaN or infinity"
+            raise NumericalError(what, "repair or re-export that model: no patch can be made of it")
     values = torch.linalg.svdvals(pair[0] - pair[1]).square()
     total = float(values.sum())
     if total <= 0.0:

@@ -92,12 +92,12 @@ def card_lines(brief: Mapping[str, Any]) -> list[str]:
     """A section of Markdown: a row for each model, old against new and H where the tasks have these roles."""
     models, own = brief["models"], brief["model"]
     has_roles = all(role in model["summary"] for role in _ROLES for model in models)
-    columns = list(_ROLES.values()) if has_roles else [code(name) for name in brief["tasks"]]
+    columns = list(_ROLES.values()) if has_roles else [_name(name) for name in brief["tasks"]]
     lines = ["## Evaluation", "", f"| model | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
     for model in models:
         source, keys = (model["summary"], list(_ROLES)) if has_roles else (model["tasks"], list(brief["tasks"]))
         role = "base" if model["name"] == brief["base"] else "tuned" if model["name"] == brief["tuned"] else ""
-        name = "**this model**" if model["name"] == own else code(model["name"]) + (f" ({role})" if role else "")
+        name = "**this model**" if model["name"] == own else _name(model["name"]) + (f" ({role})" if role else "")
         lines.append(f"| {name} | {' | '.join(_shown(source.get(key)) for key in keys)} |")
     said = ["", "Percent, with 95% intervals over the items."]
     if has_roles:
@@ -109,6 +109,11 @@ def card_lines(brief: Mapping[str, Any]) -> list[str]:
             told = ", ".join(f"{code(name)} ({facts['kind']}, {facts['items']:,} items)" for name, facts in named)
             said.append(f"{title}: {told}.")
     return [*lines, *said]
+
+
+def _name(text: str) -> str:
+    """A name in a table, letter for letter."""
+    return code(text).replace("|", "\\|")
 
 
 def _shown(figure: Mapping[str, Any] | None) -> str:

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.folder import Checkpoint
-from tailorcli.data.records import Records, read_records
+from tailorcli.data.records import Records, media_digest, read_records
 from tailorcli.device import StageTimer, device_errors, resolve_device
 from tailorcli.errors import NumericalError, OptionsError, OutputError, first_line, note
 from tailorcli.files import PathLike, as_output_error, file_digest, read_json, write_text_atomically
@@ -77,7 +77,7 @@ class Job:
             "versions": package_versions(),
             "base": self.base.fingerprint(),
             "data": self.records.digest,
-            "media": self.records.media_digest() if self.records.has_media else None,
+            "media": media_digest(self.records) if self.records.has_media else None,
             "importance": None if self.importance is None else file_digest(self.importance.path / "importance.json"),
             "options": self.options.identity(),
             "training_args": self.arguments,

@@ -44,12 +44,24 @@ def page_of(inspection: Inspection, evaluation: PathLike | None = None) -> Page:
 
 def _evaluation_of(inspection: Inspection, given: PathLike | None) -> dict[str, Any] | None:
     if given is not None:
-        return read_evaluation(Path(given))
+        return _of_this_model(inspection, read_evaluation(Path(given)), given)
     there = Path(inspection.path) / EVALUATION_FILE
     if inspection.kind != "patched" or not there.is_file():
         return None
     found = read_evaluation(there)
     return found if found.get("fingerprint") == inspection.facts.get("fingerprint") else None
+
+
+def _of_this_model(inspection: Inspection, found: dict[str, Any], given: PathLike) -> dict[str, Any]:
+    """The evaluation, with this model named as the one that it is of. Raises CheckpointError where it is of others."""
+    own = inspection.facts.get("fingerprint")
+    if inspection.kind != "patched" or own is None:
+        return found
+    name = next((model["name"] for model in found["models"] if model.get("fingerprint") == own), None)
+    if name is None:
+        what = f"{given} is no evaluation of {inspection.path} as it is now"
+        raise CheckpointError(what, f"make one: tailorcli evaluate BASE TUNED {inspection.path} ... -o REPORT.json")
+    return {**found, "model": name}
 
 
 def _plain(value: Any) -> str:
