@@ -236,6 +236,7 @@ class CalibrateOptions:
         _choose(self, "text_mode", TextMode)
         if self.teacher_weight != AUTO:
             _require_teacher(self.teacher_weight)
+        _require(self.seed >= 0, f"seed must be zero or positive, got {self.seed}")
         both = self.synthetic and self.teacher_weight is not None
         _require(not both, "teacher-weight is for the new task, and --synthetic for the base", "leave one out")
 

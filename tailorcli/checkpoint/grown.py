@@ -42,6 +42,12 @@ class GrownCheckpoint(Checkpoint):
         return self.tensors[name].shape[0] - self.stored.tensors[name].shape[0]
 
 
+def numel_of_base(base: Checkpoint, name: str) -> int:
+    """Entries that the base itself has of a tensor, without rows that are tuned's: what a density is a share of."""
+    own = base.stored if isinstance(base, GrownCheckpoint) else base
+    return own.tensors[name].numel
+
+
 def _grown(info: TensorInfo, tuned: TensorInfo) -> TensorInfo:
     return replace(info, shape=tuned.shape, nbytes=tuned.nbytes)
 

@@ -374,7 +374,12 @@ def patch(
     if how is None:
         require_unused(context, "is for --distill, or --target", *TRAINING)
     if stats is not None and teacher_data is None:
-        require_unused(context, "is for --data: --stats hold their samples", "num_samples", "dtype", "blockwise")
+        columns = ("text_column", "prompt_column", "response_column")
+        drawn = ("num_samples", "seq_len", "batch_size", "dtype", "blockwise", *columns)
+        require_unused(context, "is for --data: --stats hold their samples", *drawn)
+    if preset is not None and method != "tailor":
+        raise typer.BadParameter(f"--preset paper is of the method tailor, not of {method}")
+    _require_used(context, options, retain is not None or (stats is None and not no_retain and preset is None))
     if deterministic and data is None:
         raise OptionsError(
             "--deterministic goes with --data: a patch with --stats is what its statistics are",
@@ -478,6 +483,27 @@ def _described(base: Path, tuned: Path, job: dict[str, Any], stats: Path | None,
         raise OptionsError(f"{base} has a config.json alone, and --stats are of a model with weights", "leave it out")
     known = ("retain", "retain_data", "options", "calibration", "distill", "target")
     return plan_described(base, tuned, **{name: job[name] for name in known}, fleet=fleet)
+
+
+# Options of the patch that some methods and solvers do without, by their names in PatchOptions.
+_OWN = {name: name for name in ("density", "omega", "solver", "damping", "tolerance", "max_iterations", "block_size")}
+_OWN |= {name: name for name in ("retain_weight", "threshold", "alpha", "beta", "threshold_scale")}
+_OWN |= {"graft_steps": "graft_steps", "graft_rate": "graft_rate", "graft_batch_size": "batch_size"}
+
+
+def _require_used(context: typer.Context, options: PatchOptions, retained: bool) -> None:
+    """Raise typer.BadParameter for an option that the method, or the solver, has no use for."""
+    try:
+        used = options.resolved(retained).identity(retained)
+    except OptionsError:  # of options that contradict one another, which is told where they are used
+        return
+    how = f"--method {options.method}" if options.method != "tailor" else f"--solver {options.solver}"
+    for name, own in _OWN.items():
+        if is_given(context, name) and own not in used:
+            why = "is for a patch with --retain" if name == "retain_weight" else f"has no part in {how}"
+            raise typer.BadParameter(f"--{name.replace('_', '-')} {why}")
+    if is_given(context, "graft_data") and options.method != "graft":
+        raise typer.BadParameter("--graft-data is for --method graft")
 
 
 def _require_aim(context: typer.Context, data: Path | None, stats: Path | None, retain: Path | None) -> None:

@@ -220,7 +220,7 @@ def _plain_lines(file: DataFile) -> Iterator[tuple[str, str]]:
 def _json_lines(file: DataFile) -> Iterator[tuple[str, Any]]:
     for where, line in _plain_lines(file):
         try:
-            yield where, parse_json(line)
+            yield where, _with_fields(parse_json(line))
         except ValueError as error:
             raise DataError(f"{where} is not JSON: {error}", "one JSON object a line") from error
 
@@ -244,7 +244,7 @@ def _json(file: DataFile) -> Iterator[tuple[str, Any]]:
     if not isinstance(values, list):
         what = f"{file.name} holds a {type(values).__name__}, expected a list of objects"
         raise DataError(what, "a list of objects, or use .jsonl")
-    yield from ((f"{file.name}, record {number}", value) for number, value in enumerate(values))
+    yield from ((f"{file.name}, record {number}", _with_fields(value)) for number, value in enumerate(values))
 
 
 def _table(file: DataFile) -> Iterator[tuple[str, dict[str, str]]]:
@@ -319,6 +319,16 @@ def _seekable(file: DataFile) -> Iterator[IO[bytes]]:
             shutil.copyfileobj(stream, kept, 1 << 20)
             kept.seek(0)
             yield kept
+
+
+_OPTIONAL = {"text", "messages", "images", "image", "audio", "tools"}  # one form of record or another goes without
+
+
+def _with_fields(value: Any) -> Any:
+    """A row of JSON without fields that are null, as tables are exported; one of nulls alone stays as it is."""
+    if not isinstance(value, dict) or all(entry is None for entry in value.values()):
+        return value
+    return {key: entry for key, entry in value.items() if entry is not None or key not in _OPTIONAL}
 
 
 def without_nulls(value: Any) -> Any:

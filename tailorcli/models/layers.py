@@ -146,7 +146,7 @@ def detect_norm(module: nn.Module, inputs: Tensor, call: Call) -> bool | None:
     output = call()
     if inputs.shape[-1:] != weight.shape or output.shape != inputs.shape:
         return None
-    for centred, offset in ((True, 0.0), (False, 0.0), (False, 1.0)):
+    for centred, offset in ((True, 0.0), (False, 0.0), (False, 1.0), (True, 1.0)):
         expected = normalised(module, inputs, centred) * (weight + offset)  # NaN is reported at the end, with the name
         expected = expected if bias is None else expected + bias.to(torch.float32)
         if torch.allclose(expected, output.to(torch.float32), rtol=2e-2, atol=1e-3, equal_nan=True):

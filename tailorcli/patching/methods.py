@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.grown import numel_of_base
 from tailorcli.device import StageTimer
 from tailorcli.distributed import gathered, mine, ranks, summed_
 from tailorcli.errors import NumericalError
@@ -135,7 +136,7 @@ def find_cut(
     from tailorcli.core.baselines import count_ties, digit_counts, no_counts, value_of_digits
     from tailorcli.core.scores import count_kept, digit_of_rank
 
-    count = count_kept(density, sum(tensor.numel for tensor in tensors))
+    count = count_kept(density, sum(numel_of_base(base, tensor.name) for tensor in tensors))
     if count == 0:
         return GlobalCut(float("inf"), 0)
     own = [tensors[position] for position in mine([tensor.nbytes for tensor in tensors])]

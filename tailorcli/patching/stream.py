@@ -14,7 +14,7 @@ from tailorcli.adapters.checkpoint import AdaptedCheckpoint, config_folder
 from tailorcli.adapters.interpolated import InterpolatedCheckpoint, interpolated, original
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
-from tailorcli.checkpoint.grown import grow_vocabulary
+from tailorcli.checkpoint.grown import GrownCheckpoint, grow_vocabulary, numel_of_base
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.errors import OptionsError, note
 from tailorcli.files import PathLike, digest_beside, digest_of
@@ -198,7 +198,7 @@ def _tailor(
     """One tensor by its method; ``pair`` is its base and its tuned value, and is emptied."""
     from tailorcli.core.tailor import tailor_experts, tailor_layer
 
-    options = run.options
+    options = _of_the_base(run.options, tensor, run.inputs.base)
     settings: dict[str, Any] = {
         "density": options.density,
         "omega": options.omega,
@@ -225,6 +225,17 @@ def _tailor(
         stored = run.inputs.base.rounded(tensor.name, result.patched, result.mask)
         result = replace(result, patched=stored)
     return result
+
+
+def _of_the_base(options: PatchOptions, tensor: TensorPlan, base: Checkpoint) -> PatchOptions:
+    """The options with a density that is one of the base's own entries, where the tensor has rows that it lacks.
+
+    DARE's stays as it is: it says what a kept change is divided by, and new rows have none.
+    """
+    own = numel_of_base(base, tensor.name) if isinstance(base, GrownCheckpoint) else tensor.numel
+    if own == tensor.numel or options.method == "dare":
+        return options
+    return replace(options, density=options.density * own / tensor.numel)
 
 
 def _prepare_each(tensor: TensorPlan, run: Run) -> Iterator[PreparedHessian]:

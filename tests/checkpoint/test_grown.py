@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import bits, broken_off, make_model, make_pair, make_tokenizer, perturb, read_tensors
+from helpers import bits, broken_off, make_model, make_pair, make_tokenizer, perturb, read_tensors, run
+from transformers import AutoModelForCausalLM
 
 from tailorcli import (
     CalibrateOptions,
@@ -126,3 +127,21 @@ def test_pieces_of_a_grown_tensor_join_at_any_cut(grown_pair):
             if size > 1:
                 assert b"".join(bytes(piece) for piece in grown.pieces(info, size)) == whole
         grown.close()
+
+
+@pytest.mark.parametrize("how", [(), ("--method", "magnitude"), ("--method", "magnitude", "--threshold", "global")])
+def test_the_density_is_one_of_the_common_rows(tmp_path, how):
+    """Rows that are tuned's own take nothing of what may change in the others."""
+    folder = make_pair(tmp_path / "pair")
+    model = AutoModelForCausalLM.from_pretrained(folder / "tuned")
+    model.resize_token_embeddings(400)
+    model.save_pretrained(folder / "tuned")
+    given = () if how else ("--solver", "none", "--omega", 1)
+    run("patch", folder / "base", folder / "tuned", "--resized-vocab", *how, *given, "-o", tmp_path / "out")
+    base, out = (read_tensors(path) for path in (folder / "base", tmp_path / "out"))
+    common = {name: (base[name], out[name][: len(base[name])]) for name in base}
+    moved = {name: int((one != other).sum()) for name, (one, other) in common.items()}
+    if "global" in how:
+        assert sum(moved.values()) == round(0.1 * sum(value.numel() for value in base.values()))
+    else:
+        assert all(count == round(0.1 * base[name].numel()) for name, count in moved.items())

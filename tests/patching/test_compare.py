@@ -111,7 +111,7 @@ def test_a_grown_vocabulary_is_told_with_its_option(pair, tmp_path):
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path / "tuned")
     found = compare_models(pair / "base", tmp_path / "tuned")
-    assert found.needs == ("--resized-vocab",)
+    assert found.needs == ("--resized-vocab", "--no-retain")
     assert "1 more" in found.tokenizer
     assert "lm_head.weight: 10 rows more in tuned" in found.told
 

@@ -337,7 +337,8 @@ def test_through_the_command_in_every_dtype(tmp_path, dtype):
     folder = make_pair(tmp_path, "gpt2", dtype=dtype, shard="20KB")
     arguments = (folder / "base", folder / "tuned")
     for number, method in enumerate(["interpolate", "dare", "magnitude", "fapm", "lines", "dg-hard"]):
-        shown = invoke("patch", *arguments, "-o", folder / f"out{number}", "--method", method, "--threshold", "global")
+        more = ("--threshold", "global") if method == "magnitude" else ()
+        shown = invoke("patch", *arguments, "-o", folder / f"out{number}", "--method", method, *more)
         assert shown.exit_code == 0, shown.output
         assert "kept" in shown.stdout
         facts = invoke("inspect", folder / f"out{number}").stdout
@@ -376,6 +377,29 @@ def test_wrong_options_are_refused(llama_pair, tmp_path, arguments, message):
     assert message in shown.stderr
 
 
+IGNORED = [
+    ("--threshold", "global"),
+    ("--alpha", 0.5),
+    ("--graft-steps", 3),
+    ("--block-size", 64),
+    ("--retain-weight", 3),
+    ("--seq-len", 64),
+    ("--method", "magnitude", "--omega", 0.3),
+    ("--method", "magnitude", "--preset", "paper"),
+    ("--method", "interpolate", "--density", 0.3),
+    ("--method", "dare", "--solver", "joint"),
+    ("--solver", "sequential", "--tolerance", 0.1),
+]
+
+
+@pytest.mark.parametrize("more", IGNORED)
+def test_an_option_without_a_part_in_the_method_is_refused(llama_pair, tmp_path, more):
+    pair = ("patch", llama_pair / "base", llama_pair / "tuned", "--stats", llama_pair / "stats", "-o", tmp_path / "out")
+    shown = invoke(*pair, *more)
+    assert shown.exit_code == 2, shown.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_overflow_names_the_tensor(tmp_path):
     folder = make_pair(tmp_path, dtype=torch.float16)
     tensors = load_file(folder / "tuned" / "model.safetensors")
@@ -389,7 +413,8 @@ def test_an_overflow_names_the_tensor(tmp_path):
     tensors["model.norm.weight"][0] = torch.nan
     save_file(tensors, folder / "tuned" / "model.safetensors", {"format": "pt"})
     for method in ("dare", "interpolate", "magnitude", "fapm", "lines", "dg-hard"):
-        arguments = ("--method", method, "--threshold", "global", "--overwrite")
+        threshold = ("--threshold", "global") if method == "magnitude" else ()
+        arguments = ("--method", method, *threshold, "--overwrite")
         shown = invoke("patch", folder / "base", folder / "tuned", "-o", folder / "out", *arguments)
         assert shown.exit_code == 1
         assert "model.norm.weight" in shown.stderr
