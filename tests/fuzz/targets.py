@@ -103,7 +103,9 @@ def _models(folder):
     card, evaluation = folder / "card" / CARD, folder / "evaluation.json"
     card.parent.mkdir()
     card.write_text(FRONT)
-    evaluation.write_text(json.dumps(EVALUATION))
+    with Checkpoint.open(pair / "out") as opened:
+        own = EVALUATION["models"][0] | {"fingerprint": opened.fingerprint()}
+    evaluation.write_text(json.dumps(EVALUATION | {"models": [own, *EVALUATION["models"][1:]]}))
     identity = json.loads((pair / "out" / "tailor_run.json").read_text())["identity"]
 
     def finished():

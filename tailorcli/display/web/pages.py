@@ -55,8 +55,8 @@ def _evaluation_of(inspection: Inspection, given: PathLike | None) -> dict[str, 
 def _of_this_model(inspection: Inspection, found: dict[str, Any], given: PathLike) -> dict[str, Any]:
     """The evaluation, with this model named as the one that it is of. Raises CheckpointError where it is of others."""
     own = inspection.facts.get("fingerprint")
-    if inspection.kind != "patched" or own is None:
-        return found
+    if inspection.kind != "patched" or own is None or not any(model.get("fingerprint") for model in found["models"]):
+        return found  # of a report, or by a version that noted no fingerprints
     name = next((model["name"] for model in found["models"] if model.get("fingerprint") == own), None)
     if name is None:
         what = f"{given} is no evaluation of {inspection.path} as it is now"
