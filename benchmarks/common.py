@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -174,6 +174,11 @@ def kept_figures(file: Path) -> dict[str, Any]:
     """The figures that an earlier run left in ``file``; none where it is not there."""
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return found
+
+
+def whole_numbers(values: Iterable[float]) -> list[float]:
+    """Numbers for a file, those that are whole without a fraction, which is shorter."""
+    return [int(value) if value == int(value) else float(value) for value in values]
 
 
 def progress(text: str) -> None:

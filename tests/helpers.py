@@ -102,6 +102,15 @@ def _make_pair(folder, kind, dtype, shard, tied, layers):
     write_data(folder / "data.jsonl")
 
 
+def with_statistics(folder):
+    """``folder`` with statistics of both models over 12 samples each: stats, and retain of what the base writes."""
+    from tailorcli import CalibrateOptions, calibrate_model
+
+    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats", CalibrateOptions(12, 24))
+    calibrate_model(folder / "base", None, folder / "retain", CalibrateOptions(12, 24, synthetic=True))
+    return folder
+
+
 def write_data(path, count=40, seed=0):
     generator = random.Random(seed)
     with Path(path).open("w") as stream:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common import whole_numbers
 from benchmarks.evidence.pairs import Pair
 from benchmarks.evidence.run import MANY_SWEEP, OWN_DATA, WRITTEN, Grid, Outcome, distilled, on_many, samples_of
 from tailorcli import EvaluateOptions
@@ -94,14 +95,9 @@ def _facts(result: Result) -> dict[str, Any]:
     """What ``read_kept`` reads; of items that all have as many questions their number stands once."""
     scores = {}
     for name, values in result.scores.items():
-        correct, count = (_numbers(values[kind]) for kind in ("correct", "count"))
+        correct, count = (whole_numbers(values[kind]) for kind in ("correct", "count"))
         scores[name] = {"correct": correct, "count": count[0] if len(set(count)) == 1 else count}
     return vars(result) | {"scores": scores}
-
-
-def _numbers(values: Iterable[float]) -> list[float]:
-    """Whole numbers without a fraction, which is shorter."""
-    return [int(value) if value == int(value) else value for value in values]
 
 
 def joined(earlier: Iterable[Result], later: Iterable[Result]) -> list[Result]:

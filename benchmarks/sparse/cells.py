@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common import whole_numbers
 from benchmarks.sparse.setting import Row
-from tailorcli.evaluation.metrics import Array, TaskScores, h_score
+from tailorcli.evaluation.metrics import TaskScores, h_score
 from tailorcli.files import write_text_atomically
 
 VALIDATION, TEST = "validation", "test"
@@ -115,15 +116,10 @@ def _cell(facts: dict[str, Any]) -> Cell:
 def _facts(cell: Cell) -> dict[str, Any]:
     """What ``_cell`` reads."""
     scores = {
-        part: {name: [_numbers(one.correct), _numbers(one.count)] for name, one in tasks.items()}
+        part: {name: [whole_numbers(one.correct), whole_numbers(one.count)] for name, one in tasks.items()}
         for part, tasks in cell.scores.items()
     }
     return vars(cell) | {"row": [cell.row.fine, cell.row.patch], "scores": scores}
-
-
-def _numbers(values: Array) -> list[float]:
-    """Whole numbers without a fraction, which is shorter."""
-    return [int(value) if value == int(value) else float(value) for value in values]
 
 
 def _scores(correct: Sequence[float], count: Sequence[float]) -> TaskScores:

@@ -14,7 +14,7 @@ from tailorcli.data.forms import HINT
 from tailorcli.data.media import read_image, read_wav
 from tailorcli.data.records import Record, Records, content_parts
 from tailorcli.data.timed import within
-from tailorcli.data.turns import answer_places, marked, tokens_at
+from tailorcli.data.turns import answer_places, answered, common, marked, tokens_at
 from tailorcli.errors import DataError, first_line, note
 from tailorcli.files import parse_json
 
@@ -136,8 +136,7 @@ class Encoder:
         places = answer_places(messages, text, partial(self._rendered, record))
         if places is None:
             places = list(_spans(messages, text))
-        said = sum(message.get("role") == "assistant" for message in messages)
-        if len(places) < said:
+        if len(places) < len(answered(messages)):
             what = f"the chat template leaves out an assistant's turn of {record.where}, and maybe of others"
             self._tell("turns", f"{what}: nothing is learnt of it")
         return list(self._runs(record, ids, text, places, plain=False))
@@ -153,7 +152,7 @@ class Encoder:
             return
         for start, stop in places:
             before, after = (self.tokens(record, text[:place], plain, len(ids) + 1) for place in (start, stop))
-            first, last = (_common(ids, part) for part in (before, after))
+            first, last = (common(ids, part) for part in (before, after))
             if last > first:
                 yield first, last
 
@@ -161,19 +160,19 @@ class Encoder:
         """The tokens of the assistant's turns, each told by the whole conversation with another one in its place."""
         whole = self._with_images(record, sys.maxsize)["input_ids"][0].tolist()
         messages = record.fields["messages"]
-        numbers = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
+        numbers = answered(messages)
         inside = []
         for number in numbers:
             turns = marked(messages, [number])
             other = self._with_images(replace(record, fields={**record.fields, "messages": turns}), sys.maxsize)
             changed = other["input_ids"][0].tolist()
-            start, after = _common(whole, changed), _common(whole[::-1], changed[::-1])
+            start, after = common(whole, changed), common(whole[::-1], changed[::-1])
             inside.append((start, max(start, len(whole) - after)))
         ends = numbers and numbers[-1] == len(messages) - 1
         ending = whole[inside[-1][1] :] if ends else []
         found = []
         for start, stop in inside:
-            more = _common(whole[stop:], ending) if ending else 1
+            more = common(whole[stop:], ending) if ending else 1
             first, last = start, min(stop + more, len(ids))
             if last > first:
                 found.append((first, last))
@@ -446,12 +445,6 @@ def _spans(messages: list[dict[str, Any]], text: str) -> Iterator[tuple[int, int
             place = found + len(words.strip())
             if message.get("role") == "assistant":
                 yield found, place
-
-
-def _common(first: list[int], second: list[int]) -> int:
-    """How many tokens two lists begin with alike."""
-    pairs = zip(first, second, strict=False)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def _as_inputs(ids: list[int]) -> Inputs | None:

@@ -13,7 +13,12 @@ from typing import Any
 Messages = list[dict[str, Any]]
 Render = Callable[[Messages, bool], str | None]  # messages, and whether the next turn's head follows; None: refused
 
-_OPEN, _CLOSE = "\ue000", "\ue001"  # characters of private use, which no text has
+OPEN, _CLOSE = "\ue000", "\ue001"  # characters of private use, which no text has
+
+
+def answered(messages: Messages) -> list[int]:
+    """Which of the messages are the assistant's turns."""
+    return [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
 
 
 def answer_places(messages: Messages, text: str, render: Render) -> list[tuple[int, int]] | None:
@@ -24,7 +29,7 @@ def answer_places(messages: Messages, text: str, render: Render) -> list[tuple[i
     the template has no such head, it begins with its words. A turn that the template leaves out has no place. None
     where the turns cannot be told apart.
     """
-    numbers = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
+    numbers = answered(messages)
     if not numbers:
         return []
     written = render(marked(messages, numbers), False)
@@ -38,14 +43,14 @@ def answer_places(messages: Messages, text: str, render: Render) -> list[tuple[i
     inside = _aligned(text, [*before, parts[-1]])
     if inside is None:
         return None
-    return [(start, stop + _alike(part, ending)) for (start, stop), part in zip(inside, parts[1:], strict=True)]
+    return [(start, stop + common(part, ending)) for (start, stop), part in zip(inside, parts[1:], strict=True)]
 
 
 def marked(messages: Messages, numbers: Sequence[int]) -> Messages:
     """The messages with a mark, of the same form, in place of each of these turns."""
     marked = list(messages)
     for number in numbers:
-        words = f"{_OPEN}{number}{_CLOSE}"
+        words = f"{OPEN}{number}{_CLOSE}"
         parts = isinstance(messages[number].get("content"), list)
         marked[number] = {"role": "assistant", "content": [{"type": "text", "text": words}] if parts else words}
     return marked
@@ -56,12 +61,12 @@ def _between(written: str, numbers: Sequence[int]) -> tuple[list[int], list[str]
     known, parts = [], []
     rest = written
     for number in numbers:
-        before, mark, after = rest.partition(f"{_OPEN}{number}{_CLOSE}")
+        before, mark, after = rest.partition(f"{OPEN}{number}{_CLOSE}")
         if mark:
             known.append(number)
             parts.append(before)
             rest = after
-    return None if _OPEN in rest or any(_OPEN in part for part in parts) else (known, [*parts, rest])
+    return None if OPEN in rest or any(OPEN in part for part in parts) else (known, [*parts, rest])
 
 
 def _aligned(text: str, parts: Sequence[str]) -> list[tuple[int, int]] | None:
@@ -103,8 +108,8 @@ def _ending(messages: Messages, known: Sequence[int], parts: Sequence[str], rend
     return "" if shorter is None else shorter.rpartition(_CLOSE)[2]
 
 
-def _alike(first: str, second: str) -> int:
-    """How many characters two texts begin with alike."""
+def common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many characters, or tokens, two sequences begin with alike."""
     pairs = zip(first, second, strict=False)
     return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from tailorcli.data.encoder import Encoder
 from tailorcli.data.records import Check, Record, check_record, read_records
 from tailorcli.data.sources import is_dataset
+from tailorcli.data.turns import OPEN
 from tailorcli.errors import DataError, OptionsError, note
 from tailorcli.options import EvaluateOptions, is_label
 
@@ -289,7 +290,7 @@ def _before(encoder: Encoder, record: Record, prompt: str) -> Inputs | None:
 
     Behind the head that a chat template frames it with stands another answer: some write no empty one.
     """
-    other = _joined(record, prompt, "\ue000")  # a character of private use, which no answer begins with
+    other = _joined(record, prompt, OPEN)  # which no answer begins with
     framed = encoder.framed_by_template(other)
     return _alone(encoder, record, prompt) if framed is other else encoder.encode(other, sys.maxsize)
 

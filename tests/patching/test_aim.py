@@ -4,9 +4,9 @@ import json
 from dataclasses import replace
 
 import pytest
-from helpers import bits, folder_digest, invoke, make_pair, read_tensors, refused, run
+from helpers import bits, folder_digest, invoke, make_pair, read_tensors, refused, run, with_statistics
 
-from tailorcli import CalibrateOptions, DistillOptions, PatchFile, PatchOptions, TailorError, calibrate_model
+from tailorcli import DistillOptions, PatchFile, PatchOptions, TailorError
 from tailorcli.patching.aim import ATTEMPTS, Aim, after_miss, patch_to_target, pick_density
 
 FEW = DistillOptions(steps=4, batch_size=4)
@@ -15,10 +15,7 @@ OPTIONS = PatchOptions(propagate=False)
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    folder = make_pair(tmp_path_factory.mktemp("pair"))
-    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats", CalibrateOptions(12, 24))
-    calibrate_model(folder / "base", None, folder / "retain", CalibrateOptions(12, 24, synthetic=True))
-    return folder
+    return with_statistics(make_pair(tmp_path_factory.mktemp("pair")))
 
 
 def arguments(pair, output):

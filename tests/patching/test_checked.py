@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from helpers import broken_off, folder_digest, invoke, make_pair, refused, run
+from helpers import broken_off, folder_digest, invoke, make_pair, refused, run, with_statistics
 
-from tailorcli import CalibrateOptions, PatchFile, calibrate_model
+from tailorcli import PatchFile
 from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.data.samples import fitted_on, held_out
 
@@ -14,10 +14,7 @@ REPORTS = ("tailor_run.json", "tailor_report.json", "README.md")  # which name t
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    folder = make_pair(tmp_path_factory.mktemp("pair"))
-    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats", CalibrateOptions(12, 24))
-    calibrate_model(folder / "base", None, folder / "retain", CalibrateOptions(12, 24, synthetic=True))
-    return folder
+    return with_statistics(make_pair(tmp_path_factory.mktemp("pair")))
 
 
 def command(pair, *more):

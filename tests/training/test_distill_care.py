@@ -7,13 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import folder_digest, invoke, make_pair, refused, run
+from helpers import folder_digest, invoke, make_pair, refused, run, with_statistics
 
 from tailorcli import (
-    CalibrateOptions,
     DistillOptions,
     PatchOptions,
-    calibrate_model,
     distill_checkpoint,
     distill_patch,
     patch_checkpoint,
@@ -29,10 +27,7 @@ HOW = DistillOptions(steps=8, batch_size=4)
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    folder = make_pair(tmp_path_factory.mktemp("pair"))
-    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats", CalibrateOptions(12, 24))
-    calibrate_model(folder / "base", None, folder / "retain", CalibrateOptions(12, 24, synthetic=True))
-    return folder
+    return with_statistics(make_pair(tmp_path_factory.mktemp("pair")))
 
 
 def arguments(pair, output):

@@ -7,7 +7,17 @@ from shutil import copytree
 
 import pytest
 import torch
-from helpers import bits, count_mapped_files, folder_digest, make_pair, make_tokenizer, read_tensors, refused, run
+from helpers import (
+    bits,
+    count_mapped_files,
+    folder_digest,
+    make_pair,
+    make_tokenizer,
+    read_tensors,
+    refused,
+    run,
+    with_statistics,
+)
 
 from tailorcli import (
     DistillOptions,
@@ -28,14 +38,6 @@ from tailorcli.runs.again import patch_command
 
 DISTILL = DistillOptions(steps=6, batch_size=4)
 OPTIONS = PatchOptions(density=0.2, propagate=False)
-
-
-def with_statistics(folder):
-    """``folder`` with statistics of both models over 12 samples each."""
-    options = CalibrateOptions(num_samples=12, seq_len=24)
-    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats", options)
-    calibrate_model(folder / "base", None, folder / "retain", CalibrateOptions(12, 24, synthetic=True))
-    return folder
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
