@@ -160,6 +160,13 @@ def share(part: float | None, whole: float | None) -> float | None:
 
 _MAKE_AGAIN = "make it again: tailorcli score ... -o REPORT.json"
 
+def _what_else(report: dict[str, Any]) -> str:
+    """What a JSON file is that is no report of tensors, in words."""
+    command = report.get("command")
+    if isinstance(command, str) and command.isidentifier():
+        return f"the report of {command}: only those of patching and scoring are shown"
+    return "no report of tailorcli"
+
 
 def load_report(path: Path) -> PatchReport:
     """What a report file holds. Raises CheckpointError."""
@@ -172,7 +179,7 @@ def read_report(report: dict[str, Any], path: Path) -> PatchReport:
     Its totals are worked out again from its tensors; it has neither stages nor seconds.
     """
     if not isinstance(report.get("tensors"), list) or "totals" not in report:
-        raise CheckpointError(f"{path} is no report of tailorcli", f"pass a {REPORT_FILE} or what score -o wrote")
+        raise CheckpointError(f"{path} is {_what_else(report)}", f"pass a {REPORT_FILE} or what score -o wrote")
     version = report.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         what = f"{path} has format_version {ascii(version)[:60]}, expected {FORMAT_VERSION}"

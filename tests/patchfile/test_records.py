@@ -140,6 +140,9 @@ def test_whatever_becomes_of_a_report_it_is_read_or_refused_and_then_shown(tmp_p
         (lambda report: report.update(format_version=True), "format_version"),
         (lambda report: report["options"].pop("omega"), "omega"),
         (lambda report: report["totals"].pop("kept"), "kept"),
+        (lambda report: (report.pop("totals"), report.update(command="sweep")), "report of sweep"),
+        (lambda report: report.pop("tensors"), "report of patch: "),
+        (lambda report: (report.pop("tensors"), report.update(command=[2])), "no report of tailorcli"),
         (lambda report: report.update(more=[[[[]]]] * 2 + [float("-inf")]), "finite"),
     ],
 )
