@@ -2,8 +2,8 @@
 
 Trains or fetches the models of several seeds, calibrates, sweeps over the settings of every method and writes
 docs/results/evidence-PART.md with its pictures, the tables of what-to-expect.md and README's. Everything lies in a
-cache; a rerun goes on from there. Scores of text-small are kept item by item in docs/results/data, to which later runs
-add theirs.
+cache; a rerun goes on from there. Scores of text and text-small are kept item by item in docs/results/data, to which
+later runs add theirs.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def recipe_of(recipe: Recipe) -> str:
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"
 SUMMARY = DOCS / "what-to-expect.md"
 PARTS = {"quick": pairs.quick, "text": pairs.text, SMALL: pairs.text, "multimodal": pairs.multimodal}
+LATEST = {"lines", "dg-hard", "fapm"}
+KEPT = ("text", SMALL)  # whose pairs are run a few at a time; of the others it would be megabytes
 SETTINGS = {
     "quick": """Byte-level Llamas of 3 million parameters, trained 700 steps on Python source and English prose, then
 200 steps on the new task; accuracy is the share of next bytes guessed right.""",
@@ -110,7 +112,7 @@ def _kept(part: str, folder: Path | None) -> tuple[list[Result], dict[str, Any]]
     if folder is None:
         return earlier, machine
     results, machine = joined(earlier, read_results(folder)), machine_of(folder) or machine
-    if part == SMALL:  # whose pairs are run a few at a time; of the others it would be megabytes
+    if part in KEPT:
         write_kept(results, machine, file)
     return results, machine
 
@@ -122,7 +124,9 @@ def _write(part: str, name: str, outcomes: list[Outcome], cache: Path | None, ma
     what compensation moves.
     """
     missing = names_missing(outcomes, GRIDS[part])
-    texts, short = [_head(part, name, machine, missing)], []
+    families = {point.family for outcome in outcomes for point in outcome.report.points}
+    others = "the methods of 2025 and 2026" if families & LATEST else "distilled patches"
+    texts, short = [_head(part, name, machine, missing, others)], []
     for group in summary.groups_of(outcomes):
         picture = f"frontier-{name}-{group.name}.png"
         plot_frontiers(summary.averaged(group), DOCS / picture)
@@ -139,14 +143,14 @@ def _write(part: str, name: str, outcomes: list[Outcome], cache: Path | None, ma
         SUMMARY.write_text(between(text, f"evidence-{name}", "\n\n".join(short)), encoding="utf-8")
 
 
-def _head(part: str, name: str, machine: dict[str, Any], missing: list[str]) -> str:
+def _head(part: str, name: str, machine: dict[str, Any], missing: list[str], others: str) -> str:
     ran_on = ", ".join(filter(None, (machine["gpu"], machine["processor"])))
     grid, steps = GRIDS[part], DistillOptions().for_samples(GRIDS[part].many_samples).steps
     title, how = f"The evidence: {part}", f"`make evidence` (`python -m benchmarks.evidence {part}`)"
     if part == SMALL:
         title, how = "The evidence: text, on two cores", f"`python -m benchmarks.evidence {part}`"
     if name != part:
-        title = f"{title}, with the methods of 2025 and 2026"
+        title = f"{title}, with {others}"
         how = f"`python -m benchmarks.evidence {part} --stored FOLDER` from results that were stored before"
     many = f"- **{samples_of(grid.many_samples)}** is the same on so many of each kind, for the {steps} steps "
     many += "that they get.\n"

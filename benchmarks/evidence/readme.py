@@ -1,4 +1,4 @@
-"""README's first table, from docs/results/evidence-text.md: `python -m benchmarks.evidence.readme` writes it again."""
+"""README's first table, from the pages on SmolLM2: `python -m benchmarks.evidence.readme` writes it again."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 from benchmarks.real.render import between, table
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE, README = ROOT / "docs" / "results" / "evidence-text.md", ROOT / "README.md"
+README = ROOT / "README.md"
+PAGES = [ROOT / "docs" / "results" / f"evidence-{name}.md" for name in ("text", "text-rivals")]
 MARK = "first-screen"
+_DISTILLED = re.compile(r".*distilled, density 0\.1,")
 
 
 def cells_of(page: str) -> list[list[str]]:
@@ -22,6 +24,12 @@ def cells_of(page: str) -> list[list[str]]:
             break
         rows.append([cell.strip().strip("*") for cell in line.strip("|").split("|")])
     return rows
+
+
+def first_page() -> str:
+    """The text of the first page that has a distilled patch; of the first without one."""
+    pages = [file.read_text(encoding="utf-8") for file in PAGES if file.exists()]
+    return next((page for page in pages if any(map(_DISTILLED.match, (row[0] for row in cells_of(page))))), pages[0])
 
 
 def first_table(page: str) -> str:
@@ -38,7 +46,7 @@ def first_table(page: str) -> str:
         f"interpolate {weight}": f"plain interpolation: base + {weight} · (tuned − base)",
         default: "patched by tailorcli: a tenth of the entries changed",
     }
-    if distilled := next((name for name in rows if re.match(r".*distilled, density 0\.1,", name)), ""):
+    if distilled := next(filter(_DISTILLED.match, rows), ""):
         lines[distilled] = "the same tenth, distilled (`--distill`)"
     if missing := lines.keys() - rows.keys():
         raise ValueError(f"the page has no row for: {', '.join(lines[name] for name in missing)}")
@@ -49,13 +57,12 @@ def first_table(page: str) -> str:
         raise ValueError("the page does not say over how many seeds it is")
     return f"""{table(["SmolLM2-135M, fine-tuned on one new task", "old tasks", "new task", "H"], shown)}
 
-Percent right on held-out text, means of {seeds[1]} fine-tunes. H is the harmonic mean of old and new:
-it is high only where both are."""
+Percent right on held-out text, means of {seeds[1]} fine-tunes. H, their harmonic mean, needs both."""
 
 
 def main() -> None:
     """Write the table into README."""
-    text = first_table(PAGE.read_text(encoding="utf-8"))
+    text = first_table(first_page())
     README.write_text(between(README.read_text(encoding="utf-8"), MARK, text), encoding="utf-8")
 
 

@@ -20,6 +20,7 @@ from tailorcli.sweep import Point, Setting, SweepReport
 
 PARTS = ("test", "validation")
 SWEEPS = ("sweep", MANY_SWEEP)
+TUNED = "tuned"  # the label of the fine-tune itself
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,17 @@ def _facts(result: Result) -> dict[str, Any]:
 
 
 def joined(earlier: Iterable[Result], later: Iterable[Result]) -> list[Result]:
-    """Both, in order; where they have the same result the later is taken."""
-    found = {result.key: result for result in (*earlier, *later)}
+    """Both, in order; where they have the same result the later is taken.
+
+    Of a pair that was trained again, so that its tuned model scores otherwise, the earlier results are left out.
+    """
+    earlier, later = [*earlier], [*later]
+    tuned = {result.key: result.scores for result in later if result.label == TUNED}
+    replaced = {
+        (one.task, one.seed) for one in earlier if one.label == TUNED and one.scores != tuned.get(one.key, one.scores)
+    }
+    kept = [one for one in earlier if (one.task, one.seed) not in replaced]
+    found = {result.key: result for result in (*kept, *later)}
     return [found[key] for key in sorted(found)]
 
 

@@ -160,6 +160,7 @@ def share(part: float | None, whole: float | None) -> float | None:
 
 _MAKE_AGAIN = "make it again: tailorcli score ... -o REPORT.json"
 
+
 def _what_else(report: dict[str, Any]) -> str:
     """What a JSON file is that is no report of tensors, in words."""
     command = report.get("command")

@@ -331,6 +331,20 @@ def test_quick_goes_through_on_a_tiny_network(tmp_path, monkeypatch):
     assert ours.options["propagate"]
 
 
+def test_results_of_a_pair_that_was_trained_again_are_not_mixed_with_those_of_before():
+    def result(seed, label, correct):
+        scores = {"test/old": {"correct": [correct], "count": [9]}}
+        return stored.Result("unicode", seed, "sweep", ("old",), ("new",), label, {}, 1.0, None, scores)
+
+    earlier = [result(seed, label, 1) for seed in (0, 1) for label in ("base", "tuned", "graft")]
+    more = [result(0, "tuned", 1), result(0, "dare", 2)]  # of the same fine-tune
+    again = [result(1, "tuned", 3), result(1, "dare", 3)]
+    assert {(one.seed, one.label) for one in stored.joined(earlier, more + again)} == {
+        *((0, label) for label in ("base", "tuned", "graft", "dare")),
+        *((1, label) for label in ("tuned", "dare")),
+    }
+
+
 def test_text_has_a_second_new_task_and_one_trained_too_long(tmp_path, monkeypatch):
     """Its data and its pairs, with a tokenizer of bytes and without its models."""
     made = []
