@@ -109,12 +109,13 @@ class AdaptedCheckpoint(Checkpoint):
         return self._fingerprint
 
     def is_untrained(self) -> bool:
-        """Whether the adapter changes nothing, as a new one: every B A is zero, and nothing else is in it."""
+        """Whether the adapter changes nothing, as a new one: every scale or B A is zero, and nothing else is in it."""
         plain = all(f.parts == [f.down, f.up] and f.weight.file != f.parts[0].file for f in self._formulas.values())
         if self._saved or not plain:
             return False
         # Any tensor that was trained ends the search, usually the first.
-        return not any(all(bool(self._load(part).any()) for part in f.parts) for f in self._formulas.values())
+        scaled = (f for f in self._formulas.values() if f.scale)
+        return not any(all(bool(self._load(part).any()) for part in f.parts) for f in scaled)
 
     def _form(self, info: TensorInfo, formula: Formula) -> torch.Tensor:
         """W + scale * B A and its kin, at the precision of ``info``."""

@@ -27,6 +27,8 @@ _DOWN, _UP, _BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 _TABLE_DOWN, _TABLE_UP = "lora_embedding_A", "lora_embedding_B"
 _MAGNITUDE, _TOKENS = "lora_magnitude_vector", "token_adapter.trainable_tokens_delta"
 _BASE_WEIGHT, _BASE_BIAS = "base_layer.weight", "base_layer.bias"
+# With bias="all" PEFT saves the biases of a module that is trained whole under its wrapper's names, too.
+_TRAINED_COPY, _UNTRAINED_COPY = ".modules_to_save.", ".original_module."
 _PARTS = (_DOWN, _UP, _BIAS, _TABLE_DOWN, _TABLE_UP, _MAGNITUDE, _TOKENS, _BASE_WEIGHT, _BASE_BIAS)
 
 # transformers' Conv1D stores (I, O): the models that have it and the names of those modules. Where a matrix is
@@ -141,12 +143,18 @@ class _Fit:
         tensors, _ = read_header(self.file)
         if not tensors:
             raise self._error("it holds no tensors", _SAVE_AGAIN)
+        again: dict[str, TensorInfo] = {}  # what PEFT saves once more under the names of its own wrapper
         for info in tensors.values():
+            if _UNTRAINED_COPY in info.name:
+                continue
             if info.dtype not in PATCHABLE_DTYPES:
                 raise self._error(f"tensor {info.name!r} is {info.dtype}, expected a plain floating-point dtype")
             if info.numel == 0:
                 raise self._error(f"tensor {info.name!r} has no entries", _SAVE_AGAIN)
             name = info.name.removeprefix(PREFIX)
+            if _TRAINED_COPY in name:
+                again[name.replace(_TRAINED_COPY, ".")] = info
+                continue
             ending = next((part for part in _PARTS if name.endswith(f".{part}")), None)
             if ending is not None:
                 module = self.modules[name.removesuffix(f".{ending}")]
@@ -159,6 +167,7 @@ class _Fit:
                 raise self._error(f"it has tensor {name!r} twice, with and without {PREFIX!r}", _SAVE_AGAIN)
             else:
                 self.whole[name] = info
+        self.whole = again | self.whole
 
     def _match(self, names: list[str]) -> dict[str, str]:
         """The base's name of each tensor: the same, or that of the same parameter of the loaded model.

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 _CODES = "F8_E4M3"
 _SCALES = ("_scale_inv", "_scale")  # after the weight's own name: block by block, or a channel or tensor each
 _SCALE_DTYPES = ("F32", "BF16", "F16")
+_ANY_SCALE_DTYPES = (*PATCHABLE_DTYPES, "U8", "F8_E4M3", "F8_E8M0")  # those of MXFP4 and its kin are powers of two
 # Floating-point tensors that say what the codes beside them stand for, in the formats of GPTQ, AWQ, bitsandbytes,
 # HQQ, quanto, compressed-tensors and NVFP4.
 _SCALE_NAME = re.compile(r"(^|[._])(q?scales?|scale_inv|scale_2|global_scale|absmax|quant_map|SCB|zeros?)$")
+_CACHE_SCALE = re.compile(r"(^|\.)(k|v|q|kv|prob)_scale$")  # of what attention keeps, not of a weight
 _CODE_NAME = re.compile(r"(^|\.)(qweight|W_q|weight|weight_packed|weight\._data|.*_proj|.*_blocks)$")
 _WAY_OUT = (
     "patch the two models as they were before they were quantised, and quantise the result; or load both with "
@@ -67,7 +69,8 @@ class DequantizedCheckpoint(Checkpoint):
     @property
     def scales(self) -> frozenset[str]:
         """Names of the listed tensors that are scales: no weights, and never to be patched."""
-        return frozenset(_of_scales(self.stored, self.scale_of) & self.tensors.keys())
+        of_caches = {name for name in self.stored.tensors if _CACHE_SCALE.search(name)}
+        return frozenset((_of_scales(self.stored, self.scale_of) | of_caches) & self.tensors.keys())
 
     def read_cost(self, name: str) -> int:
         """Bytes that ``read`` takes from the disk: of a quantised weight those of its codes and scales."""
@@ -214,7 +217,7 @@ def readable(stored: Checkpoint, form: str = "fp8") -> Checkpoint:
     found = fp8_scales(stored)
     known = found.keys() | _of_scales(stored, found)
     for name, info in stored.tensors.items():
-        if name in known or info.dtype not in PATCHABLE_DTYPES or not _SCALE_NAME.search(name):
+        if name in known or info.dtype not in _ANY_SCALE_DTYPES or not _SCALE_NAME.search(name):
             continue
         codes = _codes_beside(stored, name)
         if codes is not None:
@@ -255,7 +258,8 @@ def _codes_beside(stored: Checkpoint, scale: str) -> str | None:
     for name, info in stored.tensors.items():
         if info.dtype in PATCHABLE_DTYPES or info.dtype in ("BOOL", "C64") or not _CODE_NAME.search(name):
             continue
-        if name.rpartition(".")[0] == module or scale.startswith((f"{name}.", f"{name}_")):
+        in_module = name.rpartition(".")[0] == module and name != scale
+        if in_module or scale.startswith((f"{name}.", f"{name}_")):
             return name
     return None
 

@@ -40,9 +40,11 @@ def merged_side_files(
     base = Source.of(
         inputs.base.path, next((found for found in (each.facts.get("base_model") for each in tuned) if found), None)
     )
-    names = {"base": base.name}
+    names = {"base": base.argument}
     for number, task in enumerate(inputs.tasks, 1):
-        for role, item in (("patch", task.patch), ("tuned", task.tuned), ("stats", task.stats)):
+        if task.tuned is not None:
+            names[f"tuned {number}"] = Source.of(task.tuned.path).argument
+        for role, item in (("patch", task.patch), ("stats", task.stats)):
             if item is not None:
                 names[f"{role} {number}"] = plain_name(item.path)
     titles = [task.patch.name for task in inputs.tasks]

@@ -6,6 +6,7 @@ Besides the demo, this is the only place that imports transformers.
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,11 +93,12 @@ def model_class_of(config: dict[str, Any], options: LoadOptions) -> Any:
 
 
 def described(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptions, folder: Path | None = None) -> Any:
-    """The configuration by which the model is run here, which is its own but for two things, each told in a note.
+    """The configuration by which the model is run here, which is its own but for three things, each told in a note.
 
     A quantization that its weights no longer have (it stays behind where an adapter was merged in full precision)
-    is left out, and so is a kernel for its attention that this machine lacks. ``folder`` is where the configuration
-    lies, if that is another model's. Raises CheckpointError.
+    is left out, and so are a kernel for its attention that this machine lacks and the tie of tables that are stored
+    with different values. ``folder`` is where the configuration lies, if that is another model's. Raises
+    CheckpointError.
     """
     import torch
     import transformers
@@ -122,9 +124,36 @@ def described(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOptio
                     found._attn_implementation = None
                     name = sorted(map(str, asked))[0]
                     note(f"{path} asks for {name}, which is not installed: torch's own attention stands in for it")
+            if _might_be_untied(checkpoint, parts):
+                network = _on_meta(model_class_of(config, options), found, trust, torch)
+                if other := _untied(checkpoint, network):
+                    for part in parts:
+                        part.tie_word_embeddings = False
+                    note(f"{checkpoint.path} stores {other} with values of its own: its config's tie is left out")
         except Exception as error:  # transformers raises whatever its parts raise
             raise cannot_load(path, config, error, options) from error
     return found
+
+
+def _might_be_untied(checkpoint: Checkpoint, configs: Iterable[Any]) -> bool:
+    """Whether a config ties tables of which two are stored, by their shapes: a quick look, before a model is built."""
+    tying = [one for one in configs if getattr(one, "tie_word_embeddings", False)]
+    rows = {getattr(one, "vocab_size", None) for one in tying}
+    tables = Counter(info.shape for info in checkpoint.tensors.values() if len(info.shape) > 1)
+    return any(count > 1 and shape[0] in rows for shape, count in tables.items())
+
+
+def _untied(checkpoint: Checkpoint, network: Any) -> str:
+    """The name of a tensor that ``network`` ties to another with other values, as transformers unties it; or none.
+
+    None, too, where a further tied table is not stored: it would be without values if the tie were left out.
+    """
+    tied = aliases(network)
+    stored = {parameter: name for name, parameter in expected_names(network, checkpoint.tensors).items()}
+    if not all(alias in stored and first in stored for alias, first in tied.items()):
+        return ""
+    pairs = [(stored[alias], stored[first]) for alias, first in tied.items()]
+    return next((name for name, other in pairs if not checkpoint.are_equal(name, other)), "")
 
 
 def empty_on_meta(

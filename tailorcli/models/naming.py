@@ -89,7 +89,7 @@ def _match(base: Checkpoint, tuned: Checkpoint, network: Any) -> dict[str, str] 
     surplus = set()
     for name in tuned.tensors.keys() - used:
         twins = [other for other in by_tie[first(theirs[name])] if other in used]
-        if theirs[name][0] not in held or not any(_are_equal(tuned, name, other) for other in twins):
+        if theirs[name][0] not in held or not any(tuned.are_equal(name, other) for other in twins):
             surplus.add(theirs[name][0])
     return names if names and not _told(network, missing, surplus) else None
 
@@ -123,15 +123,6 @@ def _left(name: str, parameter: str) -> list[str]:
     return left
 
 
-def _are_equal(checkpoint: Checkpoint, name: str, other: str) -> bool:
-    """Whether two tensors hold the same bytes."""
-    first, second = checkpoint.tensors[name], checkpoint.tensors[other]
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    pieces = zip(checkpoint.pieces(first), checkpoint.pieces(second), strict=True)
-    return all(mine == theirs for mine, theirs in pieces)
-
-
 def tied_copies(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[str, ...]]:
     """Tensors that the model holds as one, stored more than once and equal in both: each with its further names.
 
@@ -161,7 +152,7 @@ def tied_copies(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[str, ...
         if parameter not in tied.values() or len(names) == 1:
             continue
         names.sort(key=lambda name: expected[name] != parameter)  # the embedding before what is tied to it
-        copies = [n for n in names[1:] if all(_are_equal(source, n, names[0]) for source in (base, tuned))]
+        copies = [n for n in names[1:] if all(source.are_equal(n, names[0]) for source in (base, tuned))]
         if copies:
             found[names[0]] = tuple(copies)
     return found

@@ -90,7 +90,7 @@ def _card(
     tuned = Source.of(original(inputs.tuned).path)
     base = Source.of(inputs.base.path, _base_of_adapter(original(inputs.tuned)) or tuned.facts.get("base_model"))
     given = {"stats": stats, "retain": retain}
-    names = {"base": base.name, "tuned": tuned.name}
+    names = {"base": base.argument, "tuned": tuned.argument}
     names |= {role: plain_name(found.path) for role, found in given.items() if found is not None}
     if inputs.graft_data is not None:
         names["data"] = plain_name(inputs.graft_data)

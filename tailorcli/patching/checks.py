@@ -13,6 +13,7 @@ from tailorcli.errors import CheckpointError, OptionsError, StatsError, note
 from tailorcli.models.loading import HOLLOW_HINT, unwrapped
 from tailorcli.options import PatchOptions
 
+_SMALL_FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4")
 _QUANTISED = (".qweight", ".weight_packed", ".absmax", ".SCB", ".weight_scale", ".weight_scale_inv")
 
 
@@ -34,6 +35,13 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, allow_dtype_mismatch: bool) 
                 f"tensor {name!r} is {info.dtype} in base ({base.path}) and {other.dtype} in tuned ({tuned.path}); "
                 f"{differing} tensors differ in dtype",
                 "pass --allow-dtype-mismatch to compute in float32 and store the base's dtype",
+            )
+    for name, info in base.tensors.items():
+        if info.dtype in _SMALL_FLOATS and name in tuned.tensors and not _are_equal(base, tuned, name):
+            raise CheckpointError(
+                f"tensor {name!r} is {info.dtype} without scales and differs between base ({base.path}) and tuned "
+                f"({tuned.path}): it cannot be patched",
+                "save both in bfloat16",
             )
     if isinstance(tuned, AdaptedCheckpoint) and tuned.is_untrained():
         raise CheckpointError(f"the adapter {tuned.path} changes nothing: it is untrained", "pass a trained adapter")
@@ -105,17 +113,20 @@ def _have_equal_samples(base: Checkpoint, tuned: Checkpoint) -> bool:
 
 def _equal_bytes(base: Checkpoint, tuned: Checkpoint) -> bool:
     """Whether all tensors are equal to the byte; only asked when their samples are."""
-    step = 1 << 24
-    for name in tuned.tensors:
-        info = base.tensors[name]
-        for start in range(0, info.nbytes, step):
-            parts = []
-            for checkpoint in (base, tuned):
-                part = bytearray(min(step, info.nbytes - start))
-                checkpoint.read_into(checkpoint.tensors[name], memoryview(part), start)
-                parts.append(part)
-            if parts[0] != parts[1]:
-                return False
+    return all(_are_equal(base, tuned, name) for name in tuned.tensors)
+
+
+def _are_equal(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
+    """Whether a tensor is equal to the byte in both."""
+    step, info = 1 << 24, base.tensors[name]
+    for start in range(0, info.nbytes, step):
+        parts = []
+        for checkpoint in (base, tuned):
+            part = bytearray(min(step, info.nbytes - start))
+            checkpoint.read_into(checkpoint.tensors[name], memoryview(part), start)
+            parts.append(part)
+        if parts[0] != parts[1]:
+            return False
     return True
 
 

@@ -23,7 +23,7 @@ from tailorcli.data.samples import make_batches
 from tailorcli.device import StageTimer, deterministic_algorithms, device_errors, exact_float32, resolve_device
 from tailorcli.guard import Watch
 from tailorcli.models.config import read_config
-from tailorcli.models.loading import check_shapes, empty_on_meta
+from tailorcli.models.loading import aliases, check_shapes, empty_on_meta
 from tailorcli.models.lockstep import Lockstep, find_blocks
 from tailorcli.models.running import check_ids, forward, last_logits_only, samples_in, to_device
 from tailorcli.models.spill import Spill
@@ -71,6 +71,10 @@ def why_not_in_one_pass(inputs: PatchInputs, calibration: CalibrateOptions) -> s
         return "the model has no list of blocks"
     if network.config.is_encoder_decoder:  # whose embedding is used again behind the encoder
         return "an encoder and a decoder share an embedding"
+    if not isinstance(tuned, AdaptedCheckpoint):
+        other = empty_on_meta(tuned, read_config(tuned.path), calibration)
+        if aliases(network).keys() != aliases(other).keys():
+            return "one of the models ties its output layer to its embedding, the other does not"
     return ""
 
 

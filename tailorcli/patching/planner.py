@@ -11,7 +11,8 @@ from tailorcli.calibration.stats import Stats, TensorStats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
 from tailorcli.checkpoint.layout import plan_layout
-from tailorcli.errors import OptionsError, StatsError
+from tailorcli.errors import OptionsError, StatsError, note
+from tailorcli.models.loading import unwrapped
 from tailorcli.models.naming import tied_copies
 from tailorcli.options import RELEASED, PatchOptions, matches
 from tailorcli.patching.checks import check_pair, check_propagate, check_retain, check_stats
@@ -49,6 +50,9 @@ def build_plan(
         check_retain(base, tuned, retain_stats, options)
     if options.propagate:
         check_propagate(stats, retain_stats, options)
+    if any(unwrapped(name) != name for name in base.tensors):
+        what = "names its tensors as a wrapper did: the output does, too, and from_pretrained does not find them"
+        note(f"{base.path} {what}; save BASE again from the model inside the wrapper")
     copies = tied_copies(base, own)
     further = {name for names in copies.values() for name in names}
     infos = (info for info in base.tensors.values() if info.name not in further)

@@ -31,17 +31,27 @@ _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag
 
 @dataclass(frozen=True)
 class Source:
-    """A model that goes into an output: its name, its id on the Hub where it has one, what its card says in front."""
+    """A model that goes into an output: its name, its id on the Hub where it has one, what its card says in front.
+
+    ``argument`` names it to a command: with its commit, where that is known, as an id alone is another model some day.
+    """
 
     name: str
     hub_id: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    pinned: str = ""
+
+    @property
+    def argument(self) -> str:
+        """What a command that makes the output again calls it."""
+        return self.pinned or self.name
 
     @classmethod
     def of(cls, folder: Path, named: Any = None) -> Source:
         """The model in ``folder``; ``named`` is what another file calls it, an id of the Hub or a path."""
-        found = hub_origin(folder).partition("@")[0] or as_id(named)
-        return cls(found or plain_name(folder), found, front_of(_content_of(folder / CARD)))
+        pinned = hub_origin(folder)
+        found = pinned.partition("@")[0] or as_id(named)
+        return cls(found or plain_name(folder), found, front_of(_content_of(folder / CARD)), pinned)
 
 
 def plain_name(path: Path) -> str:
@@ -63,8 +73,12 @@ def front_of(content: bytes) -> dict[str, Any]:
     import yaml
 
     block = _FRONT.match(content[:_MOST].decode("utf-8", "replace"))
+    if block is None:
+        return {}
     try:
-        found = yaml.safe_load(block[1]) if block else None
+        found = yaml.safe_load(block[1])
+        if isinstance(found, dict) and "language" in found:  # of which ``no``, Norwegian, is no truth value
+            found["language"] = yaml.load(block[1], yaml.BaseLoader)["language"]  # texts alone
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     wanted = (*_CARRIED, "base_model")

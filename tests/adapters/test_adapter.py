@@ -71,6 +71,8 @@ SETTINGS = {
     "embedding": ("llama", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}, 4),
     "positions": ("gpt2", {"target_modules": ["wpe", "c_attn"]}, 3),
     "all biases": ("gpt2", {"target_modules": ["c_attn"], "bias": "all"}, 2 + 13),
+    # PEFT saves the bias of a module that is trained whole three times: as itself, as its wrapper's, and as it was.
+    "biases and saved": ("gpt2", {"target_modules": ["c_attn"], "bias": "all", "modules_to_save": ["ln_f"]}, 2 + 14),
     "biases": ("gpt2", {"target_modules": ["c_attn"], "bias": "lora_only"}, 4),
     "bias of B": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "lora_bias": True}, 12),
     "both biases": ("gpt2", {"target_modules": ["c_attn"], "lora_bias": True, "bias": "all", "lora_alpha": 3}, 15),
@@ -496,6 +498,11 @@ def test_folders_that_are_no_whole_adapter(adapter):
 def test_an_untrained_adapter_changes_nothing(adapter):
     edit_tensors(adapter, lambda t: {n: v * (".lora_B." not in n) for n, v in t.items()})
     refused(adapter, adapter / "adapter", "untrained")
+
+
+def test_an_adapter_whose_scale_is_zero_changes_nothing(tmp_path):
+    make_adapter(tmp_path, target_modules=["q_proj"], lora_alpha=0)
+    refused(tmp_path, tmp_path / "adapter", "untrained")
 
 
 def test_a_tied_base_has_no_place_for_an_untied_change(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from helpers import bits, make_pair, quantise, read_tensors
 from safetensors.torch import save_file
 
-from tailorcli import Checkpoint, TailorError
+from tailorcli import Checkpoint, PatchOptions, TailorError, patch_checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
 
 KINDS = ("block", "channel", "tensor")
@@ -69,6 +69,9 @@ OTHERS = {
     "int8": {"weight": torch.int8, "SCB": torch.float32},
     "packed": {"weight_packed": torch.int32, "weight_scale": torch.bfloat16},
     "nvfp4": {"weight_packed": torch.uint8, "weight_scale": torch.float8_e4m3fn, "weight_global_scale": torch.float32},
+    "mxfp4": {"weight_packed": torch.uint8, "weight_scale": torch.uint8},
+    "mxfp4 experts": {"gate_up_proj_blocks": torch.uint8, "gate_up_proj_scales": torch.uint8},
+    "powers of two": {"weight": torch.float8_e4m3fn, "weight_scale_inv": torch.float8_e8m0fnu},
     "odd scales": {"weight": torch.float8_e4m3fn, "weight_scale": torch.float32},
 }
 
@@ -84,6 +87,33 @@ def test_other_quantised_weights_are_refused(tmp_path, kind):
         open_checkpoint(tmp_path)
     assert kind in caught.value.message
     assert "before they were quantised" in caught.value.hint
+
+
+def test_scales_of_what_attention_keeps_stay_the_bases(tmp_path):
+    folder = make_pair(tmp_path)
+    for number, name in enumerate(("base", "tuned")):
+        quantise(folder / name, "channel")
+        tensors = read_tensors(folder / name)
+        tensors["model.layers.0.self_attn.k_scale"] = torch.tensor([1.0 + number])
+        save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
+    options = PatchOptions(method="interpolate", weight=0.5)
+    patch_checkpoint(folder / "base", folder / "tuned", tmp_path / "out", options=options)
+    assert read_tensors(tmp_path / "out")["model.layers.0.self_attn.k_scale"].item() == 1.0
+
+
+def test_eight_bits_without_scales_that_were_fine_tuned_are_refused(tmp_path):
+    folder = make_pair(tmp_path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    for model in ("base", "tuned"):
+        tensors = read_tensors(folder / model)
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        save_file(tensors, folder / model / "model.safetensors", metadata={"format": "pt"})
+    options = PatchOptions(method="interpolate", weight=0.5)
+    with pytest.raises(TailorError, match="F8_E4M3 without scales and differs"):
+        patch_checkpoint(folder / "base", folder / "tuned", tmp_path / "out", options=options)
+    tensors[name] = read_tensors(folder / "base")[name]  # frozen in the fine-tuning: it stays as it is
+    save_file(tensors, folder / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    patch_checkpoint(folder / "base", folder / "tuned", tmp_path / "out", options=options)
 
 
 def test_what_only_looks_like_it_is_let_through(tmp_path):

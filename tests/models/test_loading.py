@@ -18,6 +18,7 @@ from helpers import (
     run,
     write_data,
 )
+from safetensors.torch import save_file
 
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.errors import CheckpointError
@@ -38,6 +39,45 @@ def edit_config(folder, **changes):
 def logits_of(folder, options=CalibrateOptions()):
     with Checkpoint.open(folder) as checkpoint, torch.no_grad():
         return load_model(checkpoint, read_config(folder), options)(input_ids=IDS).logits
+
+
+def test_a_head_that_is_stored_with_values_of_its_own_is_untied(tmp_path, caplog):
+    """As transformers unties it, whole, tensor by tensor and block by block; an equal copy stays tied."""
+    folder = make_pair(tmp_path, tied=True)
+    tables = {}
+    for name, shift in (("base", 0.0), ("tuned", 0.1)):
+        tensors = read_tensors(folder / name)
+        table = tensors["model.embed_tokens.weight"]
+        tables[name] = table
+        noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(0))
+        tensors["lm_head.weight"] = table + shift * noise
+        save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
+        wrapped = {f"module.{key}": value for key, value in tensors.items()}
+        shutil.copytree(folder / name, folder / f"wrapped {name}")
+        save_file(wrapped, folder / f"wrapped {name}" / "model.safetensors", metadata={"format": "pt"})
+        wanted = transformers.AutoModelForCausalLM.from_pretrained(folder / name).eval()
+        with torch.no_grad():
+            logits = wanted(input_ids=IDS).logits
+        for place in (name, f"wrapped {name}"):
+            torch.testing.assert_close(logits_of(folder / place), logits)
+    assert "tuned stores lm_head.weight with values of its own" in caplog.text
+    assert "base stores" not in caplog.text
+    given = ["--data", folder / "data.jsonl", "--num-samples", 6, "--seq-len", 20]
+    for number, blockwise in enumerate(("auto", "never")):
+        result = run(
+            "patch",
+            folder / "base",
+            folder / "tuned",
+            *given,
+            "--blockwise",
+            blockwise,
+            "-o",
+            tmp_path / f"out{number}",
+        )
+        assert result.exit_code == 0, result.stderr
+    found = [read_tensors(tmp_path / f"out{number}") for number in (0, 1)]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert not torch.equal(found[0]["lm_head.weight"], tables["base"])
 
 
 @pytest.fixture(scope="module")

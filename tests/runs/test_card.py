@@ -134,10 +134,16 @@ def test_an_id_is_known_by_the_hubs_cache_and_a_path_is_none(tmp_path, monkeypat
     snapshot = tmp_path / "models--org--my--name" / "snapshots" / ("0123abcd" * 5)
     snapshot.mkdir(parents=True)
     assert Source.of(snapshot).hub_id == "org/my--name"
+    assert Source.of(snapshot).argument == "org/my--name@" + "0123abcd" * 5  # what a command takes
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "base").mkdir(parents=True)
     assert Source.of(tmp_path / "x", "runs/base").hub_id is None  # a folder that is there
     assert Source.of(tmp_path / "x", "/data/base").hub_id is None
+
+
+def test_the_language_no_is_a_language():
+    assert front_of(b"---\nlanguage:\n- en\n- no\n---\n")["language"] == ["en", "no"]
+    assert front_of(b"---\nlanguage: no\n---\n") == {"language": "no"}
 
 
 def test_a_dataset_of_the_hub_is_named_in_front(made, tmp_path):
