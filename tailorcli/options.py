@@ -118,6 +118,11 @@ class Preset(StrEnum):
     PAPER = "paper"
 
 
+def require_seed(seed: int) -> None:
+    """Raise OptionsError for a seed that NumPy does not take, which takes the fewest."""
+    _require(0 <= seed < 1 << 32, f"seed must be from 0 to 4294967295, got {seed}")
+
+
 def _require(condition: bool, message: str, hint: str = "") -> None:
     if not condition:
         raise OptionsError(message, hint)
@@ -236,7 +241,7 @@ class CalibrateOptions:
         _choose(self, "text_mode", TextMode)
         if self.teacher_weight != AUTO:
             _require_teacher(self.teacher_weight)
-        _require(self.seed >= 0, f"seed must be zero or positive, got {self.seed}")
+        require_seed(self.seed)
         both = self.synthetic and self.teacher_weight is not None
         _require(not both, "teacher-weight is for the new task, and --synthetic for the base", "leave one out")
 
@@ -352,7 +357,7 @@ class KeepOptions:
         _require_line(self.alpha, self.effective_beta)
         ok = math.isfinite(self.threshold_scale) and self.threshold_scale >= 0.0
         _require(ok, f"threshold-scale must be zero or positive, got {self.threshold_scale}", "0 drops nothing")
-        _require(self.seed >= 0, f"seed must be zero or positive, got {self.seed}")
+        require_seed(self.seed)
 
     @property
     def effective_weight(self) -> float:

@@ -73,15 +73,9 @@ Omega = Annotated[
     typer.Option(metavar="W", help="Weight of an entry's change against its sensitivity in the score, 0 to 1."),
 ]
 
-ScoreBy = Annotated[
-    Score | None,
-    typer.Option(
-        "--score",
-        metavar="BY",
-        help="Choose entries by the paper's score, or by its sum with how far each was moved.",
-        show_default="paper; sum with --distill",
-    ),
-]
+_SCORE_BY = {"metavar": "BY", "help": "Choose entries by the paper's score, or by its sum with how far each was moved."}
+ScoreBy = Annotated[Score | None, typer.Option("--score", **_SCORE_BY, show_default="paper; sum with --distill")]
+ScoreByAlone = Annotated[Score | None, typer.Option("--score", **_SCORE_BY, show_default="paper")]  # of a plain patch
 
 # Data.
 DATA = "Data"

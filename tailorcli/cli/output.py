@@ -337,16 +337,21 @@ def show_distillation(found: dict[str, Any]) -> None:
 
     before, after = (found["steps"].index(step) for step in (0, found["best"]))
     new, retained = (f"{found[kind][before]:.4f} to {found[kind][after]:.4f}" for kind in ("new", "retained"))
+    tasks = len(found["by_task"][0]) if found.get("by_task") else 1
+    teacher, least = "the tuned model", "of the new task's teacher's"
+    if tasks > 1:
+        teacher, least = "the tuned models", f"(the least of {tasks} tasks) of a new task's teacher's"
+        new += f" (the mean of {tasks} tasks)"
     say(
         f"distilled in {counted(found['steps'][-1], 'step')} (the best: {found['best']}); held-out divergence, nats a "
-        f"token: from the tuned model {new} on the new task, from the base {retained} on the retained samples. "
-        "The figures above are those before"
+        f"token: from {teacher} {new} on the new task{'s' * (tasks > 1)}, from the base {retained} on the retained "
+        "samples. The figures above are those before"
     )
     if found.get("kept"):
         kept = {kind: f"{100 * share:.1f}%" for kind, share in found["kept"].items()}
         say(
             f"by the held-out samples, were they the teachers' own: it keeps {kept['old']} of the base's accuracy "
-            f"(before: {kept['old_before']}) and {kept['new']} of the new task's teacher's ({kept['new_before']})"
+            f"(before: {kept['old_before']}) and {kept['new']} {least} ({kept['new_before']})"
         )
     show_reasons(found.get("untrained", {}), "not trained")
 

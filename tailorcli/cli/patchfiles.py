@@ -116,7 +116,7 @@ def apply(
         print_report(report, output, None)
         return
     totals = report.totals
-    say(f"changed {totals['kept']:,} weights in {counted(totals['tensors_patched'], 'tensor')}")
+    say(f"put {totals['kept']:,} weights of the patch into {counted(totals['tensors_patched'], 'tensor')}")
     show_written(output, None, report)
     show_stages(report.stages)
 
@@ -201,6 +201,8 @@ def merge_multi(
         resume=resume,
         overwrite=overwrite,
     )
+    if method != "joint":
+        require_unused(context, "is for --method joint", "damping", "tolerance", "max_iterations")
     inputs = (tuple(tuned or ()), tuple(stats or ()))
     if distill != (retain is not None):
         raise typer.BadParameter("--distill and --retain STATS go together: the base is a teacher, on its own samples")

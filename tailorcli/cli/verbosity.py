@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import typer
@@ -17,8 +18,9 @@ _of_this_run = _Verbosity()
 
 
 def set_quiet(value: bool) -> bool:
-    """Callback of ``--quiet``: parsing a command sets it anew."""
+    """Callback of ``--quiet``: parsing a command sets it anew, for the library's notes, too."""
     _of_this_run.quiet = value
+    logging.getLogger("tailorcli").setLevel(logging.ERROR if value else logging.NOTSET)
     return value
 
 

@@ -26,6 +26,7 @@ _ROLES = {
     "tool": ("tool", "observation", "function", "function_response", "tool_response"),
 }
 _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
+_OF_TURNS = " of messages"  # the form of a prompt and a response that are lists of turns
 IMAGE_MARK = "<image>"  # in the texts of turns: the place of the next image
 HINT = (
     'a record needs "text", or "messages" or "conversations", or a prompt and a response, with "images" or "audio" as '
@@ -35,6 +36,11 @@ _TURNS_HINT = 'turns are [{"role": "user", "content": "..."}, ...] or [{"from": 
 
 # A form's name, the fields, and the turns before the response where a chat template may frame a prompt.
 Formed = tuple[str, dict[str, Any], list[dict[str, Any]] | None]
+
+
+def is_pair_of_turns(form: str) -> bool:
+    """Whether a record's form is a prompt and a response, each a list of turns."""
+    return form.endswith(_OF_TURNS)
 
 
 def is_known(columns: Sequence[str], named: DataColumns) -> bool:
@@ -101,7 +107,7 @@ def _pair(where: str, value: dict[str, Any], prompt: str, response: str) -> Form
     """A prompt and its response; texts under the names of a question and its answer may be framed by a template."""
     if _is_turns(value[prompt]) or _is_turns(value[response]):
         messages = _turns(where, value, prompt, "user") + _turns(where, value, response, "assistant")
-        return f"{prompt} and {response} of messages", _as_messages(value, messages), None
+        return f"{prompt} and {response}{_OF_TURNS}", _as_messages(value, messages), None
     if (prompt, response) in _PLAIN:
         return f"{prompt} and {response}", {**value, "response": value[response]}, None
     more = [name for name in _MORE.get(prompt, ()) if value.get(name)]

@@ -38,7 +38,7 @@ from tailorcli.demo.text import (
 from tailorcli.device import StageTimer
 from tailorcli.errors import OutputError
 from tailorcli.files import PathLike
-from tailorcli.options import DISTILL_STEPS, CalibrateOptions, DistillOptions, PatchOptions, Solver
+from tailorcli.options import DISTILL_STEPS, CalibrateOptions, DistillOptions, PatchOptions, Solver, require_seed
 from tailorcli.terminal import Progress
 
 if TYPE_CHECKING:
@@ -159,6 +159,7 @@ def run_demo(
     much smaller run that shows only that everything works. Raises OutputError for a folder that is not empty
     (``overwrite`` replaces an earlier demo), DataError where Python comes without its own text.
     """
+    require_seed(seed)
     settings = QUICK if quick else FULL
     folder = Path(output)
     _prepare_folder(folder, overwrite)

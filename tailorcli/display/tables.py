@@ -18,7 +18,7 @@ from tailorcli.display.summary import (
     stats_summary,
     treatment,
 )
-from tailorcli.patchfile.report import MERGE, density_of, options_shown, share
+from tailorcli.patchfile.report import MERGE, density_of, is_retained, options_shown, share
 from tailorcli.units import format_bytes, format_share
 
 if TYPE_CHECKING:
@@ -374,7 +374,7 @@ def tensor_table(report: PatchReport, *, errors: bool) -> Table:
         return _merge_table(report)
 
     title = f"{report.command}: {_choice(report.options)}"
-    if "retain" in report.inputs:
+    if is_retained(report.inputs):
         title += f", retain weight {report.options['retain_weight']:g}"
     if report.options.get("propagate"):
         title += ", propagated"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tailorcli.data.encoder import Encoder
+from tailorcli.data.forms import is_pair_of_turns
 from tailorcli.data.records import Check, Record, check_record, read_records
 from tailorcli.data.sources import is_dataset
 from tailorcli.data.turns import OPEN
@@ -223,11 +224,17 @@ def _text_item(number: int, record: Record, encoder: Encoder, limit: int) -> Ite
             return None
         row = _continuation(encoder, record, prompt, record.fields["response"], _before(encoder, record, prompt))
         return Item(number, (row,)) if _num_tokens(row.inputs) <= limit else None
-    inputs = encoder.encode(record, limit)
-    if inputs is None or inputs["input_ids"].shape[1] < 2:
+    asked = is_pair_of_turns(record.form)
+    inputs = encoder.encode(record, sys.maxsize if asked else limit)
+    if inputs is None or inputs["input_ids"].shape[1] < 2 or (asked and _num_tokens(inputs) > limit):
         return None
     following = inputs["input_ids"][0, 1:]
     scored = ~torch.isin(following, torch.tensor(encoder.media_ids, dtype=following.dtype))
+    if asked:
+        answers = torch.zeros_like(scored)
+        for start, stop in encoder.responses(record, inputs):
+            answers[max(0, start - 1) : stop - 1] = True
+        scored &= answers
     places = scored.nonzero()[:, 0]
     return Item(number, (Row(inputs, places, following[places][None]),)) if len(places) else None
 

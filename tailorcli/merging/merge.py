@@ -21,7 +21,7 @@ from tailorcli.merging.plan import MergeInputs, build_merge_plan, merge_work
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.records import TensorRecord, fields_of
-from tailorcli.patchfile.report import REPORT_FILE, PatchReport
+from tailorcli.patchfile.report import REPORT_FILE, PatchReport, is_retained
 from tailorcli.patchfile.view import patched_tensor, side_sources
 from tailorcli.runs.card import CARDS
 from tailorcli.runs.divided import joined_records, own_tensors, shares_of_ranks
@@ -150,7 +150,7 @@ def _retain_notes(inputs: MergeInputs, options: MergeOptions) -> tuple[str, ...]
     """What joint leaves out of the patches: it starts from the tuned models again."""
     if options.method != "joint":
         return ()
-    made = [task.title for task in inputs.tasks if task.patch.input_fingerprint("retain") is not None]
+    made = [task.title for task in inputs.tasks if is_retained(task.patch.manifest.inputs)]
     what = "was made with a retain term, which joint leaves out; --method patches keeps it"
     return tuple(f"{name} {what}" for name in made)
 

@@ -92,8 +92,7 @@ class MergeInputs:
         folders = [Stats.open(path) for path in stats]
         for folder in folders:
             stack.callback(folder.close)
-        models = [_as_calibrated(opened, model, folders) for model in models]
-        _pair_up(tasks, models, folders)
+        _pair_up(tasks, [_calibrated(opened, model, folders) for model in models], folders)
         for task in tasks:
             if task.tuned is not None:
                 check_pair(opened, original(task.tuned), allow_dtype_mismatch=True)
@@ -169,18 +168,19 @@ def _check_counts(
         )
 
 
-def _as_calibrated(base: Checkpoint, model: Checkpoint, folders: list[Stats]) -> Checkpoint:
-    """The model between base and tuned of which one of the statistics is, where one is."""
-    for folder in folders:
-        view = interpolated(base, model, folder.teacher_weight)
-        if view is not model and view.fingerprint() == folder.model_fingerprint:
-            return view
-    return model
+def _calibrated(base: Checkpoint, model: Checkpoint, folders: list[Stats]) -> list[Checkpoint]:
+    """A fine-tuned model, and those between it and the base of which one of the statistics is."""
+    views = (interpolated(base, model, folder.teacher_weight) for folder in folders)
+    wanted = {folder.model_fingerprint for folder in folders}
+    return [model, *(view for view in views if view is not model and view.fingerprint() in wanted)]
 
 
-def _pair_up(tasks: list[Task], models: list[Checkpoint], folders: list[Stats]) -> None:
-    """Give each patch the fine-tuned model and the statistics that it was made from; the order does not matter."""
-    by_model = {model.fingerprint(): model for model in models}
+def _pair_up(tasks: list[Task], models: list[list[Checkpoint]], folders: list[Stats]) -> None:
+    """Give each patch the fine-tuned model and the statistics that it was made from; the order does not matter.
+
+    ``models`` are each a fine-tuned one and what lies between it and the base.
+    """
+    by_model = {model.fingerprint(): model for own in models for model in own}
     by_stats: dict[str, Stats] = {}
     for folder in folders:
         first = by_stats.setdefault(folder.model_fingerprint, folder)
@@ -211,10 +211,10 @@ def _pair_up(tasks: list[Task], models: list[Checkpoint], folders: list[Stats]) 
                 f"make them: tailorcli calibrate {task.tuned.path} --data FILE -o STATS",
             )
         task.stats = by_stats.get(str(fingerprint))
-    for kind, items in (("--tuned", by_model), ("--stats", by_stats)):
-        unused = [item for fingerprint, item in items.items() if fingerprint not in wanted]
-        if unused:
-            raise OptionsError(f"{kind} {unused[0].path} belongs to none of the patches", "leave it out")
+    unused = [("--tuned", own[0].path) for own in models if not {model.fingerprint() for model in own} & {*wanted}]
+    unused += [("--stats", folder.path) for fingerprint, folder in by_stats.items() if fingerprint not in wanted]
+    for kind, path in unused:
+        raise OptionsError(f"{kind} {path} belongs to none of the patches", "leave it out")
 
 
 def build_merge_plan(inputs: MergeInputs, options: MergeOptions) -> Plan:

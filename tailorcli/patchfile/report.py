@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,7 @@ def share(part: float | None, whole: float | None) -> float | None:
     return part / whole if part is not None and whole else None
 
 
+RETAIN_ROLES = frozenset(("retain", "retain data"))
 _MAKE_AGAIN = "make it again: tailorcli score ... -o REPORT.json"
 
 
@@ -298,10 +300,15 @@ def options_shown(report: PatchReport) -> dict[str, Any]:
             "graft": ("method", "density", "threshold", "graft_steps", "graft_rate"),
         }.get(method, ("method", "density", "damping"))
     weight = ("weight",) if options.get("weight", 1.0) != 1.0 else ()
-    retained = ("retain_weight",) if "retain" in report.inputs else ()
+    retained = ("retain_weight",) if is_retained(report.inputs) else ()
     propagated = ("propagate",) if options.get("propagate") else ()
     dense = {"density": density_of(options)} if method in DENSE and method != "changed" else {}
     return {key: options[key] for key in (*shown, *retained, *propagated, *weight)} | dense
+
+
+def is_retained(inputs: Iterable[str]) -> bool:
+    """Whether these inputs of a patch, by role, hold what the base must keep: statistics of it, or their data alone."""
+    return not RETAIN_ROLES.isdisjoint(inputs)
 
 
 def density_of(options: dict[str, Any]) -> float:

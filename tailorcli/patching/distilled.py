@@ -26,7 +26,7 @@ from tailorcli.hub import local_folders
 from tailorcli.models.naming import open_for
 from tailorcli.options import AUTO, DistillOptions, PatchOptions, options_in_report
 from tailorcli.patchfile.reader import PatchFile, raw_bytes
-from tailorcli.patchfile.report import PatchReport
+from tailorcli.patchfile.report import PatchReport, is_retained
 from tailorcli.patchfile.view import side_sources
 from tailorcli.patching.apply import open_both, plan_of_patch
 from tailorcli.patching.carded import card_of_trained, side_files_of
@@ -37,7 +37,6 @@ from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs, described_stats
 from tailorcli.patching.teacher import with_teacher
 from tailorcli.patching.three_models import options_of
-from tailorcli.runs.again import RETAINED
 from tailorcli.runs.card import CARD
 from tailorcli.runs.outputs import Target, identity_of, progress_bar
 from tailorcli.runs.plan import Plan, TrainingPlan
@@ -272,7 +271,7 @@ def distill_patch(
         inputs = closed.inputs
         if closed.command == "patch":
             both = (teachers[0][1], retained)
-            if not {"retain", RETAINED} & inputs.keys() and options_in_report(closed.options).fits_statistics:
+            if not is_retained(inputs) and options_in_report(closed.options).fits_statistics:
                 closed = replace(closed, options=closed.options | {"retain_weight": 0.0})  # it lends samples alone
             inputs = inputs | described_stats(*both)
             side[CARD] = card_of_trained(closed, opened, teachers[0][0], distill, both)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tailorcli.options import CalibrateOptions, DistillOptions, MergeOptions, PatchMethod, PatchOptions
+from tailorcli.patchfile.report import is_retained
 from tailorcli.terminal import printable
 
 _WIDTH = 88  # columns of a line, so that a page or a card need not scroll
@@ -63,7 +64,7 @@ def patch_command(
             words += [flag, inputs[role]]
     method = options.get("method", "tailor")
     known = {"method": method} if method in list(PatchMethod) else {}
-    retained = "retain" in inputs or RETAINED in inputs
+    retained = is_retained(inputs)
     defaults = PatchOptions(**known).resolved(retained, distilled is not None).to_dict()
     if "score" in defaults:
         options = {"score": "paper", **options}  # which a report leaves unsaid

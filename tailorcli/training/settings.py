@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from tailorcli.errors import OptionsError
-from tailorcli.options import Blockwise, DataColumns, DTypeName
+from tailorcli.options import Blockwise, DataColumns, DTypeName, require_seed
 
 _USUAL = DataColumns()
 
@@ -41,10 +41,6 @@ def _require_positive(**values: float | None) -> None:
         _require(value is None or (math.isfinite(value) and value > 0), f"{shown} must be positive, got {value}")
 
 
-def _require_seed(seed: int) -> None:
-    _require(0 <= seed < 1 << 32, f"seed must be from 0 to 4294967295, got {seed}")  # what NumPy takes
-
-
 @dataclass(frozen=True)
 class TuningOptions:
     """How entries are chosen and held back while a model is fine-tuned."""
@@ -68,7 +64,7 @@ class TuningOptions:
         ok = math.isfinite(self.strength) and self.strength >= 0
         _require(ok, f"strength must be zero or positive, got {self.strength}", "the usual one is 0.001")
         _require_positive(round_steps=self.round_steps, last_layers=self.last_layers)
-        _require_seed(self.seed)
+        require_seed(self.seed)
 
     @property
     def momentum(self) -> float:
@@ -99,7 +95,7 @@ class ProbeOptions:
             seq_len=self.seq_len,
             batch_size=self.batch_size,
         )
-        _require_seed(self.seed)
+        require_seed(self.seed)
         names = [each.value for each in DTypeName]
         _require(self.dtype in names, f"dtype must be one of {', '.join(names)}, got {self.dtype!r}")
         ways = [each.value for each in Blockwise]

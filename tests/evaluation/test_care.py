@@ -8,6 +8,7 @@ import torch
 from families import make_family_pair
 from helpers import invoke, make_pair, make_tokenizer, refused, run
 
+from tailorcli import TailorError
 from tailorcli.data.encoder import Encoder
 from tailorcli.data.records import check_record
 from tailorcli.evaluation.tasks import Task, encode_task
@@ -25,6 +26,18 @@ def test_an_answer_alone_is_scored_whatever_the_template_does_with_empty_ones(te
     [item] = encode_task(Task("t", None, "text", (record,), ""), encoder, EvaluateOptions()).items
     wanted = item.rows[0].wanted[0].tolist()
     assert "".join(encoder.tokenizer.convert_ids_to_tokens(wanted)) == "yes|"
+
+
+def test_of_a_prompt_and_a_completion_that_are_turns_the_completion_alone_is_scored():
+    value = {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "yes"}]}
+    encoder = Encoder(make_tokenizer(PLAIN))
+    task = Task("t", None, "text", (check_record("here", value, None),), "")
+    [item] = encode_task(task, encoder, EvaluateOptions()).items
+    [row] = item.rows
+    assert "".join(encoder.tokenizer.convert_ids_to_tokens(row.wanted[0].tolist())) == "yes|"
+    assert row.inputs["input_ids"][0, row.places + 1].tolist() == row.wanted[0].tolist()
+    with pytest.raises(TailorError, match="none of its 1 items"):  # a cut prompt would be another question
+        encode_task(task, encoder, EvaluateOptions(seq_len=12))
 
 
 @pytest.fixture(scope="module")

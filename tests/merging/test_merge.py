@@ -27,6 +27,7 @@ from pretended import pretended
 from safetensors.torch import save_file
 
 from tailorcli import (
+    CalibrateOptions,
     MergeOptions,
     PatchOptions,
     TailorError,
@@ -34,6 +35,7 @@ from tailorcli import (
     inspect_path,
     merge_patches,
     patch_checkpoint,
+    tailor,
 )
 from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.core import combine_hessians, overlap_figures, stitch_average, stitch_joint, stitch_patches, union_mask
@@ -462,6 +464,30 @@ def test_the_plan_covers_the_memory_of_every_task(tasks):
     assert sizes[0] < sizes[1] < sizes[2]
 
 
+def test_patches_of_one_model_towards_itself_and_towards_a_model_half_way(tasks, tmp_path):
+    half = CalibrateOptions(teacher_weight=0.5)
+    calibrate_model(tasks / "one", tasks / "data.jsonl", tmp_path / "half-stats", half, base=tasks / "base")
+    pair = (tasks / "base", tasks / "one", None, tmp_path / "half-stats")
+    patch_checkpoint(*pair, PatchOptions(density=0.05, teacher_weight=0.5), patch_file=tmp_path / "half.safetensors")
+    patches = [tmp_path / "half.safetensors", tasks / "one.safetensors"]
+    stats = [tmp_path / "half-stats", tasks / "one-stats"]
+    report = merge_patches(
+        *(tasks / "base", patches, tmp_path / "out", [tasks / "one"], stats), MergeOptions(method="joint")
+    )
+    assert report.totals["kept"] > 0
+
+
+def test_joint_says_that_it_leaves_out_a_retain_term_however_the_patch_was_made(tasks, tmp_path):
+    given = {"retain_data": tasks / "data2.jsonl", "calibration": CalibrateOptions(8, 16)}
+    patch = tmp_path / "whole-job.safetensors"
+    tailor(tasks / "base", tasks / "one", None, tasks / "data.jsonl", patch_file=patch, **given)
+    patches, tuned, stats = inputs_of(tasks, "joint")
+    options = MergeOptions(method="joint")
+    report = merge_patches(tasks / "base", [patch, patches[1]], tmp_path / "out", tuned, stats, options)
+    assert [note for note in report.notes if "retain term" in note]
+    assert "retain weight 0.3" in " ".join(invoke("inspect", patch).stdout.split())
+
+
 # --- Bad input -------------------------------------------------------------------------------------------------
 
 
@@ -482,7 +508,8 @@ def test_inputs_that_do_not_belong_together(tasks, tmp_path):
     refused(*command, *tuned, "--weight", 1, mentions=["1 weights for 2 patches"], output=tmp_path / "out")
     refused(*command, *tuned, "--weight", 1, "--weight", -1, mentions=["positive"], output=tmp_path / "out")
     refused(*command, *tuned, "--weight", 1e308, "--weight", 1e308, mentions=["finite"], output=tmp_path / "out")
-    refused(*command, *tuned, "--damping", -1, mentions=["damping"], output=tmp_path / "out")
+    refused(*command, *tuned, *stats, "--method", "joint", "--damping", -1, mentions=["damping"])
+    assert invoke(*command, *tuned, "--damping", 0.1).exit_code == 2  # which average has no use for
     refused("merge-multi", tasks / "one", one, two, *tuned, "-o", tmp_path / "out", mentions=["another base"])
     refused(*command[:-1], tasks / "one", *tuned, mentions=["input"])
     refused(*command[:-2], "--patch-file", one, *tuned, mentions=["one.safetensors"])

@@ -14,8 +14,8 @@ from tailorcli.display.web import charts
 from tailorcli.display.web.evaluated import evaluation_section, evaluation_sentence, evaluation_tiles
 from tailorcli.display.web.shell import Page, Section, Table, Tile
 from tailorcli.patchfile.records import TensorRecord
-from tailorcli.patchfile.report import MERGE, PatchReport, share
-from tailorcli.runs.again import NEW, RETAINED, merge_command, patch_command, shell_text
+from tailorcli.patchfile.report import MERGE, PatchReport, is_retained, share
+from tailorcli.runs.again import NEW, merge_command, patch_command, shell_text
 from tailorcli.runs.card import merge_text, patch_text
 from tailorcli.runs.evaluated import with_ends
 from tailorcli.units import counted, format_share
@@ -70,7 +70,7 @@ def _what_was_done(report: PatchReport) -> str:
             {"method": "tailor", "solver": "none", "weight": 1.0, **options},
             names["base"],
             names.get("tuned", "the fine-tuned model"),
-            retained=bool({"retain", RETAINED} & names.keys()),
+            retained=is_retained(names),
             distilled=report.distillation is not None,
         )
     return text.replace("`", "")
