@@ -345,8 +345,10 @@ def show_distillation(found: dict[str, Any]) -> None:
     say(
         f"distilled in {counted(found['steps'][-1], 'step')} (the best: {found['best']}); held-out divergence, nats a "
         f"token: from {teacher} {new} on the new task{'s' * (tasks > 1)}, from the base {retained} on the retained "
-        "samples. The figures above are those before"
+        "samples"
     )
+    if found.get("began") and found["best"]:
+        say(f"it began as a patch with {_of_layers(found['began'])}; training goes by outputs, not by layers", err=True)
     if found.get("kept"):
         kept = {kind: f"{100 * share:.1f}%" for kind, share in found["kept"].items()}
         say(
@@ -354,6 +356,16 @@ def show_distillation(found: dict[str, Any]) -> None:
             f"(before: {kept['old_before']}) and {kept['new']} {least} ({kept['new_before']})"
         )
     show_reasons(found.get("untrained", {}), "not trained")
+
+
+def _of_layers(began: dict[str, Any]) -> str:
+    """The mean layer error and drift of a patch, in words."""
+    from tailorcli.units import format_share
+
+    errors = began.get("errors") or [began[name] for name in ("error_after",) if name in began]
+    texts = [f"mean layer errors of {', '.join(map(format_share, errors))}"] if errors else []
+    texts += [f"a mean drift of {format_share(began['drift'])}"] if "drift" in began else []
+    return " and ".join(texts)
 
 
 def show_merge(report: PatchReport) -> None:

@@ -63,8 +63,19 @@ class LayerFigures:
         return dict(vars(self))  # asdict copies every number by itself: a thirtieth of a patch by salience
 
 
-def combine_figures(parts: Sequence[LayerFigures]) -> LayerFigures:
-    """The figures of a tensor from those of its slices: sums, errors over all outputs, quantiles as their means."""
+def combine_figures(
+    parts: Sequence[LayerFigures], tokens: Sequence[float] = (), retained_tokens: Sequence[float] = ()
+) -> LayerFigures:
+    """The figures of a tensor from those of its slices: sums, errors over all outputs, quantiles as their means.
+
+    An energy is divided by its slice's own N. With the ``tokens`` of each slice, and the ``retained_tokens`` for the
+    drift, the combined one is divided by their sum, so that a slice counts by its tokens; alike without.
+    """
+    if sum(tokens) > 0:
+        parts = [_scaled(part, "output_energy", count / sum(tokens)) for part, count in zip(parts, tokens, strict=True)]
+    if sum(retained_tokens) > 0:
+        shares = [count / sum(retained_tokens) for count in retained_tokens]
+        parts = [_scaled(part, "drift_energy", share) for part, share in zip(parts, shares, strict=True)]
     first = parts[0]
     total: dict[str, Any] = {name: sum(getattr(p, name) for p in parts) for name in _SUMMED}
     for name in _SUMMED_OR_NONE:
@@ -83,6 +94,11 @@ def combine_figures(parts: Sequence[LayerFigures]) -> LayerFigures:
     damping = None if first.damping is None else max(p.damping or 0.0 for p in parts)
     iterations, residual = max(p.iterations for p in parts), max(p.residual for p in parts)
     return LayerFigures(**total, damping=damping, iterations=iterations, residual=residual)
+
+
+def _scaled(part: LayerFigures, name: str, factor: float) -> LayerFigures:
+    value = getattr(part, name)
+    return part if value is None else replace(part, **{name: value * factor})
 
 
 _SUMMED = ("numel", "kept", "zero_delta", "delta_sq", "delta_sq_kept", "distance_tuned", "distance_before")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -28,6 +28,9 @@ class Timer(Protocol):
 
     def stage(self, name: str) -> AbstractContextManager[object]:
         """A context that adds its duration to the stage ``name``."""
+
+
+Store = Callable[[Tensor, Tensor], Tensor]  # of values and their mask
 
 
 class NoTimer:
@@ -63,6 +66,7 @@ def tailor_layer(
     weight: float = 1.0,
     score_only: bool = False,
     timer: Timer | None = None,
+    store: Store | None = None,
 ) -> LayerResult:
     """The whole paper for one tensor: Eq. 9 to 11 choose the mask, Eq. 12 and 13 compensate, Eq. 3 assembles.
 
@@ -71,8 +75,9 @@ def tailor_layer(
     channel. ``prepared`` is the tensor's Hessian; without one only salience counts and nothing is compensated
     (``omega=1``, ``solver="none"``). With ``score_by="sum"`` salience is added to Eq. 11. With a retain term in
     ``prepared`` the goal of every entry is not tuned's value but that of ``core.retain``. The kept entries go the share
-    ``weight`` of the way from base to their final values. Outside the mask the result is bit for bit the base. Raises
-    NumericalError on NaN or infinity.
+    ``weight`` of the way from base to their final values. Outside the mask the result is bit for bit the base.
+    ``store`` gives the values as they read once they are stored, where that is coarser than the base's dtype; the
+    figures are of these. Raises NumericalError on NaN or infinity.
 
     Example: a quarter of the entries, without a Hessian.
 
@@ -95,7 +100,7 @@ def tailor_layer(
     [0.0, 4.0]
     """
     timer = timer or NoTimer()
-    if prepared is None and weight == 1.0 and base.device.type == "cpu":
+    if prepared is None and weight == 1.0 and base.device.type == "cpu" and store is None:
         found = _by_salience(base, tuned, count_kept(density, base.numel()), score_only, timer)
         if found is not None:
             return found
@@ -121,8 +126,10 @@ def tailor_layer(
             patched = assemble(base_2d, wanted, mask, decoration.decorator if decoration else None, weight)
             del base_2d, wanted
             _require_finite_result(patched, tuned_2d, weight)
+            if store is not None:
+                patched = store(patched.view(base.shape), mask.view(base.shape)).view(shape)
     with timer.stage("measure"):
-        moved = weight != 1.0 or goal is not delta
+        moved = weight != 1.0 or goal is not delta or store is not None
         figures = measure(
             delta,
             mask,
@@ -156,11 +163,19 @@ def _by_salience(base: Tensor, tuned: Tensor, count: int, score_only: bool, time
     return LayerResult(None if patched is None else patched.view(base.shape), salient.mask.view(base.shape), figures)
 
 
-def tailor_experts(base: Tensor, tuned: Tensor, prepared: Iterable[PreparedHessian], **options: Any) -> LayerResult:
+def tailor_experts(
+    base: Tensor,
+    tuned: Tensor,
+    prepared: Iterable[PreparedHessian],
+    tokens: Sequence[float] = (),
+    retained_tokens: Sequence[float] = (),
+    **options: Any,
+) -> LayerResult:
     """A tensor (E, ...) of E fused experts: each slice is a layer with a Hessian of its own.
 
     ``prepared`` gives them in order and may make each as it is asked for. Every expert keeps the same density, so
-    the result is the same whether a checkpoint fuses its experts or stores them one by one.
+    the result is the same whether a checkpoint fuses its experts or stores them one by one. An expert counts in the
+    errors by its ``tokens``, and by its ``retained_tokens`` in the drift.
     """
     mask = torch.empty(base.shape, dtype=torch.bool, device=base.device)
     patched = None if options.get("score_only") else torch.empty_like(base)
@@ -171,7 +186,7 @@ def tailor_experts(base: Tensor, tuned: Tensor, prepared: Iterable[PreparedHessi
         if patched is not None and result.patched is not None:
             patched[expert] = result.patched
         figures.append(result.figures)
-    return LayerResult(patched, mask, combine_figures(figures))
+    return LayerResult(patched, mask, combine_figures(figures, tokens, retained_tokens))
 
 
 def matrix_shape(tensor: Tensor, prepared: PreparedHessian | None) -> tuple[int, int]:

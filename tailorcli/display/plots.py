@@ -210,7 +210,7 @@ def _errors(axes: Any, tensors: list[TensorRecord], *, by_layer: bool) -> None:
     where = "layer" if by_layer else "module kind"
     axes.set(title=f"Layer error against the tuned layer, by {where}", ylabel="% of the error at base")
     if not measured:
-        axes.text(0.5, 0.5, "not measured: no compensation was solved for", ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
         return
     labels, groups = layers_of(measured) if by_layer else _by_kind(measured)
     _paired_bars(axes, labels, groups, "error_before", "error_after", scale=100.0, mean=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tailorcli.typed import (
@@ -100,6 +100,16 @@ class TensorRecord:
     def numel(self) -> int:
         """Entries."""
         return math.prod(self.shape)
+
+    def trained(self, distance: float) -> TensorRecord:
+        """The record once other values stand in its entries: the ``distance`` sum |W - W_base| of these.
+
+        It has no layer errors and no drift, which are of the values before: no statistics are read for them again.
+        """
+        stale: dict[str, Any] = dict.fromkeys(
+            ("error_before", "error_after", "drift_energy", "drift", "errors", *_UNPATCHED)
+        )
+        return replace(self, **stale, distance_after=None if self.of_merge else distance)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a report, in its order."""

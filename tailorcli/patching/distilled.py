@@ -170,6 +170,9 @@ class Work:
         return Target.of(None, self.folder / START, resume=begun, overwrite=False)
 
 
+_OF_LAYERS = ("error_before", "error_after", "drift", "errors")  # totals of a patch that training makes stale
+
+
 @dataclass(frozen=True)
 class Written:
     """What was trained and written: the records of all tensors in the base's order, seconds by stage, the report."""
@@ -207,8 +210,10 @@ def train_and_write(
             how = (work.folder / STATE, progress, trust_remote_code)
             found = distill_patch_file(file, base, teachers, retain, distill, device, *how, materials, shares)
         with progress_bar(plan.tensors, "writing", progress) as bar, timer.stage("write"):
-            records = write_patched(plan, base, file, found.values, closed, outputs, bar.update)
-    facts = {"options": asdict(distill), "untrained": found.untrained, **found.history.to_dict()}
+            values = found.values if found.history.best else {}  # the state before the first step is the patch itself
+            records = write_patched(plan, base, file, values, closed, outputs, bar.update)
+    began = {name: closed.totals[name] for name in _OF_LAYERS if closed.totals.get(name) is not None}
+    facts = {"options": asdict(distill), "untrained": found.untrained, "began": began, **found.history.to_dict()}
     stages = dict(closed.stages) | dict(timer.seconds)
     return Written([records[name] for name in base.tensors], stages, facts)
 
@@ -463,7 +468,7 @@ def write_patched(
 ) -> dict[str, TensorRecord]:
     """Write every tensor with its trained ``values``, or as the patch ``file`` has it; its record by name.
 
-    ``closed`` is the report of that patch. Raises OutputError.
+    ``closed`` is the report of that patch, whose layer errors are not those of trained values. Raises OutputError.
     """
     by_name = {record.name: record for record in closed.tensors}
     records = dict(outputs.records)
@@ -478,7 +483,12 @@ def write_patched(
             value = base.read(tensor.name)
             digest = digest_of(raw_bytes(value)) if outputs.wants_digest else ""
             mask = file.mask(tensor.name)
+            before = value[mask]
             value[mask] = values[tensor.name] if tensor.name in values else file.values(tensor.name)
+            if tensor.name in values:
+                stored = base.rounded(tensor.name, value, mask) if base.dequantized else value
+                record = record.trained(float((stored[mask].double() - before.double()).abs().sum()))
+                records.update(records_of(tensor.name, tensor.copies, record))
             outputs.write(tensor.name, base.encode(tensor.name, value, mask), mask, record, digest)
         advance(tensor.nbytes)
     outputs.drain()

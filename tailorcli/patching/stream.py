@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -214,17 +215,27 @@ def _tailor(
     }
     base, tuned = pair
     pair.clear()
+    rounded = partial(run.inputs.base.rounded, tensor.name) if run.inputs.base.dequantized else None
     if options.method != "tailor":
         result = patch_by_method(tensor, base, tuned, prepared, options, run.masks, run.timer)
     elif tensor.experts:
-        result = tailor_experts(base, tuned, _prepare_each(tensor, run), **settings)
+        new = _tokens_of(tensor.experts, run.inputs.stats)
+        counts = (new, _tokens_of(tensor.retained_hessians, run.inputs.retain_stats))
+        result = tailor_experts(base, tuned, _prepare_each(tensor, run), *counts, **settings)
     else:
-        result = tailor_layer(base, tuned, prepared, **settings)
+        return tailor_layer(base, tuned, prepared, **settings, store=rounded)
     del base, tuned
-    if run.inputs.base.dequantized and result.patched is not None and result.mask is not None:
-        stored = run.inputs.base.rounded(tensor.name, result.patched, result.mask)
-        result = replace(result, patched=stored)
+    if rounded is not None and result.patched is not None:
+        result = replace(result, patched=rounded(result.patched, result.mask))
     return result
+
+
+def _tokens_of(experts: Sequence[str], stats: Stats | None) -> list[float]:
+    """The tokens of each expert by its Hessian; of one that several share each has an equal part."""
+    if stats is None:
+        return []
+    users = Counter(experts)
+    return [stats.hessians[name].tokens / users[name] for name in experts]
 
 
 def _of_the_base(options: PatchOptions, tensor: TensorPlan, base: Checkpoint) -> PatchOptions:

@@ -17,7 +17,7 @@ from tailorcli.core.precision import extent, unit_of
 from tailorcli.core.products import System
 from tailorcli.core.retain import prepare_retaining
 from tailorcli.core.scores import _kth_largest_between, _kth_largest_by_radix
-from tailorcli.core.tailor import add_salience_, fused_score, tailor_layer
+from tailorcli.core.tailor import add_salience_, fused_score, tailor_experts, tailor_layer
 from tailorcli.errors import NumericalError
 
 SIZES = st.integers(1, 40)
@@ -466,3 +466,22 @@ def test_the_default_tolerance_is_near_enough_to_the_optimum(decay, density):
     best = Oracle.error(Oracle.joint(delta, mask.numpy(), hessian, 0.01), delta, hessian, 0.01)
     assert steps < 300
     assert Oracle.error(change, delta, hessian, 0.01) <= 1.02 * best
+
+
+def test_fused_experts_count_in_the_errors_by_their_tokens():
+    """As if all of their outputs were measured at once: ||(W - W_tuned) X||^2 over ||delta X||^2."""
+    generator = torch.Generator().manual_seed(4)
+    counts = (400, 7)
+    inputs = [torch.randn(count, 6, generator=generator) * (1 + 3 * (count < 10)) for count in counts]
+    base, tuned = (torch.randn(2, 5, 6, generator=generator) for _ in range(2))
+    prepared = [prepare(2 * x.T @ x / len(x), 0.01, sensitivity=True, sequential=False) for x in inputs]
+    how = {"density": 0.3, "omega": 0.5, "solver": "joint"}
+    found = tailor_experts(base, tuned, prepared, counts, **how)
+    parts = zip(inputs, found.patched, tuned, base, strict=True)
+    squares = [(((w - t) @ x.T).square().sum(), ((t - b) @ x.T).square().sum()) for x, w, t, b in parts]
+    left, whole = (sum(column) for column in zip(*squares, strict=True))
+    assert found.figures.error_after == pytest.approx((left / whole).item(), rel=1e-4)
+    assert found.figures.output_energy == pytest.approx(2 * whole.item() / sum(counts), rel=1e-4)
+    alike = tailor_experts(base, tuned, prepared, **how)
+    assert alike.figures.error_after != pytest.approx(found.figures.error_after, rel=0.01)
+    assert torch.equal(alike.patched, found.patched)

@@ -11,6 +11,7 @@ from helpers import (
     bits,
     count_mapped_files,
     folder_digest,
+    invoke,
     make_pair,
     make_tokenizer,
     read_tensors,
@@ -75,6 +76,18 @@ def test_the_same_entries_hold_better_values_and_all_others_are_the_bases(pair, 
             assert bits(closed[name][~mask]) == bits(base[name][~mask])
             moved += int((value != closed[name]).sum())
     assert moved > 1000
+    records = {record.name: record for record in report.tensors}
+    for name, value in out.items():  # of what is written, or none: layer errors are not measured again
+        if records[name].patched:
+            distance = (value.double() - base[name].double()).abs().sum().item()
+            assert records[name].distance_after == pytest.approx(distance, rel=1e-4)
+            assert (records[name].error_after, records[name].drift) == (None, None)
+    assert report.totals["error_after"] is None
+    assert 0 < found["began"]["error_after"] < 1
+    shown = invoke("inspect", tmp_path / "out", "--plot", tmp_path / "figures.svg")
+    assert shown.exit_code == 0
+    assert "layer error" not in shown.stdout
+    (tmp_path / "figures.svg").unlink()
     assert verify_checkpoint(tmp_path / "out", pair / "base", tmp_path / "p.safetensors").ok
     assert json.loads((tmp_path / "out" / "tailor_report.json").read_text())["distillation"]["best"] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["closed", "out", "p.safetensors"]
