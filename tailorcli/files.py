@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,9 +98,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    sync_path(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync_path(temporary)
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def as_output_error(path: Path, error: OSError) -> OutputError:

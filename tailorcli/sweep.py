@@ -329,7 +329,7 @@ def run_sweep(
         seconds=perf_counter() - started,
     )
     if ranks().first:
-        write_text_atomically(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
+        _write(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
     return report
 
 
@@ -361,6 +361,11 @@ def _read_parts(tasks: Sequence[str], validation: Sequence[str], options: Evalua
     return read
 
 
+def _is_ours(name: str) -> bool:
+    """Whether a sweep makes something of this name in the folder where it works."""
+    return name.startswith(("model", "patch.safetensors", ".patch.safetensors"))
+
+
 _DRAWN = (".png", ".svg", ".pdf", ".html")  # pictures and pages, which may lie in the folder
 
 
@@ -375,12 +380,22 @@ def _prepare(folder: Path) -> Path:
         foreign += [place.name for place in results if not _RESULT.fullmatch(place.name)]
         if not foreign and _POINTS not in present:  # ours is the first thing that a sweep makes
             foreign = [name for name in present if not name.endswith(_DRAWN)]
+        work = folder / _WORK  # which is removed
+        foreign += [entry.name for entry in (entries(work) if work.is_dir() else ()) if not _is_ours(entry.name)]
         if foreign:
             raise OutputError(f"{folder} holds other files ({foreign[0]}, ...)", "choose another folder for -o")
         (folder / _POINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise as_output_error(folder, error) from error
     return folder
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a small file, whole or not at all. Raises OutputError."""
+    try:
+        write_text_atomically(file, text)
+    except OSError as error:
+        raise as_output_error(file, error) from error
 
 
 def _identity(
@@ -471,7 +486,10 @@ class _Scorer:
         def make() -> _Made:
             if ranks().first:
                 shutil.rmtree(work, ignore_errors=True)
-                work.mkdir()
+                try:
+                    work.mkdir()
+                except OSError as error:
+                    raise as_output_error(work, error) from error
             require_shared(work)
             stored = None if self.quantised else file
             if setting.distill is None:
@@ -513,7 +531,7 @@ class _Scorer:
             values = {"label": label, "options": options, "seconds": made.seconds, "patch_bytes": made.patch_bytes}
             values["scores"] = {name: _plain(one) for name, one in scores.items()}
             if ranks().first:
-                write_text_atomically(file, json.dumps(values) + "\n")
+                _write(file, json.dumps(values) + "\n")
             require_shared(file)
         items = {f"{part}/{n}": len(t.items) for part, ms in self.tasks.items() for n, t in ms[encoded_for].items()}
         return _read_scores(file, items)

@@ -165,13 +165,13 @@ def evaluate(
         chat=harness_chat,
         metrics=tuple(metric or ()),
     )
-    read = [*models, *(parse_task(spec)[1] for spec in task or ())]
+    read = [*models, base, tuned, harness_tasks, *(parse_task(spec)[1] for spec in task or ())]
     if plot is not None:
         from tailorcli.display.plots import check_plot
 
         check_plot(plot, bool(origin and target), read)
     check_result(output, read, "evaluate")
-    if output is not None and plot is not None and output.absolute() == plot.absolute():
+    if output is not None and plot is not None and output.resolve() == plot.resolve():
         raise typer.BadParameter(f"-o and --plot are both {output}")
     report = evaluate_models(
         models,

@@ -322,7 +322,8 @@ def patch(
     """
     require_output(output, patch_file)
     check_push(push_to_hub, output, dry_run)
-    check_page(html, [base, tuned, stats, retain, data, retain_data, graft_data, output, patch_file])
+    read = [base, tuned, stats, retain, data, retain_data, graft_data, teacher_data]
+    check_page(html, [*read, output, patch_file, keep_stats])
     from tailorcli.adapters.checkpoint import is_adapter
     from tailorcli.patching.aim import patch_to_target, plan_target
     from tailorcli.patching.distilled import distill_checkpoint, plan_distilled
@@ -471,7 +472,7 @@ def patch(
     show_reasons({record.name: record.note for record in report.tensors if record.note}, "note")
     show_written(output, patch_file, report)
     show_stages(report.stages)
-    if keep_stats is not None:
+    if keep_stats is not None and keep_stats.exists():  # a finished run that was called again made none
         say(f"statistics kept in {keep_stats}: the same command with another --density and -o takes them from there")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,14 @@ def save_figure(figure: Any, file: Path) -> None:
     """Write a figure into ``file``. Raises OutputError."""
     kind = file.suffix.lower()
     mark = {"Software" if kind == ".png" else "Creator": PICTURE_MARK}  # by which a later run knows it for ours
+    part = file.with_name(f"{file.name}.part")  # so that it is there whole or not at all
     try:
-        figure.savefig(file, dpi=110, metadata=mark if kind in (".png", ".pdf", ".svg") else None)
+        marked = mark if kind in (".png", ".pdf", ".svg") else None
+        figure.savefig(part, dpi=110, metadata=marked, format=kind.removeprefix("."))
+        part.replace(file)
     except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise as_output_error(file, error) from error
     except ValueError as error:
         raise OutputError(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rich.cells import cell_len
+from rich.table import Column as RichColumn
 from rich.table import Table
 
 from tailorcli.display.names import by_kind, by_layer, place_of
@@ -26,22 +30,52 @@ Item = TypeVar("Item")
 Column = tuple[str, Callable[[list[Any]], str]]
 
 
+_LEAST = 16  # characters of a first column: beside many others it would have none
+_APART = 2  # between columns
+
+
 class _Titled(Table):
-    """A table below its title, which takes the width of the terminal and not that of the table."""
+    """A table below its title, which takes the width of the terminal and not that of the table.
+
+    Columns for which the terminal has no room follow below, behind the first one again.
+    """
 
     heading = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield console.render_str(f"\n{self.heading}", style="italic")
-        yield from super().__rich_console__(console, options)
+        for number, columns in enumerate(self._groups(options.max_width)):
+            if number:
+                yield ""
+            part = copy(self)
+            part.columns = [replace(column, _index=place) for place, column in enumerate(columns)]
+            yield from super(_Titled, part).__rich_console__(console, options)
+
+    def _groups(self, width: int) -> list[list[RichColumn]]:
+        """The columns, as many together as there is room for, each time behind the first."""
+        first, *others = self.columns
+        room = width - max(_LEAST, min(_width_of(first), width // 3))
+        groups: list[list[RichColumn]] = [[]]
+        left = room
+        for column in others:
+            needed = _width_of(column) + _APART
+            if needed > left and groups[-1]:
+                groups.append([])
+                left = room
+            groups[-1].append(column)
+            left -= needed
+        return [[first, *group] for group in groups]
 
 
-_LEAST = 16  # characters of a first column: beside many others it would have none
+def _width_of(column: RichColumn) -> int:
+    """Characters of the widest line of a column."""
+    texts = [column.header, *column._cells]
+    return max(cell_len(line) for text in texts for line in str(text).split("\n"))
 
 
 def new_table(title: str, first: str, columns: Sequence[str], *, left: Sequence[str] = ()) -> Table:
     """A table without frames: its first column may fold, the others, right-aligned, never do."""
-    table = _Titled(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table = _Titled(box=None, padding=(0, _APART, 0, 0), header_style="bold")
     table.heading = title
     table.add_column(first, overflow="fold", min_width=_LEAST)
     for column in columns:

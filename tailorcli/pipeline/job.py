@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     import torch
 
 SUFFIX = ".work"  # of the folder beside the output
+_WORKS = (SUFFIX, ".distill", ".target", ".check")  # of all that lie there for a while
 
 
 def tailor(
@@ -288,7 +289,10 @@ class _Job:
         read = [self.base, self.tuned, self.data, self.retain_data, self.teacher_data]
         protect([self.target.folder], read, "choose another folder for -o")
         protect([self.target.patch_file], read, "choose another name for --patch-file")
-        protect([self.keep_stats], [*read, self.target.folder], "choose another folder for --keep-stats")
+        places = (self.target.folder, self.target.patch_file)
+        works = [place.with_name(place.name + end) for place in places if place is not None for end in _WORKS]
+        aside = [*read, self.target.folder, self.work, *works]
+        protect([self.keep_stats], aside, "choose another folder for --keep-stats")
         options = self.options.before_teacher
         self.inputs = PatchInputs.open(self.base, self.tuned, None, options, stack, None, self.graft_data)
         if self.aim is not None:

@@ -114,7 +114,10 @@ class Target:
             raise OutputError(f"the patch file {file} would lie in {self.folder}", _ANOTHER_FILE)
         if file.is_dir():
             raise OutputError(f"{file} exists and is a folder", _ANOTHER_FILE)
-        unfinished = _journal_of(file).exists()
+        try:
+            unfinished = _journal_of(file).exists()
+        except OSError as error:
+            raise as_output_error(file, error) from error
         if not file.exists() and not unfinished:
             return
         if not (self.resume or self.overwrite):

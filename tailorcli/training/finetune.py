@@ -21,7 +21,8 @@ from time import perf_counter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.folder import WORK_FOLDER, Checkpoint
+from tailorcli.checkpoint.writer import JOURNAL
 from tailorcli.data.records import Records, media_digest, read_records
 from tailorcli.device import StageTimer, device_errors, resolve_device
 from tailorcli.errors import NumericalError, OptionsError, OutputError, first_line, note
@@ -112,10 +113,11 @@ def finetune_model(
         identity = job.identity()
         main = is_main_process()
         if main:
-            protect([folder, work], [job.base.path, job.data], "choose another folder for -o")
+            protect([folder, work], [job.base.path, job.data, importance], "choose another folder for -o")
             stack.enter_context(OutputLock(work, folder=True))
             earlier = _check(folder, work, identity, options.resume)
             if earlier is not None:
+                shutil.rmtree(work, ignore_errors=True)  # which a run that was ended at its very end left
                 return earlier
             stack.push(_forget_if_refused(work))
             _begin(work, identity)
@@ -158,7 +160,7 @@ def plan_finetune(
         job = _open(base, data, options, importance, training_args, stack)
         options = job.options
         work = work_of(folder)
-        protect([folder, work], [job.base.path, job.data], "choose another folder for -o")
+        protect([folder, work], [job.base.path, job.data, importance], "choose another folder for -o")
         _check(folder, work, job.identity(), options.resume)
         check_shapes(job.base, job.config, options)
         network = empty_on_meta(job.base, job.config, options)
@@ -270,7 +272,9 @@ def _check(folder: Path, work: Path, identity: Mapping[str, Any], resume: bool) 
             report = FinetuneReport.read(folder / REPORT)
             if report.identity != identity:
                 raise OutputError(f"{folder} is the finished output of another run", "choose another folder for -o")
-            return report
+            if not (begun and (folder / WORK_FOLDER / JOURNAL).exists()):  # it is there before the shards have names
+                Checkpoint.open(folder).close()
+                return report
         if not (resume and begun and folder.is_dir()):
             raise OutputError(f"{folder} exists and is not empty", "choose another folder for -o")
     if work.exists() and not begun and entries(work):

@@ -115,6 +115,7 @@ def prepare(folder: Path, overwrite: bool) -> None:
 def write(folder: Path, scores: Mapping[str, Tensor], manifest: dict[str, Any]) -> None:
     """Write scores, then the manifest, without which the folder is no importance. Raises OutputError."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     part = folder / (SCORES + ".part")
@@ -128,3 +129,7 @@ def write(folder: Path, scores: Mapping[str, Tensor], manifest: dict[str, Any]) 
         write_text_atomically(folder / MANIFEST, text)
     except OSError as error:
         raise as_output_error(folder, error) from error
+    except SafetensorError as error:  # which tells of a full disk, too
+        raise OutputError(
+            f"cannot write {part}: {error}", "free some space, or choose another folder for -o"
+        ) from error

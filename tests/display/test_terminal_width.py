@@ -78,3 +78,19 @@ def test_every_tensor_on_request_in_number_order(deep):
     assert max(map(len, lines)) <= 80
     names = [line.split()[0] for line in lines if "self_attn.q_proj" in line]
     assert names == [f"{n}.self_attn.q_proj" for n in range(LAYERS)]
+
+
+@pytest.mark.parametrize("more", [(), ("--all",)])
+def test_every_figure_of_an_evaluation_stands_beside_its_model(deep, more):
+    tasks = [f"{name}={deep / 'data.jsonl'}:text" for name in ("python", "unicode")]
+    roles = ("--task", tasks[0], "--origin", "python", "--task", tasks[1], "--target", "unicode")
+    models = [deep / name for name in ("base", "tuned", "out")]
+    beside = ("--base", models[0], "--tuned", models[1], "--limit", 6)
+    lines = on_a_terminal("evaluate", *models, *roles, *beside, *more)
+    assert max(map(len, lines)) <= 80
+    assert "…" not in "\n".join(lines)
+    figures = [line for line in lines if re.match(r"\S.*\d\.\d\d", line)]
+    assert {line.split()[0] for line in figures if line.split()[-1] != "s"} == {"base", "tuned", "out"}
+    heads = [line for line in lines if re.match(r"model ", line)]
+    assert len(heads) == (1 if not more else 4)  # three tables, one of which is too wide for one row of columns
+    assert {"old", "new", "kept"} <= {word.rstrip(",") for word in " ".join(lines).split()}
