@@ -285,8 +285,9 @@ def run_sweep(
     model is encoded with its own tokenizer; a patched one has tuned's. Raises TailorError.
     """
     started = perf_counter()
-    if min_old_kept is not None and not 0 <= min_old_kept <= 100:
-        raise OptionsError(f"min-old-kept must lie between 0 and 100, got {min_old_kept}", "it is a share in percent")
+    if min_old_kept is not None and not (min_old_kept == 0 or 1 < min_old_kept <= 100):
+        hint = "it is a share in percent, such as 99"
+        raise OptionsError(f"min-old-kept must be 0, or above 1 and at most 100, got {min_old_kept}", hint)
     _require_inputs(settings, stats, graft_data)
     say = announce or (lambda message: None)
     base, tuned = local_folders((base, tuned), code=options.trust_remote_code)

@@ -47,7 +47,7 @@ def first_table(page: str) -> str:
         default: "patched by tailorcli: a tenth of the entries changed",
     }
     if distilled := next(filter(_DISTILLED.match, rows), ""):
-        lines[distilled] = "the same tenth, distilled (`--distill`)"
+        lines[distilled] = "a tenth of the entries, distilled (`--distill`)"
     if missing := lines.keys() - rows.keys():
         raise ValueError(f"the page has no row for: {', '.join(lines[name] for name in missing)}")
     shown = [[title, *rows[name]] for name, title in lines.items()]
@@ -55,7 +55,7 @@ def first_table(page: str) -> str:
     seeds = re.search(r"Mean over (\d+) seeds", page)
     if seeds is None:
         raise ValueError("the page does not say over how many seeds it is")
-    return f"""{table(["SmolLM2-135M, fine-tuned on one new task", "old tasks", "new task", "H"], shown)}
+    return f"""{table(["SmolLM2-135M-Instruct, fine-tuned on one new task", "old tasks", "new task", "H"], shown)}
 
 Percent right on held-out text, means of {seeds[1]} fine-tunes. H, their harmonic mean, needs both."""
 

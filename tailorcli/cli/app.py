@@ -150,8 +150,7 @@ def _help_of(command: Callable[..., Any]) -> str:
 app = typer.Typer(
     name="tailorcli",
     cls=_Group,
-    epilog="The main job:\n\n  tailorcli calibrate TUNED --data train.jsonl -o stats"
-    "\n\n  tailorcli patch BASE TUNED --stats stats -o OUT",
+    epilog="The main job:\n\n  tailorcli check BASE TUNED\n\n  tailorcli patch BASE TUNED --data new_task.jsonl -o OUT",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -290,7 +290,7 @@ OnRanks = Annotated[
     str | None,
     typer.Option(
         "--ranks",
-        metavar="[MxN]N",
+        metavar="N or MxN",
         help="With --dry-run: what it costs on N ranks, or on M machines of N each; a config.json alone will do.",
         rich_help_panel=OUTPUT,
     ),

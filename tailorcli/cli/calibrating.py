@@ -197,7 +197,9 @@ def calibrate(
     if synthetic:
         say(f"next: tailorcli patch {model} TUNED --stats STATS --retain {output} -o OUT", err=True)
     else:
-        say(f"next: tailorcli patch {base or 'BASE'} {model} --stats {output} -o OUT", err=True)
+        before = base or "BASE"
+        say(f"next: tailorcli patch {before} {model} --stats {output} --retain BASE_STATS -o OUT", err=True)
+        say(f"with BASE_STATS by: tailorcli calibrate {before} --synthetic -o BASE_STATS", err=True)
 
 
 def score(

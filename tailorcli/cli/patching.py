@@ -463,6 +463,9 @@ def patch(
             report = patch_checkpoint(base, tuned, output, stats, options, retain=retain, **where, **shown)
     if not launched().first:
         return
+    if stats is not None and retain is None and options.needs_hessians and options.method == "tailor":
+        what = "without --retain a patch follows TUNED in what it forgot, too"
+        say(f"note: {what}: tailorcli calibrate {base} --synthetic -o BASE_STATS, and --retain BASE_STATS", err=True)
     write_page_of(output or patch_file, html)
     push(push_to_hub, output)
     if as_json:

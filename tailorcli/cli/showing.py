@@ -82,7 +82,7 @@ def demo(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Watch a small model forget and be patched, in two minutes.
+    """Watch a small model forget and be patched, in a few minutes.
 
     Needs no network. Trains a small Llama on old tasks, fine-tunes it on a new one, calibrates, patches and
     compares with plain interpolation. The checkpoints stay in DIR to go on with.

@@ -63,7 +63,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes, steps and rates of a demo run; the defaults take about two minutes on two cores."""
+    """Sizes, steps and rates of a demo run; the defaults take a few minutes on two cores."""
 
     hidden_size: int = 192
     intermediate_size: int = 512

@@ -65,7 +65,7 @@ class Aim:
             percent = float(value)
         except ValueError:
             percent = 0.0
-        if kind not in ("old", "new") or not 0.0 < percent <= 100.0:
+        if kind not in ("old", "new") or not 1.0 < percent <= 100.0:  # 0.99 is meant as a share of 1
             raise OptionsError(f"the target {text!r} is not understood", "pass old=99 or new=97, a share in percent")
         return cls(kind, percent / 100)
 

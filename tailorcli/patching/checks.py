@@ -94,7 +94,8 @@ def _shape_hint(base: Checkpoint, tuned: Checkpoint, first: TensorInfo, other: T
     tables = len([info for info in differing if len(info.shape) == 2])  # a head may have a bias besides
     if len(rows) == 1 and rest and len(first.shape) > 0 and 1 <= tables <= 2:
         if first.shape[0] < other.shape[0]:
-            return "this looks like a resized vocabulary: pass --resized-vocab to take the new rows from tuned"
+            what = "pass --resized-vocab, and with --data --no-retain, to take the new rows from tuned"
+            return f"this looks like a resized vocabulary: {what}"
         return (
             "this looks like a resized vocabulary, which tuned's is smaller in: grow tuned with "
             f"resize_token_embeddings({first.shape[0]}) first"

@@ -146,7 +146,7 @@ def compare_models(base: PathLike, tuned: PathLike, *, trust_remote_code: bool =
     started = perf_counter()
     base_folder, tuned_folder = local_folders((base, tuned), code=trust_remote_code)
     with ExitStack() as stack:
-        first = stack.enter_context(open_checkpoint(base_folder))
+        before = first = stack.enter_context(open_checkpoint(base_folder))
         second = stack.enter_context(open_for(first, tuned_folder))
         needs: list[str] = []
         first = _grown_where_needed(first, second, needs)
@@ -156,7 +156,7 @@ def compare_models(base: PathLike, tuned: PathLike, *, trust_remote_code: bool =
             needs.append("--allow-dtype-mismatch")
         names = [name for name, info in first.tensors.items() if _is_compared(name, info, first, second)]
         return Comparison(
-            base=_facts(first),
+            base=_facts(before),
             tuned=_facts(second),
             architecture=_architecture(first, second),
             tokenizer=_tokenizers(first.path, tokenizer_folder(second)),
@@ -220,7 +220,10 @@ def _config_differences(base: Path, tuned: Path) -> list[str]:
     try:
         fields = differing_fields(read_config(base), read_config(tuned)) if base != tuned else []
     except TailorError:
-        return ["config.json is missing or damaged in one of them"]
+        lacking = [folder for folder in (base, tuned) if not (folder / "config.json").is_file()]
+        return [
+            f"config.json is missing in {lacking[0]}: put it there first" if lacking else "a config.json is damaged"
+        ]
     return [f"config: {field}" for field in fields]
 
 
@@ -228,7 +231,7 @@ def _tokenizers(base: Path, tuned: Path) -> str:
     """How the two tokenizers differ, in a few words, by their files."""
     first, second = _vocabulary(base), _vocabulary(tuned)
     if first is None or second is None:
-        return f"not compared: no tokenizer.json in {base if first is None else tuned}"
+        return f"not compared: no tokenizer.json in {base if first is None else tuned}; samples are drawn with it"
     if first == second:
         return "the same"
     more, fewer = len(second.keys() - first.keys()), len(first.keys() - second.keys())

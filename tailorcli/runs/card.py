@@ -216,8 +216,8 @@ def patch_text(options: Mapping[str, Any], base: str, tuned: str, *, retained: b
     if options["density"] == 1:
         return f"{first} This model has all of its weights{how}."
     return (
-        f"{first} This model keeps the {kept} of its weights that matter most{how}; every other weight is the base's, "
-        "bit for bit, to bring back what fine-tuning made it forget."
+        f"{first} Of each tensor that is patched this model keeps the {kept} that matter most{how}; every other weight "
+        "is the base's, bit for bit, to bring back what fine-tuning made it forget."
     )
 
 

@@ -58,7 +58,7 @@ def test_the_hub_reads_what_the_model_is_made_of(made):
 
 def test_the_card_says_what_was_done_and_links_the_fine_tuned_models_own(made):
     text = (made / "out" / CARD).read_text()
-    assert "`tuned` is `org/small` after fine-tuning. This model keeps the 20% of its weights" in text
+    assert "`tuned` is `org/small` after fine-tuning. Of each tensor that is patched this model keeps the 20%" in text
     assert "`org/small` has `mit`, `tuned` has `apache-2.0`" in text
     assert f"]({TUNED_CARD})" in text
     assert (made / "out" / TUNED_CARD).read_text() == TUNED_FRONT

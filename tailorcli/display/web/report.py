@@ -101,7 +101,7 @@ def _next_step(inspection: Inspection, report: PatchReport) -> str:
     if report.distillation is not None:
         new, old = (_ends(report.distillation, part) for part in ("new", "retained"))
         return f"Training brought it nearer to both, in nats a token: to the fine-tuned model {new}, to the base {old}."
-    return f"Nobody has measured it yet: tailorcli evaluate BASE TUNED {inspection.path} --write-card says how it does."
+    return "Nobody has measured it yet: tailorcli evaluate says how it does, with tasks of yours."
 
 
 def _ends(found: Mapping[str, Any], part: str) -> str:
@@ -111,11 +111,12 @@ def _ends(found: Mapping[str, Any], part: str) -> str:
 
 def _tiles(report: PatchReport, *, short: bool) -> list[Tile]:
     totals = report.totals
+    whole = totals["numel"] + totals["numel_at_base"]
     tiles = [
         Tile(
-            format_share(totals["density"]),
+            format_share(share(totals["kept"], whole)),
             "of the weights changed",
-            f"{short_count(totals['kept'])} of {short_count(totals['numel'])}",
+            f"{short_count(totals['kept'])} of {short_count(whole)}",
         )
     ]
     if report.command == MERGE:
