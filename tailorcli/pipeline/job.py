@@ -291,8 +291,12 @@ class _Job:
         protect([self.target.patch_file], read, "choose another name for --patch-file")
         places = (self.target.folder, self.target.patch_file)
         works = [place.with_name(place.name + end) for place in places if place is not None for end in _WORKS]
-        aside = [*read, self.target.folder, self.work, *works]
-        protect([self.keep_stats], aside, "choose another folder for --keep-stats")
+        protect([self.keep_stats], [*read, self.target.folder], "choose another folder for --keep-stats")
+        kept = None if self.keep_stats is None else self.keep_stats.resolve()
+        for work in (each.resolve() for each in works):
+            if kept is not None and (work == kept or work in kept.parents):
+                what = f"--keep-stats {self.keep_stats} is where this job works, which goes at its end"
+                raise OptionsError(what, "choose another folder for --keep-stats")
         options = self.options.before_teacher
         self.inputs = PatchInputs.open(self.base, self.tuned, None, options, stack, None, self.graft_data)
         if self.aim is not None:

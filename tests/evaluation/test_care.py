@@ -65,6 +65,21 @@ def test_texts_are_cut_alike_for_all_models_and_that_is_told(pair, tmp_path, cap
     assert config["n_positions"] < 240
 
 
+def test_a_folder_called_work_with_files_of_others_is_left_alone(pair, tmp_path):
+    (tmp_path / "dir" / "settings").mkdir(parents=True)
+    (tmp_path / "dir" / "work").mkdir()
+    (tmp_path / "dir" / "work" / "thesis.txt").write_text("precious")
+    given = ("sweep", pair / "base", pair / "tuned", "-o", tmp_path / "dir", *ends(pair), "--method", "interpolate")
+    refused(*given, mentions=["holds other files (thesis.txt"])
+    assert (tmp_path / "dir" / "work" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_result_does_not_go_into_the_base_of_a_patch_file(pair, tmp_path):
+    run("patch", pair / "base", pair / "tuned", "--method", "magnitude", "--patch-file", tmp_path / "p.safetensors")
+    given = ("evaluate", tmp_path / "p.safetensors", "--base", pair / "base", *ends(pair))
+    refused(*given, "-o", pair / "base" / "result.json", mentions=["lies inside an input"])
+
+
 def test_pictures_are_part_of_what_a_sweep_measured(tmp_path):
     pair = make_family_pair(tmp_path, "llava")
     task = ("--task", f"a={pair / 'data.jsonl'}:text", "--task", f"b={pair / 'data.jsonl'}:text")

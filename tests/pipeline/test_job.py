@@ -354,6 +354,12 @@ def test_one_clear_error_where_options_contradict_one_another(steps, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("end", [".work", ".distill"])
+def test_statistics_are_not_kept_in_a_folder_that_goes_at_the_end(steps, tmp_path, end):
+    given = ("patch", steps / "base", steps / "tuned", "--data", steps / "data.jsonl", "-o", tmp_path / "out")
+    refused(*given, "--keep-stats", tmp_path / f"out{end}", mentions=["where this job works"])
+
+
 def test_a_work_folder_that_is_not_ours_is_left_alone(steps, tmp_path):
     work = tmp_path / "out.work"
     work.mkdir()

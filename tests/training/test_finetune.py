@@ -334,6 +334,31 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_when_there_is_room(pair, t
     assert (tmp_path / "out" / "finetune.json").exists()
 
 
+def test_an_output_whose_shards_have_no_index_yet_is_finished(pair, tmp_path, monkeypatch):
+    """The report lies there before: it does not say that all is written."""
+    from tailorcli.checkpoint import writer
+
+    original = writer.write_text_atomically
+
+    def full(path, text):
+        if path.name == "model.safetensors.index.json":
+            raise OSError(28, "No space left on device")
+        original(path, text)
+
+    monkeypatch.setattr(writer, "write_text_atomically", full)
+    finetune(pair, tmp_path / "out", expect=1)
+    assert (tmp_path / "out" / "finetune.json").exists()
+    monkeypatch.setattr(writer, "write_text_atomically", original)
+    finetune(pair, tmp_path / "out", "--resume")
+    assert read_tensors(tmp_path / "out").keys() == read_tensors(pair / "base").keys()
+    work = tmp_path / f"out{SUFFIX}"
+    assert not work.exists()
+    work.mkdir()  # as a run that was ended at its very end leaves it
+    (work / "checkpoint-6").mkdir()
+    finetune(pair, tmp_path / "out", "--resume")
+    assert not work.exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["spider", "dowser"])
 def test_a_killed_run_goes_on_to_the_same_weights(pair, tmp_path, method):
