@@ -115,7 +115,9 @@ def _verdict(found: Comparison) -> list[str]:
         "full": "A full fine-tune: every kind of layer was trained.",
     }
     moved, change = format_share(found.moved), format_share(found.change)
+    told = "Some tokens have other ids in tuned's tokenizer: rows stand for different tokens, which a patch mixes."
     return [
+        *([told] if "under other ids" in found.tokenizer else []),
         f"{kinds[found.kind]} {moved} of the entries moved; the change is {change} of the weights in size.",
         "How much was forgotten the weights do not tell, texts of old tasks do: tailorcli evaluate.",
         "(For scale: in the pair of tailorcli demo the change is 8% in size, and 29% of the old accuracy were lost.)",

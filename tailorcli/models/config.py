@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import reprlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tailorcli.errors import CheckpointError
+from tailorcli.errors import CheckpointError, TailorError
 from tailorcli.files import read_json, require_files
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
@@ -102,3 +103,26 @@ def processor_folder(folder: Path, stored: Path, has_media: bool) -> Path:
     """Where the tokenizer or processor lies: beside an adapter there may be a tokenizer alone."""
     held = any((folder / name).exists() for name in ("processor_config.json", "preprocessor_config.json"))
     return folder if not has_media or held else stored
+
+
+def vocabulary_of(folder: Path) -> dict[str, int] | None:
+    """Token to id, of the vocabulary and what was added to it; None where that cannot be read."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        content = read_json(file)
+        vocab = content["model"]["vocab"]
+        found = dict(vocab) if isinstance(vocab, dict) else {str(entry[0]): n for n, entry in enumerate(vocab)}
+        return found | {str(token["content"]): token["id"] for token in content.get("added_tokens") or ()}
+    except (TailorError, KeyError, TypeError, IndexError, ValueError):
+        return None
+
+
+def moved_tokens(base: Mapping[str, int], tuned: Mapping[str, int]) -> int:
+    """How many tokens of both vocabularies have another id in one: a row of a table then stands for different tokens.
+
+    >>> moved_tokens({"a": 0, "b": 1, "c": 2}, {"a": 1, "b": 0, "c": 2, "d": 3})
+    2
+    """
+    return sum(base[token] != tuned[token] for token in base.keys() & tuned.keys())

@@ -21,10 +21,10 @@ from tailorcli.checkpoint.grown import GrownCheckpoint, grow_vocabulary
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo, torch_dtype
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.errors import CheckpointError, NumericalError, OptionsError, TailorError
-from tailorcli.files import PathLike, read_json
+from tailorcli.files import PathLike
 from tailorcli.guard import path_text
 from tailorcli.hub import hub_facts, local_folders
-from tailorcli.models.config import differing_fields, read_config
+from tailorcli.models.config import differing_fields, moved_tokens, read_config, vocabulary_of
 from tailorcli.models.naming import open_for
 from tailorcli.patching.checks import check_pair
 
@@ -229,30 +229,16 @@ def _config_differences(base: Path, tuned: Path) -> list[str]:
 
 def _tokenizers(base: Path, tuned: Path) -> str:
     """How the two tokenizers differ, in a few words, by their files."""
-    first, second = _vocabulary(base), _vocabulary(tuned)
+    first, second = vocabulary_of(base), vocabulary_of(tuned)
     if first is None or second is None:
         return f"not compared: no tokenizer.json in {base if first is None else tuned}; samples are drawn with it"
     if first == second:
         return "the same"
     more, fewer = len(second.keys() - first.keys()), len(first.keys() - second.keys())
-    other = sum(first[token] != second[token] for token in first.keys() & second.keys())
+    other = moved_tokens(first, second)
     counts = ((more, "more"), (fewer, "fewer"), (other, "under other ids"))
     told = [f"{count:,} {what}" for count, what in counts if count]
     return f"tokens of tuned's against base's: {', '.join(told)}"
-
-
-def _vocabulary(folder: Path) -> dict[str, int] | None:
-    """Token to id, of the vocabulary and what was added to it; None where that cannot be read."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return None
-    try:
-        content = read_json(file)
-        vocab = content["model"]["vocab"]
-        found = dict(vocab) if isinstance(vocab, dict) else {str(entry[0]): n for n, entry in enumerate(vocab)}
-        return found | {str(token["content"]): token["id"] for token in content.get("added_tokens") or ()}
-    except (TailorError, KeyError, TypeError, IndexError, ValueError):
-        return None
 
 
 def _adapter(tuned: Checkpoint) -> str:

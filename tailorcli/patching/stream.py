@@ -11,17 +11,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.adapters.checkpoint import AdaptedCheckpoint, config_folder
+from tailorcli.adapters.checkpoint import AdaptedCheckpoint, config_folder, tokenizer_folder
 from tailorcli.adapters.interpolated import InterpolatedCheckpoint, interpolated, original
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import GrownCheckpoint, grow_vocabulary, numel_of_base
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.errors import OptionsError, note
-from tailorcli.files import PathLike, digest_beside, digest_of
+from tailorcli.files import PathLike, digest_beside, digest_of, file_digest
 from tailorcli.guard import path_text
 from tailorcli.hub import hub_facts, local_folders
-from tailorcli.models.config import differing_fields, read_config
+from tailorcli.models.config import differing_fields, moved_tokens, read_config, vocabulary_of
 from tailorcli.models.naming import open_for
 from tailorcli.options import AUTO, PatchOptions
 from tailorcli.patchfile.reader import raw_bytes
@@ -288,7 +288,8 @@ def _prepare(names: tuple[str, ...], packed: list[torch.Tensor], run: Run) -> Pr
 
 
 def _note_config(base: Checkpoint, tuned: Checkpoint) -> None:
-    """Note where base and tuned run differently. A patched model gets tuned's config, so it runs as tuned does."""
+    """Note where base and tuned run or read differently. A patched model gets tuned's config and its tokenizer."""
+    _note_tokens(base.path, tokenizer_folder(tuned))
     folders = (base.path, config_folder(tuned))
     if folders[0] == folders[1] or not all((folder / "config.json").is_file() for folder in folders):
         return
@@ -297,6 +298,17 @@ def _note_config(base: Checkpoint, tuned: Checkpoint) -> None:
         more = f" and {len(fields) - 4} more" if len(fields) > 4 else ""
         told = f"base's and tuned's configs differ in {', '.join(fields[:4])}{more}"
         note(f"{told}: the patched model gets tuned's, and is run under it")
+
+
+def _note_tokens(base: Path, tuned: Path) -> None:
+    """Note where a token has another id in tuned's tokenizer."""
+    files = [folder / "tokenizer.json" for folder in (base, tuned)]
+    if base == tuned or not all(file.is_file() for file in files) or len({*map(file_digest, files)}) == 1:
+        return
+    first, second = map(vocabulary_of, (base, tuned))
+    if first is not None and second is not None and (moved := moved_tokens(first, second)):
+        what = "so that rows of their tables stand for different tokens, which a patch mixes"
+        note(f"{moved:,} tokens have other ids in tuned's tokenizer than in base's, {what}")
 
 
 def _open_stats(path: PathLike | None, stack: ExitStack) -> Stats | None:

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from helpers import bits, broken_off, folder_digest, make_pair, read_tensors, run
+from helpers import bits, broken_off, folder_digest, invoke, make_pair, read_tensors, run
 from launcher import completed
 
 from tailorcli import (
@@ -157,6 +157,20 @@ def test_integer_buffers_and_unknown_tensors_pass_through(tmp_path):
     base, out = read_tensors(folder / "base"), read_tensors(folder / "out")
     assert bits(out["extra.counter"]) == bits(base["extra.counter"])
     assert bits(out["extra.conv.weight"]) == bits(base["extra.conv.weight"])
+
+
+def test_tokens_under_other_ids_are_told(tmp_path, caplog):
+    folder = make_pair(tmp_path)
+    file = folder / "tuned" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(content))
+    shown = invoke("check", folder / "base", folder / "tuned")
+    assert "Some tokens have other ids" in " ".join(shown.stdout.split())
+    options = PatchOptions(method="interpolate")
+    patch_checkpoint(folder / "base", folder / "tuned", folder / "out", options=options)
+    assert "2 tokens have other ids in tuned's tokenizer" in caplog.text
 
 
 def test_tied_embeddings_stay_one_tensor(tmp_path):
