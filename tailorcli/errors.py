@@ -31,7 +31,7 @@ def note(message: str) -> None:
 
 def first_line(error: Exception) -> str:
     """What an exception of another library says in its first line, or its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" :")  # what a colon tells of is below
 
 
 class OptionsError(TailorError):
