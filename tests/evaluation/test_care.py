@@ -112,8 +112,8 @@ def test_pictures_are_part_of_what_a_sweep_measured(tmp_path):
 
 def test_a_floor_that_no_setting_keeps_is_told(pair, tmp_path):
     command = ("sweep", pair / "base", pair / "tuned", *ends(pair), "--method", "interpolate", "--weight", 1)
-    for value in (-5, 101, "nan"):
-        refused(*command, "-o", tmp_path / "x", "--min-old-kept", value, mentions=["between 0 and 100"])
+    for value in (-5, 0.99, 101, "nan"):
+        refused(*command, "-o", tmp_path / "x", "--min-old-kept", value, mentions=["above 1 and at most 100"])
     run(*command, "-o", tmp_path / "sweep", "--min-old-kept", 100)
     found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     old = {point["label"]: point["test"]["origin"]["value"] for point in found["points"]}
