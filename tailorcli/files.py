@@ -108,6 +108,14 @@ def write_text_atomically(path: Path, text: str) -> None:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """``write_text_atomically`` for a file that the user asked for. Raises OutputError."""
+    try:
+        write_text_atomically(path, text)
+    except OSError as error:
+        raise as_output_error(path, error) from error
+
+
 def as_output_error(path: Path, error: OSError) -> OutputError:
     """The user's error for a failed write."""
     if error.errno in _NO_MORE_FILES:

@@ -43,7 +43,7 @@ from tailorcli.evaluation.metrics import (
 )
 from tailorcli.evaluation.subjects import Subject, open_subject
 from tailorcli.evaluation.tasks import Task, read_tasks
-from tailorcli.files import PathLike, as_output_error, file_digest, read_json, write_text_atomically
+from tailorcli.files import PathLike, as_output_error, file_digest, read_json, write_text
 from tailorcli.guard import OutputLock, entries, protect
 from tailorcli.hub import local_folders
 from tailorcli.options import DistillOptions, EvaluateOptions, PatchMethod, PatchOptions, Solver
@@ -330,7 +330,7 @@ def run_sweep(
         seconds=perf_counter() - started,
     )
     if ranks().first:
-        _write(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
+        write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
     return report
 
 
@@ -389,14 +389,6 @@ def _prepare(folder: Path) -> Path:
     except OSError as error:
         raise as_output_error(folder, error) from error
     return folder
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a small file, whole or not at all. Raises OutputError."""
-    try:
-        write_text_atomically(file, text)
-    except OSError as error:
-        raise as_output_error(file, error) from error
 
 
 def _identity(
@@ -532,7 +524,7 @@ class _Scorer:
             values = {"label": label, "options": options, "seconds": made.seconds, "patch_bytes": made.patch_bytes}
             values["scores"] = {name: _plain(one) for name, one in scores.items()}
             if ranks().first:
-                _write(file, json.dumps(values) + "\n")
+                write_text(file, json.dumps(values) + "\n")
             require_shared(file)
         items = {f"{part}/{n}": len(t.items) for part, ms in self.tasks.items() for n, t in ms[encoded_for].items()}
         return _read_scores(file, items)

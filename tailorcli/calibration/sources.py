@@ -16,7 +16,7 @@ from tailorcli.data.samples import Samples, draw_samples
 from tailorcli.data.told import facts_of, first_sample, in_words
 from tailorcli.device import device_errors
 from tailorcli.errors import OptionsError, note
-from tailorcli.files import PathLike, as_output_error, write_text_atomically
+from tailorcli.files import PathLike, write_text
 from tailorcli.models.config import processor_folder
 from tailorcli.models.loading import empty_on_meta, load_encoder, load_model, most_tokens
 from tailorcli.options import CalibrateOptions
@@ -149,7 +149,4 @@ def require_writing(source: Source, device: torch.device) -> None:
 
 def write_jsonl(records: list[dict[str, Any]], file: Path) -> None:
     """A JSON object a line, whole or not at all. Raises OutputError."""
-    try:
-        write_text_atomically(file, "".join(json.dumps(record) + "\n" for record in records))
-    except OSError as error:
-        raise as_output_error(file, error) from error
+    write_text(file, "".join(json.dumps(record) + "\n" for record in records))

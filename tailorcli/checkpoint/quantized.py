@@ -60,6 +60,8 @@ class DequantizedCheckpoint(Checkpoint):
             if name not in dropped
         }
         super().__init__(stored.path, tensors, stored.shards)
+        of_caches = {name for name in tensors if _CACHE_SCALE.search(name)}
+        self._scales = frozenset((_of_scales(stored, scales) | of_caches) & tensors.keys())
 
     @property
     def output_tensors(self) -> dict[str, TensorInfo]:
@@ -69,8 +71,7 @@ class DequantizedCheckpoint(Checkpoint):
     @property
     def scales(self) -> frozenset[str]:
         """Names of the listed tensors that are scales: no weights, and never to be patched."""
-        of_caches = {name for name in self.stored.tensors if _CACHE_SCALE.search(name)}
-        return frozenset((_of_scales(self.stored, self.scale_of) | of_caches) & self.tensors.keys())
+        return self._scales
 
     def read_cost(self, name: str) -> int:
         """Bytes that ``read`` takes from the disk: of a quantised weight those of its codes and scales."""

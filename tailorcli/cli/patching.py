@@ -463,7 +463,7 @@ def patch(
             report = patch_checkpoint(base, tuned, output, stats, options, retain=retain, **where, **shown)
     if not launched().first:
         return
-    if stats is not None and retain is None and options.needs_hessians and options.method == "tailor":
+    if stats is not None and retain is None and options.fits_statistics:
         what = "without --retain a patch follows TUNED in what it forgot, too"
         say(f"note: {what}: tailorcli calibrate {base} --synthetic -o BASE_STATS, and --retain BASE_STATS", err=True)
     write_page_of(output or patch_file, html)

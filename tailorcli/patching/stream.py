@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.grown import GrownCheckpoint, grow_vocabulary, numel_of_base
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.errors import OptionsError, note
-from tailorcli.files import PathLike, digest_beside, digest_of, file_digest
+from tailorcli.files import PathLike, digest_beside, digest_of
 from tailorcli.guard import path_text
 from tailorcli.hub import hub_facts, local_folders
 from tailorcli.models.config import differing_fields, moved_tokens, read_config, vocabulary_of
@@ -303,12 +304,12 @@ def _note_config(base: Checkpoint, tuned: Checkpoint) -> None:
 def _note_tokens(base: Path, tuned: Path) -> None:
     """Note where a token has another id in tuned's tokenizer."""
     files = [folder / "tokenizer.json" for folder in (base, tuned)]
-    if base == tuned or not all(file.is_file() for file in files) or len({*map(file_digest, files)}) == 1:
+    if base == tuned or not all(file.is_file() for file in files) or filecmp.cmp(files[0], files[1], shallow=False):
         return
     first, second = map(vocabulary_of, (base, tuned))
     if first is not None and second is not None and (moved := moved_tokens(first, second)):
         what = "so that rows of their tables stand for different tokens, which a patch mixes"
-        note(f"{moved:,} tokens have other ids in tuned's tokenizer than in base's, {what}")
+        note(f"{tuned}: {moved:,} tokens have other ids in tuned's tokenizer than in base's, {what}")
 
 
 def _open_stats(path: PathLike | None, stack: ExitStack) -> Stats | None:

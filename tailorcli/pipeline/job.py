@@ -43,8 +43,11 @@ from tailorcli.patching.aim import (
     search_in_words,
     searched,
 )
+from tailorcli.patching.aim import SUFFIX as TARGET_SUFFIX
+from tailorcli.patching.checked import SUFFIX as CHECK_SUFFIX
 from tailorcli.patching.checked import check_room
 from tailorcli.patching.distilled import SAMPLED, distill_checkpoint, settings_of, with_training
+from tailorcli.patching.distilled import SUFFIX as DISTILL_SUFFIX
 from tailorcli.patching.measuring import NEW as NEW_DATA
 from tailorcli.patching.measuring import RETAINED as RETAINED_DATA
 from tailorcli.patching.onepass import patch_in_one_pass, why_not_in_one_pass
@@ -66,7 +69,7 @@ if TYPE_CHECKING:
     import torch
 
 SUFFIX = ".work"  # of the folder beside the output
-_WORKS = (SUFFIX, ".distill", ".target", ".check")  # of all that lie there for a while
+_WORKS = (SUFFIX, TARGET_SUFFIX, CHECK_SUFFIX, DISTILL_SUFFIX)  # of all that lie there for a while
 
 
 def tailor(
