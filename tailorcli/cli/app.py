@@ -1,4 +1,4 @@
-"""The program: its commands in the order of the work, and what they all do about errors, paths and Ctrl-C."""
+"""The program: its commands in the order of the work, and what they all do about errors, paths, Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tailorcli._version import __version__
 from tailorcli.cli import ranked
 from tailorcli.cli.arguments import flag
 from tailorcli.cli.output import say, say_error
+from tailorcli.cli.signals import exit_code, unwind_on_sigterm
 from tailorcli.cli.verbosity import is_verbose
 from tailorcli.errors import TailorError
 from tailorcli.terminal import guard_streams
@@ -51,9 +52,9 @@ def friendly(command: Callable[..., Any], divided: bool = False) -> Callable[...
                     say(line, err=True)
             say_error(error.message, error.hint)
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as ended:
             say(_interrupted(command, given), err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(exit_code(ended)) from None
 
     return wrapped
 
@@ -71,7 +72,7 @@ def _expanded(value: Any) -> Any:
 
 
 def _interrupted(command: Callable[..., Any], given: dict[str, Any]) -> str:
-    """What Ctrl-C left behind, and what goes on from there."""
+    """What Ctrl-C or SIGTERM left behind, and what goes on from there."""
     if "resume" in given and not given.get("dry_run"):
         return "interrupted; if it had begun to write, the same command with --resume goes on from there"
     if command.__name__ == "sweep":
@@ -196,10 +197,11 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     guard_streams()
     ranked.prepare()
+    unwind_on_sigterm()
     try:
         app()
-    except KeyboardInterrupt:  # before a command has begun: there is nothing to tell
-        sys.exit(130)
+    except KeyboardInterrupt as ended:  # before a command has begun: there is nothing to tell
+        sys.exit(exit_code(ended))
     except SystemExit as ended:
         ranked.leave(ended.code)
         raise

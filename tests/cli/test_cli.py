@@ -1,8 +1,11 @@
 """The command line as a user meets it."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import typer
@@ -116,3 +119,26 @@ sys.meta_path.insert(0, Interrupts())
     code = hook + (as_module if start.startswith("-m") else start)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(llama_pair, tmp_path):
+    """Its temporary folder goes with it; the shell sees that it was terminated."""
+    base, patch, scratch = llama_pair / "base", tmp_path / "law.safetensors", tmp_path / "scratch"
+    arguments = (base, llama_pair / "tuned", "--stats", llama_pair / "stats")
+    run("patch", *arguments, "--patch-file", patch)
+    scratch.mkdir()
+    command = ["evaluate", patch, "--base", base, "--task", f"t={llama_pair / 'data.jsonl'}:text"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tailorcli", *map(str, command)],
+        env=os.environ | {"TMPDIR": str(scratch)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not list(scratch.glob("tailorcli-*")):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[1]
+    assert process.returncode == 143, said
+    assert said.strip().endswith("interrupted")
+    assert "Traceback" not in said
+    assert not list(scratch.glob("tailorcli-*"))
