@@ -11,8 +11,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import product
@@ -47,8 +47,8 @@ from tailorcli.files import PathLike, as_output_error, file_digest, read_json, w
 from tailorcli.guard import OutputLock, entries, protect
 from tailorcli.hub import local_folders
 from tailorcli.options import DistillOptions, EvaluateOptions, PatchMethod, PatchOptions, Solver
-from tailorcli.patching.distilled import distill_checkpoint
-from tailorcli.patching.patch import patch_checkpoint
+from tailorcli.patching.distilled import distill_checkpoint, plan_distilled
+from tailorcli.patching.patch import patch_checkpoint, plan_patch
 from tailorcli.runs.again import number_of, patch_command, shell_text
 from tailorcli.typed import field_of, list_of, maybe, read_amount, read_count, read_number, read_object
 
@@ -62,6 +62,8 @@ WEIGHTS = (0.3, 0.5, 0.7)  # of an interpolation, unless others are asked for
 SCALES = (0.5, 1.0, 2.0)  # of dg-hard's threshold
 _POINTS, _WORK, _MERGED = "settings", "work", "merged"
 _RESULT = re.compile(r"[0-9a-f]{24}\.json(\.part)?")
+
+_Inputs = dict[str, PathLike | None]  # of a setting: stats, retain and graft_data, None where it has no use for one
 
 
 @dataclass(frozen=True)
@@ -308,16 +310,12 @@ def run_sweep(
         with open_checkpoint(base) as opened:
             quantised = opened.dequantized
         scorer = _Scorer(folder, encoded, options, known, quantised)
+        inputs = [_inputs_of(setting, stats, retain, graft_data) for setting in settings]
+        _require_makeable(settings, base, tuned, inputs)
         results = [scorer.end(name, end.path, base) for name, end in ends.items()]
-        for number, setting in enumerate(settings, 1):
+        for number, (setting, given) in enumerate(zip(settings, inputs, strict=True), 1):
             say(f"{number} of {len(settings)}: {setting.label}")
-            distilled = setting.distill is not None
-            inputs = {
-                "stats": stats if setting.options.needs_hessians or distilled else None,
-                "retain": retain if setting.retained or distilled else None,
-                "graft_data": graft_data if setting.options.method == "graft" else None,
-            }
-            results.append(scorer.patched(setting, base, tuned, inputs))
+            results.append(scorer.patched(setting, base, tuned, given))
     points = _with_figures(results, roles, options)
     parts = tuple(read)
     report = SweepReport(
@@ -342,6 +340,42 @@ def _require_inputs(settings: Sequence[Setting], stats: PathLike | None, graft_d
             raise OptionsError(what, "pass --stats STATS, or other methods alone: --method interpolate")
         if setting.options.method == "graft" and graft_data is None:
             raise OptionsError("method graft trains on the fine-tuning data", "pass --graft-data FILE")
+
+
+def _inputs_of(
+    setting: Setting, stats: PathLike | None, retain: PathLike | None, graft_data: PathLike | None
+) -> _Inputs:
+    """What a setting is made of, besides base and tuned."""
+    distilled = setting.distill is not None
+    return {
+        "stats": stats if setting.options.needs_hessians or distilled else None,
+        "retain": retain if setting.retained or distilled else None,
+        "graft_data": graft_data if setting.options.method == "graft" else None,
+    }
+
+
+def _require_makeable(settings: Sequence[Setting], base: PathLike, tuned: PathLike, inputs: Sequence[_Inputs]) -> None:
+    """Each kind of setting can be made of its inputs: one plan of each, before any model runs. Raises TailorError."""
+    seen = set()
+    for setting, given in zip(settings, inputs, strict=True):
+        options = setting.resolved
+        kind = (options.method, options.solver, options.propagate, setting.retained, setting.distill is not None)
+        if kind not in seen:
+            seen.add(kind)
+            with _named(setting):
+                if setting.distill is None:
+                    plan_patch(base, tuned, options=options, **given)
+                else:
+                    plan_distilled(base, tuned, None, **_both(given), options=options, distill=setting.distill)
+
+
+@contextmanager
+def _named(setting: Setting) -> Iterator[None]:
+    """An error says which setting it is of."""
+    try:
+        yield
+    except TailorError as error:
+        raise type(error)(f"{setting.label}: {error.message}", error.hint) from error
 
 
 def _read_parts(tasks: Sequence[str], validation: Sequence[str], options: EvaluateOptions) -> dict[str, list[Task]]:
@@ -470,7 +504,7 @@ class _Scorer:
         """Base or tuned."""
         return _Result(name, name, None, *self._scores(name, {}, (), lambda: _Made(path, base), name))
 
-    def patched(self, setting: Setting, base: PathLike, tuned: PathLike, inputs: dict[str, PathLike | None]) -> _Result:
+    def patched(self, setting: Setting, base: PathLike, tuned: PathLike, inputs: _Inputs) -> _Result:
         """A setting's model, which is written, evaluated and removed. Raises TailorError, which names the setting."""
         work = self.folder / _WORK
         model, file = work / "model", work / "patch.safetensors"
@@ -496,9 +530,8 @@ class _Scorer:
             if setting.distill is not None:
                 chosen["distill"] = asdict(setting.distill)
             used = [name for name, path in inputs.items() if path is not None]
-            found = self._scores(setting.label, chosen, used, make)
-        except TailorError as error:
-            raise type(error)(f"{setting.label}: {error.message}", error.hint) from error
+            with _named(setting):
+                found = self._scores(setting.label, chosen, used, make)
         finally:
             if ranks().first:
                 shutil.rmtree(work, ignore_errors=True)
@@ -537,15 +570,19 @@ def _distilled(
     tuned: PathLike,
     output: Path,
     file: Path | None,
-    inputs: dict[str, PathLike | None],
+    inputs: _Inputs,
 ) -> PatchReport:
     """Patch and distil. Raises OptionsError without both statistics."""
-    stats, retain = inputs["stats"], inputs["retain"]
-    if stats is None or retain is None:
-        raise OptionsError("distillation needs the samples of both statistics", "pass --stats and --retain")
     assert setting.distill is not None
-    how = {"patch_file": file, "graft_data": inputs["graft_data"]}
-    return distill_checkpoint(base, tuned, output, stats, retain, options, setting.distill, **how)  # type: ignore[arg-type]
+    given = _both(inputs)
+    return distill_checkpoint(base, tuned, output, **given, options=options, distill=setting.distill, patch_file=file)
+
+
+def _both(inputs: _Inputs) -> dict[str, Any]:
+    """The inputs of a distilled setting. Raises OptionsError without both statistics."""
+    if inputs["stats"] is None or inputs["retain"] is None:
+        raise OptionsError("distillation needs the samples of both statistics", "pass --stats and --retain")
+    return inputs
 
 
 def _read_scores(file: Path, items: Mapping[str, int]) -> tuple[dict[str, dict[str, TaskScores]], float, int | None]:

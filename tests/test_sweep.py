@@ -313,6 +313,24 @@ def test_errors(pair, tmp_path, change, words):
         run_sweep(pair / "base", pair / "tuned", SETTINGS[:1], tasks(pair), tmp_path, **inputs)
 
 
+def test_statistics_that_do_not_fit_are_refused_before_any_model_runs(pair, tmp_path, monkeypatch):
+    """Also those that only a later setting has use for."""
+
+    def no_model(*_):
+        raise AssertionError("a model was run")
+
+    monkeypatch.setattr(sweep_module, "score_model", no_model)
+    other = make_pair(tmp_path / "other", layers=3)
+    calibrate_model(other / "base", other / "data.jsonl", other / "stats", CalibrateOptions(num_samples=4))
+    settings = [*settings_of(PatchOptions(), methods=["interpolate"], weights=[0.5]), *SETTINGS]
+    with pytest.raises(TailorError, match=r"^joint.*propagated.*statistics"):
+        run(pair, tmp_path / "out", settings, retain=other / "stats")
+    distilled = [Setting(PatchOptions(), retained=True, distill=DistillOptions(steps=1))]
+    with pytest.raises(TailorError, match="distilled.*both statistics"):
+        run(pair, tmp_path / "out", distilled, retain=None)
+    assert not list((tmp_path / "out" / "settings").iterdir())
+
+
 def test_a_foreign_folder_is_refused(pair, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(TailorError, match="other files"):

@@ -18,6 +18,7 @@ from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import IO, Any
 
+from tailorcli.data.forms import TURNS
 from tailorcli.errors import DataError, first_line
 from tailorcli.files import open_regular, parse_json
 
@@ -321,7 +322,7 @@ def _seekable(file: DataFile) -> Iterator[IO[bytes]]:
             yield kept
 
 
-_OPTIONAL = {"text", "messages", "images", "image", "audio", "tools"}  # one form of record or another goes without
+_OPTIONAL = {"text", "messages", *TURNS, "images", "image", "audio", "tools"}  # one form of record or another goes without
 
 
 def _with_fields(value: Any) -> Any:

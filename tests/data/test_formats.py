@@ -140,6 +140,13 @@ def test_a_table_of_turns_images_and_tools_loses_its_nulls(tmp_path):
     assert second.fields["tools"] == [tool]
 
 
+def test_json_lines_of_a_table_lose_the_nulls_of_other_forms(tmp_path):
+    path = tmp_path / "d.jsonl"
+    others = {"text": None, "messages": None, "conversations": None, "conversation": None}
+    path.write_bytes(as_jsonl([others | {"prompt": "Q", "response": "A"}]))
+    assert fields_of(read_records(path)) == [{"prompt": "Q", "response": "A"}]
+
+
 # --- forms ----------------------------------------------------------------------------------------------------
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
