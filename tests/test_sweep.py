@@ -326,7 +326,7 @@ def test_statistics_that_do_not_fit_are_refused_before_any_model_runs(pair, tmp_
     with pytest.raises(TailorError, match=r"^joint.*propagated.*statistics"):
         run(pair, tmp_path / "out", settings, retain=other / "stats")
     distilled = [Setting(PatchOptions(), retained=True, distill=DistillOptions(steps=1))]
-    with pytest.raises(TailorError, match="distilled.*both statistics"):
+    with pytest.raises(TailorError, match=r"distilled.*both statistics"):
         run(pair, tmp_path / "out", distilled, retain=None)
     assert not list((tmp_path / "out" / "settings").iterdir())
 

@@ -322,7 +322,8 @@ def _seekable(file: DataFile) -> Iterator[IO[bytes]]:
             yield kept
 
 
-_OPTIONAL = {"text", "messages", *TURNS, "images", "image", "audio", "tools"}  # one form of record or another goes without
+# One form of record or another goes without.
+_OPTIONAL = {"text", "messages", *TURNS, "images", "image", "audio", "tools"}
 
 
 def _with_fields(value: Any) -> Any:
