@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tailorcli.adapters.interpolated import InterpolatedCheckpoint
 from tailorcli.calibration.stats import BIAS_HESSIAN, HessianInfo, Stats, TensorStats, expert_name
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
+from tailorcli.errors import OptionsError
 from tailorcli.models.config import read_config
 from tailorcli.models.loading import empty_on_meta, expected_names
 from tailorcli.options import CalibrateOptions, matches
@@ -17,6 +19,8 @@ from tailorcli.options import CalibrateOptions, matches
 if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
     from tailorcli.models.layers import Layer
+
+Item = TypeVar("Item")
 
 
 class ExpectedStats(Stats):
@@ -57,6 +61,13 @@ class ExpectedStats(Stats):
     def samples(self) -> list[Inputs]:
         """None yet; a plan only asks whether there will be any."""
         return []
+
+
+def require_any(found: Sequence[Item]) -> Sequence[Item]:
+    """The layers of a model that can be calibrated, or their names. Raises OptionsError where there are none."""
+    if not found:
+        raise OptionsError("no tensor of this model can be calibrated", "check --include and --exclude")
+    return found
 
 
 def expected_stats(

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint
+from tailorcli.calibration.expected import require_any
 from tailorcli.calibration.stats_writer import StatsWriter
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES
 from tailorcli.data.samples import Samples, batch_places, count_tokens, join
 from tailorcli.device import StageTimer
 from tailorcli.distributed import mine, now_on, ranks
-from tailorcli.errors import CheckpointError, OptionsError
+from tailorcli.errors import CheckpointError
 from tailorcli.models.loading import aliases, expected_names, load_model
 from tailorcli.models.parts import Parts, adapt
 from tailorcli.models.places import Place, map_names
@@ -123,7 +124,7 @@ def collect_whole(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer], s
     run.note_buffers(network, expected)
     layers = find_layers(network)
     collector = Collector(
-        _require_any(run.wanted(layers.values(), run.places)),
+        require_any(run.wanted(layers.values(), run.places)),
         network,
         run.device,
         run.timer,
@@ -145,12 +146,6 @@ def collect_whole(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer], s
             bar.update(count_tokens(batch))
     run.write(collector)
     return layers, str(next(network.parameters()).dtype).removeprefix("torch.")
-
-
-def _require_any(layers: list[Layer]) -> list[Layer]:
-    if not layers:
-        raise OptionsError("no tensor of this model can be calibrated", "check --include and --exclude")
-    return layers
 
 
 def _trial_inputs(samples: list[Inputs]) -> list[Inputs]:
@@ -190,7 +185,7 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
     layers = find_layers(network)
     run.note_buffers(network, parts.expected)
     run.places = places = parts.load("")  # first: it refuses a checkpoint that lacks what its config asks for
-    _require_any(run.wanted(layers.values(), guessed_places(parts.expected)))
+    require_any(run.wanted(layers.values(), guessed_places(parts.expected)))
     check_ids(run.samples.inputs, network)
     held: dict[str, list[Layer]] = {part: [] for part in ("", *blocks)}
     for layer in layers.values():

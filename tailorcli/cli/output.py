@@ -297,20 +297,21 @@ def show_stages(stages: dict[str, float]) -> None:
 
 def show_summary(report: PatchReport) -> None:
     """The totals of a patch in a few lines."""
+    from tailorcli.patchfile.report import target_in_words
     from tailorcli.units import format_share
 
-    totals = report.totals
+    totals, towards = report.totals, target_in_words(report.options)
     show_kept(totals)
     own = "on the patched model's inputs, " if "error_after_unpatched_inputs" in totals else ""
     if totals["error_before"] is not None:
         how = report.options["solver"] if report.options["method"] == "tailor" else report.options["method"]
         say(
-            f"mean layer error against the tuned model: {format_share(totals['error_before'])} before compensation, "
+            f"mean layer error against {towards}: {format_share(totals['error_before'])} before compensation, "
             f"{format_share(totals['error_after'])} after (100% is the base; {own}{how})"
         )
     if "drift" in totals:
         say(
-            f"mean drift on the retained data: {format_share(totals['drift'])} of the tuned model's (0% is the base; "
+            f"mean drift on the retained data: {format_share(totals['drift'])} of {towards}'s (0% is the base; "
             f"{own}retain weight {report.options['retain_weight']:g})"
         )
     if "propagated" in totals:
@@ -325,20 +326,20 @@ def show_summary(report: PatchReport) -> None:
         kept = "kept" if report.propagation["kept"] else "given up: each layer keeps its plain patch"
         say(f"propagation checked on the samples held out, and {kept} ({in_words(report.propagation['held_out'])})")
     if report.distillation is not None:
-        show_distillation(report.distillation)
+        show_distillation(report.distillation, towards)
     if totals["damped_further"]:
         say(f"damped further than asked: {', '.join(totals['damped_further'])}", err=True)
     show_reasons(reasons(report.tensors), "left at base")
 
 
-def show_distillation(found: dict[str, Any]) -> None:
-    """What training the kept entries did to both held-out divergences."""
+def show_distillation(found: dict[str, Any], towards: str = "the tuned model") -> None:
+    """What training the kept entries ``towards`` a model did to both held-out divergences."""
     from tailorcli.units import counted
 
     before, after = (found["steps"].index(step) for step in (0, found["best"]))
     new, retained = (f"{found[kind][before]:.4f} to {found[kind][after]:.4f}" for kind in ("new", "retained"))
     tasks = len(found["by_task"][0]) if found.get("by_task") else 1
-    teacher, least = "the tuned model", "of the new task's teacher's"
+    teacher, least = towards, "of the new task's teacher's"
     if tasks > 1:
         teacher, least = "the tuned models", f"(the least of {tasks} tasks) of a new task's teacher's"
         new += f" (the mean of {tasks} tasks)"

@@ -141,7 +141,10 @@ def patch(
     teacher_data: TeacherData = None,
     preset: Annotated[
         Preset | None,
-        typer.Option(metavar="NAME", help="paper: the paper's density, omega, solver, damping and block size."),
+        typer.Option(
+            metavar="NAME",
+            help="paper: density, omega, solver, damping and block size of the paper, and no retain term.",
+        ),
     ] = None,
     text_column: TextColumn = None,
     prompt_column: PromptColumn = None,

@@ -138,7 +138,7 @@ def finetune(
         list[str] | None,
         typer.Option(
             metavar="GLOB",
-            help="Train what matches; repeatable. Else all but embeddings and towers.",
+            help="Train what matches; repeatable. Else all but embeddings, output layer and towers.",
             rich_help_panel=METHOD,
         ),
     ] = None,

@@ -351,7 +351,7 @@ def plot_frontiers(report: dict[str, Any], file: Path) -> None:
         color = style["color"]
         own = [(point, old, new) for point, old, new in points if point["family"] == family]
         kept = [(old, new) for point, old, new in own if point["on_frontier"]["test"]]
-        line = sorted({*kept, *(end for end in ends if not _is_beaten(end, kept))})
+        line = sorted({*kept, *(end for end in ends if not _is_beaten(end, [*kept, *ends]))})
         area = report["areas"]["test"][family]["value"]
         label = family + (f", area {area:.2f}" if area is not None else "")
         axes.plot(*zip(*line, strict=True), lw=1.4, alpha=0.8, **style)

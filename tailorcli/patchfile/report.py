@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,6 +219,9 @@ def _read_distillation(found: Any) -> dict[str, Any] | None:
     numbers = [value for curve in curves for value in curve or ()]
     if not all(type(value) in (int, float) for value in numbers) or found.get("best") not in steps:
         raise ValueError("its distillation has a figure of the wrong type")
+    by_task = found.get("by_task", [[]] * len(steps))
+    if not isinstance(by_task, list) or len(by_task) != len(steps) or not all(isinstance(c, list) for c in by_task):
+        raise ValueError("its distillation has no figures of each task at every step")
     return dict(found)
 
 
@@ -302,8 +305,17 @@ def options_shown(report: PatchReport) -> dict[str, Any]:
     weight = ("weight",) if options.get("weight", 1.0) != 1.0 else ()
     retained = ("retain_weight",) if is_retained(report.inputs) else ()
     propagated = ("propagate",) if options.get("propagate") else ()
+    teacher = ("teacher_weight",) if options.get("teacher_weight") not in (None, 1.0) else ()
     dense = {"density": density_of(options)} if method in DENSE and method != "changed" else {}
-    return {key: options[key] for key in (*shown, *retained, *propagated, *weight)} | dense
+    return {key: options[key] for key in (*shown, *retained, *propagated, *teacher, *weight)} | dense
+
+
+def target_in_words(options: Mapping[str, Any], tuned: str = "the tuned model") -> str:
+    """What a patch with these options goes towards, and its figures are measured against: ``tuned``, or its teacher."""
+    weight = options.get("teacher_weight")
+    if not isinstance(weight, (int, float)) or weight == 1:
+        return tuned
+    return f"the model {weight:g} of the way from the base to {tuned}"
 
 
 def is_retained(inputs: Iterable[str]) -> bool:

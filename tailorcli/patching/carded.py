@@ -133,16 +133,18 @@ _SHOWN = (
 )
 
 
-def _settings(options: PatchOptions, retained: bool, distill: DistillOptions | None) -> dict[str, str]:
+def _settings(
+    options: PatchOptions, retained: bool, distill: DistillOptions | None
+) -> dict[str, str | tuple[str, ...]]:
     """The options that a reader asks for, of those that decide what is written; the report has them all."""
     values = options.identity(retained)
-    shown = {}
+    shown: dict[str, str | tuple[str, ...]] = {}
     for name in _SHOWN:
         value = values.get(name)
         if value is None or value is False or value == () or (name, value) in (("method", "tailor"), ("weight", 1.0)):
             continue
-        text = f"{value:g}" if isinstance(value, float) else ", ".join(value) if isinstance(value, tuple) else value
-        shown[name.replace("_", " ")] = "yes" if value is True else str(text)
+        text = f"{value:g}" if isinstance(value, float) else "yes" if value is True else str(value)
+        shown[name.replace("_", " ")] = tuple(value) if isinstance(value, (list, tuple)) else text
     if distill is not None:
         shown["distillation"] = trained_in_words(distill)
     return shown

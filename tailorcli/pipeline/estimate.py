@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint, is_adapter, named_base
 from tailorcli.adapters.interpolated import original
-from tailorcli.calibration.expected import ExpectedStats, expected_stats
+from tailorcli.calibration.expected import ExpectedStats, expected_stats, require_any
 from tailorcli.calibration.sources import check_source
-from tailorcli.calibration.stats import Stats
+from tailorcli.calibration.stats import BIAS_HESSIAN, Stats
 from tailorcli.calibration.stats_writer import check_folder
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
@@ -109,6 +109,7 @@ def plan_calibration(
             side = Side.of(TUNED, tuned, stored, None if data is None else Path(data), options, folder)
             samples, tokens = side.samples, side.tokens
         stats = expected_stats(path, stored, tuned, options, samples, tokens)
+        require_any([name for name in stats.hessians if name != BIAS_HESSIAN])
         estimate = Estimate.of(stored, tuned, options, device, fleet or Fleet())
         ranks = None
         if estimate is not None:

@@ -29,6 +29,8 @@ _VALUES = (
     *("teacher_weight", "max_shard_size", "fp8_output", "task", "license"),
 )
 _FLAGS = ("check_propagation", "allow_dtype_mismatch", "resized_vocab", "trust_remote_code")
+_SCORED = ("density", "omega", "score", "retain_weight", "damping", "include", "exclude")  # what ``score`` takes
+_SCORED_FLAGS = ("allow_dtype_mismatch", "resized_vocab")
 _DATA = "--graft-data"
 # How the data of a whole job were drawn and run, as its report says it of them.
 _DRAWN = ("num_samples", "seq_len", "seed", "dtype", "text_column", "prompt_column", "response_column")
@@ -62,6 +64,10 @@ def patch_command(
     for role, flag in (("stats", "--stats"), ("retain", "--retain"), ("data", _DATA)):
         if role in inputs and not (NEW in inputs and role != "data"):
             words += [flag, inputs[role]]
+    if command == "score":
+        usual_score = PatchOptions().resolved(is_retained(inputs)).to_dict()
+        words += [*_given(options, usual_score, _SCORED), *(_flag(name) for name in _SCORED_FLAGS if options.get(name))]
+        return [*words, "-o", "REPORT.json"]
     method = options.get("method", "tailor")
     known = {"method": method} if method in list(PatchMethod) else {}
     retained = is_retained(inputs)

@@ -25,6 +25,7 @@ BEGIN, END = "<!-- tailorcli: evaluation -->", "<!-- tailorcli: end of evaluatio
 _MARK = "<!-- tailorcli: this card was written by tailorcli -->"
 _MOST = 1 << 20  # bytes of a card that is read
 _FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
+_MARKS = re.compile(r"[\\`*\[\]|]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")  # an underscore in a word is none of Markdown's
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
 
@@ -109,7 +110,7 @@ class CardText:
 
     title: str
     said: str
-    settings: Mapping[str, str]
+    settings: Mapping[str, str | tuple[str, ...]]  # several patterns of names as a tuple
     command: Sequence[str]
     base: Source
     tuned: tuple[Source, ...]
@@ -148,7 +149,7 @@ class CardText:
         from huggingface_hub import ModelCardData
 
         front = ModelCardData(**{name: value for name, value in self.front().items() if value is not None})
-        settings = [f"| {name} | {_cell(value)} |" for name, value in self.settings.items()]
+        settings = [f"| {name} | {_value(value)} |" for name, value in self.settings.items()]
         cards = {TUNED_CARD: "the fine-tuned model's own card", BASE_CARD: "the base's own card"}
         links = [f"- [{cards[name]}]({name})" for name in cards if name in kept]
         differing = self._licences()
@@ -189,8 +190,14 @@ def code(text: str) -> str:
     return f"`{printable(text).replace('`', chr(39))}`"
 
 
+def _value(value: str | tuple[str, ...]) -> str:
+    return _cell(value) if isinstance(value, str) else ", ".join(code(each).replace("|", "\\|") for each in value)
+
+
 def _cell(text: str) -> str:
-    return printable(text).replace("|", "\\|").replace("<", "&lt;")
+    """A text as Markdown shows it letter for letter in a table or a title."""
+    plain = printable(text).replace("&", "&amp;").replace("<", "&lt;")
+    return _MARKS.sub(r"\\\g<0>", plain)
 
 
 def patch_text(options: Mapping[str, Any], base: str, tuned: str, *, retained: bool, distilled: bool) -> str:
@@ -208,7 +215,8 @@ def patch_text(options: Mapping[str, Any], base: str, tuned: str, *, retained: b
         how = f"the changes of all weights were scaled or cut ({method})"
         return f"{first} This model lies between the two: {how}.{trained}"
     if method != "tailor":
-        return f"{first} This model keeps {kept} of its changes ({method}); every other weight is the base's.{trained}"
+        changes = f"its changes to {kept} of the weights ({method})"
+        return f"{first} This model keeps {changes}; every other weight is the base's.{trained}"
     aims = [] if options["solver"] == "none" or options["density"] == 1 else ["make up for the rest"]
     aims += ["leave alone what the base did"] if retained and options["solver"] != "none" else []
     how = f", adjusted to {' and to '.join(aims)}" if aims else ""

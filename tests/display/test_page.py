@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -111,7 +112,7 @@ def test_every_figure_of_the_report_is_in_the_table(made, name, page):
         if tensor["status"] == "base":
             assert row["note"] == tensor["reason"]
             continue
-        assert row["changed"] == tensor["kept"]
+        assert row["kept"] == tensor["kept"]
         assert row["|ΔW|² kept"] == tensor["delta_sq_kept"] / tensor["delta_sq"]
         assert [row.get("error before"), row.get("after"), row.get("drift")] == [
             tensor[key] for key in ("error_before", "error_after", "drift")
@@ -167,6 +168,78 @@ def test_what_strangers_wrote_is_text(made, tmp_path):
     assert page.fetches == []
     assert any(HOSTILE in cell for row in data_in(text)["tables"][0]["rows"] for cell in row if isinstance(cell, str))
     assert HOSTILE in page.texts["dt"]
+
+
+def changed(made, tmp_path, path, change):
+    """The page of a report that ``change`` has altered."""
+    report = json.loads((made / path).read_text())
+    change(report)
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    return page_of(inspect_path(tmp_path / "report.json"))
+
+
+def test_figures_towards_a_teacher_say_so(made, tmp_path):
+    folder = ("closed/tailor_report.json", lambda report: report["options"].update(teacher_weight=0.5))
+    page = changed(made, tmp_path, *folder)
+    assert "are off those of the model 0.5 of the way from the base to the fine-tuned model by" in page.said[1]
+    assert {"layer error to its teacher", "drift on what to keep"} <= {tile.label for tile in page.tiles}
+    assert "teacher weight 0.5" in run("inspect", tmp_path / "report.json").stdout
+
+
+@pytest.mark.parametrize(
+    ("best", "new", "said"),
+    [
+        (4, [0.3, 0.2], "nearer to the fine-tuned model (0.3 to 0.2) and nearer to the base (0.5 to 0.4)"),
+        (4, [0.3, 0.31], "further from the fine-tuned model (0.3 to 0.31) and nearer to the base"),
+        (0, [0.3, 0.2], "Training gained nothing"),
+    ],
+)
+def test_what_training_did_is_said_as_it_was(made, tmp_path, best, new, said):
+    curves = {"steps": [0, 4], "new": new, "retained": [0.5, 0.4], "best": best}
+    folder = ("out/tailor_report.json", lambda report: report.update(distillation=report["distillation"] | curves))
+    assert said in changed(made, tmp_path, *folder).said[2]
+
+
+def test_depth_is_the_layers_own_number_and_each_stack_has_its_own_picture(made, tmp_path):
+    def only_later(report):
+        for tensor in report["tensors"]:
+            tensor["name"] = tensor["name"].replace("layers.0", "layers.7")
+
+    def two_stacks(report):
+        for tensor in report["tensors"]:
+            if "k_proj" in tensor["name"]:
+                tensor["name"] = f"vision.{tensor['name']}"
+
+    page = changed(made, tmp_path, "closed/tailor_report.json", only_later)
+    [chart] = [section.chart for section in page.sections if section.title.startswith("Error by depth")]
+    assert {row["layer"] for row in chart["layer"][0]["data"]["values"]} == {1, 2, 7}
+    page = changed(made, tmp_path, "closed/tailor_report.json", two_stacks)
+    assert {"Error by depth, model", "Error by depth, vision"} <= set(titles_of(page))
+
+
+def test_the_command_of_a_score_runs(made, tmp_path):
+    for number, given in enumerate(((), ("--retain", made / "base-stats"), ("--omega", 1, "--exclude", "*norm*"))):
+        first, again = tmp_path / f"{number}.json", tmp_path / f"{number}-again.json"
+        run("score", made / "base", made / "tuned", "--stats", made / "stats", *given, "-o", first)
+        command = page_of(inspect_path(first)).sections[-1].command.replace("\\\n", "")
+        _, *words = (again if word == "REPORT.json" else word for word in shlex.split(command))
+        run(*words)
+        one, two = (json.loads(file.read_text()) for file in (first, again))
+        assert (one["tensors"], one["options"]) == (two["tensors"], two["options"])
+
+
+def test_a_dense_method_claims_no_mask(made, tmp_path):
+    run("patch", made / "base", made / "tuned", "-o", tmp_path / "out", "--method", "interpolate", "--weight", 0.5)
+    page = page_of(inspect_path(tmp_path / "out"))
+    assert page.said[1].startswith("Any of the")
+    assert [tile.label for tile in page.tiles] == ["of the weights may differ"]
+
+
+def test_a_measurement_without_roles_is_no_lack_of_one(made, tmp_path):
+    shutil.copytree(made / "out", tmp_path / "out")
+    run("evaluate", tmp_path / "out", "--task", f"t={made / 'data.jsonl'}:text", "--limit", 3, "--write-card")
+    page = page_of(inspect_path(tmp_path / "out"))
+    assert page.said[2].startswith("It was measured")
 
 
 def test_where_a_page_may_be_written(made, tmp_path):
@@ -235,6 +308,22 @@ def test_a_sweep_has_every_setting_with_its_command(made, swept, tmp_path):
     run("verify", tmp_path / "made", "--base", made / "base")
 
 
+def test_a_name_of_a_column_is_text_in_a_browser(made, tmp_path, browser):
+    def renamed(report):
+        report["options"]["tasks"][0] = "<img src=x onerror='document.title = 1'>"
+        for tensor in report["tensors"]:
+            if tensor["status"] == "patched":
+                tensor |= {"kind": "full", "errors": [0.5, 0.5]}
+
+    page = changed(made, tmp_path, "merged/tailor_report.json", renamed)
+    file = tmp_path / "page.html"
+    file.write_text(render(page))
+    drawn = opened(browser, file)
+    assert drawn.locator("img").count() == 0
+    assert "error to <img" in " ".join(drawn.locator("thead th").all_inner_texts())
+    assert drawn.title() != "1"
+
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -282,11 +371,11 @@ def test_a_browser_draws_sorts_and_filters_and_fetches_nothing(made, swept, brow
     page.locator("select").first.select_option("q_proj")
     assert [name.rpartition(".")[2] for name in names_in(page)] == ["q_proj"] * 3
     page.locator("select").first.select_option("")
-    heading = page.locator("thead th", has_text="changed")
-    column = page.locator("thead th").all_inner_texts().index("changed") + 1
+    heading = page.locator("thead th", has_text="weights")
+    column = page.locator("thead th").all_inner_texts().index("weights") + 1
     for order in ("ascending", "descending"):
         heading.click()
-        page.locator(f"thead th[aria-sort={order}]", has_text="changed").wait_for()  # it sorts after the click
+        page.locator(f"thead th[aria-sort={order}]", has_text="weights").wait_for()  # it sorts after the click
         texts = page.locator(f"table tbody td:nth-child({column})").all_inner_texts()
         counts = [int(text.replace(",", "")) for text in texts if text]
         assert counts == sorted(counts, reverse=order == "descending")

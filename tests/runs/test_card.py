@@ -173,7 +173,7 @@ def test_names_in_a_card_are_letters_and_no_markup(tmp_path):
     run("patch", folder / "base", strange, "-o", tmp_path / "out", *QUICK)
     text = (tmp_path / "out" / CARD).read_text()
     assert "`a'|<b>\\n` is" in text
-    assert "# a`\\|&lt;b>\\n, patched" in text
+    assert r"# a\`\|&lt;b>\\n, patched" in text
 
 
 def test_evaluate_writes_its_table_into_our_cards_alone(made, tmp_path):

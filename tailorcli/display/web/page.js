@@ -88,7 +88,7 @@ for (const element of document.querySelectorAll("[data-table]")) {
   const table = new DataTable(element, {
     data: rows,
     columns: columns.map(([title, kind]) => ({
-      title,
+      title: text(title), // DataTables takes it for HTML
       type: isText(kind) ? "string" : "num",
       className: isText(kind) ? kind : "dt-right",
       orderable: kind !== "command",

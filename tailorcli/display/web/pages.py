@@ -130,7 +130,7 @@ def _of_checkpoint(inspection: Inspection) -> tuple[list[str], list[Tile], list[
     dtypes = ", ".join(facts["dtypes"])
     said = [
         f"{facts['architecture']}: {facts['parameters']:,} weights in {counted(facts['tensors'], 'tensor')}, {dtypes}.",
-        "tailorcli has not changed it: nothing of a patch is known of it.",
+        "It holds no report of a patch by tailorcli.",
     ]
     tiles = [Tile(f"{facts['tensors']:,}", "tensors"), Tile(format_bytes(facts["bytes"]), dtypes)]
 

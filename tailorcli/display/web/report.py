@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from tailorcli.display.inspection import KINDS, Inspection
-from tailorcli.display.names import by_kind, by_layer, place_of, short_names
+from tailorcli.display.names import by_kind, by_layer, place_of, short_names, stack_titles
 from tailorcli.display.summary import short_count
 from tailorcli.display.web import charts
 from tailorcli.display.web.evaluated import evaluation_section, evaluation_sentence, evaluation_tiles
 from tailorcli.display.web.shell import Page, Section, Table, Tile
+from tailorcli.options import DENSE
 from tailorcli.patchfile.records import TensorRecord
-from tailorcli.patchfile.report import MERGE, PatchReport, is_retained, share
+from tailorcli.patchfile.report import MERGE, PatchReport, is_retained, share, target_in_words
 from tailorcli.runs.again import NEW, merge_command, patch_command, shell_text
 from tailorcli.runs.card import merge_text, patch_text
 from tailorcli.runs.evaluated import with_ends
+from tailorcli.terminal import printable
 from tailorcli.units import counted, format_share
 
 Figure = Callable[[TensorRecord], float | None]
@@ -30,7 +32,9 @@ def report_page(inspection: Inspection, report: PatchReport, evaluation: Mapping
     own = _own_name(inspection, evaluation)
     measured = evaluation_sentence(evaluation, own) if evaluation else None
     said = [_what_was_done(report), _what_came_out(report)]
-    said.append(measured or _next_step(inspection, report))
+    if measured is None and evaluation is not None:
+        measured = "It was measured: H needs to know which tasks are old and new, by --origin and --target."
+    said.append(measured or _next_step(report))
     sections = [
         *([evaluation_section(evaluation, own)] if evaluation else []),
         *_where(report),
@@ -78,35 +82,57 @@ def _what_was_done(report: PatchReport) -> str:
 
 def _what_came_out(report: PatchReport) -> str:
     totals = report.totals
-    changed = f"{totals['kept']:,} of {totals['numel']:,} weights in {counted(totals['tensors_patched'], 'tensor')}"
+    tensors = counted(totals["tensors_patched"], "tensor")
+    weights = f"{totals['kept']:,} of {totals['numel']:,} weights in {tensors}"
     if report.command == MERGE:
         return (
-            f"It changes {changed}; of what any task changes {format_share(totals['jaccard'])} is changed by all, and "
+            f"It changes {weights}; of what any task changes {format_share(totals['jaccard'])} is changed by all, and "
             f"{totals['sign_conflicts']:,} of the shared weights were pulled both ways."
         )
+    if _is_dense(report):
+        return f"Any of the {totals['numel']:,} weights in {tensors} may differ from the base's."
     held = f"{format_share(totals['delta_share_kept'])} of the squared change"
     if totals["error_before"] is None:
-        return f"It {'would keep' if report.command == 'score' else 'keeps'} {changed}, which hold {held}."
+        return f"It {'would keep' if report.command == 'score' else 'keeps'} {weights}, which hold {held}."
     drift = totals.get("drift")
     return (
-        f"It keeps {changed}, which hold {held}: the layers' outputs are off the fine-tuned model's by "
-        f"{format_share(totals['error_after'])} of what fine-tuning changed in them"
+        f"It keeps {weights}, which hold {held}: the layers' outputs are off those of {_towards(report)} by "
+        f"{format_share(totals['error_after'])} of what that changed in them"
         + (f", and what the base must keep moved {format_share(drift)} as far." if drift is not None else ".")
     )
 
 
-def _next_step(inspection: Inspection, report: PatchReport) -> str:
+def _towards(report: PatchReport) -> str:
+    """What the patch goes towards, and its figures are measured against."""
+    return target_in_words(report.options, "the fine-tuned model")
+
+
+def _is_dense(report: PatchReport) -> bool:
+    """Whether no mask says which weights change."""
+    return report.command != MERGE and report.options.get("method") in DENSE
+
+
+def _next_step(report: PatchReport) -> str:
     if report.command == "score":
         return "Nothing was written: this is what a patch would keep."
     if report.distillation is not None:
-        new, old = (_ends(report.distillation, part) for part in ("new", "retained"))
-        return f"Training brought it nearer to both, in nats a token: to the fine-tuned model {new}, to the base {old}."
+        return _trained(report.distillation, _towards(report))
     return "Nobody has measured it yet: tailorcli evaluate says how it does, with tasks of yours."
 
 
-def _ends(found: Mapping[str, Any], part: str) -> str:
-    at = [found["steps"].index(step) for step in (found["steps"][0], found["best"])]
-    return f"{found[part][at[0]]:.3g} to {found[part][at[1]]:.3g}"
+def _trained(found: Mapping[str, Any], towards: str) -> str:
+    """What training did to both held-out divergences, from its first step to the best."""
+    first, best = 0, found["steps"].index(found["best"])
+    if best == first:
+        return "Training gained nothing on the samples held out: the patch is what it began with."
+    several = len(found["by_task"][0]) if found.get("by_task") else 1
+    new = towards if several <= 1 else f"the {several} fine-tuned models, on average"
+    said = []
+    for part, model in (("new", new), ("retained", "the base")):
+        begin, end = found[part][first], found[part][best]
+        way = "nearer to" if end < begin else "further from" if end > begin else "as far from"
+        said.append(f"{way} {model} ({begin:.3g} to {end:.3g})")
+    return f"Training brought it {' and '.join(said)}, in nats a token."
 
 
 def _tiles(report: PatchReport, *, short: bool) -> list[Tile]:
@@ -115,20 +141,21 @@ def _tiles(report: PatchReport, *, short: bool) -> list[Tile]:
     tiles = [
         Tile(
             format_share(share(totals["kept"], whole)),
-            "of the weights changed",
+            "of the weights patched" if not _is_dense(report) else "of the weights may differ",
             f"{short_count(totals['kept'])} of {short_count(whole)}",
         )
     ]
     if report.command == MERGE:
         tiles.append(Tile(format_share(totals["jaccard"]), "changed by all tasks", "of what any changes"))
         return tiles
-    if not short:
+    if not short and not _is_dense(report):
         tiles.append(Tile(format_share(totals["delta_share_kept"]), "of the squared change", "is in those weights"))
+    goal = "fine-tuned" if _towards(report) == "the fine-tuned model" else "its teacher"
     if totals["error_after"] is not None:
         before = f"{format_share(totals['error_before'])} before adjusting; the base 100%"
-        tiles.append(Tile(format_share(totals["error_after"]), "layer error to fine-tuned", before))
+        tiles.append(Tile(format_share(totals["error_after"]), f"layer error to {goal}", before))
     if totals.get("drift") is not None:
-        tiles.append(Tile(format_share(totals["drift"]), "drift on what to keep", "fine-tuned 100%, the base 0%"))
+        tiles.append(Tile(format_share(totals["drift"]), "drift on what to keep", f"{goal} 100%, the base 0%"))
     return tiles
 
 
@@ -140,10 +167,10 @@ def _figures(report: PatchReport) -> dict[str, Figure]:
 
     found: dict[str, Figure] = {}
     if report.command == MERGE:
-        found |= {"weights changed": lambda t: t.kept / t.numel, "changed by all tasks": lambda t: t.jaccard}
+        found |= {"weights patched": lambda t: t.kept / t.numel, "changed by all tasks": lambda t: t.jaccard}
         found["signs that differ"] = lambda t: share(t.sign_conflicts, t.shared)
         for number, task in enumerate(report.options["tasks"]):
-            found[f"error to {task}"] = _error_to(number)
+            found[f"error to {printable(task)}"] = _error_to(number)
     else:
         found["error after adjusting"] = full("error_after")
         found["drift"] = full("drift")
@@ -200,21 +227,29 @@ def _errors(report: PatchReport, patched: Sequence[TensorRecord]) -> list[Sectio
         return 100 * sum(values) / len(values) if values else None
 
     series = {"before adjusting": "error_before", "after": "error_after"}
-    depths = {k: g for k, g in by_layer(measured, lambda t: t.name).items() if k != "other"}
+    layers: dict[str, dict[int, list[TensorRecord]]] = {}  # by stack and number
+    for tensor in measured:
+        place = place_of(tensor.name)
+        if place.number is not None:
+            layers.setdefault(place.stack, {}).setdefault(place.number, []).append(tensor)
+    titles = stack_titles(layers)
     sections = []
-    if len(depths) > 1:
+    for stack, groups in layers.items():
+        if len(groups) < 2:
+            continue
         of_depth = series | {"drift on what to keep": "drift"}
         rows = [
             {"layer": number, "series": name, "value": value}
-            for number, group in enumerate(depths.values())
+            for number, group in sorted(groups.items())
             for name, key in of_depth.items()
             if (value := mean(group, key)) is not None
         ]
         colors = BEFORE_AFTER | {"drift on what to keep": charts.SECOND}
         there = {name: color for name, color in colors.items() if any(row["series"] == name for row in rows)}
-        said = "Distance of the layers' outputs from the fine-tuned model's, in percent of what fine-tuning changed."
+        said = f"Distance of the layers' outputs from {_towards(report)}'s, in percent of what that changed."
         chart = charts.lines(rows, "layer", "layer", "%", there)
-        sections.append(Section("Error by depth", said, chart=chart, wide=False))
+        title = ", ".join(filter(None, ("Error by depth", printable(titles[stack]))))
+        sections.append(Section(title, said, chart=chart, wide=False))
     kinds = by_kind(measured, lambda t: t.name, lambda t: False)
     rows = [
         {"kind": kind, "series": name, "value": value}
@@ -224,7 +259,7 @@ def _errors(report: PatchReport, patched: Sequence[TensorRecord]) -> list[Sectio
     ]
     chart = charts.bars(rows, "%", BEFORE_AFTER, list(kinds))
     said = "The same by kind of layer: what adjusting the kept weights made up for."
-    return [*sections, Section("Error by kind of layer", said, chart=chart, wide=not sections)]
+    return [*sections, Section("Error by kind of layer", said, chart=chart, wide=len(sections) % 2 == 0)]
 
 
 def _distillation(found: Mapping[str, Any]) -> Section:
@@ -256,13 +291,13 @@ def _tensors(report: PatchReport) -> Section:
         ("state", "text", lambda t: "patched" if t.patched else "as in the base"),
         ("shape", "text", lambda t: " × ".join(map(str, t.shape)) or "scalar"),
         ("weights", "count", lambda t: t.numel),
-        ("changed", "count", lambda t: t.kept if t.patched else None),
+        ("kept" if report.command != MERGE else "patched", "count", lambda t: t.kept if t.patched else None),
     ]
     if report.command == MERGE:
         columns.append(("by all", "count", lambda t: t.kept_by_all if t.patched else None))
         columns.append(("signs differ", "count", lambda t: t.sign_conflicts if t.patched else None))
         for number, task in enumerate(report.options["tasks"]):
-            columns.append((f"error to {task}", "percent", _error_to(number)))
+            columns.append((f"error to {printable(task)}", "percent", _error_to(number)))
     else:
         columns.append(("|ΔW|² kept", "percent", lambda t: share(t.delta_sq_kept, t.delta_sq) if t.patched else None))
         for title, key in (("error before", "error_before"), ("after", "error_after"), ("drift", "drift")):
@@ -292,6 +327,8 @@ def _again(inspection: Inspection, report: PatchReport) -> Section:
     else:
         how, command = report.inputs.get(NEW), report.command
         words = patch_command(report.options, inputs, out, distilled=trained, calibration=how, command=command)
+    if inspection.kind == "patch":
+        words[-2:] = ["--patch-file", inspection.path]
     facts = {
         f"{role}": f"{entry['path']} (fingerprint {entry['fingerprint']})" for role, entry in report.inputs.items()
     }
