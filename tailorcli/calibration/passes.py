@@ -18,7 +18,7 @@ from tailorcli.distributed import mine, now_on, ranks
 from tailorcli.errors import CheckpointError
 from tailorcli.models.loading import aliases, expected_names, load_model
 from tailorcli.models.parts import Parts, adapt
-from tailorcli.models.places import Place, map_names
+from tailorcli.models.places import Place, guessed_places, map_names
 from tailorcli.models.running import check_ids, forward, samples_in, to_device
 from tailorcli.options import CalibrateOptions, matches
 from tailorcli.terminal import Progress
@@ -100,11 +100,6 @@ class Run(Subject):
         for name, info, values in collector.results():
             with self.timer.stage("wait for write"):
                 self.writer.write(name, info, values)
-
-
-def guessed_places(expected: dict[str, str]) -> dict[str, Place]:
-    """The places that transformers' tables give, before any weight is loaded."""
-    return {tensor: Place((parameter,)) for tensor, parameter in expected.items()}
 
 
 def collect_whole(run: Run, config: dict[str, Any]) -> tuple[dict[str, Layer], str]:

@@ -75,6 +75,11 @@ class Parameters:
         return self._slices[key]
 
 
+def guessed_places(expected: dict[str, str]) -> dict[str, Place]:
+    """The places that transformers' tables give, before any weight is loaded."""
+    return {tensor: Place((parameter,)) for tensor, parameter in expected.items()}
+
+
 def map_names(
     checkpoint: Checkpoint,
     parameters: Mapping[str, torch.Tensor],

@@ -8,9 +8,9 @@ for that; the masks then lie packed in a file, from which the streaming loop tak
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import takewhile
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,23 +20,31 @@ from tailorcli.checkpoint.grown import GrownCheckpoint
 from tailorcli.checkpoint.header import read_header
 from tailorcli.data.records import Record, read_records
 from tailorcli.data.samples import draw_samples, make_batches
-from tailorcli.device import is_out_of_memory
 from tailorcli.distributed import ranks, wait_for_all
-from tailorcli.errors import CheckpointError, DataError, NumericalError, OptionsError, OutputError, first_line
+from tailorcli.errors import CheckpointError, NumericalError, OptionsError, OutputError
 from tailorcli.files import PathLike, parse_json
 from tailorcli.models.config import processor_folder, read_config
-from tailorcli.models.loading import aliases, check_shapes, expected_names, load_encoder, load_model, most_tokens
-from tailorcli.models.places import Place, map_names
+from tailorcli.models.loading import (
+    aliases,
+    check_shapes,
+    empty_on_meta,
+    expected_names,
+    load_encoder,
+    load_model,
+    most_tokens,
+)
+from tailorcli.models.places import Place, guessed_places, map_names
+from tailorcli.models.running import differentiable, to_device
 from tailorcli.options import CalibrateOptions, KeepOptions, PatchOptions
 from tailorcli.runs.plan import Plan, TensorPlan
 from tailorcli.terminal import Progress
 from tailorcli.typed import read_object
+from tailorcli.units import counted
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from tailorcli.data.encoder import Encoder
     from tailorcli.data.samples import Inputs
 
 SUFFIX = ".graft"  # after the output's name: the trained masks, until the run has finished
@@ -44,7 +52,6 @@ _METADATA = "tailorcli_graft"
 _START = 5.0  # sigmoid(5) = 0.993
 _BY_SIZE = 0.01  # how far |delta| moves the start: it decides between entries that training has left alone
 _SEQ_LEN = 2048
-_UNSCORED = -100  # a label that transformers' losses leave out
 
 
 class MaskFile:
@@ -172,20 +179,12 @@ def train_masks(
     """
     import torch
 
-    settings = CalibrateOptions(
-        num_samples=options.graft_steps * options.batch_size or 1,
-        seq_len=_SEQ_LEN,
-        seed=options.seed,
-        trust_remote_code=options.trust_remote_code,
-    )
-    # What is patched will run under the tuned model's config, unless that is of another vocabulary.
-    folder = base.path if isinstance(base, GrownCheckpoint) else config_folder(tuned)
+    settings, folder = _settings(options), _folder(base, tuned)
     config = read_config(folder)
     samples = _samples(data, base, tuned, config, settings)
     check_shapes(base, config, settings, folder)
     network = load_model(base, config, settings, folder)
-    expected = expected_names(network, base.tensors)
-    places = map_names(base, dict(network.named_parameters()), aliases(network), expected)
+    places = _places(tensors, network, base)
     network.to(device).requires_grad_(False)
     trained = _start(tensors, places, network, base, tuned, options, device)
     batches = _batches(samples, options.batch_size)
@@ -199,46 +198,81 @@ def train_masks(
         return _top(trained, options)
 
 
+def check_trainable(
+    tensors: Sequence[TensorPlan], base: Checkpoint, tuned: Checkpoint, data: Path, options: PatchOptions
+) -> None:
+    """``train_masks`` can train these masks on this data: told without weights. Raises TailorError."""
+    settings, folder = _settings(options), _folder(base, tuned)
+    config = read_config(folder)
+    _samples(data, base, tuned, config, settings)
+    check_shapes(base, config, settings, folder)
+    network = empty_on_meta(base, config, settings, folder)
+    if not network.can_generate():
+        what = f"{type(network).__name__} predicts no next token"
+        raise CheckpointError(what, "graft is for models that write text; choose another --method")
+    _named(tensors, guessed_places(expected_names(network, base.tensors)), network)
+
+
+def _settings(options: PatchOptions) -> CalibrateOptions:
+    """How samples are drawn, and the model is loaded."""
+    return CalibrateOptions(
+        num_samples=options.graft_steps * options.batch_size or 1,
+        seq_len=_SEQ_LEN,
+        seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _folder(base: Checkpoint, tuned: Checkpoint) -> Path:
+    """Whose config what is patched will run under: the tuned model's, unless that is of another vocabulary."""
+    return base.path if isinstance(base, GrownCheckpoint) else config_folder(tuned)
+
+
+def _places(tensors: Sequence[TensorPlan], network: Any, base: Checkpoint) -> dict[str, str]:
+    """The parameter that each tensor is, alone and whole. Raises CheckpointError for those that are none."""
+    expected = expected_names(network, base.tensors)
+    return _named(tensors, map_names(base, dict(network.named_parameters()), aliases(network), expected), network)
+
+
+def _named(tensors: Sequence[TensorPlan], known: Mapping[str, Place], network: Any) -> dict[str, str]:
+    parameters = dict(network.named_parameters())
+    found: dict[str, str] = {}
+    why: dict[str, str] = {}
+    for tensor in tensors:
+        place = known.get(tensor.name, Place(reason="transformers does not load it"))
+        name = place.parameters[0] if len(place.parameters) == 1 and place.part is None else ""
+        if name not in parameters or name in found.values() or tuple(parameters[name].shape) != tensor.shape:
+            why[tensor.name] = place.reason or "the model holds it tied, fused or split"
+        else:
+            found[tensor.name] = name
+    if why:
+        name, reason = next(iter(why.items()))
+        more = f", nor those of {counted(len(why) - 1, 'other tensor')}" if len(why) > 1 else ""
+        globs = dict.fromkeys(re.sub(r"\b\d+\b", "*", name) if len(why) > 1 else name for name in why)
+        hint = " ".join(f"--exclude '{glob}'" for glob in globs)
+        raise CheckpointError(f"graft cannot train the mask of tensor {name!r}: {reason}{more}", f"leave out: {hint}")
+    return found
+
+
 def _samples(
     data: Path, base: Checkpoint, tuned: Checkpoint, config: dict[str, Any], settings: CalibrateOptions
 ) -> list[Inputs]:
     """Samples with a token to predict, as the tuned model's tokenizer or processor makes them, with their labels."""
+    from tailorcli.training.examples import encode_example, framed
+
     records = read_records(data)
     has_media = records.has_media
     folder = processor_folder(tokenizer_folder(tuned), base.path, has_media)
     encoder = load_encoder(folder, base.path, has_media, settings)
     if encoder.start_token is not None:
-        raise OptionsError(f"{base.path} is an encoder-decoder, and graft trains causal language models", "")
+        what = f"{base.path} is an encoder-decoder, and graft trains causal language models"
+        raise OptionsError(what, "choose another --method")
     length = min(settings.length, most_tokens(base, config, settings))
 
     def encode(record: Record, seq_len: int) -> Inputs | None:
-        inputs = encoder.encode(record, min(seq_len, length))
-        if inputs is None or "input_ids" not in inputs:
-            return None
-        inputs = inputs | {"labels": _labels(record, inputs["input_ids"], encoder, min(seq_len, length))}
-        return inputs if _num_scored(inputs) else None
+        return encode_example(framed(record, encoder), encoder, min(seq_len, length))
 
     return draw_samples(data, records, encode, settings).inputs
-
-
-def _labels(record: Record, ids: Tensor, encoder: Encoder, seq_len: int) -> Tensor:
-    """The tokens (1, T) that the loss is on: the response's, or all but those that stand for images; else _UNSCORED."""
-    import torch
-
-    labels = ids.masked_fill(torch.isin(ids, torch.tensor(encoder.media_ids, dtype=ids.dtype)), _UNSCORED)
-    if "text" not in record.fields and record.fields.get("response"):
-        asked = encoder.encode(replace(record, fields=record.fields | {"response": ""}), seq_len)
-        before = [] if asked is None else asked["input_ids"][0].tolist()
-        if record.turns is not None:  # a chat template writes something behind an empty response, too
-            both = zip(before, ids[0].tolist(), strict=False)
-            before = [first for first, _ in takewhile(lambda pair: pair[0] == pair[1], both)]
-        labels[:, : len(before)] = _UNSCORED
-    return labels
-
-
-def _num_scored(inputs: Inputs) -> int:
-    """How many tokens the loss is on; the first of a sample is not predicted."""
-    return int((inputs["labels"][:, 1:] != _UNSCORED).sum())
 
 
 def _batches(samples: list[Inputs], size: int) -> Iterator[list[Inputs]]:
@@ -251,7 +285,7 @@ def _batches(samples: list[Inputs], size: int) -> Iterator[list[Inputs]]:
 
 def _start(
     tensors: Sequence[TensorPlan],
-    places: dict[str, Place],
+    places: dict[str, str],
     network: Any,
     base: Checkpoint,
     tuned: Checkpoint,
@@ -262,19 +296,11 @@ def _start(
     import torch
 
     parameters = dict(network.named_parameters())
-    trained, taken = [], set[str]()
+    trained = []
     for tensor in tensors:
-        place = places.get(tensor.name, Place(reason="transformers does not load it"))
-        name = place.parameters[0] if len(place.parameters) == 1 and place.part is None else ""
-        if not name or name in taken or tuple(parameters[name].shape) != tensor.shape:
-            reason = place.reason or "the model holds it tied, fused or split"
-            raise CheckpointError(
-                f"graft cannot train the mask of tensor {tensor.name!r}: {reason}",
-                f"leave it at base: --exclude '{tensor.name}'",
-            )
-        taken.add(name)
         values = [checkpoint.read(tensor.name).to(device) for checkpoint in (base, tuned)]
-        part = _Trained(tensor, parameters[name].requires_grad_(True), values[0], values[1], torch.empty(0))
+        parameter = parameters[places[tensor.name]].requires_grad_(True)
+        part = _Trained(tensor, parameter, values[0], values[1], torch.empty(0))
         part.logits = part.delta().abs()
         if not bool(part.logits.isfinite().all()):
             raise NumericalError(f"tensor {tensor.name!r}: NaN or infinity in base or tuned", "check the checkpoints")
@@ -298,17 +324,17 @@ def _mix(trained: list[_Trained]) -> None:
 
 
 def _backward(network: Any, samples: list[Inputs], device: torch.device) -> None:
-    """The gradient of the mean loss over the samples' scored tokens; nothing is padded."""
-    tokens = sum(_num_scored(inputs) for inputs in samples)
+    """The gradient of the mean loss over the samples' tokens that are learnt; nothing is padded."""
+    from tailorcli.training.examples import count_learnt
+
+    tokens = sum(count_learnt(inputs) for inputs in samples)
     for batch in make_batches(samples, len(samples)):
-        try:
-            loss = network(**{name: value.to(device) for name, value in batch.items()}).loss
-            (loss * (_num_scored(batch) / tokens)).backward()
-        except Exception as error:  # whatever a model's own code raises
-            if is_out_of_memory(error):
-                raise
-            what = f"the model has no causal-LM loss on a sample {list(batch['input_ids'].shape)}: {first_line(error)}"
-            raise DataError(what, "graft is for causal language models") from error
+        loss = differentiable(network, to_device(batch, device)).loss
+        if loss is None:
+            what = f"{type(network).__name__} has no causal-LM loss"
+            raise CheckpointError(what, "graft is for causal language models; choose another --method")
+        if loss.requires_grad:  # not where no trained tensor lies on the way
+            (loss * (count_learnt(batch) / tokens)).backward()
 
 
 def _step(trained: list[_Trained], rate: float) -> None:

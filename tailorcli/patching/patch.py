@@ -21,7 +21,7 @@ from tailorcli.options import AUTO, CalibrateOptions, PatchOptions
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.carded import side_files_of
 from tailorcli.patching.cost import work_of
-from tailorcli.patching.graft import MaskFile, trained_masks
+from tailorcli.patching.graft import MaskFile, check_trainable, trained_masks
 from tailorcli.patching.methods import find_cut
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.run import Run
@@ -54,11 +54,18 @@ def plan_patch(
         target = Target.of(output, patch_file, resume=options.resume, overwrite=options.overwrite)
         check_writable(target, options, inputs.base)
         target.check(inputs.paths, plan)
+        check_method(plan, inputs, options)
         if options.check_propagation:
             from tailorcli.patching.checked import check_room  # which uses this
 
             check_room(target, plan, inputs)
         return plan
+
+
+def check_method(plan: Plan, inputs: PatchInputs, options: PatchOptions) -> None:
+    """What graft trains can be trained on its data. Raises TailorError."""
+    if inputs.graft_data is not None:
+        check_trainable(plan.patched, inputs.base, inputs.tuned, inputs.graft_data, options)
 
 
 def check_writable(target: Target, options: PatchOptions, base: Checkpoint) -> None:
@@ -187,6 +194,7 @@ def patch_opened(
         if options.check_propagation:
             check_room(target, plan, inputs)
         what = (plan, inputs.base, inputs.paths, identity, "patch", side, manifest)
+        check_method(plan, inputs, options)
         begun = target.begin(*what, announce=announce, divided=True)
         if isinstance(begun, PatchReport):
             return begun

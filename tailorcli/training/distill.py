@@ -80,10 +80,10 @@ class Material:
 
         Raises DataError for fewer than two.
         """
-        counts = [predicted(sample, ()) for sample in samples] if responses is None else [r[:, 1:] for r in responses]
-        order = [number for number, wanted in enumerate(counts) if bool(wanted.any())]
+        counts = [True] * len(samples) if responses is None else [bool(before_response(r).any()) for r in responses]
+        order = [number for number, counted in enumerate(counts) if counted]
         if len(order) < 2:
-            what = "distillation needs two samples of each kind at least, of two tokens or more"
+            what = "distillation needs two samples of each kind at least, with a token that counts"
             raise DataError(what, "calibrate on more data")
         random.Random(options.seed).shuffle(order)
         count = max(1, round(HELD_OUT * len(order)))
@@ -108,7 +108,7 @@ class Material:
         """Where the next token is predicted and counts, (B, T) bool."""
         wanted = predicted(join([self.samples[place] for place in places]), media)
         if self.responses is not None:
-            wanted[:, :-1] &= torch.cat([self.responses[place] for place in places])[:, 1:]
+            wanted &= before_response(torch.cat([self.responses[place] for place in places]))
         return wanted
 
     def _own_held(self) -> list[list[int]]:
@@ -144,6 +144,11 @@ class Material:
                 tokens += count
         both = summed_(torch.tensor([float(total), tokens], dtype=torch.float64, device=device))
         return float(both[0]) / max(float(both[1]), 1)
+
+
+def before_response(response: Tensor) -> Tensor:
+    """Where what comes next belongs to a response, (B, T) bool of such marks: behind its last token what ends it."""
+    return torch.cat([response[:, 1:], response[:, -1:]], dim=1)
 
 
 def in_batches(samples: list[Inputs], places: Sequence[int], size: int) -> list[list[int]]:
@@ -244,7 +249,8 @@ def step_losses(
                 continue
             value = material.loss(student, own, media, device, grad=True)
             value = value if share == 1.0 else share * value
-            torch.autograd.backward(value if weight == 1 else weight * value)
+            if value.requires_grad:  # not where no kept entry lies on the way, as those of a projector without pictures
+                torch.autograd.backward(value if weight == 1 else weight * value)
             losses[kind] = losses[kind] + value.detach()
     return losses
 

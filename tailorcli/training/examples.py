@@ -85,22 +85,15 @@ def encode_examples(
     Raises DataError where not one of them has a token to learn.
     """
     found = Prepared(encoder, seq_len)
-    barred = torch.tensor(sorted({*media_ids, *encoder.media_ids}), dtype=torch.long)
     learnt = cut = 0
     for record in records:
-        record = record if "audio" in record.fields else encoder.framed_by_template(record)
+        record = framed(record, encoder)
         before = len(encoder.cuts)
-        inputs = encoder.encode(record, seq_len)
+        inputs = encode_example(record, encoder, seq_len, media_ids)
         cut += len(encoder.cuts) > before
-        if inputs is None:
-            continue
-        inputs = _with_labels(inputs, record, encoder, seq_len)
-        labels = inputs["labels"]
-        labels[torch.isin(labels, barred)] = IGNORED
-        count = int((labels[:, 1:] if "decoder_input_ids" not in inputs else labels).ne(IGNORED).sum())
-        if count:
+        if inputs is not None:
             found.add(inputs, record)
-            learnt += count
+            learnt += count_learnt(inputs)
     if not len(found):
         raise DataError(
             f"{records[0].where}: no record has a token to train on",
@@ -111,6 +104,28 @@ def encode_examples(
     if dropped := len(records) - len(found):
         note(f"{dropped:,} of {len(records):,} records have no token to learn within --seq-len {seq_len}: left out")
     return Examples(found, learnt, len(records) - len(found))
+
+
+def framed(record: Record, encoder: Encoder) -> Record:
+    """The record as it is learnt: a question and its answer within the chat template, where there is one."""
+    return record if "audio" in record.fields else encoder.framed_by_template(record)
+
+
+def encode_example(record: Record, encoder: Encoder, seq_len: int, media_ids: Sequence[int] = ()) -> Inputs | None:
+    """A ``framed`` record as inputs with (1, T) "labels"; None where none of its tokens is learnt. Raises DataError."""
+    inputs = encoder.encode(record, seq_len)
+    if inputs is None:
+        return None
+    inputs = _with_labels(inputs, record, encoder, seq_len)
+    barred = torch.tensor(sorted({*media_ids, *encoder.media_ids}), dtype=torch.long)
+    inputs["labels"][torch.isin(inputs["labels"], barred)] = IGNORED
+    return inputs if count_learnt(inputs) else None
+
+
+def count_learnt(inputs: Inputs) -> int:
+    """How many tokens of one or several examples are learnt; a decoder's first one is not predicted."""
+    labels = inputs["labels"]
+    return int((labels[:, 1:] if "decoder_input_ids" not in inputs else labels).ne(IGNORED).sum())
 
 
 def _with_labels(inputs: Inputs, record: Record, encoder: Encoder, seq_len: int) -> Inputs:

@@ -15,7 +15,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.core.distillation import divergence, kept_accuracy
 from tailorcli.errors import CheckpointError, NumericalError
 from tailorcli.models.blockwise import run_blockwise
-from tailorcli.models.running import forward, output_head, to_device
+from tailorcli.models.running import differentiable, forward, output_head, to_device
 
 if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
@@ -67,10 +67,7 @@ def hidden_states(network: Any, batch: Inputs, grad: bool = False) -> Tensor:
 
     handle = head_of(network).register_forward_pre_hook(take)
     try:
-        if grad:
-            network(**batch)
-        else:
-            forward(network, batch)
+        (differentiable if grad else forward)(network, batch)
     finally:
         handle.remove()
     return held[0]
@@ -99,13 +96,16 @@ def require_known_logits(network: Any, found: Tensor, wanted: Tensor) -> None:
 
 
 def predicted(batch: Inputs, media: tuple[int, ...]) -> Tensor:
-    """Where the next token is predicted, (B, T) bool: all but the last, and no placeholders of images or sound."""
+    """Where the next token is predicted, (B, T) bool: everywhere but before placeholders of images or sound.
+
+    The last position counts, too: a divergence needs no label, and there it is told whether an answer ends.
+    """
     ids = batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"]
     after = ids[:, 1:]
     wanted = torch.ones_like(after, dtype=torch.bool)
     for token in media:
         wanted &= after != token
-    return torch.cat([wanted, torch.zeros_like(wanted[:, :1])], dim=1)
+    return torch.cat([wanted, torch.ones_like(ids[:, :1], dtype=torch.bool)], dim=1)
 
 
 def teach(

@@ -1,11 +1,23 @@
 """``patch --method graft``: a mask trained on the task's loss, kept beside the output until the run has finished."""
 
 import json
+import re
 
 import pytest
 import torch
 from families import make_family_pair
-from helpers import bits, broken_off, folder_digest, invoke, make_model, make_pair, make_tokenizer, read_tensors
+from helpers import (
+    bits,
+    broken_off,
+    folder_digest,
+    invoke,
+    make_model,
+    make_pair,
+    make_tokenizer,
+    read_tensors,
+    refused,
+    run,
+)
 
 from tailorcli import CalibrateOptions, Checkpoint, PatchOptions, TailorError, apply_patch, patch_checkpoint, plan_patch
 from tailorcli.checkpoint.writer import CheckpointWriter
@@ -157,7 +169,7 @@ def scored(folder, records, **chosen):
 def test_the_loss_is_on_the_response(tmp_path):
     folder = make_pair(tmp_path)
     records = [{"prompt": "ask", "response": "yes"}, {"text": "plain"}, {"prompt": "alone", "response": ""}]
-    assert scored(folder, records) == {"yes", "plain", "alone"}
+    assert scored(folder, records) == {"yes", "plain"}  # without an end of text there is nothing to learn of the last
     assert scored(
         folder, [{"prompt": "ask", "response": "yes"}, {"prompt": "x" * 9, "response": "yes"}], seq_len=9
     ) == {
@@ -187,18 +199,27 @@ def refusal(folder, tmp_path, data=None, **changes):
     return caught.value.message
 
 
-def test_the_loss_is_on_an_answer_that_a_chat_template_frames(tmp_path):
-    from tailorcli.data.encoder import Encoder
-    from tailorcli.data.records import read_records
-    from tailorcli.patching.graft import _labels
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}|{% endfor %}"
+USER, ASSISTANT = {"role": "user", "content": "how much"}, {"role": "assistant", "content": "four"}
 
-    (tmp_path / "d.jsonl").write_text(json.dumps({"question": "how much", "answer": "four"}) + "\n")
-    (record,) = read_records(tmp_path / "d.jsonl")
-    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}|{% endfor %}"
-    encoder = Encoder(make_tokenizer(template))
-    ids = encoder.encode(record, 99)["input_ids"]
-    scored = ids[_labels(record, ids, encoder, 99) >= 0]
-    assert encoder.tokenizer.decode(scored).replace(" ", "") == "four|"
+
+@pytest.mark.parametrize(
+    ("record", "learnt"),
+    [
+        ({"question": "how much", "answer": "four"}, {"four|"}),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, {"four|"}),
+        ({"messages": [USER, ASSISTANT, USER]}, {"four|"}),
+        ({"prompt": "ask", "response": "yes"}, {"yes</s>"}),
+    ],
+    ids=["framed", "turns", "messages", "plain"],
+)
+def test_an_answer_is_learnt_with_what_ends_it(tmp_path, record, learnt):
+    folder = make_pair(tmp_path)
+    tokenizer = make_tokenizer(TEMPLATE)
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    for name in ("base", "tuned"):
+        tokenizer.save_pretrained(folder / name)
+    assert {text.replace("Ġ", "") for text in scored(folder, [record])} == learnt
 
 
 def test_what_it_cannot_train_on_is_refused(llama_pair, tmp_path):
@@ -232,6 +253,25 @@ def test_a_tensor_that_the_model_holds_otherwise_is_named(tmp_path):
     assert "extra.weight" in refusal(folder, tmp_path, folder / "data.jsonl")
     report = graft(folder, tmp_path / "rest", exclude=("extra.*",), graft_steps=1)
     assert report.totals["tensors_at_base"] == 1
+
+
+def test_all_tensors_that_it_cannot_train_are_named_before_anything_is_written(tmp_path):
+    folder = make_family_pair(tmp_path, "mixtral")
+    arguments = (folder / "base", folder / "tuned", "-o", tmp_path / "out", "--method", "graft")
+    said = refused("patch", *arguments, "--graft-data", folder / "data.jsonl", mentions=["other tensors"])
+    assert not (tmp_path / "out").exists()
+    globs = re.findall(r"--exclude '([^']*)'", said.replace("\n", " "))
+    assert 1 <= len(globs) <= 8
+    given = [word for glob in globs for word in ("--exclude", glob)]
+    run("patch", *arguments, "--graft-data", folder / "data.jsonl", *given, "--graft-steps", 1)
+
+
+@pytest.mark.parametrize(("family", "said"), [("bert", "no next token"), ("t5", "encoder-decoder")])
+def test_models_that_it_is_not_for_are_refused_before_anything_is_written(tmp_path, family, said):
+    folder = make_family_pair(tmp_path, family)
+    arguments = ("--method", "graft", "--graft-data", folder / "data.jsonl")
+    refused("patch", folder / "base", folder / "tuned", "-o", tmp_path / "out", *arguments, mentions=[said])
+    assert not (tmp_path / "out").exists()
 
 
 def test_masks_are_trained_under_the_config_that_the_output_gets(task_pair, tmp_path, monkeypatch):

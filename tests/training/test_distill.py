@@ -13,7 +13,7 @@ from tailorcli.errors import TailorError
 from tailorcli.models.places import Place
 from tailorcli.options import DistillOptions
 from tailorcli.training.activations import blocks_of, checkpointed
-from tailorcli.training.distill import NEW, RETAINED, Material, distill, mean_of, step_losses
+from tailorcli.training.distill import NEW, RETAINED, Material, before_response, distill, mean_of, step_losses
 from tailorcli.training.entries import Trained, entries_of, positions_in
 from tailorcli.training.teachers import check_head, hidden_states, loss, predicted, teach
 
@@ -126,7 +126,7 @@ def test_the_loss_is_the_mean_over_predicted_tokens_however_it_is_cut(monkeypatc
     teacher = teach(tuned, data, CPU, lambda _: None)
     batch = {"input_ids": torch.cat([s["input_ids"] for s in data])}
     with torch.no_grad():
-        p, q = (m(**batch).logits[:, :-1].double().log_softmax(-1) for m in (tuned, base))
+        p, q = (m(**batch).logits.double().log_softmax(-1) for m in (tuned, base))
     expected = float((p.exp() * (p - q)).sum(-1).mean())
     states = torch.stack(teacher.states)
     for nbytes in (1 << 28, 4 * 100 * 5):
@@ -175,8 +175,8 @@ def test_the_losses_gradient_is_that_of_the_whole_expression_however_it_is_cut(m
     teacher = teach(tuned, data, CPU, lambda _: None)
     batch = {"input_ids": torch.cat([s["input_ids"] for s in data])}
     with torch.no_grad():
-        p = tuned(**batch).logits[:, :-1].log_softmax(-1)
-    q = base(**batch).logits[:, :-1].log_softmax(-1)
+        p = tuned(**batch).logits.log_softmax(-1)
+    q = base(**batch).logits.log_softmax(-1)
     (p.exp() * (p - q)).sum(-1).mean().backward()
     expected = {name: parameter.grad for name, parameter in base.named_parameters()}
     monkeypatch.setattr("tailorcli.training.teachers.CPU_LOGITS_BYTES", 4 * 100 * 5)
@@ -188,7 +188,17 @@ def test_the_losses_gradient_is_that_of_the_whole_expression_however_it_is_cut(m
 
 def test_placeholders_of_pictures_are_context():
     ids = torch.tensor([[5, 9, 9, 6, 7]])
-    assert predicted({"input_ids": ids}, (9,)).tolist() == [[False, False, True, True, False]]
+    assert predicted({"input_ids": ids}, (9,)).tolist() == [[False, False, True, True, True]]
+
+
+def test_what_ends_an_answer_counts():
+    """Of a response its tokens, each told by the position before it, and what is told behind the last one."""
+    response = torch.tensor([[False, True, False, True, True], [True, True, False, False, False]])
+    wanted = [[True, False, True, True, True], [True, False, False, False, False]]
+    assert before_response(response).tolist() == wanted
+    data = [{"input_ids": torch.tensor([[5, 9, 9, 6, 7]])}] * 2
+    found = Material(data, None, [], [], [response[:1], response[1:]])
+    assert found.counted([0, 1], (9,)).tolist() == [[False, False, True, True, True], [False] * 5]
 
 
 def test_training_brings_the_patch_nearer_to_both_teachers():
@@ -312,7 +322,7 @@ def test_a_step_of_samples_of_many_lengths_is_their_mean_over_all_tokens():
     for kind, teacher in ((NEW, tuned), (RETAINED, base)):
         places = [place for batch in materials[kind].batches(0, 0) for place in batch]
         with torch.no_grad():
-            logits = [(teacher(**mixed[p]).logits[0, :-1], student(**mixed[p]).logits[0, :-1]) for p in places]
+            logits = [(teacher(**mixed[p]).logits[0], student(**mixed[p]).logits[0]) for p in places]
         each = torch.cat([divergence(*pair) for pair in logits])
         assert found[kind] == pytest.approx(float(each.mean()), rel=1e-4)
     assert float(gradient.abs().max()) > 0

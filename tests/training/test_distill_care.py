@@ -171,9 +171,12 @@ def test_a_step_has_as_many_samples_as_asked_for_whatever_their_lengths():
     assert in_steps(samples_of([9] * 10), range(10), 4) == [[[0, 1, 2, 3]], [[4, 5, 6, 7]], [[8, 9]]]
 
 
-def test_a_sample_of_one_token_is_left_out():
+def test_a_sample_without_a_token_that_counts_is_left_out():
     samples = samples_of([1, 5, 1, 5, 5])
     teacher = Teacher([torch.zeros(s["input_ids"].shape[1], 2) for s in samples], None)
-    found = Material.split(samples, teacher, DistillOptions(batch_size=2))
+    responses = [torch.ones_like(s["input_ids"], dtype=torch.bool) for s in samples]
+    for place in (0, 2):
+        responses[place][:] = False
+    found = Material.split(samples, teacher, DistillOptions(batch_size=2), responses)
     used = [place for step in found.train for batch in step for place in batch]
     assert sorted([*used, *(place for batch in found.held for place in batch)]) == [1, 3, 4]

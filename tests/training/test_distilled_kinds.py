@@ -21,6 +21,7 @@ from helpers import (
 
 from tailorcli import DistillOptions, PatchOptions, Stats, calibrate_model, distill_checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
+from tailorcli.core.distillation import divergence
 from tailorcli.models.naming import open_for
 from tailorcli.options import CalibrateOptions
 
@@ -138,3 +139,54 @@ def test_a_teacher_that_does_not_fit_goes_block_by_block_and_nothing_changes(tmp
     distilled(folder, tmp_path / "parts")
     assert "block by block" in caplog.text
     assert folder_digest(tmp_path / "parts") == folder_digest(tmp_path / "whole")
+
+
+def test_sound_goes_in_as_the_weights_dtype_takes_it(tmp_path):
+    folder = make_family_pair(tmp_path, "whisper", dtype=torch.bfloat16)
+    report = distilled(calibrated(folder), tmp_path / "out")
+    assert report.distillation["steps"][-1] == DISTILL.steps
+
+
+def test_samples_that_reach_no_kept_entry_only_count(tmp_path):
+    """A fine-tune of the projector alone, on records with pictures and a few without."""
+    from safetensors.torch import load_file, save_file
+
+    folder = make_family_pair(tmp_path, "llava")
+    base, tuned = (load_file(folder / name / "model.safetensors") for name in ("base", "tuned"))
+    kept = {name: value if "projector" in name else base[name] for name, value in tuned.items()}
+    save_file(kept, folder / "tuned" / "model.safetensors", {"format": "pt"})
+    with (folder / "data.jsonl").open("a") as file:
+        file.writelines(json.dumps({"text": f"plain words {number}"}) + "\n" for number in range(4))
+    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats", CalibrateOptions(24, 64))
+    calibrate_model(folder / "base", folder / "data.jsonl", folder / "retain", CalibrateOptions(24, 64))
+    report = distilled(folder, tmp_path / "out")
+    assert report.distillation["steps"][-1] == DISTILL.steps
+
+
+def test_an_encoder_decoder_learns_to_end_its_answer(tmp_path):
+    """The position that decides whether an answer goes on is trained on, so that it comes nearer to tuned's, too."""
+    folder = calibrated(make_family_pair(tmp_path, "t5"))
+    options = DistillOptions(steps=60, batch_size=4, weight=0.05)
+    start = distill_checkpoint(
+        *(folder / "base", folder / "tuned", tmp_path / "start", folder / "stats", folder / "retain"),
+        *(OPTIONS, DistillOptions(steps=1, batch_size=4, rate=1e-9)),
+    )
+    distill_checkpoint(
+        *(folder / "base", folder / "tuned", tmp_path / "out", folder / "stats", folder / "retain", OPTIONS, options)
+    )
+    assert start.distillation["steps"][-1] == 1
+    with closing(Stats.open(folder / "stats")) as stats:
+        samples = stats.samples()
+    tuned, begun, trained = (
+        last_position(path, samples) for path in (folder / "tuned", tmp_path / "start", tmp_path / "out")
+    )
+    assert divergence(tuned, trained).mean() < 0.8 * divergence(tuned, begun).mean()
+
+
+def last_position(folder, samples):
+    """Logits (N, V) behind the last token of each sample."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    network = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return torch.stack([network(**sample).logits[0, -1] for sample in samples])
