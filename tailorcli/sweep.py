@@ -28,7 +28,7 @@ from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.data.records import media_digest, read_records
 from tailorcli.distributed import ranks, require_shared, told
 from tailorcli.errors import CheckpointError, OptionsError, OutputError, TailorError
-from tailorcli.evaluation.evaluate import encode_for_all, score_model, tokenizer_digest
+from tailorcli.evaluation.evaluate import encode_for_all, score_model
 from tailorcli.evaluation.metrics import (
     Array,
     Estimate,
@@ -46,6 +46,7 @@ from tailorcli.evaluation.tasks import Task, read_tasks
 from tailorcli.files import PathLike, as_output_error, file_digest, read_json, write_text
 from tailorcli.guard import OutputLock, entries, protect
 from tailorcli.hub import local_folders
+from tailorcli.models.config import tokenizer_digest
 from tailorcli.options import DistillOptions, EvaluateOptions, PatchMethod, PatchOptions, Solver
 from tailorcli.patching.distilled import distill_checkpoint, plan_distilled
 from tailorcli.patching.patch import patch_checkpoint, plan_patch

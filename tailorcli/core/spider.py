@@ -28,8 +28,8 @@ def importance(values: Tensor, total: Tensor) -> Tensor:
     """
     sums, squares, count = (float(value) for value in total)
     mean = sums / count
-    variance = max(0.0, squares - count * mean**2) / max(1.0, count - 1.0)
-    deviation = math.sqrt(variance)
+    variance = (squares - count * mean**2) / max(1.0, count - 1.0)
+    deviation = math.sqrt(variance) if not variance <= 0.0 else 0.0  # NaN stays NaN, and shows in the weights
     if deviation <= 1e-7 * mean or deviation == 0.0:  # what is left of equal numbers is rounding
         return torch.full_like(values, 0.5, dtype=torch.float32)
     return torch.sigmoid((values.detach().abs().float() - mean) / deviation)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.checkpoint.folder import other_files
 from tailorcli.device import device_errors, resolve_device
 from tailorcli.distributed import ranks
 from tailorcli.errors import DataError, OptionsError, TailorError
@@ -23,10 +21,10 @@ from tailorcli.evaluation.lm_eval import Result
 from tailorcli.evaluation.metrics import LEVEL, Estimate, Roles, TaskScores, check_roles, compare
 from tailorcli.evaluation.subjects import Subject, is_patch, needs_base, open_subject
 from tailorcli.evaluation.tasks import EncodedTask, Task, encode_task, read_tasks
-from tailorcli.files import PathLike, as_output_error, read_bytes, write_text_atomically
+from tailorcli.files import PathLike, as_output_error, write_text_atomically
 from tailorcli.guard import path_text
 from tailorcli.hub import local_folder, local_folders, model_name
-from tailorcli.models.config import read_config
+from tailorcli.models.config import read_config, tokenizer_digest
 from tailorcli.models.loading import check_shapes, load_encoder, most_tokens, package_versions
 from tailorcli.options import EvaluateOptions, HarnessOptions
 from tailorcli.system import give_back_memory
@@ -234,32 +232,6 @@ def encode_for_all(
                 what = f"task {task.name!r}: every item is too long for one of the models"
                 raise DataError(what, "pass a larger --seq-len, or models alike in a run")
     return {name: made[key] for name, key in keys.items()}
-
-
-_CARDS = ("README.md", "TUNED_README.md", "BASE_README.md")
-_NO_TOKENIZER = (
-    "adapter_config.json",
-    "config.json",
-    "generation_config.json",
-    "training_args.bin",
-    ".gitattributes",
-    *_CARDS,
-)
-_NO_MATTER = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")  # of config.json; the rest may
-
-
-def tokenizer_digest(folder: Path, model: Path) -> str:
-    """A hash of all that can decide how a model encodes: its config, and every side file but a few of ``folder``.
-
-    ``model`` is the folder of the config: another one where the tokenizer lies with an adapter.
-    """
-    config = {key: value for key, value in read_config(model).items() if key not in _NO_MATTER}
-    digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
-    for name in other_files(folder):
-        if str(name) not in _NO_TOKENIZER:
-            digest.update(f"{name}\0".encode())
-            digest.update(hashlib.blake2b(read_bytes(folder / name)).digest())
-    return digest.hexdigest()
 
 
 def score_model(

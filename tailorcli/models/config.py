@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import reprlib
 import sys
@@ -9,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tailorcli.checkpoint.folder import other_files
 from tailorcli.errors import CheckpointError, TailorError
-from tailorcli.files import read_json, require_files
+from tailorcli.files import read_bytes, read_json, require_files
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
 
@@ -126,3 +129,29 @@ def moved_tokens(base: Mapping[str, int], tuned: Mapping[str, int]) -> int:
     2
     """
     return sum(base[token] != tuned[token] for token in base.keys() & tuned.keys())
+
+
+_CARDS = ("README.md", "TUNED_README.md", "BASE_README.md")
+_NO_TOKENIZER = (
+    "adapter_config.json",
+    "config.json",
+    "generation_config.json",
+    "training_args.bin",
+    ".gitattributes",
+    *_CARDS,
+)
+_SAYS_NOTHING = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")  # of config.json; the rest may
+
+
+def tokenizer_digest(folder: Path, model: Path) -> str:
+    """A hash of all that can decide how a model encodes: its config, and every side file but a few of ``folder``.
+
+    ``model`` is the folder of the config: another one where the tokenizer lies with an adapter.
+    """
+    config = {key: value for key, value in read_config(model).items() if key not in _SAYS_NOTHING}
+    digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
+    for name in other_files(folder):
+        if str(name) not in _NO_TOKENIZER:
+            digest.update(f"{name}\0".encode())
+            digest.update(hashlib.blake2b(read_bytes(folder / name)).digest())
+    return digest.hexdigest()

@@ -318,6 +318,11 @@ def target_in_words(options: Mapping[str, Any], tuned: str = "the tuned model") 
     return f"the model {weight:g} of the way from the base to {tuned}"
 
 
+def is_dense(report: PatchReport) -> bool:
+    """Whether no mask says which weights change."""
+    return report.command != MERGE and report.options.get("method") in DENSE
+
+
 def is_retained(inputs: Iterable[str]) -> bool:
     """Whether these inputs of a patch, by role, hold what the base must keep: statistics of it, or their data alone."""
     return not RETAIN_ROLES.isdisjoint(inputs)

@@ -12,14 +12,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from tailorcli.errors import OptionsError
 from tailorcli.models.loading import unwrapped
-from tailorcli.models.lockstep import find_blocks
 from tailorcli.models.running import output_head
 
-_TOWER = re.compile(r"(^|[._])(vision|visual|image|audio|speech)(_(tower|model|encoder|backbone|transformer))?(\.|$)")
+_SENSE = "vision|visual|image|video|audio|speech"
+_TOWER = re.compile(
+    rf"(^|[._])({_SENSE}|vq)(_?(tower|model|encoder|backbone|transformer))?(\.|$)"
+    r"|(^|\.)(img_processor|(acoustic|semantic)_tokenizer_encoder)\."
+)
 _CONNECTOR = re.compile(r"merger|project|connector|adapter|resampler|aligner")
+_SEEN = re.compile(rf"^(?!text|decoder|language|thinker|talker|qformer).*({_SENSE}|encoder|vq|tokenizer).*_config$")
 
 
 def named_parameters(network: Any) -> dict[str, nn.Parameter]:
@@ -41,8 +46,12 @@ def choose(network: Any, trainable: Sequence[str] = (), last_layers: int | None 
                 raise OptionsError(f"--trainable {glob} matches no parameter", f"a name is {next(iter(parameters))}")
         chosen = [name for name in parameters if any(fnmatchcase(name, glob) for glob in trainable)]
     else:
-        frozen = _tables(network) | _senses(network)
-        chosen = [name for name, value in parameters.items() if id(value) not in frozen and not in_tower(name)]
+        frozen, towers = _tables(network) | _senses(network), _towers(network)
+        chosen = [
+            name
+            for name, value in parameters.items()
+            if id(value) not in frozen and not in_tower(name) and not _lies_in(name, towers)
+        ]
     if last_layers is not None:
         inside = _last_blocks(network, last_layers)
         chosen = [name for name in chosen if name.startswith(inside)]
@@ -52,9 +61,33 @@ def choose(network: Any, trainable: Sequence[str] = (), last_layers: int | None 
 
 
 def in_tower(name: str) -> bool:
-    """Whether a parameter lies in a tower for pictures or sound, and not in what connects it to the text."""
+    """Whether a parameter lies in a tower for pictures or sound, and not in what connects it to the text.
+
+    A connector is a part of the tower itself; what a layer in it calls a projection is none.
+    """
     found = _TOWER.search(name)
-    return found is not None and _CONNECTOR.search(name[found.end() :]) is None
+    return found is not None and _CONNECTOR.search(name[found.end() :].partition(".")[0]) is None
+
+
+def _towers(network: Any) -> list[str]:
+    """Modules made from a config for pictures or sound, by their names: towers that are not called so."""
+    if getattr(network.config, "is_encoder_decoder", False):
+        return []
+    text = type(network.config.get_text_config())
+    parts = {name: value for name, value in vars(network.config).items() if _SEEN.match(name)}
+    kinds = {type(value) for value in parts.values() if isinstance(value, PreTrainedConfig)} - {text}
+    found: list[str] = []
+    for name, module in network.named_modules():
+        own = type(getattr(module, "config", None)) in kinds and name and not _CONNECTOR.search(name)
+        if own and not _lies_in(name, found):
+            found.append(unwrapped(name))
+    return found
+
+
+def _lies_in(name: str, towers: Sequence[str]) -> bool:
+    """Whether a parameter lies in one of these towers, and not in a connector that is a part of it."""
+    rests = [name[len(tower) + 1 :] for tower in towers if name.startswith(f"{tower}.")]
+    return any(_CONNECTOR.search(rest.partition(".")[0]) is None for rest in rests)
 
 
 def _tables(network: Any) -> set[int]:
@@ -76,18 +109,35 @@ def _senses(network: Any) -> set[int]:
 
 def _last_blocks(network: Any, count: int) -> tuple[str, ...]:
     """What the names of all parameters in the last ``count`` blocks of the language model begin with."""
-    lists: dict[str, list[str]] = {}
-    for block in find_blocks(network):
-        if not in_tower(block):
-            lists.setdefault(unwrapped(block).rpartition(".")[0], []).append(unwrapped(block))
-    if not lists:
+    name, blocks = _blocks_of_text(network)
+    if not blocks:
         raise OptionsError(f"{type(network).__name__} has no list of blocks to count", "choose with --trainable")
-    name = max(lists, key=lambda name: ("decoder" in name, len(lists[name])))
-    if not 1 <= count <= len(lists[name]):
-        raise OptionsError(
-            f"--last-layers must lie between 1 and {len(lists[name])}, the blocks of {name}, got {count}"
-        )
-    return tuple(f"{block}." for block in lists[name][-count:])
+    if not 1 <= count <= len(blocks):
+        raise OptionsError(f"--last-layers must lie between 1 and {len(blocks)}, the blocks of {name}, got {count}")
+    return tuple(f"{name}.{number}." for number in range(len(blocks) - count, len(blocks)))
+
+
+def _blocks_of_text(network: Any) -> tuple[str, nn.ModuleList | list[nn.Module]]:
+    """The language model's list of blocks, of an encoder-decoder the decoder's: the longest that lies in no other."""
+    decoder = network.get_decoder() if hasattr(network, "get_decoder") else None
+    towers = _towers(network)
+    lists = {
+        unwrapped(name): module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.ModuleList) and all(any(True for _ in child.parameters()) for child in module)
+    }
+    outer = {
+        name: module
+        for name, module in lists.items()
+        if not any(name.startswith(f"{other}.") for other in lists)
+        and not (in_tower(f"{name}.") or _lies_in(f"{name}.", towers))
+    }
+    inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    chosen = {name: module for name, module in outer.items() if id(module) in inside} or outer
+    if getattr(network.config, "is_encoder_decoder", False):
+        chosen = {name: module for name, module in chosen.items() if "encoder" not in name.split(".")} or chosen
+    name = max(chosen, key=lambda name: len(chosen[name]), default="")
+    return name, chosen.get(name, [])
 
 
 def trained_numel(network: Any, names: Sequence[str]) -> int:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
 
 IGNORED = -100  # the label of a token that is not learnt
+_SEEN = "cross_attention_mask"  # (1, T, images, tiles): which pictures each token sees, in Llama 3.2 Vision
 
 
 class Prepared(Sequence["Inputs"]):
@@ -171,6 +172,8 @@ def _ended(inputs: Inputs, encoder: Encoder, seq_len: int) -> Inputs:
     if not isinstance(end, int) or int(ids[0, -1]) == end or length >= seq_len:
         return inputs
     more = {name: pad(value, (0, 1)) for name, value in inputs.items() if name.endswith("token_type_ids")}
+    if _SEEN in inputs:  # the end sees what the answer saw
+        more[_SEEN] = torch.cat([inputs[_SEEN], inputs[_SEEN][:, -1:]], dim=1)
     return inputs | more | {"input_ids": pad(ids, (0, 1), value=end)}
 
 
@@ -184,11 +187,11 @@ class Collate:
         """One batch, with an attention mask. Raises DataError for images of shapes that cannot stand together."""
         batch: Inputs = {}
         for name in dict.fromkeys(name for example in examples for name in example):
-            if _is_per_token(name):
-                batch[name] = self._padded(name, [_of(example, name) for example in examples])
-                continue
             try:
-                batch[name] = torch.cat([example[name] for example in examples if name in example])
+                if _is_per_token(name):
+                    batch[name] = self._padded(name, [_of(example, name) for example in examples])
+                else:
+                    batch[name] = torch.cat([example[name] for example in examples if name in example])
             except RuntimeError as error:
                 raise DataError(f"{name} of one batch have different shapes: {error}", "pass --batch-size 1") from error
         for name in ("input_ids", "decoder_input_ids"):
@@ -201,12 +204,13 @@ class Collate:
     def _padded(self, name: str, values: Sequence[Tensor]) -> Tensor:
         fill = IGNORED if name == "labels" else self.padding if name.endswith("input_ids") else 0
         width = max(value.shape[1] for value in values)
-        return torch.cat([pad(value, (0, width - value.shape[1]), value=fill) for value in values])
+        rests = [(0, 0) * (value.dim() - 2) + (0, width - value.shape[1]) for value in values]
+        return torch.cat([pad(value, rest, value=fill) for value, rest in zip(values, rests, strict=True)])
 
 
 def _is_per_token(name: str) -> bool:
     """Whether an input has a value for each token: InstructBLIP has a second text, for its query tokens."""
-    return name == "labels" or name.endswith(("input_ids", "token_type_ids")) or name == "qformer_attention_mask"
+    return name in ("labels", "qformer_attention_mask", _SEEN) or name.endswith(("input_ids", "token_type_ids"))
 
 
 def _of(example: Inputs, name: str) -> Tensor:

@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.checkpoint.folder import WORK_FOLDER, Checkpoint
 from tailorcli.checkpoint.writer import JOURNAL
+from tailorcli.core.scores import count_kept
 from tailorcli.data.records import Records, media_digest, read_records
 from tailorcli.device import StageTimer, device_errors, resolve_device
 from tailorcli.errors import NumericalError, OptionsError, OutputError, first_line, note
 from tailorcli.files import PathLike, as_output_error, file_digest, read_json, write_text_atomically
 from tailorcli.guard import OutputLock, Watch, entries, path_text, protect
-from tailorcli.models.config import processor_folder, read_config
+from tailorcli.models.config import processor_folder, read_config, tokenizer_digest
 from tailorcli.models.generation import media_token_ids
 from tailorcli.models.loading import (
     aliases,
@@ -77,6 +78,7 @@ class Job:
         whole = {
             "versions": package_versions(),
             "base": self.base.fingerprint(),
+            "tokenizer": tokenizer_digest(self.base.path, self.base.path),
             "data": self.records.digest,
             "media": media_digest(self.records) if self.records.has_media else None,
             "importance": None if self.importance is None else file_digest(self.importance.path / "importance.json"),
@@ -185,7 +187,7 @@ def work_of(folder: Path) -> Path:
 
 def is_main_process() -> bool:
     """Whether this process is the only one, or the first of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
+    return processes() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def _open(
@@ -321,6 +323,7 @@ def _examples(job: Job, network: Any) -> Examples:
     if "MaskedLM" in type(network).__name__:
         what = f"{job.base.path} is a {type(network).__name__}, whose labels would be what it is shown"
         raise OptionsError(what, "train a model that predicts the next token, or an encoder-decoder")
+    _check_smoothing(job, network)
     has_media = job.records.has_media
     folder = processor_folder(job.base.path, job.base.path, has_media)
     encoder = load_encoder(folder, job.base.path, has_media, job.options)
@@ -328,6 +331,16 @@ def _examples(job: Job, network: Any) -> Examples:
     examples = encode_examples(job.records, encoder, length, media_token_ids(network))
     check_ids(examples.tokens, network)
     return examples
+
+
+def _check_smoothing(job: Job, network: Any) -> None:
+    """The Trainer's label smoothing shifts the labels of some classes alone. Raises OptionsError for another one."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = type(network).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    if job.arguments.get("label_smoothing_factor") and not (known or network.config.is_encoder_decoder):
+        what = f"label_smoothing_factor would train {type(network).__name__} on the token that it is shown"
+        raise OptionsError(what, "leave it out of --training-args")
 
 
 def plan_of(job: Job, network: Any, examples: Examples, output: Path) -> FinetunePlan:
@@ -340,12 +353,15 @@ def plan_of(job: Job, network: Any, examples: Examples, output: Path) -> Finetun
             what = f"{job.importance.path} has no scores of what is to be trained"
             raise OptionsError(what, "see --trainable and --last-layers")
     numel = trained_numel(network, names)
-    trained = round(options.update_ratio * numel) if options.method == "dowser" else numel
+    trained = numel
+    if options.method == "dowser":
+        parameters = named_parameters(network)
+        trained = sum(count_kept(options.update_ratio, parameters[name].numel()) for name in names)
     if not trained:
         raise OptionsError(f"--update-ratio {options.update_ratio:g} leaves no entry to train", "the paper's is 0.1")
     entries = sum(parameter.numel() for parameter in network.parameters())
     size = run_dtype(job.base, network.config, options).itemsize
-    batches = -(-len(examples.inputs) // (options.batch_size * processes() * options.gradient_accumulation))
+    batches = _batches(len(examples.inputs), options, drop_last=bool(job.arguments.get("dataloader_drop_last")))
     steps = options.steps or math.ceil(options.epochs * batches)
     return FinetunePlan(
         output=path_text(output),
@@ -362,6 +378,16 @@ def plan_of(job: Job, network: Any, examples: Examples, output: Path) -> Finetun
     )
 
 
+def _batches(examples: int, options: FinetuneOptions, *, drop_last: bool) -> int:
+    """Steps of an epoch. Raises OptionsError for data that fill no batch, where such are dropped."""
+    each = options.batch_size * processes()
+    if drop_last and examples < each:
+        what = f"{examples} records fill no batch of {each}, and dataloader_drop_last drops such"
+        raise OptionsError(what, "pass a smaller --batch-size, or leave it out of --training-args")
+    batches = examples // each if drop_last else -(-examples // each)
+    return -(-batches // options.gradient_accumulation)
+
+
 def trainable_in(job: Job, network: Any) -> tuple[str, ...]:
     """The globs of --trainable by the names of the loaded model, where they are of the checkpoint's or of a tied table.
 
@@ -369,14 +395,26 @@ def trainable_in(job: Job, network: Any) -> tuple[str, ...]:
     """
     own, tied = named_parameters(network), aliases(network)
     known = {unwrapped(name): unwrapped(of) for name, of in tied.items()}
+    pieces: dict[str, list[str]] = {}  # checkpoint tensors that become one parameter
     if job.options.trainable:
         for stored, name in expected_names(network, job.base.tensors).items():
             known[stored] = unwrapped(tied.get(name, name))
+            pieces.setdefault(unwrapped(name), []).append(stored)
     found: list[str] = []
     for glob in job.options.trainable:
         others = [known[name] for name in known if fnmatchcase(name, glob) and known[name] in own]
         found += [glob] if any(fnmatchcase(name, glob) for name in own) or not others else others
+    for name in dict.fromkeys(found):
+        whole = pieces.get(name, [])
+        left = [each for each in whole if not _matches(each, job.options.trainable)]
+        if len(whole) > 1 and left and not _matches(name, job.options.trainable):
+            what = f"--trainable names a part of {name}, which is trained as a whole; {left[0]} is in it, too"
+            raise OptionsError(what, f"name the whole: --trainable '{name}'")
     return tuple(dict.fromkeys(found))
+
+
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
 
 
 def processes() -> int:
@@ -399,7 +437,7 @@ def train(job: Job, network: Any, examples: Examples, work: Path, progress: bool
     with quiet_transformers():
         with refused_arguments(job):
             arguments = training_arguments(job, work)
-            padding = padding if isinstance(padding, int) else 0
+            padding = padding if isinstance(padding, int) and padding >= 0 else 0
             trainer = GuardedTrainer.of(network, arguments, examples.inputs, padding)
         tuning = _tuning(job, trainable_in(job, network)).attach(trainer)
         guard = guard_of(trainer, work, COMPLETE, progress)
@@ -442,7 +480,10 @@ def training_arguments(job: Job, work: Path) -> Any:
     """The TrainingArguments of a run, which may refuse what they are given."""
     from transformers import TrainingArguments
 
-    return TrainingArguments(**_arguments(job, work))
+    made = TrainingArguments(**_arguments(job, work))
+    if made.n_gpu > 1:  # of one process: the Trainer would split each batch over all devices, unlike the plan
+        made._n_gpu = 1
+    return made
 
 
 @contextmanager
@@ -484,7 +525,7 @@ def _tuning(job: Job, trainable: Sequence[str]) -> SparseTuning:
     from tailorcli.training.sparse import SparseTuning
 
     options = job.options
-    return SparseTuning(
+    made = SparseTuning(
         options.method,
         importance=None if job.importance is None else job.importance.path,
         update_ratio=options.update_ratio,
@@ -495,6 +536,8 @@ def _tuning(job: Job, trainable: Sequence[str]) -> SparseTuning:
         round_steps=options.round_steps,
         seed=options.seed,
     )
+    made._is_of_base = True  # by the base's fingerprint, which _open has compared
+    return made
 
 
 def _arguments(job: Job, work: Path) -> dict[str, Any]:

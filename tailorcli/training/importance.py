@@ -81,18 +81,18 @@ class Importance:
             raise ImportanceError(f"{self.path} is damaged: the scores of {name!r} are no finite numbers", _AGAIN)
         return score
 
-    def bits(self, name: str, parameter: Tensor, ratio: float) -> Tensor:
+    def bits(self, name: str, parameter: Tensor | None, ratio: float) -> Tensor:
         """The mask of a parameter's ``ratio`` lowest scores as bits, (ceil(numel / 8),) uint8.
 
-        ``parameter`` holds the base's values. Raises ImportanceError where the scores are of another base.
+        ``parameter`` holds the base's values; without it they are known to be those. Raises ImportanceError where the
+        scores are of another base.
         """
         from tailorcli.core.dowser import least_important, packed
         from tailorcli.training.choice import sample_digest
 
-        if sample_digest(parameter) != self.digests[name]:
-            raise ImportanceError(
-                f"{self.path} was made of another base: parameter {name!r} has other values", f"{_AGAIN}, of this one"
-            )
+        if parameter is not None and sample_digest(parameter) != self.digests[name]:
+            what = f"{self.path} was made of another base, or in float16: parameter {name!r} has other values"
+            raise ImportanceError(what, f"{_AGAIN}, of this one")
         return packed(least_important(self.read(name), ratio))
 
 

@@ -183,6 +183,7 @@ REFUSED_ARGUMENTS = {
     "save_only_model": "from states without an optimiser no run could go on",
     "ignore_data_skip": "a run that goes on would see other data than an unbroken one",
     "disable_tqdm": "finetune shows its own progress",
+    "logging_nan_inf_filter": "finetune stops at a loss that is no number",
 }
 PUBLISHING = ("push_to_hub", "hub_", "trackio_")
 _ONE = "CUDA_VISIBLE_DEVICES chooses among several; torchrun takes all"

@@ -7,16 +7,19 @@ after it weights are put back. There is no training loop here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import TrainerCallback
 
 from tailorcli.core import dowser, spider
 from tailorcli.errors import OptionsError, OutputError
 from tailorcli.files import PathLike
+from tailorcli.models.loading import unwrapped
 from tailorcli.training.choice import choose, freeze_others, named_parameters
 from tailorcli.training.importance import Importance
 from tailorcli.training.settings import TuningOptions
@@ -75,6 +78,8 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
         self._saved: dict[str, Tensor] = {}
         self._decay: list[tuple[dict[str, Any], float]] = []
         self._hooks: list[Any] = []
+        self._resting_norms: list[torch.nn.Module] = []
+        self._is_of_base = False  # whether the importance is known to be of this very base
         self._step = 0
 
     def attach(self, trainer: Any) -> Self:
@@ -115,7 +120,8 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
         self.unscored = {n: importance.reasons.get(n, default) for n in self.names if n not in importance.digests}
         self.names = freeze_others(network, scored)
         for name in self.names:
-            self._held[name] = importance.bits(name, parameters[name], self.options.update_ratio)
+            given = None if self._is_of_base else parameters[name]
+            self._held[name] = importance.bits(name, given, self.options.update_ratio)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Hang the hooks on the optimiser, and cut what is held into this process's shards.
@@ -125,6 +131,7 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
         if given["optimizer"] is None or given["model"] is None:
             raise OptionsError("the Trainer gives no optimiser", "use transformers' own training loop")
         self._remove_hooks()
+        self._rest_norms(given["model"])
         every = named_parameters(given["model"])
         self._parameters = {name: every[name] for name in self.names}
         for name, parameter in self._parameters.items():
@@ -163,11 +170,29 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
     def _remove_hooks(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
+        while self._resting_norms:
+            self._resting_norms.pop().__dict__.pop("train", None)
+
+    def _rest_norms(self, network: torch.nn.Module) -> None:
+        """Batch norms without a trained parameter stay as they are in use: in training they would average anew.
+
+        The Trainer calls ``train()`` before every step, which reaches them through their own method.
+        """
+        trained = set(self.names)
+        for name, module in network.named_modules():
+            own = {unwrapped(f"{name}.{each}") for each, _ in module.named_parameters(recurse=False)}
+            if isinstance(module, _BatchNorm) and not own & trained:
+                module.eval()
+                module.__dict__["train"] = partial(_as_it_is, module)
+                self._resting_norms.append(module)
 
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """What the optimiser is to see."""
         method = self.options.method
+        if is_skipped(optimizer):
+            return
+        scale = loss_scale(optimizer)
         if method == "half":
             for name in self._resting():
                 self._parameters[name].grad = None  # no step, no decay and no momentum moves what has none
@@ -181,16 +206,17 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
             gradient = local(parameter.grad)
             if method == "l2":
                 added = spider.l2_gradient(local(parameter), self._held[name], self.options.strength)
-                gradient.add_(added.to(gradient.dtype))
+                gradient.add_(added.mul_(scale).to(gradient.dtype))
             else:
-                self._sofar[name] = spider.accumulated(self._sofar[name], gradient, self.options.momentum)
+                plain = gradient if scale == 1.0 else gradient.float() / scale
+                self._sofar[name] = spider.accumulated(self._sofar[name], plain, self.options.momentum)
 
     def _mask(self, optimizer: torch.optim.Optimizer) -> None:
         """Mask the gradients; decay the entries that are trained here, and none in the optimiser.
 
         An optimiser whose step is not known to leave entries without gradient alone gets its frozen ones back after.
         """
-        known = type(optimizer) in _KNOWN
+        known, scale = type(optimizer) in _KNOWN, loss_scale(optimizer)
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         for group in optimizer.param_groups:
             decay = float(group.get("weight_decay") or 0.0) if known else 0.0
@@ -204,7 +230,7 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
                 if decay and decoupled:
                     values.copy_(torch.where(mask, values * (1 - float(group["lr"]) * decay), values))
                 elif decay:
-                    gradient.add_(values.to(gradient.dtype), alpha=decay)
+                    gradient.add_(values.to(gradient.dtype), alpha=decay * scale)
                 gradient.mul_(mask)
                 if not known:
                     self._saved[name] = values.clone()
@@ -213,8 +239,10 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
                 group["weight_decay"] = 0.0
 
     @torch.no_grad()
-    def _after(self, *_: Any) -> None:
+    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Put back what the step must not have moved."""
+        if is_skipped(optimizer):
+            return
         while self._decay:
             group, decay = self._decay.pop()
             group["weight_decay"] = decay
@@ -273,7 +301,25 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
                 value.copy_(found[name])
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             what = f"SPIDER's accumulated gradients cannot be taken up from {file}: {error}"
-            raise OutputError(what, "start anew, or resume with as many processes") from error
+            how = "start anew, or resume with as many processes from a checkpoint in the Trainer's own output_dir"
+            raise OutputError(what, how) from error
+
+
+def is_skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a fused optimiser will leave all as it is, since a gradient in float16 was none."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and float(found) != 0.0
+
+
+def loss_scale(optimizer: torch.optim.Optimizer) -> float:
+    """What the gradients are still multiplied by, which a fused optimiser takes out itself."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)
+
+
+def _as_it_is(module: torch.nn.Module, _mode: bool = True) -> torch.nn.Module:
+    """In place of a module's ``train``: it stays in the mode that it is in."""
+    return module
 
 
 def blocks_by_parent(names: Sequence[str]) -> list[list[list[str]]]:

@@ -11,10 +11,11 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from tailorcli.errors import OptionsError
 from tailorcli.files import write_text_atomically
 from tailorcli.models.running import in_dtype_of
 from tailorcli.terminal import Progress
-from tailorcli.training.examples import Collate
+from tailorcli.training.examples import IGNORED, Collate
 from tailorcli.training.shards import local, summed
 
 if TYPE_CHECKING:
@@ -41,20 +42,56 @@ def unsound(network: Any) -> int:
 class GuardedTrainer(Trainer):  # type: ignore[misc]
     """A Trainer that raises NotANumber before a step that would spoil the weights."""
 
+    model_accepts_loss_kwargs: bool
+    _divides = False  # whether it is yet to be seen if the model divides its loss by the tokens of the whole batch
+
     @classmethod
     def of(cls, network: Any, arguments: Any, examples: Sequence[Inputs], padding: int) -> Self:
         """A Trainer of examples with labels, which are padded with ``padding``."""
         made = cls(network, arguments, train_dataset=examples, data_collator=Collate(padding))
+        made._divides = arguments.gradient_accumulation_steps * arguments.world_size > 1
         made.remove_callback(PrinterCallback)
         return made
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **given: Any) -> Any:
         """Give transformers' loss. Raises NotANumber."""
-        found = super().compute_loss(model, in_dtype_of(self.model, inputs), *args, **given)
+        inputs = in_dtype_of(self.model, inputs)
+        if self._divides:  # once, before the first loss of a batch that comes in parts
+            self._divides = False
+            if self.model_accepts_loss_kwargs and not self._heeds_count(model, inputs):
+                self.model_accepts_loss_kwargs = False  # so that the Trainer divides the loss by the parts itself
+        found = super().compute_loss(model, inputs, *args, **given)
         value = float((found[0] if isinstance(found, tuple) else found).detach())
         if not math.isfinite(value):
             raise NotANumber(f"the loss is {value}", self.state.global_step + 1)
+        if model.training and not (found[0] if isinstance(found, tuple) else found).requires_grad:
+            raise OptionsError("nothing that is trained takes part in the loss", "see --trainable and --last-layers")
         return found
+
+    def _heeds_count(self, model: Any, inputs: Any) -> bool:
+        """Whether the model divides its loss by the tokens of the whole batch where it is told how many these are.
+
+        The Trainer asks the signature alone, and takes a model that ignores their number for one that does.
+        """
+        count = max(1, int((inputs["labels"] != IGNORED).sum()))
+        was = model.training
+        model.eval()  # no draws of dropout, which a run that is resumed would lack
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                once, twice = (float(model(**inputs, num_items_in_batch=n).loss) for n in (count, 2 * count))
+        finally:
+            model.train(was)
+        return abs(2 * twice - once) <= 0.5 * abs(once)  # such a loss is halved, but for that of a router
+
+    def _get_train_sampler(self, *given: Any) -> Any:
+        """Batches of like lengths, where they are asked for, by the lengths that the examples have."""
+        from transformers.trainer_pt_utils import LengthGroupedSampler
+
+        asked = getattr(self.args, "train_sampling_strategy", None) or getattr(self.args, "group_by_length", False)
+        if str(getattr(asked, "value", asked)) not in ("group_by_length", "True"):
+            return super()._get_train_sampler(*given)
+        lengths = [inputs.get("input_ids", inputs["labels"]).shape[1] for inputs in self.train_dataset.tokens]
+        return LengthGroupedSampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths)
 
     def keep_last_good(self) -> tuple[int, Path] | None:
         """The step and folder of the last state with sound weights: of now, or what was saved earlier; None if none."""

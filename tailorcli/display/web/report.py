@@ -13,9 +13,8 @@ from tailorcli.display.summary import short_count
 from tailorcli.display.web import charts
 from tailorcli.display.web.evaluated import evaluation_section, evaluation_sentence, evaluation_tiles
 from tailorcli.display.web.shell import Page, Section, Table, Tile
-from tailorcli.options import DENSE
 from tailorcli.patchfile.records import TensorRecord
-from tailorcli.patchfile.report import MERGE, PatchReport, is_retained, share, target_in_words
+from tailorcli.patchfile.report import MERGE, PatchReport, is_dense, is_retained, share, target_in_words
 from tailorcli.runs.again import NEW, merge_command, patch_command, shell_text
 from tailorcli.runs.card import merge_text, patch_text
 from tailorcli.runs.evaluated import with_ends
@@ -89,7 +88,7 @@ def _what_came_out(report: PatchReport) -> str:
             f"It changes {weights}; of what any task changes {format_share(totals['jaccard'])} is changed by all, and "
             f"{totals['sign_conflicts']:,} of the shared weights were pulled both ways."
         )
-    if _is_dense(report):
+    if is_dense(report):
         return f"Any of the {totals['numel']:,} weights in {tensors} may differ from the base's."
     held = f"{format_share(totals['delta_share_kept'])} of the squared change"
     if totals["error_before"] is None:
@@ -105,11 +104,6 @@ def _what_came_out(report: PatchReport) -> str:
 def _towards(report: PatchReport) -> str:
     """What the patch goes towards, and its figures are measured against."""
     return target_in_words(report.options, "the fine-tuned model")
-
-
-def _is_dense(report: PatchReport) -> bool:
-    """Whether no mask says which weights change."""
-    return report.command != MERGE and report.options.get("method") in DENSE
 
 
 def _next_step(report: PatchReport) -> str:
@@ -141,14 +135,14 @@ def _tiles(report: PatchReport, *, short: bool) -> list[Tile]:
     tiles = [
         Tile(
             format_share(share(totals["kept"], whole)),
-            "of the weights patched" if not _is_dense(report) else "of the weights may differ",
+            "of the weights patched" if not is_dense(report) else "of the weights may differ",
             f"{short_count(totals['kept'])} of {short_count(whole)}",
         )
     ]
     if report.command == MERGE:
         tiles.append(Tile(format_share(totals["jaccard"]), "changed by all tasks", "of what any changes"))
         return tiles
-    if not short and not _is_dense(report):
+    if not short and not is_dense(report):
         tiles.append(Tile(format_share(totals["delta_share_kept"]), "of the squared change", "is in those weights"))
     goal = "fine-tuned" if _towards(report) == "the fine-tuned model" else "its teacher"
     if totals["error_after"] is not None:
