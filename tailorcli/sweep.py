@@ -176,11 +176,12 @@ def settings_of(
             solver=solver,
             retain_weight=retain_weight,
             damping=damping,
+            propagate=options.propagate if solver == "joint" and retain_weight > 0 else None,
         )
         found.append(Setting(changed, retained=retain_weight > 0))
         if distill is not None and retain_weight > 0:
             found.append(Setting(changed, retained=True, distill=distill))
-    options = replace(options, score=None)  # which is of the method tailor
+    options = replace(options, score=None, propagate=None)  # which are of the method tailor
     for method in methods:
         if method == "interpolate":
             found += [Setting(replace(options, method=method, weight=weight)) for weight in weights or WEIGHTS]
@@ -510,6 +511,9 @@ class _Scorer:
         work = self.folder / _WORK
         model, file = work / "model", work / "patch.safetensors"
         options = setting.resolved
+        chosen = options.to_dict() | {"retained": setting.retained}
+        if setting.distill is not None:
+            chosen["distill"] = asdict(setting.distill)
 
         def make() -> _Made:
             if ranks().first:
@@ -527,16 +531,13 @@ class _Scorer:
             return _Made(model, None, report.seconds, None if stored is None else stored.stat().st_size)
 
         try:
-            chosen = options.to_dict() | {"retained": setting.retained}
-            if setting.distill is not None:
-                chosen["distill"] = asdict(setting.distill)
             used = [name for name, path in inputs.items() if path is not None]
             with _named(setting):
                 found = self._scores(setting.label, chosen, used, make)
         finally:
             if ranks().first:
                 shutil.rmtree(work, ignore_errors=True)
-        return _Result(setting.label, setting.family, options.to_dict(), *found)
+        return _Result(setting.label, setting.family, chosen, *found)
 
     def _scores(
         self,

@@ -331,6 +331,44 @@ def test_statistics_that_do_not_fit_are_refused_before_any_model_runs(pair, tmp_
     assert not list((tmp_path / "out" / "settings").iterdir())
 
 
+def test_propagation_is_of_the_settings_that_can_be_propagated(pair, tmp_path):
+    settings = settings_of(
+        PatchOptions(propagate=True),
+        solvers=["joint", "none"],
+        retain_weights=[0.0, 0.3],
+        methods=["interpolate", "magnitude"],
+        weights=[0.5],
+    )
+    assert [setting.resolved.propagate for setting in settings].count(True) == 1
+    report = run(pair, tmp_path, settings)
+    [point] = [point for point in report.to_dict()["points"] if "propagated" in point["label"]]
+    assert point["options"]["retained"]
+    [plain] = [point for point in report.to_dict()["points"] if point["family"] == "interpolate"]
+    assert not plain["options"]["retained"]
+
+
+def test_a_distilled_point_says_how(pair, tmp_path):
+    setting = Setting(PatchOptions(propagate=False), retained=True, distill=DistillOptions(steps=1, batch_size=2))
+    point = run(pair, tmp_path, [setting]).to_dict()["points"][-1]
+    assert (point["options"]["distill"]["steps"], point["options"]["distill"]["batch_size"]) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--omega", "0.3", "--method", "interpolate"], "--omega needs --stats"),
+        (["--propagate", "--method", "interpolate"], "--propagate is for the joint solver"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(pair, tmp_path, given, said):
+    ends = ["--origin", "old", "--target", "new"]
+    command = [str(pair / "base"), str(pair / "tuned"), "-o", str(tmp_path / "out"), *ends]
+    words = [word for task in tasks(pair) for word in ("--task", task)]
+    found = CliRunner().invoke(app, ["sweep", *command, *words, *given])
+    assert found.exit_code == 2
+    assert said in " ".join(found.stderr.replace("│", " ").split())
+
+
 def test_a_foreign_folder_is_refused(pair, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(TailorError, match="other files"):

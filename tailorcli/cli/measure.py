@@ -367,8 +367,13 @@ def sweep(
         require_unused(context, "is for --method graft", "graft_data")
     if retain is not None and not any(retain_weights):
         raise typer.BadParameter("--retain is for settings with a weight above 0: leave it or --retain-weight 0 out")
+    if propagate and not any(setting.options.propagate for setting in settings):
+        raise typer.BadParameter("--propagate is for the joint solver with --retain STATS")
     if stats is None and method:  # the other methods alone
-        settings = [setting for setting in settings if not setting.options.needs_hessians]
+        made = [setting for setting in settings if not setting.options.needs_hessians]
+        if len(made) < len(settings):
+            require_unused(context, "needs --stats STATS", "solver", "omega", "damping")
+        settings = made
     check_page(html, read)
     if plot is not None:
         from tailorcli.display.plots import check_plot
