@@ -19,7 +19,7 @@ from tailorcli.data.samples import Samples, batch_places, join
 from tailorcli.distributed import gathered, mine, now_on
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
 from tailorcli.guard import path_text
-from tailorcli.models.generation import TOGETHER, media_token_ids, samples_together, sampling_generation
+from tailorcli.models.generation import TOGETHER, end_token_ids, media_token_ids, samples_together, sampling_generation
 from tailorcli.options import CalibrateOptions, DataColumns
 from tailorcli.terminal import Progress
 
@@ -126,7 +126,7 @@ def write_samples(
         others = sorted(set(range(len(begun))).difference(asked))
         batches = [
             ([numbers[place] for place in places], ends)
-            for numbers, ends in ((others, []), (asked, _end_ids(network)))
+            for numbers, ends in ((others, []), (asked, end_token_ids(network)))
             for places in batch_places([begun[number] for number in numbers], together)
         ]
         found: dict[int, Inputs] = {}
@@ -226,12 +226,6 @@ def _plain_tokens(tokenizer: Any, rows: int) -> torch.Tensor:
     if not plain:
         raise DataError("the tokenizer has no ordinary tokens to start samples from", _HINT)
     return torch.tensor(plain)
-
-
-def _end_ids(network: Any) -> list[int]:
-    """The ids of the tokens with which the model ends a text."""
-    ends = network.generation_config.eos_token_id
-    return [ends] if isinstance(ends, int) else list(ends or ())
 
 
 def _continued(

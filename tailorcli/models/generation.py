@@ -108,6 +108,12 @@ def _generating_by(network: Any, config: Any) -> Iterator[None]:
         network.generation_config = own
 
 
+def end_token_ids(network: Any) -> list[int]:
+    """The ids of the tokens with which the model ends a text."""
+    ends = network.generation_config.eos_token_id if network.generation_config is not None else None
+    return [ends] if isinstance(ends, int) else list(ends or ())
+
+
 def media_token_ids(network: Any) -> list[int]:
     """The ids that the model itself takes for places of images, which its processor need not know by this name."""
     names = [f"{kind}_token_{what}" for kind in ("image", "video", "audio") for what in ("id", "index")]

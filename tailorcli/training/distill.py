@@ -80,8 +80,12 @@ class Material:
 
         Raises DataError for fewer than two.
         """
-        counts = [True] * len(samples) if responses is None else [bool(before_response(r).any()) for r in responses]
-        order = [number for number, counted in enumerate(counts) if counted]
+        order = [
+            number
+            for number, sample in enumerate(samples)
+            if bool(predicted(sample, (), teacher.ends).any())
+            and (responses is None or bool(before_response(responses[number]).any()))
+        ]
         if len(order) < 2:
             what = "distillation needs two samples of each kind at least, with a token that counts"
             raise DataError(what, "calibrate on more data")
@@ -106,7 +110,7 @@ class Material:
 
     def counted(self, places: list[int], media: tuple[int, ...]) -> Tensor:
         """Where the next token is predicted and counts, (B, T) bool."""
-        wanted = predicted(join([self.samples[place] for place in places]), media)
+        wanted = predicted(join([self.samples[place] for place in places]), media, self.teacher.ends)
         if self.responses is not None:
             wanted &= before_response(torch.cat([self.responses[place] for place in places]))
         return wanted

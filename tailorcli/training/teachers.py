@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.core.distillation import divergence, kept_accuracy
 from tailorcli.errors import CheckpointError, NumericalError
 from tailorcli.models.blockwise import run_blockwise
+from tailorcli.models.generation import end_token_ids
 from tailorcli.models.running import differentiable, forward, output_head, to_device
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Teacher:
 
     states: list[Tensor]  # of each sample, (T, I), on the CPU
     head: Callable[[Tensor], Tensor]  # (N, I) -> (N, V)
+    ends: Sequence[int] = ()  # the tokens behind which nothing follows
 
 
 def head_of(network: Any) -> nn.Linear:
@@ -95,17 +97,21 @@ def require_known_logits(network: Any, found: Tensor, wanted: Tensor) -> None:
         )
 
 
-def predicted(batch: Inputs, media: tuple[int, ...]) -> Tensor:
+def predicted(batch: Inputs, media: tuple[int, ...], ends: Sequence[int] = ()) -> Tensor:
     """Where the next token is predicted, (B, T) bool: everywhere but before placeholders of images or sound.
 
-    The last position counts, too: a divergence needs no label, and there it is told whether an answer ends.
+    The last position counts, too, unless the text has come to one of its ``ends`` there: a divergence needs no label,
+    and there it is told whether an answer ends.
     """
     ids = batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"]
     after = ids[:, 1:]
     wanted = torch.ones_like(after, dtype=torch.bool)
     for token in media:
         wanted &= after != token
-    return torch.cat([wanted, torch.ones_like(ids[:, :1], dtype=torch.bool)], dim=1)
+    last = torch.ones_like(ids[:, -1:], dtype=torch.bool)
+    for token in ends:
+        last &= ids[:, -1:] != token
+    return torch.cat([wanted, last], dim=1)
 
 
 def teach(
@@ -123,7 +129,7 @@ def teach(
     for sample in samples:
         states.append(keep(hidden_states(network, to_device(sample, device))[0]))
         advance(1)
-    return Teacher(states, _head_alone(network))
+    return Teacher(states, _head_alone(network), end_token_ids(network))
 
 
 def teach_blockwise(
@@ -159,7 +165,7 @@ def teach_blockwise(
         states = run_blockwise(network, stored, tuned, len(samples), call, device, scratch, advance)
     finally:
         handle.remove()
-    return Teacher(states, _head_alone(network))
+    return Teacher(states, _head_alone(network), end_token_ids(network))
 
 
 def _head_alone(network: Any) -> Callable[[Tensor], Tensor]:

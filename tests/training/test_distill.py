@@ -15,7 +15,7 @@ from tailorcli.options import DistillOptions
 from tailorcli.training.activations import blocks_of, checkpointed
 from tailorcli.training.distill import NEW, RETAINED, Material, before_response, distill, mean_of, step_losses
 from tailorcli.training.entries import Trained, entries_of, positions_in
-from tailorcli.training.teachers import check_head, hidden_states, loss, predicted, teach
+from tailorcli.training.teachers import Teacher, check_head, hidden_states, loss, predicted, teach
 
 CPU = torch.device("cpu")
 
@@ -197,8 +197,10 @@ def test_what_ends_an_answer_counts():
     wanted = [[True, False, True, True, True], [True, False, False, False, False]]
     assert before_response(response).tolist() == wanted
     data = [{"input_ids": torch.tensor([[5, 9, 9, 6, 7]])}] * 2
-    found = Material(data, None, [], [], [response[:1], response[1:]])
+    found = Material(data, Teacher([], None), [], [], [response[:1], response[1:]])
     assert found.counted([0, 1], (9,)).tolist() == [[False, False, True, True, True], [False] * 5]
+    ended = Material(data, Teacher([], None, [7]), [], [])
+    assert ended.counted([0], ()).tolist() == [[True, True, True, True, False]]  # behind the end comes nothing
 
 
 def test_training_brings_the_patch_nearer_to_both_teachers():
