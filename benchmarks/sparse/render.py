@@ -98,7 +98,7 @@ has gradients and moments of whole tensors, for the tenth that moves and the res
 HEAD = """# Sparse fine-tuning
 
 Written by `python -m benchmarks.sparse`. The methods of [finetune](../how-to/finetune.md), and patches on top of
-them: the same base, data, steps and layers for all. Embeddings are frozen.
+them: the same base, data, steps and layers for all.
 
 - **old**, **new**: accuracy in percent on the test parts; **average** is their mean, **H** their harmonic mean.
 - **Intervals** (95%) are a bootstrap over the test items, of the mean over the seeds; **±** is the deviation of H
@@ -168,6 +168,7 @@ def _setting(part: Part, cells: Sequence[Cell]) -> str:
     rows = [
         ("models", part.model),
         ("training", trained),
+        ("frozen", part.frozen),
         ("statistics", f"{part.samples} samples of each kind"),
         ("test and validation", f"those of [{part.name}](evidence-{part.name}.md){limit}"),
         ("update ratio, density", "0.1"),
