@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from errno import ENOSPC
 from fnmatch import fnmatchcase
@@ -119,7 +119,7 @@ def finetune_model(
             stack.enter_context(OutputLock(work, folder=True))
             earlier = _check(folder, work, identity, options.resume)
             if earlier is not None:
-                shutil.rmtree(work, ignore_errors=True)  # which a run that was ended at its very end left
+                _clear(folder, work)  # what a run that was ended at its very end left
                 return earlier
             stack.push(_forget_if_refused(work))
             _begin(work, identity)
@@ -279,7 +279,8 @@ def _check(folder: Path, work: Path, identity: Mapping[str, Any], resume: bool) 
                 return report
         if not (resume and begun and folder.is_dir()):
             raise OutputError(f"{folder} exists and is not empty", "choose another folder for -o")
-    if work.exists() and not begun and entries(work):
+    # A run that was ended as it began has left a part of this one file.
+    if work.exists() and not begun and any(entry.name != f"{IDENTITY}.part" for entry in entries(work)):
         raise OutputError(f"{work} holds files that tailorcli did not write", "choose another folder for -o")
     if not begun:
         if resume:
@@ -291,6 +292,14 @@ def _check(folder: Path, work: Path, identity: Mapping[str, Any], resume: bool) 
         what = f"{work} is of a run with other options, inputs or versions"
         raise OutputError(what, "repeat them, or remove that folder")
     return None
+
+
+def _clear(folder: Path, work: Path) -> None:
+    """Take away what is not part of a whole output. Raises OutputError where another run has its lock."""
+    with suppress(OSError):
+        (folder / WORK_FOLDER).rmdir()
+    with OutputLock(folder, folder=True):  # whose file goes with it
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _begin(work: Path, identity: Mapping[str, Any]) -> None:
@@ -431,7 +440,7 @@ def train(job: Job, network: Any, examples: Examples, work: Path, progress: bool
     import torch
 
     from tailorcli.models.loading import quiet_transformers
-    from tailorcli.training.trainer import GuardedTrainer, NotANumber, guard_of
+    from tailorcli.training.trainer import AlreadyTrained, GuardedTrainer, NotANumber, guard_of
 
     padding = getattr(network.config.get_text_config(), "pad_token_id", None)
     with quiet_transformers():
@@ -444,7 +453,8 @@ def train(job: Job, network: Any, examples: Examples, work: Path, progress: bool
         state = last_state(work)
         try:
             with _states_written(work), refused_arguments(job, lambda: guard.has_begun):
-                trainer.train(resume_from_checkpoint=None if state is None else str(state))
+                with suppress(AlreadyTrained):
+                    trainer.train(resume_from_checkpoint=None if state is None else str(state))
                 trainer.save_model(str(work / FINAL))
         except NotANumber as error:
             kept = trainer.keep_last_good()

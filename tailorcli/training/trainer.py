@@ -30,6 +30,10 @@ class NotANumber(Exception):  # noqa: N818  # it never reaches a user
         self.what, self.step = what, step
 
 
+class AlreadyTrained(Exception):  # noqa: N818  # it never reaches a user
+    """The state that a run goes on from is that of its last step: the Trainer would make one more."""
+
+
 def unsound(network: Any) -> int:
     """Entries of all parameters that are no numbers, of all processes' shards together."""
     found = 0
@@ -114,7 +118,9 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         self.has_begun = False  # the first step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Begin to show the steps."""
+        """Begin to show the steps. Raises AlreadyTrained where none is left, with the state taken up."""
+        if state.global_step >= state.max_steps:
+            raise AlreadyTrained
         self._bar = Progress("training", state.max_steps, "steps", shown=self._shown and args.process_index == 0)
         self._bar.start_at(state.global_step)
 

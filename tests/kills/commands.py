@@ -19,9 +19,10 @@ from tailorcli.merging.merge import merge_patches
 from tailorcli.options import MergeOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patching.apply import apply_patch
+from tailorcli.training.finetune import finetune_model
 from tailorcli.training.importance import Importance
 from tailorcli.training.probe import probe_model
-from tailorcli.training.settings import ProbeOptions
+from tailorcli.training.settings import FinetuneOptions, ProbeOptions
 
 FOLDER, FILE, STATS, WRITTEN, IMPORTANCE = "out", "out.safetensors", "stats", "written.jsonl", "importance"
 SHARD = 20_000  # bytes: several shards of the tiny models
@@ -38,6 +39,7 @@ class Command:
     outputs: tuple[str, ...]
     run: Callable
     can_resume: bool = True
+    can_overwrite: bool = True
     is_long: bool = False  # left out where a share of the kills is asked for
 
 
@@ -116,6 +118,21 @@ def probe(inputs, work, variant, *, overwrite=False):
     probe_model(inputs / "base", work / IMPORTANCE, options)
 
 
+def finetune(inputs, work, variant, *, resume=False, overwrite=False):
+    deep = inputs / "deep"
+    options = FinetuneOptions(
+        method="spider",
+        steps=4,
+        save_every=2,
+        batch_size=2,
+        seq_len=16,
+        learning_rate=1e-2,
+        seed=variant,
+        resume=resume,
+    )
+    finetune_model(deep / "base", deep / "data.jsonl", work / FOLDER, options)
+
+
 COMMANDS = (
     Command("patch", (FOLDER,), _with(patch, outputs=(FOLDER,))),
     Command("patch both", (FOLDER, FILE), _with(patch, outputs=(FOLDER, FILE))),
@@ -134,6 +151,7 @@ COMMANDS = (
     Command("calibrate", (STATS,), calibrate, can_resume=False),
     Command("calibrate blocks", (STATS,), _with(calibrate, blockwise="always"), can_resume=False),
     Command("probe", (IMPORTANCE,), probe, can_resume=False),
+    Command("finetune", (FOLDER,), finetune, can_overwrite=False, is_long=True),
     Command("calibrate synthetic", (STATS, WRITTEN), _with(calibrate, synthetic=True), can_resume=False),
 )
 

@@ -28,6 +28,7 @@ from tailorcli.checkpoint.writer import JOURNAL, WORK_FOLDER
 from tailorcli.patchfile.report import RUN_FILE
 
 SECONDS = 300  # after which a run hangs
+_TIMED = (RUN_FILE, "finetune.json")  # which say how long a run took
 _UNFINISHED = (".part", ".journal", ".lock")
 
 
@@ -48,7 +49,7 @@ def main():
             if (arguments.share and command.is_long and not arguments.only) or not wanted(command, arguments.only):
                 continue
             wholes = [whole_output(command, inputs, root / "work", variant) for variant in (0, 1)]
-            for over in (False, True):
+            for over in (False, True)[: 1 + command.can_overwrite]:
                 line = line_of(command, over)
                 if arguments.only not in line:
                     continue
@@ -112,9 +113,10 @@ def in_child(work):
 def digests(work, output, *, finished):
     """A hash of each file of an output, and its folders; without what an unfinished one has where not ``finished``."""
     place = work / output
-    found = folder_digest(place) if place.is_dir() else {}
+    found = folder_digest(place, _TIMED) if place.is_dir() else {}
     if place.is_file():
-        found = {file: digest for file, digest in folder_digest(work).items() if file.split("/")[0].startswith(output)}
+        every = folder_digest(work, _TIMED)
+        found = {file: digest for file, digest in every.items() if file.split("/")[0].startswith(output)}
     if finished:
         return found | {f"{path.relative_to(place)}/": "" for path in place.rglob("*") if path.is_dir()}
     return {
@@ -222,7 +224,9 @@ class Case:
         wrong = self._what_opens()
         saved = self._work.with_name("killed")
         fresh(saved, self._work)
-        ways = [("the same command", {"overwrite": self._over}), ("--overwrite", {"overwrite": True})]
+        ways = [("the same command", {"overwrite": self._over})]
+        if self._command.can_overwrite:
+            ways.append(("--overwrite", {"overwrite": True}))
         if self._command.can_resume:
             ways.insert(0, ("--resume", {"overwrite": False, "resume": True}))
         words = []
@@ -231,7 +235,8 @@ class Case:
                 break  # it need not be tried
             fresh(self._work, saved)
             word, what = self._go_on(options)
-            if options.get("resume") and word == "went on" and self._command.outputs == (FOLDER,):
+            journaled = self._command.outputs == (FOLDER,) and (self._work / FOLDER / RUN_FILE).exists()
+            if options.get("resume") and word == "went on" and journaled:
                 what = self._what_was_done_again(saved)
             wrong += [f"{way}: {text}" for text in what]
             words.append(f"{way} {word}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import make_family_pair
-from helpers import make_model, make_pair, read_tensors, refused, run
+from helpers import bits, make_model, make_pair, read_tensors, refused, run
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -256,3 +256,25 @@ def test_what_is_trained_may_be_named_as_it_is_stored_or_tied(tmp_path):
     finetune(pair, tmp_path / "table", "--trainable", "lm_head*")
     moved = {n for n, share in shares(pair / "base", tmp_path / "table").items() if share}
     assert moved == {"model.embed_tokens.weight"}
+
+
+def test_a_run_that_was_ended_behind_its_last_step_makes_no_further_one(pair, tmp_path, monkeypatch):
+    from tailorcli.training import trainer
+
+    original = trainer.Guard.on_save
+
+    def broken(self, args, state, control, **given):
+        original(self, args, state, control, **given)
+        if state.global_step == state.max_steps:
+            raise KeyboardInterrupt
+
+    more = ("--method", "spider", "--save-every", 2)
+    finetune(pair, tmp_path / "whole", *more)
+    monkeypatch.setattr(trainer.Guard, "on_save", broken)
+    finetune(pair, tmp_path / "out", *more, expect=130)
+    monkeypatch.setattr(trainer.Guard, "on_save", original)
+    finetune(pair, tmp_path / "out", *more, "--resume")
+    one, two = read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "out")
+    assert all(bits(one[name]) == bits(two[name]) for name in one)
+    whole, found = (json.loads((tmp_path / name / "finetune.json").read_text()) for name in ("whole", "out"))
+    assert (found["steps"], found["losses"]) == (whole["steps"], whole["losses"])
