@@ -59,7 +59,7 @@ class BareParameters:
         if use.part is None:
             layer.group = name
         accumulator = self._accumulators.get(name, layer.role == "linear", layer.size)
-        with self._timer.stage("hessian"):
+        with self._timer.queued("hessian"):
             if embedding:
                 accumulator.add_ids(use.inputs, samples)
             elif layer.role == "linear":

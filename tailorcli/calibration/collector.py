@@ -19,7 +19,7 @@ from tailorcli.calibration.hooked import HookedLayers
 from tailorcli.calibration.stats import HessianInfo
 from tailorcli.core.hessian import pack_triangle
 from tailorcli.device import StageTimer
-from tailorcli.distributed import gathered, ranks, told
+from tailorcli.distributed import gathered, ranks
 from tailorcli.models.layers import Layer
 
 
@@ -53,12 +53,16 @@ class Collector:
         self.resume = self._accumulators.resume
 
     @contextmanager
-    def trial(self) -> Iterator[None]:
-        """Find out from what runs here which layers share their inputs; joint ranks take what the first one found."""
+    def trial(self, reached: bool = True) -> Iterator[None]:
+        """Find out from what runs here which layers share their inputs.
+
+        Joint ranks take what the first one found that was ``reached`` by a batch.
+        """
         with self._hooked.trial():
             yield
         if self._joint:
-            self._hooked.group_as(told(self._hooked.groups()))
+            found = gathered(self._hooked.groups() if reached else None)
+            self._hooked.group_as(next(groups for groups in found if groups is not None))
 
     @contextmanager
     def folding(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES
 from tailorcli.data.samples import Samples, batch_places, count_tokens, join
 from tailorcli.device import StageTimer
-from tailorcli.distributed import mine, now_on, ranks
+from tailorcli.distributed import first_of_all, mine, now_on, ranks
 from tailorcli.errors import CheckpointError
 from tailorcli.models.loading import aliases, expected_names, load_model
 from tailorcli.models.parts import Parts, adapt
@@ -219,7 +219,7 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
 
     try:
         with bar, run.timer.stage("run"), around.folding_layers(), last_logits_only(network):
-            lanes.run(start, visit, spill)
+            lanes.run(start, visit, spill, first_of_all)
     finally:
         parts.end_reading()
     run.write(around)
@@ -229,10 +229,14 @@ def collect_blockwise(run: Run, network: Any) -> tuple[dict[str, Layer], str]:
 def _through_block(
     run: Run, collector: Collector, layers: list[Layer], around: Collector, waiting: list[Lane], spill: Spill
 ) -> Iterator[Lane]:
-    """Take every waiting lane through the block that is loaded and up to its next; yields each that is done."""
-    waiting[0].move(spill.back)
-    with collector.trial():
-        waiting[0].compute()
+    """Take every waiting lane through the block that is loaded and up to its next; yields each that is done.
+
+    On one of several ranks none may wait, where no batch of its own reaches the block.
+    """
+    with collector.trial(bool(waiting)):
+        if waiting:
+            waiting[0].move(spill.back)
+            waiting[0].compute()
     _resume_hessians(run, collector, layers)
     collector.allocate()
     for position, lane in enumerate(waiting):

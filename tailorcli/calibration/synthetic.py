@@ -116,7 +116,8 @@ def write_samples(
     import torch
 
     barred = sorted({*media_ids, *media_token_ids(network)}) if starts else []
-    together = TOGETHER if starts else samples_together(network, device, options.length)
+    # Of several ranks all write as many at a time as the smallest can: the batches are the same on each.
+    together = TOGETHER if starts else min(gathered(samples_together(network, device, options.length)))
     first = _plain_tokens(tokenizer, network.get_input_embeddings().weight.shape[0])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(options.seed)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tailorcli.core.chunks import in_shares
 
 _TIE_CHUNK = 1 << 18  # entries searched for ties at a time
+_GPU_CHUNK = 1 << 26  # entries whose places, or digits, are worked out at a time on a GPU: they take 8 bytes each
 _BOUNDING = 1 << 16  # entries of the sample that bounds a threshold
 _PIECE = 1 << 17  # entries that are compared at a time, in the processor's cache
 
@@ -63,7 +64,7 @@ def select_mask(score: Tensor, count: int) -> Tensor:
     mask = _at_least(flat, threshold)
     surplus = int(mask.count_nonzero()) - count  # ties beyond the count: the last of them go
     stop = flat.numel()
-    step = _TIE_CHUNK if flat.device.type == "cpu" else flat.numel()
+    step = _TIE_CHUNK if flat.device.type == "cpu" else _GPU_CHUNK
     while surplus > 0:
         start = max(0, stop - step)
         ties = (flat[start:stop] == threshold).nonzero().squeeze(1)[-surplus:]
@@ -135,11 +136,13 @@ def _kth_largest_between(flat: Tensor, count: int) -> Tensor | None:
     first, last = int(share * sample.numel() - spread), int(share * sample.numel() + spread)
     upper = sample[first] if first > 0 else flat.max()
     lower = sample[last] if last < sample.numel() else flat.min()
-    inside = flat[(flat >= lower) & (flat <= upper)]
-    rank = count - int((flat > upper).count_nonzero())  # among those between the bounds
-    if not 1 <= rank <= inside.numel() or inside.numel() > flat.numel() // 4 + _BOUNDING:
+    above, least = (flat > upper).count_nonzero(), (flat >= lower).count_nonzero()
+    size = int(least - above)  # of those between the bounds, counted before they are gathered
+    rank = count - int(above)
+    if not 1 <= rank <= size or size > flat.numel() // 4 + _BOUNDING:
         return None
-    return inside.sort(descending=True).values[rank - 1]
+    inside = [piece[(piece >= lower) & (piece <= upper)] for piece in torch.split(flat, _GPU_CHUNK)]
+    return torch.cat(inside).sort(descending=True).values[rank - 1]
 
 
 def _kth_largest_by_radix(flat: Tensor, count: int) -> Tensor:
@@ -147,13 +150,14 @@ def _kth_largest_by_radix(flat: Tensor, count: int) -> Tensor:
 
     Three passes of 11, 11 and 10 bits; each keeps only the entries that share the digits found so far.
     """
-    candidates = flat.to(torch.float32).view(torch.int32)
+    pieces: Sequence[Tensor] = torch.split(flat.to(torch.float32).view(torch.int32), _GPU_CHUNK)
     for shift, bits in ((21, 11), (10, 11), (0, 10)):
-        digits = (candidates >> shift) & ((1 << bits) - 1)
-        counts = torch.bincount(digits, minlength=1 << bits)
+        last = (1 << bits) - 1
+        counts = sum(torch.bincount((piece >> shift) & last, minlength=1 << bits) for piece in pieces)
+        assert isinstance(counts, Tensor)
         digit, count = digit_of_rank(counts, count)
-        candidates = candidates[digits == digit]
-    return candidates[0].view(torch.float32)
+        pieces = [piece[((piece >> shift) & last) == digit] for piece in pieces]
+    return torch.cat(list(pieces))[0].view(torch.float32)
 
 
 def digit_of_rank(counts: Tensor, rank: int) -> tuple[int, int]:

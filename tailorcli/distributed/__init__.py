@@ -4,6 +4,7 @@ In a single process everything here is free and does nothing.
 """
 
 from tailorcli.distributed.group import (
+    first_of_all,
     gathered,
     joined,
     mine,
@@ -25,6 +26,7 @@ __all__ = [
     "Ended",
     "Failure",
     "Ranks",
+    "first_of_all",
     "gathered",
     "joined",
     "launched",

@@ -285,6 +285,12 @@ def gathered(value: T) -> list[T]:
     return [pickle.loads(each[: int(length)].numpy().tobytes()) for each, length in zip(found, lengths, strict=True)]
 
 
+def first_of_all(position: int | None) -> int | None:
+    """The first position at which a rank's batches wait; None when all ranks are through."""
+    now_on("")
+    return min((found for found in gathered(position) if found is not None), default=None)
+
+
 def told(value: T, source: int = 0) -> T:
     """The plain object of rank ``source``, on all ranks."""
     if _job is None:

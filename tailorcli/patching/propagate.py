@@ -40,7 +40,7 @@ from tailorcli.core.propagation import (
 )
 from tailorcli.core.tailor import LayerResult
 from tailorcli.data.samples import count_tokens, fitted_on, make_batches
-from tailorcli.distributed import gathered, mine, now_on, ranks, told
+from tailorcli.distributed import first_of_all, gathered, mine, now_on, ranks, told
 from tailorcli.errors import NumericalError, TailorError
 from tailorcli.models.layers import Layer, find_layers
 from tailorcli.models.lockstep import Lane, Lockstep
@@ -57,7 +57,7 @@ from tailorcli.models.spill import Spill
 from tailorcli.patching.cost import COMPARED
 from tailorcli.patching.measuring import KINDS, NEW, RETAINED, Measuring
 from tailorcli.patching.run import Run
-from tailorcli.patching.sharing import first_of_all, join_moments, of_all, shared, summed_pairs
+from tailorcli.patching.sharing import join_moments, of_all, shared, summed_pairs
 from tailorcli.patching.stream import tailored
 from tailorcli.patching.three_models import PartModel, PatchedView, ThreeModels, is_linear, options_of
 from tailorcli.runs.loop import LastPrepared

@@ -10,16 +10,10 @@ from torch import Tensor
 
 from tailorcli.checkpoint.header import torch_dtype
 from tailorcli.core.propagation import Moments, joined_, no_moments
-from tailorcli.distributed import gathered, now_on, ranks, sent, summed_
+from tailorcli.distributed import gathered, ranks, sent, summed_
 
 if TYPE_CHECKING:
     from tailorcli.runs.plan import TensorPlan
-
-
-def first_of_all(position: int | None) -> int | None:
-    """The first position at which a rank's batches wait; None when all ranks are through."""
-    now_on("")
-    return min((found for found in gathered(position) if found is not None), default=None)
 
 
 def of_all(names: Iterable[str]) -> set[str]:

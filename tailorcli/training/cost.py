@@ -41,7 +41,8 @@ def training_bytes(
     """
     config = read_config(folder)
     network = empty_on_meta(base, config, options, folder)
-    size = run_dtype(base, network.config, options).itemsize
+    dtype = run_dtype(base, network.config, options)
+    size = 4 if dtype == torch_dtype("F16") else dtype.itemsize  # what runs in float16 is trained in float32
     entries = {name: count for name, count in kept if count}
     weights = size * sum(parameter.numel() for parameter in network.parameters())
     largest = max((math.prod(base.tensors[name].shape) for name in entries), default=0)

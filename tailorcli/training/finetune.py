@@ -123,6 +123,8 @@ def finetune_model(
                 return earlier
             stack.push(_forget_if_refused(work))
             _begin(work, identity)
+        elif options.resume and is_finished(folder):
+            return None
         timer = StageTimer()
         watch = Watch([*job.base.shards, job.data])
         facts = _facts_of(work / FINAL)
@@ -294,6 +296,11 @@ def _check(folder: Path, work: Path, identity: Mapping[str, Any], resume: bool) 
     return None
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether an output is there whole, and nothing left to do: what a process sees that is not the first."""
+    return (folder / REPORT).exists() and not (folder / WORK_FOLDER / JOURNAL).exists()
+
+
 def _clear(folder: Path, work: Path) -> None:
     """Take away what is not part of a whole output. Raises OutputError where another run has its lock."""
     with suppress(OSError):
@@ -400,7 +407,8 @@ def _batches(examples: int, options: FinetuneOptions, *, drop_last: bool) -> int
 def trainable_in(job: Job, network: Any) -> tuple[str, ...]:
     """The globs of --trainable by the names of the loaded model, where they are of the checkpoint's or of a tied table.
 
-    A report has the checkpoint's names, which multimodal models change when they are loaded.
+    A report has the checkpoint's names, which multimodal models change when they are loaded. Raises OptionsError for a
+    part of what is trained as a whole.
     """
     own, tied = named_parameters(network), aliases(network)
     known = {unwrapped(name): unwrapped(of) for name, of in tied.items()}

@@ -235,6 +235,9 @@ def student_of(
     tuned, stats = first
     how = run_options(stats, trust_remote_code)
     network, places = _network(base, base, how, config_folder(tuned), device)
+    if any(parameter.dtype == torch.float16 for parameter in network.parameters()):
+        note(f"{base.path} runs in float16, in which gradients vanish: trained in float32, written as it is stored")
+        network = network.float()
     entries, untrained = [], {}
     for name in file.tensors:
         reason = _why_not(places.get(name))

@@ -74,6 +74,7 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
         self._general: dict[str, Tensor] = {}  # SPIDER's moments of the base's tensors
         self._sofar: dict[str, Tensor] = {}  # SPIDER's accumulated gradients
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._whole: dict[str, tuple[int, ...]] = {}  # shapes at ``attach``
         self._parameters: dict[str, Tensor] = {}
         self._saved: dict[str, Tensor] = {}
         self._decay: list[tuple[dict[str, Any], float]] = []
@@ -102,6 +103,8 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
         elif self.options.method in ("spider", "l2"):
             parameters = named_parameters(network)
             self._held = {name: parameters[name].detach().clone() for name in self.names}
+        parameters = named_parameters(network)
+        self._whole = {name: tuple(parameters[name].shape) for name in self.names}
         trainer.add_callback(self)
         return self
 
@@ -133,7 +136,11 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
         self._remove_hooks()
         self._rest_norms(given["model"])
         every = named_parameters(given["model"])
-        self._parameters = {name: every[name] for name in self.names}
+        self._parameters = {name: every[name] for name in self.names if name in every}
+        whole = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        if whole != self._whole:
+            what = "the Trainer's parameters are not those that were attached, in name and shape, as FSDP 1 cuts them"
+            raise OptionsError(what, 'use FSDP 2: fsdp_config {"version": 2}')
         for name, parameter in self._parameters.items():
             if name in self._held and name not in self._shapes:
                 self._prepare(name, parameter)

@@ -83,6 +83,21 @@ def test_ranks_make_the_same_statistics(pairs, tmp_path, family, size, blockwise
     assert report == expected
 
 
+@pytest.mark.parametrize("blockwise", ["always", pytest.param("never", marks=pytest.mark.slow)])
+def test_pictures_on_one_rank_alone(pairs, tmp_path, blockwise):
+    """Batches of one rank come to a tower's blocks, those of another to the language model's."""
+    pair = pairs("llava")
+    records = [json.loads(line) for line in (pair / "data.jsonl").read_text().splitlines()]
+    seen = [record for record in records if "images" in record][:2]
+    texts = [{"text": f"{number} plain words of some length " * 3} for number in range(6)]
+    data = pair / "mixed.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in (*seen, *texts)))
+    given = [str(pair / "tuned"), "--data", str(data), "--blockwise", blockwise]
+    calibrated(2, pair, tmp_path / "ranks", *given)
+    run("calibrate", *given, "-o", str(tmp_path / "alone"), "--batch-size", "3")
+    require_same(tmp_path / "alone", tmp_path / "ranks")
+
+
 @pytest.mark.parametrize("blockwise", ["never", pytest.param("always", marks=pytest.mark.slow)])
 def test_more_ranks_than_samples(pairs, tmp_path, blockwise):
     pair = pairs("llama")

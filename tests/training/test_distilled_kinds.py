@@ -147,6 +147,15 @@ def test_sound_goes_in_as_the_weights_dtype_takes_it(tmp_path):
     assert report.distillation["steps"][-1] == DISTILL.steps
 
 
+def test_what_runs_in_float16_is_trained_in_float32(tmp_path, caplog):
+    """Its gradients would vanish; what is written is in float16 as before."""
+    folder = calibrated(make_family_pair(tmp_path, "llama", dtype=torch.float16))
+    report = distilled(folder, tmp_path / "out")
+    assert "trained in float32" in caplog.text
+    assert is_better(report)
+    assert {value.dtype for value in read_tensors(tmp_path / "out").values()} == {torch.float16}
+
+
 def test_samples_that_reach_no_kept_entry_only_count(tmp_path):
     """A fine-tune of the projector alone, on records with pictures and a few without."""
     from safetensors.torch import load_file, save_file

@@ -10,6 +10,7 @@ from families import make_family_pair
 from helpers import bits, make_model, make_pair, make_tokenizer, read_tensors, refused, run
 from torch import nn
 
+from tailorcli.errors import OptionsError
 from tailorcli.training import SparseTuning
 from tailorcli.training import finetune as module
 from tailorcli.training.choice import choose
@@ -156,6 +157,28 @@ def test_batch_norms_that_are_frozen_stay_as_they_are():
     tuning.on_train_end(None, None, None)
     model.train()
     assert model.seen.training
+
+
+def test_parameters_that_are_cut_in_another_way_are_refused():
+    """FSDP 1 leaves flat pieces where the parameters were."""
+    model = make_model()
+    tuning = SparseTuning("half")
+    tuning.attach(SimpleNamespace(model=model, add_callback=lambda _: None))
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.detach().reshape(-1)[:100].clone())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(OptionsError, match="FSDP 1"):
+        tuning.on_train_begin(SimpleNamespace(), SimpleNamespace(global_step=0), None, optimizer=optimizer, model=model)
+
+
+def test_processes_that_are_not_the_first_see_that_a_run_is_finished(tmp_path):
+    pair = make_pair(tmp_path)
+    finetune(pair, tmp_path / "out", *FEW)
+    assert module.is_finished(tmp_path / "out")
+    assert not module.is_finished(pair / "base")
+    (tmp_path / "out" / ".tailorcli").mkdir()
+    (tmp_path / "out" / ".tailorcli" / "journal.jsonl").write_text("")
+    assert not module.is_finished(tmp_path / "out")
 
 
 def test_one_process_trains_on_one_device(tmp_path, monkeypatch):
