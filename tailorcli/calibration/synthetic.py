@@ -17,7 +17,7 @@ from tailorcli.data.forms import PROMPTS, RESPONSES
 from tailorcli.data.records import Record, Records, check_record, read_records
 from tailorcli.data.samples import Samples, batch_places, join
 from tailorcli.distributed import gathered, mine, now_on
-from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
+from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line, note
 from tailorcli.guard import path_text
 from tailorcli.models.generation import TOGETHER, end_token_ids, media_token_ids, samples_together, sampling_generation
 from tailorcli.options import CalibrateOptions, DataColumns
@@ -36,6 +36,7 @@ class Start:
 
     record: Record
     inputs: Inputs
+    text: str = ""  # of the inputs, as the chat template frames it
 
     @property
     def is_asked(self) -> bool:
@@ -64,7 +65,7 @@ def _check_start(where: str, value: Any, folder: Path) -> Record:
     if isinstance(value, dict) and any(name in value for name in PROMPTS):
         value = {name: entry for name, entry in value.items() if name not in RESPONSES}
         value["response"] = ""
-    record = replace(check_record(where, value, folder), turns=None)
+    record = check_record(where, value, folder)
     for name in ("messages", "audio"):
         if name in record.fields and "text" not in record.fields:
             raise DataError(f"{where} has {name}, from which no sample of the model's own can begin", hint)
@@ -79,12 +80,15 @@ def encode_starts(records: Sequence[Record], encoder: Encoder, options: Calibrat
     order = list(records)
     random.Random(options.seed).shuffle(order)
     starts: list[Start] = []
+    cut = len(encoder.cuts)
     for record in order[: options.num_samples]:
-        inputs = encoder.encode(record, max(1, options.length - 1))
+        inputs, text = encoder.start(record, max(1, options.length - 1))
         if inputs is not None:
-            starts.append(Start(record, inputs))
+            starts.append(Start(record, inputs, text))
     if not starts:
         raise DataError(f"{records[0].where}: no record gives a single token to start from", "see --data")
+    if cut := len(encoder.cuts) - cut:
+        note(f"{cut:,} of {len(starts):,} starts are longer than --seq-len {options.length} and are cut: pass more")
     return starts
 
 
@@ -197,7 +201,7 @@ def to_records(samples: Samples, starts: Sequence[Start], tokenizer: Any) -> lis
         images = [_as_text(image) for image in start.record.images]
         record: dict[str, Any] = {"images": images} if images else {}
         if start.is_asked:
-            records.append(record | {"prompt": fields["prompt"], "response": written})
+            records.append(record | {"prompt": start.text, "response": written})
         else:
             records.append(record | {"text": fields.get("text", "") + written})
     return records

@@ -47,6 +47,7 @@ class Encoder:
     cuts: list[tuple[int, int]] = field(
         default_factory=list, compare=False
     )  # tokens of each record that was cut, before and after
+    _uncut: dict[str, int] = field(default_factory=dict, init=False, compare=False)  # tokens of the last beside images
     told: set[str] = field(default_factory=set, compare=False)  # what a note was made of: once, not for each record
 
     @property
@@ -85,6 +86,34 @@ class Encoder:
         plain = "text" in record.fields or "messages" not in record.fields  # a template writes special tokens itself
         return _as_inputs(self._within(self.tokens(record, self._text_of(record), plain, seq_len), seq_len))
 
+    def start(self, record: Record, seq_len: int) -> tuple[Inputs | None, str]:
+        """The inputs of what a model shall go on from, of ``seq_len`` tokens at most, and its text.
+
+        A question is framed by the chat template, up to where its answer begins; the tokenizer's own end of a text is
+        left out. Raises DataError.
+        """
+        asked, fields = record.turns, record.fields
+        record = replace(record, turns=None)
+        if asked is not None and not record.has_media and self._has_template(False):
+            text = self._rendered(record, asked, True)
+            if text is not None:
+                return _as_inputs(self._within(self.tokens(record, text, False, seq_len), seq_len)), text
+        inputs = self.encode(record, seq_len)
+        text = str(fields.get("text", fields.get("prompt", "")))
+        return (None if inputs is None else self.without_end(inputs, text)), text
+
+    def without_end(self, inputs: Inputs, text: str) -> Inputs:
+        """Inputs of a ``text`` without the end that the tokenizer puts behind it, where nothing would follow."""
+        last = self._added[1]
+        if not last or "decoder_input_ids" in inputs or "input_ids" not in inputs:
+            return inputs
+        ids = inputs["input_ids"]
+        length = ids.shape[1]
+        if length <= len(last) or ids[0, -len(last) :].tolist() != last or text.endswith(self._frame[1]):
+            return inputs
+        alike = {name for name, value in inputs.items() if value.shape[:2] == (1, length)}
+        return {name: value[:, : length - len(last)] if name in alike else value for name, value in inputs.items()}
+
     def framed_by_template(self, record: Record) -> Record:
         """A question and its answer as the turns of a chat, for a model whose template frames them; others stay."""
         if record.turns is None or not self._has_template(record.has_media):
@@ -120,8 +149,9 @@ class Encoder:
         if self.takes_media and record.has_media:
             if "messages" in record.fields:
                 return self._answers_beside_media(record, ids)
-            size = len(self.tokens(record, response, False))
-            return [(max(0, len(ids) - size), len(ids))] if size else []
+            size = len(self.tokens(record, response, False)) + len(self._added[1])
+            length = self._uncut.get(record.where, len(ids))
+            return [(length - size, len(ids))] if response and 0 <= length - size < len(ids) else []
         if "messages" in record.fields:
             return self._answers(record, ids)
         if "prompt" not in record.fields:
@@ -251,11 +281,16 @@ class Encoder:
     @cached_property
     def _frame(self) -> tuple[str, str]:
         """What the tokenizer itself puts before and after a text, such as its BOS, as text."""
-        tokenizer = self.tokenizer
-        ids = list(tokenizer("x")["input_ids"])
-        own = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-        first, last = (tokenizer.convert_ids_to_tokens(i) if i in own else "" for i in (ids[0], ids[-1]))
-        return str(first), str(last)
+        first, last = ("".join(map(str, self.tokenizer.convert_ids_to_tokens(ids))) for ids in self._added)
+        return first, last
+
+    @cached_property
+    def _added(self) -> tuple[list[int], list[int]]:
+        """The ids of what the tokenizer itself puts before and after a text."""
+        plain, whole = (self._ids("x", special) for special in (False, True))
+        last = len(whole) - len(plain)
+        at = next((place for place in range(last + 1) if plain and whole[place : place + len(plain)] == plain), None)
+        return ([], []) if at is None else (whole[:at], whole[at + len(plain) :])
 
     def unframed(self, text: str) -> str:
         """A text without the special tokens at its ends that the tokenizer will add by itself."""
@@ -263,34 +298,38 @@ class Encoder:
         text = text.removeprefix(first) if first else text
         return text.removesuffix(last) if last else text
 
-    def tokens(self, record: Record, text: str, special: bool = True, most: int = sys.maxsize) -> list[int]:
+    def tokens(
+        self, record: Record, text: str, special: bool = True, most: int = sys.maxsize, target: bool = False
+    ) -> list[int]:
         """Token ids of a text of ``record``; with ``special`` it has the tokenizer's own at its ends, once.
 
+        A ``target`` is what an encoder-decoder writes: a translation's side has its own marks, of Marian its own words.
         Of a very long text only the first ``most``; how many are left out is then counted in ``cuts`` by its length.
         Raises DataError.
         """
         try:
             text.encode("utf-8")  # JSON can escape half a character, of which tokenizers only say it is no string
             text = self.unframed(text) if special else text
-            piece = self._piece(text, special, most)
+            piece = self._piece(text, special, most, target)
             if piece is not None:
                 self.cuts.append((most * len(text) // piece[1], most))
                 return piece[0][:most]
-            return self._ids(text, special)
+            return self._ids(text, special, target)
         except Exception as error:  # whatever a model's own tokenizer raises
             raise DataError(f"{record.where}: the tokenizer refuses this text: {error}", HINT) from error
 
-    def _ids(self, text: str, special: bool) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+    def _ids(self, text: str, special: bool, target: bool = False) -> list[int]:
+        given = {"text_target" if target else "text": text}
+        return list(self.tokenizer(**given, add_special_tokens=special)["input_ids"])
 
-    def _piece(self, text: str, special: bool, most: int) -> tuple[list[int], int] | None:
+    def _piece(self, text: str, special: bool, most: int, target: bool = False) -> tuple[list[int], int] | None:
         """The tokens of the beginning of a very long text, more than ``most``, and the characters that make ``most``.
 
         None for a text that is not long, or has no more tokens.
         """
         room = max(_LONG, _PER_TOKEN * most)
         while len(text) > room:
-            ids = self._ids(text[:room], special)
+            ids = self._ids(text[:room], special, target)
             if len(ids) > most + _MARGIN:
                 return ids, max(1, room * most // len(ids))
             room *= 4
@@ -310,10 +349,13 @@ class Encoder:
                 f'{record.where} has no "prompt": this model is an encoder-decoder',
                 'give its records a "prompt", for the encoder, and a "response", for the decoder',
             )
-        inputs = _as_inputs(self._within(self.tokens(record, record.fields["prompt"], most=seq_len), seq_len))
+        prompt = record.fields["prompt"]
+        if record.turns is not None:
+            prompt = prompt.removesuffix("\n")  # which sets an answer that follows in the same text apart
+        inputs = _as_inputs(self._within(self.tokens(record, prompt, most=seq_len), seq_len))
         if inputs is None:
             return None
-        response = self.tokens(record, record.fields["response"], most=seq_len)
+        response = self.tokens(record, record.fields["response"], most=seq_len, target=True)
         return inputs | {"decoder_input_ids": self._decoder_ids(response, seq_len)}
 
     def _decoder_ids(self, ids: list[int], seq_len: int) -> Any:
@@ -334,7 +376,8 @@ class Encoder:
         inputs = self._call(record, lambda: extractor(sound, sampling_rate=rate, return_tensors="pt"))
         if self.start_token is None:
             return inputs
-        response = self.tokens(record, record.fields.get("response", record.fields.get("text", "")), most=seq_len)
+        written = record.fields.get("response", record.fields.get("text", ""))
+        response = self.tokens(record, written, most=seq_len, target=True)
         return inputs | {"decoder_input_ids": self._decoder_ids(response, seq_len)}
 
     def _with_images(self, record: Record, seq_len: int) -> Inputs:
@@ -396,11 +439,12 @@ class Encoder:
     def _cut(self, record: Record, inputs: Inputs, seq_len: int) -> Inputs:
         """At most ``seq_len`` tokens, but never fewer than hold all images."""
         length = inputs["input_ids"].shape[1]
+        self._uncut.clear()
+        self._uncut[record.where] = length
         if length <= seq_len:
             return inputs
-        token = getattr(self.processor, "image_token_id", None)
-        places = (inputs["input_ids"][0] == token).nonzero() if token is not None else None
-        if places is None or (len(places) and int(places[-1]) >= seq_len):
+        places = [place for place, token in enumerate(inputs["input_ids"][0].tolist()) if token in self.media_ids]
+        if not self.media_ids or (places and places[-1] >= seq_len):
             raise DataError(
                 f"{record.where} has {length} tokens with its images, more than --seq-len {seq_len}",
                 "pass a larger --seq-len, or smaller images",

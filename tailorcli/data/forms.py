@@ -77,7 +77,7 @@ def renamed(where: str, value: dict[str, Any], named: DataColumns) -> dict[str, 
         if name is not None and name not in value:
             what = f"{where} has no column {name!r}; it has {', '.join(sorted(map(str, value)))}"
             raise DataError(what, "name one of those: --text-column, or --prompt-column and --response-column")
-        if name is not None and not _is_turns(value[name]):
+        if name is not None and not _is_turns(_listed(value[name])):
             _text(where, value, name)
     if named.text is not None:
         return {**value, "text": _text(where, value, named.text)}
@@ -105,7 +105,7 @@ def _as_messages(value: dict[str, Any], messages: list[dict[str, Any]]) -> dict[
 
 def _pair(where: str, value: dict[str, Any], prompt: str, response: str) -> Formed:
     """A prompt and its response; texts under the names of a question and its answer may be framed by a template."""
-    if _is_turns(value[prompt]) or _is_turns(value[response]):
+    if _is_turns(_listed(value[prompt])) or _is_turns(_listed(value[response])):
         messages = _turns(where, value, prompt, "user") + _turns(where, value, response, "assistant")
         return f"{prompt} and {response}{_OF_TURNS}", _as_messages(value, messages), None
     if (prompt, response) in _PLAIN:
@@ -156,7 +156,7 @@ def _preference(where: str, value: dict[str, Any], prompt: str | None) -> Formed
     """The chosen response of a preference pair: a text, or turns, which may hold the prompt already."""
     form = "preference pairs (the chosen one)"
     chosen = value["chosen"]
-    if isinstance(_listed(chosen), str) and (prompt is None or not _is_turns(value[prompt])):
+    if isinstance(_listed(chosen), str) and (prompt is None or not _is_turns(_listed(value[prompt]))):
         if prompt is None:
             return form, {**value, "text": chosen}, None
         if prompt == "prompt":  # as TRL has it: joined as they stand

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,10 +95,21 @@ def draw_samples(
         "seed": options.seed,
         "seq_len": options.length,
         "text_mode": options.text_mode,
+        "inputs": inputs_digest(chosen, responses),
     }
     if (media := media_digest(used)) is not None:
         facts["media"] = media
     return Samples(chosen, facts, responses=responses if any(responses) else None)
+
+
+def inputs_digest(samples: Sequence[Inputs], responses: Sequence[Sequence[tuple[int, int]]]) -> str:
+    """A hash of what the model is given: columns, tokenizer and chat template decide it, not the data file alone."""
+    digest = hashlib.blake2b(json.dumps(list(responses)).encode(), digest_size=16)
+    for inputs in samples:
+        for name, value in sorted(inputs.items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _chunks(inputs: Inputs | None, seq_len: int) -> list[Inputs]:

@@ -275,11 +275,8 @@ def _generate_item(number: int, record: Record, encoder: Encoder, limit: int, *,
     if inputs is None:
         raise DataError(f"{record.where}: its prompt gives no token to go on from", _GENERATE)
     inputs = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
-    ids, tokenizer = inputs["input_ids"], encoder.tokenizer
-    closed = ids.shape[1] > 1 and int(ids[0, -1]) == tokenizer.eos_token_id
-    own_end = closed and not record.fields["prompt"].endswith(tokenizer.eos_token)
-    if own_end and set(inputs) == {"input_ids"} and encoder.start_token is None:
-        inputs = {"input_ids": ids[:, :-1]}  # the tokenizer's end of text, behind which nothing would follow
+    if encoder.start_token is None:
+        inputs = encoder.without_end(inputs, record.fields["prompt"])
     if inputs["input_ids"].shape[1] + (room if encoder.start_token is None else 0) > limit:
         return None
     empty = torch.empty(0, dtype=torch.long)
@@ -316,7 +313,7 @@ def _continuation(encoder: Encoder, record: Record, prompt: str, response: str, 
         if "decoder_input_ids" not in inputs:
             what = f"{record.where} has images, and the model is an encoder-decoder"
             raise DataError(what, "evaluate takes images with decoders alone")
-        ids = encoder.tokens(record, response)
+        ids = encoder.tokens(record, response, target=True)
         ids = ids[1:] if ids[:1] == [encoder.start_token] else ids
         places, wanted = torch.arange(len(ids)), torch.tensor(ids)
     elif inputs is not None:

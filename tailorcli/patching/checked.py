@@ -2,7 +2,8 @@
 
 Propagation fits every layer to few tokens, through all layers before it; with too few for a model it can lose. Whether
 it does is seen on the samples that it was not fitted on: how far the plain and the propagated patch are from the
-tuned model on those of the new task, and from the base on the retained ones.
+tuned model on those of the new task, and from the base on the retained ones. The statistics are of all samples, though:
+the masks, and the plain patch, have seen those as well, so that the check leans towards the plain one.
 """
 
 from __future__ import annotations

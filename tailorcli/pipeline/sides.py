@@ -22,7 +22,7 @@ from tailorcli.device import resolve_device
 from tailorcli.errors import OutputError, TailorError
 from tailorcli.files import digest_of
 from tailorcli.guard import path_text
-from tailorcli.models.config import read_config
+from tailorcli.models.config import read_config, tokenizer_digest
 from tailorcli.models.loading import package_versions
 from tailorcli.options import CalibrateOptions, DTypeName
 from tailorcli.patching.onepass import Material
@@ -157,7 +157,7 @@ class Side:
         if stats.model_fingerprint != model.fingerprint():
             return f"another model ({known['model'].get('path', 'unknown')})"
         options = known.get("options", {})
-        for name, value in ({"deterministic": None} | mine["options"]).items():
+        for name, value in ({"deterministic": None, "columns": None} | mine["options"]).items():
             if options.get(name) != value:
                 return f"another {name.replace('_', '-')} ({options.get(name)}, now {value})"
         data = known.get("data", {})
@@ -184,7 +184,9 @@ class Side:
     def _decided(self) -> dict[str, Any]:
         """What decides samples that the model writes itself."""
         device = resolve_device(self.options.device).type
-        return self.identity | package_versions() | {"device": device, "model": self.source.stored.fingerprint()}
+        stored = self.source.stored
+        model = {"model": stored.fingerprint(), "tokenizer": tokenizer_digest(stored.path, stored.path)}
+        return self.identity | package_versions() | {"device": device} | model
 
     def material(self, progress: bool) -> Material:
         """The samples, those that the model writes itself kept in the folder for a run that is resumed.

@@ -133,7 +133,7 @@ def _with_labels(inputs: Inputs, record: Record, encoder: Encoder, seq_len: int)
     """The inputs with (1, T) "labels"; a response is ended by the tokenizer's own end of text."""
     if "decoder_input_ids" in inputs:
         response = record.fields.get("response", record.fields.get("text", ""))
-        ids = encoder.tokens(record, response, most=seq_len)
+        ids = encoder.tokens(record, response, most=seq_len, target=True)
         ids = ids[1:] if ids[:1] == [encoder.start_token] else ids
         width = inputs["decoder_input_ids"].shape[1]
         return inputs | {"labels": torch.tensor([(ids + [IGNORED] * width)[:width]])}
