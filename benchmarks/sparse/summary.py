@@ -50,6 +50,11 @@ OF_OURS = (  # not claimed by a paper
         Claim(f"ours on full beats {row.title}", (OURS[0], TUNED_AT), (row, TUNED_AT))
         for row in (PAPER, SPIDER, DOWSER)
     ),
+    *(
+        Claim(f"{row.title} beats spider", (row, TUNED_AT), (SPIDER, TUNED_AT))
+        for row in OURS[1:]
+        if row.fine != "spider"
+    ),
     *(Claim(f"{row.title} beats {row.fine} alone", (row, TUNED_AT), (Row(row.fine), TUNED_AT)) for row in OURS),
 )
 
