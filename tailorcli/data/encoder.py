@@ -68,6 +68,15 @@ class Encoder:
 
     def encode(self, record: Record, seq_len: int) -> Inputs | None:
         """The model's inputs for one record, of ``seq_len`` tokens at most; None if it gives none. Raises DataError."""
+        before = len(self.cuts)
+        inputs = self._encode(record, seq_len)
+        if len(self.cuts) > before + 1:  # on both sides of an encoder-decoder: one record that was cut
+            self.cuts[before:] = [
+                (sum(sizes[0] for sizes in self.cuts[before:]), sum(s[1] for s in self.cuts[before:]))
+            ]
+        return inputs
+
+    def _encode(self, record: Record, seq_len: int) -> Inputs | None:
         if "audio" in record.fields:
             return self._speech(record, seq_len)
         record = self.framed_by_template(record)
@@ -141,6 +150,12 @@ class Encoder:
         Of messages those that the assistant writes, calls of tools and thoughts included. None where a record has no
         response, or all that is predicted is one. Raises DataError.
         """
+        before = len(self.cuts)
+        found = self._responses(record, inputs)
+        del self.cuts[before:]  # of texts that were cut for the record itself
+        return found
+
+    def _responses(self, record: Record, inputs: Inputs) -> list[tuple[int, int]]:
         response = str(record.fields.get("response", ""))
         record = self.framed_by_template(record)
         if "text" in record.fields or "input_ids" not in inputs or "decoder_input_ids" in inputs:

@@ -158,3 +158,10 @@ def test_statistics_of_other_inputs_are_not_taken_for_these(tmp_path, what):
     for name in ("base", "tuned"):
         make_tokenizer(TEMPLATE.replace("<{{", "[{{")).save_pretrained(pair / name)
     refused(*given, "--data", tmp_path / "m.jsonl", "-o", tmp_path / "two", mentions=["holds statistics of other data"])
+
+
+def test_a_record_that_is_cut_on_both_sides_is_one(tmp_path):
+    encoder = Encoder(make_tokenizer(), start_token=0)
+    record = one(tmp_path, {"prompt": "p" * 30, "response": "r" * 20})
+    encoder.encode(record, 8)
+    assert encoder.cuts == [(50, 16)]
