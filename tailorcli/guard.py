@@ -9,9 +9,10 @@ import json
 import os
 import platform
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -24,6 +25,7 @@ PAGE_MARK = '<meta name="generator" content="tailorcli'  # stands at the beginni
 PICTURE_MARK = "tailorcli"  # stands in every picture of ours
 _PICTURES = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
 _ELSEWHERE = "choose another path"
+_MOST_WATCHED = 10_000
 
 
 def protect(outputs: Iterable[PathLike | None], inputs: Iterable[PathLike | None], hint: str = _ELSEWHERE) -> None:
@@ -146,10 +148,14 @@ def path_text(path: PathLike) -> str:
 
 
 class Watch:
-    """Files that must not change while a run reads them: their size, time and identity, taken when it begins."""
+    """Files that must not change while a run reads them: their size, time and identity, taken when it begins.
+
+    A folder stands for what lies in it, as far as the first ten thousand files.
+    """
 
     def __init__(self, files: Iterable[Path]) -> None:
-        self._before = {file: _stamp(file) for file in files}
+        every = (each for file in files for each in ((file,) if not file.is_dir() else _inside(file)))
+        self._before = {file: _stamp(file) for file in every}
 
     def require_unchanged(self) -> None:
         """Raise CheckpointError for the first file that is no longer what it was."""
@@ -159,6 +165,13 @@ class Watch:
                     f"{file} was changed while it was read: the result would fit neither its old content nor its new",
                     "run it again when nothing writes to it any more",
                 )
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    try:
+        yield from islice((file for file in folder.rglob("*") if file.is_file()), _MOST_WATCHED)
+    except OSError:
+        return
 
 
 def _stamp(file: Path) -> tuple[int, int, int] | None:

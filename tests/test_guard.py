@@ -473,3 +473,15 @@ def test_paths_that_are_no_utf8_are_stored_safely(pair, tmp_path):
     run("inspect", folder / "stats")
     refused("calibrate", folder / "tuned", "--data", folder / "data.jsonl", "-o", folder / "s", mentions=["tokenizer"])
     assert path_text("/tmp/ü") == "/tmp/ü"
+
+
+def test_what_lies_in_a_folder_is_watched(tmp_path):
+    from tailorcli.guard import Watch
+
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "d.jsonl").write_text("one")
+    watch = Watch([tmp_path])
+    watch.require_unchanged()
+    (tmp_path / "deep" / "d.jsonl").write_text("more")
+    with pytest.raises(TailorError, match="was changed while it was read"):
+        watch.require_unchanged()
