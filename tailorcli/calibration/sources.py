@@ -50,6 +50,8 @@ def drawn(source: Source) -> Samples:
     assert data is not None
     folder = tokenizer_folder(original(source.tuned))
     records = read_records(data, options.text_mode, columns=options.columns)
+    if options.text_mode == "chunk" and not records.is_plain_text:
+        raise OptionsError(f"--text-mode chunk is for plain text, and {data} holds records", "leave it out")
     has_media = records.has_media
     seq_len = min(options.length, most_tokens(stored, source.config, options))
     encoder = load_encoder(processor_folder(folder, stored.path, has_media), stored.path, has_media, options)
@@ -75,6 +77,8 @@ def check_source(data: PathLike | None, options: CalibrateOptions, held_out: Pat
         raise OptionsError(
             "no calibration data given", "pass --data FILE, or --synthetic to let the model write its own"
         )
+    if options.synthetic and options.text_mode == "chunk":
+        raise OptionsError("--text-mode chunk is for data to read, not for what the model writes", "leave it out")
     if held_out is not None:
         if not options.synthetic:
             raise OptionsError("--held-out is for samples that the model writes", "pass --synthetic, or leave it out")

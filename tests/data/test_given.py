@@ -165,3 +165,10 @@ def test_a_record_that_is_cut_on_both_sides_is_one(tmp_path):
     record = one(tmp_path, {"prompt": "p" * 30, "response": "r" * 20})
     encoder.encode(record, 8)
     assert encoder.cuts == [(50, 16)]
+
+
+def test_chunks_are_of_plain_text(tmp_path):
+    pair = make_pair(tmp_path)
+    given = ("calibrate", pair / "base", "-o", tmp_path / "stats", "--text-mode", "chunk")
+    refused(*given, "--data", pair / "data.jsonl", mentions=["is for plain text"])
+    refused(*given, "--synthetic", mentions=["not for what the model writes"])
