@@ -429,3 +429,20 @@ def write_stats(folder, hessians, tensors, facts):
         for name, info, values in ready:
             writer.write(name, info, values)
         writer.finish(tensors, facts)
+
+
+@contextmanager
+def interrupted_when_saved(monkeypatch, at=lambda state: True):
+    """Ctrl-C as soon as ``finetune`` has marked a state as whole, the first that ``at`` is true of."""
+    from tailorcli.training.trainer import Guard
+
+    original = Guard.on_save
+
+    def broken(self, args, state, control, **given):
+        original(self, args, state, control, **given)
+        if at(state):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Guard, "on_save", broken)
+        yield

@@ -80,14 +80,14 @@ def encode_starts(records: Sequence[Record], encoder: Encoder, options: Calibrat
     order = list(records)
     random.Random(options.seed).shuffle(order)
     starts: list[Start] = []
-    cut = len(encoder.cuts)
+    before = len(encoder.cuts)
     for record in order[: options.num_samples]:
         inputs, text = encoder.start(record, max(1, options.length - 1))
         if inputs is not None:
             starts.append(Start(record, inputs, text))
     if not starts:
         raise DataError(f"{records[0].where}: no record gives a single token to start from", "see --data")
-    if cut := len(encoder.cuts) - cut:
+    if cut := len(encoder.cuts) - before:
         note(f"{cut:,} of {len(starts):,} starts are longer than --seq-len {options.length} and are cut: pass more")
     return starts
 

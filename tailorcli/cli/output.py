@@ -334,11 +334,12 @@ def show_summary(report: PatchReport) -> None:
 
 def show_distillation(found: dict[str, Any], towards: str = "the tuned model") -> None:
     """What training the kept entries ``towards`` a model did to both held-out divergences."""
+    from tailorcli.patchfile.report import trained_tasks
     from tailorcli.units import counted
 
     before, after = (found["steps"].index(step) for step in (0, found["best"]))
     new, retained = (f"{found[kind][before]:.4f} to {found[kind][after]:.4f}" for kind in ("new", "retained"))
-    tasks = len(found["by_task"][0]) if found.get("by_task") else 1
+    tasks = trained_tasks(found)
     teacher, least = towards, "of the new task's teacher's"
     if tasks > 1:
         teacher, least = "the tuned models", f"(the least of {tasks} tasks) of a new task's teacher's"

@@ -458,8 +458,9 @@ class Encoder:
         self._uncut[record.where] = length
         if length <= seq_len:
             return inputs
-        places = [place for place, token in enumerate(inputs["input_ids"][0].tolist()) if token in self.media_ids]
-        if not self.media_ids or (places and places[-1] >= seq_len):
+        media = self.media_ids
+        places = [place for place, token in enumerate(inputs["input_ids"][0].tolist()) if token in media]
+        if not media or (places and places[-1] >= seq_len):
             raise DataError(
                 f"{record.where} has {length} tokens with its images, more than --seq-len {seq_len}",
                 "pass a larger --seq-len, or smaller images",

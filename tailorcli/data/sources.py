@@ -102,10 +102,12 @@ def _files_of(folder: Path) -> list[DataFile]:
     for path in found:
         named = next((m for part in path.relative_to(folder).parts if (m := _SPLIT.match(part.lower()))), None)
         splits.setdefault(_SPLITS[named[1]] if named else "", []).append(path)
-    if others := " and ".join(sorted(set(splits) - {"train", ""})) if "train" in splits else "":
+    others = sorted(splits.keys() - {"train", ""})
+    if "train" in splits and others:
         kept = {*splits["train"], *splits.get("", ())}
-        taken = "train is taken" if len(kept) == len(splits["train"]) else "train, and what names no split, is taken"
-        note(f"{folder} holds several splits: {taken}, {others} is left; name a file or a folder for another")
+        taken = "train, and what names no split, is taken" if "" in splits else "train is taken"
+        left = " and ".join(others)
+        note(f"{folder} holds several splits: {taken}, {left} is left; name a file or a folder for another")
         found = [path for path in found if path in kept]
     return [data_file(path) for path in found]
 

@@ -18,7 +18,15 @@ from tailorcli.display.summary import (
     stats_summary,
     treatment,
 )
-from tailorcli.patchfile.report import MERGE, density_of, is_retained, options_shown, share, target_in_words
+from tailorcli.patchfile.report import (
+    MERGE,
+    density_of,
+    has_teacher,
+    is_retained,
+    options_shown,
+    share,
+    target_in_words,
+)
 from tailorcli.units import format_bytes, format_share
 
 if TYPE_CHECKING:
@@ -86,7 +94,7 @@ def _shown_facts(inspection: Inspection) -> list[tuple[str, str]]:
         if key not in options and key not in totals:
             rows.append((key.replace("_", " "), _show_fact(key, value)))
     said = (f"{name.replace('_', ' ')} {_option(value)}" for name, value in options.items())
-    return [*rows, ("options", ", ".join(said)), *_shown_totals(totals, target_in_words(report.options))]
+    return [*rows, ("options", ", ".join(said)), *_shown_totals(totals, options=report.options)]
 
 
 def _holding(facts: dict[str, Any]) -> str:
@@ -96,7 +104,8 @@ def _holding(facts: dict[str, Any]) -> str:
     return f"{facts['tensors']:,} tensors ({dtypes}), {weights}, {format_bytes(facts['bytes'])} in {files}"
 
 
-def _shown_totals(totals: dict[str, Any], towards: str) -> list[tuple[str, str]]:
+def _shown_totals(totals: dict[str, Any], options: dict[str, Any]) -> list[tuple[str, str]]:
+    towards = target_in_words(options)
     rows = [
         ("patched", f"{totals['tensors_patched']:,} tensors, {totals['tensors_at_base']:,} left at base"),
         ("weights kept", f"{totals['kept']:,} of {totals['numel']:,} ({format_share(totals['density'])})"),
@@ -111,7 +120,7 @@ def _shown_totals(totals: dict[str, Any], towards: str) -> list[tuple[str, str]]
     if totals.get("error_before") is not None:
         before, after = (format_share(totals[f"error_{when}"]) for when in ("before", "after"))
         own = ", on the patched model's inputs" if "error_after_unpatched_inputs" in totals else ""
-        against = "" if towards == "the tuned model" else f"; against {towards}"
+        against = f"; against {towards}" if has_teacher(options) else ""
         said = f"{before} before compensation, {after} after (100% is the base{against}{own})"
         rows.append(("mean layer error", said))
     if totals.get("drift") is not None:

@@ -305,17 +305,29 @@ def options_shown(report: PatchReport) -> dict[str, Any]:
     weight = ("weight",) if options.get("weight", 1.0) != 1.0 else ()
     retained = ("retain_weight",) if is_retained(report.inputs) else ()
     propagated = ("propagate",) if options.get("propagate") else ()
-    teacher = ("teacher_weight",) if options.get("teacher_weight") not in (None, 1.0) else ()
+    teacher = ("teacher_weight",) if has_teacher(options) else ()
     dense = {"density": density_of(options)} if method in DENSE and method != "changed" else {}
     return {key: options[key] for key in (*shown, *retained, *propagated, *teacher, *weight)} | dense
 
 
+def has_teacher(options: Mapping[str, Any]) -> bool:
+    """Whether a patch with these options goes towards a model between base and tuned, and not to tuned itself."""
+    weight = options.get("teacher_weight")
+    return isinstance(weight, (int, float)) and weight != 1
+
+
+def trained_tasks(distillation: Mapping[str, Any]) -> int:
+    """How many new tasks the kept entries were trained on, by what a report says of it."""
+    return len(distillation["by_task"][0]) if distillation.get("by_task") else 1
+
+
 def target_in_words(options: Mapping[str, Any], tuned: str = "the tuned model") -> str:
     """What a patch with these options goes towards, and its figures are measured against: ``tuned``, or its teacher."""
-    weight = options.get("teacher_weight")
-    if not isinstance(weight, (int, float)) or weight == 1:
-        return tuned
-    return f"the model {weight:g} of the way from the base to {tuned}"
+    return (
+        f"the model {options['teacher_weight']:g} of the way from the base to {tuned}"
+        if has_teacher(options)
+        else tuned
+    )
 
 
 def is_dense(report: PatchReport) -> bool:

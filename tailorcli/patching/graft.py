@@ -237,14 +237,16 @@ def _places(tensors: Sequence[TensorPlan], network: Any, base: Checkpoint) -> di
 def _named(tensors: Sequence[TensorPlan], known: Mapping[str, Place], network: Any) -> dict[str, str]:
     parameters = dict(network.named_parameters())
     found: dict[str, str] = {}
+    taken: set[str] = set()
     why: dict[str, str] = {}
     for tensor in tensors:
         place = known.get(tensor.name, Place(reason="transformers does not load it"))
         name = place.parameters[0] if len(place.parameters) == 1 and place.part is None else ""
-        if name not in parameters or name in found.values() or tuple(parameters[name].shape) != tensor.shape:
+        if name not in parameters or name in taken or tuple(parameters[name].shape) != tensor.shape:
             why[tensor.name] = place.reason or "the model holds it tied, fused or split"
         else:
             found[tensor.name] = name
+            taken.add(name)
     if why:
         name, reason = next(iter(why.items()))
         more = f", nor those of {counted(len(why) - 1, 'other tensor')}" if len(why) > 1 else ""
@@ -258,7 +260,7 @@ def _samples(
     data: Path, base: Checkpoint, tuned: Checkpoint, config: dict[str, Any], settings: CalibrateOptions
 ) -> list[Inputs]:
     """Samples with a token to predict, as the tuned model's tokenizer or processor makes them, with their labels."""
-    from tailorcli.training.examples import encode_example, framed
+    from tailorcli.training.examples import encode_example
 
     records = read_records(data)
     has_media = records.has_media
@@ -270,7 +272,7 @@ def _samples(
     length = min(settings.length, most_tokens(base, config, settings))
 
     def encode(record: Record, seq_len: int) -> Inputs | None:
-        return encode_example(framed(record, encoder), encoder, min(seq_len, length))
+        return encode_example(record, encoder, min(seq_len, length))
 
     return draw_samples(data, records, encode, settings).inputs
 

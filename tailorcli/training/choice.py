@@ -47,11 +47,7 @@ def choose(network: Any, trainable: Sequence[str] = (), last_layers: int | None 
         chosen = [name for name in parameters if any(fnmatchcase(name, glob) for glob in trainable)]
     else:
         frozen, towers = _tables(network) | _senses(network), _towers(network)
-        chosen = [
-            name
-            for name, value in parameters.items()
-            if id(value) not in frozen and not in_tower(name) and not _lies_in(name, towers)
-        ]
+        chosen = [name for name, value in parameters.items() if id(value) not in frozen and not in_tower(name, towers)]
     if last_layers is not None:
         inside = _last_blocks(network, last_layers)
         chosen = [name for name in chosen if name.startswith(inside)]
@@ -60,13 +56,16 @@ def choose(network: Any, trainable: Sequence[str] = (), last_layers: int | None 
     return chosen
 
 
-def in_tower(name: str) -> bool:
+def in_tower(name: str, towers: Sequence[str] = ()) -> bool:
     """Whether a parameter lies in a tower for pictures or sound, and not in what connects it to the text.
 
-    A connector is a part of the tower itself; what a layer in it calls a projection is none.
+    ``towers`` are those of a network that their names do not tell. A connector is a part of the tower itself; what a
+    layer in it calls a projection is none.
     """
-    found = _TOWER.search(name)
-    return found is not None and _CONNECTOR.search(name[found.end() :].partition(".")[0]) is None
+    inside = [name[len(tower) + 1 :] for tower in towers if name.startswith(f"{tower}.")]
+    if (found := _TOWER.search(name)) is not None:
+        inside.append(name[found.end() :])
+    return any(_CONNECTOR.search(rest.partition(".")[0]) is None for rest in inside)
 
 
 def _towers(network: Any) -> list[str]:
@@ -79,15 +78,9 @@ def _towers(network: Any) -> list[str]:
     found: list[str] = []
     for name, module in network.named_modules():
         own = type(getattr(module, "config", None)) in kinds and name and not _CONNECTOR.search(name)
-        if own and not _lies_in(name, found):
+        if own and not any(name.startswith(f"{tower}.") for tower in found):
             found.append(unwrapped(name))
     return found
-
-
-def _lies_in(name: str, towers: Sequence[str]) -> bool:
-    """Whether a parameter lies in one of these towers, and not in a connector that is a part of it."""
-    rests = [name[len(tower) + 1 :] for tower in towers if name.startswith(f"{tower}.")]
-    return any(_CONNECTOR.search(rest.partition(".")[0]) is None for rest in rests)
 
 
 def _tables(network: Any) -> set[int]:
@@ -129,8 +122,7 @@ def _blocks_of_text(network: Any) -> tuple[str, nn.ModuleList | list[nn.Module]]
     outer = {
         name: module
         for name, module in lists.items()
-        if not any(name.startswith(f"{other}.") for other in lists)
-        and not (in_tower(f"{name}.") or _lies_in(f"{name}.", towers))
+        if not any(name.startswith(f"{other}.") for other in lists) and not in_tower(f"{name}.", towers)
     }
     inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
     chosen = {name: module for name, module in outer.items() if id(module) in inside} or outer

@@ -88,7 +88,6 @@ def encode_examples(
     found = Prepared(encoder, seq_len)
     learnt = cut = 0
     for record in records:
-        record = framed(record, encoder)
         before = len(encoder.cuts)
         inputs = encode_example(record, encoder, seq_len, media_ids)
         cut += len(encoder.cuts) > before
@@ -107,13 +106,12 @@ def encode_examples(
     return Examples(found, learnt, len(records) - len(found))
 
 
-def framed(record: Record, encoder: Encoder) -> Record:
-    """The record as it is learnt: a question and its answer within the chat template, where there is one."""
-    return record if "audio" in record.fields else encoder.framed_by_template(record)
-
-
 def encode_example(record: Record, encoder: Encoder, seq_len: int, media_ids: Sequence[int] = ()) -> Inputs | None:
-    """A ``framed`` record as inputs with (1, T) "labels"; None where none of its tokens is learnt. Raises DataError."""
+    """A record as inputs with (1, T) "labels"; None where none of its tokens is learnt.
+
+    A question and its answer stand within the chat template, where there is one. Raises DataError.
+    """
+    record = record if "audio" in record.fields else encoder.framed_by_template(record)
     inputs = encoder.encode(record, seq_len)
     if inputs is None:
         return None

@@ -44,6 +44,7 @@ from tailorcli.models.loading import (
 )
 from tailorcli.models.running import check_ids
 from tailorcli.models.skeleton import run_dtype
+from tailorcli.options import matches
 from tailorcli.system import peak_memory
 from tailorcli.training.choice import choose, named_parameters, trained_numel
 from tailorcli.training.examples import Examples, encode_examples
@@ -423,15 +424,11 @@ def trainable_in(job: Job, network: Any) -> tuple[str, ...]:
         found += [glob] if any(fnmatchcase(name, glob) for name in own) or not others else others
     for name in dict.fromkeys(found):
         whole = pieces.get(name, [])
-        left = [each for each in whole if not _matches(each, job.options.trainable)]
-        if len(whole) > 1 and left and not _matches(name, job.options.trainable):
+        left = [each for each in whole if not matches(each, job.options.trainable, ())]
+        if len(whole) > 1 and left and not matches(name, job.options.trainable, ()):
             what = f"--trainable names a part of {name}, which is trained as a whole; {left[0]} is in it, too"
             raise OptionsError(what, f"name the whole: --trainable '{name}'")
     return tuple(dict.fromkeys(found))
-
-
-def _matches(name: str, globs: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
 
 
 def processes() -> int:

@@ -187,8 +187,10 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
         """
         trained = set(self.names)
         for name, module in network.named_modules():
+            if not isinstance(module, _BatchNorm):
+                continue
             own = {unwrapped(f"{name}.{each}") for each, _ in module.named_parameters(recurse=False)}
-            if isinstance(module, _BatchNorm) and not own & trained:
+            if not own & trained:
                 module.eval()
                 module.__dict__["train"] = partial(_as_it_is, module)
                 self._resting_norms.append(module)
@@ -204,7 +206,7 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
             for name in self._resting():
                 self._parameters[name].grad = None  # no step, no decay and no momentum moves what has none
         if method == "dowser":
-            self._mask(optimizer)
+            self._mask(optimizer, scale)
         if method not in ("spider", "l2"):
             return
         for name, parameter in self._parameters.items():
@@ -218,12 +220,13 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
                 plain = gradient if scale == 1.0 else gradient.float() / scale
                 self._sofar[name] = spider.accumulated(self._sofar[name], plain, self.options.momentum)
 
-    def _mask(self, optimizer: torch.optim.Optimizer) -> None:
+    def _mask(self, optimizer: torch.optim.Optimizer, scale: float) -> None:
         """Mask the gradients; decay the entries that are trained here, and none in the optimiser.
 
-        An optimiser whose step is not known to leave entries without gradient alone gets its frozen ones back after.
+        Gradients are still multiplied by ``scale``. An optimiser whose step is not known to leave entries without
+        gradient alone gets its frozen ones back after.
         """
-        known, scale = type(optimizer) in _KNOWN, loss_scale(optimizer)
+        known = type(optimizer) in _KNOWN
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         for group in optimizer.param_groups:
             decay = float(group.get("weight_decay") or 0.0) if known else 0.0

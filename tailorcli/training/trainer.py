@@ -65,10 +65,11 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
             if self.model_accepts_loss_kwargs and not self._heeds_count(model, inputs):
                 self.model_accepts_loss_kwargs = False  # so that the Trainer divides the loss by the parts itself
         found = super().compute_loss(model, inputs, *args, **given)
-        value = float((found[0] if isinstance(found, tuple) else found).detach())
+        loss = found[0] if isinstance(found, tuple) else found
+        value = float(loss.detach())
         if not math.isfinite(value):
             raise NotANumber(f"the loss is {value}", self.state.global_step + 1)
-        if model.training and not (found[0] if isinstance(found, tuple) else found).requires_grad:
+        if model.training and not loss.requires_grad:
             raise OptionsError("nothing that is trained takes part in the loss", "see --trainable and --last-layers")
         return found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import make_family_pair
-from helpers import bits, make_model, make_pair, read_tensors, refused, run
+from helpers import bits, interrupted_when_saved, make_model, make_pair, read_tensors, refused, run
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -174,20 +174,10 @@ def test_one_glob_may_be_a_string(tmp_path):
 
 
 def test_losses_of_a_run_that_went_on_are_those_of_an_unbroken_one(pair, tmp_path, monkeypatch):
-    from tailorcli.training import trainer
-
     more = ("--steps", 12, "--save-every", 8)
     whole = json.loads(finetune(pair, tmp_path / "whole", *more, "--json").stdout)
-    original = trainer.Guard.on_save
-
-    def broken(self, args, state, control, **given):
-        original(self, args, state, control, **given)
-        if state.global_step == 8:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer.Guard, "on_save", broken)
-    finetune(pair, tmp_path / "out", *more, expect=130)
-    monkeypatch.setattr(trainer.Guard, "on_save", original)
+    with interrupted_when_saved(monkeypatch, lambda state: state.global_step == 8):
+        finetune(pair, tmp_path / "out", *more, expect=130)
     found = json.loads(finetune(pair, tmp_path / "out", *more, "--resume", "--json").stdout)
     assert found["losses"] == whole["losses"]
     assert [step for step, _ in found["losses"]] == [1, 8, 10, 12]
@@ -227,19 +217,10 @@ def test_pictures_are_made_when_they_are_asked_for(tmp_path):
 
 
 def test_a_run_is_not_taken_up_with_another_picture(tmp_path, monkeypatch):
-    from tailorcli.training import trainer
-
     pair = make_family_pair(tmp_path, "llava")
-    original = trainer.Guard.on_save
-
-    def broken(self, args, state, control, **given):
-        original(self, args, state, control, **given)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer.Guard, "on_save", broken)
     command = ("--steps", 3, "--batch-size", 2, "--save-every", 1)
-    finetune(pair, tmp_path / "out", *command, expect=130)
-    monkeypatch.setattr(trainer.Guard, "on_save", original)
+    with interrupted_when_saved(monkeypatch):
+        finetune(pair, tmp_path / "out", *command, expect=130)
     image, *others = pair.rglob("*.png")
     image.write_bytes(next(file.read_bytes() for file in others if file.read_bytes() != image.read_bytes()))
     data = ("--data", pair / "data.jsonl", "-o", tmp_path / "out", *FAST, *command)
@@ -259,20 +240,10 @@ def test_what_is_trained_may_be_named_as_it_is_stored_or_tied(tmp_path):
 
 
 def test_a_run_that_was_ended_behind_its_last_step_makes_no_further_one(pair, tmp_path, monkeypatch):
-    from tailorcli.training import trainer
-
-    original = trainer.Guard.on_save
-
-    def broken(self, args, state, control, **given):
-        original(self, args, state, control, **given)
-        if state.global_step == state.max_steps:
-            raise KeyboardInterrupt
-
     more = ("--method", "spider", "--save-every", 2)
     finetune(pair, tmp_path / "whole", *more)
-    monkeypatch.setattr(trainer.Guard, "on_save", broken)
-    finetune(pair, tmp_path / "out", *more, expect=130)
-    monkeypatch.setattr(trainer.Guard, "on_save", original)
+    with interrupted_when_saved(monkeypatch, lambda state: state.global_step == state.max_steps):
+        finetune(pair, tmp_path / "out", *more, expect=130)
     finetune(pair, tmp_path / "out", *more, "--resume")
     one, two = read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "out")
     assert all(bits(one[name]) == bits(two[name]) for name in one)

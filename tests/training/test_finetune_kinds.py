@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as tr
 from families import make_family_pair
-from helpers import bits, make_model, make_pair, make_tokenizer, read_tensors, refused, run
+from helpers import bits, interrupted_when_saved, make_model, make_pair, make_tokenizer, read_tensors, refused, run
 from torch import nn
 
 from tailorcli.errors import OptionsError
@@ -226,18 +226,10 @@ def test_a_probe_in_another_dtype_is_of_the_same_base(tmp_path):
 
 
 def test_another_tokenizer_is_another_run(tmp_path, monkeypatch):
-    from tailorcli.training import trainer
-
-    pair, original = make_pair(tmp_path), trainer.Guard.on_save
-
-    def broken(self, args, state, control, **given):
-        original(self, args, state, control, **given)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer.Guard, "on_save", broken)
+    pair = make_pair(tmp_path)
     command = ("--steps", 3, "--batch-size", 2, "--save-every", 1)
-    finetune(pair, tmp_path / "out", *command, expect=130)
-    monkeypatch.setattr(trainer.Guard, "on_save", original)
+    with interrupted_when_saved(monkeypatch):
+        finetune(pair, tmp_path / "out", *command, expect=130)
     make_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}").save_pretrained(pair / "base")
     how = ("--data", pair / "data.jsonl", "-o", tmp_path / "out", *command, "--resume")
     refused("finetune", pair / "base", *how, mentions=["other options, inputs or versions"])

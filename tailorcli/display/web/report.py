@@ -14,7 +14,16 @@ from tailorcli.display.web import charts
 from tailorcli.display.web.evaluated import evaluation_section, evaluation_sentence, evaluation_tiles
 from tailorcli.display.web.shell import Page, Section, Table, Tile
 from tailorcli.patchfile.records import TensorRecord
-from tailorcli.patchfile.report import MERGE, PatchReport, is_dense, is_retained, share, target_in_words
+from tailorcli.patchfile.report import (
+    MERGE,
+    PatchReport,
+    has_teacher,
+    is_dense,
+    is_retained,
+    share,
+    target_in_words,
+    trained_tasks,
+)
 from tailorcli.runs.again import NEW, merge_command, patch_command, shell_text
 from tailorcli.runs.card import merge_text, patch_text
 from tailorcli.runs.evaluated import with_ends
@@ -119,7 +128,7 @@ def _trained(found: Mapping[str, Any], towards: str) -> str:
     first, best = 0, found["steps"].index(found["best"])
     if best == first:
         return "Training gained nothing on the samples held out: the patch is what it began with."
-    several = len(found["by_task"][0]) if found.get("by_task") else 1
+    several = trained_tasks(found)
     new = towards if several <= 1 else f"the {several} fine-tuned models, on average"
     said = []
     for part, model in (("new", new), ("retained", "the base")):
@@ -144,7 +153,7 @@ def _tiles(report: PatchReport, *, short: bool) -> list[Tile]:
         return tiles
     if not short and not is_dense(report):
         tiles.append(Tile(format_share(totals["delta_share_kept"]), "of the squared change", "is in those weights"))
-    goal = "fine-tuned" if _towards(report) == "the fine-tuned model" else "its teacher"
+    goal = "its teacher" if has_teacher(report.options) else "fine-tuned"
     if totals["error_after"] is not None:
         before = f"{format_share(totals['error_before'])} before adjusting; the base 100%"
         tiles.append(Tile(format_share(totals["error_after"]), f"layer error to {goal}", before))
