@@ -111,7 +111,8 @@ class Setting:
             parts.append(f"retain weight {number_of(o.retain_weight)}")
         if o.method == "tailor" and o.omega != PatchOptions().omega:
             parts.append(f"omega {number_of(o.omega)}")
-        usual = PatchOptions().resolved(self.retained, self.distill is not None)
+        distilled = self.distill is not None
+        usual = PatchOptions().resolved(self.retained or distilled, distilled)
         if o.method == "tailor" and o.effective_score != usual.effective_score:
             parts.append(f"score {o.effective_score}")
         if o.method == "tailor" and o.damping != usual.damping:
@@ -161,7 +162,8 @@ def settings_of(
 ) -> list[Setting]:
     """Every combination of the values for the method tailor, and of those that ``methods`` have for each of them.
 
-    ``retain_weights`` are for the retained statistics; zero is without them. ``weights`` are the interpolation's, and
+    ``retain_weights`` are for the retained statistics; zero is without them, and so is what uses no statistics at all.
+    ``weights`` are the interpolation's, and
     the alphas of ``lines``, which goes on from each to tuned itself; ``dg-hard`` has its threshold halved and doubled.
     With ``distill`` each setting with retained statistics comes once more, distilled.
     """
@@ -174,13 +176,15 @@ def settings_of(
             density=density,
             omega=omega,
             solver=solver,
-            retain_weight=retain_weight,
             damping=damping,
             propagate=options.propagate if solver == "joint" and retain_weight > 0 else None,
         )
-        found.append(Setting(changed, retained=retain_weight > 0))
+        retained = retain_weight > 0 and changed.needs_hessians
+        if changed.needs_hessians:
+            changed = replace(changed, retain_weight=retain_weight)
+        found.append(Setting(changed, retained=retained))
         if distill is not None and retain_weight > 0:
-            found.append(Setting(changed, retained=True, distill=distill))
+            found.append(Setting(changed, retained=retained, distill=distill))
     options = replace(options, score=None, propagate=None)  # which are of the method tailor
     for method in methods:
         if method == "interpolate":
@@ -361,7 +365,8 @@ def _require_makeable(settings: Sequence[Setting], base: PathLike, tuned: PathLi
     seen = set()
     for setting, given in zip(settings, inputs, strict=True):
         options = setting.resolved
-        kind = (options.method, options.solver, options.propagate, setting.retained, setting.distill is not None)
+        uses = (setting.retained, setting.distill is not None, options.needs_hessians)
+        kind = (options.method, options.solver, options.propagate, *uses)
         if kind not in seen:
             seen.add(kind)
             with _named(setting):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 
 import numpy as np
 import pytest
@@ -94,6 +95,17 @@ def test_settings_are_every_combination_once():
     ]
     assert len({s.family for s in found}) == 4
     assert len(settings_of(PatchOptions(), densities=[0.1, 0.1])) == 1
+
+
+def test_settings_that_use_no_statistics_are_there_once_and_have_no_retain_term():
+    found = settings_of(
+        PatchOptions(), omegas=[0.5, 1.0], solvers=["none"], retain_weights=[0.0, 0.3], distill=DistillOptions(steps=1)
+    )
+    assert [setting.label for setting in found] == [
+        *("none, density 0.1", "none, retained, density 0.1, retain weight 0.3"),
+        "none, retained, distilled, density 0.1, retain weight 0.3, distill steps 1",
+        *("none, density 0.1, omega 1", "none, distilled, density 0.1, omega 1, distill steps 1"),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -331,6 +343,38 @@ def test_statistics_that_do_not_fit_are_refused_before_any_model_runs(pair, tmp_
     assert not list((tmp_path / "out" / "settings").iterdir())
 
 
+def test_what_uses_no_statistics_goes_with_settings_that_do(pair, tmp_path, monkeypatch):
+    """Kinds of settings that differ in omega alone are planned each, before any model runs."""
+    settings = settings_of(PatchOptions(), omegas=[0.5, 1.0], solvers=["none"], retain_weights=[0.3])
+    report = run(pair, tmp_path / "out", settings)
+    assert [point.family for point in report.points[2:]] == ["none, retained", "none"]
+    wrong = Setting(PatchOptions(solver="none", omega=1.0), retained=True)
+    monkeypatch.setattr(sweep_module, "score_model", None)
+    with pytest.raises(TailorError, match="--retain is for the method tailor with statistics"):
+        run(pair, tmp_path / "other", [settings[0], wrong])
+
+
+def test_the_commands_of_a_sweep_make_its_models(pair, tmp_path):
+    settings = settings_of(
+        PatchOptions(),
+        omegas=[0.5, 1.0],
+        solvers=["joint", "none"],
+        retain_weights=[0.0, 0.3],
+        methods=["dare", "interpolate"],
+        weights=[0.3],
+        distill=DistillOptions(steps=1, batch_size=2),
+    )
+    inputs = {name: str(pair / name) for name in ("base", "tuned", "stats", "retain")}
+    points = {point.label: point for point in run(pair, tmp_path / "sweep", settings).points}
+    for setting in settings:
+        _, *words = shlex.split(setting.command(inputs).replace("\\\n", ""))
+        made = CliRunner().invoke(app, [*words[:-1], str(tmp_path / "model"), "--overwrite"])
+        assert made.exit_code == 0, made.output
+        found = evaluate_models([tmp_path / "model"], tasks(pair)).figures["model"]["tasks"]
+        for task in ("old", "new"):
+            assert points[setting.label].at("test", task) == found[task].value
+
+
 def test_propagation_is_of_the_settings_that_can_be_propagated(pair, tmp_path):
     settings = settings_of(
         PatchOptions(propagate=True),
@@ -358,12 +402,15 @@ def test_a_distilled_point_says_how(pair, tmp_path):
     [
         (["--omega", "0.3", "--method", "interpolate"], "--omega needs --stats"),
         (["--propagate", "--method", "interpolate"], "--propagate is for the joint solver"),
+        (["--retain", "RETAIN", "--method", "interpolate"], "--retain is for settings of --stats"),
+        (["--retain", "RETAIN", "--stats", "STATS", "--retain-weight", "0"], "--retain is for settings of --stats"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(pair, tmp_path, given, said):
     ends = ["--origin", "old", "--target", "new"]
     command = [str(pair / "base"), str(pair / "tuned"), "-o", str(tmp_path / "out"), *ends]
     words = [word for task in tasks(pair) for word in ("--task", task)]
+    given = [str(pair / word.lower()) if word.isupper() else word for word in given]
     found = CliRunner().invoke(app, ["sweep", *command, *words, *given])
     assert found.exit_code == 2
     assert said in " ".join(found.stderr.replace("│", " ").split())

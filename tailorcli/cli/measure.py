@@ -365,15 +365,15 @@ def sweep(
         require_unused(context, "is for --method interpolate and lines", "weight")
     if "graft" not in (method or ()):
         require_unused(context, "is for --method graft", "graft_data")
-    if retain is not None and not any(retain_weights):
-        raise typer.BadParameter("--retain is for settings with a weight above 0: leave it or --retain-weight 0 out")
-    if propagate and not any(setting.options.propagate for setting in settings):
-        raise typer.BadParameter("--propagate is for the joint solver with --retain STATS")
     if stats is None and method:  # the other methods alone
         made = [setting for setting in settings if not setting.options.needs_hessians]
         if len(made) < len(settings):
             require_unused(context, "needs --stats STATS", "solver", "omega", "damping")
         settings = made
+    if retain is not None and not any(setting.retained or setting.distill is not None for setting in settings):
+        raise typer.BadParameter("--retain is for settings of --stats with a weight above 0: leave it out")
+    if propagate and not any(setting.options.propagate for setting in settings):
+        raise typer.BadParameter("--propagate is for the joint solver with --retain STATS")
     check_page(html, read)
     if plot is not None:
         from tailorcli.display.plots import check_plot

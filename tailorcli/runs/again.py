@@ -75,7 +75,9 @@ def patch_command(
     if "score" in defaults:
         options = {"score": "paper", **options}  # which a report leaves unsaid
     defaults |= {"fp8_output": "fp8", "method": "tailor"}
-    words += _given(options, defaults, [name for name in _VALUES if NEW not in inputs or name != "seed"])
+    unused = {"seed"} if NEW in inputs else set()
+    unused |= set() if retained else {"retain_weight"}  # which patch refuses
+    words += _given(options, defaults, [name for name in _VALUES if name not in unused])
     if options.get("batch_size", 8) != 8:
         words += ["--graft-batch-size", str(options["batch_size"])]
     propagated = options.get("propagate", defaults["propagate"])
