@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,10 +45,30 @@ def empty_model(
             dtype = run_dtype(checkpoint, own, options)
             with _parameters_on_meta(torch):
                 if issubclass(model_class, transformers.PreTrainedModel):
-                    return prepared(model_class._from_config(own, dtype=dtype))
-                return prepared(model_class.from_config(own, dtype=dtype, trust_remote_code=options.trust_remote_code))
+                    network = model_class._from_config(own, dtype=dtype)
+                else:
+                    network = model_class.from_config(own, dtype=dtype, trust_remote_code=options.trust_remote_code)
+            _write_as_saved(network, folder or checkpoint.path)
+            return prepared(network)
         except Exception as error:  # transformers raises whatever its parts raise
             raise cannot_load(checkpoint.path, config, error, options) from error
+
+
+def _write_as_saved(network: Any, folder: Path) -> None:
+    """Give a model the settings that its folder has for writing, the ends of a text among them.
+
+    As ``from_pretrained`` does, which looks into config.json where there is no generation_config.json.
+    """
+    import transformers
+
+    if not (hasattr(network, "can_generate") and network.can_generate()):
+        return
+    for name in ("generation_config.json", "config.json"):
+        with suppress(OSError):
+            how = {"_from_model_config": True} if name == "config.json" else {}
+            found = transformers.GenerationConfig.from_pretrained(folder, name, local_files_only=True, **how)
+            network.generation_config = found
+            return
 
 
 def run_dtype(checkpoint: Checkpoint, config: Any, options: LoadOptions) -> torch.dtype:

@@ -616,6 +616,23 @@ def test_a_patch_file_is_evaluated_as_the_checkpoint_that_apply_writes(llama_pai
     assert "other values" in run("evaluate", file, "--task", text, "--base", tuned, expect=1).stderr
 
 
+def test_a_patch_file_writes_to_the_same_end_as_the_checkpoint_that_apply_writes(tmp_path):
+    """Ends of a text that generation_config.json names, and config.json does not."""
+    from tailorcli import PatchOptions, patch_checkpoint
+
+    folder = make_pair(tmp_path)
+    records = [{"prompt": prompt, "response": "x"} for prompt in ("some", "b")]
+    task = [f"t={write(tmp_path / 't.jsonl', records)}:generate"]
+    file = folder / "tuned" / "generation_config.json"
+    whole = evaluate_models([folder / "tuned"], task).scores["tuned"]["t"].outputs
+    ends = [make_tokenizer().convert_tokens_to_ids(text[2]) for text in whole]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": ends}))
+    options, patch = PatchOptions(method="changed"), tmp_path / "p.safetensors"
+    patch_checkpoint(folder / "base", folder / "tuned", tmp_path / "out", options=options, patch_file=patch)
+    found = evaluate_models([folder / "tuned", tmp_path / "out", patch], task, base=folder / "base").scores
+    assert found["p"]["t"].outputs == found["out"]["t"].outputs == found["tuned"]["t"].outputs != whole
+
+
 def test_tasks_are_read_in_every_format_of_data(pair, tmp_path):
     import gzip
 

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from families import make_family_model
 from helpers import (
     make_adapter,
     make_model,
@@ -39,6 +40,23 @@ def edit_config(folder, **changes):
 def logits_of(folder, options=CalibrateOptions()):
     with Checkpoint.open(folder) as checkpoint, torch.no_grad():
         return load_model(checkpoint, read_config(folder), options)(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("has_own", [True, False])
+@pytest.mark.parametrize("name", ["llama", "bart", "gemma3"])
+def test_a_model_without_its_weights_ends_texts_as_the_whole_one_does(tmp_path, name, has_own):
+    """Its generation_config.json may name other ends than its config.json, as those of chat models do."""
+    make_family_model(name).save_pretrained(tmp_path)
+    file = tmp_path / "generation_config.json"
+    if has_own:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [5, 7], "pad_token_id": 3}))
+    else:
+        file.unlink()
+    with Checkpoint.open(tmp_path) as checkpoint:
+        given = (checkpoint, read_config(tmp_path), CalibrateOptions())
+        whole, empty = load_model(*given), empty_model(*given)
+    assert empty.generation_config.to_dict() == whole.generation_config.to_dict()
+    assert (whole.generation_config.eos_token_id == [5, 7]) == has_own
 
 
 def test_a_head_that_is_stored_with_values_of_its_own_is_untied(tmp_path, caplog):
