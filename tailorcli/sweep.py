@@ -445,6 +445,8 @@ def _identity(
     has_media = any(record.has_media for of_part in read.values() for task in of_part for record in task.records)
     folders = {name: (end.encoder_folder(has_media), end.stored.path) for name, end in ends.items()}
     facts["tokenizers"] = {name: tokenizer_digest(*where) for name, where in folders.items()}
+    written = {name: end.stored.path / "generation_config.json" for name, end in ends.items()}  # where a text ends
+    facts["generation"] = {name: file_digest(file) for name, file in written.items() if file.is_file()}
     facts["versions"] = {name: version(name) for name in ("torch", "transformers")} | {"tailorcli": __version__}
     facts["code"] = _code_digest()
     for name, path in (("stats", stats), ("retain", retain)):

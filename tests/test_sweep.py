@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -234,6 +235,19 @@ def test_other_statistics_are_other_results(pair, tmp_path, monkeypatch):
     assert seen == ["model"]
     run(pair, tmp_path / "o", SETTINGS[:2], stats=tmp_path / "stats")
     assert seen == ["model"] * 3
+
+
+def test_other_ends_of_a_text_measure_again(pair, tmp_path, monkeypatch):
+    """They lie in generation_config.json, and decide what kind generate writes."""
+    shutil.copytree(pair / "tuned", tmp_path / "tuned")
+    settings = settings_of(PatchOptions(), methods=["interpolate"], weights=[0.5])[1:]
+    given = (pair / "base", tmp_path / "tuned", settings, tasks(pair), tmp_path / "o")
+    run_sweep(*given, origin=["old"], target=["new"])
+    file = tmp_path / "tuned" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 5}))
+    seen = scored_models(monkeypatch)
+    run_sweep(*given, origin=["old"], target=["new"])
+    assert seen == ["base", "tuned", "model"]
 
 
 @pytest.mark.parametrize("what", ["__version__", "_code_digest"])
