@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from tailorcli._version import __version__
 from tailorcli.cli import ranked
@@ -80,6 +80,22 @@ def _interrupted(command: Callable[..., Any], given: dict[str, Any]) -> str:
     return "interrupted"
 
 
+_NO_NUMBER = {"float_parsing": "a number", "int_parsing": "a whole number"}  # by what pydantic calls it
+
+
+class _Command(TyperCommand):
+    """A command that says which word is no number, in place of what Typer's parser says of it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            found: list[Any] = getattr(error.__cause__, "errors", list)()
+            if found and found[0]["type"] in _NO_NUMBER:
+                error.message = f"{found[0]['input']!r} is not {_NO_NUMBER[found[0]['type']]}"
+            raise
+
+
 @dataclass(frozen=True)
 class _Entry:
     """A command: the module of this package and the function in it, and the panel of the help where it stands."""
@@ -93,7 +109,8 @@ class _Entry:
         """The command as Typer builds it, with its docstring as the help."""
         function = getattr(import_module(f"tailorcli.cli.{self.module}"), self.function)
         alone = typer.Typer(add_completion=False)
-        alone.command(name, help=_help_of(function), rich_help_panel=self.panel)(friendly(function, self.divided))
+        made = alone.command(name, cls=_Command, help=_help_of(function), rich_help_panel=self.panel)
+        made(friendly(function, self.divided))
         return typer.main.get_command(alone)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from helpers import run
+from helpers import invoke, run
 
 from tailorcli.cli import app
 from tailorcli.options import CalibrateOptions, EvaluateOptions, MergeOptions, PatchOptions
@@ -220,3 +220,17 @@ def test_a_leading_tilde_is_the_users_folder(llama_pair, tmp_path, monkeypatch):
     run("patch", "~/base", "~/tuned", "--stats", "~/stats", "-o", out)
     assert run("verify", out, "--base", "~/base").exit_code == 0
     assert "does not exist" in run("inspect", "~nobody-of-that-name/x", expect=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("patch", "B", "T", "--density", "10%"), "'10%' is not a number"),
+        (("sweep", "B", "T", "--density", "0.1", "--density", "x"), "'x' is not a number"),
+        (("evaluate", "M", "--limit", "1.5"), "'1.5' is not a whole number"),
+    ],
+)
+def test_a_word_in_place_of_a_number_is_named(given, said):
+    found = invoke(*given)
+    assert found.exit_code == 2
+    assert said in " ".join(found.stderr.replace("│", " ").split())
