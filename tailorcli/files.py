@@ -95,6 +95,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+HIDDEN = "hidden-"  # files of hidden states begin with it: a run that was killed may leave one
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all."""
     temporary = path.with_name(path.name + ".part")

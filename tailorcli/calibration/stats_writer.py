@@ -23,7 +23,7 @@ from tailorcli.checkpoint.header import build_header, header_entry
 from tailorcli.checkpoint.journal import WriteQueue
 from tailorcli.distributed import gathered, ranks, require_shared, wait_for_all
 from tailorcli.errors import CheckpointError, OutputError
-from tailorcli.files import as_output_error, file_digest, read_json, write_text_atomically
+from tailorcli.files import HIDDEN, as_output_error, file_digest, read_json, write_text_atomically
 from tailorcli.guard import entries
 from tailorcli.system import sync_path
 
@@ -65,7 +65,7 @@ def require_ours(folder: Path) -> list[str]:
         raise OutputError(f"{folder} exists and is a file", "choose another folder for -o")
     present = [entry.name for entry in entries(folder)] if folder.exists() else []
     ours = (MANIFEST, *(name + end for name in (HESSIANS, SAMPLES) for end in ("", ".part")), MANIFEST + ".part")
-    foreign = [name for name in present if name not in ours and not fnmatchcase(name, "hidden-*.part")]
+    foreign = [name for name in present if name not in ours and not fnmatchcase(name, f"{HIDDEN}*.part")]
     if foreign:
         raise OutputError(f"{folder} holds other files ({foreign[0]}, ...)", "choose another folder for -o")
     return present
@@ -148,7 +148,7 @@ class StatsWriter:
         with suppress(OSError):  # given up: nothing can go on with it, and it may be large
             self._part.unlink(missing_ok=True)
             (self.folder / f"{SAMPLES}.part").unlink(missing_ok=True)
-            for path in self.folder.glob("hidden-*.part"):  # where a mapped file cannot be removed
+            for path in self.folder.glob(f"{HIDDEN}*.part"):  # where a mapped file cannot be removed
                 path.unlink(missing_ok=True)
 
     def write(self, name: str, info: HessianInfo, values: Tensor | None) -> None:

@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tailorcli.device import free_memory
 from tailorcli.distributed import ranks
 from tailorcli.errors import TailorError
+from tailorcli.files import HIDDEN
 from tailorcli.system import reserve
 
 HIDDEN_SHARE = 0.25  # of the free host memory that waiting hidden states may fill
@@ -118,7 +119,7 @@ class Spill:
     def _mapped(self, tensor: Tensor) -> Tensor:
         """A file's memory with room for the tensor's entries."""
         self._files += 1
-        path = self._folder / f"hidden-{ranks().rank}-{self._files}.part"
+        path = self._folder / f"{HIDDEN}{ranks().rank}-{self._files}.part"
         try:
             reserve(path, tensor.numel() * tensor.itemsize)
             return torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)

@@ -22,7 +22,7 @@ from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.device import device_errors, exact_float32, resolve_device
 from tailorcli.distributed import ranks, require_shared, told, wait_for_all
 from tailorcli.errors import CheckpointError, OptionsError, OutputError
-from tailorcli.files import PathLike, as_output_error, write_text_atomically
+from tailorcli.files import HIDDEN, PathLike, as_output_error, write_text_atomically
 from tailorcli.hub import local_folders
 from tailorcli.options import CalibrateOptions, DistillOptions, PatchOptions
 from tailorcli.patchfile.reader import PatchFile
@@ -418,7 +418,7 @@ def _but(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 def require_search(work: Path) -> None:
     """Raise OutputError where something else than a search lies there."""
-    ours = ("closed-", "trained-", SEARCH)
+    ours = ("closed-", "trained-", SEARCH, HIDDEN)
     if work.exists() and (not work.is_dir() or any(not path.name.startswith(ours) for path in work.iterdir())):
         raise OutputError(f"{work} is no folder of ours", "move it away")
 

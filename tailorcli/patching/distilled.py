@@ -20,7 +20,7 @@ from tailorcli.checkpoint.quantized import UnroundedCheckpoint
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.distributed import ranks, require_shared, told, wait_for_all
 from tailorcli.errors import DataError, OptionsError, OutputError
-from tailorcli.files import PathLike, as_output_error, digest_of, write_text_atomically
+from tailorcli.files import HIDDEN, PathLike, as_output_error, digest_of, write_text_atomically
 from tailorcli.guard import Watch
 from tailorcli.hub import local_folders
 from tailorcli.models.naming import open_for
@@ -501,7 +501,7 @@ def require_work(work: Path) -> None:
         return
     if not work.is_dir():
         raise OutputError(f"{work} is no folder of ours", "move it away")
-    strange = [path.name for path in work.iterdir() if not path.name.startswith((START, STATE, RUN))]
+    strange = [path.name for path in work.iterdir() if not path.name.startswith((START, STATE, RUN, HIDDEN))]
     if strange:
         raise OutputError(f"{work} holds {strange[0]!r}, which no run of ours wrote", "move it away")
 

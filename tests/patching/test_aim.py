@@ -105,8 +105,10 @@ def test_a_search_that_was_broken_off_is_finished_to_the_same_bytes(pair, tmp_pa
         patched.setattr(module, "apply_patch", broken)
         with pytest.raises(KeyboardInterrupt):
             patch_to_target(*arguments(pair, tmp_path / "out"), "old=60", OPTIONS, FEW)
+    (tmp_path / "out.target" / "hidden-0-1.part").touch()  # of a kill while hidden states were put into a file
     again = replace(OPTIONS, resume=True)
     patch_to_target(*arguments(pair, tmp_path / "out"), "old=60", again, FEW)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
     assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "whole")
     assert patch_to_target(*arguments(pair, tmp_path / "out"), "old=60", again, FEW).is_earlier
 
