@@ -15,7 +15,7 @@ from torch import Tensor
 from tailorcli.core.chunks import map_rows, row_chunks, row_slices
 from tailorcli.core.hessian import PreparedHessian
 from tailorcli.core.largest import Salient
-from tailorcli.core.precision import extent, gap, working_dtype
+from tailorcli.core.precision import gap, working_dtype
 from tailorcli.core.products import in_parts, product
 from tailorcli.core.scores import salience, sensitivity
 from tailorcli.core.solvers import Decoration
@@ -261,9 +261,7 @@ def _quantiles(delta: Tensor, inverse: Tensor | None, unit: float) -> dict[str, 
     found: dict[str, Any] = {"salience_quantiles": _levels(salience(sample))}
     if inverse is not None:
         inverse_sample = inverse.expand(delta.shape)[row, column]
-        score = sensitivity(sample, inverse_sample)
-        if extent(score) in (0.0, math.inf):
-            score = sensitivity(sample.double(), inverse_sample)
+        score = sensitivity(sample.double(), inverse_sample)  # few entries, whose squares may leave float32
         found["sensitivity_quantiles"] = [level * unit for level in _levels(score)]
     return found
 
