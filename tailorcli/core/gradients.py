@@ -16,8 +16,6 @@ _STRICTER = 0.7  # a residual worked out step by step with halves is trusted up 
 _FIRST = 1e-3  # of the first round with halves: further down its residual is no longer the true one
 _ROUNDS = 5  # with halves, each from the true residual, before the rows that are left go on in float32
 
-Found = tuple[Tensor, int]
-
 
 def conjugate_gradients(
     target: Tensor, kept: Tensor, system: System, tolerance: float, max_iterations: int

@@ -108,11 +108,6 @@ class PatchWriter:
             raise as_output_error(file, error) from error
 
     @property
-    def is_spooled(self) -> bool:
-        """Whether tensors are spooled, and take their places only in the end."""
-        return self._spool is not None
-
-    @property
     def seconds(self) -> float:
         """Seconds that the thread has worked."""
         return self._queue.seconds + (self._spool.seconds if self._spool is not None else 0.0)
