@@ -62,6 +62,7 @@ def test_area_of_known_shapes():
     assert area((40.0, 50.0)) == pytest.approx(0.5 + 0.5 / 2)
     assert area((80.0, 50.0)) == pytest.approx(1.5)  # more of the old than the base had
     assert area((60.0, 90.0)) == pytest.approx(2.0)
+    assert area((30.0, 42.0), (40.0, 32.0), (80.0, 30.0)) == pytest.approx(1.5 * 0.75)  # the last is above both others
 
 
 def test_area_against_sums_over_fine_strips():

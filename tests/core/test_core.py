@@ -1,5 +1,6 @@
 """The equations against a dense float64 oracle, and the invariants as properties."""
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tailorcli import core
-from tailorcli.core import largest, scores, solvers
+from tailorcli.core import chunks, largest, scores, solvers
+from tailorcli.core.figures import QUANTILES, LayerFigures, combine_figures, figures_after_fit, quadratic_form
 from tailorcli.core.gradients import conjugate_gradients
 from tailorcli.core.hessian import damping_steps, factorise, prepare
 from tailorcli.core.precision import extent, unit_of
@@ -95,6 +97,18 @@ def test_dead_channels_have_no_sensitivity_and_do_not_disturb_the_others():
     assert torch.isinf(found[12:]).all()
     torch.testing.assert_close(found[:12], core.inverse_diagonal(factorise(hessian, 0.0)), rtol=1e-4, atol=1e-5)
     assert (core.sensitivity(torch.ones(3, 14), found)[:, 12:] == 0).all()
+
+
+def test_a_diagonal_hessian_is_damped_and_inverted_entry_by_entry():
+    prepared = prepare(torch.tensor([4.0, 0.0, 1.0, 3.0]), 0.5, sensitivity=True, sequential=False)
+    assert prepared.amount == 1.0  # half of the mean
+    assert prepared.inverse_diagonal.tolist() == pytest.approx([1 / 5, torch.inf, 1 / 2, 1 / 4])
+    assert prepared.num_dead == 1
+
+
+def test_the_steps_of_damping_go_up_by_tens_and_begin_above_zero():
+    assert damping_steps(0.01) == pytest.approx((0.01, 0.1, 1.0, 10.0))
+    assert damping_steps(0.0) == (0.0, 1e-3, 1e-2, 1e-1)
 
 
 # --- Scores and the mask --------------------------------------------------------------------------------------
@@ -212,6 +226,20 @@ def test_selection_in_pieces_keeps_exactly_the_best(size, seed, density, alike):
     np.testing.assert_array_equal(mask.numpy(), Oracle.mask(score.numpy(), core.count_kept(density, size)))
 
 
+@pytest.mark.parametrize("count", [100, 199, 200, 201, 250])
+def test_a_sample_that_is_unlike_all_other_entries_misleads_no_selection(count):
+    score = torch.ones(300)
+    score[::3] = 0.1  # where the sample is taken
+    with patch.multiple(scores, _BOUNDING=128, _PIECE=100):
+        assert torch.equal(core.select_mask(score, count), torch.from_numpy(Oracle.mask(score.numpy(), count)))
+        assert _kth_largest_between(score, count) in ((None,) if count <= 200 else (None, score[0]))
+
+
+def test_ties_go_by_index_across_the_pieces_that_are_searched_for_them(monkeypatch):
+    monkeypatch.setattr(scores, "_TIE_CHUNK", 8)
+    assert core.select_mask(torch.ones(5, 20), 3).flatten().nonzero().flatten().tolist() == [0, 1, 2]
+
+
 @given(size=st.integers(300, 3000), seed=SEEDS, density=DENSITIES, alike=st.floats(0, 0.2), kinds=DTYPES)
 @settings(max_examples=20, deadline=None)
 def test_the_largest_changes_are_found_in_one_pass_as_by_their_scores(size, seed, density, alike, kinds):
@@ -235,9 +263,22 @@ def test_the_largest_changes_are_found_in_one_pass_as_by_their_scores(size, seed
 def test_the_largest_changes_of_weights_take_the_short_way_and_odd_ones_the_long_way():
     base, tuned = layer(300, 300, 0)
     count = base.numel() // 10
-    assert torch.equal(
-        largest.most_salient(base, tuned, count).mask.view(300, 300), core.select_mask((tuned - base).abs(), count)
+    found, changes = largest.most_salient(base, tuned, count), (tuned - base).abs().flatten()
+    mask = core.select_mask(changes, count)
+    assert torch.equal(found.mask, mask)
+    assert found.changed == int((changes > 0).sum())
+    assert (found.square, found.square_kept) == pytest.approx(
+        tuple(float(part.double().square().sum()) for part in (changes, changes[mask])), rel=1e-5
     )
+    assert (found.total, found.total_kept) == pytest.approx(
+        tuple(float(part.double().sum()) for part in (changes, changes[mask])), rel=1e-5
+    )
+    scored = core.tailor_layer(base, tuned, None, density=0.1, omega=1.0, solver="none", score_only=True)
+    assert (scored.patched, scored.figures.distance_after) == (None, None)
+    half = core.tailor_layer(base, tuned, None, density=0.1, omega=1.0, solver="none", weight=0.5)
+    torch.testing.assert_close(half.patched, torch.where(half.mask, (base + tuned) / 2, base))
+    assert half.figures.distance_after == pytest.approx(half.figures.distance_before / 2, rel=1e-5)
+    assert largest.most_salient(torch.zeros(base.shape), 1e-30 * base, count) is None  # whose squares are none
     tuned[0, 0] = torch.nan
     assert largest.most_salient(base, tuned, count) is None
     assert largest.most_salient(base, base.double(), count) is None
@@ -348,6 +389,38 @@ def test_joint_reaches_the_residual_it_reports(density):
     assert np.linalg.norm(residual) <= 1.5e-3 * np.linalg.norm(target)
 
 
+def test_rows_in_chunks_of_very_different_size_have_the_values_and_the_residual_of_all_together(monkeypatch):
+    hessian = random_hessian(300, seed=2, decay=1.0)
+    delta = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
+    mask = torch.rand(40, 300, generator=torch.Generator().manual_seed(1)) < 0.9
+    delta[:20] *= 1e-12  # so that their chunk is worked on in a unit of its own
+    whole = core.decorate_joint(delta[20:], mask[20:], hessian, 0.02)
+    monkeypatch.setattr(chunks, "_SOLVER_CHUNK", 20 * 300)
+    found = core.decorate_joint(delta, mask, hessian, 0.02)
+    torch.testing.assert_close(found.decorator[20:], whole.decorator)
+    left = torch.where(mask, (found.decorator - torch.where(mask, 0.0, delta)).double() @ hessian.double(), 0.0)
+    left += 0.02 * found.decorator.double()
+    target = torch.where(mask, torch.where(mask, 0.0, delta).double() @ hessian.double(), 0.0)
+    assert found.residual == pytest.approx(float(left.norm() / target.norm()), rel=0.1)
+    last = core.decorate_joint(delta[[*range(20, 40), 0]], mask[[*range(20, 40), 0]], hessian, 0.02)
+    assert last.residual == pytest.approx(found.residual, rel=1e-3)  # the last chunk's is nothing beside it
+    last = core.decorate_joint(delta.roll(20, 0), mask & (torch.arange(40) < 20).unsqueeze(1), hessian, 0.02)
+    assert last.iterations == found.iterations > 0  # those of the chunk that took most
+
+
+def test_rows_solved_directly_report_their_residual_and_singular_ones_go_on_by_iterations():
+    hessian = random_hessian(40, seed=3)
+    delta = torch.randn(8, 40, generator=torch.Generator().manual_seed(0))
+    found = core.decorate_joint(delta, delta.abs() > 1.0, hessian, 0.02)
+    assert found.iterations == 0
+    assert 0.0 < found.residual < 1e-4
+    ones, kept = torch.ones(3, 3), torch.tensor([[True, True, True], [True, False, False]])
+    target = torch.where(kept, 6.0, 0.0)
+    solution, steps, _ = solvers.solve_on_mask(target, kept, System.of(ones, 0.0, 1e-6), 1e-6, 10)
+    torch.testing.assert_close(solution, torch.tensor([[2.0, 2.0, 2.0], [6.0, 0.0, 0.0]]))
+    assert steps > 0
+
+
 def test_joint_without_damping_on_fewer_tokens_than_channels():
     """H_SS may be singular then; the iterative solver takes over and never makes the error worse."""
     base, tuned = layer(20, 40, seed=1)
@@ -433,7 +506,45 @@ def test_figures_against_the_oracle():
     assert figures.error_after == pytest.approx(Oracle.error(change, delta, hessian) / whole, rel=1e-3)
     assert figures.distance_after == pytest.approx(np.abs(change).sum(), rel=1e-4)
     assert figures.distance_before == pytest.approx(np.abs(delta[mask]).sum(), rel=1e-4)
-    assert figures.salience_quantiles[-1] == pytest.approx(np.abs(delta).max(), rel=1e-5)
+    assert figures.salience_quantiles == pytest.approx(np.quantile(np.abs(delta), QUANTILES).tolist(), rel=1e-5)
+    assert figures.sensitivity_quantiles == pytest.approx(np.quantile(sensitivity, QUANTILES).tolist(), rel=1e-3)
+    alone = run_layer(base, tuned, hessian, solver="none").figures
+    assert alone.error_after == alone.error_before == pytest.approx(figures.error_before, rel=1e-5)
+    assert alone.distance_after == alone.distance_before
+
+
+def test_figures_are_those_of_the_values_as_they_are_stored():
+    base, tuned = layer(16, 20, seed=9)
+    hessian = random_hessian(20, seed=9)
+    coarse = run_layer(base, tuned, hessian, solver="none", store=lambda values, _: values.bfloat16().float())
+    delta, change = (tuned - base).double().numpy(), (coarse.patched - base).double().numpy()
+    assert not torch.equal(coarse.patched, run_layer(base, tuned, hessian, solver="none").patched)
+    assert coarse.figures.distance_after == pytest.approx(np.abs(change).sum(), rel=1e-4)
+    error = Oracle.error(change, delta, hessian) / Oracle.error(0 * delta, delta, hessian)
+    assert coarse.figures.error_after == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_figures_after_a_fit_are_those_of_the_fitted_values(transposed, monkeypatch):
+    monkeypatch.setattr(chunks, "_SOLVER_CHUNK", 4 * 20)  # several chunks of rows
+    base, tuned = layer(10, 20, seed=1)
+    patched = base + (tuned - base).roll(1, 0)
+    hessian, retained = random_hessian(20, seed=1), random_hessian(20, seed=2)
+    plain = replace(run_layer(base, tuned, hessian).figures, output_energy=2.0, drift_energy=4.0)
+    stored = [matrix.T.contiguous() if transposed else matrix for matrix in (base, tuned, patched)]
+    found = figures_after_fit(plain, *stored, hessian, retained, transposed)
+    left, moved = (patched - tuned).double().numpy(), (patched - base).double().numpy()
+    assert found.error_after == pytest.approx(Oracle.error(left, 0 * left, hessian) / 2, rel=1e-4)
+    assert found.drift == pytest.approx(Oracle.error(moved, 0 * moved, retained) / 4, rel=1e-4)
+    assert found.distance_after == pytest.approx(np.abs(moved).sum(), rel=1e-5)
+    assert (found.error_before, found.kept) == (plain.error_before, plain.kept)
+
+
+def test_a_quadratic_form_of_a_wide_layer_is_that_of_float64():
+    hessian = random_hessian(600, seed=4)
+    rows = torch.randn(5, 600, generator=torch.Generator().manual_seed(0))
+    expected = float((rows.double() @ hessian.double() * rows.double()).sum())
+    assert quadratic_form(rows, hessian) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("where", "value"), [("base", float("nan")), ("tuned", float("inf"))])
@@ -466,6 +577,31 @@ def test_the_default_tolerance_is_near_enough_to_the_optimum(decay, density):
     best = Oracle.error(Oracle.joint(delta, mask.numpy(), hessian, 0.01), delta, hessian, 0.01)
     assert steps < 300
     assert Oracle.error(change, delta, hessian, 0.01) <= 1.02 * best
+
+
+def test_figures_of_slices_add_up_by_the_tokens_of_each():
+    common = {"numel": 10, "kept": 2, "zero_delta": 1, "delta_sq": 4.0, "delta_sq_kept": 2.0, "distance_tuned": 5.0}
+    common |= {"distance_before": 3.0, "distance_after": 4.0, "sensitivity_sum": 6.0, "sensitivity_kept": 2.0}
+    first = LayerFigures(
+        **common,
+        **{"salience_quantiles": [0.0, 1.0], "sensitivity_quantiles": [0.0, 2.0], "dead_channels": 1, "damping": 0.1},
+        **{"output_energy": 2.0, "error_before": 0.5, "error_after": 0.25, "drift_energy": 4.0, "drift": 0.5},
+        **{"iterations": 3, "residual": 1e-3},
+    )
+    second = replace(first, salience_quantiles=[2.0, 3.0], dead_channels=0, damping=0.01, output_energy=6.0)
+    second = replace(second, error_before=1.0, error_after=0.75, drift_energy=8.0, drift=0.25, iterations=2)
+    found = combine_figures([first, replace(second, residual=1e-4)], tokens=(3, 1), retained_tokens=(1, 3))
+    for name, value in common.items():
+        assert getattr(found, name) == 2 * value, name
+    assert found.salience_quantiles == [1.0, 2.0]
+    assert found.sensitivity_quantiles == [0.0, 2.0]
+    assert found.output_energy == 2 * 3 / 4 + 6 / 4
+    assert (found.error_before, found.error_after) == ((0.5 * 1.5 + 1.0 * 1.5) / 3, (0.25 * 1.5 + 0.75 * 1.5) / 3)
+    assert found.drift_energy == 4 / 4 + 8 * 3 / 4
+    assert found.drift == pytest.approx((0.5 * 1 + 0.25 * 6) / 7)
+    assert (found.dead_channels, found.damping, found.iterations, found.residual) == (1, 0.1, 3, 1e-3)
+    alike = combine_figures([first, second])
+    assert (alike.output_energy, alike.drift_energy) == (8.0, 12.0)
 
 
 def test_fused_experts_count_in_the_errors_by_their_tokens():

@@ -65,6 +65,11 @@ def test_equal_magnitudes_have_no_discrepancy():
     assert spider.rescaled(weight, total).tolist() == [0.0] * 4
 
 
+def test_a_value_that_is_no_number_shows_in_every_importance():
+    broken = torch.tensor([1.0, 2.0, torch.nan])
+    assert spider.importance(broken, spider.moments(broken)).isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pulling_back_is_exact_at_both_ends_of_the_mask(dtype):
     base, weight = (torch.randn(64).to(dtype) for _ in range(2))

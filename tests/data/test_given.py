@@ -172,3 +172,13 @@ def test_chunks_are_of_plain_text(tmp_path):
     given = ("calibrate", pair / "base", "-o", tmp_path / "stats", "--text-mode", "chunk")
     refused(*given, "--data", pair / "data.jsonl", mentions=["is for plain text"])
     refused(*given, "--synthetic", mentions=["not for what the model writes"])
+
+
+def test_a_long_record_that_is_cut_counts_once_also_where_its_response_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("tailorcli.data.encoder._LONG", 8)
+    monkeypatch.setattr("tailorcli.data.encoder._PER_TOKEN", 1)
+    encoder = Encoder(make_tokenizer())
+    record = one(tmp_path, {"prompt": "p" * 250, "response": "r" * 50})
+    inputs = encoder.encode(record, 10)
+    assert encoder.responses(record, inputs) == []
+    assert encoder.cuts == [(300, 10)]

@@ -13,7 +13,7 @@ from helpers import make_adapter, make_model, make_pair, make_tokenizer, perturb
 
 from tailorcli import EvaluateOptions, TailorError, TaskScores, encode_task, evaluate_models, evaluate_network, h_score
 from tailorcli.data.encoder import Encoder
-from tailorcli.evaluation.metrics import Roles, bootstrap, compare, estimate, summarise
+from tailorcli.evaluation.metrics import Roles, bootstrap, compare, estimate, from_error, summarise
 from tailorcli.evaluation.predict import _Reader
 from tailorcli.evaluation.tasks import normalise, parse_task, read_tasks
 from tailorcli.models.config import read_config
@@ -354,6 +354,19 @@ def test_intervals_are_those_of_the_binomial():
     assert found.interval == pytest.approx((found.value - half, found.value + half), abs=0.5)
 
 
+def test_an_interval_is_of_the_resamplings_alone():
+    assert estimate(np.array([50.0, 1.0, 2.0, 3.0])).interval == pytest.approx((1.05, 2.95))
+
+
+def test_a_figure_of_a_value_and_its_error_has_that_error():
+    figure = from_error(40.0, 2.0, "m", "t", 20_000)
+    assert figure[0] == 40.0
+    assert figure[1:].std() == pytest.approx(2.0, rel=0.03)
+    assert not (figure[1:] == from_error(40.0, 2.0, "n", "t", 20_000)[1:]).any()
+    assert from_error(99.0, 5.0, "m", "t", 1000).max() == 100.0
+    assert math.isnan(from_error(40.0, None, "m", "t", 10)[1])
+
+
 def test_differences_between_models_are_paired():
     rng = np.random.default_rng(0)
     base = {"old": flips(rng, 200, 0.8), "new": flips(rng, 200, 0.2)}
@@ -361,6 +374,8 @@ def test_differences_between_models_are_paired():
     roles = Roles(("old",), ("new",), "base", "tuned")
     found = compare({"base": base, "tuned": tuned, "twin": tuned}, roles)
     assert found["twin"]["summary"]["h_minus_tuned"].to_dict() == {"value": 0.0, "interval": [0.0, 0.0]}
+    both = [h_score(scores["old"].accuracy, scores["new"].accuracy) for scores in (base, tuned)]
+    assert found["base"]["summary"]["h_minus_tuned"].value == pytest.approx(both[0] - both[1])
     assert found["base"]["summary"]["origin_kept"].value == 100
     assert found["base"]["summary"]["gain_kept"].value == 0
     assert found["tuned"]["summary"]["gain_kept"].to_dict() == {"value": 100.0, "interval": [100.0, 100.0]}
@@ -378,6 +393,9 @@ def test_what_items_do_not_determine_has_no_interval():
     assert found["tasks"]["a"].to_dict() == {"value": 100.0, "interval": None}
     assert found["summary"]["h_score"].interval is None
     assert found["summary"]["gain_kept"].to_dict() == {"value": None, "interval": None}  # nothing was gained
+    worse = {"a": one["a"], "b": flips(np.random.default_rng(1), 50, 0.5)}
+    found = compare({"m": one, "n": worse}, Roles(("a",), ("b",), "m", "n"))["n"]
+    assert found["summary"]["gain_kept"].to_dict() == {"value": None, "interval": None}  # a share of a loss is none
 
 
 def test_answers_are_compared_without_case_space_and_final_stop():

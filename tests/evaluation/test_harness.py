@@ -9,7 +9,6 @@ from families import make_family_pair
 from helpers import make_model, make_tokenizer, perturb, run
 
 from tailorcli import EvaluateOptions, TailorError, evaluate_models
-from tailorcli.evaluation.metrics import from_error
 from tailorcli.options import HarnessOptions
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -163,12 +162,3 @@ def test_options_of_the_harness_are_checked(work, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
     shown = run("evaluate", work / "base", "--harness", "pick_local", expect=1).stderr
     assert "tailorcli[lm-eval]" in shown
-
-
-def test_a_figure_of_a_value_and_its_error_has_that_error():
-    figure = from_error(40.0, 2.0, "m", "t", 20_000)
-    assert figure[0] == 40.0
-    assert figure[1:].std() == pytest.approx(2.0, rel=0.03)
-    assert not (figure[1:] == from_error(40.0, 2.0, "n", "t", 20_000)[1:]).any()
-    assert from_error(99.0, 5.0, "m", "t", 1000).max() == 100.0
-    assert math.isnan(from_error(40.0, None, "m", "t", 10)[1])

@@ -7,7 +7,7 @@ import pytest
 from helpers import bits, folder_digest, invoke, make_pair, read_tensors, refused, run, with_statistics
 
 from tailorcli import DistillOptions, PatchFile, PatchOptions, TailorError
-from tailorcli.patching.aim import ATTEMPTS, Aim, after_miss, patch_to_target, pick_density
+from tailorcli.patching.aim import ATTEMPTS, Aim, after_miss, patch_to_target, pick_density, search_bytes
 
 FEW = DistillOptions(steps=4, batch_size=4)
 OPTIONS = PatchOptions(propagate=False)
@@ -51,6 +51,12 @@ def test_a_miss_moves_the_bases_weight_and_for_the_new_a_low_density_up():
     assert after_miss(Aim.parse("old=99"), 0.1, 1.0) == (0.1, 3.0)
     assert after_miss(Aim.parse("new=97"), 0.02, 1.0) == (0.05, pytest.approx(1 / 3))
     assert after_miss(Aim.parse("new=97"), 0.4, 1.0) == (0.4, pytest.approx(1 / 3))
+
+
+def test_a_search_needs_room_for_a_closed_form_at_every_density_and_all_trainings():
+    sizes = {0.02: 120, 0.05: 150, 0.1: 200, 0.2: 300, 0.4: 500}  # a header of 100, and 1000 a density of 1
+    assert search_bytes(Aim.parse("new=97"), 120, 500) == sum(sizes.values()) + ATTEMPTS * 500
+    assert search_bytes(Aim.parse("old=99"), 120, 200) == 120 + 150 + 200 + ATTEMPTS * 200
 
 
 def test_what_is_written_is_the_best_of_what_was_tried_and_says_so(pair, tmp_path):

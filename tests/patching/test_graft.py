@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import islice
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from tailorcli import CalibrateOptions, Checkpoint, PatchOptions, TailorError, a
 from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.models.config import read_config
 from tailorcli.models.loading import load_encoder
-from tailorcli.patching.graft import MaskFile, _samples
+from tailorcli.patching.graft import MaskFile, _backward, _batches, _mix, _samples, _step, _Trained
 
 PHRASES = ["the cat sat", "a dog ran off", "hello world", "tailor the coat", "stitch by stitch"]
 FAST = {"method": "graft", "graft_steps": 30, "batch_size": 4}
@@ -64,6 +65,62 @@ def graft(folder, out, **changes):
     """Graft ``folder``'s pair; gives the report."""
     options = PatchOptions(**(FAST | changes))
     return patch_checkpoint(folder / "base", folder / "tuned", out, None, options, graft_data=folder / "data.jsonl")
+
+
+def in_training():
+    """Two tensors in the middle of training, each with a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for shape in ((3, 4), (5,)):
+        base, change, logits, gradient = (torch.randn(shape, generator=generator) for _ in range(4))
+        parameter = torch.nn.Parameter(torch.zeros(shape))
+        parameter.grad = gradient
+        parts.append(_Trained(None, parameter, base, base + change, logits))
+    return parts
+
+
+def test_a_step_goes_against_the_gradient_over_its_root_mean_square_of_all_tensors():
+    parts = in_training()
+    before = [part.logits.double().requires_grad_() for part in parts]
+    loss = torch.zeros((), dtype=torch.float64)
+    for part, logits in zip(parts, before, strict=True):
+        mixed = part.base.double() + logits.sigmoid() * (part.tuned.double() - part.base.double())
+        loss = loss + (part.parameter.grad.double() * mixed).sum()
+    loss.backward()
+    size = torch.cat([logits.grad.flatten() for logits in before]).square().mean().sqrt()
+    _step(parts, 0.3)
+    for part, logits in zip(parts, before, strict=True):
+        torch.testing.assert_close(
+            part.logits.double(), logits.detach() - 0.3 * logits.grad / size, rtol=1e-5, atol=1e-6
+        )
+
+
+def test_what_runs_is_the_base_plus_the_share_of_the_change_that_the_mask_has():
+    parts = in_training()
+    _mix(parts)
+    for part in parts:
+        expected = part.base + part.logits.sigmoid() * (part.tuned - part.base)
+        torch.testing.assert_close(part.parameter.detach(), expected)
+        assert part.parameter.grad is None
+
+
+def test_the_gradient_is_that_of_the_mean_over_all_tokens_whatever_their_lengths():
+    network = make_model().eval()
+    samples = [{"input_ids": (ids := torch.arange(2, 2 + n).unsqueeze(0)), "labels": ids} for n in (4, 9, 4, 6)]
+    losses = []
+    for sample in samples:
+        logits = network(input_ids=sample["input_ids"]).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, sample["input_ids"][0, 1:], reduction="none"))
+    torch.cat(losses).mean().backward()
+    expected = [parameter.grad.clone() for parameter in network.parameters()]
+    network.zero_grad()
+    _backward(network, samples, torch.device("cpu"))
+    for parameter, gradient in zip(network.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_batches_go_round_and_round():
+    assert list(islice(_batches(["a", "b", "c"], 2), 3)) == [["a", "b"], ["c", "a"], ["b", "c"]]
 
 
 @pytest.mark.parametrize("threshold", ["tensor", "global"])

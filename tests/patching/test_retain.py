@@ -147,6 +147,23 @@ def test_without_weight_the_goal_is_the_change_itself(diagonal):
     torch.testing.assert_close(retained_goal(tuned - base, prepared), tuned - base, rtol=1e-4, atol=1e-5)
 
 
+def test_without_weight_the_goal_is_the_change_also_where_damping_went_further():
+    hessian = torch.eye(6)
+    hessian[0, 1] = hessian[1, 0] = 1.05  # eigenvalue -0.05
+    prepared = prepare_retaining(hessian, torch.eye(6), 0.0, 0.01, sensitivity=False, sequential=False)
+    assert prepared.damping == 0.1
+    delta = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(retained_goal(delta, prepared), delta)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 6)])
+def test_where_no_data_of_either_kind_reach_the_goal_is_the_change_itself(shape):
+    nothing = torch.zeros(shape)
+    prepared = prepare_retaining(nothing, nothing, 0.5, 0.01, sensitivity=True, sequential=False)
+    delta = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(retained_goal(delta, prepared), delta)
+
+
 @pytest.mark.parametrize("solver", ["none", "sequential", "joint"])
 def test_the_ends_of_the_density_and_of_the_weight(solver):
     base, tuned = layer(9, 20, 1)

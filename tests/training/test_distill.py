@@ -1,6 +1,7 @@
 """Distillation into the kept entries: its loss, its steps, what moves and what does not."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -48,6 +49,12 @@ def test_the_divergence_is_kl_in_nats(seed, tokens, size):
     assert bool((divergence(teacher, teacher).abs() < 1e-6).all())
 
 
+def test_further_tokens_of_a_student_take_their_share_of_its_probability():
+    teacher, student = torch.tensor([[0.6, 0.4]]), torch.tensor([[0.3, 0.2, 0.5]])
+    found = divergence(teacher.log(), student.log())  # 0.6 log 2 + 0.4 log 2
+    assert float(found) == pytest.approx(math.log(2))
+
+
 def test_kept_accuracy_is_the_teachers_own_of_the_students_choices():
     p = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3]])
     kept, whole = kept_accuracy(p.log(), torch.tensor([[1.0, 2.0, 0.0, 9.0], [0.0, 2.0, 1.0, 0.0]]))
@@ -64,6 +71,7 @@ def test_a_step_is_that_of_torchs_adam():
     first, second = torch.zeros(50), torch.zeros(50)
     for step in range(1, 6):
         gradient = torch.randn(50, generator=generator)
+        gradient[:10] *= 1e-8  # where the smallest spread decides
         theirs.grad = gradient.clone()
         optimizer.step()
         adam_step_(values, gradient, first, second, step, 0.01)
