@@ -13,6 +13,7 @@ from helpers import make_adapter, make_model, make_pair, make_tokenizer, perturb
 
 from tailorcli import EvaluateOptions, TailorError, TaskScores, encode_task, evaluate_models, evaluate_network, h_score
 from tailorcli.data.encoder import Encoder
+from tailorcli.evaluation import metrics
 from tailorcli.evaluation.metrics import Roles, bootstrap, compare, estimate, from_error, summarise
 from tailorcli.evaluation.predict import _Reader
 from tailorcli.evaluation.tasks import normalise, parse_task, read_tasks
@@ -352,6 +353,15 @@ def test_intervals_are_those_of_the_binomial():
     half = 196 * math.sqrt(share * (1 - share) / 400)
     assert found.value == pytest.approx(scores.accuracy)
     assert found.interval == pytest.approx((found.value - half, found.value + half), abs=0.5)
+
+
+def test_every_item_can_be_drawn_and_pieces_of_resamplings_leave_none_out(monkeypatch):
+    two = TaskScores(np.array([1.0, 0.0]), np.ones(2), np.full(2, math.nan))
+    (figure,) = bootstrap([two], "task", 200)
+    assert set(figure[1:].tolist()) == {0.0, 50.0, 100.0}
+    monkeypatch.setattr(metrics, "_PIECE", 2)  # one at a time
+    assert len(bootstrap([two], "task", 200)[0]) == 201
+    assert np.isfinite(bootstrap([two], "task", 200)[0]).all()
 
 
 def test_an_interval_is_of_the_resamplings_alone():

@@ -50,6 +50,7 @@ def test_the_density_goes_up_to_a_tenth_while_the_new_gains_whatever_the_closed_
 def test_a_miss_moves_the_bases_weight_and_for_the_new_a_low_density_up():
     assert after_miss(Aim.parse("old=99"), 0.1, 1.0) == (0.1, 3.0)
     assert after_miss(Aim.parse("new=97"), 0.02, 1.0) == (0.05, pytest.approx(1 / 3))
+    assert after_miss(Aim.parse("new=97"), 0.1, 1.0) == (0.1, pytest.approx(1 / 3))
     assert after_miss(Aim.parse("new=97"), 0.4, 1.0) == (0.4, pytest.approx(1 / 3))
 
 
