@@ -96,6 +96,8 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
                 "this Trainer makes its model anew when it trains (model_init), after this has frozen the present one"
             )
             raise OptionsError(what, "give the Trainer the model itself")
+        for kept in (self._held, self._general, self._sofar, self._shapes, self.unscored):
+            kept.clear()  # of a Trainer that it was attached to before
         network = trainer.model
         self.names = freeze_others(network, choose(network, self.options.trainable, self.options.last_layers))
         if self.options.method == "dowser":
@@ -129,10 +131,14 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Hang the hooks on the optimiser, and cut what is held into this process's shards.
 
-        Raises OptionsError where the Trainer has no optimiser of its own.
+        Raises OptionsError where the Trainer has no optimiser of its own, or one that makes NaN of masked gradients.
         """
         if given["optimizer"] is None or given["model"] is None:
             raise OptionsError("the Trainer gives no optimiser", "use transformers' own training loop")
+        optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])
+        if self.options.method == "dowser" and divides_by_zero(optimizer):
+            what = "in float16 Adam's epsilon is zero: every weight that dowser leaves alone would be NaN"
+            raise OptionsError(what, "load the model in float32 or bfloat16")
         self._remove_hooks()
         self._rest_norms(given["model"])
         every = named_parameters(given["model"])
@@ -146,7 +152,6 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
                 self._prepare(name, parameter)
         if self.options.method == "spider" and state.global_step:
             self._load(self._state_file(args, state))
-        optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -319,6 +324,18 @@ def is_skipped(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a fused optimiser will leave all as it is, since a gradient in float16 was none."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and float(found) != 0.0
+
+
+def divides_by_zero(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether Adam divides by zero where a gradient is zero: its epsilon is none in the dtype of the weights.
+
+    A fused one works in float32.
+    """
+    return type(optimizer) in _KNOWN and any(
+        "eps" in group and not group["fused"] and not torch.tensor(float(group["eps"]), dtype=parameter.dtype)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
 
 
 def loss_scale(optimizer: torch.optim.Optimizer) -> float:

@@ -169,6 +169,26 @@ def test_an_importance_of_another_base_is_refused(base, importance, tmp_path):
         SparseTuning("dowser", importance=importance).attach(trainer)
 
 
+@pytest.mark.parametrize("method", ["spider", "dowser", "l2"])
+def test_one_tuning_on_two_trainers_in_turn_is_two_tunings(base, importance, tmp_path, method):
+    tuning = SparseTuning(method, importance=importance if method == "dowser" else None)
+    runs = [train(base, tmp_path, tuning)[1] for _ in range(2)]
+    assert all(bits(runs[0][name]) == bits(runs[1][name]) for name in runs[0])
+
+
+def test_a_masked_gradient_that_would_be_nan_in_float16_is_refused(tmp_path):
+    """Adam's epsilon is zero there, but not in a fused one, which works in float32."""
+    make_model(layers=1).half().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    probe_model(tmp_path / "base", tmp_path / "importance", PROBE)
+    given = (tmp_path / "base", tmp_path / "run", SparseTuning("dowser", importance=tmp_path / "importance"))
+    with pytest.raises(OptionsError, match="epsilon is zero"):
+        train(*given, torch.float16, optim="adamw_torch")
+    before, after = train(*given, torch.float16, optim="adamw_torch_fused")
+    assert all(bool(value.isfinite().all()) for value in after.values())
+    assert 0 < shares(before, after)["model.layers.0.mlp.up_proj.weight"] < 0.101
+
+
 def test_options_out_of_range_are_refused(importance):
     for given in (
         {"method": "dowser"},
