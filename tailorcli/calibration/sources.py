@@ -105,8 +105,10 @@ def self_written(source: Source, device: torch.device, progress: bool) -> tuple[
     options = replace(source.options, seq_len=min(source.options.length, most_tokens(stored, config, source.options)))
     records = None if data is None else read_starts(data, source.options.columns)
     network = load_model(stored, config, options)
-    require_writer(network)  # before its tokenizer, which a vision model has none of
-    encoder = load_encoder(stored.path, stored.path, records is not None and records.has_media, options)
+    has_media = records is not None and records.has_media
+    begun = ("input_ids", "pixel_values") if has_media else ("input_ids",)
+    require_writer(network, begun)  # before its tokenizer, which a vision model has none of
+    encoder = load_encoder(stored.path, stored.path, has_media, options)
     network.to(device)
     further = replace(options, seed=options.seed + 1, num_samples=(options.num_samples + 1) // 2)
     runs = [options] if held_out is None else [options, further]

@@ -7,8 +7,9 @@ Prompt Generation"); or from a record's pictures or prompt, for what the model d
 from __future__ import annotations
 
 import base64
+import inspect
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,11 +215,17 @@ def _as_text(image: Path | bytes) -> str:
     return str(image.resolve())
 
 
-def require_writer(network: Any) -> None:
-    """Raises CheckpointError for a model that continues no text."""
+def require_writer(network: Any, begun: Collection[str] = ("input_ids",)) -> None:
+    """Raises CheckpointError for a model that continues no text, or none of samples that begin with these inputs."""
+    name = type(network).__name__
     if not getattr(network, "can_generate", lambda: False)() or getattr(network.config, "is_encoder_decoder", False):
-        name = type(network).__name__
         raise CheckpointError(f"{name} continues no text, so that it cannot write its own samples", _HINT)
+    parameters = inspect.signature(network.generate).parameters.values()
+    needed = [each for each in parameters if each.default is each.empty and each.kind == each.POSITIONAL_OR_KEYWORD]
+    missing = [each.name for each in needed if each.name not in begun]
+    if missing:  # BLIP-2 and InstructBLIP write to a picture alone
+        what = f"{name} writes no text without {missing[0]}, so that it cannot write its own samples of text alone"
+        raise CheckpointError(what, _HINT)
 
 
 def _plain_tokens(tokenizer: Any, rows: int) -> torch.Tensor:
@@ -251,6 +258,7 @@ def _continued(
     missing = options.length - inputs["input_ids"].shape[1]
     if missing <= 0:
         return inputs["input_ids"]
+    require_writer(network, inputs)
     given = {name: value.to(device) for name, value in inputs.items()}
     try:
         with sampling_generation(network, missing, barred, ends, static=static) as settings:

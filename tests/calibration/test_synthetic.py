@@ -397,7 +397,7 @@ def test_data_or_synthetic(llama_pair, tmp_path):
     assert not stats.exists()
 
 
-@pytest.mark.parametrize("family", ["t5", "bart", "vit", "dinov2", "whisper"])
+@pytest.mark.parametrize("family", ["t5", "bart", "vit", "dinov2", "whisper", "instructblip"])
 def test_models_that_continue_no_text(family, tmp_path):
     folder = make_family_pair(tmp_path, family)
     message = one_error("calibrate", folder / "base", "--synthetic", "-o", folder / "stats")
