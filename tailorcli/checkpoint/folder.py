@@ -344,6 +344,8 @@ WEIGHT_SUFFIXES = (
     *(".safetensors.index.json", ".bin.index.json"),
 )
 _STATE_SUFFIXES = (*WEIGHT_SUFFIXES, ".distcp", ".onnx_data", ".ot", ".tflite", ".pkl")
+# The card of what lies in a folder, and those of the models that it was made of.
+CARDS = (CARD, TUNED_CARD, BASE_CARD) = ("README.md", "TUNED_README.md", "BASE_README.md")
 _TRAINING_STATE = ("trainer_state.json", "tailor_run.json", "tailor_report.json", "tailor_evaluation.json")
 _SKIPPED_FOLDERS = ("checkpoint-", "global_step", "runs", "original", "__pycache__", ".")
 

@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from tailorcli.checkpoint.folder import BASE_CARD, CARD, TUNED_CARD
 from tailorcli.files import read_bytes
 from tailorcli.merging.plan import MergeInputs, Task
 from tailorcli.options import DistillOptions, MergeOptions
 from tailorcli.runs.again import merge_command
 from tailorcli.runs.card import (
-    BASE_CARD,
-    CARD,
-    TUNED_CARD,
     CardText,
     Source,
     front_of,

@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.folder import CARDS, Checkpoint
 from tailorcli.device import StageTimer, resolve_device
 from tailorcli.distributed import wait_for_all
 from tailorcli.errors import PatchError
@@ -23,7 +23,6 @@ from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.records import TensorRecord, fields_of
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport, is_retained
 from tailorcli.patchfile.view import patched_tensor, side_sources
-from tailorcli.runs.card import CARDS
 from tailorcli.runs.divided import joined_records, own_tensors, shares_of_ranks
 from tailorcli.runs.loop import LastPrepared, worked_on
 from tailorcli.runs.outputs import Target, identity_of, progress_bar

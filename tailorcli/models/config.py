@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tailorcli.checkpoint.folder import other_files
+from tailorcli.checkpoint.folder import CARDS, other_files
 from tailorcli.errors import CheckpointError, TailorError
 from tailorcli.files import read_bytes, read_json, require_files
 
@@ -131,14 +131,13 @@ def moved_tokens(base: Mapping[str, int], tuned: Mapping[str, int]) -> int:
     return sum(base[token] != tuned[token] for token in base.keys() & tuned.keys())
 
 
-_CARDS = ("README.md", "TUNED_README.md", "BASE_README.md")
 _NO_TOKENIZER = (
     "adapter_config.json",
     "config.json",
     "generation_config.json",
     "training_args.bin",
     ".gitattributes",
-    *_CARDS,
+    *CARDS,
 )
 _SAYS_NOTHING = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")  # of config.json; the rest may
 

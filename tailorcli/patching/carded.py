@@ -10,7 +10,7 @@ from tailorcli.adapters.checkpoint import AdaptedCheckpoint, tuned_side_files
 from tailorcli.adapters.config import CONFIG_FILE
 from tailorcli.adapters.interpolated import original
 from tailorcli.calibration.stats import Stats
-from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.folder import BASE_CARD, CARD, TUNED_CARD, Checkpoint
 from tailorcli.checkpoint.quantized import plain_config
 from tailorcli.data.hub import parse_dataset
 from tailorcli.data.sources import is_dataset
@@ -21,9 +21,6 @@ from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.stream import PatchInputs
 from tailorcli.runs.again import NEW, RETAINED, SELF_WRITTEN, patch_command
 from tailorcli.runs.card import (
-    BASE_CARD,
-    CARD,
-    TUNED_CARD,
     CardText,
     Source,
     as_id,

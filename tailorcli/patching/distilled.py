@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.adapters.checkpoint import config_folder
 from tailorcli.adapters.interpolated import interpolated, original
 from tailorcli.calibration.stats import Stats
-from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.folder import CARD, Checkpoint
 from tailorcli.checkpoint.grown import GrownCheckpoint
 from tailorcli.checkpoint.quantized import UnroundedCheckpoint
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
@@ -37,7 +37,6 @@ from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs, described_stats
 from tailorcli.patching.teacher import with_teacher
 from tailorcli.patching.three_models import options_of
-from tailorcli.runs.card import CARD
 from tailorcli.runs.outputs import Target, identity_of, progress_bar
 from tailorcli.runs.plan import Plan, TrainingPlan
 from tailorcli.runs.writing import Outputs, records_of

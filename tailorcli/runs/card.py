@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tailorcli.checkpoint.folder import BASE_CARD, CARD, CARDS, TUNED_CARD
 from tailorcli.files import read_bytes
 from tailorcli.hub import hub_origin
 from tailorcli.options import DENSE, DistillOptions
@@ -20,7 +21,6 @@ from tailorcli.patchfile.report import REPORT_FILE
 from tailorcli.runs.again import shell_text
 from tailorcli.terminal import printable
 
-CARDS = (CARD, TUNED_CARD, BASE_CARD) = ("README.md", "TUNED_README.md", "BASE_README.md")
 BEGIN, END = "<!-- tailorcli: evaluation -->", "<!-- tailorcli: end of evaluation -->"
 _MARK = "<!-- tailorcli: this card was written by tailorcli -->"
 _MOST = 1 << 20  # bytes of a card that is read

@@ -12,10 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tailorcli.checkpoint.folder import CARD
 from tailorcli.errors import CheckpointError
 from tailorcli.files import as_output_error, read_json, write_text_atomically
 from tailorcli.patchfile.report import EVALUATION_FILE, REPORT_FILE, load_report
-from tailorcli.runs.card import CARD, code, read_card, with_evaluation
+from tailorcli.runs.card import code, read_card, with_evaluation
 from tailorcli.typed import field_of, list_of, maybe, read_number, read_object, read_text
 
 FORMAT_VERSION = 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli._version import __version__
-from tailorcli.checkpoint.folder import INDEX_FILE, WORK_FOLDER, Checkpoint
+from tailorcli.checkpoint.folder import BASE_CARD, INDEX_FILE, TUNED_CARD, WORK_FOLDER, Checkpoint
 from tailorcli.checkpoint.writer import JOURNAL, CheckpointWriter
 from tailorcli.distributed import ranks, require_shared, told
 from tailorcli.errors import CheckpointError, OptionsError, OutputError, PatchError
@@ -22,7 +22,6 @@ from tailorcli.patchfile.reader import SUFFIX, PatchFile
 from tailorcli.patchfile.report import EVALUATION_FILE, REPORT_FILE, RUN_FILE, PatchReport, load_report
 from tailorcli.patchfile.spool import SpoolWriter, remove_spools
 from tailorcli.patchfile.writer import PatchWriter
-from tailorcli.runs.card import BASE_CARD, TUNED_CARD
 from tailorcli.runs.plan import Plan
 from tailorcli.runs.record import RunRecord, load_run
 from tailorcli.runs.writing import Outputs, Written

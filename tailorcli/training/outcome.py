@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from tailorcli.checkpoint.folder import Checkpoint, side_files
+from tailorcli.checkpoint.folder import BASE_CARD, CARD, Checkpoint, side_files
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES
 from tailorcli.checkpoint.layout import plan_layout
 from tailorcli.checkpoint.writer import CheckpointWriter
@@ -175,6 +175,8 @@ def write_outcome(
     Raises NumericalError for values that are no numbers.
     """
     side: dict[str, Path | bytes] = {place.as_posix(): base.path / place for place in side_files(base.path)}
+    if CARD in side:  # it tells of the base, and of what that was made from
+        side[BASE_CARD] = side.pop(CARD)
     with Checkpoint.open(trained) as saved, OutputLock(output, folder=True):
         source = _sources(base, aligned(base, saved), config, options, set(facts["trained"]))
         with CheckpointWriter(output, plan_layout(base, None), identity, resume=True) as writer:

@@ -13,6 +13,7 @@ from helpers import make_adapter, make_pair, make_tokenizer
 
 from tailorcli import Checkpoint, PatchFile, Stats, calibrate_model, patch_checkpoint
 from tailorcli.adapters.checkpoint import open_tuned
+from tailorcli.checkpoint.folder import CARD
 from tailorcli.checkpoint.journal import Journal
 from tailorcli.checkpoint.quantized import quantization_config
 from tailorcli.data.encoder import Encoder
@@ -28,7 +29,7 @@ from tailorcli.evaluation.tasks import read_tasks
 from tailorcli.models.config import num_positions, read_config, require_buildable
 from tailorcli.patchfile.spool import spooled_earlier
 from tailorcli.patching.graft import MaskFile
-from tailorcli.runs.card import CARD, Source
+from tailorcli.runs.card import Source
 from tailorcli.runs.outputs import Target
 from tailorcli.training.importance import MANIFEST, SCORES, Importance
 from tailorcli.training.importance import write as write_importance

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from helpers import folder_digest, invoke, make_adapter, make_pair, refused, run
 
+from tailorcli.checkpoint.folder import CARD, TUNED_CARD
 from tailorcli.options import PatchOptions
 from tailorcli.patchfile.report import load_report
 from tailorcli.runs.again import NEW, RETAINED, SELF_WRITTEN, merge_command, patch_command, shell_text
-from tailorcli.runs.card import BEGIN, CARD, END, TUNED_CARD, Source, front_of, with_evaluation
+from tailorcli.runs.card import BEGIN, END, Source, front_of, with_evaluation
 from tailorcli.runs.evaluated import read_evaluation
 
 TUNED_FRONT = """---

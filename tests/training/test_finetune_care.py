@@ -166,6 +166,20 @@ def test_a_trainer_that_makes_its_model_anew_is_refused(pair, tmp_path):
         SparseTuning("half").attach(trainer)
 
 
+def test_the_card_of_the_base_is_not_that_of_what_was_trained(tmp_path):
+    pair = make_pair(tmp_path / "pair")
+    card = "---\nbase_model: some/ancestor\nlicense: mit\n---\n# The base\n"
+    (pair / "base" / "README.md").write_text(card)
+    finetune(pair, tmp_path / "out")
+    assert not (tmp_path / "out" / "README.md").exists()
+    assert (tmp_path / "out" / "BASE_README.md").read_text() == card
+    run("patch", pair / "base", tmp_path / "out", "--method", "changed", "-o", tmp_path / "patched")
+    said = (tmp_path / "patched" / "README.md").read_text()
+    assert "tailorcli patch base out --method changed" in said
+    assert "license: mit" in said
+    assert "ancestor" not in said
+
+
 def test_one_glob_may_be_a_string(tmp_path):
     arguments = TrainingArguments(tmp_path / "run", report_to="none", use_cpu=True)
     tuning = SparseTuning("half", trainable="*layers.1.mlp*").attach(Trainer(make_model("llama"), arguments))
