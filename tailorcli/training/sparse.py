@@ -96,6 +96,10 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
                 "this Trainer makes its model anew when it trains (model_init), after this has frozen the present one"
             )
             raise OptionsError(what, "give the Trainer the model itself")
+        optimiser = _optimiser_outside_steps(trainer)
+        if optimiser and self.options.method != "full":
+            what = f"optim {optimiser} moves weights outside of its steps, where {self.options.method} cannot hold them"
+            raise OptionsError(what, "take another, such as adamw_torch")
         for kept in (self._held, self._general, self._sofar, self._shapes, self.unscored):
             kept.clear()  # of a Trainer that it was attached to before
         network = trainer.model
@@ -318,6 +322,14 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
             what = f"SPIDER's accumulated gradients cannot be taken up from {file}: {error}"
             how = "start anew, or resume with as many processes from a checkpoint in the Trainer's own output_dir"
             raise OutputError(what, how) from error
+
+
+def _optimiser_outside_steps(trainer: Any) -> str:
+    """The Trainer's optimiser where it works inside backward, or moves weights between training and use; else empty."""
+    optim = getattr(getattr(trainer, "args", None), "optim", "")
+    name = str(getattr(optim, "value", optim))
+    found = name.endswith("layerwise") or name in ("lomo", "adalomo") or name.startswith("schedule_free")
+    return name if found else ""
 
 
 def is_skipped(optimizer: torch.optim.Optimizer) -> bool:

@@ -189,6 +189,14 @@ def test_a_masked_gradient_that_would_be_nan_in_float16_is_refused(tmp_path):
     assert 0 < shares(before, after)["model.layers.0.mlp.up_proj.weight"] < 0.101
 
 
+@pytest.mark.parametrize("optim", ["galore_adamw_layerwise", "lomo", "schedule_free_adamw"])
+def test_optimisers_that_move_weights_outside_of_their_steps_are_refused(base, importance, tmp_path, optim):
+    trainer = Trainer(load(base), arguments(tmp_path, optim=optim), train_dataset=ROWS)
+    with pytest.raises(OptionsError, match=f"optim {optim} moves weights"):
+        SparseTuning("dowser", importance=importance).attach(trainer)
+    SparseTuning("full").attach(trainer)
+
+
 def test_options_out_of_range_are_refused(importance):
     for given in (
         {"method": "dowser"},
