@@ -125,8 +125,11 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
                 f"{importance.path} has no scores of what is to be trained, such as {self.names[0]!r}",
                 "see --trainable and --last-layers; or probe this base",
             )
-        default = "it was not probed"
-        self.unscored = {n: importance.reasons.get(n, default) for n in self.names if n not in importance.digests}
+        unscored = [name for name in self.names if name not in importance.digests]
+        if unknown := [name for name in unscored if name not in importance.reasons]:  # a classifier's head, at random
+            what = f"{importance.path} was made of a model without {unknown[0]!r}, which would stay as it is now"
+            raise OptionsError(what, "save this model and probe that one; or freeze it yourself: requires_grad_(False)")
+        self.unscored = {name: importance.reasons[name] for name in unscored}
         self.names = freeze_others(network, scored)
         for name in self.names:
             given = None if self._is_of_base else parameters[name]

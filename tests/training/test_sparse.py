@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import bits, make_model, make_tokenizer
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from tailorcli.core import spider
 from tailorcli.core.dowser import least_important
@@ -195,6 +195,15 @@ def test_optimisers_that_move_weights_outside_of_their_steps_are_refused(base, i
     with pytest.raises(OptionsError, match=f"optim {optim} moves weights"):
         SparseTuning("dowser", importance=importance).attach(trainer)
     SparseTuning("full").attach(trainer)
+
+
+def test_a_head_that_the_probed_base_lacks_is_not_left_at_random(base, importance, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=ROWS)
+    with pytest.raises(OptionsError, match=r"a model without 'score\.weight'"):
+        SparseTuning("dowser", importance=importance).attach(trainer)
+    model.score.requires_grad_(False)
+    assert "score.weight" not in SparseTuning("dowser", importance=importance).attach(trainer).unscored
 
 
 def test_options_out_of_range_are_refused(importance):
