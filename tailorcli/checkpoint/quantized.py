@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_SAID = "quantization_config"  # in config.json
 _CODES = "F8_E4M3"
 _SCALES = ("_scale_inv", "_scale")  # after the weight's own name: block by block, or a channel or tensor each
 _SCALE_DTYPES = ("F32", "BF16", "F16")
@@ -47,7 +49,7 @@ class DequantizedCheckpoint(Checkpoint):
 
     dequantized = True
 
-    def __init__(self, stored: Checkpoint, scales: dict[str, str], form: str) -> None:
+    def __init__(self, stored: Checkpoint, scales: dict[str, str], form: str = "fp8") -> None:
         self.stored = stored
         self.form = form
         self.scale_of = scales  # of each quantised weight
@@ -105,7 +107,9 @@ class DequantizedCheckpoint(Checkpoint):
             return value
         codes = self.stored.read(name)
         largest = torch.finfo(codes.dtype).max
-        kept = (value.float().cpu() / self._spread(name, codes.shape)).clamp_(-largest, largest).to(codes.dtype)
+        spread = self._spread(name, codes.shape)
+        spread = spread.where(spread != 0, 1.0)  # of a block of zeros
+        kept = (value.float().cpu() / spread).clamp_(-largest, largest).to(codes.dtype)
         raw, new = codes.view(torch.uint8), kept.view(torch.uint8)
         return torch.where(mask.cpu(), new, raw).view(codes.dtype)
 
@@ -216,9 +220,14 @@ def open_checkpoint(path: PathLike, form: str = "fp8") -> Checkpoint:
 def readable(stored: Checkpoint, form: str = "fp8") -> Checkpoint:
     """``stored`` itself, or the view of it in which FP8 weights can be patched. Raises CheckpointError."""
     found = fp8_scales(stored)
-    known = found.keys() | _of_scales(stored, found)
+    refuse_scales(stored, stored.tensors.keys() - found.keys() - _of_scales(stored, found))
+    return DequantizedCheckpoint(stored, found, form) if found else stored
+
+
+def refuse_scales(stored: Checkpoint, names: Collection[str]) -> None:
+    """Raise CheckpointError where a tensor among ``names`` scales codes beside it."""
     for name, info in stored.tensors.items():
-        if name in known or info.dtype not in _ANY_SCALE_DTYPES or not _SCALE_NAME.search(name):
+        if name not in names or info.dtype not in _ANY_SCALE_DTYPES or not _SCALE_NAME.search(name):
             continue
         codes = _codes_beside(stored, name)
         if codes is not None:
@@ -227,7 +236,6 @@ def readable(stored: Checkpoint, form: str = "fp8") -> Checkpoint:
                 f"{stored.tensors[codes].dtype} codes in {codes!r}, and neither can be patched without the other",
                 _WAY_OUT,
             )
-    return DequantizedCheckpoint(stored, found, form) if found else stored
 
 
 def fp8_scales(stored: Checkpoint) -> dict[str, str]:
@@ -248,8 +256,8 @@ def fp8_scales(stored: Checkpoint) -> dict[str, str]:
 
 def _of_scales(stored: Checkpoint, scales: dict[str, str]) -> set[str]:
     """The scales, and those of activations beside the same weights."""
-    modules = {name.rpartition(".")[0] for name in scales}
-    beside = {f"{module}.{short}" for module in modules for short in ("input_scale", "activation_scale")}
+    places = {f"{name.rpartition('.')[0]}." for name in scales} | {f"{name}_" for name in scales}  # those of experts
+    beside = {place + short for place in places for short in ("input_scale", "activation_scale", "output_scale")}
     return {*scales.values(), *(beside & stored.tensors.keys())}
 
 
@@ -271,16 +279,24 @@ def _method(folder: Path) -> str:
     return f" ({found[:40]})" if isinstance(found, str) else ""
 
 
-def plain_config(folder: Path) -> bytes:
-    """The folder's config.json without what it says of quantisation."""
+def config_of_output(base: Checkpoint, tuned: Checkpoint, folder: Path) -> bytes | None:
+    """``folder``'s config.json with what it must say of quantisation for an output with this ``base``.
+
+    ``tuned`` may be quantised in another way than the base, or where the base is not. None where it fits as it is.
+    """
+    if not (base.dequantized or tuned.dequantized) or not (folder / "config.json").is_file():
+        return None
     config = read_json(folder / "config.json")
-    config.pop("quantization_config", None)
-    return (json.dumps(config, indent=2) + "\n").encode()
+    in_codes = isinstance(base, DequantizedCheckpoint) and base.form == "fp8"
+    wanted = quantization_config(base.path) if in_codes else {}
+    if (config.pop(_SAID, None) or {}) == wanted:
+        return None
+    return (json.dumps(config | ({_SAID: wanted} if wanted else {}), indent=2) + "\n").encode()
 
 
 def quantization_config(folder: Path) -> dict[str, Any]:
     """What config.json says of quantisation; empty where there is nothing."""
     if not (folder / "config.json").is_file():
         return {}
-    found = read_json(folder / "config.json").get("quantization_config")
+    found = read_json(folder / "config.json").get(_SAID)
     return found if isinstance(found, dict) else {}

@@ -13,7 +13,7 @@ from typing import Any
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint, is_adapter, named_base, tokenizer_folder
 from tailorcli.checkpoint.folder import Checkpoint
-from tailorcli.checkpoint.quantized import open_checkpoint
+from tailorcli.checkpoint.quantized import DequantizedCheckpoint, fp8_scales, open_checkpoint
 from tailorcli.errors import CheckpointError, OptionsError
 from tailorcli.files import PathLike, as_output_error
 from tailorcli.models.config import processor_folder, read_config
@@ -68,6 +68,8 @@ def open_subject(path: PathLike, base: PathLike | None, stack: ExitStack) -> Sub
         hint = "pass the folder that save_pretrained wrote, an adapter's, or a patch file"
         raise CheckpointError(f"there is no model folder {model}", hint)
     checkpoint = stack.enter_context(Checkpoint.open(model))
+    if scales := fp8_scales(checkpoint):  # what is quantised in another way is transformers' to load
+        checkpoint = DequantizedCheckpoint(checkpoint, scales)
     return Subject(model, checkpoint, checkpoint)
 
 

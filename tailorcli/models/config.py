@@ -62,7 +62,7 @@ def require_buildable(path: Path, config: dict[str, Any], tensors: int) -> None:
 
 # Fields of a config that a forward pass does not depend on.
 _NO_MATTER = re.compile(
-    r"(^|\.)(_\w+|transformers_version|architectures|auto_map|dtype|torch_dtype|use_cache|quantization_config|"
+    r"(^|\.)(_\w+|transformers_version|architectures|auto_map|dtype|torch_dtype|use_cache|quantization_config.*|"
     r"\w*dropout\w*|\w*drop|\w*pdrop|initializer_\w+|\w+_token_id|\w+_token_index|task_specific_params.*|id2label.*|label2id.*|"
     r"output_attentions|output_hidden_states|return_dict|vocab_size|router_aux_loss_coef|pretraining_tp|"
     r"do_sample|max_length|min_length|num_beams|temperature|top_k|top_p|repetition_penalty|length_penalty)$"

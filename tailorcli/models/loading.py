@@ -15,6 +15,7 @@ from typing import Any
 from tailorcli._version import __version__
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES
+from tailorcli.checkpoint.quantized import refuse_scales
 from tailorcli.data.encoder import Encoder
 from tailorcli.errors import CheckpointError, first_line, note
 from tailorcli.files import require_files
@@ -213,6 +214,7 @@ def load_model(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOpti
         except Exception as error:  # transformers raises whatever its parts raise
             raise cannot_load(path, config, error, options) from error
     require_all(path, info.get("missing_keys") or ())
+    refuse_scales(checkpoint, info.get("unexpected_keys") or ())  # it would run the codes as if they were weights
     return prepared(network)
 
 

@@ -72,7 +72,8 @@ def _match(base: Checkpoint, tuned: Checkpoint, network: Any) -> dict[str, str] 
     def first(key: Key) -> Key:  # of tied parameters the one that holds the values
         return (tied.get(key[0], key[0]), *key[1:])
 
-    ours, theirs = _keys(base.tensors, network), _keys(tuned.tensors, network)
+    ours = _keys(base.tensors, network)
+    theirs = _keys((name for name in tuned.tensors if name not in tuned.scales), network)
     exactly = {key: name for name, key in theirs.items()}
     by_tie: dict[Key, list[str]] = {}
     for name, key in theirs.items():
@@ -87,7 +88,7 @@ def _match(base: Checkpoint, tuned: Checkpoint, network: Any) -> dict[str, str] 
             missing.add(key[0])
     used = {*names.values()}
     surplus = set()
-    for name in tuned.tensors.keys() - used:
+    for name in theirs.keys() - used:
         twins = [other for other in by_tie[first(theirs[name])] if other in used]
         if theirs[name][0] not in held or not any(tuned.are_equal(name, other) for other in twins):
             surplus.add(theirs[name][0])

@@ -6,12 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tailorcli.adapters.checkpoint import AdaptedCheckpoint, tuned_side_files
+from tailorcli.adapters.checkpoint import AdaptedCheckpoint, config_folder, tuned_side_files
 from tailorcli.adapters.config import CONFIG_FILE
 from tailorcli.adapters.interpolated import original
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import BASE_CARD, CARD, TUNED_CARD, Checkpoint
-from tailorcli.checkpoint.quantized import plain_config
+from tailorcli.checkpoint.quantized import config_of_output
 from tailorcli.data.hub import parse_dataset
 from tailorcli.data.sources import is_dataset
 from tailorcli.errors import CheckpointError
@@ -40,15 +40,15 @@ def side_files_of(
 ) -> dict[str, Path | bytes]:
     """Tuned's side files by their names in the output, and a model card; tuned's own card lies beside it.
 
-    The config is one without quantisation where that is undone. ``samples`` are the statistics that were used, if they
-    are not those of ``inputs``.
+    The config says how the output is quantised, which tuned may not be, or in another way. ``samples`` are the
+    statistics that were used, if they are not those of ``inputs``.
     """
     side: dict[str, Path | bytes] = {}
     tuned = original(inputs.tuned)
     for place, source in tuned_side_files(tuned).items():
         side[place.as_posix()] = source
-    if inputs.base.dequantized and options.fp8_output == "bf16":
-        side["config.json"] = plain_config(tuned.path)
+    if (config := config_of_output(inputs.base, tuned, config_folder(tuned))) is not None:
+        side["config.json"] = config
     used = samples if samples is not None else (inputs.stats, inputs.retain_stats)
     there = {name: file for name, file in _own_cards(inputs).items() if file.is_file()}
     return with_card(side, _card(inputs, options, distill, *used), there)

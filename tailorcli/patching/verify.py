@@ -13,6 +13,7 @@ from typing import Any
 from tailorcli.checkpoint.bits import STEP_BYTES, bit_type_of, keep_freed_memory, number
 from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from tailorcli.checkpoint.header import TensorInfo, read_header
+from tailorcli.checkpoint.quantized import fp8_scales
 from tailorcli.checkpoint.readahead import ReadAhead
 from tailorcli.distributed import gathered, mine, now_on
 from tailorcli.errors import CheckpointError, other_base
@@ -122,7 +123,7 @@ def _kept_by_report(found: Checkpoint, base: Checkpoint) -> tuple[dict[str, int]
     if not path.exists():
         raise CheckpointError(f"{found.path} has no {REPORT_FILE} that would say what was kept", hint)
     saved = load_report(path)
-    if saved.options.get("fp8_output") == Fp8Output.BF16:
+    if saved.options.get("fp8_output") == Fp8Output.BF16 and fp8_scales(base):
         what = f"{found.path} holds FP8 weights of {base.path} in bfloat16: none of their bits can be compared"
         raise CheckpointError(what, "verify one that was written with --fp8-output fp8")
     if saved.inputs["base"]["fingerprint"] != base.fingerprint():

@@ -11,6 +11,7 @@ from tailorcli import Checkpoint, PatchOptions, TailorError, patch_checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
 
 KINDS = ("block", "channel", "tensor")
+F = "model.safetensors"
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -129,3 +130,24 @@ def test_what_only_looks_like_it_is_let_through(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with open_checkpoint(tmp_path) as checkpoint:
         assert not checkpoint.dequantized
+
+
+def test_what_belongs_to_a_block_of_zeros_is_no_nan(tmp_path):
+    save_file(
+        {"m.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn), "m.weight_scale": torch.zeros(2, 1)}, tmp_path / F
+    )
+    with open_checkpoint(tmp_path) as checkpoint:
+        value = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+        assert checkpoint.rounded("m.weight", value, torch.ones(2, 2, dtype=torch.bool)).abs().sum() == 0
+
+
+def test_scales_of_inputs_and_outputs_are_no_weights(tmp_path):
+    codes = torch.ones(2, 4, 4).to(torch.float8_e4m3fn)
+    beside = {f"experts.up_proj_{short}_scale": torch.ones(2) for short in ("activation", "input", "output")}
+    beside |= {f"o_proj.{short}_scale": torch.ones(()) for short in ("activation", "input", "output")}
+    weights = {"experts.up_proj": codes, "experts.up_proj_scale_inv": torch.ones(2, 1, 1)}
+    weights |= {"o_proj.weight": codes[0].clone(), "o_proj.weight_scale": torch.ones(4, 1)}
+    save_file(weights | beside, tmp_path / F)
+    with open_checkpoint(tmp_path) as wide, open_checkpoint(tmp_path, "bf16") as narrow:
+        assert wide.scales == {*beside, "experts.up_proj_scale_inv", "o_proj.weight_scale"}
+        assert narrow.tensors.keys() == {"experts.up_proj", "o_proj.weight"}

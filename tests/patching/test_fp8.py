@@ -146,3 +146,67 @@ def test_propagation_sees_the_rounded_weights_and_resumes_to_the_same_bytes(fp8_
     name = "model.layers.1.self_attn.o_proj.weight"
     same = out[name].view(torch.uint8) == base[name].view(torch.uint8)
     assert 0.69 < same.float().mean() < 1.0
+
+
+MIXED = {"a quantised base": ("block", None), "a quantised tuned": (None, "block"), "two schemes": ("block", "channel")}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("form", ["fp8", "bf16"])
+def test_the_output_says_how_it_is_quantised_whatever_tuned_is(tmp_path, kind, form):
+    from transformers import AutoModelForCausalLM
+
+    folder = make_pair(tmp_path, dtype=torch.bfloat16)
+    values = {name: read_tensors(folder / name) for name in ("base", "tuned")}
+    for name, scheme in zip(("base", "tuned"), MIXED[kind], strict=True):
+        values[name] |= quantise(folder / name, scheme) if scheme else {}
+    how = ("--method", "interpolate", "--weight", "0.5", "--allow-dtype-mismatch", "--fp8-output", form)
+    run("patch", folder / "base", folder / "tuned", *how, "-o", tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    with open_checkpoint(tmp_path / "out") as out:
+        assert out.dequantized == (MIXED[kind][0] is not None and form == "fp8")
+        for name, base in values["base"].items():
+            torch.testing.assert_close(loaded[name], out.read(name).float(), rtol=0.01, atol=1e-4)
+            if "_scale" not in name:
+                wanted = base.double().lerp(values["tuned"][name].double(), 0.5)
+                assert (loaded[name] - wanted).norm() < 0.1 * wanted.norm()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    said = config.get("quantization_config", {}).get("quant_method")
+    assert said == ("fp8" if form == "fp8" and MIXED[kind][0] else None)
+    if MIXED[kind][0] is None:  # its bits are the base's to compare, whatever --fp8-output said
+        run("verify", tmp_path / "out", "--base", folder / "base")
+
+
+def test_a_patch_file_of_a_quantised_tuned_gives_a_plain_model(tmp_path):
+    folder = make_pair(tmp_path, dtype=torch.bfloat16)
+    quantise(folder / "tuned", "block")
+    how = ("--method", "interpolate", "--allow-dtype-mismatch", "--patch-file", tmp_path / "p.safetensors")
+    run("patch", folder / "base", folder / "tuned", *how)
+    run("apply", folder / "base", tmp_path / "p.safetensors", "-o", tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("said", [{}, {"quantization_config": {"quant_method": "modelopt"}}])
+@pytest.mark.parametrize("kind", ["block", "channel", "tensor"])
+def test_evaluate_runs_what_the_codes_stand_for(tmp_path, kind, said):
+    """Also where transformers knows nothing of the scheme, and would run the codes as if they were weights."""
+    folder = make_pair(tmp_path)
+    plain = as_plain(tmp_path / "plain", folder / "base", quantise(folder / "base", kind))
+    config = json.loads((folder / "base" / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "base" / "config.json").write_text(json.dumps(config | said))
+    task = ("--task", f"old={folder / 'data.jsonl'}:text", "--json")
+    (ours,), (theirs,) = (
+        json.loads(run("evaluate", model, *task).stdout)["models"] for model in (folder / "base", plain)
+    )
+    assert ours["tasks"]["old"]["loss"] == pytest.approx(theirs["tasks"]["old"]["loss"], rel=1e-6)
+
+
+def test_evaluate_refuses_codes_that_transformers_does_not_read(tmp_path):
+    from safetensors.torch import save_file
+
+    folder = make_pair(tmp_path)
+    tensors, name = read_tensors(folder / "base"), "model.layers.0.mlp.up_proj.weight"
+    tensors |= {name: tensors[name].to(torch.float8_e5m2), f"{name}_scale": torch.ones(48, 1)}
+    save_file(tensors, folder / "base" / "model.safetensors", metadata={"format": "pt"})
+    refused("evaluate", folder / "base", "--task", f"old={folder / 'data.jsonl'}:text", mentions=["F8_E5M2 codes"])
