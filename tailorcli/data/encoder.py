@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.data.forms import HINT
+from tailorcli.data.forms import HINT, IMAGE_MARK
 from tailorcli.data.media import read_image, read_wav
 from tailorcli.data.records import Record, Records, content_parts
 from tailorcli.data.timed import within
@@ -102,6 +102,8 @@ class Encoder:
         left out. Raises DataError.
         """
         asked, fields = record.turns, record.fields
+        if not self._has_template(record.has_media):
+            self._require_whole(record)
         record = replace(record, turns=None)
         if asked is not None and not record.has_media and self._has_template(False):
             text = self._rendered(record, asked, True)
@@ -126,6 +128,7 @@ class Encoder:
     def framed_by_template(self, record: Record) -> Record:
         """A question and its answer as the turns of a chat, for a model whose template frames them; others stay."""
         if record.turns is None or not self._has_template(record.has_media):
+            self._require_whole(record)
             return record
         asked = record.turns
         if record.images and not any(part.get("type") == "image" for turn in asked for part in content_parts(turn)):
@@ -134,6 +137,15 @@ class Encoder:
         fields = {name: value for name, value in record.fields.items() if name not in ("prompt", "response")}
         messages = [*asked, {"role": "assistant", "content": record.fields["response"]}]
         return replace(record, fields={**fields, "messages": messages}, turns=None)
+
+    def _require_whole(self, record: Record) -> None:
+        """Raise DataError where a prompt without a template lacks what the record has under ``system``."""
+        first = (record.turns or [{}])[0]
+        if first.get("role") == "system" and first["content"] not in record.fields["prompt"]:
+            raise DataError(
+                f'{record.where} has a "system" beside its prompt, and no chat template frames what the model is given',
+                'put its text in front of each "prompt" and leave "system" out',
+            )
 
     def _has_template(self, with_media: bool) -> bool:
         """Whether a chat template frames what the model is given."""
@@ -428,9 +440,13 @@ class Encoder:
         fields = record.fields
         text = fields["text"] if "text" in fields else fields.get("prompt", "") + fields.get("response", "")
         text = self.unframed(text[: max(_LONG, _PER_TOKEN * seq_len)])
-        if not hasattr(self.processor, "num_query_tokens"):  # such a processor puts its query tokens in by itself
+        if hasattr(self.processor, "num_query_tokens"):  # such a processor puts its query tokens in by itself
+            text = text.replace(f"{IMAGE_MARK}\n", "").replace(IMAGE_MARK, "")
+        else:
             mark = self.image_mark
             known = (mark.strip(), getattr(self.processor, "image_token", None))
+            if IMAGE_MARK not in known:  # LLaVA's, with which data are written for any model
+                text = text.replace(IMAGE_MARK, mark.strip())
             if not any(isinstance(token, str) and token and token in text for token in known):
                 text = mark * len(images) + text
         return self._call(record, lambda: self.processor(images=images, text=text, return_tensors="pt"))

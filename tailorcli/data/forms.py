@@ -58,7 +58,7 @@ def formed(where: str, value: dict[str, Any]) -> Formed | None:
     if "text" in value:
         return "text", value, None
     if "messages" in value:
-        return "messages", {**value, "messages": _listed(value["messages"])}, None
+        return "messages", {**value, "messages": _with_system(where, value, _listed(value["messages"]))}, None
     prompt = next((name for name in PROMPTS if name in value), None)
     response = next((name for name in RESPONSES if name in value), None)
     turns = next((name for name in TURNS if name in value), None)
@@ -107,9 +107,10 @@ def _pair(where: str, value: dict[str, Any], prompt: str, response: str) -> Form
     """A prompt and its response; texts under the names of a question and its answer may be framed by a template."""
     if _is_turns(_listed(value[prompt])) or _is_turns(_listed(value[response])):
         messages = _turns(where, value, prompt, "user") + _turns(where, value, response, "assistant")
+        messages = _with_system(where, value, messages)
         return f"{prompt} and {response}{_OF_TURNS}", _as_messages(value, messages), None
     if (prompt, response) in _PLAIN:
-        return f"{prompt} and {response}", {**value, "response": value[response]}, None
+        return f"{prompt} and {response}", {**value, "response": value[response]}, _framed(where, value)
     more = [name for name in _MORE.get(prompt, ()) if value.get(name)]
     parts = [_text(where, value, name) for name in (prompt, *more)]
     question = "\n".join(parts if prompt != "question" else [*parts[1:], parts[0]])
@@ -123,7 +124,7 @@ def _pair(where: str, value: dict[str, Any], prompt: str, response: str) -> Form
 
 def _history(where: str, value: dict[str, Any]) -> list[dict[str, Any]]:
     """The system's turn and the earlier ones of a record that has them."""
-    turns = [{"role": "system", "content": _text(where, value, "system")}] if value.get("system") else []
+    turns: list[dict[str, Any]] = _with_system(where, value, [])
     history = _listed(value.get("history")) or []
     for earlier in history if isinstance(history, list) else [history]:
         if not isinstance(earlier, list) or len(earlier) != 2 or not all(isinstance(text, str) for text in earlier):
@@ -132,13 +133,29 @@ def _history(where: str, value: dict[str, Any]) -> list[dict[str, Any]]:
     return turns
 
 
+def _with_system(where: str, value: dict[str, Any], turns: Any) -> Any:
+    """Turns behind what a record has under ``system``; as they are where it has nothing, or they are no list."""
+    if not value.get("system") or not isinstance(turns, list):
+        return turns
+    if turns and isinstance(turns[0], dict) and turns[0].get("role") == "system":
+        return turns
+    return [{"role": "system", "content": _text(where, value, "system")}, *turns]
+
+
+def _framed(where: str, value: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The turns of a prompt that stands alone but for what is under ``system``, which only a template can frame."""
+    if not value.get("system"):
+        return None
+    prompt = _marked(_text(where, value, "prompt"), value)
+    return list(_with_system(where, value, [{"role": "user", "content": prompt}]))
+
+
 def _conversation(where: str, value: dict[str, Any], name: str) -> Formed:
     """The turns of ShareGPT, with their system and tools beside them; behind them the chosen one of a pair."""
     turns = _turns(where, value, name, "user")
     if value.get("chosen"):
         turns = turns + _turns(where, value, "chosen", "assistant")
-    if value.get("system") and turns[0]["role"] != "system":
-        turns = [{"role": "system", "content": _text(where, value, "system")}, *turns]
+    turns = _with_system(where, value, turns)
     turns = [{**turn, "content": _marked(turn.get("content"), value)} for turn in turns]
     fields = _as_messages(value, turns)
     if tools := _listed(value.get("tools")):
@@ -160,14 +177,15 @@ def _preference(where: str, value: dict[str, Any], prompt: str | None) -> Formed
         if prompt is None:
             return form, {**value, "text": chosen}, None
         if prompt == "prompt":  # as TRL has it: joined as they stand
-            return form, {**value, "response": chosen}, None
+            return form, {**value, "response": chosen}, _framed(where, value)
         return form, *_pair(where, value, prompt, "chosen")[1:]
     answered = _turns(where, value, "chosen", "assistant")
     asked = [] if prompt is None else _turns(where, value, prompt, "user")
     whole = any(turn["role"] == "user" for turn in answered) and (
         len(asked) == 0 or isinstance(value[prompt or ""], str) or answered[: len(asked)] == asked
     )
-    return form, _as_messages(value, answered if whole else asked + answered), None
+    turns = _with_system(where, value, answered if whole else asked + answered)
+    return form, _as_messages(value, turns), None
 
 
 def _is_turns(value: Any) -> bool:

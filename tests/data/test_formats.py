@@ -174,6 +174,10 @@ AS_MESSAGES = {
     "a pair of whole chats": ({"chosen": [USER, ASSISTANT], "rejected": [USER]}, [USER, ASSISTANT]),
     "whole chats beside a prompt": ({"prompt": "Q", "chosen": [USER, ASSISTANT]}, [USER, ASSISTANT]),
     "whole chats beside turns": ({"prompt": [USER], "chosen": [USER, ASSISTANT]}, [USER, ASSISTANT]),
+    "system beside messages": ({"messages": [USER, ASSISTANT], "system": "S"}, [SYSTEM, USER, ASSISTANT]),
+    "a system of its own": ({"messages": [SYSTEM, USER, ASSISTANT], "system": "T"}, [SYSTEM, USER, ASSISTANT]),
+    "system beside turns": ({"prompt": [USER], "completion": [ASSISTANT], "system": "S"}, [SYSTEM, USER, ASSISTANT]),
+    "system beside a pair": ({"prompt": [USER], "chosen": [ASSISTANT], "system": "S"}, [SYSTEM, USER, ASSISTANT]),
     "messages as JSON": ({"messages": json.dumps([USER, ASSISTANT])}, [USER, ASSISTANT]),
 }
 
@@ -224,6 +228,25 @@ def test_a_chat_template_frames_a_question_and_its_answer(tmp_path, case):
     encoder = Encoder(make_tokenizer(TEMPLATE))
     ids = encoder.encode(one_record(tmp_path, AS_TEXT[case][0]), 99)["input_ids"][0]
     assert encoder.tokenizer.decode(ids).replace(" ", "").replace("<unk>", "\n") == FRAMED[case]
+
+
+@pytest.mark.parametrize("response", ["response", "completion", "chosen"])
+def test_a_system_beside_a_prompt_is_framed_or_refused(tmp_path, response):
+    record = one_record(tmp_path, {"prompt": "Q", response: "A", "system": "S"})
+    encoder = Encoder(make_tokenizer(TEMPLATE))
+    inputs = encoder.encode(record, 99)
+    decoded = encoder.tokenizer.decode(inputs["input_ids"][0]).replace(" ", "")
+    assert decoded == "<system>S<user>Q<assistant>A"
+    assert encoder.responses(record, inputs) == [(len(decoded) - 1, len(decoded))]
+    for start in (None, 5):  # without a template, and with one that an encoder-decoder does not use
+        encoder = Encoder(make_tokenizer(TEMPLATE if start else None), start)
+        for call in (encoder.encode, encoder.start):
+            with pytest.raises(DataError, match=r'd\.jsonl:1 has a "system" beside its prompt') as caught:
+                call(record, 99)
+            assert "in front of each" in caught.value.hint
+    for empty in ("", None):
+        record = one_record(tmp_path, {"prompt": "Q", response: "A", "system": empty})
+        assert Encoder(make_tokenizer(TEMPLATE))._text_of(record) == "QA"
 
 
 def test_named_columns_win_over_the_usual_names(tmp_path):

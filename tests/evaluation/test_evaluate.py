@@ -13,6 +13,7 @@ from helpers import make_adapter, make_model, make_pair, make_tokenizer, perturb
 
 from tailorcli import EvaluateOptions, TailorError, TaskScores, encode_task, evaluate_models, evaluate_network, h_score
 from tailorcli.data.encoder import Encoder
+from tailorcli.data.records import read_records
 from tailorcli.evaluation import metrics
 from tailorcli.evaluation.metrics import Roles, bootstrap, compare, estimate, from_error, summarise
 from tailorcli.evaluation.predict import _Reader
@@ -284,6 +285,18 @@ def test_the_choices_of_an_item_share_its_image(tmp_path):
     (task,) = read_tasks([f"c={write(folder / 'c.jsonl', picks)}:choice"])
     first, second = encode_task(task, _loaded(folder / "base")[1], EvaluateOptions()).items[0].rows
     assert first.inputs["pixel_values"] is second.inputs["pixel_values"]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2.5-vl", "instructblip", "gemma3"])
+def test_llavas_mark_is_the_place_of_an_image_for_every_model(tmp_path, name):
+    pytest.importorskip("PIL")
+    folder, records = family(tmp_path, name)
+    marked = records[0] | {"prompt": "Look: <image>\nand say "}
+    (record,) = read_records(write(folder / "t.jsonl", [marked]))
+    encoder = _loaded(folder / "base")[1]
+    mark = "" if name == "instructblip" else f"{encoder.image_mark.strip()}\n"
+    wanted = _processed(encoder, folder, marked, f"Look: {mark}and say {marked['response']}")
+    assert encoder.encode(record, 4096)["input_ids"].equal(wanted["input_ids"])
 
 
 def test_places_of_an_image_are_not_scored(tmp_path):
