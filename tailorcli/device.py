@@ -52,6 +52,8 @@ def _of_this_rank(device: torch.device, count: int) -> torch.device:
     if here.alone:
         if count > 1 and index is None and launched().alone:
             note(f"{count} GPUs are here, and one is used: torchrun --nproc-per-node {count} -m tailorcli ... uses all")
+        if index is not None:
+            torch.cuda.set_device(device)  # where kernels of a model's own are launched
         return device
     if index is not None:
         raise DeviceError(f"{device} is one GPU, and {here.size} ranks run", "pass --device cuda, which gives each one")

@@ -246,6 +246,17 @@ def test_one_run_at_a_time(pair, tmp_path, monkeypatch, system):
     assert not list(tmp_path.rglob("*.lock*"))
 
 
+def test_a_file_of_the_users_own_beside_a_patch_file_is_no_lock(pair, tmp_path):
+    file = tmp_path / "p.safetensors"
+    own = [tmp_path / "p.safetensors.lock", tmp_path / ".p.safetensors.lock"]
+    for path in own:
+        path.write_text("mine")
+    for more in ((), ("--resume",), ("--overwrite",)):
+        run("patch", pair / "base", pair / "tuned", *SALIENCE, "--patch-file", file, *more)
+        assert sorted(tmp_path.iterdir()) == sorted([file, *own])
+        assert [path.read_text() for path in own] == ["mine", "mine"]
+
+
 def test_a_killed_run_leaves_no_lock(tmp_path):
     """The lock's file stays, and the next run takes it over."""
     code = "import os, sys, pathlib; from tailorcli.guard import OutputLock\n"

@@ -44,8 +44,13 @@ def test_gpus_that_do_not_fit_the_ranks(of_rank, name, here, expected):
         of_rank(name, here)
 
 
+def test_a_gpu_that_is_named_is_the_current_one(of_rank):
+    assert of_rank("cuda:1", Ranks()) == ("cuda:1", [torch.device("cuda:1")], [])
+    assert of_rank("cpu", Ranks())[1] == []
+
+
 def test_a_single_process_is_told_of_gpus_that_lie_idle(of_rank):
     found, _, notes = of_rank("auto", Ranks())
     assert found == "cuda"
     assert notes == ["4 GPUs are here, and one is used: torchrun --nproc-per-node 4 -m tailorcli ... uses all"]
-    assert of_rank("cuda:1", Ranks()) == ("cuda:1", [], [])  # it was asked for
+    assert of_rank("cuda:1", Ranks()) == ("cuda:1", [torch.device("cuda:1")], [])  # it was asked for

@@ -9,6 +9,7 @@ import pytest
 from launcher import completed
 
 from tailorcli import PatchOptions, patch_checkpoint
+from tailorcli.guard import lock_file
 
 TESTS = Path(__file__).parent.parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -36,7 +37,7 @@ def test_a_finished_output_that_is_resumed_keeps_nothing_that_a_kill_left(llama_
     patch_checkpoint(*arguments, patch_file=file)
     finished = sorted(tmp_path.rglob("*"))
     (out / ".tailorcli").mkdir()
-    left = [out / ".tailorcli.lock", tmp_path / "patch.safetensors.lock", tmp_path / "patch.safetensors.journal"]
+    left = [out / ".tailorcli.lock", lock_file(file, folder=False), tmp_path / "patch.safetensors.journal"]
     for path in left:
         path.touch()
     assert patch_checkpoint(*arguments, PatchOptions(resume=True), patch_file=file).is_earlier
