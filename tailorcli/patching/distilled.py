@@ -205,6 +205,7 @@ def train_and_write(
 
     timer = StageTimer(device)
     with PatchFile.open(start) as file:
+        _copy_unpatched(plan, base, file, closed, outputs)  # what is wrong with one is told before the training
         with timer.stage("distill"), exact_float32(), device_errors("a smaller --distill-batch-size"):
             how = (work.folder / STATE, progress, trust_remote_code)
             found = distill_patch_file(file, base, teachers, retain, distill, device, *how, materials, shares)
@@ -454,6 +455,15 @@ def for_samples_of(distill: DistillOptions, sampled: Iterable[Stats]) -> Distill
 def settings_of(distill: DistillOptions) -> dict[str, Any]:
     """The options as they stand in a run's identity."""
     return {f"distill {name}": value for name, value in asdict(distill).items()}
+
+
+def _copy_unpatched(plan: Plan, base: Checkpoint, file: PatchFile, closed: PatchReport, outputs: Outputs) -> None:
+    """Write the tensors that are not in the patch ``file``, of which ``closed`` has the records."""
+    by_name = {record.name: record for record in closed.tensors}
+    for tensor in plan.tensors:
+        if tensor.name not in file.tensors and tensor.name not in outputs.done:
+            outputs.copy(tensor.name, base, by_name[tensor.name])
+    outputs.drain()
 
 
 def write_patched(

@@ -31,6 +31,7 @@ from tailorcli.options import PatchOptions
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.carded import side_files_of
 from tailorcli.patching.measuring import NEW, RETAINED, Measuring
+from tailorcli.patching.planner import stays_at_base
 from tailorcli.patching.propagate import patch_propagated
 from tailorcli.patching.run import Run
 from tailorcli.patching.stream import tailored
@@ -117,6 +118,7 @@ def patch_in_one_pass(
         bar.start_at(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
         measured = replace(inputs, stats=new, retain_stats=retained)
         run = Run(measured, options, device, timer, outputs, bar=bar, records=records)
+        run.copy_first(tensor for tensor in plan.tensors if stays_at_base(tensor))
         scratch = target.folder if target.folder is not None else target.place.parent
         try:
             exact = deterministic_algorithms(given[NEW].options.deterministic)
@@ -181,7 +183,7 @@ def _patch_alone(tensors: Sequence[TensorPlan], run: Run, subjects: Mapping[str,
             raise NotInOnePassError(f"the model calls its block {block} more than once")
         for tensor in inside:
             del left[tensor.name]
-        todo = [tensor for tensor in inside if tensor.name not in run.done]
+        todo = [tensor for tensor in inside if not run.is_done(tensor.name)]
         for model in models.values():
             model.load(block)
             model.parts.read_behind(block)  # while this one is run and patched
@@ -199,7 +201,7 @@ def _patch_alone(tensors: Sequence[TensorPlan], run: Run, subjects: Mapping[str,
         for model in models.values():
             stack.callback(model.parts.end_reading)
         lockstep.run(measuring.turn, visit, spill)
-    _write([t for t in measuring.settle([*left.values()], None) if t.name not in run.done], run)
+    _write([t for t in measuring.settle([*left.values()], None) if not run.is_done(t.name)], run)
 
 
 def _call(network: Any, batch: Inputs, run: Run) -> Callable[[], Any]:

@@ -212,6 +212,7 @@ def patch_opened(
         bar.start_at(sum(tensor.nbytes for tensor in done))
         timer = StageTimer(device)
         run = Run(inputs, options, device, timer, outputs, bar=bar, holds_out=holds_out, records=records)
+        run.copy_first(own)
         trained, masks = _masks_first(target.place, plan, run, identity, progress)
         _patch_all(plan, own, replace(run, masks=masks), target)
         run.drain()
@@ -247,7 +248,7 @@ def _patch_all(plan: Plan, own: Sequence[TensorPlan], run: Run, target: Target) 
             patch_propagated(plan.tensors, run, scratch, owners=owners)
         return
     with deterministic_algorithms(_is_deterministic(run)):
-        for tensor, result, digest in tailored(own, run):
+        for tensor, result, digest in tailored([t for t in own if not run.is_done(t.name)], run):
             run.write(tensor, result, digest)
             del result
 

@@ -93,6 +93,14 @@ def build_plan(
     )
 
 
+_BY_STATISTICS = ("no statistics", "the released code")  # how a reason begins that others might undo
+
+
+def stays_at_base(tensor: TensorPlan) -> bool:
+    """Whether a tensor is only copied, whatever its statistics turn out to be."""
+    return tensor.action != "patch" and not tensor.reason.startswith(_BY_STATISTICS)
+
+
 def replanned(
     tensors: Sequence[TensorPlan],
     base: Checkpoint,

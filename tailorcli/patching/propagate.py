@@ -234,7 +234,7 @@ class Propagation:
             self._finish_group(group)
         left = [tensor for tensor in self._tensors.values() if tensor.name not in self._seen and self._is_own(tensor)]
         for tensor, result, digest in tailored(left, self._run):
-            if tensor.name not in self._run.done:
+            if not self._run.is_done(tensor.name):
                 self._run.write(tensor, result, digest)
 
     def _is_own(self, tensor: TensorPlan) -> bool:
@@ -308,18 +308,18 @@ class Propagation:
 
     def _sort_out(self, results: Iterable[Result], places: Mapping[str, Place]) -> dict[str, _Pending]:
         """Write what stays as it is patched; gives the layers that are fitted again, by module."""
-        done, pending = self._run.done, dict[str, _Pending]()
+        pending: dict[str, _Pending] = {}
         for tensor, result, digest in results:
             layer = self._layer_of(tensor, places.get(tensor.name))
             if layer is not None and tensor.name in self._changed:
                 pending[layer.name.removesuffix(".weight")] = _Pending(layer, tensor, result, digest)
-            elif tensor.name not in done and self._is_own(tensor):
+            elif not self._run.is_done(tensor.name) and self._is_own(tensor):
                 self._run.write(tensor, result, digest)
         return pending
 
     def _restore(self, chosen: Sequence[TensorPlan]) -> bool:
         """Take the values of a part that an interrupted run has written whole; a part of it is worked out again."""
-        if not all(tensor.name in self._run.done for tensor in chosen):
+        if not all(self._run.is_done(tensor.name) for tensor in chosen):
             return False
         values = {tensor.name: self._run.written(tensor.name) for tensor in chosen if tensor.action == "patch"}
         self._models.view.values |= {name: value for name, value in values.items() if value is not None}
@@ -514,7 +514,7 @@ class Propagation:
         except NumericalError as error:
             raise NumericalError(f"tensor {layer.tensor.name!r}: {error.message}", error.hint) from error
         assert result.patched is not None
-        if layer.tensor.name not in self._run.done:
+        if not self._run.is_done(layer.tensor.name):
             self._run.write(layer.tensor, result, layer.digest, facts)
         return result.patched
 
@@ -594,7 +594,7 @@ class Propagation:
             self._ahead = names, self._reader.submit(self._read_hessians, names)
 
     def _write_plain(self, layer: _Pending) -> None:
-        if self._is_own(layer.tensor) and layer.tensor.name not in self._run.done:
+        if self._is_own(layer.tensor) and not self._run.is_done(layer.tensor.name):
             self._run.write(layer.tensor, layer.result, layer.digest)
 
 

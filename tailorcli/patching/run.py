@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """A patch or a score under way; ``records`` alone changes, by ``note`` and ``write``.
+    """A patch or a score under way; ``records`` and ``copied`` alone change, by ``note``, ``write`` and ``copy_first``.
 
     ``options`` are resolved; ``outputs`` is None where nothing is written; ``masks`` gives a tensor's mask where all
     tensors had to be looked at first. ``holds_out`` keeps a tenth of the samples from propagation.
@@ -43,16 +43,24 @@ class Run:
     bar: Progress | None = None
     holds_out: bool = False
     records: dict[str, TensorRecord] = field(default_factory=dict)  # by every name under which a tensor is stored
+    copied: set[str] = field(default_factory=set)  # names of tensors that are written before the others
 
     @property
     def wants_digest(self) -> bool:
         """Whether what is written needs the digest of a tensor's bytes in the base."""
         return self.outputs is not None and self.outputs.wants_digest
 
-    @property
-    def done(self) -> Collection[str]:
-        """The tensors that an interrupted run has written."""
-        return self.outputs.done if self.outputs is not None else frozenset()
+    def is_done(self, name: str) -> bool:
+        """Whether a tensor is written: by an interrupted run, or by ``copy_first``."""
+        return name in self.copied or (self.outputs is not None and name in self.outputs.done)
+
+    def copy_first(self, tensors: Iterable[TensorPlan]) -> None:
+        """Write those of ``tensors`` that stay at base: what is wrong with one is told before the long work."""
+        for tensor in tensors:
+            if tensor.action != "patch" and not self.is_done(tensor.name):
+                self.write(tensor, None, "")
+                self.copied.add(tensor.name)
+        self.drain()
 
     def note(self, tensor: TensorPlan, result: LayerResult | None, facts: dict[str, Any] | None = None) -> TensorRecord:
         """Make and keep the record of a tensor, with further ``facts``."""

@@ -26,7 +26,7 @@ from helpers import (
 from launcher import completed
 from safetensors.torch import load_file, save_file
 
-from tailorcli import Checkpoint, calibrate_model, patch_checkpoint
+from tailorcli import CalibrateOptions, Checkpoint, calibrate_model, patch_checkpoint
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -460,6 +460,34 @@ def test_nan_and_infinity_in_weights(pair, where, value):
 def test_nan_in_a_tensor_that_stays_at_base(pair):
     poison(pair / "base", DOWN, float("nan"))
     refused(*patch_command(pair, "--exclude", "*down*"), mentions=[DOWN, "NaN", pair / "base"], output=pair / "out")
+
+
+@pytest.mark.parametrize("how", [("--propagate",), ("--no-propagate", "--distill"), ("--data",)])
+def test_nan_in_a_tensor_that_stays_at_base_is_told_before_the_long_work(pair, monkeypatch, how):
+    import tailorcli.patching.onepass
+    import tailorcli.patching.propagate
+    import tailorcli.training.run
+
+    def unused(tensors):
+        tensors["of.no.model"] = torch.tensor([1.0, float("nan")])
+
+    stats = ["--stats", pair / "stats", "--retain", pair / "retain", *how]
+    if how == ("--data",):
+        stats = ["--data", pair / "data.jsonl", "--num-samples", "8", "--seq-len", "16"]
+    for name in ("base", "tuned"):
+        edit_tensors(pair / name, unused)
+        if how != ("--data",):
+            where = pair / ("stats" if name == "tuned" else "retain")
+            shutil.rmtree(where, ignore_errors=True)
+            calibrate_model(pair / name, pair / "data.jsonl", where, CalibrateOptions(8, 16))
+    for module, work in (
+        (tailorcli.patching.propagate, "patch_propagated"),
+        (tailorcli.patching.onepass, "patch_propagated"),
+        (tailorcli.training.run, "distill_patch_file"),
+    ):
+        monkeypatch.setattr(module, work, lambda *_, **__: pytest.fail("it was worked on before"))
+    command = ["patch", pair / "base", pair / "tuned", *stats, "--exclude", "of.no*", "-o", pair / "out"]
+    refused(*command, mentions=["of.no.model", "NaN", pair / "base"], output=pair / "out")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
