@@ -14,8 +14,8 @@ from typing import Any, overload
 from tailorcli.data.formats import PlainText
 from tailorcli.data.forms import HINT, formed, renamed
 from tailorcli.data.media import image_of
-from tailorcli.data.sources import open_source
-from tailorcli.errors import DataError
+from tailorcli.data.sources import STDIN, open_source
+from tailorcli.errors import DataError, note
 from tailorcli.files import PathLike, file_digest, parse_json
 from tailorcli.options import DataColumns
 
@@ -171,6 +171,20 @@ def read_records(
                 yield check(where, value, folder)
 
     return Records(source.name, records, source.digest, source.files)
+
+
+def columns_of(data: PathLike, columns: DataColumns) -> DataColumns:
+    """The named columns; the usual ones, with a note, where the first record of ``data`` has none of them.
+
+    Standard input is read once, and is taken to have them. Raises DataError.
+    """
+    if not columns.any or str(data) == STDIN:
+        return columns
+    _, first, _ = next(open_source(str(data), columns=columns).read(), ("", None, Path()))
+    if not isinstance(first, dict) or {columns.text, columns.prompt, columns.response}.intersection(first):
+        return columns
+    note(f"{data} has no column {columns.shown}: its records are taken by the usual names")
+    return DataColumns()
 
 
 def check_record(where: str, value: Any, folder: Path) -> Record:

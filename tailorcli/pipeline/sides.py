@@ -17,6 +17,7 @@ from tailorcli.calibration.kept import keep_samples, kept_samples
 from tailorcli.calibration.sources import Source, drawn, require_writing, self_written
 from tailorcli.calibration.stats import MANIFEST, Stats
 from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.data.records import columns_of
 from tailorcli.data.samples import count_tokens
 from tailorcli.device import resolve_device
 from tailorcli.errors import OutputError, TailorError
@@ -69,6 +70,8 @@ class Side:
     ) -> Side:
         """Draw the samples unless they are, or see that the model can write its own. Raises TailorError."""
         options = replace(options, synthetic=data is None, overwrite=False)
+        if name == BASE and data is not None:  # the columns that were named are those of the new task's data
+            options = replace(options, columns=columns_of(data, options.columns))
         with _own_names(name):
             return cls._of(name, model, stored, data, options, folder, tell, show, drawn_before)
 

@@ -470,3 +470,24 @@ def test_the_model_that_is_patched_towards_may_lie_between_the_two(steps, tmp_pa
     assert "already finished" in run(*again, "--resume").stdout
     assert run(*again, "--overwrite").stderr.count("there already") == 2
     refused("patch", base, tuned, *data, *kept, "-o", tmp_path / "other", mentions=[tmp_path / "kept" / "tuned"])
+
+
+@pytest.mark.parametrize("column", ["text", "body", "other"])
+def test_retained_data_without_the_named_columns_has_the_usual_names(pair, tmp_path, caplog, column):
+    texts = [json.loads(line)["text"] for line in (pair / "data.jsonl").read_text().splitlines()]
+    for name, called in (("new", "body"), ("old", column)):
+        records = [json.dumps({called: text, "body ": "x"}) + "\n" for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("".join(records))
+    given = ("patch", pair / "base", pair / "tuned", "--data", tmp_path / "new.jsonl", "--text-column", "body", *SMALL)
+    command = (*given, "--retain-data", tmp_path / "old.jsonl", "-o", tmp_path / "out")
+    if column == "other":
+        refused(*command, mentions=["old.jsonl:1 has the fields ['body ', 'other']"])
+        return
+    run(*command)
+    assert ("has no column body: its records are taken by the usual names" in caplog.text) == (column == "text")
+    data = {role: facts.get("text_column") for role, facts in report_of(tmp_path / "out")["inputs"].items()}
+    assert (data["new data"], data["retain data"]) == ("body", "body" if column == "body" else None)
+    same = ("--data", pair / "data.jsonl", "--retain-data", pair / "data.jsonl", *SMALL, "-o", tmp_path / "same")
+    run("patch", pair / "base", pair / "tuned", *same)
+    for name, value in read_tensors(tmp_path / "same").items():
+        assert read_tensors(tmp_path / "out")[name].equal(value)
