@@ -105,6 +105,8 @@ def _only_over(file: Path, is_ours: Callable[[Path], bool], what: str) -> None:
     above = next((folder for folder in file.absolute().parents if folder.exists()), None)
     if above is not None and not above.is_dir():
         raise OutputError(f"{file} would lie in {above}, which is a file", _ELSEWHERE)
+    if above is not None and not os.access(above, os.W_OK):  # told before the work whose result it is to hold
+        raise OutputError(f"cannot write {file}: nothing can be written into {above}", _ELSEWHERE)
     if not file.exists():
         return
     if file.is_dir():

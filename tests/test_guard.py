@@ -134,6 +134,16 @@ def test_a_result_replaces_only_results_of_ours(pair, tmp_path, content):
     refused(*commands(pair)["score"][0], "-o", file / "inside.json", mentions=["which is a file"])
 
 
+@pytest.mark.parametrize("name", ["evaluate", "evaluate plot", "score"])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(pair, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)  # root may write anywhere
+    for work in ("tailorcli.evaluation.evaluate.evaluate_models", "tailorcli.patching.patch.score_checkpoint"):
+        monkeypatch.setattr(work, lambda *_, **__: pytest.fail("it was worked on before"))
+    command, option, _ = commands(pair)[name]
+    for file in (tmp_path / "r.png", tmp_path / "new" / "r.png"):
+        refused(*command, option, file, mentions=[f"cannot write {file}", tmp_path])
+
+
 def test_devices_and_pipes_are_not_replaced(pair, tmp_path):
     """Results are written beside their place and moved there: as root that would put a file in a device's place."""
     os.mkfifo(tmp_path / "pipe.json")
