@@ -100,7 +100,7 @@ def distill_checkpoint(
         watch = Watch([*read, *(source for source in side.values() if isinstance(source, Path))])
         device = resolve_device(options.device)
         plan = sources.plan(options, distill, device)
-        described = inputs.describe() | described_stats(*both)
+        described = inputs.describe() | described_stats(*both, inputs.sources)
         settings = settings_of(distill) | {name: found.fingerprint() for name, found in zip(SAMPLED, both, strict=True)}
         identity = identity_of(described, options.identity(True) | settings, device)
         manifest = {"task": options.task, "license": options.license, "inputs": described}
@@ -278,7 +278,7 @@ def distill_patch(
             both = (teachers[0][1], retained)
             if not is_retained(inputs) and options_in_report(closed.options).fits_statistics:
                 closed = replace(closed, options=closed.options | {"retain_weight": 0.0})  # it lends samples alone
-            inputs = inputs | described_stats(*both)
+            inputs = inputs | described_stats(*both, inputs)
             side[CARD] = card_of_trained(closed, opened, teachers[0][0], distill, both)
         manifest = {"task": file.manifest.task, "license": file.manifest.license, "inputs": inputs}
         paths = [opened.path, file.path, *(original(model).path for model, _ in teachers), *(s.path for s in sampled)]

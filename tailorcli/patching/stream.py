@@ -28,6 +28,7 @@ from tailorcli.options import AUTO, PatchOptions
 from tailorcli.patchfile.reader import raw_bytes
 from tailorcli.patching.graft import check_graft
 from tailorcli.patching.methods import patch_by_method
+from tailorcli.runs.again import NOT_KEPT
 from tailorcli.runs.loop import LastPrepared, worked_on
 from tailorcli.runs.plan import TensorPlan
 
@@ -111,10 +112,10 @@ class PatchInputs:
         }
         for name, model in (("base", self.base), ("tuned", original(self.tuned))):
             facts[name] |= hub_facts(model.path)
-        facts |= described_stats(self.stats, self.retain_stats)
+        facts |= described_stats(self.stats, self.retain_stats, self.sources)
         if self.graft_data is not None:
             facts["data"] = {"path": path_text(self.graft_data), "fingerprint": digest_of(self.graft_data.read_bytes())}
-        return facts | dict(self.sources)
+        return facts | {role: entry for role, entry in self.sources.items() if entry["path"] != NOT_KEPT}
 
     @property
     def paths(self) -> list[Path]:
@@ -130,14 +131,17 @@ class PatchInputs:
         return [*self.base.shards, *self.tuned.shards, *stats, *([] if self.graft_data is None else [self.graft_data])]
 
 
-def described_stats(stats: Stats | None, retain: Stats | None) -> dict[str, dict[str, str]]:
-    """Path and fingerprint of both statistics, where they are there."""
-    both = {"stats": stats, "retain": retain}
-    return {
-        role: {"path": path_text(found.path), "fingerprint": found.fingerprint()}
-        for role, found in both.items()
-        if found is not None
-    }
+def described_stats(
+    stats: Stats | None, retain: Stats | None, known: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, str]]:
+    """Path and fingerprint of both statistics, where they are there; ``known`` inputs say which will not be kept."""
+    facts = {}
+    for role, found in (("stats", stats), ("retain", retain)):
+        if found is not None:
+            kept = known.get(role, {}).get("path") != NOT_KEPT
+            path = path_text(found.path) if kept else NOT_KEPT
+            facts[role] = {"path": path, "fingerprint": found.fingerprint()}
+    return facts
 
 
 @dataclass

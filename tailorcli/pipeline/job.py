@@ -60,7 +60,7 @@ from tailorcli.pipeline.plan import JobPlan, Step
 from tailorcli.pipeline.ranks import Fleet, RankPlan
 from tailorcli.pipeline.sides import BASE, TUNED, Side
 from tailorcli.pipeline.trial import Rates, calibrating, distilling, measure, patching, picking
-from tailorcli.runs.again import NEW, RETAINED
+from tailorcli.runs.again import NEW, NOT_KEPT, RETAINED
 from tailorcli.runs.outputs import Target, free_bytes, identity_of
 from tailorcli.runs.plan import RUNTIME_BYTES, Plan
 from tailorcli.units import counted, format_bytes
@@ -562,13 +562,18 @@ class _Job:
                 say(f"{_WHOSE[side.name]}: {side.calibrate(progress, say)}")
                 stages[f"calibrate {side.name}"] = perf_counter() - begun
 
+    @property
+    def _passing(self) -> dict[str, dict[str, str]]:
+        """The statistics that will not be kept, as a report names them."""
+        return {} if self.keep_stats is not None else {role: {"path": NOT_KEPT} for role in ("stats", "retain")}
+
     def patch(self, progress: bool, tell: Callable[[str], None] | None) -> PatchReport:
         """The last step, with the statistics that are there now."""
         stats, retain = self.sides[0].folder, self.sides[1].folder if self.retained else None
         common: dict[str, Any] = {
             "progress": progress,
             "patch_file": self.target.patch_file,
-            "made_of": self.sources,
+            "made_of": self.sources | self._passing,
             "graft_data": self.graft_data,
         }
         pair = (self.base, self.tuned, self.target.folder)

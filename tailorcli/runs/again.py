@@ -36,6 +36,7 @@ _DATA = "--graft-data"
 _DRAWN = ("num_samples", "seq_len", "seed", "dtype", "text_column", "prompt_column", "response_column")
 # What the statistics of a whole job were made of, as its report names it, and what stands there for no file.
 NEW, RETAINED, SELF_WRITTEN = "new data", "retain data", "written by the model itself"
+NOT_KEPT = "measured for this patch and not kept"  # stands for the folder of statistics that goes at the end
 
 
 def patch_command(

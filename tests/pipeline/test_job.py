@@ -491,3 +491,19 @@ def test_retained_data_without_the_named_columns_has_the_usual_names(pair, tmp_p
     run("patch", pair / "base", pair / "tuned", *same)
     for name, value in read_tensors(tmp_path / "same").items():
         assert read_tensors(tmp_path / "out")[name].equal(value)
+
+
+def test_a_report_names_no_folder_of_statistics_that_goes_at_the_end(pair, tmp_path):
+    training = ("--distill", "--distill-steps", 2)
+    for name, more in (("gone", ()), ("there", ("--keep-stats", tmp_path / "kept"))):
+        patch(pair, *training, *more, "-o", tmp_path / name, "--patch-file", tmp_path / f"{name}.safetensors")
+    gone, there = (report_of(tmp_path / name)["inputs"] for name in ("gone", "there"))
+    for role, folder in (("stats", "tuned"), ("retain", "base")):
+        assert gone[role]["path"] == "measured for this patch and not kept"
+        assert there[role] == {"path": str(tmp_path / "kept" / folder), "fingerprint": gone[role]["fingerprint"]}
+    with PatchFile.open(tmp_path / "gone.safetensors") as file:
+        assert file.manifest.inputs["stats"] == gone["stats"]
+    before = folder_digest(tmp_path / "gone")
+    patch(pair, *training, "-o", tmp_path / "gone", "--resume")  # whose statistics are not there to compare
+    assert folder_digest(tmp_path / "gone") == before
+    assert "measured for" not in (tmp_path / "gone" / "README.md").read_text()
