@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tailorcli.data.formats import EXTRA, without_nulls
-from tailorcli.data.sources import Source
+from tailorcli.data.sources import Source, is_dataset
 from tailorcli.errors import DataError, first_line
 from tailorcli.files import digest_of, file_digest
 
@@ -23,6 +23,14 @@ def parse_dataset(name: str) -> tuple[str, str | None, str | None]:
         return repository, None, parts[0]
     config, split = [*parts, "", ""][:2]
     return repository, config or None, split or None
+
+
+def dataset_id(name: str) -> str | None:
+    """The repository, ORG/NAME, of the dataset of the Hub that ``name`` stands for; None of anything else."""
+    if not is_dataset(name):
+        return None
+    repository = parse_dataset(name)[0]
+    return repository if "/" in repository and not Path(repository).exists() else None
 
 
 def _before_slice(name: str) -> list[str]:

@@ -20,11 +20,13 @@ from tailorcli.patchfile.report import REPORT_FILE, RUN_FILE, PatchReport, load_
 from tailorcli.runs.record import load_run
 from tailorcli.typed import list_of, read_text
 
+FINETUNE_FILE = "finetune.json"  # as training.outcome writes it
 KINDS = {
     "stats": "statistics for calibrated patching",
     "report": "report of a run",
     "patch": "patch file",
     "patched": "checkpoint patched by tailorcli",
+    "fine-tuned": "checkpoint fine-tuned by tailorcli",
     "checkpoint": "checkpoint",
     "unfinished": "unfinished output of tailorcli",
 }
@@ -39,7 +41,7 @@ class Inspection:
     facts: dict[str, Any]
     report: PatchReport | None = None  # of a report, a patch file or a patched checkpoint
     hessians: dict[str, dict[str, Any]] = field(default_factory=dict)  # of statistics
-    tensors: list[dict[str, Any]] = field(default_factory=list)  # of a plain checkpoint
+    tensors: list[dict[str, Any]] = field(default_factory=list)  # of a checkpoint that is not patched
     uncalibrated: dict[str, str] = field(default_factory=dict)  # of statistics
     notes: dict[str, str] = field(default_factory=dict)  # of statistics, by tensor
 
@@ -76,11 +78,36 @@ def inspect_path(path: PathLike) -> Inspection:
                 facts["seconds of work"] = round(load_run(target).seconds, 1)
         return _inspect_report(target, target / REPORT_FILE, "patched", facts)
     with Checkpoint.open(target) as checkpoint:
-        tensors = [
+        tensors: list[dict[str, Any]] = [
             {"name": info.name, "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes}
             for info in checkpoint.tensors.values()
         ]
-    return Inspection(str(target), "checkpoint", _checkpoint_facts(target), tensors=tensors)
+    facts = _checkpoint_facts(target)
+    if not (target / FINETUNE_FILE).is_file():
+        return Inspection(str(target), "checkpoint", facts, tensors=tensors)
+    trained, changes = _of_finetune(target / FINETUNE_FILE)
+    return Inspection(
+        str(target), "fine-tuned", facts | trained, tensors=[each | changes.get(each["name"], {}) for each in tensors]
+    )
+
+
+def _of_finetune(file: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What a fine-tune's report says of the whole, and of each tensor. Raises OutputError."""
+    from tailorcli.training.outcome import FinetuneReport
+
+    report = FinetuneReport.read(file)
+    facts: dict[str, Any] = {
+        "base": report.base,
+        "method": report.method,
+        "steps": report.steps,
+        "records": report.examples,
+        "tokens": report.tokens,
+        "tokens learnt": report.learnt_tokens,
+    }
+    if report.losses:
+        facts |= {"loss at first": report.losses[0][1], "loss at last": report.losses[-1][1]}
+    facts |= {"share moved": report.moved / max(report.numel, 1), "drift": report.drift}
+    return facts, {each.name: {"moved": each.share, "drift": each.drift} for each in report.tensors}
 
 
 def _inspect_patch(file: Path) -> Inspection:

@@ -175,11 +175,13 @@ def _hessian_table(hessians: dict[str, dict[str, Any]]) -> Table:
 
 
 def _plain_table(tensors: list[dict[str, Any]]) -> Table:
-    table = new_table("tensors", "tensor", ("dtype", "shape", "bytes"), left=("dtype",))
     found = {tensor["name"]: tensor for tensor in tensors}
+    changes = ("moved", "drift") if any("moved" in tensor for tensor in tensors) else ()  # of a fine-tune
+    table = new_table("tensors", "tensor", ("dtype", "shape", "bytes", *changes), left=("dtype",))
     for name, short in short_names(found).items():
         tensor = found[name]
-        table.add_row(short, tensor["dtype"], shape_text(tensor["shape"]), format_bytes(tensor["bytes"]))
+        shown = [format_share(tensor.get(name)) for name in changes]
+        table.add_row(short, tensor["dtype"], shape_text(tensor["shape"]), format_bytes(tensor["bytes"]), *shown)
     return table
 
 

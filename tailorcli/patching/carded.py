@@ -12,8 +12,7 @@ from tailorcli.adapters.interpolated import original
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import BASE_CARD, CARD, TUNED_CARD, Checkpoint
 from tailorcli.checkpoint.quantized import config_of_output
-from tailorcli.data.hub import parse_dataset
-from tailorcli.data.sources import is_dataset
+from tailorcli.data.hub import dataset_id
 from tailorcli.errors import CheckpointError
 from tailorcli.files import read_json
 from tailorcli.options import DistillOptions, PatchOptions, options_in_report
@@ -23,7 +22,6 @@ from tailorcli.runs.again import NEW, RETAINED, SELF_WRITTEN, patch_command
 from tailorcli.runs.card import (
     CardText,
     Source,
-    as_id,
     patch_text,
     plain_name,
     trained_in_words,
@@ -151,9 +149,7 @@ def _dataset_of(stats: Stats | None) -> tuple[str, ...]:
     """The dataset of the Hub on which statistics were made; nothing where it was a file, or the model's own samples."""
     data = {} if stats is None else stats.manifest.get("data")
     name = data.get("file") if isinstance(data, dict) else None
-    if not isinstance(name, str) or not is_dataset(name):
-        return ()
-    found = as_id(parse_dataset(name)[0])
+    found = dataset_id(name) if isinstance(name, str) else None
     return () if found is None else (found,)
 
 

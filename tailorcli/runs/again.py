@@ -31,6 +31,11 @@ _VALUES = (
 _FLAGS = ("check_propagation", "allow_dtype_mismatch", "resized_vocab", "trust_remote_code")
 _SCORED = ("density", "omega", "score", "retain_weight", "damping", "include", "exclude")  # what ``score`` takes
 _SCORED_FLAGS = ("allow_dtype_mismatch", "resized_vocab")
+_TUNED = (  # what ``finetune`` takes
+    *("method", "update_ratio", "accumulate", "strength", "round_steps", "trainable", "last_layers", "epochs", "steps"),
+    *("learning_rate", "batch_size", "gradient_accumulation", "seq_len", "warmup", "weight_decay", "seed", "dtype"),
+    *("text_column", "prompt_column", "response_column"),
+)
 _DATA = "--graft-data"
 # How the data of a whole job were drawn and run, as its report says it of them.
 _DRAWN = ("num_samples", "seq_len", "seed", "dtype", "text_column", "prompt_column", "response_column")
@@ -113,6 +118,17 @@ def merge_command(
     if distilled is not None and "samples" in inputs:
         words += ["--retain", inputs["samples"]]
     return [*words, *_training(distilled), "-o", output]
+
+
+def finetune_command(
+    options: Mapping[str, Any], defaults: Mapping[str, Any], inputs: Mapping[str, str], output: str = "OUT"
+) -> list[str]:
+    """The words of ``tailorcli finetune`` with these options and inputs (base, data, importance, training_args)."""
+    words = ["tailorcli", "finetune", inputs["base"]]
+    for role in ("data", "importance", "training_args"):
+        words += [_flag(role), inputs[role]] if role in inputs else []
+    words += _given(options, defaults, _TUNED)
+    return [*words, *(["--trust-remote-code"] if options.get("trust_remote_code") else []), "-o", output]
 
 
 def _training(distilled: Mapping[str, Any] | None) -> list[str]:

@@ -117,6 +117,8 @@ class CardText:
     license: str | None = None
     merged: bool = False
     datasets: tuple[str, ...] = ()  # ids on the Hub of what it was fitted on
+    tags: tuple[str, ...] = ("model-tailor",)  # behind tailorcli's own
+    report: str = REPORT_FILE
 
     def front(self) -> dict[str, Any]:
         """The metadata: the licence is the one given, else the fine-tuned model's, else the base's."""
@@ -140,7 +142,7 @@ class CardText:
             "base_model_relation": relation if ids else None,
             "datasets": list(dict.fromkeys(data)) or None,
             "library_name": "transformers",
-            "tags": ["tailorcli", "model-tailor", *(["merge"] if relation == "merge" else [])],
+            "tags": ["tailorcli", *self.tags, *(["merge"] if relation == "merge" else [])],
             **facts,
         }
 
@@ -153,7 +155,7 @@ class CardText:
         cards = {TUNED_CARD: "the fine-tuned model's own card", BASE_CARD: "the base's own card"}
         links = [f"- [{cards[name]}]({name})" for name in cards if name in kept]
         differing = self._licences()
-        links.append(f"- `{REPORT_FILE}`: what was done to every tensor; `tailorcli inspect` shows it")
+        links.append(f"- `{self.report}`: what was done to every tensor; `tailorcli inspect` shows it")
         return "\n".join(
             [
                 *("---", front.to_yaml().strip(), "---", _MARK, ""),
@@ -161,7 +163,7 @@ class CardText:
                 *(BEGIN, END, ""),
                 *("## How it was made", "", "| setting | value |", "| --- | --- |", *settings, ""),
                 *("```sh", shell_text(list(self.command)), "```", ""),
-                *("It loads with `from_pretrained`, as the fine-tuned model does.", ""),
+                *(f"It loads with `from_pretrained`, as the {'fine-tuned model' if self.tuned else 'base'} does.", ""),
                 *((differing, "") if differing else ()),
                 *("## Beside it", "", *links, ""),
             ]

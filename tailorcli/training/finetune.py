@@ -46,10 +46,11 @@ from tailorcli.models.running import check_ids
 from tailorcli.models.skeleton import run_dtype
 from tailorcli.options import matches
 from tailorcli.system import peak_memory
+from tailorcli.training.carded import Given, side_files_of
 from tailorcli.training.choice import choose, named_parameters, trained_numel
 from tailorcli.training.examples import Examples, encode_examples
 from tailorcli.training.importance import Importance, ImportanceError
-from tailorcli.training.outcome import FinetunePlan, FinetuneReport, memory_of, write_outcome
+from tailorcli.training.outcome import REPORT, FinetunePlan, FinetuneReport, memory_of, write_outcome
 from tailorcli.training.probe import open_plain
 from tailorcli.training.settings import OWN_ARGUMENTS, PUBLISHING, REFUSED_ARGUMENTS, FinetuneOptions
 
@@ -59,7 +60,6 @@ if TYPE_CHECKING:
 SUFFIX = ".finetune"  # of the folder beside the output that an interrupted run goes on from
 IDENTITY, FINAL, FACTS = "run.json", "final", "facts.json"
 COMPLETE = "complete"  # in the folder of a state: all of it is there
-REPORT = "finetune.json"  # in the output
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def finetune_model(
     work = work_of(folder)
     with ExitStack() as stack:
         job = _open(base, data, options, importance, training_args, stack)
-        options = job.options
+        asked, options, given = options, job.options, Given(data, importance, training_args)
         identity = job.identity()
         main = is_main_process()
         if main:
@@ -144,7 +144,8 @@ def finetune_model(
             return None
         watch.require_unchanged()
         with timer.stage("write"):
-            report = write_outcome(job.base, job.config, options, work / FINAL, folder, identity, facts, REPORT)
+            side = side_files_of(job.base, asked, given, facts)
+            report = write_outcome(job.base, job.config, options, work / FINAL, folder, identity, facts, side)
         stages = dict(timer.seconds)
         shutil.rmtree(work, ignore_errors=True)
         return report.timed(perf_counter() - started, stages)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from tailorcli.checkpoint.folder import BASE_CARD, CARD, Checkpoint, side_files
+from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES
 from tailorcli.checkpoint.layout import plan_layout
 from tailorcli.checkpoint.writer import CheckpointWriter
@@ -23,6 +23,9 @@ from tailorcli.typed import field_of, list_of, maybe, read_amount, read_count, r
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+REPORT = "finetune.json"  # in the output
 
 
 @dataclass(frozen=True)
@@ -168,15 +171,12 @@ def write_outcome(
     output: Path,
     identity: dict[str, Any],
     facts: Mapping[str, Any],
-    report_file: str,
+    side: Mapping[str, Path | bytes],
 ) -> FinetuneReport:
-    """Write the model saved in ``trained`` as ``output``: the base's names, dtypes, shards and side files.
+    """Write the model saved in ``trained`` as ``output``: the base's names, dtypes and shards, and ``side`` files.
 
     Raises NumericalError for values that are no numbers.
     """
-    side: dict[str, Path | bytes] = {place.as_posix(): base.path / place for place in side_files(base.path)}
-    if CARD in side:  # it tells of the base, and of what that was made from
-        side[BASE_CARD] = side.pop(CARD)
     with Checkpoint.open(trained) as saved, OutputLock(output, folder=True):
         source = _sources(base, aligned(base, saved), config, options, set(facts["trained"]))
         with CheckpointWriter(output, plan_layout(base, None), identity, resume=True) as writer:
@@ -197,7 +197,7 @@ def write_outcome(
                 identity=identity,
                 seconds=facts["seconds"],
             )
-            writer.finish(side, {report_file: json.dumps(report.to_dict(), indent=1) + "\n"})
+            writer.finish(side, {REPORT: json.dumps(report.to_dict(), indent=1) + "\n"})
     return report
 
 

@@ -1,6 +1,8 @@
 """What ``finetune`` must not do to a base or to its user: the cases that went wrong once."""
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,9 +16,13 @@ from helpers import bits, interrupted_when_saved, make_model, make_pair, read_te
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from tailorcli import Checkpoint
 from tailorcli.errors import OptionsError
+from tailorcli.runs.card import is_ours
 from tailorcli.training import SparseTuning
+from tailorcli.training.carded import Given, side_files_of
 from tailorcli.training.finetune import SUFFIX
+from tailorcli.training.settings import FinetuneOptions
 
 FAST = ("--steps", 4, "--batch-size", 4, "--learning-rate", 1e-2)
 
@@ -166,12 +172,64 @@ def test_a_trainer_that_makes_its_model_anew_is_refused(pair, tmp_path):
         SparseTuning("half").attach(trainer)
 
 
+def test_the_card_says_what_was_done_and_how_to_do_it_again(tmp_path):
+    pair = make_pair(tmp_path / "pair")
+    run("probe", pair / "base", "--num-samples", "2", "--seq-len", "8", "-o", tmp_path / "importance")
+    how = ("--method", "dowser", "--update-ratio", "0.2", "--steps", "2", "--seq-len", "16", "--learning-rate", "0.01")
+    given = ("--data", pair / "data.jsonl", "--importance", tmp_path / "importance", *how)
+    run("finetune", pair / "base", *given, "-o", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert is_ours(card.encode())
+    assert "This model is `base` after fine-tuning on `data.jsonl`. Of each layer the 20% of the entries" in card
+    report = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert f"40 records of data.jsonl, {report['learnt_tokens']} of {report['tokens']} tokens learnt" in card
+    _, *words = shlex.split(card.split("```sh\n")[1].split("```")[0].replace("\\\n", ""))
+    paths = {"base": pair / "base", "data.jsonl": pair / "data.jsonl", "importance": tmp_path / "importance"}
+    run(*(str(paths.get(word, word)) for word in words[:-1]), tmp_path / "again")
+    assert read_tensors(tmp_path / "again").keys() == read_tensors(tmp_path / "out").keys()
+    for name, value in read_tensors(tmp_path / "again").items():
+        assert value.equal(read_tensors(tmp_path / "out")[name])
+
+
+def test_a_dataset_of_the_hub_is_named_in_front(pair):
+    facts = {"steps": 1, "examples": 2, "tokens": 3, "learnt_tokens": 3}
+    with Checkpoint.open(pair / "base") as base:
+        for data, front, command in (
+            ("org/data:train", "datasets:\n- org/data\n", "--data org/data:train"),
+            ("-", "", "--data -"),
+            (pair / "data.jsonl", "", "--data data.jsonl"),
+        ):
+            card = bytes(side_files_of(base, FinetuneOptions(trainable=("*mlp*",)), Given(data), facts)["README.md"])
+            assert front.encode() in card
+            assert (b"datasets" in card) == bool(front)
+            assert f"tailorcli finetune base {command} --trainable '*mlp*' -o OUT".encode() in card
+
+
+def test_inspect_shows_what_was_trained(pair, tmp_path):
+    finetune(pair, tmp_path / "out", "--trainable", "*up_proj*")
+    shown = json.loads(run("inspect", tmp_path / "out", "--json", "--html", tmp_path / "page.html").stdout)
+    report = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert shown["kind"] == "fine-tuned"
+    assert shown["facts"]["share moved"] == report["moved"] / report["numel"]
+    assert [shown["facts"][f"loss at {end}"] for end in ("first", "last")] == [
+        report["losses"][0][1],
+        report["losses"][-1][1],
+    ]
+    moved = {each["name"]: each["moved"] for each in shown["tensors"]}
+    assert {name for name, share in moved.items() if share > 0} == {name for name in moved if "up_proj" in name}
+    assert "fine-tuned by the method full for 4 steps" in (tmp_path / "page.html").read_text()
+    words = run("inspect", tmp_path / "out", "--tensors").stdout
+    assert re.search(r"0\.mlp\.up_proj +F32 +48×32 +6\.1 kB +100\.0% +\d", words)
+
+
 def test_the_card_of_the_base_is_not_that_of_what_was_trained(tmp_path):
     pair = make_pair(tmp_path / "pair")
     card = "---\nbase_model: some/ancestor\nlicense: mit\n---\n# The base\n"
     (pair / "base" / "README.md").write_text(card)
     finetune(pair, tmp_path / "out")
-    assert not (tmp_path / "out" / "README.md").exists()
+    own = (tmp_path / "out" / "README.md").read_text()
+    assert "license: mit" in own
+    assert "ancestor" not in own
     assert (tmp_path / "out" / "BASE_README.md").read_text() == card
     run("patch", pair / "base", tmp_path / "out", "--method", "changed", "-o", tmp_path / "patched")
     said = (tmp_path / "patched" / "README.md").read_text()

@@ -125,12 +125,15 @@ def _counted(reasons: Iterable[str]) -> dict[str, str]:
     return {reason: counted(count, "tensor") for reason, count in found.items()}
 
 
+_TRAINED = "It was fine-tuned by the method {method} for {steps:,} steps: {share moved:.1%} of the weights moved."
+
+
 def _of_checkpoint(inspection: Inspection) -> tuple[list[str], list[Tile], list[Section]]:
     facts, tensors = inspection.facts, inspection.tensors
     dtypes = ", ".join(facts["dtypes"])
     said = [
         f"{facts['architecture']}: {facts['parameters']:,} weights in {counted(facts['tensors'], 'tensor')}, {dtypes}.",
-        "It holds no report of a patch by tailorcli.",
+        _TRAINED.format(**facts) if inspection.kind == "fine-tuned" else "It holds no report of a patch by tailorcli.",
     ]
     tiles = [Tile(f"{facts['tensors']:,}", "tensors"), Tile(format_bytes(facts["bytes"]), dtypes)]
 
@@ -144,10 +147,13 @@ def _of_checkpoint(inspection: Inspection) -> tuple[list[str], list[Tile], list[
     kind_of = {t["name"]: kind for kind, group in kinds.items() for t in group}
     by_name = {t["name"]: t for t in tensors}
     columns = [("tensor", "name"), ("kind", "text"), ("dtype", "text"), ("shape", "text"), ("weights", "count")]
-    table = [
+    table: list[list[Any]] = [
         [names[n], kind_of[n], by_name[n]["dtype"], " × ".join(map(str, by_name[n]["shape"])), numel(by_name[n])]
         for n in names
     ]
+    if inspection.kind == "fine-tuned":
+        columns += [("moved", "percent"), ("drift", "percent")]
+        table = [[*row, by_name[n].get("moved"), by_name[n].get("drift")] for row, n in zip(table, names, strict=True)]
     return (
         said,
         tiles,
