@@ -65,7 +65,7 @@ def test_every_method_writes_a_checkpoint_and_its_report(pair, tmp_path, method)
     assert report["drift"] == pytest.approx((change / size) ** 0.5)
     assert "moved" in shown
     assert not (tmp_path / f"out{SUFFIX}").exists()
-    files = {file.name for file in (pair / "base").iterdir()} | {"finetune.json"}
+    files = {file.name for file in (pair / "base").iterdir()} | {"finetune.json", "README.md"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == files
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
