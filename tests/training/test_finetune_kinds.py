@@ -146,7 +146,9 @@ def test_a_fused_optimiser_with_scaled_gradients_does_the_same(method, clipped):
 def test_batch_norms_that_are_frozen_stay_as_they_are():
     model = make_model()
     model.seen = nn.BatchNorm1d(4)
-    tuning = SparseTuning("full", trainable="model.layers.*")
+    model.trained = nn.Module()
+    model.trained._orig_mod = nn.BatchNorm1d(4)  # as torch.compile names it
+    tuning = SparseTuning("full", trainable=["model.layers.*", "trained.*"])
     tuning.attach(SimpleNamespace(model=model, add_callback=lambda _: None))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     given = {"optimizer": optimizer, "model": model}
@@ -154,6 +156,7 @@ def test_batch_norms_that_are_frozen_stay_as_they_are():
     model.train()
     assert model.model.layers[0].training
     assert not model.seen.training
+    assert model.trained._orig_mod.training
     tuning.on_train_end(None, None, None)
     model.train()
     assert model.seen.training

@@ -1,7 +1,9 @@
 """Sparse fine-tuning on Trainers of transformers and trl: what is frozen stays the base's, bit for bit."""
 
 import gc
+from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +95,81 @@ def test_masked_decay_is_what_the_optimiser_does_to_the_trained_entries(base, im
         assert all(bits(sparse[name]) == bits(full[name]) for name in full)
 
 
+def hooked(model, tuning, kind, **how):
+    """An optimiser in whose steps a tuning takes part, without a Trainer."""
+    tuning.attach(SimpleNamespace(model=model, add_callback=lambda _: None))
+    optimizer = kind([parameter for parameter in model.parameters() if parameter.requires_grad], **how)
+    begun = SimpleNamespace(global_step=0)
+    tuning.on_train_begin(SimpleNamespace(), begun, None, optimizer=optimizer, model=model)
+    return optimizer
+
+
+def stepped(model, optimizer, seed, scale=1.0, skipped=False):
+    """Drawn gradients of what is trained, with which the optimiser takes a step; it has them times ``scale``."""
+    generator = torch.Generator().manual_seed(seed)
+    given = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            given[name] = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = given[name] * scale
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(float(skipped))
+    optimizer.step()
+    return given
+
+
+KNOWS_DECOUPLED = "decoupled_weight_decay" in signature(torch.optim.Adam).parameters
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "expected"),
+    [
+        (torch.optim.SGD, {}, lambda w, g: w - 0.1 * (g + 0.5 * w)),
+        pytest.param(
+            *(torch.optim.Adam, {"decoupled_weight_decay": True}, lambda w, g: (1 - 0.1 * 0.5) * w - 0.1 * g.sign()),
+            marks=pytest.mark.skipif(not KNOWS_DECOUPLED, reason="of later versions of torch"),
+        ),
+    ],
+    ids=["coupled", "decoupled"],
+)
+def test_decay_does_not_depend_on_the_scale_of_the_gradients(base, importance, kind, more, expected):
+    """One step of rate 0.1 and decay 0.5, by hand; Adam's first step is the rate in the gradient's direction."""
+    model = load(base)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    tuning = SparseTuning("dowser", importance=importance, update_ratio=0.2)
+    optimizer = hooked(model, tuning, kind, lr=0.1, weight_decay=0.5, fused=True, **more)
+    gradients = stepped(model, optimizer, 0, scale=1024.0)
+    assert gradients
+    after = dict(model.named_parameters())
+    for name, gradient in gradients.items():
+        mask = least_important(Importance.open(importance).read(name), 0.2)
+        wanted = torch.where(mask, expected(before[name].double(), gradient.double()), before[name].double())
+        torch.testing.assert_close(after[name].detach().double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "momentum"),
+    [("spider", {}, 0.85), ("spider", {"accumulate": "sum"}, 1.0), ("l2", {"strength": 0.5}, None)],
+)
+def test_a_scale_that_changes_and_a_step_that_is_skipped(base, method, more, momentum):
+    model, tuning = load(base), SparseTuning(method, **more)
+    start = {name: value.detach().clone().double() for name, value in model.named_parameters()}
+    optimizer = hooked(model, tuning, torch.optim.SGD, lr=0.1, fused=True)
+    first, second = (stepped(model, optimizer, seed, scale).copy() for seed, scale in ((0, 1024.0), (1, 64.0)))
+    after = {name: value.detach().clone() for name, value in model.named_parameters()}
+    sofar = {name: value.clone() for name, value in tuning._sofar.items()}
+    stepped(model, optimizer, 2, skipped=True)
+    assert all(bits(after[name]) == bits(value.detach()) for name, value in model.named_parameters())
+    assert all(bits(sofar[name]) == bits(value) for name, value in tuning._sofar.items())
+    for name in first:
+        g, h = first[name].double(), second[name].double()
+        if method == "spider":
+            torch.testing.assert_close(sofar[name].double(), momentum * g + h, rtol=1e-5, atol=1e-6)
+        else:  # the pull is 2 * 0.5 * (W - W_base), which is nothing in the first step
+            once = start[name] - 0.1 * g
+            wanted = once - 0.1 * (h + once - start[name])
+            torch.testing.assert_close(after[name].double(), wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_spider_on_a_trainer_is_algorithm_1(base, tmp_path):
     """Five steps of plain gradient descent, by hand with the same equations in float64."""
     more = {"max_steps": 5, "optim": "sgd", "weight_decay": 0.0, "learning_rate": 0.5, "max_grad_norm": 0.0}
@@ -138,6 +215,17 @@ def test_half_draws_anew_in_every_round(base, tmp_path):
     before, after = train(base, tmp_path, SparseTuning("half"), max_steps=12)
     moved = {name for name, share in shares(before, after).items() if share}
     assert moved == set(before) - set(FROZEN)
+
+
+def test_half_draws_by_its_seed(base):
+    found = []
+    for seed in (0, 0, 1, 2):
+        model = load(base)
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        stepped(model, hooked(model, SparseTuning("half", seed=seed), torch.optim.SGD, lr=0.1, fused=True), 0)
+        found.append({name for name, value in model.named_parameters() if not torch.equal(value, before[name])})
+    assert found[0] == found[1]
+    assert found[1] != found[2] != found[3]
 
 
 def test_l2_stays_nearer_to_the_base_than_full(base, tmp_path):
@@ -195,6 +283,12 @@ def test_optimisers_that_move_weights_outside_of_their_steps_are_refused(base, i
     with pytest.raises(OptionsError, match=f"optim {optim} moves weights"):
         SparseTuning("dowser", importance=importance).attach(trainer)
     SparseTuning("full").attach(trainer)
+
+
+@pytest.mark.parametrize(("more", "said"), [({"is_deepspeed_enabled": True}, "DeepSpeed"), ({"model_init": 1}, "anew")])
+def test_trainers_that_hold_other_weights_are_refused(more, said):
+    with pytest.raises(OptionsError, match=said):
+        SparseTuning("full").attach(SimpleNamespace(model=make_model(), **more))
 
 
 def test_a_head_that_the_probed_base_lacks_is_not_left_at_random(base, importance, tmp_path):
