@@ -2,6 +2,8 @@
 
 import copy
 import math
+from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,13 +12,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tailorcli.core.distillation import adam_step_, divergence, kept_accuracy, rate_at
-from tailorcli.errors import TailorError
+from tailorcli.errors import CheckpointError, DataError, NumericalError, TailorError
 from tailorcli.models.places import Place
 from tailorcli.options import DistillOptions
 from tailorcli.training.activations import blocks_of, checkpointed
-from tailorcli.training.distill import NEW, RETAINED, Material, before_response, distill, mean_of, step_losses
+from tailorcli.training.distill import (
+    NEW,
+    RETAINED,
+    Material,
+    before_response,
+    distill,
+    kept_shares,
+    mean_of,
+    step_losses,
+)
 from tailorcli.training.entries import Trained, entries_of, positions_in
-from tailorcli.training.teachers import Teacher, check_head, hidden_states, loss, predicted, teach
+from tailorcli.training.teachers import (
+    Teacher,
+    check_head,
+    hidden_states,
+    loss,
+    predicted,
+    require_known_logits,
+    teach,
+)
 
 CPU = torch.device("cpu")
 
@@ -141,6 +160,10 @@ def test_the_loss_is_the_mean_over_predicted_tokens_however_it_is_cut(monkeypatc
         monkeypatch.setattr("tailorcli.training.teachers.CPU_LOGITS_BYTES", nbytes)
         found = float(loss(base, teacher, batch, states, predicted(batch, ()), grad=False).detach())
         assert found == pytest.approx(expected, rel=1e-4)
+    wanted = torch.rand(3, 12, generator=torch.Generator().manual_seed(0)) < 0.4
+    expected = float((p.exp() * (p - q)).sum(-1)[wanted].mean())
+    for grad in (False, True):
+        assert float(loss(base, teacher, batch, states, wanted, grad).detach()) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
@@ -209,6 +232,93 @@ def test_what_ends_an_answer_counts():
     assert found.counted([0, 1], (9,)).tolist() == [[False, False, True, True, True], [False] * 5]
     ended = Material(data, Teacher([], None, [7]), [], [])
     assert ended.counted([0], ()).tolist() == [[True, True, True, True, False]]  # behind the end comes nothing
+
+
+def test_a_tenth_is_held_out_and_the_rest_comes_in_a_new_order_each_time_round():
+    def split(count, **how):
+        return Material.split(samples(count), Teacher([], None), DistillOptions(batch_size=1, **how))
+
+    def held(material):
+        return sorted(place for batch in material.held for place in batch)
+
+    for count, wanted in ((2, 1), (4, 1), (20, 2), (30, 3)):
+        found = split(count)
+        trained = [place for step in found.train for batch in step for place in batch]
+        assert len(held(found)) == wanted
+        assert sorted([*held(found), *trained]) == list(range(count))
+    assert len({tuple(held(split(20, seed=seed))) for seed in range(4)}) > 1
+    found = split(20)
+    rounds = [[found.batches(18 * turn + step, seed) for step in range(18)] for seed in (0, 1) for turn in (0, 1)]
+    assert all(sorted(one) == sorted(found.train) for one in rounds)
+    assert all(one != other for one, other in combinations(rounds, 2))
+    with pytest.raises(DataError, match="two samples"):
+        split(1)
+
+
+def test_what_is_held_out_weighs_by_its_tokens_and_a_teacher_keeps_all_of_itself():
+    base, tuned = make_model().eval(), perturb(make_model(), scale=0.1).eval()
+    data = [sample for length in (4, 9) for sample in samples(1, length, seed=length)]
+    tuned.generation_config.eos_token_id = 98
+    teacher = teach(tuned, data, CPU, lambda _: None)
+    material = Material(data, teacher, [], [[0], [1]])
+    with torch.no_grad():
+        logits = [[network(**sample).logits[0] for network in (tuned, base)] for sample in data]
+    expected = torch.cat([divergence(*pair) for pair in logits]).mean()  # of 13 tokens
+    assert material.held_out_loss(base, (), CPU) == pytest.approx(float(expected), rel=1e-4)
+    kept, whole = (sum(float(kept_accuracy(*pair)[part]) for pair in logits) for part in (0, 1))
+    assert material.kept_share(base, (), CPU) == pytest.approx(kept / whole, rel=1e-5)
+    assert kept < 0.999 * whole
+    assert material.kept_share(tuned, (), CPU) == pytest.approx(1.0)
+    assert [*teacher.ends] == [98]
+    with torch.no_grad():
+        tuned.lm_head.weight.zero_()  # the teacher stays what it was, whatever becomes of its network
+    torch.testing.assert_close(teacher.head(teacher.states[0]), logits[0][0])
+
+
+class Recorded:
+    """Entries whose only value is the number of the steps that they took."""
+
+    def __init__(self):
+        self.network, self.entries, self.rates, self.left = make_model(), [], [], None
+
+    def step(self, number, rate):
+        self.rates.append(rate)
+        assert number == len(self.rates)
+
+    def values(self):
+        return {"steps": len(self.rates)}
+
+    def set_values(self, values):
+        self.left = values["steps"]
+
+
+def test_the_course_of_a_run(monkeypatch):
+    """Two of 40 steps of warming up, an evaluation every second, the end five evaluations after the best."""
+    seen = iter([([1.0], 1.0), ([2.0], 0.5), ([1.0], 0.9), *[([5.0], 5.0)] * 4])  # new + 3 * retained: 4, 3.5, 3.7, 20
+    each = SimpleNamespace(share=1.0, most_tokens=1)
+    by_number = lambda *given: {NEW: given[-1] + 0.0, RETAINED: 2.0 * given[-1]}  # noqa: E731
+    monkeypatch.setattr("tailorcli.training.distill.step_losses", by_number)
+    monkeypatch.setattr("tailorcli.training.distill.held_out", lambda *_: next(seen))
+    trained = Recorded()
+    found = distill(trained, {NEW: each, RETAINED: each}, DistillOptions(steps=40, rate=0.5, weight=3.0), CPU)
+    assert (found.steps, found.best, trained.left) == ([0, 2, 4, 6, 8, 10, 12], 2, 2)
+    assert trained.rates == pytest.approx([0.25, 0.5, *(0.5 * (41 - step) / 39 for step in range(3, 13))])
+    assert found.trained_new == [0.5, 2.5, 4.5, 6.5, 8.5, 10.5]
+    assert found.trained_retained == [1.0, 5.0, 9.0, 13.0, 17.0, 21.0]
+
+
+def test_a_loss_that_is_no_number_ends_a_run(monkeypatch):
+    each = SimpleNamespace(share=1.0, most_tokens=1)
+    monkeypatch.setattr("tailorcli.training.distill.step_losses", lambda *_: {NEW: math.inf, RETAINED: 0.0})
+    monkeypatch.setattr("tailorcli.training.distill.held_out", lambda *_: ([1.0], 1.0))
+    with pytest.raises(NumericalError, match="the new loss is inf in steps 1 to 2"):
+        distill(Recorded(), {NEW: each, RETAINED: each}, DistillOptions(steps=40), CPU)
+
+
+def test_of_several_tasks_the_least_is_told():
+    of = {f"{NEW} 1": 0.9, f"{NEW} 2": 0.6, RETAINED: 0.8}
+    materials = {kind: SimpleNamespace(kept_share=lambda *_, share=share: share) for kind, share in of.items()}
+    assert kept_shares(None, materials, (), CPU) == {"old": 0.8, "new": 0.6}
 
 
 def test_training_brings_the_patch_nearer_to_both_teachers():
@@ -311,6 +421,15 @@ def test_a_model_without_such_an_output_layer_is_refused():
         check_head(transformers.BertModel(config), {"input_ids": torch.ones(1, 4, dtype=torch.long)})
 
 
+def test_logits_that_are_not_the_models_own_are_refused():
+    wanted = torch.tensor([1.0, -2.0, 4.0])
+    require_known_logits(None, wanted + 0.03, wanted)
+    with pytest.raises(CheckpointError, match="in a way that is not known"):
+        require_known_logits(None, wanted + 0.05, wanted)
+    with pytest.raises(NumericalError, match="no numbers in float32"):
+        require_known_logits(None, wanted, wanted / 0)
+
+
 def gradients_of(network, materials, options, step=0):
     """The gradients of all entries after both losses of a step, with the losses."""
     trained = trained_of(copy.deepcopy(network), perturb(copy.deepcopy(network)))
@@ -336,6 +455,22 @@ def test_a_step_of_samples_of_many_lengths_is_their_mean_over_all_tokens():
         each = torch.cat([divergence(*pair) for pair in logits])
         assert found[kind] == pytest.approx(float(each.mean()), rel=1e-4)
     assert float(gradient.abs().max()) > 0
+
+
+def test_the_retained_samples_weigh_as_asked():
+    base = make_model("llama").eval()
+    data = samples(10)
+    of = {NEW: teach(perturb(copy.deepcopy(base)).eval(), data, CPU, lambda _: None)}
+    of |= {RETAINED: teach(base, data, CPU, lambda _: None)}
+    options = [DistillOptions(batch_size=64, weight=weight) for weight in (1e-9, 3.0)]
+    materials = {kind: Material.split(data, teacher, options[0]) for kind, teacher in of.items()}
+    light, heavy = (gradients_of(base, materials, each)[0] for each in options)
+    trained = trained_of(copy.deepcopy(base), perturb(copy.deepcopy(base)))
+    [places] = materials[RETAINED].batches(0, 0)
+    materials[RETAINED].loss(trained.network, places, (), CPU, grad=True).backward()
+    alone = torch.cat([each.gradient for each in trained.entries])
+    assert float(alone.norm()) > 0.01 * float(light.norm())
+    torch.testing.assert_close(heavy, light + 3 * alone, rtol=1e-3, atol=1e-6)
 
 
 def test_tasks_weigh_by_their_shares():
