@@ -114,6 +114,33 @@ def test_a_square_conv1d_is_told_by_the_model_not_by_the_flag(tmp_path):
     assert compare(tmp_path) == 4
 
 
+def test_a_square_linear_layer_in_a_model_with_conv1ds_is_none(tmp_path):
+    make_adapter(tmp_path, target_modules=ATTENTION)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    assert compare(tmp_path) == 4
+
+
+def test_a_change_adds_to_the_weight_that_the_adapter_brings_along(tmp_path):
+    """PEFT saves an embedding of its own under ``base_layer`` where that was resized or trained."""
+    make_adapter(tmp_path, layers=1, target_modules=ATTENTION)
+    prefix = "base_model.model." + Q.removesuffix("weight")
+    own = torch.full((32, 32), 0.5)
+    edit_tensors(tmp_path, lambda tensors: tensors | {prefix + "base_layer.weight": own})
+    with Checkpoint.open(tmp_path / "base") as base, open_tuned(tmp_path / "adapter", base) as tuned:
+        parts = load_file(tmp_path / "adapter" / WEIGHTS)
+        up, down = (parts[f"{prefix}lora_{x}.weight"] for x in "BA")
+        torch.testing.assert_close(tuned.read(Q), own + 2 * up @ down)
+
+
+def test_what_lies_under_a_wrappers_name_alone_is_taken(tmp_path):
+    make_adapter(tmp_path, layers=1, target_modules=ATTENTION)
+    norm = torch.full((32,), 0.5)
+    edit_tensors(tmp_path, lambda tensors: tensors | {"base_model.model.model.norm.modules_to_save.weight": norm})
+    with Checkpoint.open(tmp_path / "base") as base, open_tuned(tmp_path / "adapter", base) as tuned:
+        assert torch.equal(tuned.read("model.norm.weight"), norm)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_formed_tensors_are_not_rounded_to_the_base(tmp_path, dtype):
     make_adapter(tmp_path, dtype=dtype, shard="20KB", target_modules=ATTENTION)
@@ -188,6 +215,14 @@ def test_reading_bytes_of_a_formed_tensor(tmp_path):
         assert tuned.read_cost("lm_head.weight") == base.tensors["lm_head.weight"].nbytes
 
 
+def test_large_tensors_are_read_in_pieces(tmp_path, monkeypatch):
+    make_adapter(tmp_path, target_modules=ATTENTION)
+    with Checkpoint.open(tmp_path / "base") as base, open_tuned(tmp_path / "adapter", base) as tuned:
+        whole = tuned.read(Q)
+        monkeypatch.setattr("tailorcli.adapters.checkpoint._PIECE", 100)  # of 1024 entries
+        assert torch.equal(tuned.read(Q), whole)
+
+
 def test_fingerprint_knows_what_decides_the_weights(tmp_path):
     make_adapter(tmp_path, target_modules=ATTENTION)
 
@@ -207,6 +242,22 @@ def test_fingerprint_knows_what_decides_the_weights(tmp_path):
     base = read_tensors(tmp_path / "base")
     save_file({name: value * 1.01 for name, value in base.items()}, tmp_path / "base" / "model.safetensors")
     assert len({first, second, fingerprint()}) == 3
+
+
+def test_fingerprint_knows_which_rows_and_which_way_round(tmp_path):
+    make_adapter(tmp_path / "rows", target_modules=ATTENTION, trainable_token_indices=[3, 1])
+    make_adapter(tmp_path / "turned", "gpt2", target_modules=["c_proj"])
+
+    def fingerprint(folder):
+        with Checkpoint.open(folder / "base") as base, open_tuned(folder / "adapter", base) as tuned:
+            return tuned.fingerprint()
+
+    first = [fingerprint(tmp_path / which) for which in ("rows", "turned")]
+    edit_config(tmp_path / "rows", trainable_token_indices=[3, 2])
+    config = json.loads((tmp_path / "turned" / "base" / "config.json").read_text())
+    (tmp_path / "turned" / "base" / "config.json").write_text(json.dumps({**config, "model_type": "of another kind"}))
+    edit_config(tmp_path / "turned", fan_in_fan_out=False)  # the square layers are no longer those of a Conv1D
+    assert not set(first) & {fingerprint(tmp_path / which) for which in ("rows", "turned")}
 
 
 # The whole chain.
@@ -463,6 +514,12 @@ def test_tensors_that_do_not_fit(adapter, case):
     refused(adapter, adapter / "adapter", *mentions)
 
 
+def test_a_token_behind_the_last_is_refused(tmp_path):
+    make_adapter(tmp_path, layers=1, target_modules=ATTENTION, trainable_token_indices=[3, 99])
+    edit_config(tmp_path, trainable_token_indices=[3, 100])
+    refused(tmp_path, tmp_path / "adapter", "2 trainable_token_indices do not fit", "[100, 32]")
+
+
 def test_nan_in_the_adapter_stops_the_run(adapter):
     edit_tensors(adapter, lambda t: t | {P + "lora_B.weight": torch.full((32, 4), torch.nan)})
     result = run("patch", adapter / "base", adapter / "adapter", "-o", adapter / "out", *BY_SALIENCE)
@@ -498,6 +555,9 @@ def test_folders_that_are_no_whole_adapter(adapter):
 def test_an_untrained_adapter_changes_nothing(adapter):
     edit_tensors(adapter, lambda t: {n: v * (".lora_B." not in n) for n, v in t.items()})
     refused(adapter, adapter / "adapter", "untrained")
+    edit_tensors(adapter, lambda t: t | {"base_model.model.model.norm.weight": torch.full((32,), 2.0)})
+    with Checkpoint.open(adapter / "base") as base, open_tuned(adapter / "adapter", base) as tuned:
+        assert not tuned.is_untrained()  # of what is saved whole nothing tells
 
 
 def test_an_adapter_whose_scale_is_zero_changes_nothing(tmp_path):
@@ -515,6 +575,10 @@ def test_a_tied_base_has_no_place_for_an_untied_change(tmp_path):
     for i, (settings, why) in enumerate(cases):
         folder = make_adapter(tmp_path / str(i), tied=True, layers=1, **settings)
         assert "untie" in refused(folder, why)
+    config = json.loads((tmp_path / "0" / "base" / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)  # what its class says then
+    (tmp_path / "0" / "base" / "config.json").write_text(json.dumps(config))
+    assert "untie" in refused(tmp_path / "0", cases[0][1])
 
 
 def test_a_quantized_base(adapter):

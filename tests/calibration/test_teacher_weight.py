@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers import folder_digest, make_adapter, make_pair, read_tensors, refused, run, write_data
+from safetensors.torch import save_file
 
 from tailorcli import (
     CalibrateOptions,
@@ -18,6 +19,7 @@ from tailorcli import (
 from tailorcli.adapters.interpolated import InterpolatedCheckpoint
 from tailorcli.calibration.teacher import choose, choose_teacher
 from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.quantized import open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,27 @@ def test_the_view_reads_as_the_interpolated_model(pair, middle):
             view.read_into(view.tensors[name], memoryview(buffer), 4)
             assert bytes(buffer) == value.reshape(-1).numpy().tobytes()[4:12]
         assert view.fingerprint() != InterpolatedCheckpoint(base, tuned, 0.7).fingerprint()
+
+
+def test_the_view_of_tensors_of_many_kinds(tmp_path):
+    """What is wider in the base, what has another shape there, what is no weight, codes, and what scales them."""
+    codes = torch.full((2, 2), 2.0).to(torch.float8_e4m3fn)
+    base = {"wide": torch.full((4,), 1.0, dtype=torch.float64), "grown": torch.zeros(2), "step": torch.tensor([1])}
+    tuned = {"wide": torch.full((4,), 3.0), "grown": torch.ones(3), "step": torch.tensor([5])}
+    base |= {"m.weight": codes, "m.weight_scale": torch.full((2, 1), 1.0)}
+    tuned |= {"m.weight": codes, "m.weight_scale": torch.full((2, 1), 3.0)}
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    with open_checkpoint(tmp_path / "base") as first, open_checkpoint(tmp_path / "tuned") as last:
+        view = InterpolatedCheckpoint(first, last, 0.25)
+        assert torch.equal(view.read("wide"), torch.full((4,), 1.5, dtype=torch.float64))
+        assert (view.tensors["wide"].dtype, view.tensors["wide"].nbytes) == ("F64", 32)
+        assert torch.equal(view.read("grown"), torch.ones(3))
+        assert view.read("step").item() == 5
+        assert torch.equal(view.read("m.weight"), torch.full((2, 2), 2.0 * 1.5))  # of what the codes stand for
+        assert torch.equal(view.read("m.weight_scale"), torch.full((2, 1), 3.0))
+        assert [view.read_cost(name) for name in ("wide", "grown")] == [4 * 8 + 4 * 4, 3 * 4]
 
 
 def test_statistics_and_patches_follow_the_weight(pair, tmp_path, caplog):
