@@ -22,10 +22,11 @@ def test_numbers_by_their_bits(dtype):
     assert not has_nan(bits, dtype)
     assert [number(bits[place:], dtype) for place in range(7)] == tensor[:7].tolist()
     for bad in (float("inf"), -float("inf"), float("nan")):
-        other = tensor.clone()
-        other[-1] = bad
-        assert not is_finite(as_bits(other, dtype), dtype)
-        assert has_nan(as_bits(other, dtype), dtype) == (bad != bad)
+        for place in (0, -1):
+            other = tensor.clone()
+            other[place] = bad
+            assert not is_finite(as_bits(other, dtype), dtype)
+            assert has_nan(as_bits(other, dtype), dtype) == (bad != bad)
 
 
 def test_of_no_entries_all_is_well():

@@ -48,6 +48,7 @@ def test_codes_outside_the_mask_are_the_bases_and_inside_the_nearest(quantised):
         assert codes.dtype == torch.float8_e4m3fn
         assert torch.equal(codes.view(torch.uint8)[~mask], raw.view(torch.uint8)[~mask])
         assert bits(base.encode(name, rounded, mask)) == bits(codes)  # what is rounded stays as it is
+        assert bits(base.decoded(name, codes)) == bits(rounded)
         far = (rounded - wanted)[mask].abs() / wanted[mask].abs().clamp_min(1e-6)
         within = wanted[mask].abs() < 0.9 * values["base"][name].abs().max()
         assert far[within].median() < 1 / 16
@@ -59,8 +60,24 @@ def test_values_beyond_the_scale_become_the_largest_code(quantised):
     name = "model.layers.0.self_attn.q_proj.weight"
     everything = torch.ones_like(values["base"][name], dtype=torch.bool)
     with open_checkpoint(folder / "base") as base:
-        codes = base.encode(name, torch.full_like(values["base"][name], 1e9), everything)
-        assert bool((codes.float() == 448).all())
+        for beyond, code in ((1e9, 448), (-1e9, -448)):
+            codes = base.encode(name, torch.full_like(values["base"][name], beyond), everything)
+            assert bool((codes.float() == code).all())
+
+
+def test_blocks_that_config_gives_need_not_divide_the_weight(tmp_path):
+    """By their number alone the scales could be of blocks of 4 rows, or of the columns' 5."""
+    codes = (torch.arange(88.0).reshape(8, 11) - 40).to(torch.float8_e4m3fn)
+    scales = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
+    save_file({"m.weight": codes, "m.weight_scale_inv": scales}, tmp_path / F)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"weight_block_size": [5, 4]}}))
+    each = torch.tensor([[scales[row // 5, column // 4] for column in range(11)] for row in range(8)])
+    with open_checkpoint(tmp_path) as checkpoint:
+        value = checkpoint.read("m.weight")
+        assert torch.equal(value, codes.float() * each)
+        everything = torch.ones(8, 11, dtype=torch.bool)
+        assert torch.equal(checkpoint.encode("m.weight", value, everything).float(), codes.float())
+        assert checkpoint.read_cost("m.weight") == 88 + 6 * 4
 
 
 OTHERS = {
@@ -88,6 +105,13 @@ def test_other_quantised_weights_are_refused(tmp_path, kind):
         open_checkpoint(tmp_path)
     assert kind in caught.value.message
     assert "before they were quantised" in caught.value.hint
+
+
+def test_scales_of_other_experts_are_refused(tmp_path):
+    weights = {"experts.up_proj": torch.ones(2, 4, 4).to(torch.float8_e4m3fn)}
+    save_file(weights | {"experts.up_proj_scale_inv": torch.ones(4, 1, 1)}, tmp_path / F)
+    with pytest.raises(TailorError, match="neither can be patched without the other"):
+        open_checkpoint(tmp_path)
 
 
 def test_scales_of_what_attention_keeps_stay_the_bases(tmp_path):
