@@ -6,8 +6,9 @@ from helpers import make_pair
 from torch import nn
 
 from tailorcli import CalibrateOptions, Stats, TailorError, calibrate_model
+from tailorcli.calibration.accumulators import Accumulators
 from tailorcli.calibration.collector import Collector
-from tailorcli.core.hessian import unpack_triangle
+from tailorcli.core.hessian import pack_triangle, unpack_triangle
 from tailorcli.device import StageTimer
 from tailorcli.models.layers import find_layers
 
@@ -140,3 +141,73 @@ def test_a_model_that_calls_its_layers_twice_in_turn_is_calibrated(tmp_path, mon
         torch.testing.assert_close(found.double(), oracle(seen[name]), rtol=1e-4, atol=1e-6)
     shared = {stats.tensors[f"model.layers.0.mlp.{name}_proj.weight"].hessian for name in ("gate", "up")}
     assert len(shared) == 1
+
+
+def test_tables_are_looked_up_as_often_as_there_are_samples():
+    """Positions stand there once for all samples, as do the distances of two places; ids stand there for each."""
+    found = Accumulators(CPU).get("table", False, 6)
+    distances = [[2, 1, 0], [3, 2, 1], [4, 3, 2]]
+    looked_up = [
+        (torch.tensor([[5, 1, 1], [0, 1, 2]]), 2, 1),
+        (torch.tensor([[0, 1, 2, 3]]), 5, 5),
+        (torch.tensor([0, 1]), 3, 3),
+        (torch.tensor(distances), 4, 4),
+        (torch.tensor([[0, 1, 2]] * 3), 3, 1),  # three samples of as many tokens
+    ]
+    counts, tokens = torch.zeros(6, dtype=torch.float64), 0
+    for ids, samples, times in looked_up:
+        found.add_ids(ids, samples)
+        counts += times * torch.bincount(ids.flatten(), minlength=6)
+        tokens += times * ids.numel()
+    assert found.tokens == tokens == 6 + 20 + 6 + 36 + 9
+    torch.testing.assert_close(found.hessian.double(), 2 / tokens * counts)
+
+
+def folded(*parts):
+    """Accumulators with a full Hessian of each of ``parts``, (N, 3) each, by the names a, b and so on."""
+    found = Accumulators(CPU)
+    for name, rows in zip("abc", parts, strict=False):
+        found.get(name, True, 3).add_rows(rows)
+    return found
+
+
+def test_pooled_and_resumed_hessians_weigh_by_their_tokens():
+    first, second = torch.randn(2, 3), torch.randn(7, 3)
+    found = folded(first, second)
+    found.pool("both", ["a", "b", "none"], 3)
+    [(name, info, hessian)] = found.give({"both"})
+    assert (name, info.tokens, info.kind) == ("both", 9, "full")
+    torch.testing.assert_close(hessian.tril().double(), oracle([first, second]).tril())
+    [(_, info, hessian)] = folded(first).give({"a"})
+    again = Accumulators(CPU)
+    again.resume("a", info, pack_triangle(hessian))
+    again.get("a", True, 3).add_rows(second)
+    [(_, info, hessian)] = again.give({"a"})
+    assert info.tokens == 9
+    torch.testing.assert_close(hessian.tril().double(), oracle([first, second]).tril())
+
+
+def test_ranks_have_a_share_of_what_all_have_by_their_tokens():
+    rows = torch.tensor([[1.0, 0.0, 2.0], [3.0, 0.0, -1.0]])
+    found = folded(rows)
+    for counts in (found.counts(), {"a": (3, 3, 6)}):  # this rank's two tokens, and six of another
+        found.join_counts(counts)
+    found.pool("both", ["a", "none"], 3)
+    assert found.tokens_of("a") == found.tokens_of("both") == 8
+    [(_, info, packed)] = found.give_joint({"a"})
+    torch.testing.assert_close(unpack_triangle(packed, 3).double(), 2 / 8 * (rows.T @ rows).double())
+    assert (info.tokens, info.dead) == (8, 1)
+    assert info.mean_diagonal == pytest.approx(2 / 8 * (10 + 0 + 5) / 3)
+
+
+def test_channels_are_squared_wider_and_what_is_infinite_is_told():
+    found = Accumulators(CPU)
+    rows = torch.tensor([[300.0, 0.0], [-300.0, 0.0]], dtype=torch.float16)  # 90,000 is more than it holds
+    found.get("scale", False, 2).add_channels(rows)
+    [(_, info, diagonal)] = found.give({"scale"})
+    assert diagonal.tolist() == [2 * 300.0**2, 0.0]
+    assert (info.mean_diagonal, info.dead, info.kind) == (300.0**2, 1, "diagonal")
+    bad = folded(torch.tensor([[1.0, float("inf"), 0.0]]))
+    assert [*bad.give(set())] == []
+    with pytest.raises(TailorError, match="NaN or infinity in the activations that reach a"):
+        next(folded(torch.tensor([[1.0, float("inf"), 0.0]])).give({"a"}))
