@@ -30,6 +30,7 @@ from tailorcli import (
     CalibrateOptions,
     MergeOptions,
     PatchOptions,
+    Stats,
     TailorError,
     calibrate_model,
     inspect_path,
@@ -39,7 +40,7 @@ from tailorcli import (
 )
 from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.core import combine_hessians, overlap_figures, stitch_average, stitch_joint, stitch_patches, union_mask
-from tailorcli.core.hessian import prepare
+from tailorcli.core.hessian import prepare, unpack_triangle
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patching.apply import apply_patch
 from tailorcli.patching.verify import verify_checkpoint
@@ -307,6 +308,34 @@ def test_merged_tensors_against_the_equations(tasks, tmp_path, method):
     if method == "joint":
         assert report.totals["methods"] == {"joint": 21}
         assert report.totals["largest_residual"] < 1e-3
+
+
+def test_a_joint_merge_of_uneven_tasks_is_the_dense_optimum(tasks, tmp_path):
+    """Of each task its own Hessian, weight and fine-tuned weights; the table's Hessian is that of its rows."""
+    report = merge(tasks, tmp_path / "out", "joint", weights=(3.0, 1.0), damping=0.3, tolerance=1e-6)
+    base, out, *tuned = (
+        read_tensors(folder) for folder in (tasks / "base", tmp_path / "out", tasks / "one", tasks / "two")
+    )
+    errors = {record["name"]: record["errors"] for record in report.to_dict()["tensors"]}
+    stats = [Stats.open(tasks / f"{name}-stats") for name in ("one", "two")]
+    for name in (f"model.layers.1.{part}.weight" for part in ("self_attn.q_proj", "mlp.down_proj")):
+        check_dense(name, base[name], out[name], [t[name] for t in tuned], stats, errors[name])
+    table = "model.embed_tokens.weight"
+    check_dense(table, base[table].T, out[table].T, [t[table].T for t in tuned], stats, errors[table])
+
+
+def check_dense(name, base, out, tuned, stats, errors):
+    """One tensor (O, I) of a merge of weights 0.75 and 0.25 and of damping 0.3, with the tasks' layer errors."""
+    hessians = []
+    for each in stats:
+        hessian = each.tensors[name].hessian
+        stored, info = each.load(hessian), each.hessians[hessian]
+        hessians.append(unpack_triangle(stored, info.size) if info.kind == "full" else torch.diag(stored))
+    expected = dense_joint(base, tuned, out != base, hessians, (0.75, 0.25), 0.3)
+    np.testing.assert_allclose(out.double().numpy(), expected, atol=1e-4)
+    for theta, hessian, error in zip(tuned, hessians, errors, strict=True):
+        left, whole = (float(((m - theta).double() @ hessian.double() * (m - theta)).sum()) for m in (out, base))
+        assert error == pytest.approx(left / whole, rel=1e-3)
 
 
 def test_joint_follows_both_tasks_better_than_average(tasks, tmp_path):
