@@ -186,7 +186,7 @@ def _stamp(file: Path) -> tuple[int, int, int] | None:
 
 def lock_file(place: Path, *, folder: bool) -> Path:
     """Where the lock of an output lies: in the folder ``place``, or beside the file, by a name that no one else has."""
-    return place / LOCK if folder else place.with_name(f".{place.name}{LOCK}")
+    return place / LOCK if folder else place.with_name(place.name + LOCK)
 
 
 class OutputLock:

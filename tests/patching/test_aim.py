@@ -7,6 +7,7 @@ import pytest
 from helpers import bits, folder_digest, invoke, make_pair, read_tensors, refused, run, with_statistics
 
 from tailorcli import DistillOptions, PatchFile, PatchOptions, TailorError
+from tailorcli.guard import lock_file
 from tailorcli.patching.aim import ATTEMPTS, Aim, after_miss, patch_to_target, pick_density, search_bytes
 
 FEW = DistillOptions(steps=4, batch_size=4)
@@ -113,6 +114,7 @@ def test_a_search_that_was_broken_off_is_finished_to_the_same_bytes(pair, tmp_pa
         with pytest.raises(KeyboardInterrupt):
             patch_to_target(*arguments(pair, tmp_path / "out"), "old=60", OPTIONS, FEW)
     (tmp_path / "out.target" / "hidden-0-1.part").touch()  # of a kill while hidden states were put into a file
+    lock_file(tmp_path / "out.target" / "closed-1.safetensors", folder=False).touch()  # of one while that was written
     again = replace(OPTIONS, resume=True)
     patch_to_target(*arguments(pair, tmp_path / "out"), "old=60", again, FEW)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]

@@ -8,6 +8,7 @@ from helpers import broken_off, folder_digest, invoke, make_pair, refused, run, 
 from tailorcli import PatchFile
 from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.data.samples import fitted_on, held_out
+from tailorcli.guard import lock_file
 
 REPORTS = ("tailor_run.json", "tailor_report.json", "README.md")  # which name the options
 
@@ -66,6 +67,8 @@ def test_where_it_helps_it_is_kept_and_has_not_seen_what_it_was_measured_on(pair
         "plain.safetensors",
         "propagated.safetensors",
     ]
+    for name in ("plain", "propagated"):  # of a kill while these were written
+        lock_file(tmp_path / "out.check" / f"{name}.safetensors", folder=False).touch()
     run(*command(pair, "--check-propagation", "-o", tmp_path / "out", "--resume"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     report = json.loads((tmp_path / "out" / "tailor_report.json").read_text())

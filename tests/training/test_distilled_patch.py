@@ -32,6 +32,7 @@ from tailorcli import (
     patch_checkpoint,
     verify_checkpoint,
 )
+from tailorcli.guard import lock_file
 from tailorcli.options import CalibrateOptions
 from tailorcli.patching.aim import plan_target
 from tailorcli.patching.distilled import plan_distilled
@@ -116,6 +117,7 @@ def test_a_run_that_was_broken_off_is_finished_to_the_same_bytes(pair, tmp_path,
         with pytest.raises(KeyboardInterrupt):
             distilled(pair, tmp_path / "out")
     (tmp_path / "out.distill" / "hidden-0-1.part").touch()  # of a kill while hidden states were put into a file
+    lock_file(tmp_path / "out.distill" / module.START, folder=False).touch()  # of one while the start was written
     distilled(pair, tmp_path / "out", replace(OPTIONS, resume=True))
     assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "whole")
 
