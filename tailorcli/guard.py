@@ -185,7 +185,10 @@ def _stamp(file: Path) -> tuple[int, int, int] | None:
 
 
 def lock_file(place: Path, *, folder: bool) -> Path:
-    """Where the lock of an output lies: in the folder ``place``, or beside the file, by a name that no one else has."""
+    """Where the lock of an output lies: in the folder ``place``, or beside the file, by a name that no one else has.
+
+    It begins with the file's own name, by which a folder of half-done work knows what is its own.
+    """
     return place / LOCK if folder else place.with_name(place.name + LOCK)
 
 

@@ -163,9 +163,9 @@ def settings_of(
     """Every combination of the values for the method tailor, and of those that ``methods`` have for each of them.
 
     ``retain_weights`` are for the retained statistics; zero is without them, and so is what uses no statistics at all.
-    ``weights`` are the interpolation's, and
-    the alphas of ``lines``, which goes on from each to tuned itself; ``dg-hard`` has its threshold halved and doubled.
-    With ``distill`` each setting with retained statistics comes once more, distilled.
+    ``weights`` are the interpolation's, and the alphas of ``lines``, which goes on from each to tuned itself;
+    ``dg-hard`` has its threshold halved and doubled. With ``distill`` each setting with retained statistics comes once
+    more, distilled.
     """
     found: list[Setting] = []
     for density, omega, solver, retain_weight, damping in product(

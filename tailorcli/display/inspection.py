@@ -16,11 +16,10 @@ from tailorcli.errors import CheckpointError, OutputError, TailorError
 from tailorcli.files import PathLike, read_json, read_text_file
 from tailorcli.hub import local_folder
 from tailorcli.patchfile.reader import SUFFIX, PatchFile
-from tailorcli.patchfile.report import REPORT_FILE, RUN_FILE, PatchReport, load_report, options_shown
+from tailorcli.patchfile.report import FINETUNE_FILE, REPORT_FILE, RUN_FILE, PatchReport, load_report, options_shown
 from tailorcli.runs.record import load_run
 from tailorcli.typed import list_of, read_text
 
-FINETUNE_FILE = "finetune.json"  # as training.outcome writes it
 KINDS = {
     "stats": "statistics for calibrated patching",
     "report": "report of a run",

@@ -24,6 +24,7 @@ OPTIONS_SHOWN = {
 REPORT_FILE = "tailor_report.json"
 RUN_FILE = "tailor_run.json"
 EVALUATION_FILE = "tailor_evaluation.json"
+FINETUNE_FILE = "finetune.json"  # of a fine-tune, in place of the first two
 
 
 @dataclass(frozen=True)

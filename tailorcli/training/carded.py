@@ -11,9 +11,9 @@ from tailorcli.checkpoint.folder import BASE_CARD, CARD, Checkpoint, side_files
 from tailorcli.data.hub import dataset_id
 from tailorcli.data.sources import STDIN
 from tailorcli.files import PathLike
+from tailorcli.patchfile.report import FINETUNE_FILE
 from tailorcli.runs.again import finetune_command
 from tailorcli.runs.card import CardText, Source, code, plain_name, with_card
-from tailorcli.training.outcome import REPORT
 from tailorcli.training.settings import FinetuneOptions
 from tailorcli.units import counted
 
@@ -49,8 +49,9 @@ def side_files_of(
 
 
 def _card(base: Source, options: FinetuneOptions, given: Given, facts: Mapping[str, Any]) -> CardText:
-    dataset = dataset_id(str(given.data))
-    data = dataset or (plain_name(Path(given.data)) if str(given.data) != STDIN else "standard input")
+    called = str(given.data)
+    dataset = dataset_id(called)
+    data = dataset or ("standard input" if called == STDIN else plain_name(Path(called)))
     said = [f"This model is {code(base.name)} after fine-tuning on {code(data)}."]
     if options.method in _HELD:
         said.append(_HELD[options.method].format(ratio=100 * options.update_ratio))
@@ -61,12 +62,11 @@ def _card(base: Source, options: FinetuneOptions, given: Given, facts: Mapping[s
         "steps": f"{facts['steps']:,}",
         "data": f"{counted(facts['examples'], 'record')} of {data}, {tokens}",
     }
-    names = {"base": base.argument, "data": str(given.data) if dataset or str(given.data) == STDIN else data}
+    names = {"base": base.argument, "data": called if dataset or called == STDIN else data}
     for role, path in (("importance", given.importance), ("training_args", given.training_args)):
         if path is not None:
             names[role] = plain_name(Path(path))
-    columns = {f"{name}_column": value for name, value in vars(options.columns).items()}
-    values = vars(options) | columns
+    values = vars(options) | {f"{name}_column": value for name, value in vars(options.columns).items()}
     return CardText(
         title=f"{base.name}, fine-tuned",
         said=" ".join(said),
@@ -76,5 +76,5 @@ def _card(base: Source, options: FinetuneOptions, given: Given, facts: Mapping[s
         tuned=(),
         datasets=() if dataset is None else (dataset,),
         tags=(),
-        report=REPORT,
+        report=FINETUNE_FILE,
     )

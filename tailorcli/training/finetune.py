@@ -45,12 +45,13 @@ from tailorcli.models.loading import (
 from tailorcli.models.running import check_ids
 from tailorcli.models.skeleton import run_dtype
 from tailorcli.options import matches
+from tailorcli.patchfile.report import FINETUNE_FILE
 from tailorcli.system import peak_memory
 from tailorcli.training.carded import Given, side_files_of
 from tailorcli.training.choice import choose, named_parameters, trained_numel
 from tailorcli.training.examples import Examples, encode_examples
 from tailorcli.training.importance import Importance, ImportanceError
-from tailorcli.training.outcome import REPORT, FinetunePlan, FinetuneReport, memory_of, write_outcome
+from tailorcli.training.outcome import FinetunePlan, FinetuneReport, memory_of, write_outcome
 from tailorcli.training.probe import open_plain
 from tailorcli.training.settings import OWN_ARGUMENTS, PUBLISHING, REFUSED_ARGUMENTS, FinetuneOptions
 
@@ -274,8 +275,8 @@ def _check(folder: Path, work: Path, identity: Mapping[str, Any], resume: bool) 
     """
     begun = (work / IDENTITY).exists()
     if folder.exists() and (not folder.is_dir() or entries(folder)):
-        if resume and (folder / REPORT).exists():
-            report = FinetuneReport.read(folder / REPORT)
+        if resume and (folder / FINETUNE_FILE).exists():
+            report = FinetuneReport.read(folder / FINETUNE_FILE)
             if report.identity != identity:
                 raise OutputError(f"{folder} is the finished output of another run", "choose another folder for -o")
             if not (begun and (folder / WORK_FOLDER / JOURNAL).exists()):  # it is there before the shards have names
@@ -300,7 +301,7 @@ def _check(folder: Path, work: Path, identity: Mapping[str, Any], resume: bool) 
 
 def is_finished(folder: Path) -> bool:
     """Whether an output is there whole, and nothing left to do: what a process sees that is not the first."""
-    return (folder / REPORT).exists() and not (folder / WORK_FOLDER / JOURNAL).exists()
+    return (folder / FINETUNE_FILE).exists() and not (folder / WORK_FOLDER / JOURNAL).exists()
 
 
 def _clear(folder: Path, work: Path) -> None:

@@ -19,13 +19,11 @@ from tailorcli.guard import OutputLock
 from tailorcli.models.loading import aliases, empty_on_meta, expected_names, unwrapped
 from tailorcli.models.naming import aligned
 from tailorcli.options import LoadOptions
+from tailorcli.patchfile.report import FINETUNE_FILE
 from tailorcli.typed import field_of, list_of, maybe, read_amount, read_count, read_object, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-REPORT = "finetune.json"  # in the output
 
 
 @dataclass(frozen=True)
@@ -197,7 +195,7 @@ def write_outcome(
                 identity=identity,
                 seconds=facts["seconds"],
             )
-            writer.finish(side, {REPORT: json.dumps(report.to_dict(), indent=1) + "\n"})
+            writer.finish(side, {FINETUNE_FILE: json.dumps(report.to_dict(), indent=1) + "\n"})
     return report
 
 
