@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.evidence.pairs import Pair
-from benchmarks.real.setting import say
+from benchmarks.real.setting import say, share_machine
 from tailorcli import CalibrateOptions, Checkpoint, EvaluateOptions, PatchOptions, Stats, TailorError, calibrate_model
 from tailorcli.evaluation.metrics import h_score
 from tailorcli.options import DistillOptions
@@ -296,7 +296,7 @@ def run_all(name: str, pairs: Sequence[Pair], cache: Path, grid: Grid, jobs: int
     run = partial(_run_one, name, cache, grid)
     if jobs == 1:
         return [run(pair) for pair in pairs]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=share_machine, initargs=(jobs,)) as pool:
         return list(pool.map(run, pairs))
 
 

@@ -79,3 +79,14 @@ def environment() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "tailorcli": __version__,
     }
+
+
+def share_machine(processes: int) -> None:
+    """Take one of so many processes' share of the cores and of a GPU's memory, and draw no bars.
+
+    PyTorch frees what it keeps in store only where its own share is full: without one, a few processes fill the GPU.
+    """
+    torch.set_num_threads(max(1, min((os.cpu_count() or 1) // processes, torch.get_num_threads())))
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(1 / processes)
+    transformers.utils.logging.disable_progress_bar()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -12,10 +11,7 @@ from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 
-import torch
-import transformers
-
-from benchmarks.real.setting import say
+from benchmarks.real.setting import say, share_machine
 from benchmarks.sparse.bench import Bench, Unit
 from benchmarks.sparse.cells import TEST, VALIDATION
 from benchmarks.sparse.setting import LATE, MASKS, ROWS, TUNED_AT, Part, Row, pairs_of
@@ -131,20 +127,13 @@ def run_all(jobs: Sequence[tuple[str, Job]], at_a_time: int) -> list[str]:
             except Exception as error:
                 note(name, error)
         return failed
-    threads = max(1, (os.cpu_count() or 1) // at_a_time)
-    with ProcessPoolExecutor(at_a_time, get_context("spawn"), initializer=_begin, initargs=(threads,)) as pool:
+    with ProcessPoolExecutor(at_a_time, get_context("spawn"), initializer=share_machine, initargs=(at_a_time,)) as pool:
         running = {pool.submit(job): name for name, job in jobs}
         for done in as_completed(running):
             broke = done.exception()
             if broke is not None:
                 note(running[done], broke)
     return failed
-
-
-def _begin(threads: int) -> None:
-    """Of a process of the pool: its share of the cores, and no bars."""
-    torch.set_num_threads(min(threads, torch.get_num_threads()))
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _job(bench: Bench, job: Job, what: str) -> tuple[str, Job]:
