@@ -48,7 +48,8 @@ def main() -> None:
     cache, part = options.cache.expanduser().resolve(), PARTS[options.part]
 
     def rendered() -> None:
-        render.write([options.stored, cache] if options.stored else [cache], DOCUMENT)
+        for name, rows in render.write([options.stored, cache] if options.stored else [cache], DOCUMENT).items():
+            say(f"{name} stays as it was on the page, as these rows were not run again: {', '.join(rows)}")
         say(f"wrote {DOCUMENT.name}")
 
     failed: list[str] = []

@@ -55,11 +55,11 @@ class Bench:
         self.folder = folder_of(cache, pair.name, pair.seed)
         self.depths = depths_of(pair.base)
 
-    def validated(self) -> dict[Row, dict[float, float]]:
-        """H on the validation part with all layers, by row and rate."""
+    def validated(self, depth: str) -> dict[Row, dict[float, float]]:
+        """H on the validation part at a depth, by row and rate."""
         found: dict[Row, dict[float, float]] = {}
         for cell in read_cells(self.folder):
-            if cell.depth == TUNED_AT and VALIDATION in cell.scores:
+            if cell.depth == depth and VALIDATION in cell.scores:
                 found.setdefault(cell.row, {})[cell.rate] = cell.h(VALIDATION)
         return found
 
@@ -176,7 +176,7 @@ class Bench:
     def _score(self, model: Path, depth: str, row: Row, rate: float, seconds: float, peak: int | None) -> None:
         """Score a model on test data, and on validation data where a rate is picked, unless that is done; note it."""
         known = self._known(depth, row, rate)
-        picking = self.pair.seed == 0 and depth == TUNED_AT and row.fine not in MASKS
+        picking = self.pair.seed == 0 and row != BASE and row.fine not in MASKS
         wanted = [part for part in ((VALIDATION, TEST) if picking else (TEST,)) if part not in known]
         if not wanted:
             return

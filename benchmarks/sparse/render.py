@@ -11,7 +11,7 @@ from benchmarks.pages import reflow
 from benchmarks.sparse.cells import TEST, Cell, joined, read_kept, read_part, write_kept
 from benchmarks.sparse.pictures import draw_depths, draw_masks
 from benchmarks.sparse.setting import BASE, DEPTHS, FINE_TUNES, MASKS, PARTS, ROWS, TUNED_AT, Part, Row
-from benchmarks.sparse.summary import CLAIMS, FIGURES, FULL, OF_OURS, Claim, Table, tables_of, verdict
+from benchmarks.sparse.summary import CLAIMS, FIGURES, FULL, OF_OURS, Claim, Side, Table, tables_of, verdict
 from tailorcli.evaluation.metrics import estimate
 from tailorcli.training.outcome import memory_of
 from tailorcli.units import counted
@@ -19,10 +19,11 @@ from tailorcli.units import counted
 SEEDS = 3  # that the evidence asks for
 
 
-def write(roots: Sequence[Path], document: Path) -> None:
+def write(roots: Sequence[Path], document: Path) -> dict[str, list[str]]:
     """Write the page and its pictures from all that is there of all parts, each from the first root that has it.
 
-    Every cell is kept in a file beside the page, data/sparse-PART.jsonl, and those of earlier runs stay in both.
+    Every cell is kept in a file beside the page, data/sparse-PART.jsonl, and those of earlier runs stay in both. The
+    section of a part stays as it was while the cells lack rows that it has: these are returned, by part.
     """
     found = {}
     for name in PARTS:
@@ -32,7 +33,17 @@ def write(roots: Sequence[Path], document: Path) -> None:
         if measured:
             write_kept(found[name], kept)
     before = document.read_text(encoding="utf-8") if document.exists() else ""
-    document.write_text(reflow(page(found, document.parent, before)), encoding="utf-8")
+    lacking = {name: rows for name, cells in found.items() if cells and (rows := _lacking(name, cells, before))}
+    shown = {name: [] if name in lacking else cells for name, cells in found.items()}
+    document.write_text(reflow(page(shown, document.parent, before)), encoding="utf-8")
+    return lacking
+
+
+def _lacking(name: str, cells: Sequence[Cell], before: str) -> list[str]:
+    """The rows with all layers that a page has of a part and its cells lack."""
+    table = _part_of(before, name).partition(f": {TUNED_AT} (")[2].partition("\n###")[0]
+    have = {cell.row for cell in cells if cell.depth == TUNED_AT and TEST in cell.scores}
+    return [row.title for row in ROWS if row not in have and f"\n| {row.title} " in table]
 
 
 def page(found: dict[str, list[Cell]], folder: Path, before: str = "") -> str:
@@ -104,9 +115,10 @@ them: the same base, data, steps and layers for all.
 - **Intervals** (95%) are a bootstrap over the test items, of the mean over the seeds; **±** is the deviation of H
   between the seeds. Differences are paired: of the same items and seeds. Of one seed
   neither says how another fine-tune would differ. Rows of a table with other numbers of seeds are not to be compared.
-- **The rate** of each row is that with the best H on the validation parts, with the first seed and all layers, of
+- **The rate** of each row is that with the best H on the validation parts, with the first seed and the same layers, of
   those that ran with the most seeds there. A patch has the fine-tune below it at the rate that suits the patch.
-  It was not picked anew for fewer layers, where a higher one can suit a row better.
+  Where a row was not validated with fewer layers, it has the rate that is best with all, though a higher one can
+  suit it better.
 - **graft**, **dare** and **tailor (paper)** stand on the full fine-tune. **ours** is the default of `patch`, with
   statistics of what the base writes itself.
 - **entries** is the share of all entries that differ from the base's.
@@ -122,14 +134,18 @@ them: the same base, data, steps and layers for all.
 
 def _as_before(part: Part, page: str) -> str:
     """The section of a part in an earlier page, else that it was not measured."""
-    sections = [f"## {text}".strip() for text in page.split("\n## ")[1:]]
-    known = next((text for text in sections if text.startswith(f"## {part.name}\n")), None)
     return (
-        known
+        _part_of(page, part.name)
         or f"""## {part.name}
 
 Not measured: {part.model} wants a GPU. `python -m benchmarks.sparse --part {part.name}` runs it and adds it here."""
     )
+
+
+def _part_of(page: str, name: str) -> str:
+    """The section of a part in a page; empty where it has none."""
+    sections = (f"## {text}".strip() for text in page.split("\n## ")[1:])
+    return next((text for text in sections if text.startswith(f"## {name}\n")), "")
 
 
 def _section(part: Part, cells: Sequence[Cell], folder: Path) -> list[str]:
@@ -235,11 +251,15 @@ def _claims(table: Table) -> str:
         columns = ("claim", "layers", "ahead in H", "95% interval", "seeds", "seen here")
         texts.append(f"{title} ({told}):\n\n{markdown(columns, rows, text=(0, 1, 5))}")
     if better := table.better():
-        named = ", ".join(f"*{row.title}* ({rate:g})" for row, rate in better.items())
         texts.append(
-            f"These hold at the rates taken. Of some rows another was better, and not run everywhere: {named}."
+            "These hold at the rates taken. Of some rows another was better, and not run with as many seeds: "
+            f"{_named(better)}."
         )
     return "\n\n".join(texts)
+
+
+def _named(better: dict[Side, float]) -> str:
+    return ", ".join(f"*{row.title}*, {depth} ({rate:g})" for (row, depth), rate in better.items())
 
 
 def _claim(table: Table, claim: Claim) -> list[str]:
@@ -253,7 +273,20 @@ def _claim(table: Table, claim: Claim) -> list[str]:
 
 def _rates(table: Table) -> str:
     """H at each rate that was tried, on the validation and the test part, the one taken, and what that leaves open."""
-    found, tested, better = table.rates(), table.rates(TEST), table.better()
+    texts = [
+        "H with the first seed on the validation part, in brackets on the test part; the rate taken.",
+        *(text for depth in reversed(table.depths) if (text := _rates_at(table, depth))),
+    ]
+    if better := table.better():
+        texts.insert(1, f"Better on validation, but not run with as many seeds: {_named(better)}.")
+    return "\n\n".join(texts)
+
+
+def _rates_at(table: Table, depth: str) -> str:
+    """The rates that were tried at a depth; empty where none was scored on validation."""
+    found, tested, better = table.rates(depth), table.rates(depth, TEST), table.better()
+    if not found:
+        return ""
     tried = sorted({rate for of_row in found.values() for rate in of_row})
 
     def shown(row: Row, rate: float) -> str:
@@ -262,16 +295,12 @@ def _rates(table: Table) -> str:
 
     rows, edges = [], []
     for row, of_row in found.items():
-        taken = table.taken[row, TUNED_AT]
+        taken = table.taken[row, depth]
         rows.append([row.title, *(shown(row, rate) if rate in of_row else "" for rate in tried), f"{taken:g}"])
-        if row not in better and taken in (min(of_row), max(of_row)):
+        if (row, depth) not in better and taken in (min(of_row), max(of_row)):
             edges.append(row.title)
-    texts = [
-        "H with the first seed and all layers on the validation part, in brackets on the test part; the rate taken."
-    ]
-    if better:
-        named = ", ".join(f"{row.title} ({rate:g})" for row, rate in better.items())
-        texts.append(f"Better on validation, but not run with all seeds or at all depths: {named}.")
+    at_edge = ""
     if edges:
-        texts.append(f"At the edge of what was tried, so that a better one may lie beyond it: {', '.join(edges)}.")
-    return f"{' '.join(texts)}\n\n{markdown(('method', *(f'{rate:g}' for rate in tried), 'taken'), rows)}"
+        at_edge = f"At the edge of what was tried, so that a better one may lie beyond it: {', '.join(edges)}."
+    columns = ("method", *(f"{rate:g}" for rate in tried), "taken")
+    return f"{depth[0].upper()}{depth[1:]}. {at_edge}\n\n{markdown(columns, rows)}"

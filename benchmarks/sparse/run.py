@@ -56,26 +56,24 @@ def phases(benches: Sequence[Bench], plan: Plan) -> Iterator[tuple[str, list[tup
     """What is made, in this order; each phase needs the scores of those before.
 
     Each method at the rate that it is expected to want, with all seeds and layers; other rates with the first seed, and
-    beyond the edge of those where the best lies there; all seeds at the best; the other depths. Then the same for the
-    rows of LATE, and other masks in SPIDER's place.
+    beyond the edge of those where the best lies there; all seeds at the best. Then the same at the other depths, from
+    the rate that is best with all layers; then for the rows of LATE, and other masks in SPIDER's place.
     """
     first = benches[0]
-    depths = plan.depths if plan.depths is not None else [*first.depths]
+    depths = sorted(plan.depths if plan.depths is not None else first.depths, key=lambda name: name != TUNED_AT)
     early = [row for row in plan.rows if row not in LATE]
     late = [row for row in plan.rows if row in LATE]
     for rows in filter(None, (early, late)):
-        at_first = {row: first.part.first_rate(row) for row in rows}
-        if TUNED_AT in depths:
-            yield "all layers, first rates", over(benches, TUNED_AT, at_first.items(), TEST)
         tried = [(row, rate) for rate in first.part.rates for row in rows]
-        yield "all layers, other rates", over([first], TUNED_AT, tried, VALIDATION)
-        yield "all layers, beyond the edge", over([first], TUNED_AT, beyond(first, rows), VALIDATION)
-        picks = picked(first, rows)
-        for depth in sorted(depths, key=lambda name: name != TUNED_AT):
-            yield depth, over(benches, depth, picks.items(), TEST)
+        for depth in depths:
+            begin = {row: first.part.first_rate(row) for row in rows} | picked(first, TUNED_AT, rows)
+            yield f"{depth}, first rates", over(benches, depth, begin.items(), TEST)
+            yield f"{depth}, other rates", over([first], depth, tried, VALIDATION)
+            yield f"{depth}, beyond the edge", over([first], depth, beyond(first, depth, rows), VALIDATION)
+            yield f"{depth}, best rates", over(benches, depth, picked(first, depth, rows).items(), TEST)
     spider = Row("spider")
     if TUNED_AT in depths and spider in plan.rows:
-        rate = picked(first, [spider])[spider]
+        rate = picked(first, TUNED_AT, [spider])[spider]
         yield "other masks", over(benches, TUNED_AT, [(Row(mask), rate) for mask in plan.masks], TEST)
 
 
@@ -90,16 +88,16 @@ def over(
     return [(bench, unit) for _, bench, unit in sorted(found, key=lambda item: item[0])]
 
 
-def picked(first: Bench, rows: Sequence[Row]) -> dict[Row, float]:
-    """The rate with the best H on the validation part of the first seed, of each row that was scored there."""
-    found = first.validated()
+def picked(first: Bench, depth: str, rows: Sequence[Row]) -> dict[Row, float]:
+    """The rate with the best H at a depth on the first seed's validation part, of each row that was scored there."""
+    found = first.validated(depth)
     return {row: max(found[row], key=lambda rate: found[row][rate]) for row in rows if row in found}
 
 
-def beyond(first: Bench, rows: Sequence[Row]) -> list[tuple[Row, float]]:
+def beyond(first: Bench, depth: str, rows: Sequence[Row]) -> list[tuple[Row, float]]:
     """A rate next to the best where that is the lowest or highest that was tried, if the part has one there."""
-    found, more = first.validated(), []
-    for row, best in picked(first, rows).items():
+    found, more = first.validated(depth), []
+    for row, best in picked(first, depth, rows).items():
         lower = [rate for rate in first.part.wider if rate < min(found[row])]
         higher = [rate for rate in first.part.wider if rate > max(found[row])]
         if best == min(found[row]) and lower:

@@ -73,7 +73,7 @@ class Part:
     batch: int
     seq_len: int
     samples: int  # of each kind of statistics
-    rates: tuple[float, ...]  # tried for every row, on the validation part of the first seed at TUNED_AT
+    rates: tuple[float, ...]  # tried for every row at every depth, on the validation part of the first seed
     first: float  # of them, the one that full fine-tuning is expected to want, a third of FASTER's
     wider: tuple[float, ...] = ()  # one of them is tried where the best lies at an edge
     items: int | None = None  # of a task, at most

@@ -88,16 +88,25 @@ class Table:
 
     @cached_property
     def taken(self) -> dict[Side, float]:
-        """The rate of every row at a depth: of those with the most seeds there, that with the best H on validation."""
+        """The rate of every row at a depth: of those with the most seeds there, that with the best H on validation.
+
+        Where none was scored on validation at a depth, the H with all layers decides.
+        """
         runs: dict[Side, dict[float, int]] = {}
         for cell in self.cells:
             of_side = runs.setdefault((cell.row, cell.depth), {})
             of_side[cell.rate] = of_side.get(cell.rate, 0) + (TEST in cell.scores)
-        found, rates = {}, self.rates()
-        for (row, depth), of_side in runs.items():
+        found = {}
+        for side, of_side in runs.items():
             most = [rate for rate in of_side if of_side[rate] == max(of_side.values())]
-            found[row, depth] = max(most, key=lambda rate: rates.get(row, {}).get(rate, -1.0))
+            validated = self._validated(side)
+            found[side] = max(most, key=lambda rate: validated.get(rate, -1.0))
         return found
+
+    def _validated(self, side: Side) -> dict[float, float]:
+        """H on validation by the rate, at the depth of a row where it was scored there, else with all layers."""
+        row, depth = side
+        return self.rates(depth).get(row) or self.rates().get(row, {})
 
     def of(self, side: Side) -> list[Cell]:
         """The cells of a row at a depth; the base has no depth of its own, and stands beside the seeds of full."""
@@ -138,19 +147,22 @@ class Table:
             return None
         return (found.value, *found.interval)
 
-    def rates(self, part: str = VALIDATION) -> dict[Row, dict[float, float]]:
-        """H with the first seed and all layers on a part of the tasks, by row and rate."""
+    def rates(self, depth: str = TUNED_AT, part: str = VALIDATION) -> dict[Row, dict[float, float]]:
+        """H with the first seed at a depth on a part of the tasks, by row and rate."""
         found: dict[Row, dict[float, float]] = {}
         for cell in self.cells:
-            if part in cell.scores and cell.row in ROWS and (cell.seed, cell.depth) == (0, TUNED_AT):
+            if part in cell.scores and cell.row in ROWS and (cell.seed, cell.depth) == (0, depth):
                 found.setdefault(cell.row, {})[cell.rate] = cell.h(part)
         return {row: dict(sorted(found[row].items())) for row in ROWS if row in found}
 
-    def better(self) -> dict[Row, float]:
-        """The rates that were better on validation than one that was taken at some depth, by row."""
-        best = {row: max(rates, key=lambda rate: rates[rate]) for row, rates in self.rates().items()}
-        taken = {row: {rate for (other, _), rate in self.taken.items() if other == row} for row in best}
-        return {row: rate for row, rate in best.items() if taken[row] != {rate}}
+    def better(self) -> dict[Side, float]:
+        """The rates that were better on validation than the one taken, by row and depth."""
+        validated = {side: self._validated(side) for side in self.taken if side[0] in ROWS}
+        best = {side: max(rates, key=lambda rate: rates[rate]) for side, rates in validated.items() if rates}
+        order = {side: (ROWS.index(side[0]), -self.depths[side[1]]) for side in best}
+        return {
+            side: best[side] for side in sorted(best, key=lambda side: order[side]) if best[side] != self.taken[side]
+        }
 
     def cost(self, side: Side) -> tuple[float, float, int | None]:
         """Share of entries that moved and seconds, means over the seeds; the least peak bytes of all runs."""

@@ -173,18 +173,19 @@ class Pretended:
     """A bench of four layers whose units reach an H that grows with the rate, up to a rate that is best."""
 
     def __init__(self, seed, best):
-        self.part, self.best, self.pair = PARTS["quick"], best, type("Pair", (), {"name": "unicode", "seed": seed})()
+        self.part, self.pair = PARTS["quick"], type("Pair", (), {"name": "unicode", "seed": seed})()
+        self.best = best if isinstance(best, dict) else dict.fromkeys(DEPTHS, best)
         self.depths, self.done = DEPTHS, {}
 
     def units(self, depth, wanted, part):
         missing = [(row, rate) for row, rate in wanted if (depth, row, rate) not in self.done]
         return [bench.Unit(depth, *fine, tuple(rows)) for fine, rows in bench.grouped(missing)]
 
-    def validated(self):
+    def validated(self, depth):
         found = {}
-        for depth, row, rate in self.done:
-            if depth == TUNED_AT:
-                found.setdefault(row, {})[rate] = -abs(np.log(rate / self.best))
+        for other, row, rate in self.done:
+            if other == depth:
+                found.setdefault(row, {})[rate] = -abs(np.log(rate / self.best[depth]))
         return found
 
 
@@ -200,7 +201,7 @@ def made_of(benches, plan):
 
 
 def test_what_tells_most_is_made_first_and_rates_are_sought_beyond_the_edge():
-    benches = [Pretended(seed, best=1e-2) for seed in range(3)]
+    benches = [Pretended(seed, best=dict.fromkeys(DEPTHS, 1e-2) | {THIRD: 3e-3}) for seed in range(3)]
     found = made_of(benches, run.Plan(["unicode"], 3))
     assert len(found) == len(set(found))
     first = [row for row in found if row[0] == "all layers, first rates" and row[3] not in setting.LATE]
@@ -214,8 +215,10 @@ def test_what_tells_most_is_made_first_and_rates_are_sought_beyond_the_edge():
     beyond = [row for row in found if row[0] == "all layers, beyond the edge"]
     assert {(seed, rate) for _, seed, _, _, rate in beyond} == {(0, 1e-2)}
     assert {row for *_, row, _ in beyond} == set(ROWS)
-    tested = {(seed, depth, row) for _, seed, depth, row, rate in found if rate == 1e-2}
+    tested = {(seed, depth, row) for _, seed, depth, row, rate in found if rate == benches[0].best[depth]}
     assert tested >= {(seed, depth, row) for seed in range(3) for depth in DEPTHS for row in ROWS}
+    assert {rate for name, *_, rate in found if name == f"{THIRD}, first rates"} == {1e-2}  # best with all layers
+    assert {(seed, rate) for name, seed, *_, rate in found if name == f"{THIRD}, other rates"} == {(0, 1e-3), (0, 3e-3)}
     assert {row.fine for name, *_, row, _ in found if name == "other masks"} == set(MASKS)
 
 
@@ -255,15 +258,37 @@ def test_the_page_is_of_the_rate_that_ran_most_and_says_which_was_better():
     found.append(cell(OURS[0], TUNED_AT, 0, 0.6, 0.6, rate=3e-3))
     table = Table("unicode", tuple(found))
     assert [one.rate for one in table.of((OURS[0], TUNED_AT))] == [1e-3, 1e-3]
-    assert "not run with all seeds or at all depths: ours on full (0.003)" in render._rates(table)
-    assert "another was better, and not run everywhere: *ours on full* (0.003)" in render._claims(table)
+    assert f"not run with as many seeds: *ours on full*, {TUNED_AT} (0.003)" in render._rates(table)
+    assert f"better, and not run with as many seeds: *ours on full*, {TUNED_AT} (0.003)" in render._claims(table)
     more = Table("unicode", (*found, cell(OURS[0], TUNED_AT, 1, 0.6, 0.6, rate=3e-3)))
     assert [one.rate for one in more.of((OURS[0], TUNED_AT))] == [3e-3, 3e-3]
     assert "was better" not in render._claims(more)
-    deeper = Table("unicode", (*more.cells, cell(OURS[0], THIRD, 0, 0.5, 0.5)))
+    not_validated = cell(OURS[0], THIRD, 0, 0.5, 0.5)
+    del not_validated.scores[VALIDATION]
+    deeper = Table("unicode", (*more.cells, not_validated))
     assert [one.rate for one in deeper.of((OURS[0], THIRD))] == [1e-3]
     assert [one.rate for one in deeper.of((OURS[0], TUNED_AT))] == [3e-3, 3e-3]
-    assert "*ours on full* (0.003)" in render._claims(deeper)
+    assert f"*ours on full*, {THIRD} (0.003)" in render._claims(deeper)
+
+
+@pytest.mark.usefixtures("few_resamples")
+def test_a_rate_is_picked_at_its_own_depth_where_it_was_validated_there():
+    rates = {TUNED_AT: {1e-3: 0.6, 3e-3: 0.4}, THIRD: {1e-3: 0.4, 3e-3: 0.6}, "last 2": {1e-3: 0.4, 3e-3: 0.6}}
+    found = [
+        cell(FULL, depth, seed, right, right, rate=rate)
+        for depth, of_depth in rates.items()
+        for rate, right in of_depth.items()
+        for seed in (0, 1)
+    ]
+    for one in found:
+        if one.depth == "last 2":
+            one.scores.pop(VALIDATION, None)
+    table = Table("unicode", tuple(found))
+    taken = {depth: table.taken[FULL, depth] for depth in rates}
+    assert taken == {TUNED_AT: 1e-3, THIRD: 3e-3, "last 2": 1e-3}  # the last was not validated
+    assert table.better() == {}
+    shown = [row[-1] for row in rows_of(render._rates(table)) if row[0] == "full"]
+    assert shown == ["0.001", "0.003"]
 
 
 def store(found, part):
@@ -358,3 +383,23 @@ def test_a_part_that_makes_its_bases_makes_no_fine_tune(tmp_path, monkeypatch):
     assert len(made) == 2
     assert found[0].origin == quick_data.OLD_TASKS
     assert isinstance(found[0].tuned, Path)
+
+
+@pytest.mark.usefixtures("few_resamples")
+def test_a_section_is_not_replaced_by_one_with_fewer_rows(tmp_path):
+    """A run that was cut short keeps its cells for a later one, and the page its rows."""
+    document = tmp_path / "docs" / "sparse-tuning.md"
+    document.parent.mkdir()
+    document.write_text(render.reflow(render.page({"quick": cells(), "text": [], "multimodal": []}, document.parent)))
+    before = document.read_text()
+    root = tmp_path / "cache"
+    some = [replace(one, rate=1e-2) for one in cells() if one.row in (BASE, FULL, SPIDER)]
+    for one in some:
+        store([one], root / "quick")
+    assert render.write([root], document) == {"quick": [row.title for row in ROWS if row not in (FULL, SPIDER)]}
+    assert document.read_text() == before
+    assert len(read_kept(document.parent / "data" / "sparse-quick.jsonl")) == len(some)
+    for one in cells():
+        store([one], root / "quick")
+    assert render.write([root], document) == {}
+    assert "0.01" in document.read_text()
