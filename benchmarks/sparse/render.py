@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from benchmarks.common import markdown
 from benchmarks.pages import reflow
@@ -35,7 +36,7 @@ def write(roots: Sequence[Path], document: Path) -> dict[str, list[str]]:
     before = document.read_text(encoding="utf-8") if document.exists() else ""
     lacking = {name: rows for name, cells in found.items() if cells and (rows := _lacking(name, cells, before))}
     shown = {name: [] if name in lacking else cells for name, cells in found.items()}
-    document.write_text(reflow(page(shown, document.parent, before)), encoding="utf-8")
+    document.write_text(reflow(page(shown, document.parent, before, lacking)), encoding="utf-8")
     return lacking
 
 
@@ -46,12 +47,25 @@ def _lacking(name: str, cells: Sequence[Cell], before: str) -> list[str]:
     return [row.title for row in ROWS if row not in have and f"\n| {row.title} " in table]
 
 
-def page(found: dict[str, list[Cell]], folder: Path, before: str = "") -> str:
-    """The whole page; its pictures go into ``folder``. A part without cells stays as it was in the page ``before``."""
+def page(
+    found: dict[str, list[Cell]],
+    folder: Path,
+    before: str = "",
+    lacking: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> str:
+    """The whole page; its pictures go into ``folder``. A part without cells stays as it was in the page ``before``.
+
+    ``lacking`` are the rows for want of which a part has none.
+    """
+    told = [
+        f"*{name}* has its section of an earlier run. The scores of a later one, with other texts or steps, are in the "
+        f"data, but not yet all rows: {', '.join(rows)} with all layers."
+        for name, rows in lacking.items()
+    ]
     parts: list[str] = []
     for name, cells in found.items():
         parts += _section(PARTS[name], cells, folder) if cells else [_as_before(PARTS[name], before)]
-    return "\n\n".join([HEAD, *_short(found, before), *parts, _memory()]) + "\n"
+    return "\n\n".join([HEAD, *told, *_short(found, before), *parts, _memory()]) + "\n"
 
 
 def _short(found: dict[str, list[Cell]], before: str) -> list[str]:
@@ -126,8 +140,7 @@ them: the same base, data, steps and layers for all.
   are those that one core worked, on a GPU those that passed while others ran on it: compare them within a table only.
 - **peak MB** is that of the fine-tune, or of patching: on a GPU what its tensors took; on a CPU that of a process of
   three steps, with Python and torch in it. Of several runs it is the least, as what ran before can hold some.
-- Scores lie item by item in `data/sparse-PART.jsonl` beside this page, for the parts that were run since that is so:
-  a later run adds its own to them.
+- Scores lie item by item in `data/sparse-PART.jsonl` beside this page: a later run adds its own to them.
 
 *quick* is a small model, trained briefly: an indication of what holds for large ones, no more."""
 
