@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.data.forms import HINT, IMAGE_MARK
+from tailorcli.data.forms import HINT, IMAGE_MARK, with_image_parts
 from tailorcli.data.media import read_image, read_wav
 from tailorcli.data.records import Record, Records, content_parts
 from tailorcli.data.timed import within
@@ -101,16 +101,16 @@ class Encoder:
         A question is framed by the chat template, up to where its answer begins; the tokenizer's own end of a text is
         left out. Raises DataError.
         """
-        asked, fields = record.turns, record.fields
-        if not self._has_template(record.has_media):
+        asked = self._asked(record)
+        framed = None if asked is None else self._rendered(record, asked, True)
+        if framed is None:
             self._require_whole(record)
-        record = replace(record, turns=None)
-        if asked is not None and not record.has_media and self._has_template(False):
-            text = self._rendered(record, asked, True)
-            if text is not None:
-                return _as_inputs(self._within(self.tokens(record, text, False, seq_len), seq_len)), text
-        inputs = self.encode(record, seq_len)
-        text = str(fields.get("text", fields.get("prompt", "")))
+        elif not record.has_media:
+            return _as_inputs(self._within(self.tokens(record, framed, False, seq_len), seq_len)), framed
+        else:
+            record = replace(record, fields={**record.fields, "prompt": framed, "response": ""})
+        inputs = self.encode(replace(record, turns=None), seq_len)
+        text = str(record.fields.get("text", record.fields.get("prompt", "")))
         return (None if inputs is None else self.without_end(inputs, text)), text
 
     def without_end(self, inputs: Inputs, text: str) -> Inputs:
@@ -127,25 +127,38 @@ class Encoder:
 
     def framed_by_template(self, record: Record) -> Record:
         """A question and its answer as the turns of a chat, for a model whose template frames them; others stay."""
-        if record.turns is None or not self._has_template(record.has_media):
+        asked = self._asked(record)
+        if asked is None:
             self._require_whole(record)
             return record
-        asked = record.turns
-        if record.images and not any(part.get("type") == "image" for turn in asked for part in content_parts(turn)):
-            words = {"type": "text", "text": asked[-1]["content"]}
-            asked = [*asked[:-1], {**asked[-1], "content": [*({"type": "image"} for _ in record.images), words]}]
         fields = {name: value for name, value in record.fields.items() if name not in ("prompt", "response")}
         messages = [*asked, {"role": "assistant", "content": record.fields["response"]}]
         return replace(record, fields={**fields, "messages": messages}, turns=None)
 
+    def _asked(self, record: Record) -> list[dict[str, Any]] | None:
+        """The turns before the response that the chat template frames, each image in its place; None: it frames none.
+
+        Images that no turn marks come first in the last one.
+        """
+        if record.turns is None or not self._has_template(record.has_media):
+            return None
+        if not record.images:
+            return record.turns
+        asked = [_as_parts({**turn, "content": with_image_parts(turn["content"])}) for turn in record.turns]
+        if not any(part["type"] == "image" for turn in asked for part in turn["content"]):
+            asked[-1]["content"] = [*({"type": "image"} for _ in record.images), *asked[-1]["content"]]
+        return asked
+
     def _require_whole(self, record: Record) -> None:
-        """Raise DataError where a prompt without a template lacks what the record has under ``system``."""
-        first = (record.turns or [{}])[0]
-        if first.get("role") == "system" and first["content"] not in record.fields["prompt"]:
-            raise DataError(
-                f'{record.where} has a "system" beside its prompt, and no chat template frames what the model is given',
-                'put its text in front of each "prompt" and leave "system" out',
-            )
+        """Raise DataError where a prompt that no template frames lacks the turns that the record has before it."""
+        before = (record.turns or [])[:-1]
+        if not before or record.fields["prompt"].startswith("".join(f"{turn['content']}\n" for turn in before)):
+            return
+        names = " and ".join(f'"{name}"' for name in ("system", "history") if record.fields.get(name))
+        raise DataError(
+            f"{record.where} has {names} beside its prompt, and no chat template frames what the model is given",
+            f'put the text in front of each "prompt" and leave {names} out',
+        )
 
     def _has_template(self, with_media: bool) -> bool:
         """Whether a chat template frames what the model is given."""
@@ -284,8 +297,9 @@ class Encoder:
     def _rendered(self, record: Record, messages: list[dict[str, Any]], prompted: bool) -> str | None:
         """What the chat template makes of messages, and of the head of an answer to them; None where it refuses."""
         how = {"tools": record.fields.get("tools") or None, "tokenize": False, "add_generation_prompt": prompted}
+        render = self.processor if self.takes_media and record.has_media else self.tokenizer
         try:
-            return str(within(_SECONDS, partial(self.tokenizer.apply_chat_template, messages, **how)))
+            return str(within(_SECONDS, partial(render.apply_chat_template, messages, **how)))
         except Exception:  # whatever a model's own template raises
             return None
 
@@ -394,16 +408,20 @@ class Encoder:
         return torch.tensor([self._within(shifted, seq_len) or [self.start_token]])
 
     def _speech(self, record: Record, seq_len: int) -> Inputs:
-        """Sound for the encoder, the response for the decoder, where the model has one."""
+        """Sound for the encoder, the response for the decoder, where the model has one. Raises DataError for more."""
+        fields = record.fields
+        if "text" not in fields and ("messages" in fields or record.turns or fields.get("prompt", "").strip()):
+            what = f"{record.where} has a prompt or messages beside its audio, and a model hears the audio alone"
+            raise DataError(what, 'leave all out but "audio" and "response"')
         extractor = getattr(self.processor, "feature_extractor", self.processor)
         rate = getattr(extractor, "sampling_rate", None)
         if rate is None:
             raise DataError(f"{record.where} has audio, and the model's folder holds no feature extractor for it", HINT)
-        sound = read_wav(record.folder / record.fields["audio"], rate, record.where)
+        sound = read_wav(record.folder / fields["audio"], rate, record.where)
         inputs = self._call(record, lambda: extractor(sound, sampling_rate=rate, return_tensors="pt"))
         if self.start_token is None:
             return inputs
-        written = record.fields.get("response", record.fields.get("text", ""))
+        written = fields.get("response", fields.get("text", ""))
         response = self.tokens(record, written, most=seq_len, target=True)
         return inputs | {"decoder_input_ids": self._decoder_ids(response, seq_len)}
 
@@ -545,14 +563,17 @@ def _other_forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]
     messages = [{**message, "content": ""} if message.get("content") is None else message for message in messages]
     yield messages
     yield (messages := [_with_read_calls(message) for message in messages])
-    yield [
-        {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
-        for m in messages
-    ]
+    yield [_as_parts(message) for message in messages]
     yield [
         {**m, "content": "".join(str(part.get("text", "")) for part in content_parts(m))} if content_parts(m) else m
         for m in messages
     ]
+
+
+def _as_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose text is a list of one part."""
+    text = message.get("content")
+    return {**message, "content": [{"type": "text", "text": text}]} if isinstance(text, str) else message
 
 
 def _with_read_calls(message: dict[str, Any]) -> dict[str, Any]:

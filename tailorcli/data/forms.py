@@ -58,7 +58,7 @@ def formed(where: str, value: dict[str, Any]) -> Formed | None:
     if "text" in value:
         return "text", value, None
     if "messages" in value:
-        return "messages", {**value, "messages": _with_system(where, value, _listed(value["messages"]))}, None
+        return "messages", {**value, "messages": _with_earlier(where, value, _listed(value["messages"]))}, None
     prompt = next((name for name in PROMPTS if name in value), None)
     response = next((name for name in RESPONSES if name in value), None)
     turns = next((name for name in TURNS if name in value), None)
@@ -107,7 +107,7 @@ def _pair(where: str, value: dict[str, Any], prompt: str, response: str) -> Form
     """A prompt and its response; texts under the names of a question and its answer may be framed by a template."""
     if _is_turns(_listed(value[prompt])) or _is_turns(_listed(value[response])):
         messages = _turns(where, value, prompt, "user") + _turns(where, value, response, "assistant")
-        messages = _with_system(where, value, messages)
+        messages = _with_earlier(where, value, messages)
         return f"{prompt} and {response}{_OF_TURNS}", _as_messages(value, messages), None
     if (prompt, response) in _PLAIN:
         return f"{prompt} and {response}", {**value, "response": value[response]}, _framed(where, value)
@@ -115,16 +115,16 @@ def _pair(where: str, value: dict[str, Any], prompt: str, response: str) -> Form
     parts = [_text(where, value, name) for name in (prompt, *more)]
     question = "\n".join(parts if prompt != "question" else [*parts[1:], parts[0]])
     answer = _text(where, value, response)
-    before = _history(where, value)
+    before = _earlier(where, value)
     fields = {**value, "prompt": "".join(f"{turn['content']}\n" for turn in before) + f"{question}\n"}
     names = ", ".join((prompt, *more))
-    turns = [*before, {"role": "user", "content": _marked(question, value)}]
+    turns = [*before, {"role": "user", "content": question}]
     return f"{names} and {response}", {**fields, "response": answer}, turns
 
 
-def _history(where: str, value: dict[str, Any]) -> list[dict[str, Any]]:
-    """The system's turn and the earlier ones of a record that has them."""
-    turns: list[dict[str, Any]] = _with_system(where, value, [])
+def _earlier(where: str, value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The turns that a record has beside its own: under ``system`` and ``history``."""
+    turns = [{"role": "system", "content": _text(where, value, "system")}] if value.get("system") else []
     history = _listed(value.get("history")) or []
     for earlier in history if isinstance(history, list) else [history]:
         if not isinstance(earlier, list) or len(earlier) != 2 or not all(isinstance(text, str) for text in earlier):
@@ -133,21 +133,21 @@ def _history(where: str, value: dict[str, Any]) -> list[dict[str, Any]]:
     return turns
 
 
-def _with_system(where: str, value: dict[str, Any], turns: Any) -> Any:
-    """Turns behind what a record has under ``system``; as they are where it has nothing, or they are no list."""
-    if not value.get("system") or not isinstance(turns, list):
+def _with_earlier(where: str, value: dict[str, Any], turns: Any) -> Any:
+    """Turns behind those that stand beside them, their own system's first; as they are where they are no list."""
+    if not isinstance(turns, list):
         return turns
+    before = _earlier(where, value)
     if turns and isinstance(turns[0], dict) and turns[0].get("role") == "system":
-        return turns
-    return [{"role": "system", "content": _text(where, value, "system")}, *turns]
+        before = [turns[0], *(turn for turn in before if turn["role"] != "system")]
+        turns = turns[1:]
+    return [*before, *turns]
 
 
 def _framed(where: str, value: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The turns of a prompt that stands alone but for what is under ``system``, which only a template can frame."""
-    if not value.get("system"):
-        return None
-    prompt = _marked(_text(where, value, "prompt"), value)
-    return list(_with_system(where, value, [{"role": "user", "content": prompt}]))
+    """The turns of a prompt that stands alone but for what was before it, which only a template can frame."""
+    before = _earlier(where, value)
+    return [*before, {"role": "user", "content": _text(where, value, "prompt")}] if before else None
 
 
 def _conversation(where: str, value: dict[str, Any], name: str) -> Formed:
@@ -155,8 +155,9 @@ def _conversation(where: str, value: dict[str, Any], name: str) -> Formed:
     turns = _turns(where, value, name, "user")
     if value.get("chosen"):
         turns = turns + _turns(where, value, "chosen", "assistant")
-    turns = _with_system(where, value, turns)
-    turns = [{**turn, "content": _marked(turn.get("content"), value)} for turn in turns]
+    turns = _with_earlier(where, value, turns)
+    if value.get("images") or value.get("image"):
+        turns = [{**turn, "content": with_image_parts(turn.get("content"))} for turn in turns]
     fields = _as_messages(value, turns)
     if tools := _listed(value.get("tools")):
         bare = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
@@ -184,7 +185,7 @@ def _preference(where: str, value: dict[str, Any], prompt: str | None) -> Formed
     whole = any(turn["role"] == "user" for turn in answered) and (
         len(asked) == 0 or isinstance(value[prompt or ""], str) or answered[: len(asked)] == asked
     )
-    turns = _with_system(where, value, answered if whole else asked + answered)
+    turns = _with_earlier(where, value, answered if whole else asked + answered)
     return form, _as_messages(value, turns), None
 
 
@@ -246,9 +247,9 @@ def _listed(value: Any) -> Any:
     return value
 
 
-def _marked(content: Any, value: dict[str, Any]) -> Any:
+def with_image_parts(content: Any) -> Any:
     """A turn's text as parts where it marks the places of a record's images, as LLaVA's data does."""
-    if not isinstance(content, str) or IMAGE_MARK not in content or not (value.get("images") or value.get("image")):
+    if not isinstance(content, str) or IMAGE_MARK not in content:
         return content
     parts: list[dict[str, Any]] = []
     for piece in re.split(f"({IMAGE_MARK}\n?)", content):

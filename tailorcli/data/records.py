@@ -29,8 +29,8 @@ _TEXT_FIELDS = ("text", "prompt", "response", "audio")
 class Record:
     """One record of the data, where it stands, for error messages, and the folder that its paths start from.
 
-    ``turns`` are those before the response, where a chat template may frame the prompt. ``form`` names what it was
-    recognised by.
+    ``turns`` are those before the response, each a text, where a chat template may frame the prompt. ``form`` names
+    what it was recognised by.
     """
 
     where: str

@@ -170,13 +170,13 @@ def _fields(where: str, value: Any, needed: tuple[str, ...], hint: str) -> dict[
             raise DataError(f'{where} has no "{name}"; its fields are {sorted(value)}', hint)
     if not isinstance(value["prompt"], str):
         raise DataError(f'{where}: "prompt" is a {type(value["prompt"]).__name__}, expected a string', hint)
-    return {name: value[name] for name in (*needed, "images", "image", "audio") if name in value}
+    return {name: value[name] for name in (*needed, "images", "image", "audio", "system", "history") if name in value}
 
 
 def _media_record(where: str, fields: dict[str, Any], folder: Path) -> Record:
-    """The record, with its images and sound checked as calibration checks them."""
-    sound = check_record(where, fields | {"prompt": fields["prompt"], "response": ""}, folder).fields
-    return Record(where, sound | fields, folder)
+    """The record, with its images, its sound and what was before its prompt checked as calibration checks them."""
+    record = check_record(where, fields | {"response": ""}, folder)
+    return replace(record, fields=record.fields | {"response": fields.get("response", "")})
 
 
 def _is_pair(record: Record) -> bool:
@@ -271,12 +271,10 @@ def _generate_item(number: int, record: Record, encoder: Encoder, limit: int, *,
 
     if encoder.exceeds(record, (record.fields["prompt"],), limit):
         return None
-    inputs = _alone(encoder, record, record.fields["prompt"])
+    inputs, _ = encoder.start(_joined(record, record.fields["prompt"], ""), sys.maxsize)
     if inputs is None:
         raise DataError(f"{record.where}: its prompt gives no token to go on from", _GENERATE)
     inputs = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
-    if encoder.start_token is None:
-        inputs = encoder.without_end(inputs, record.fields["prompt"])
     if inputs["input_ids"].shape[1] + (room if encoder.start_token is None else 0) > limit:
         return None
     empty = torch.empty(0, dtype=torch.long)
@@ -300,8 +298,7 @@ def _before(encoder: Encoder, record: Record, prompt: str) -> Inputs | None:
 
 
 def _joined(record: Record, prompt: str, response: str) -> Record:
-    media: dict[str, Any] = {name: record.fields[name] for name in ("images", "audio") if name in record.fields}
-    return replace(record, fields={"prompt": prompt, "response": response, **media})
+    return replace(record, fields={**record.fields, "prompt": prompt, "response": response})
 
 
 def _continuation(encoder: Encoder, record: Record, prompt: str, response: str, alone: Inputs | None) -> Row:

@@ -153,6 +153,7 @@ USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "conte
 SYSTEM = {"role": "system", "content": "S"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 HUMAN, GPT = {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}
+EARLIER = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 AS_MESSAGES = {
     "prompt and completion of messages": ({"prompt": [USER], "completion": [ASSISTANT]}, [USER, ASSISTANT]),
     "ShareGPT conversations": ({"conversations": [HUMAN, GPT]}, [USER, ASSISTANT]),
@@ -178,6 +179,22 @@ AS_MESSAGES = {
     "a system of its own": ({"messages": [SYSTEM, USER, ASSISTANT], "system": "T"}, [SYSTEM, USER, ASSISTANT]),
     "system beside turns": ({"prompt": [USER], "completion": [ASSISTANT], "system": "S"}, [SYSTEM, USER, ASSISTANT]),
     "system beside a pair": ({"prompt": [USER], "chosen": [ASSISTANT], "system": "S"}, [SYSTEM, USER, ASSISTANT]),
+    "history beside messages": (
+        {"messages": [USER, ASSISTANT], "history": [["q", "a"]]},
+        [*EARLIER, USER, ASSISTANT],
+    ),
+    "history behind a system of its own": (
+        {"messages": [SYSTEM, USER, ASSISTANT], "system": "T", "history": [["q", "a"]]},
+        [SYSTEM, *EARLIER, USER, ASSISTANT],
+    ),
+    "history beside turns": (
+        {"prompt": [USER], "completion": [ASSISTANT], "system": "S", "history": '[["q", "a"]]'},
+        [SYSTEM, *EARLIER, USER, ASSISTANT],
+    ),
+    "history beside a pair": (
+        {"prompt": [USER], "chosen": [ASSISTANT], "history": [["q", "a"]]},
+        [*EARLIER, USER, ASSISTANT],
+    ),
     "messages as JSON": ({"messages": json.dumps([USER, ASSISTANT])}, [USER, ASSISTANT]),
 }
 
@@ -230,22 +247,32 @@ def test_a_chat_template_frames_a_question_and_its_answer(tmp_path, case):
     assert encoder.tokenizer.decode(ids).replace(" ", "").replace("<unk>", "\n") == FRAMED[case]
 
 
+BESIDE = {
+    "system": ({"system": "S"}, "<system>S"),
+    "history": ({"history": [["Q", "A"]]}, "<user>Q<assistant>A"),  # words that the prompt has, too
+    "system and history": ({"history": [["q", "a"]], "system": "S"}, "<system>S<user>q<assistant>a"),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
 @pytest.mark.parametrize("response", ["response", "completion", "chosen"])
-def test_a_system_beside_a_prompt_is_framed_or_refused(tmp_path, response):
-    record = one_record(tmp_path, {"prompt": "Q", response: "A", "system": "S"})
+def test_what_was_before_a_prompt_is_framed_or_refused(tmp_path, response, name):
+    beside, framed = BESIDE[name]
+    record = one_record(tmp_path, {"prompt": "Q", response: "A"} | beside)
     encoder = Encoder(make_tokenizer(TEMPLATE))
     inputs = encoder.encode(record, 99)
     decoded = encoder.tokenizer.decode(inputs["input_ids"][0]).replace(" ", "")
-    assert decoded == "<system>S<user>Q<assistant>A"
-    assert encoder.responses(record, inputs) == [(len(decoded) - 1, len(decoded))]
+    assert decoded == f"{framed}<user>Q<assistant>A"
+    assert encoder.responses(record, inputs)[-1] == (len(decoded) - 1, len(decoded))
+    named = name.replace(" and ", '" and "')
     for start in (None, 5):  # without a template, and with one that an encoder-decoder does not use
         encoder = Encoder(make_tokenizer(TEMPLATE if start else None), start)
         for call in (encoder.encode, encoder.start):
-            with pytest.raises(DataError, match=r'd\.jsonl:1 has a "system" beside its prompt') as caught:
+            with pytest.raises(DataError, match=f'd.jsonl:1 has "{named}" beside its prompt') as caught:
                 call(record, 99)
-            assert "in front of each" in caught.value.hint
-    for empty in ("", None):
-        record = one_record(tmp_path, {"prompt": "Q", response: "A", "system": empty})
+            assert f'leave "{named}" out' in caught.value.hint
+    for empty in ("", None, []):
+        record = one_record(tmp_path, {"prompt": "Q", response: "A", "system": empty, "history": empty})
         assert Encoder(make_tokenizer(TEMPLATE))._text_of(record) == "QA"
 
 

@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from tailorcli.calibration.synthetic import encode_starts, read_starts
 from tailorcli.data.encoder import Encoder
 from tailorcli.data.records import read_records
+from tailorcli.errors import DataError
 from tailorcli.models.loading import load_encoder
 from tailorcli.options import CalibrateOptions
 
@@ -108,6 +109,15 @@ def test_a_model_goes_on_from_a_question_as_its_template_frames_it(tmp_path):
     assert starts_of(tmp_path, make_tokenizer(TEMPLATE), question) == ("<user>who|<assistant>",) * 2
     assert starts_of(tmp_path, make_tokenizer(), question)[0].strip() == "who<unk>"  # its line end is no character
     assert starts_of(tmp_path, make_tokenizer(TEMPLATE), {"prompt": "who"})[0] == "who"  # as it stands
+
+
+def test_a_model_goes_on_from_what_was_before_a_prompt(tmp_path):
+    record = {"prompt": "who", "history": [["how", "so"]], "system": "be"}
+    framed = "<system>be|<user>how|<assistant>so|<user>who|<assistant>"
+    assert starts_of(tmp_path, make_tokenizer(TEMPLATE), record) == (framed,) * 2
+    refusing = "{% if add_generation_prompt %}{{ raise_exception('no') }}{% endif %}"
+    with pytest.raises(DataError, match='has "system" and "history" beside its prompt'):
+        starts_of(tmp_path, make_tokenizer(refusing), record)
 
 
 def test_nothing_is_written_behind_the_end_of_a_text(tmp_path, caplog):

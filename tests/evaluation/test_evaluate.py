@@ -1,5 +1,6 @@
 """Evaluation: figures against a plain loop over items, one at a time; what is refused; the command line."""
 
+import base64
 import json
 import math
 import shutil
@@ -123,6 +124,31 @@ def test_answers_are_those_of_a_plain_greedy_loop(tmp_path):
     assert list(scores.outputs) == [text.strip() for text in written]
     assert scores.correct.tolist() == [1, 0, 1]
     assert network.generation_config is own
+
+
+def test_what_was_before_a_prompt_is_framed_or_refused(tmp_path):
+    """With every kind; an answer is the assistant's turn, with what ends it."""
+    template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}|{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    asked = {"prompt": "Q", "system": "S", "history": [["q", "a"]]}
+    items = {
+        "text": {"response": "AB"},
+        "choice": {"choices": ["AB", "AC"], "answer": 1},
+        "generate": {"response": "A"},
+    }
+    head = "<system>S|<user>q|<assistant>a|<user>Q|<assistant>"
+    for kind, more in items.items():
+        (task,) = read_tasks([f"t={write(tmp_path / 't.jsonl', [asked | more])}:{kind}"])
+        encoder = Encoder(make_tokenizer(template))
+        (item,) = encode_task(task, encoder, EvaluateOptions()).items
+        texts = [encoder.tokenizer.decode(row.inputs["input_ids"][0]).replace(" ", "") for row in item.rows]
+        answers = [encoder.tokenizer.decode(row.wanted[0]).replace(" ", "") for row in item.rows]
+        expected = {"text": ["AB|"], "choice": ["AB|", "AC|"], "generate": [""]}[kind]
+        assert (texts, answers) == ([head + answer for answer in expected], expected)
+        with pytest.raises(TailorError, match=r't\.jsonl:1 has "system" and "history" beside its prompt'):
+            encode_task(task, Encoder(make_tokenizer()), EvaluateOptions())
 
 
 def test_an_answer_ends_with_its_first_line_or_the_end_of_text(tmp_path):
@@ -287,6 +313,58 @@ def test_the_choices_of_an_item_share_its_image(tmp_path):
     assert first.inputs["pixel_values"] is second.inputs["pixel_values"]
 
 
+def test_an_image_of_an_item_may_be_its_bytes(tmp_path):
+    pytest.importorskip("PIL")
+    folder, records = family(tmp_path, "llava")
+    encoder = _loaded(folder / "base")[1]
+    data = (folder / records[0]["images"][0]).read_bytes()
+    for images in (records[0]["images"][0], [{"bytes": base64.b64encode(data).decode()}]):
+        picks = [records[0] | {"choices": ["a", "b"], "answer": 0, "images": images}]
+        (task,) = read_tasks([f"c={write(folder / 'c.jsonl', picks)}:choice"])
+        row = encode_task(task, encoder, EvaluateOptions()).items[0].rows[0]
+        wanted = _processed(encoder, folder, records[0], "<image> x")["pixel_values"]
+        assert row.inputs["pixel_values"].equal(wanted)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2.5-vl", "gemma3"])
+def test_what_was_before_a_prompt_with_an_image_is_framed(tmp_path, name):
+    """As the processor frames the same turns."""
+    pytest.importorskip("PIL")
+    folder, records = family(tmp_path, name)
+    encoder = _loaded(folder / "base")[1]
+    image = {"type": "image", "path": records[0]["images"][0]}
+    earlier = [_turn("system", _words("S")), _turn("user", _words("q ")), _turn("assistant", _words("a"))]
+    parts = [image, *_words("Q")]
+    for marked in (False, True):  # in the earlier turn, else in front of the prompt
+        if marked:
+            earlier[1], parts = _turn("user", [*_words("q "), image]), _words("Q")
+        asked = [*earlier, _turn("user", parts)]
+        beside = {"system": "S", "history": [["q <image>" if marked else "q ", "a"]], "images": records[0]["images"]}
+        whole = {"messages": [*asked, _turn("assistant", _words("A"))]}
+        pair = {"prompt": "Q", "response": "A"} | beside
+        (record,) = read_records(write(folder / "t.jsonl", [pair]))
+        (other,) = read_records(write(folder / "m.jsonl", [whole]))
+        wanted = encoder.encode(other, 4096)
+        assert encoder.encode(record, 4096)["input_ids"].equal(wanted["input_ids"])
+        start, text = encoder.start(record, 4096)
+        (task,) = read_tasks([f"g={write(folder / 't.jsonl', [pair])}:generate"])
+        row = encode_task(task, encoder, EvaluateOptions()).items[0].rows[0]
+        assert row.inputs["input_ids"].equal(start["input_ids"])
+        ids = start["input_ids"]
+        assert ids.equal(wanted["input_ids"][:, : ids.shape[1]])
+        assert encoder.tokenizer.decode(wanted["input_ids"][0, ids.shape[1] :]).startswith("A")
+        kept = write(folder / "k.jsonl", [{"prompt": text, "response": "", "images": records[0]["images"]}])
+        assert encoder.encode(read_records(kept)[0], 4096)["input_ids"].equal(ids)  # as it is kept and read again
+
+
+def _turn(role, parts):
+    return {"role": role, "content": parts}
+
+
+def _words(text):
+    return [{"type": "text", "text": text}]
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2.5-vl", "instructblip", "gemma3"])
 def test_llavas_mark_is_the_place_of_an_image_for_every_model(tmp_path, name):
     pytest.importorskip("PIL")
@@ -336,6 +414,13 @@ def test_sound_is_scored_by_its_response(tmp_path):
     folder = make_family_pair(tmp_path, "whisper")
     report = evaluate_models([folder / "base", folder / "tuned"], [f"t={folder / 'data.jsonl'}:text"])
     assert len(report.scores["base"]["t"].count) == 12
+    encoder = _loaded(folder / "base")[1]
+    heard = {"audio": "audio/0.wav", "response": "a"}
+    messages = [{"role": "user", "content": "Q"}]
+    for more in ({"prompt": "Q"}, {"prompt": "", "system": "S"}, {"messages": messages}):
+        (task,) = read_tasks([f"t={write(folder / 't.jsonl', [heard | more])}:text"])
+        with pytest.raises(TailorError, match=r"beside its (audio|prompt)"):
+            encode_task(task, encoder, EvaluateOptions())
 
 
 # Figures of merit
