@@ -230,12 +230,13 @@ def _facts(plan: FinetunePlan) -> list[tuple[str, str]]:
     what = f"{plan.entries:,} of {plan.of_entries:,} entries ({share}) in {counted(plan.parameters, 'tensor')}"
     learnt = f"{counted(plan.examples, 'record')}, {counted(plan.tokens, 'token')}, {plan.learnt_tokens:,} to learn"
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.memory.items())
+    more = f"activations and what the optimiser {plan.uncounted} holds" if plan.uncounted else "activations"
     return [
         ("method", plan.method),
         ("trains", what),
         ("data", learnt),
         ("steps", f"{plan.steps:,}"),
-        ("memory", f"{format_bytes(sum(plan.memory.values()))} and activations: {parts}"),
+        ("memory", f"{format_bytes(sum(plan.memory.values()))} and {more}: {parts}"),
         ("writes", f"{format_bytes(plan.write_bytes)} to {plan.output}"),
     ]
 

@@ -51,6 +51,7 @@ from tailorcli.training.carded import Given, side_files_of
 from tailorcli.training.choice import choose, named_parameters, trained_numel
 from tailorcli.training.examples import Examples, encode_examples
 from tailorcli.training.importance import Importance, ImportanceError
+from tailorcli.training.optimisers import KEEPS_WITHOUT_GRADIENT, optimiser_bytes
 from tailorcli.training.outcome import FinetunePlan, FinetuneReport, memory_of, write_outcome
 from tailorcli.training.probe import open_plain
 from tailorcli.training.settings import OWN_ARGUMENTS, PUBLISHING, REFUSED_ARGUMENTS, FinetuneOptions
@@ -135,7 +136,9 @@ def finetune_model(
                 check_shapes(job.base, job.config, options)
                 network = load_model(job.base, job.config, options)
                 examples = _examples(job, network)
-            plan = plan_of(job, network, examples, folder)
+            with refused_arguments(job):
+                arguments = training_arguments(job, work)
+            plan = plan_of(job, network, examples, folder, arguments)
             if main and announce is not None:
                 announce(plan)
             smaller = "a smaller --batch-size with more --gradient-accumulation, or --last-layers"
@@ -172,8 +175,8 @@ def plan_finetune(
         check_shapes(job.base, job.config, options)
         network = empty_on_meta(job.base, job.config, options)
         with refused_arguments(job):
-            training_arguments(job, work)
-        return plan_of(job, network, _examples(job, network), folder)
+            arguments = training_arguments(job, work)
+        return plan_of(job, network, _examples(job, network), folder, arguments)
 
 
 def require_accelerate() -> None:
@@ -362,7 +365,7 @@ def _check_smoothing(job: Job, network: Any) -> None:
         raise OptionsError(what, "leave it out of --training-args")
 
 
-def plan_of(job: Job, network: Any, examples: Examples, output: Path) -> FinetunePlan:
+def plan_of(job: Job, network: Any, examples: Examples, output: Path, arguments: Any) -> FinetunePlan:
     """What is trained and what it takes, of a network that may be without memory. Raises OptionsError."""
     options = job.options
     names = choose(network, trainable_in(job, network), options.last_layers)
@@ -372,14 +375,16 @@ def plan_of(job: Job, network: Any, examples: Examples, output: Path) -> Finetun
             what = f"{job.importance.path} has no scores of what is to be trained"
             raise OptionsError(what, "see --trainable and --last-layers")
     numel = trained_numel(network, names)
-    trained = numel
+    trained, parameters = numel, named_parameters(network)
     if options.method == "dowser":
-        parameters = named_parameters(network)
         trained = sum(count_kept(options.update_ratio, parameters[name].numel()) for name in names)
     if not trained:
         raise OptionsError(f"--update-ratio {options.update_ratio:g} leaves no entry to train", "the paper's is 0.1")
     entries = sum(parameter.numel() for parameter in network.parameters())
-    size = run_dtype(job.base, network.config, options).itemsize
+    dtype = run_dtype(job.base, network.config, options)
+    size = dtype.itemsize
+    with refused_arguments(job):
+        optimiser, held = optimiser_bytes(arguments, network, [parameters[name].shape for name in names], dtype)
     batches = _batches(len(examples.inputs), options, drop_last=bool(job.arguments.get("dataloader_drop_last")))
     steps = options.steps or math.ceil(options.epochs * batches)
     return FinetunePlan(
@@ -392,8 +397,11 @@ def plan_of(job: Job, network: Any, examples: Examples, output: Path) -> Finetun
         tokens=examples.num_tokens,
         learnt_tokens=examples.learnt,
         steps=steps,
-        memory=memory_of(options.method, entries * size, numel, size),
+        memory=memory_of(
+            options.method, entries * size, numel, size, held, puts_back=optimiser not in KEEPS_WITHOUT_GRADIENT
+        ),
         write_bytes=job.base.nbytes,
+        uncounted="" if held is not None else str(getattr(arguments.optim, "value", arguments.optim)),
     )
 
 

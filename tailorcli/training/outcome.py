@@ -41,20 +41,28 @@ class FinetunePlan:
     steps: int
     memory: dict[str, int]
     write_bytes: int
+    uncounted: str = ""  # the optimiser, where it is not known what it holds
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
         return asdict(self)
 
 
-def memory_of(method: str, weights: int, numel: int, size: int) -> dict[str, int]:
-    """Bytes beside activations, by what takes them, of ``numel`` trained entries of ``size`` bytes each."""
+def memory_of(
+    method: str, weights: int, numel: int, size: int, optimiser: int | None, *, puts_back: bool
+) -> dict[str, int]:
+    """Bytes beside activations, by what takes them, of ``numel`` trained entries of ``size`` bytes each.
+
+    ``optimiser`` is what that holds, None where it is not known; by one that ``puts_back`` what a mask holds, dowser
+    has a copy of the weights.
+    """
     extra = {
         "spider": {"base's copy": numel * size, "accumulated gradient": numel * 4},
         "l2": {"base's copy": numel * size},
-        "dowser": {"mask": -(-numel // 8)},
+        "dowser": {"mask": -(-numel // 8)} | ({"copy for a step": numel * size} if puts_back else {}),
     }
-    parts = {"weights": weights, "gradients": numel * size, "optimiser": 2 * numel * size}
+    parts = {"weights": weights, "gradients": numel * size}
+    parts |= {} if optimiser is None else {"optimiser": optimiser}
     return parts | extra.get(method, {})
 
 

@@ -22,10 +22,9 @@ from tailorcli.files import PathLike
 from tailorcli.models.loading import unwrapped
 from tailorcli.training.choice import choose, freeze_others, named_parameters
 from tailorcli.training.importance import Importance
+from tailorcli.training.optimisers import KEEPS_WITHOUT_GRADIENT
 from tailorcli.training.settings import TuningOptions
 from tailorcli.training.shards import as_shard, local, summed
-
-_KNOWN = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
 
 class SparseTuning(TrainerCallback):  # type: ignore[misc]
@@ -238,7 +237,7 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
         Gradients are still multiplied by ``scale``. An optimiser whose step is not known to leave entries without
         gradient alone gets its frozen ones back after.
         """
-        known = type(optimizer) in _KNOWN
+        known = type(optimizer) in KEEPS_WITHOUT_GRADIENT
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         for group in optimizer.param_groups:
             decay = float(group.get("weight_decay") or 0.0) if known else 0.0
@@ -346,7 +345,7 @@ def divides_by_zero(optimizer: torch.optim.Optimizer) -> bool:
 
     A fused one works in float32.
     """
-    return type(optimizer) in _KNOWN and any(
+    return type(optimizer) in KEEPS_WITHOUT_GRADIENT and any(
         "eps" in group and not group["fused"] and not torch.tensor(float(group["eps"]), dtype=parameter.dtype)
         for group in optimizer.param_groups
         for parameter in group["params"]

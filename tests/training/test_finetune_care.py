@@ -135,6 +135,59 @@ def test_the_plan_is_of_the_dtype_that_runs_and_counts_the_steps_that_are_made(t
     refused(*command, "--training-args", tmp_path / "args.yaml", "--dry-run", mentions=["foo"])
 
 
+HELD = {
+    "": "adamw_torch",
+    "optim: sgd": "sgd",
+    "optim: sgd\noptim_args: momentum=0.9": "sgd",
+    "optim: adafactor": "adafactor",
+    "optim: adagrad": "adagrad",
+    "optim: rmsprop": "rmsprop",
+}
+
+
+@pytest.mark.parametrize("text", HELD)
+def test_the_plan_counts_what_the_optimiser_holds(pair, importance, tmp_path, text):
+    """As much as that of a Trainer after a step; dowser has a copy of the weights beside those that it puts back."""
+    (tmp_path / "args.yaml").write_text(text or "lr_scheduler_type: constant\n")
+    command = ("finetune", pair / "base", "--data", pair / "data.jsonl", "-o", tmp_path / "out", *FAST, "--dry-run")
+    more = ("--training-args", tmp_path / "args.yaml", "--json", "--dtype", "bfloat16")
+    plan = json.loads(run(*command, *more).stdout)
+    network = AutoModelForCausalLM.from_pretrained(pair / "base", dtype=torch.bfloat16)
+    arguments = {"optim_args": "momentum=0.9"} if "momentum" in text else {}
+    made = TrainingArguments(
+        str(tmp_path / "t"), optim=HELD[text], max_steps=1, report_to="none", use_cpu=True, **arguments
+    )
+    row = {"input_ids": torch.arange(8), "labels": torch.arange(8)}
+    trainer = Trainer(network, made, train_dataset=[row])
+    SparseTuning("full").attach(trainer)
+    trainer.train()
+    held = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    expected = sum(value.nbytes for value in held if isinstance(value, torch.Tensor) and value.dim())
+    assert plan["memory"]["optimiser"] == expected
+    assert plan["uncounted"] == ""
+    plan = json.loads(run(*command, *more, "--method", "dowser", "--importance", importance).stdout)
+    numel = plan["memory"]["gradients"] // 2
+    copy = {} if HELD[text] in ("adamw_torch", "sgd") else {"copy for a step": 2 * numel}
+    assert {name: size for name, size in plan["memory"].items() if name == "copy for a step"} == copy
+
+
+@pytest.mark.parametrize("name", ["galore_adamw_layerwise", "adagrad"])
+def test_the_plan_says_where_it_is_not_known_what_the_optimiser_holds(pair, tmp_path, monkeypatch, name):
+    """As of one whose kernels run on one device alone."""
+
+    def fail(*_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(torch.optim.Adagrad, "step", fail)
+    (tmp_path / "args.yaml").write_text(f"optim: {name}\noptim_target_modules: all-linear\n")
+    command = ("finetune", pair / "base", "--data", pair / "data.jsonl", "-o", tmp_path / "out", *FAST, "--dry-run")
+    more = ("--training-args", tmp_path / "args.yaml")
+    plan = json.loads(run(*command, *more, "--json").stdout)
+    assert (plan["uncounted"], plan["memory"].keys()) == (name, {"weights", "gradients"})
+    shown = " ".join(run(*command, *more).stdout.split())
+    assert f"and activations and what the optimiser {name} holds: weights" in shown
+
+
 def test_values_out_of_range_are_refused(pair, importance, tmp_path):
     command = ("finetune", pair / "base", "--data", pair / "data.jsonl")
     out = ("-o", tmp_path / "out")
