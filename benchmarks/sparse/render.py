@@ -99,7 +99,11 @@ def _memory() -> str:
     entries = 8  # a byte of a mask
     kinds = {"float32": 4, "bfloat16": 2}
     costs = {
-        method: [memory_of(method, entries * size, entries, size) for size in kinds.values()] for method in FINE_TUNES
+        method: [
+            memory_of(method, entries * size, entries, size, 2 * entries * size, puts_back=False)
+            for size in kinds.values()
+        ]
+        for method in FINE_TUNES
     }
     ours = {"weights", "gradients", "optimiser"}
     rows = [

@@ -51,7 +51,7 @@ from tailorcli.training.carded import Given, side_files_of
 from tailorcli.training.choice import choose, named_parameters, trained_numel
 from tailorcli.training.examples import Examples, encode_examples
 from tailorcli.training.importance import Importance, ImportanceError
-from tailorcli.training.optimisers import KEEPS_WITHOUT_GRADIENT, optimiser_bytes
+from tailorcli.training.optimisers import KEEPS_WITHOUT_GRADIENT, name_of, optimiser_bytes, refuse_outside_steps
 from tailorcli.training.outcome import FinetunePlan, FinetuneReport, memory_of, write_outcome
 from tailorcli.training.probe import open_plain
 from tailorcli.training.settings import OWN_ARGUMENTS, PUBLISHING, REFUSED_ARGUMENTS, FinetuneOptions
@@ -381,6 +381,7 @@ def plan_of(job: Job, network: Any, examples: Examples, output: Path, arguments:
     if not trained:
         raise OptionsError(f"--update-ratio {options.update_ratio:g} leaves no entry to train", "the paper's is 0.1")
     entries = sum(parameter.numel() for parameter in network.parameters())
+    refuse_outside_steps(options.method, arguments.optim)
     dtype = run_dtype(job.base, network.config, options)
     size = dtype.itemsize
     with refused_arguments(job):
@@ -401,7 +402,7 @@ def plan_of(job: Job, network: Any, examples: Examples, output: Path, arguments:
             options.method, entries * size, numel, size, held, puts_back=optimiser not in KEEPS_WITHOUT_GRADIENT
         ),
         write_bytes=job.base.nbytes,
-        uncounted="" if held is not None else str(getattr(arguments.optim, "value", arguments.optim)),
+        uncounted="" if held is not None else name_of(arguments.optim),
     )
 
 

@@ -22,7 +22,7 @@ from tailorcli.files import PathLike
 from tailorcli.models.loading import unwrapped
 from tailorcli.training.choice import choose, freeze_others, named_parameters
 from tailorcli.training.importance import Importance
-from tailorcli.training.optimisers import KEEPS_WITHOUT_GRADIENT
+from tailorcli.training.optimisers import KEEPS_WITHOUT_GRADIENT, refuse_outside_steps
 from tailorcli.training.settings import TuningOptions
 from tailorcli.training.shards import as_shard, local, summed
 
@@ -95,10 +95,8 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
                 "this Trainer makes its model anew when it trains (model_init), after this has frozen the present one"
             )
             raise OptionsError(what, "give the Trainer the model itself")
-        optimiser = _optimiser_outside_steps(trainer)
-        if optimiser and self.options.method != "full":
-            what = f"optim {optimiser} moves weights outside of its steps, where {self.options.method} cannot hold them"
-            raise OptionsError(what, "take another, such as adamw_torch")
+        optim = getattr(getattr(trainer, "args", None), "optim", "")
+        refuse_outside_steps(self.options.method, optim, getattr(trainer, "optimizer", None))
         for kept in (self._held, self._general, self._sofar, self._shapes, self.unscored):
             kept.clear()  # of a Trainer that it was attached to before
         network = trainer.model
@@ -137,11 +135,13 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Hang the hooks on the optimiser, and cut what is held into this process's shards.
 
-        Raises OptionsError where the Trainer has no optimiser of its own, or one that makes NaN of masked gradients.
+        Raises OptionsError where the Trainer has no optimiser of its own, one that moves weights outside of its steps,
+        or one that makes NaN of masked gradients.
         """
         if given["optimizer"] is None or given["model"] is None:
             raise OptionsError("the Trainer gives no optimiser", "use transformers' own training loop")
         optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])
+        refuse_outside_steps(self.options.method, "", optimizer)
         if self.options.method == "dowser" and divides_by_zero(optimizer):
             what = "in float16 Adam's epsilon is zero: every weight that dowser leaves alone would be NaN"
             raise OptionsError(what, "load the model in float32 or bfloat16")
@@ -324,14 +324,6 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
             what = f"SPIDER's accumulated gradients cannot be taken up from {file}: {error}"
             how = "start anew, or resume with as many processes from a checkpoint in the Trainer's own output_dir"
             raise OutputError(what, how) from error
-
-
-def _optimiser_outside_steps(trainer: Any) -> str:
-    """The Trainer's optimiser where it works inside backward, or moves weights between training and use; else empty."""
-    optim = getattr(getattr(trainer, "args", None), "optim", "")
-    name = str(getattr(optim, "value", optim))
-    found = name.endswith("layerwise") or name in ("lomo", "adalomo") or name.startswith("schedule_free")
-    return name if found else ""
 
 
 def is_skipped(optimizer: torch.optim.Optimizer) -> bool:

@@ -130,9 +130,11 @@ def test_the_plan_is_of_the_dtype_that_runs_and_counts_the_steps_that_are_made(t
     plan = json.loads(run(*command, *more, "--dry-run").stdout)
     assert plan["memory"]["weights"] == 2 * entries
     assert plan["steps"] == json.loads(run(*command, *more).stdout)["steps"] == 2
-    (tmp_path / "args.yaml").write_text("optim: foo\n")
     shutil.rmtree(tmp_path / "out")
-    refused(*command, "--training-args", tmp_path / "args.yaml", "--dry-run", mentions=["foo"])
+    for name, said in (("foo", "foo"), ("galore_adamw_layerwise", "moves weights outside of its steps")):
+        (tmp_path / "args.yaml").write_text(f"optim: {name}\n")
+        more = ("--training-args", tmp_path / "args.yaml", "--method", "half")
+        refused(*command, *more, "--dry-run", mentions=[said])
 
 
 HELD = {

@@ -10,6 +10,7 @@ import torch
 from helpers import bits, make_model, make_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from tailorcli.core import spider
 from tailorcli.core.dowser import least_important
@@ -298,6 +299,48 @@ def test_a_head_that_the_probed_base_lacks_is_not_left_at_random(base, importanc
         SparseTuning("dowser", importance=importance).attach(trainer)
     model.score.requires_grad_(False)
     assert "score.weight" not in SparseTuning("dowser", importance=importance).attach(trainer).unscored
+
+
+def train_by_spider(trainer):
+    SparseTuning("spider").attach(trainer)
+    trainer.train()
+
+
+class ScheduleFree(torch.optim.SGD):
+    """As schedulefree's are: other weights in training than in use."""
+
+    def train(self): ...
+
+    def eval(self): ...
+
+
+class Lomo(torch.optim.SGD):
+    """As lomo_optim's are: backward steps."""
+
+    def fused_backward(self, loss, lr): ...
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        (ScheduleFree, "object"),
+        (ScheduleFree, "class"),
+        (Lomo, "object"),
+        (Lomo, "class"),
+        (LayerWiseDummyOptimizer, "object"),
+    ],
+)
+def test_an_optimiser_that_moves_weights_outside_of_its_steps_is_seen_itself(base, tmp_path, kind, how):
+    """Handed to the Trainer ready, or made by it when training begins."""
+    network = load(base)
+    given = {"optimizers": (kind(network.parameters(), lr=0.1), None)}
+    if how == "class":
+        given = {"optimizer_cls_and_kwargs": (kind, {"lr": 0.1})}
+    trainer = Trainer(network, arguments(tmp_path), train_dataset=ROWS, **given)
+    before = {name: value.detach().clone() for name, value in network.named_parameters()}
+    with pytest.raises(OptionsError, match=f"optim {kind.__name__} moves weights outside of its steps"):
+        train_by_spider(trainer)
+    assert all(torch.equal(value, before[name]) for name, value in network.named_parameters())
 
 
 def test_options_out_of_range_are_refused(importance):
