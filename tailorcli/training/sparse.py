@@ -307,6 +307,10 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
         if file.parent.is_dir():
             save_file({name: value.cpu().contiguous() for name, value in self._sofar.items()}, file)
 
+    def on_push_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Put them there before a checkpoint is uploaded, which transformers does before it tells that it is saved."""
+        self.on_save(args, state, control)
+
     @staticmethod
     def _state_file(args: Any, state: Any) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}" / f"spider-{args.process_index}.safetensors"

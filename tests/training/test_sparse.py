@@ -1,6 +1,7 @@
 """Sparse fine-tuning on Trainers of transformers and trl: what is frozen stays the base's, bit for bit."""
 
 import gc
+from concurrent.futures import Future
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import bits, make_model, make_tokenizer
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
@@ -66,6 +68,7 @@ def shares(before, after):
     return {name: float((before[name] != after[name]).double().mean()) for name in before}
 
 
+STATE = "spider-0.safetensors"
 FROZEN = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -249,6 +252,31 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(base, importance, tmp_pat
     SparseTuning(method, **given).attach(trainer)
     trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
     assert all(bits(whole[name]) == bits(value.detach()) for name, value in model.named_parameters())
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_a_checkpoint_that_is_uploaded_has_spiders_state(base, tmp_path, monkeypatch, strategy):
+    uploaded = {}
+
+    class Hub:
+        def create_repo(self, name, **_):
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, folder_path, path_in_repo="", **_):
+            uploaded[path_in_repo] = load_file(Path(folder_path) / STATE) if path_in_repo else None
+            (done := Future()).set_result(None)
+            return done
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    saving = {"save_strategy": "steps", "save_steps": 3, "push_to_hub": True, "hub_strategy": strategy}
+    model = load(base)
+    trainer = Trainer(model, arguments(tmp_path / "run", **saving), train_dataset=ROWS)
+    SparseTuning("spider").attach(trainer)
+    trainer.train()
+    place = "last-checkpoint" if strategy == "checkpoint" else "checkpoint-6"
+    kept = load_file(tmp_path / "run" / "checkpoint-6" / STATE)
+    assert uploaded[place].keys() == kept.keys() != set()
+    assert all(bits(uploaded[place][name]) == bits(kept[name]) for name in kept)
 
 
 def test_an_importance_of_another_base_is_refused(base, importance, tmp_path):
