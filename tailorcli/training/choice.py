@@ -24,6 +24,7 @@ _TOWER = re.compile(
     r"|(^|\.)(img_processor|(acoustic|semantic)_tokenizer_encoder)\."
 )
 _CONNECTOR = re.compile(r"merger|project|connector|adapter|resampler|aligner")
+_COPIES = ("modules_to_save", "token_adapter.trainable_tokens_delta", "trainable_tokens_delta", "ln_tuning_layers")
 _SEEN = re.compile(rf"^(?!text|decoder|language|thinker|talker|qformer).*({_SENSE}|encoder|vq|tokenizer).*_config$")
 
 
@@ -35,7 +36,8 @@ def named_parameters(network: Any) -> dict[str, nn.Parameter]:
 def choose(network: Any, trainable: Sequence[str] = (), last_layers: int | None = None) -> list[str]:
     """The names of the parameters to train.
 
-    ``trainable`` are globs: what matches one of them, embeddings and towers included; without them all but these.
+    ``trainable`` are globs: what matches one of them, embeddings and towers included; without them all but these, and
+    of these what PEFT has copied to train it.
     ``last_layers`` takes of that what lies in so many of the language model's last blocks. Raises OptionsError where
     a glob matches nothing, there are fewer blocks, or nothing is left.
     """
@@ -46,14 +48,26 @@ def choose(network: Any, trainable: Sequence[str] = (), last_layers: int | None 
                 raise OptionsError(f"--trainable {glob} matches no parameter", f"a name is {next(iter(parameters))}")
         chosen = [name for name in parameters if any(fnmatchcase(name, glob) for glob in trainable)]
     else:
-        frozen, towers = _tables(network) | _senses(network), _towers(network)
-        chosen = [name for name, value in parameters.items() if id(value) not in frozen and not in_tower(name, towers)]
+        frozen, towers, named = _tables(network) | _senses(network), _towers(network), beside_own(network, copies=True)
+        left = [name for name, value in parameters.items() if id(value) not in frozen and not in_tower(name, towers)]
+        chosen = [name for name in parameters if name in named.union(left)]
     if last_layers is not None:
         inside = _last_blocks(network, last_layers)
         chosen = [name for name in chosen if name.startswith(inside)]
     if not chosen:
         raise OptionsError("no parameter is left to train", "see --trainable and --last-layers")
     return chosen
+
+
+def beside_own(network: Any, *, copies: bool) -> set[str]:
+    """The parameters that PEFT has put beside a model's own: ``copies`` of these to train, else what adapters add."""
+    parts = tuple(
+        f"{unwrapped(f'{name}.{part}')}."
+        for name, module in network.named_modules()
+        for part in getattr(module, "adapter_layer_names", ())
+        if (part in _COPIES) == copies
+    )
+    return {name for name in named_parameters(network) if name.startswith(parts)}
 
 
 def in_tower(name: str, towers: Sequence[str] = ()) -> bool:

@@ -20,7 +20,7 @@ from tailorcli.core import dowser, spider
 from tailorcli.errors import OptionsError, OutputError
 from tailorcli.files import PathLike
 from tailorcli.models.loading import unwrapped
-from tailorcli.training.choice import choose, freeze_others, named_parameters
+from tailorcli.training.choice import beside_own, choose, freeze_others, named_parameters
 from tailorcli.training.importance import Importance
 from tailorcli.training.optimisers import KEEPS_WITHOUT_GRADIENT, refuse_outside_steps
 from tailorcli.training.settings import TuningOptions
@@ -100,7 +100,9 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
         for kept in (self._held, self._general, self._sofar, self._shapes, self.unscored):
             kept.clear()  # of a Trainer that it was attached to before
         network = trainer.model
-        self.names = freeze_others(network, choose(network, self.options.trainable, self.options.last_layers))
+        chosen = choose(network, self.options.trainable, self.options.last_layers)
+        self._refuse_adapters(network, chosen)
+        self.names = freeze_others(network, chosen)
         if self.options.method == "dowser":
             self._take_masks(network)
         elif self.options.method in ("spider", "l2"):
@@ -110,6 +112,15 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
         self._whole = {name: tuple(parameters[name].shape) for name in self.names}
         trainer.add_callback(self)
         return self
+
+    def _refuse_adapters(self, network: Any, names: Sequence[str]) -> None:
+        """Raise OptionsError for a method that chooses among weights where it would train what an adapter adds."""
+        if self.options.method in ("full", "l2"):
+            return
+        parameters, added = named_parameters(network), beside_own(network, copies=False)
+        if found := next((name for name in names if name in added and parameters[name].requires_grad), None):
+            what = f"{self.options.method} chooses among a model's own weights, and {found} is an adapter's"
+            raise OptionsError(what, "take full or l2, or the model without its adapter")
 
     def _take_masks(self, network: Any) -> None:
         """The masks of all trained parameters as bits; those without scores are frozen."""

@@ -236,7 +236,7 @@ def test_l2_stays_nearer_to_the_base_than_full(base, tmp_path):
     far = {}
     for method in ("full", "l2"):
         before, after = train(base, tmp_path, SparseTuning(method, strength=1.0), optim="sgd", max_grad_norm=0.0)
-        far[method] = sum(float((after[name] - before[name]).square().sum()) for name in before)
+        far[method] = sum(float((after[name].detach() - before[name]).square().sum()) for name in before)
         assert all(bits(before[name]) == bits(after[name]) for name in FROZEN)
     assert 0 < far["l2"] < 0.98 * far["full"]
 
@@ -369,6 +369,53 @@ def test_an_optimiser_that_moves_weights_outside_of_its_steps_is_seen_itself(bas
     with pytest.raises(OptionsError, match=f"optim {kind.__name__} moves weights outside of its steps"):
         train_by_spider(trainer)
     assert all(torch.equal(value, before[name]) for name, value in network.named_parameters())
+
+
+ADAPTER = {"r": 4, "target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}
+
+
+def adapted(base, folder, **more):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    network = peft.get_peft_model(load(base), peft.LoraConfig(task_type="CAUSAL_LM", **ADAPTER | more))
+    return Trainer(network, arguments(folder, weight_decay=0.0), train_dataset=ROWS)
+
+
+@pytest.mark.parametrize("method", ["spider", "half", "dowser"])
+def test_a_method_that_chooses_among_weights_refuses_adapters(base, importance, tmp_path, method):
+    given = {"importance": importance} if method == "dowser" else {}
+    with pytest.raises(OptionsError, match=f"{method} chooses among a model's own weights, and base_model.*lora_A"):
+        SparseTuning(method, **given).attach(adapted(base, tmp_path))
+
+
+def test_what_peft_has_copied_is_trained_as_it_was_asked_to(base, tmp_path):
+    """A table of embeddings, which else is frozen; SPIDER's mask is over the copy, and its base what that began as."""
+    copy = "base_model.model.model.embed_tokens.modules_to_save.default.weight"
+    trainer = adapted(base, tmp_path)
+    tuning = SparseTuning("full").attach(trainer)
+    kinds = {name.split(".")[-3] for name in tuning.names}
+    assert kinds == {"lora_A", "lora_B", "modules_to_save"}
+    assert any("lm_head.lora_B" in name for name in tuning.names)
+    trainer = adapted(base, tmp_path)
+    tuning = SparseTuning("spider", trainable=("*modules_to_save*",)).attach(trainer)
+    assert tuning.names == [copy]
+    trainer.train()
+    after, before = dict(trainer.model.named_parameters()), load(base).model.embed_tokens.weight
+    assert 0.05 < float((after[copy] != before).double().mean()) < 0.9
+    assert torch.equal(after[copy.replace("modules_to_save.default", "original_module")], before)
+
+
+def test_l2_holds_an_adapter_to_where_it_began(base, tmp_path):
+    far = []
+    for strength in (0.0, 10.0):
+        trainer = adapted(base, tmp_path)
+        before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+        tuning = SparseTuning("l2", strength=strength).attach(trainer)
+        trainer.train()
+        after = dict(trainer.model.named_parameters())
+        far.append(sum(float((after[name].detach() - before[name]).square().sum()) for name in tuning.names))
+        assert all(torch.equal(after[name], before[name]) for name in before.keys() - set(tuning.names))
+    assert 0 < far[1] < far[0] / 2
 
 
 def test_options_out_of_range_are_refused(importance):
