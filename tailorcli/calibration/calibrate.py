@@ -153,7 +153,7 @@ def calibrate_model(
         with timer.stage("wait for write"):
             watch.require_unchanged()
             if options.keep_samples and ranks().first:
-                facts["samples"] = writer.store_samples(samples.inputs, samples.responses)
+                facts["samples"] = writer.store_samples(samples.inputs, samples.responses, samples.following)
             if source.held_out is not None and ranks().first:
                 write_jsonl(further, source.held_out)  # only now: a run that is ended earlier leaves none in the way
             writer.finish(tensors, facts)
@@ -200,7 +200,7 @@ def _teacher(
         with Progress("teacher", MOST_TRIED, "models", shown=progress) as bar:
             given = (shown.inputs, source.options, device)
             marks = response_masks(shown.inputs, shown.responses)
-            choice = choose_teacher(view.base, view.tuned, *given, marks, bar.update)
+            choice = choose_teacher(view.base, view.tuned, *given, marks, bar.update, shown.following)
         weight = choice.weight
         (announce or note)(choice.told())
         if data is None:

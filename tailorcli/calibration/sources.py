@@ -56,7 +56,7 @@ def drawn(source: Source) -> Samples:
     seq_len = min(options.length, most_tokens(stored, source.config, options))
     encoder = load_encoder(processor_folder(folder, stored.path, has_media), stored.path, has_media, options)
     cut = replace(options, seq_len=seq_len)
-    samples = draw_samples(data, records, encoder.encode, cut, encoder.responses)
+    samples = draw_samples(data, records, encoder.encode, cut, encoder.responses, encoder.following)
     if encoder.cuts:
         lost = sum(before - after for before, after in encoder.cuts)
         why = f"--seq-len {seq_len}" if seq_len == options.length else f"the model's {seq_len} positions"

@@ -17,7 +17,7 @@ from tailorcli.checkpoint.header import read_header
 from tailorcli.checkpoint.renamed import RenamedCheckpoint
 from tailorcli.errors import CheckpointError, NumericalError, StatsError
 from tailorcli.files import PathLike, file_digest, read_json
-from tailorcli.typed import field_of, list_of, read_index, read_text, require_plain
+from tailorcli.typed import field_of, list_of, maybe, read_index, read_text, require_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -287,6 +287,19 @@ class Stats:
         except ValueError as error:
             raise StatsError(f"{self.path / MANIFEST} is malformed: {error}", _AGAIN) from error
         return response_masks(samples, runs)
+
+    def following(self) -> list[int | None] | None:
+        """The token behind what each sample's decoder reads; None where none is known. Raises StatsError."""
+        kept = self.manifest.get("samples") or {}
+        if "following" not in kept:
+            return None
+        try:
+            found = list(field_of(kept, "following", list_of(maybe(lambda token: read_index(token, 1 << 40)))))
+            if len(found) != kept.get("count"):
+                raise ValueError(f"following tokens of {len(found)} samples, expected {kept.get('count')}")
+            return found
+        except ValueError as error:
+            raise StatsError(f"{self.path / MANIFEST} is malformed: {error}", _AGAIN) from error
 
     @property
     def teacher_weight(self) -> float:

@@ -187,11 +187,15 @@ class StatsWriter:
         return self._infos[name], torch.frombuffer(bytearray(self._file.read(stop - start)), dtype=torch.float32)
 
     def store_samples(
-        self, samples: Sequence[Inputs], responses: Sequence[Sequence[tuple[int, int]]] | None = None
+        self,
+        samples: Sequence[Inputs],
+        responses: Sequence[Sequence[tuple[int, int]]] | None = None,
+        following: Sequence[int | None] | None = None,
     ) -> dict[str, Any]:
-        """Store the samples, and give what the manifest says of them, the runs of their ``responses`` included.
+        """Store the samples, and give what the manifest says of them.
 
-        Raises OutputError on a full disk.
+        That has the runs of their ``responses`` and the tokens ``following``, where there are any. Raises OutputError
+        on a full disk.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -202,7 +206,8 @@ class StatsWriter:
             save_file({name: value.cpu().clone().contiguous() for name, value in named.items()}, part)
             sync_path(part)
             said: dict[str, Any] = {"count": len(samples), "blake2b": file_digest(part)}
-            return said if responses is None else said | {"responses": [list(map(list, runs)) for runs in responses]}
+            said |= {} if responses is None else {"responses": [list(map(list, runs)) for runs in responses]}
+            return said if following is None else said | {"following": list(following)}
         except OSError as error:
             raise _cannot_write(part, error) from error
         except SafetensorError as error:  # which tells of a full disk, too

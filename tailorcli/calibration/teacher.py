@@ -92,17 +92,19 @@ def choose_teacher(
     device: torch.device,
     responses: list[torch.Tensor | None] | None = None,
     advance: Callable[[], object] = lambda: None,
+    following: list[int | None] | None = None,
 ) -> TeacherChoice:
     """Try models between base and tuned, and beyond it, on ``samples`` of the new task; see ``choose``.
 
     A model that was trained too long is too sure of itself, and its loss high where its guesses are the best. So each
     weight has the loss at the temperature that suits it (Guo et al. 2017, arXiv 1706.04599), of ``TEMPERATURES``.
 
-    Where ``responses`` mark a sample's response (1, T), its tokens alone count. Every weight loads a model once, block
+    Where ``responses`` mark a sample's response (1, T), its tokens alone count; ``following`` has the token that comes
+    behind what a sample's decoder reads, the end of its answer. Every weight loads a model once, block
     by block where ``options`` ask for that or it does not fit.
     Raises DataError where no token is predicted, NumericalError where tuned's loss is no number, and CheckpointError.
     """
-    marks = responses or [None] * len(samples)
+    marks, last = responses or [None] * len(samples), following or [None] * len(samples)
 
     def losses_at(weight: float) -> list[float]:
         view = InterpolatedCheckpoint(base, tuned, weight)
@@ -110,7 +112,7 @@ def choose_teacher(
         skeleton = skeleton_if_too_large(view, config, options, device)
         network = load_model(view, config, options).to(device) if skeleton is None else skeleton
         own = mine([count_tokens(sample) for sample in samples])
-        loss_of = partial(_loss_of, network, samples, marks, device, own)
+        loss_of = partial(_loss_of, network, samples, marks, last, device, own)
         if skeleton is None:
             losses = [loss_of(number) for number in range(len(own))]
         else:
@@ -149,32 +151,36 @@ def _loss_of(
     network: Any,
     samples: list[Inputs],
     responses: list[torch.Tensor | None],
+    following: list[int | None],
     device: torch.device,
     places: list[int],
     number: int,
 ) -> list[float] | None:
-    return next_token_losses(network, samples[places[number]], responses[places[number]], device)
+    place = places[number]
+    return next_token_losses(network, samples[place], responses[place], device, following[place])
 
 
 def next_token_losses(
-    network: Any, sample: Inputs, response: torch.Tensor | None, device: torch.device
+    network: Any, sample: Inputs, response: torch.Tensor | None, device: torch.device, following: int | None = None
 ) -> list[float] | None:
     """The mean cross-entropy in nats of a sample's next tokens at each of ``TEMPERATURES``.
 
-    Where its response is marked it is of that one's tokens. None for a sample without any.
+    Where its response is marked it is of that one's tokens; ``following`` is the token behind a decoder's last. None
+    for a sample without any.
     """
     ids = sample.get("decoder_input_ids", sample.get("input_ids"))
     if ids is None:
         return None
-    wanted = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+    after = ids[:, 1:] if following is None else torch.cat([ids[:, 1:], ids.new_tensor([[following]])], dim=1)
+    wanted = torch.ones_like(after, dtype=torch.bool)
     for token in media_token_ids(network):
-        wanted &= ids[:, 1:] != token
+        wanted &= after != token
     if response is not None:
         wanted &= response[:, 1:]
     if not bool(wanted.any()):
         return None
-    logits = forward(network, to_device(sample, device)).logits[:, :-1]
-    if logits.shape[:2] != wanted.shape:
+    logits = forward(network, to_device(sample, device)).logits
+    if logits.shape[:2] != ids.shape:
         return None
-    guesses, right = logits[wanted].float(), ids[:, 1:][wanted].to(device)
+    guesses, right = logits[:, : after.shape[1]][wanted].float(), after[wanted].to(device)
     return [float(nn.functional.cross_entropy(guesses / temperature, right)) for temperature in TEMPERATURES]

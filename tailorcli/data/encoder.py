@@ -200,6 +200,20 @@ class Encoder:
         places = [(len(record.fields["prompt"]), len(text))]
         return list(self._runs(record, ids, text, places, plain=True))
 
+    def following(self, record: Record, inputs: Inputs) -> int | None:
+        """The token that is written behind what a decoder reads, which is none of the inputs: the end of an answer.
+
+        None for other models, and where the response gives no token. Raises DataError.
+        """
+        if "decoder_input_ids" not in inputs:
+            return None
+        before, width = len(self.cuts), inputs["decoder_input_ids"].shape[1]
+        written = record.fields.get("response", record.fields.get("text", ""))
+        ids = self.tokens(record, written, most=width + 1, target=True)
+        del self.cuts[before:]  # of texts that were cut for the record itself
+        ids = ids[1:] if ids[:1] == [self.start_token] else ids
+        return ids[width - 1] if len(ids) >= width else None
+
     def _answers(self, record: Record, ids: list[int]) -> list[tuple[int, int]]:
         """The tokens of the assistant's turns, in the text that the chat template makes of a conversation."""
         messages, text = self._form_of(record)

@@ -35,6 +35,7 @@ class Samples:
     facts: dict[str, Any]
     told: dict[str, Any] = field(default_factory=dict)
     responses: list[list[tuple[int, int]]] | None = None  # runs of tokens of each sample, where records have any
+    following: list[int | None] | None = None  # the token behind what each sample's decoder reads, where there is one
 
     @property
     def num_tokens(self) -> int:
@@ -54,14 +55,17 @@ def draw_samples(
     encode: Callable[[Record, int], Inputs | None],
     options: CalibrateOptions,
     responses_of: Callable[[Record, Inputs], list[tuple[int, int]]] | None = None,
+    following_of: Callable[[Record, Inputs], int | None] = lambda record, inputs: None,
 ) -> Samples:
     """Draw up to ``num_samples`` of the records of ``path``, in the order of the seed, as ``encode`` makes them.
 
-    ``responses_of`` says which runs of a sample's tokens are its response. Records that give no token (None) are
+    ``responses_of`` says which runs of a sample's tokens are its response, ``following_of`` which token its decoder
+    writes last. Records that give no token (None) are
     passed over. Raises DataError if none is left.
     """
     chosen: list[Inputs] = []
     responses: list[list[tuple[int, int]]] = []
+    following: list[int | None] = []
     used: list[Record] = []
     if options.text_mode == "chunk" and records.is_plain_text:
         pool = [chunk for record in records for chunk in _chunks(encode(record, sys.maxsize), options.length)]
@@ -80,6 +84,7 @@ def draw_samples(
                 if inputs is not None:
                     chosen.append(inputs)
                     used.append(record)
+                    following.append(following_of(record, inputs))
                     responses.append([] if responses_of is None else responses_of(record, inputs))
                 if len(chosen) == options.num_samples:
                     break
@@ -99,7 +104,8 @@ def draw_samples(
     }
     if (media := media_digest(used)) is not None:
         facts["media"] = media
-    return Samples(chosen, facts, responses=responses if any(responses) else None)
+    known = following if any(token is not None for token in following) else None
+    return Samples(chosen, facts, responses=responses if any(responses) else None, following=known)
 
 
 def inputs_digest(samples: Sequence[Inputs], responses: Sequence[Sequence[tuple[int, int]]]) -> str:

@@ -68,15 +68,16 @@ def with_teacher(
             samples = drawn(Source(view, view, read_config(view.path), calibration, Path(data), None))
         if samples is not None:
             inputs, masks = samples.inputs, response_masks(samples.inputs, samples.responses)
+            following = samples.following
         elif found is not None:
-            inputs, masks = found.samples(), found.responses()
+            inputs, masks, following = found.samples(), found.responses(), found.following()
         else:
             raise OptionsError(
                 "--teacher-weight auto is picked by the loss on the new task's data, and there are none",
                 "pass --teacher-data FILE, records that TUNED was not trained on",
             )
         device = resolve_device(options.device)
-        choice = _choose(opened, other, inputs, calibration, device, masks, progress)
+        choice = _choose(opened, other, inputs, calibration, device, masks, following, progress)
     say(choice.told())
     if data is None:
         note("it was picked on what TUNED is calibrated on: where it was trained on that, pass others: --teacher-data")
@@ -95,10 +96,11 @@ def _choose(
     options: CalibrateOptions,
     device: torch.device,
     masks: list[torch.Tensor | None],
+    following: list[int | None] | None,
     progress: bool,
 ) -> TeacherChoice:
     from tailorcli.calibration.teacher import MOST_TRIED, choose_teacher
 
     bar = Progress("teacher", MOST_TRIED, "models", shown=progress)
     with exact_float32(), device_errors("a smaller --seq-len"), bar:
-        return choose_teacher(base, tuned, samples, options, device, masks, bar.update)
+        return choose_teacher(base, tuned, samples, options, device, masks, bar.update, following)

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from families import make_family_pair
 from helpers import folder_digest, make_adapter, make_pair, read_tensors, refused, run, write_data
 from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy
 
 from tailorcli import (
     CalibrateOptions,
@@ -17,7 +19,7 @@ from tailorcli import (
     score_checkpoint,
 )
 from tailorcli.adapters.interpolated import InterpolatedCheckpoint
-from tailorcli.calibration.teacher import choose, choose_teacher
+from tailorcli.calibration.teacher import TEMPERATURES, choose, choose_teacher
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
 
@@ -144,6 +146,39 @@ def test_a_model_too_sure_of_itself_is_judged_at_its_own_temperature(pair, tmp_p
     network.save_pretrained(tmp_path / "sure")
     found = picked(tmp_path / "sure")
     assert found.losses[1.0] == pytest.approx(usual.losses[1.0], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_decoders_last_token_counts(tmp_path, caplog, name, kept):
+    """The loss is transformers' own over all labels, the end of the answer included; of samples that were kept, too."""
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    folder = make_family_pair(tmp_path / "pair", name)
+    records = [{"prompt": f"Q{i}", "response": "z" * i + "a</s>"} for i in range(4)]
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    how = ("--num-samples", 4, "--seq-len", 16)
+    if kept:
+        run("calibrate", folder / "tuned", "--data", data, *how, "-o", tmp_path / "stats")
+        more = ("--stats", tmp_path / "stats", "-o", tmp_path / "out")
+        shown = run("patch", folder / "base", folder / "tuned", "--teacher-weight", "auto", *more)
+    else:
+        more = ("--base", folder / "base", "--teacher-weight", "auto", "-o", tmp_path / "stats")
+        shown = run("calibrate", folder / "tuned", "--data", data, *how, *more)
+    network = AutoModelForSeq2SeqLM.from_pretrained(folder / "tuned", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tuned")
+    by_temperature = dict.fromkeys(TEMPERATURES, 0.0)
+    for record in records:
+        ids, labels = (tokenizer(record[key], return_tensors="pt")["input_ids"] for key in ("prompt", "response"))
+        assert labels[0, -1] == tokenizer.eos_token_id
+        with torch.no_grad():
+            logits = network(input_ids=ids, labels=labels).logits[0]
+        if labels[0, 0] == network.config.decoder_start_token_id:
+            labels, logits = labels[:, 1:], logits[: labels.shape[1] - 1]
+        for temperature in by_temperature:
+            by_temperature[temperature] += float(cross_entropy(logits / temperature, labels[0])) / len(records)
+    assert f" 1: {min(by_temperature.values()):.4f}" in shown.stdout + shown.stderr + caplog.text
 
 
 def test_auto_is_worked_out_first_and_told(pair, tmp_path):
