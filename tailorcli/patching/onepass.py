@@ -31,7 +31,6 @@ from tailorcli.options import PatchOptions
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.carded import side_files_of
 from tailorcli.patching.measuring import NEW, RETAINED, Measuring
-from tailorcli.patching.planner import stays_at_base
 from tailorcli.patching.propagate import patch_propagated
 from tailorcli.patching.run import Run
 from tailorcli.patching.stream import tailored
@@ -118,7 +117,7 @@ def patch_in_one_pass(
         bar.start_at(sum(tensor.nbytes for tensor in plan.tensors if tensor.name in records))
         measured = replace(inputs, stats=new, retain_stats=retained)
         run = Run(measured, options, device, timer, outputs, bar=bar, records=records)
-        run.copy_first(tensor for tensor in plan.tensors if stays_at_base(tensor))
+        run.copy_first(tensor for tensor in plan.left_at_base if not tensor.by_statistics)
         scratch = target.folder if target.folder is not None else target.place.parent
         try:
             exact = deterministic_algorithms(given[NEW].options.deterministic)

@@ -93,14 +93,6 @@ def build_plan(
     )
 
 
-_BY_STATISTICS = ("no statistics", "the released code")  # how a reason begins that others might undo
-
-
-def stays_at_base(tensor: TensorPlan) -> bool:
-    """Whether a tensor is only copied, whatever its statistics turn out to be."""
-    return tensor.action != "patch" and not tensor.reason.startswith(_BY_STATISTICS)
-
-
 def replanned(
     tensors: Sequence[TensorPlan],
     base: Checkpoint,
@@ -158,7 +150,7 @@ def _plan_tensor(
 ) -> TensorPlan:
     names = (info.name, *copies)
     entry = _entry(names, stats)
-    reason = ""
+    reason, by_statistics = "", False
     included = any(matches(name, options.include, ()) for name in names)
     if not included or not all(matches(name, (), options.exclude) for name in names):
         reason = "not chosen by --include and --exclude"
@@ -171,12 +163,12 @@ def _plan_tensor(
     elif unchanged:
         reason = unchanged
     elif options.needs_hessians and not entry.hessians:
-        reason = f"no statistics: {entry.reason}"
+        reason, by_statistics = f"no statistics: {entry.reason}", True
     elif options.method == RELEASED and not _is_linear(entry, stats):
-        reason = "the released code patches linear layers alone"
+        reason, by_statistics = "the released code patches linear layers alone", True
     common = (info.name, info.dtype, info.shape, info.nbytes)
     if reason:
-        return TensorPlan(*common, action="base", reason=reason, role=entry.role, copies=copies)
+        return TensorPlan(*common, "base", reason, role=entry.role, copies=copies, by_statistics=by_statistics)
     hessian, experts = (entry.hessian, tuple(entry.experts)) if options.needs_hessians else (None, ())
     retained: tuple[str, ...] = ()
     note = ""

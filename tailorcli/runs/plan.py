@@ -36,6 +36,7 @@ class TensorPlan:
     held_bytes: int = 0  # of memory while it is worked on
     weight: float | None = None  # the share of the way that its entries go, where tensors differ in that
     copies: tuple[str, ...] = ()  # further names under which the very same tensor is stored
+    by_statistics: bool = False  # it stays at base for what statistics say, or are expected to say, of it
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,8 +73,10 @@ class TensorPlan:
         return TensorRecord(**found | figures)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; ``retained_hessians`` is called ``retain``, as in reports."""
-        return {"retain" if name == "retained_hessians" else name: value for name, value in asdict(self).items()}
+        """Plain values of all but ``by_statistics``; ``retained_hessians`` is called ``retain``, as in reports."""
+        found = {"retain" if name == "retained_hessians" else name: value for name, value in asdict(self).items()}
+        del found["by_statistics"]
+        return found
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from helpers import bits, broken_off, folder_digest, invoke, make_pair, read_ten
 from launcher import completed
 
 from tailorcli import (
+    CalibrateOptions,
     Checkpoint,
     PatchOptions,
     TailorError,
@@ -138,6 +139,23 @@ def test_what_has_no_statistics_stays_at_base_and_is_listed(llama_pair, tmp_path
     assert all(record["reason"] for record in left)
     assert all(bits(out[record["name"]]) == bits(base[record["name"]]) for record in left)
     assert report.totals["tensors_at_base"] == len(left)
+
+
+def test_a_plan_says_what_stays_at_base_for_its_statistics_alone(llama_pair, tmp_path):
+    how = CalibrateOptions(num_samples=4, seq_len=16, exclude=("*up_proj*",))
+    calibrate_model(llama_pair / "tuned", llama_pair / "data.jsonl", tmp_path / "stats", how)
+    for method in ("tailor", "tailor-released"):
+        options = PatchOptions(method=method, exclude=("*down_proj*",))
+        plan = plan_patch(llama_pair / "base", llama_pair / "tuned", None, tmp_path / "stats", options)
+        may_change = {tensor.name for tensor in plan.left_at_base if tensor.by_statistics}
+        assert {tensor.name for tensor in plan.left_at_base} - may_change == names_with(plan, "down_proj")
+        others = () if method == "tailor" else ("norm", "embed_tokens")
+        assert may_change == names_with(plan, "up_proj", *others)
+        assert all("by_statistics" not in tensor for tensor in plan.to_dict()["tensors"])
+
+
+def names_with(plan, *parts):
+    return {tensor.name for tensor in plan.tensors if any(part in tensor.name for part in parts)}
 
 
 def test_integer_buffers_and_unknown_tensors_pass_through(tmp_path):
