@@ -95,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-HIDDEN = "hidden-"  # files of hidden states begin with it: a run that was killed may leave one
+HIDDEN = "hidden-"  # files of hidden states begin with it: a run that is killed just then may leave one
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends otherwise
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0)
@@ -97,22 +98,22 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def reserve(path: Path, size: int) -> None:
-    """Make a file with room on the disk for ``size`` bytes: a mapping of one without kills the process when it is full.
+def reserve(file: IO[bytes], size: int) -> None:
+    """Give an empty file room on the disk for ``size`` bytes: without, a mapping of it kills the process on a full one.
 
     Where the system cannot reserve, zeros are written. Raises OSError.
     """
-    with path.open("wb") as file:
-        if hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(file.fileno(), 0, size)
-                return
-            except OSError as error:
-                if error.errno not in _NO_RESERVING:
-                    raise
-        zeros = bytes(min(size, _ZEROS))
-        for start in range(0, size, _ZEROS):
-            file.write(zeros[: size - start])
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except OSError as error:
+            if error.errno not in _NO_RESERVING:
+                raise
+    zeros = bytes(min(size, _ZEROS))
+    for start in range(0, size, _ZEROS):
+        file.write(zeros[: size - start])
+    file.flush()
 
 
 def bytes_on_disk(path: Path) -> int:

@@ -187,11 +187,11 @@ def broken_off(writer, after):
 
 
 def count_mapped_files(monkeypatch):
-    """The names of the files in which tensors are mapped from now on: a list that grows."""
+    """The files in which tensors are mapped from now on: a list that grows."""
     files, original = [], torch.from_file
 
     def counting(name, **options):
-        files.append(name)
+        files.append(Path(name))
         return original(name, **options)
 
     monkeypatch.setattr(torch, "from_file", counting)

@@ -99,7 +99,8 @@ def test_room_is_reserved_where_the_system_cannot_by_writing_zeros(tmp_path, mon
 
         monkeypatch.setattr(os, "posix_fallocate", refuse)
     monkeypatch.setattr(system, "_ZEROS", 1000)
-    system.reserve(tmp_path / "room", 2500)
+    with (tmp_path / "room").open("wb") as file:
+        system.reserve(file, 2500)
     assert (tmp_path / "room").read_bytes() == bytes(2500)
 
 
@@ -108,8 +109,8 @@ def test_a_full_disk_is_told_when_room_is_reserved(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="No space"):
-        system.reserve(tmp_path / "room", 10)
+    with (tmp_path / "room").open("wb") as file, pytest.raises(OSError, match="No space"):
+        system.reserve(file, 10)
 
 
 def test_the_peak_of_memory_is_in_bytes_everywhere(monkeypatch):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tailorcli.device import free_memory
-from tailorcli.distributed import ranks
 from tailorcli.errors import TailorError
 from tailorcli.files import HIDDEN
 from tailorcli.system import reserve
@@ -31,7 +31,6 @@ class Spill:
         self._device = device
         self._folder = folder
         self._room = {"device": on_device, "host": limit}
-        self._files = 0
         self._held: dict[StorageWeakRef, tuple[str, int]] = {}  # where each waits, and its bytes of the room there
         self._copied: dict[StorageWeakRef, torch.cuda.Event] = {}  # when what waits in host memory has arrived there
         self._in_files: set[StorageWeakRef] = set()
@@ -117,17 +116,22 @@ class Spill:
         return moved
 
     def _mapped(self, tensor: Tensor) -> Tensor:
-        """A file's memory with room for the tensor's entries."""
-        self._files += 1
-        path = self._folder / f"{HIDDEN}{ranks().rank}-{self._files}.part"
+        """A file's memory with room for the tensor's entries; the mapping keeps it until the tensor is gone.
+
+        The file loses its name before it takes any room: a kill leaves none that is large.
+        """
         try:
-            reserve(path, tensor.numel() * tensor.itemsize)
-            return torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+            with NamedTemporaryFile(dir=self._folder, prefix=HIDDEN, suffix=".part", delete=False) as file:
+                try:
+                    memory = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+                finally:
+                    with suppress(PermissionError):  # Windows removes no file that is mapped
+                        Path(file.name).unlink()
+                reserve(file, tensor.numel() * tensor.itemsize)
         except (OSError, RuntimeError) as error:
-            raise TailorError(f"cannot keep hidden states in {path}: {error}", "free some space") from error
-        finally:
-            with suppress(PermissionError):  # Windows removes no file that is mapped
-                path.unlink(missing_ok=True)  # the mapping keeps it until the tensor is gone
+            what = f"cannot keep hidden states in a file in {self._folder}: {error}"
+            raise TailorError(what, "free some space") from error
+        return memory
 
     def _sweep(self) -> None:
         """Forget storages that are gone; not before as many more have come as there were, so that it costs little."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.device import StageTimer, device_errors, exact_float32
 from tailorcli.distributed import require_alone
 from tailorcli.errors import OptionsError, OutputError
-from tailorcli.files import as_output_error
+from tailorcli.files import HIDDEN, as_output_error
 from tailorcli.options import PatchOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import PatchReport
@@ -50,7 +50,8 @@ def check_room(target: Target, plan: Plan, inputs: PatchInputs) -> None:
     if needed > free:
         what = f"not enough disk for {place}: the output and two patches beside it take {format_bytes(needed)}"
         raise OutputError(f"{what}, {format_bytes(free)} are free", "free some, or choose another disk")
-    if work.exists() and not (work.is_dir() and all(p.name.startswith((PLAIN, PROPAGATED)) for p in work.iterdir())):
+    ours = (PLAIN, PROPAGATED, HIDDEN)
+    if work.exists() and not (work.is_dir() and all(path.name.startswith(ours) for path in work.iterdir())):
         raise OutputError(f"{work} is no folder of ours", "move it away")
 
 

@@ -118,7 +118,7 @@ def patch_in_one_pass(
         measured = replace(inputs, stats=new, retain_stats=retained)
         run = Run(measured, options, device, timer, outputs, bar=bar, records=records)
         run.copy_first(tensor for tensor in plan.left_at_base if not tensor.by_statistics)
-        scratch = target.folder if target.folder is not None else target.place.parent
+        scratch = target.scratch
         try:
             exact = deterministic_algorithms(given[NEW].options.deterministic)
             with exact_float32(), exact, device_errors("a smaller --batch-size"):

@@ -242,10 +242,9 @@ def _patch_all(plan: Plan, own: Sequence[TensorPlan], run: Run, target: Target) 
     if run.options.propagate:
         from tailorcli.patching.propagate import patch_propagated
 
-        scratch = target.folder if target.folder is not None else target.place.parent
         owners = _owners(plan, run.inputs, run.options)
         with exact_float32(), deterministic_algorithms(_is_deterministic(run)), device_errors():
-            patch_propagated(plan.tensors, run, scratch, owners=owners)
+            patch_propagated(plan.tensors, run, target.scratch, owners=owners)
         return
     with deterministic_algorithms(_is_deterministic(run)):
         for tensor, result, digest in tailored([t for t in own if not run.is_done(t.name)], run):

@@ -68,6 +68,11 @@ class Target:
         assert place is not None
         return place
 
+    @property
+    def scratch(self) -> Path:
+        """Where files may lie while the run goes on: a finished output folder has none of them."""
+        return self.place.parent if self.folder is None else self.folder / WORK_FOLDER
+
     def check(self, inputs: Sequence[Path], plan: Plan) -> None:
         """Nothing that is there would be lost, and the disk has room. Raises OutputError."""
         protect([self.folder], inputs, _ANOTHER)

@@ -14,6 +14,7 @@ from tailorcli.calibration.stats_writer import prepare_folder
 from tailorcli.device import attention_without_cudnn
 from tailorcli.models.lockstep import Lockstep
 from tailorcli.models.spill import Spill
+from tailorcli.system import reserve
 
 
 def test_a_lane_that_is_stopped_while_it_runs_ends_at_its_next_block():
@@ -52,6 +53,21 @@ def test_hidden_states_in_files_leave_the_limit_as_it_is(tmp_path, monkeypatch):
             tensor.data = spill.back(tensor)
             assert (tensor == number).all()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_hidden_states_has_a_name_of_its_own_and_none_when_it_takes_room(tmp_path, monkeypatch):
+    """Of a killed run nothing large is left, and runs that write into one folder are not in each other's way."""
+    files, named = count_mapped_files(monkeypatch), []
+
+    def reserving(*arguments):
+        named.extend(tmp_path.iterdir())
+        return reserve(*arguments)
+
+    monkeypatch.setattr("tailorcli.models.spill.reserve", reserving)
+    waiting = [Spill(torch.device("cpu"), tmp_path, limit=0).out(torch.full((9,), value)) for value in (1.0, 2.0)]
+    assert [tensor.tolist() for tensor in waiting] == [[1.0] * 9, [2.0] * 9]
+    assert len({*files}) == 2
+    assert not named
 
 
 def test_views_of_a_storage_that_waits_in_a_file_give_back_no_room_that_was_not_taken(tmp_path, monkeypatch):

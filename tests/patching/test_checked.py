@@ -69,6 +69,7 @@ def test_where_it_helps_it_is_kept_and_has_not_seen_what_it_was_measured_on(pair
     ]
     for name in ("plain", "propagated"):  # of a kill while these were written
         lock_file(tmp_path / "out.check" / f"{name}.safetensors", folder=False).touch()
+    (tmp_path / "out.check" / "hidden-0a.part").touch()  # of one while hidden states were put into a file
     run(*command(pair, "--check-propagation", "-o", tmp_path / "out", "--resume"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     report = json.loads((tmp_path / "out" / "tailor_report.json").read_text())

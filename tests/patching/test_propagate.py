@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from tailorcli import PatchOptions, TailorError, apply_patch, calibrate_model, patch_checkpoint, plan_patch
 from tailorcli.calibration.stats import SAMPLES, Stats
-from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.checkpoint.folder import WORK_FOLDER, Checkpoint
 from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.cli import app
 from tailorcli.core.hessian import unpack_triangle
@@ -431,6 +431,7 @@ def test_hidden_states_can_wait_in_files(pair, whole, tmp_path, monkeypatch):
     monkeypatch.setattr("tailorcli.models.spill.HIDDEN_SHARE", 0.0)
     run(pair, tmp_path / "files")
     assert len(files) > 3 * 4 * 10  # blocks, groups of layers, batches
+    assert {file.parent for file in files} == {tmp_path / "files" / WORK_FOLDER}  # which is gone once it is finished
     assert folder_digest(tmp_path / "files") == folder_digest(whole)
 
 
