@@ -65,6 +65,15 @@ def test_area_of_known_shapes():
     assert area((30.0, 42.0), (40.0, 32.0), (80.0, 30.0)) == pytest.approx(1.5 * 0.75)  # the last is above both others
 
 
+def test_area_of_points_beyond_the_ends_is_that_of_their_lines_between_them():
+    assert area((10.0, 90.0)) == pytest.approx(0.8)  # (-1/4, 2): its line to the base is at 8/5 over the tuned model
+    assert area((0.0, 50.0)) == pytest.approx(0.5)
+    assert area((80.0, 0.0)) == pytest.approx(0.6)  # (3/2, -1/4): its line to the tuned model ends at 6/5
+    assert area((10.0, 90.0), (80.0, 0.0)) == pytest.approx(0.5 * (2 - 9 / 28) * (3 / 2 - 1 / 4 * 7 / 9))
+    assert frontier_area([10.0], [90.0], *ENDS) == 0.0
+    assert frontier_area([80.0], [0.0], *ENDS) == 0.0
+
+
 def test_area_against_sums_over_fine_strips():
     rng = np.random.default_rng(0)
     points = [(float(a), float(b)) for a, b in rng.uniform((20, 10), (60, 50), (9, 2))]

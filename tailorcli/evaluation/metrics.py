@@ -246,8 +246,9 @@ def frontier_area(
 
     Both axes are scaled: old from the tuned model's (0) to the base's (1), new from the base's to the tuned model's;
     ``old_ends`` and ``new_ends`` hold the figures of base and tuned. Left of the first point the new performance stays
-    what it is there. More than both, to the right of the base or above the tuned model, counts. NaN where fine-tuning
-    forgot or learnt nothing.
+    what it is there. More than both, to the right of the base or above the tuned model, counts. Of a setting that keeps
+    less of the old than the tuned model, or has less of the new than the base, what lies beyond these does not count,
+    only its lines to the others. NaN where fine-tuning forgot or learnt nothing.
     """
     (old_base, old_tuned), (new_base, new_tuned) = old_ends, new_ends
     if not (old_base > old_tuned and new_tuned > new_base):
@@ -256,13 +257,15 @@ def frontier_area(
     y = (np.asarray(new, float) - new_base) / (new_tuned - new_base)
     kept = frontier(list(zip(x.tolist(), y.tolist(), strict=True)))
     hull: list[tuple[float, float]] = []
-    for here in zip(np.maximum(x[kept], 0.0).tolist(), np.maximum(y[kept], 0.0).tolist(), strict=True):
+    for here in zip(x[kept].tolist(), y[kept].tolist(), strict=True):
         while len(hull) > 1 and _turns_left(hull[-2], hull[-1], here):
             hull.pop()
         hull.append(here)
-    xs, ys = np.array(hull).T
-    widths = np.diff(xs)
-    return float(xs[0] * ys[0] + (widths * (ys[:-1] + ys[1:]) / 2).sum())
+    xs, ys = np.array(hull).T  # xs rise, ys fall
+    top, right = np.interp(0.0, xs, ys), np.interp(0.0, ys[::-1], xs[::-1])  # where the hull meets both axes
+    inside = (xs > 0.0) & (ys > 0.0)
+    xs, ys = np.array([0.0, *xs[inside], max(right, 0.0)]), np.array([max(top, 0.0), *ys[inside], 0.0])
+    return float((np.diff(xs) * (ys[:-1] + ys[1:]) / 2).sum())
 
 
 def _turns_left(first: tuple[float, float], second: tuple[float, float], third: tuple[float, float]) -> bool:
