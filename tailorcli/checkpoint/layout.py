@@ -51,16 +51,20 @@ def split_shards(sizes: Sequence[tuple[str, int]], max_shard_size: int) -> list[
 
 
 def plan_layout(base: Checkpoint, max_shard_size: int | None) -> ShardLayout:
-    """Where each tensor goes: the base's own sharding, or a new one under ``max_shard_size`` bytes a shard."""
+    """Where each tensor goes: the base's own sharding, or a new one under ``max_shard_size`` bytes a shard.
+
+    Shards of the base of which the output has no tensor are left out, and the others numbered anew.
+    """
+    by_file: dict[str, list[str]] = {}
     if max_shard_size is None:
-        by_file: dict[str, list[str]] = {}
         for info in base.output_tensors.values():
             by_file.setdefault(info.file.relative_to(base.path).as_posix(), []).append(info.name)
+        if len(by_file) < len(base.shards):
+            by_file = _named(list(by_file.values()))
     else:
-        shards = split_shards([(info.name, info.nbytes) for info in base.output_tensors.values()], max_shard_size)
-        count = len(shards)
-        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        by_file = dict(zip(names if count > 1 else [SINGLE_FILE], shards, strict=True))
+        by_file = _named(
+            split_shards([(info.name, info.nbytes) for info in base.output_tensors.values()], max_shard_size)
+        )
     headers, sizes, slots = {}, {}, {}
     for file_name, tensor_names in by_file.items():
         header, placed = _lay_out([base.output_tensors[name] for name in tensor_names])
@@ -69,6 +73,13 @@ def plan_layout(base: Checkpoint, max_shard_size: int | None) -> ShardLayout:
             slots[info.name] = Slot(file_name, offset, info.nbytes)
         sizes[file_name] = len(header) + sum(info.nbytes for info, _ in placed)
     return ShardLayout(headers, sizes, slots)
+
+
+def _named(shards: list[list[str]]) -> dict[str, list[str]]:
+    """The names in each shard by that of its file."""
+    count = len(shards)
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    return dict(zip(names if count > 1 else [SINGLE_FILE], shards, strict=True))
 
 
 def _lay_out(infos: Sequence[TensorInfo]) -> tuple[bytes, list[tuple[TensorInfo, int]]]:

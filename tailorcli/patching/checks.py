@@ -8,6 +8,7 @@ from tailorcli.adapters.interpolated import InterpolatedCheckpoint, interpolated
 from tailorcli.calibration.stats import Stats, TensorStats, too_few_tokens
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
+from tailorcli.checkpoint.quantized import DequantizedCheckpoint
 from tailorcli.checkpoint.renamed import RenamedCheckpoint
 from tailorcli.errors import CheckpointError, OptionsError, StatsError, note
 from tailorcli.models.loading import HOLLOW_HINT, unwrapped
@@ -32,8 +33,8 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, allow_dtype_mismatch: bool) 
         if info.dtype != other.dtype and not allow_dtype_mismatch and name not in free:
             differing = sum(i.dtype != base.tensors[n].dtype for n, i in tuned.tensors.items())
             raise CheckpointError(
-                f"tensor {name!r} is {info.dtype} in base ({base.path}) and {other.dtype} in tuned ({tuned.path}); "
-                f"{differing} tensors differ in dtype",
+                f"tensor {name!r} is {_dtype_of(base, name)} in base ({base.path}) and {_dtype_of(tuned, name)} in "
+                f"tuned ({tuned.path}); {differing} tensors differ in dtype",
                 "pass --allow-dtype-mismatch to compute in float32 and store the base's dtype",
             )
     for name, info in base.tensors.items():
@@ -52,6 +53,13 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, allow_dtype_mismatch: bool) 
             if (tuned.path / ADAPTER_CONFIG).exists()
             else "pass the pre-trained folder, then the tuned",
         )
+
+
+def _dtype_of(checkpoint: Checkpoint, name: str) -> str:
+    """A tensor's dtype as its file has it."""
+    if isinstance(checkpoint, DequantizedCheckpoint) and name in checkpoint.scale_of:
+        return f"{checkpoint.stored.tensors[name].dtype} with scales"
+    return checkpoint.tensors[name].dtype
 
 
 def _check_names(base: Checkpoint, tuned: Checkpoint) -> None:

@@ -177,6 +177,35 @@ def test_the_output_says_how_it_is_quantised_whatever_tuned_is(tmp_path, kind, f
         run("verify", tmp_path / "out", "--base", folder / "base")
 
 
+def test_a_pair_of_two_dtypes_is_told_as_it_is_stored(tmp_path):
+    folder = make_pair(tmp_path, dtype=torch.bfloat16)
+    quantise(folder / "base", "block")
+    said = ["F8_E4M3 with scales in base", "BF16 in tuned"]
+    pair = (folder / "base", folder / "tuned")
+    refused("patch", *pair, "--method", "interpolate", "-o", tmp_path / "out", mentions=said)
+
+
+def test_an_output_in_bfloat16_has_no_shard_for_what_held_scales_alone(tmp_path):
+    from safetensors.torch import save_file
+
+    folder = make_pair(tmp_path, dtype=torch.bfloat16)
+    for name in ("base", "tuned"):
+        quantise(folder / name, "block")
+    tensors = read_tensors(folder / "base")
+    shards = [{n: t for n, t in tensors.items() if ("_scale" in n) is scales} for scales in (False, True)]
+    files = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, folder / "base" / file, metadata={"format": "pt"})
+    (folder / "base" / "model.safetensors").unlink()
+    index = {"weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard}}
+    (folder / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    for form, wanted in (("bf16", ["model.safetensors"]), ("fp8", files)):
+        out = tmp_path / form
+        run("patch", folder / "base", folder / "tuned", "--method", "interpolate", "--fp8-output", form, "-o", out)
+        assert sorted(path.name for path in out.glob("*.safetensors")) == wanted
+        assert (out / "model.safetensors.index.json").exists() == (form == "fp8")
+
+
 def test_a_patch_file_of_a_quantised_tuned_gives_a_plain_model(tmp_path):
     folder = make_pair(tmp_path, dtype=torch.bfloat16)
     quantise(folder / "tuned", "block")
