@@ -127,19 +127,19 @@ def trained_masks(
     plan: Plan,
     base: Checkpoint,
     tuned: Checkpoint,
-    data: Path,
+    samples: list[Inputs],
     options: PatchOptions,
     identity: dict[str, Any],
     device: torch.device,
     progress: bool,
 ) -> MaskFile:
-    """The masks beside ``output``: trained now, or before this very run (``identity``) was interrupted.
+    """The masks beside ``output``: trained now on ``samples``, or before this very run (``identity``) was interrupted.
 
     Of several ranks the first trains them. Raises TailorError.
     """
     masks = MaskFile.beside(output)
     if ranks().first and (not options.resume or masks.identity() != identity):
-        masks.write(train_masks(plan.patched, base, tuned, data, options, device, progress), identity)
+        masks.write(train_masks(plan.patched, base, tuned, samples, options, device, progress), identity)
     wait_for_all("graft's masks to be trained")
     return masks
 
@@ -165,14 +165,14 @@ def train_masks(
     tensors: Sequence[TensorPlan],
     base: Checkpoint,
     tuned: Checkpoint,
-    data: Path,
+    samples: list[Inputs],
     options: PatchOptions,
     device: torch.device,
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """The trained masks of ``tensors`` by name, on the CPU.
 
-    ``graft_steps`` steps of gradient descent, each on ``batch_size`` samples of ``data`` with the causal-LM loss on the
+    ``graft_steps`` steps of gradient descent, each on ``batch_size`` of ``samples`` with the causal-LM loss on the
     response's tokens, where there is a prompt, else on all; the gradient of S is divided by its root mean square over
     all entries, so that ``graft_rate`` has no unit.
     With ``threshold`` "tensor" each tensor keeps exactly round(density * numel) entries, with "global" all together.
@@ -181,7 +181,6 @@ def train_masks(
 
     settings, folder = _settings(options), _folder(base, tuned)
     config = read_config(folder)
-    samples = _samples(data, base, tuned, config, settings)
     check_shapes(base, config, settings, folder)
     network = load_model(base, config, settings, folder)
     places = _places(tensors, network, base)
@@ -200,17 +199,21 @@ def train_masks(
 
 def check_trainable(
     tensors: Sequence[TensorPlan], base: Checkpoint, tuned: Checkpoint, data: Path, options: PatchOptions
-) -> None:
-    """``train_masks`` can train these masks on this data: told without weights. Raises TailorError."""
+) -> list[Inputs]:
+    """The samples of ``data`` that ``train_masks`` can train these masks on, as is seen without weights.
+
+    Raises TailorError.
+    """
     settings, folder = _settings(options), _folder(base, tuned)
     config = read_config(folder)
-    _samples(data, base, tuned, config, settings)
+    samples = _samples(data, base, tuned, config, settings)
     check_shapes(base, config, settings, folder)
     network = empty_on_meta(base, config, settings, folder)
     if not network.can_generate():
         what = f"{type(network).__name__} predicts no next token"
         raise CheckpointError(what, "graft is for models that write text; choose another --method")
     _named(tensors, guessed_places(expected_names(network, base.tensors)), network)
+    return samples
 
 
 def _settings(options: PatchOptions) -> CalibrateOptions:

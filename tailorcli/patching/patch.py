@@ -32,6 +32,7 @@ from tailorcli.runs.outputs import Target, identity_of, progress_bar
 from tailorcli.runs.plan import Plan, TensorPlan
 
 if TYPE_CHECKING:
+    from tailorcli.data.samples import Inputs
     from tailorcli.patching.methods import MaskOf
 
 
@@ -62,10 +63,11 @@ def plan_patch(
         return plan
 
 
-def check_method(plan: Plan, inputs: PatchInputs, options: PatchOptions) -> None:
-    """What graft trains can be trained on its data. Raises TailorError."""
-    if inputs.graft_data is not None:
-        check_trainable(plan.patched, inputs.base, inputs.tuned, inputs.graft_data, options)
+def check_method(plan: Plan, inputs: PatchInputs, options: PatchOptions) -> list[Inputs] | None:
+    """The samples that graft can train on; None of another method. Raises TailorError."""
+    if inputs.graft_data is None:
+        return None
+    return check_trainable(plan.patched, inputs.base, inputs.tuned, inputs.graft_data, options)
 
 
 def check_writable(target: Target, options: PatchOptions, base: Checkpoint) -> None:
@@ -194,7 +196,7 @@ def patch_opened(
         if options.check_propagation:
             check_room(target, plan, inputs)
         what = (plan, inputs.base, inputs.paths, identity, "patch", side, manifest)
-        check_method(plan, inputs, options)
+        samples = check_method(plan, inputs, options)
         begun = target.begin(*what, announce=announce, divided=True)
         if isinstance(begun, PatchReport):
             return begun
@@ -213,7 +215,8 @@ def patch_opened(
         timer = StageTimer(device)
         run = Run(inputs, options, device, timer, outputs, bar=bar, holds_out=holds_out, records=records)
         run.copy_first(own)
-        trained, masks = _masks_first(target.place, plan, run, identity, progress)
+        trained, masks = _masks_first(target.place, plan, run, samples, identity, progress)
+        del samples
         _patch_all(plan, own, replace(run, masks=masks), target)
         run.drain()
         report = run.report("patch", described, started, own)
@@ -259,14 +262,14 @@ def _is_deterministic(run: Run) -> bool:
 
 
 def _masks_first(
-    place: Path, plan: Plan, run: Run, identity: dict[str, Any], progress: bool
+    place: Path, plan: Plan, run: Run, samples: list[Inputs] | None, identity: dict[str, Any], progress: bool
 ) -> tuple[MaskFile | None, MaskOf | None]:
     """What has to look at all tensors before the first is patched: trained masks, or one threshold for all."""
     inputs, options, device = run.inputs, run.options, run.device
     both = (inputs.base, inputs.tuned)
     with run.timer.stage("masks"), exact_float32(), device_errors("a smaller --batch-size"):
-        if inputs.graft_data is not None:
-            trained = trained_masks(place, plan, *both, inputs.graft_data, options, identity, device, progress)
+        if samples is not None:
+            trained = trained_masks(place, plan, *both, samples, options, identity, device, progress)
             return trained, trained.mask_of
         if options.counts_first:
             return None, find_cut(plan.patched, run.records, *both, options.density, device).mask

@@ -182,6 +182,15 @@ def test_a_run_broken_off_trains_again_only_where_it_must(task_pair, tmp_path, m
     assert not kept.exists()
 
 
+def test_samples_are_drawn_once(task_pair, tmp_path, monkeypatch):
+    import tailorcli.patching.graft as module
+
+    drawn, draw = [], module.draw_samples
+    monkeypatch.setattr(module, "draw_samples", lambda *given: drawn.append(given) or draw(*given))
+    graft(task_pair, tmp_path / "out", graft_steps=1)
+    assert len(drawn) == 1
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [("llama", torch.bfloat16), ("gpt2", torch.float32)])
 def test_through_the_command_and_a_patch_file(tmp_path, kind, dtype):
     folder = make_pair(tmp_path, kind, dtype=dtype, tied=kind == "llama")
