@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -275,8 +275,8 @@ def _claims(table: Table) -> str:
     return "\n\n".join(texts)
 
 
-def _named(better: dict[Side, float]) -> str:
-    return ", ".join(f"*{row.title}*, {depth} ({rate:g})" for (row, depth), rate in better.items())
+def _named(better: Iterable[Side]) -> str:
+    return ", ".join(f"*{row.title}* ({depth})" for row, depth in better)
 
 
 def _claim(table: Table, claim: Claim) -> list[str]:
