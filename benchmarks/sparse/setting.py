@@ -99,7 +99,7 @@ PARTS = {
         samples=48,
         rates=(1e-3, 3e-3),
         first=1e-3,
-        wider=(3e-4, 1e-2),
+        wider=(1e-4, 3e-4, 1e-2, 3e-2),
         items=60,
     ),
     "text": Part(
