@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.adapters.checkpoint import is_adapter, named_base
+from tailorcli.adapters.checkpoint import config_folder, is_adapter, named_base
 from tailorcli.adapters.config import CONFIG_FILE
 from tailorcli.adapters.interpolated import InterpolatedCheckpoint, original
 from tailorcli.calibration.entries import entry_of
@@ -29,7 +29,7 @@ from tailorcli.errors import OptionsError, OutputError, note
 from tailorcli.files import PathLike
 from tailorcli.guard import OutputLock, Watch, path_text, protect
 from tailorcli.hub import hub_facts, local_folder
-from tailorcli.models.config import read_config
+from tailorcli.models.config import config_digest, read_config
 from tailorcli.models.loading import (
     check_shapes,
     package_versions,
@@ -212,7 +212,7 @@ def _facts(run: Run, dtype: str, blockwise: bool, choice: TeacherChoice | None) 
     """What the manifest says of the run: the model, the data, the options, the versions."""
     tuned = original(run.tuned)
     model: dict[str, Any] = {"path": path_text(tuned.path), "fingerprint": run.tuned.fingerprint(), "run_in": dtype}
-    model |= hub_facts(tuned.path)
+    model |= {"config": config_digest(config_folder(tuned))} | hub_facts(tuned.path)
     if isinstance(run.tuned, InterpolatedCheckpoint):
         model |= {"base": path_text(run.tuned.base.path), "teacher_weight": run.tuned.weight}
     if choice is not None:

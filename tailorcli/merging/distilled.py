@@ -18,6 +18,7 @@ from tailorcli.guard import Watch, path_text
 from tailorcli.merging.carded import merged_side_files
 from tailorcli.merging.merge import described_options, manifest_of, merge_patches, side_files_of
 from tailorcli.merging.plan import MergeInputs, build_merge_plan, most_kept_of
+from tailorcli.models.config import configs_of
 from tailorcli.options import DistillOptions, MergeOptions, PatchOptions
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.checks import check_retain
@@ -72,7 +73,7 @@ def distill_merge(
         kept = {"path": path_text(sources.retain.path), "fingerprint": sources.retain.fingerprint()}
         facts = inputs.describe() | {"samples": kept}
         settings = options.identity(len(patches)) | settings_of(distill)
-        identity = identity_of(facts, settings, device, command="merge-multi")
+        identity = identity_of(facts, settings, device, command="merge-multi", **sources.configs)
         side, notes = side_files_of(inputs)
         side = merged_side_files(side, inputs, options, distill, sources.retain.path)
         manifest = manifest_of(inputs, facts, options)
@@ -152,6 +153,12 @@ class _Sources:
     def teachers(self) -> list[tuple[Checkpoint, Stats]]:
         """Each task's fine-tuned model with its statistics."""
         return [(task.tuned, task.stats) for task in self.inputs.tasks if task.tuned is not None and task.stats]
+
+    @property
+    def configs(self) -> dict[str, str]:
+        """Digests of the configs that the models are run under, by role."""
+        tuned = {f"tuned {number}": config_folder(model) for number, (model, _) in enumerate(self.teachers, 1)}
+        return configs_of({"base": self.inputs.base.path} | tuned)
 
     @property
     def paths(self) -> list[Path]:

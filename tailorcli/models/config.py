@@ -147,10 +147,31 @@ def tokenizer_digest(folder: Path, model: Path) -> str:
 
     ``model`` is the folder of the config: another one where the tokenizer lies with an adapter.
     """
-    config = {key: value for key, value in read_config(model).items() if key not in _SAYS_NOTHING}
-    digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
+    digest = hashlib.blake2b(_said_of_model(model), digest_size=16)
     for name in other_files(folder):
         if str(name) not in _NO_TOKENIZER:
             digest.update(f"{name}\0".encode())
             digest.update(hashlib.blake2b(read_bytes(folder / name)).digest())
     return digest.hexdigest()
+
+
+def configs_of(folders: Mapping[str, Path]) -> dict[str, str]:
+    """What decides the outputs of models besides their weights: a hash of each one's config, as "ROLE config".
+
+    It is empty where there is no config that can be read.
+    """
+    return {f"{role} config": config_digest(folder) for role, folder in folders.items()}
+
+
+def config_digest(folder: Path) -> str:
+    """A hash of what config.json says of a model; empty where none can be read."""
+    try:
+        return hashlib.blake2b(_said_of_model(folder), digest_size=16).hexdigest()
+    except TailorError:
+        return ""
+
+
+def _said_of_model(folder: Path) -> bytes:
+    """A config without what says nothing of the model, in one form. Raises CheckpointError."""
+    config = {key: value for key, value in read_config(folder).items() if key not in _SAYS_NOTHING}
+    return json.dumps(config, sort_keys=True).encode()

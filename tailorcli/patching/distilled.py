@@ -23,6 +23,7 @@ from tailorcli.errors import DataError, OptionsError, OutputError
 from tailorcli.files import HIDDEN, PathLike, as_output_error, digest_of, write_text_atomically
 from tailorcli.guard import Watch
 from tailorcli.hub import local_folders
+from tailorcli.models.config import configs_of
 from tailorcli.models.naming import open_for
 from tailorcli.options import AUTO, DistillOptions, PatchOptions, options_in_report
 from tailorcli.patchfile.reader import PatchFile, raw_bytes
@@ -102,7 +103,7 @@ def distill_checkpoint(
         plan = sources.plan(options, distill, device)
         described = inputs.describe() | described_stats(*both, inputs.sources)
         settings = settings_of(distill) | {name: found.fingerprint() for name, found in zip(SAMPLED, both, strict=True)}
-        identity = identity_of(described, options.identity(True) | settings, device)
+        identity = identity_of(described, options.identity(True) | settings, device, **inputs.configs)
         manifest = {"task": options.task, "license": options.license, "inputs": described}
         job = (plan, inputs.base, sources.paths, identity, "patch", side, manifest)
         Work.check(target)
@@ -271,7 +272,8 @@ def distill_patch(
         used = {f"samples {number}": found.fingerprint() for number, found in enumerate(sampled)}
         used |= {f"teacher {number}": model.fingerprint() for number, (model, _) in enumerate(teachers)}
         facts = used | {"patch": file.fingerprint(), "target": None if told is None else dict(told)}
-        identity = identity_of(closed.inputs, settings_of(distill) | facts, where)
+        models_run = {"base": opened.path} | {f"teacher {n}": config_folder(m) for n, (m, _) in enumerate(teachers)}
+        identity = identity_of(closed.inputs, settings_of(distill) | facts, where, **configs_of(models_run))
         side, _ = side_sources(opened, file)
         inputs = closed.inputs
         if closed.command == "patch":

@@ -106,7 +106,7 @@ def patch_in_one_pass(
         side = side_files_of(inputs, options, samples=(new, retained))
         watch = Watch([*inputs.files, *(source for source in side.values() if isinstance(source, Path))])
         described = inputs.describe()
-        identity = identity_of(described, options.identity(retained is not None), device)
+        identity = identity_of(described, options.identity(retained is not None), device, **inputs.configs)
         manifest = {"task": options.task, "license": options.license, "inputs": described}
         begun = target.begin(plan, inputs.base, inputs.paths, identity, "patch", side, manifest)
         if isinstance(begun, PatchReport):

@@ -189,7 +189,8 @@ def patch_opened(
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain_stats)
         device = resolve_device(options.device)
         described = inputs.describe()
-        identity = identity_of(described, options.identity(inputs.retain_stats is not None), device)
+        chosen = options.identity(inputs.retain_stats is not None)
+        identity = identity_of(described, chosen, device, **inputs.configs)
         manifest = {"task": options.task, "license": options.license, "inputs": described}
         if holds_out:
             identity["holds_out"] = True

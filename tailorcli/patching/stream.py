@@ -22,7 +22,7 @@ from tailorcli.errors import OptionsError, note
 from tailorcli.files import PathLike, digest_beside, digest_of
 from tailorcli.guard import path_text
 from tailorcli.hub import hub_facts, local_folders
-from tailorcli.models.config import differing_fields, moved_tokens, read_config, vocabulary_of
+from tailorcli.models.config import configs_of, differing_fields, moved_tokens, read_config, vocabulary_of
 from tailorcli.models.naming import open_for
 from tailorcli.options import AUTO, PatchOptions
 from tailorcli.patchfile.reader import raw_bytes
@@ -116,6 +116,11 @@ class PatchInputs:
         if self.graft_data is not None:
             facts["data"] = {"path": path_text(self.graft_data), "fingerprint": digest_of(self.graft_data.read_bytes())}
         return facts | {role: entry for role, entry in self.sources.items() if entry["path"] != NOT_KEPT}
+
+    @property
+    def configs(self) -> dict[str, str]:
+        """Digests of the configs that the models are run under, by role."""
+        return configs_of({"base": self.base.path, "tuned": config_folder(original(self.tuned))})
 
     @property
     def paths(self) -> list[Path]:

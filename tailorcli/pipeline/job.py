@@ -326,7 +326,8 @@ class _Job:
         options = self.inputs.told(self.options)
         if self.aim is not None and self.distill is not None:
             return finished_target(self.target, self.aim, options, self.distill, described)
-        identity = identity_of(described, options.identity(self.retained), resolve_device(self.options.device))
+        device = resolve_device(self.options.device)
+        identity = identity_of(described, options.identity(self.retained), device, **self.inputs.configs)
         if self.distill is not None:
             identity |= settings_of(self.distill)
         return self.target.finished(identity, "patch", ("stats fingerprint", "retain fingerprint", *SAMPLED))

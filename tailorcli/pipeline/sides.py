@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.adapters.checkpoint import is_adapter
+from tailorcli.adapters.checkpoint import config_folder, is_adapter
 from tailorcli.adapters.interpolated import InterpolatedCheckpoint, original
 from tailorcli.calibration.calibrate import calibrate_model
 from tailorcli.calibration.expected import expected_stats
@@ -23,7 +23,7 @@ from tailorcli.device import resolve_device
 from tailorcli.errors import OutputError, TailorError
 from tailorcli.files import digest_of
 from tailorcli.guard import path_text
-from tailorcli.models.config import read_config, tokenizer_digest
+from tailorcli.models.config import config_digest, read_config, tokenizer_digest
 from tailorcli.models.loading import package_versions
 from tailorcli.options import CalibrateOptions, DTypeName
 from tailorcli.patching.onepass import Material
@@ -157,8 +157,12 @@ class Side:
     def _difference(self, stats: Stats, model: Checkpoint) -> str:
         """In what statistics that are there differ from those that would be made; empty where they do not."""
         known, mine = stats.manifest, self.identity
+        folder = config_folder(original(model))
+        config = config_digest(folder)
         if stats.model_fingerprint != model.fingerprint():
             return f"another model ({known['model'].get('path', 'unknown')})"
+        if known["model"].get("config", config) != config:
+            return f"a model under another config ({folder / 'config.json'} has changed since)"
         options = known.get("options", {})
         for name, value in ({"deterministic": None, "columns": None} | mine["options"]).items():
             if options.get(name) != value:

@@ -164,6 +164,25 @@ def test_kept_statistics_of_anything_else_are_refused_and_kept(steps, tmp_path):
     assert folder_digest(kept) != before
 
 
+def test_another_config_is_another_run(tmp_path):
+    """An epsilon that is mended in between is no reason to go on with layers that were fitted under the old one."""
+    pair, out, kept = make_pair(tmp_path), tmp_path / "out", tmp_path / "kept"
+    patch(pair, "-o", tmp_path / "first", "--keep-stats", kept)
+    with broken_off(CheckpointWriter, 8):
+        tailor(pair / "base", pair / "tuned", out, pair / "data.jsonl", calibration=OPTIONS)
+    file = pair / "tuned" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"transformers_version": "0"}))  # says nothing of the model
+    patch(pair, "-o", tmp_path / "second", "--keep-stats", kept)
+    assert folder_digest(tmp_path / "second", (*REPORTS, file.name)) == folder_digest(
+        tmp_path / "first", (*REPORTS, file.name)
+    )
+    file.write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    whole = ("patch", pair / "base", pair / "tuned", "--data", pair / "data.jsonl", *SMALL)
+    refused(*whole, "-o", out, "--resume", mentions=["cannot resume", "tuned config"], output=out)
+    refused(*whole, "-o", tmp_path / "third", "--keep-stats", kept, mentions=[kept / "tuned", "another config", file])
+
+
 class StoppedError(Exception):
     pass
 
