@@ -338,9 +338,11 @@ class _Fit:
     def _check_tying(self, formulas: Mapping[str, Formula], saved: Mapping[str, TensorInfo]) -> None:
         """In a tied base a change of the input embedding alone has no place: the output layer would change with it.
 
-        PEFT trains such an adapter on the input alone. Rows of trainable tokens are tied by PEFT, too.
+        PEFT trains such an adapter on the input alone. Rows of trainable tokens are tied by PEFT, too, also where the
+        base stores the output layer as a copy, which would stay behind.
         """
         if not self._ties():
+            self._check_copies(formulas, saved)
             return
         vocabulary = _text_field(self.config, "vocab_size")
         for name in (*formulas, *saved):
@@ -351,10 +353,23 @@ class _Fit:
                 what = f"it changes the embedding {name!r} of a base that ties its output layer to it"
                 raise self._error(f"{what} ({self.base.path})", f"{hint}, then pass that as BASE")
 
+    def _check_copies(self, formulas: Mapping[str, Formula], saved: Mapping[str, TensorInfo]) -> None:
+        if not self._asks_to_tie():
+            return
+        heads = [name for name in self.base.tensors if name.endswith(_HEADS) and name not in (*formulas, *saved)]
+        for name in (name for name, formula in formulas.items() if formula.rows):
+            if any(self.base.are_equal(name, head) for head in heads):
+                what = f"it trains tokens of {name!r}, which is one with the output layer, and the base stores it twice"
+                hint = "save the base again, which stores it once: AutoModelForCausalLM.from_pretrained(BASE)"
+                raise self._error(f"{what} ({self.base.path})", f"{hint}.save_pretrained(NEW_BASE)")
+
     def _ties(self) -> bool:
         """Whether the base's output layer is its embedding: it has none of its own, and its config asks for one."""
         if any(name.endswith(_HEADS) for name in self.base.tensors):
             return False
+        return self._asks_to_tie()
+
+    def _asks_to_tie(self) -> bool:
         flag = _text_field(self.config, "tie_word_embeddings")
         names = self.config.get("architectures")
         return bool(flag) if isinstance(flag, bool) else bool(_WITH_HEAD.search(str(names)))

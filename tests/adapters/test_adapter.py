@@ -101,6 +101,14 @@ def test_tokens_of_a_tied_embedding(tmp_path):
     """PEFT ties the trained rows itself, so that one tensor stands for both."""
     make_adapter(tmp_path, tied=True, target_modules=ATTENTION, trainable_token_indices=[3, 1])
     assert compare(tmp_path) == 5
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    copy = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": copy}, file, {"format": "pt"})
+    refused(tmp_path, "tokens of 'model.embed_tokens.weight'", "stores it twice")
+    save_file(tensors | {"lm_head.weight": copy + 1}, file, {"format": "pt"})  # which transformers does not tie
+    with Checkpoint.open(tmp_path / "base") as base, open_tuned(tmp_path / "adapter", base) as tuned:
+        assert len(tuned.changed) == 5
 
 
 def test_a_square_conv1d_is_told_by_the_model_not_by_the_flag(tmp_path):
