@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.checkpoint.grown import GrownCheckpoint
+from tailorcli.checkpoint.grown import GrownCheckpoint, numel_of_base
 from tailorcli.device import StageTimer
 from tailorcli.options import PatchOptions
 from tailorcli.patchfile.records import TensorRecord, fields_of
@@ -140,5 +140,6 @@ def record_of(tensor: TensorPlan, result: LayerResult | None, run: Run, facts: d
     elif result is not None:
         damping = result.figures.damping
         found |= fields_of(result.figures.to_dict())
+        found["zero_delta"] -= tensor.numel - numel_of_base(run.inputs.base, tensor.name)  # rows that are new
         found["damped_further"] = damping is not None and damping > run.options.effective_damping
     return tensor.to_record(patched=tensor.action == "patch" and not frozen, **found | facts)

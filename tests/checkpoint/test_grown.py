@@ -48,6 +48,7 @@ def test_common_rows_are_patched_and_new_rows_are_tuned_s(grown_pair, tmp_path, 
         assert int(changed.sum()) <= round(density * tuned[name].numel())
         assert bool(changed.any()) == (density > 0)
         assert "7 rows are new" in records[name]["note"]
+        assert records[name]["zero_delta"] == int((base[name] == tuned[name][:100]).sum())  # new rows are tuned, too
     if density == 1.0:
         assert all(bits(out[name]) == bits(tuned[name]) for name in out)
     from transformers import AutoModelForCausalLM
