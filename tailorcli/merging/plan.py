@@ -180,7 +180,15 @@ def _pair_up(tasks: list[Task], models: list[list[Checkpoint]], folders: list[St
 
     ``models`` are each a fine-tuned one and what lies between it and the base.
     """
-    by_model = {model.fingerprint(): model for own in models for model in own}
+    by_model: dict[str, Checkpoint] = {}
+    for model in (model for own in models for model in own):
+        alike = by_model.setdefault(model.fingerprint(), model)
+        if original(alike).path.resolve() != original(model).path.resolve() and not _hold_the_same(alike, model):
+            raise OptionsError(
+                f"--tuned {original(alike).path} and {original(model).path} differ in a few entries alone, and cannot "
+                "be told apart by the samples that a fingerprint is of",
+                "merge from the patches alone: --method patches",
+            )
     by_stats: dict[str, Stats] = {}
     for folder in folders:
         first = by_stats.setdefault(folder.model_fingerprint, folder)
@@ -215,6 +223,11 @@ def _pair_up(tasks: list[Task], models: list[list[Checkpoint]], folders: list[St
     unused += [("--stats", folder.path) for fingerprint, folder in by_stats.items() if fingerprint not in wanted]
     for kind, path in unused:
         raise OptionsError(f"{kind} {path} belongs to none of the patches", "leave it out")
+
+
+def _hold_the_same(first: Checkpoint, second: Checkpoint) -> bool:
+    """Whether two models with one fingerprint, and so with the same names and shapes, have the same weights."""
+    return all(first.read(name).equal(second.read(name)) for name in first.tensors)
 
 
 def build_merge_plan(inputs: MergeInputs, options: MergeOptions) -> Plan:

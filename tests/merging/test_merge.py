@@ -546,6 +546,28 @@ def test_inputs_that_do_not_belong_together(tasks, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_models_that_samples_do_not_tell_apart_are_no_two_tasks(tmp_path):
+    """Other rows of a large table were trained in each: a fingerprint, of a sample, is the same for both."""
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    table = torch.randn(1000, 32, generator=torch.Generator().manual_seed(0))
+    moved = {"base": slice(0), "one": slice(100, 106), "two": slice(200, 206), "copy": slice(100, 106)}
+    for name, rows in moved.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        values = table.clone()
+        values[rows] += 1
+        save_file({"embed_tokens.weight": values}, tmp_path / name / "model.safetensors", {"format": "pt"})
+    files = [tmp_path / f"{name}.safetensors" for name in ("one", "two")]
+    for file in files:
+        options = PatchOptions(method="changed")
+        patch_checkpoint(tmp_path / "base", file.with_suffix(""), None, options=options, patch_file=file)
+    given = ("merge-multi", tmp_path / "base", *files, "-o", tmp_path / "out")
+    both = ("--tuned", tmp_path / "one", "--tuned", tmp_path / "two")
+    refused(*given, *both, mentions=[tmp_path / "one", tmp_path / "two"], output=tmp_path / "out")
+    again = ("--tuned", tmp_path / "one", "--tuned", tmp_path / "copy")
+    assert invoke("merge-multi", tmp_path / "base", files[0], *again, "-o", tmp_path / "out").exit_code == 0
+
+
 def test_nan_in_a_fine_tuned_model_is_named(tasks, tmp_path):
     for name in ("base", "one", "one-stats"):
         shutil.copytree(tasks / name, tmp_path / name)
