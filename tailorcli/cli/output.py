@@ -343,7 +343,7 @@ def show_distillation(found: dict[str, Any], towards: str = "the tuned model") -
     teacher, least = towards, "of the new task's teacher's"
     if tasks > 1:
         teacher, least = "the tuned models", f"(the least of {tasks} tasks) of a new task's teacher's"
-        new += f" (the mean of {tasks} tasks)"
+        new += f" (the mean of {tasks} tasks by their weights)"
     say(
         f"distilled in {counted(found['steps'][-1], 'step')} (the best: {found['best']}); held-out divergence, nats a "
         f"token: from {teacher} {new} on the new task{'s' * (tasks > 1)}, from the base {retained} on the retained "

@@ -115,9 +115,11 @@ def test_the_command_and_what_it_needs(tasks, tmp_path):
     )
     dry = run("merge-multi", tasks / "base", *patches, *named, *sampled, *how, "--dry-run")
     assert "at most 2 steps" in dry.stdout
-    result = run("merge-multi", tasks / "base", *patches, *named, *sampled, *how)
+    result = run("merge-multi", tasks / "base", *patches, *named, *sampled, *how, "--weight", 3, "--weight", 1)
     assert "distilled in 2 steps" in result.stdout
-    assert json.loads((tmp_path / "out" / "tailor_report.json").read_text())["distillation"]["by_task"]
+    found = json.loads((tmp_path / "out" / "tailor_report.json").read_text())["distillation"]
+    assert found["new"] == [pytest.approx(0.75 * one + 0.25 * other) for one, other in found["by_task"]]
+    assert "(the mean of 2 tasks by their weights)" in " ".join(result.stdout.split())
     card = (tmp_path / "out" / "README.md").read_text()
     assert "--retain retain --distill --distill-steps 2" in " ".join(card.replace("\\\n", " ").split())
     assert "and trained towards all of these models" in card
