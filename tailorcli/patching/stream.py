@@ -22,7 +22,14 @@ from tailorcli.errors import OptionsError, note
 from tailorcli.files import PathLike, digest_beside, digest_of
 from tailorcli.guard import path_text
 from tailorcli.hub import hub_facts, local_folders
-from tailorcli.models.config import configs_of, differing_fields, moved_tokens, read_config, vocabulary_of
+from tailorcli.models.config import (
+    config_digest,
+    configs_of,
+    differing_fields,
+    moved_tokens,
+    read_config,
+    vocabulary_of,
+)
 from tailorcli.models.naming import open_for
 from tailorcli.options import AUTO, PatchOptions
 from tailorcli.patchfile.reader import raw_bytes
@@ -78,6 +85,8 @@ class PatchInputs:
         if opened_stats is not None and opened_stats.teacher_weight == 1.0:  # else they have the base's names
             opened_stats.rename_for(opened_tuned)
         opened_retain = _open_stats(retain, stack)
+        _note_other_config(opened_stats, config_folder(opened_tuned))
+        _note_other_config(opened_retain, opened_base.path)
         if options.resized_vocab:
             if opened_base.dequantized:
                 what = "--resized-vocab is not for quantised checkpoints"
@@ -308,6 +317,13 @@ def _note_config(base: Checkpoint, tuned: Checkpoint) -> None:
         more = f" and {len(fields) - 4} more" if len(fields) > 4 else ""
         told = f"base's and tuned's configs differ in {', '.join(fields[:4])}{more}"
         note(f"{told}: the patched model gets tuned's, and is run under it")
+
+
+def _note_other_config(stats: Stats | None, folder: Path) -> None:
+    """Note where statistics were measured under another config than the model in ``folder`` has now."""
+    known = None if stats is None else stats.manifest["model"].get("config")
+    if stats is not None and known not in (None, config_digest(folder)):
+        note(f"{folder / 'config.json'} has changed since {stats.path} was measured: calibrate again if it matters")
 
 
 def _note_tokens(base: Path, tuned: Path) -> None:

@@ -191,6 +191,18 @@ def test_tokens_under_other_ids_are_told(tmp_path, caplog):
     assert "2 tokens have other ids in tuned's tokenizer" in caplog.text
 
 
+def test_statistics_under_another_config_are_told(tmp_path, caplog):
+    folder = make_pair(tmp_path)
+    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats")
+    given = (folder / "base", folder / "tuned")
+    patch_checkpoint(*given, folder / "one", folder / "stats")
+    assert "has changed since" not in caplog.text
+    file = folder / "tuned" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 1e-3}))
+    patch_checkpoint(*given, folder / "two", folder / "stats")
+    assert f"{file} has changed since {folder / 'stats'} was measured" in caplog.text
+
+
 def test_tied_embeddings_stay_one_tensor(tmp_path):
     from transformers import AutoModelForCausalLM
 
