@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shlex
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,11 @@ _MOST_JSON = 1 << 27  # bytes: JSON takes up to twenty times as much memory
 _NO_MORE_FILES = (errno.EMFILE, errno.ENFILE)
 _MORE_FILES = "allow more of them (ulimit -n 4096), or save the checkpoints in fewer shards"
 _NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # a system may know no quotas
+
+
+def in_shell(path: PathLike) -> str:
+    """A path as a command that is shown to be copied has it: in quotes where a shell needs them."""
+    return shlex.quote(str(path))
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

@@ -55,6 +55,7 @@ from tailorcli.cli.output import (
 from tailorcli.cli.ranks import asked_fleet, show_calibration
 from tailorcli.cli.verbosity import is_verbose, wants_progress
 from tailorcli.distributed import launched
+from tailorcli.files import in_shell
 from tailorcli.guard import check_result
 from tailorcli.options import (
     AUTO,
@@ -195,10 +196,13 @@ def calibrate(
     show_reasons(report.uncalibrated, "without statistics")
     show_reasons(report.notes, "note")
     if synthetic:
-        say(f"next: tailorcli patch {model} TUNED --stats STATS --retain {output} -o OUT", err=True)
+        say(f"next: tailorcli patch {in_shell(model)} TUNED --stats STATS --retain {in_shell(output)} -o OUT", err=True)
     else:
-        before = base or "BASE"
-        say(f"next: tailorcli patch {before} {model} --stats {output} --retain BASE_STATS -o OUT", err=True)
+        before = "BASE" if base is None else in_shell(base)
+        say(
+            f"next: tailorcli patch {before} {in_shell(model)} --stats {in_shell(output)} --retain BASE_STATS -o OUT",
+            err=True,
+        )
         say(f"with BASE_STATS by: tailorcli calibrate {before} --synthetic -o BASE_STATS", err=True)
 
 

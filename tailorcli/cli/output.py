@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from tailorcli.cli.verbosity import is_quiet, is_verbose
+from tailorcli.files import in_shell
 from tailorcli.terminal import printable
 
 if TYPE_CHECKING:
@@ -269,9 +270,9 @@ def show_written(output: Path | None, patch_file: Path | None, report: PatchRepo
         return
     if patch_file is not None:
         size = format_bytes(patch_file.stat().st_size)
-        say(f"wrote {patch_file} ({size}); apply it: tailorcli apply BASE {patch_file} -o OUT")
+        say(f"wrote {patch_file} ({size}); apply it: tailorcli apply BASE {in_shell(patch_file)} -o OUT")
     if output is not None:
-        say(f"wrote {output}; its figures: tailorcli inspect {output}")
+        say(f"wrote {output}; its figures: tailorcli inspect {in_shell(output)}")
     show_time(report)
 
 

@@ -84,6 +84,7 @@ from tailorcli.cli.sharing import check_page, check_push, push, write_page_of
 from tailorcli.cli.verbosity import is_verbose, wants_progress
 from tailorcli.distributed import launched
 from tailorcli.errors import OptionsError
+from tailorcli.files import in_shell
 from tailorcli.hub import local_folders
 from tailorcli.options import (
     AUTO,
@@ -468,7 +469,10 @@ def patch(
         return
     if stats is not None and retain is None and options.fits_statistics:
         what = "without --retain a patch follows TUNED in what it forgot, too"
-        say(f"note: {what}: tailorcli calibrate {base} --synthetic -o BASE_STATS, and --retain BASE_STATS", err=True)
+        say(
+            f"note: {what}: tailorcli calibrate {in_shell(base)} --synthetic -o BASE_STATS, and --retain BASE_STATS",
+            err=True,
+        )
     write_page_of(output or patch_file, html)
     push(push_to_hub, output)
     if as_json:

@@ -29,6 +29,7 @@ from tailorcli.cli.arguments import (
 from tailorcli.cli.output import print_json, print_rich, say, show_reasons, show_stages
 from tailorcli.cli.verbosity import wants_progress
 from tailorcli.distributed import require_alone
+from tailorcli.files import in_shell
 from tailorcli.options import Blockwise, DataColumns, DTypeName
 from tailorcli.training.settings import Accumulate, FinetuneOptions, ProbeOptions, TuningMethod
 from tailorcli.units import counted, format_bytes, format_share
@@ -105,7 +106,10 @@ def probe(
     made = f"scores of {report.entries:,} entries in {counted(report.scored, 'tensor')}"
     say(f"{what}: {made} in {output} ({format_bytes(report.bytes)}, {report.seconds:.1f} s)")
     show_reasons(report.unscored, "without scores")
-    say(f"next: tailorcli finetune {base} --data FILE -o OUT --method dowser --importance {output}", err=True)
+    say(
+        f"next: tailorcli finetune {in_shell(base)} --data FILE -o OUT --method dowser --importance {in_shell(output)}",
+        err=True,
+    )
 
 
 def finetune(

@@ -14,7 +14,7 @@ from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.layout import plan_layout
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.errors import OptionsError, PatchError, StatsError
-from tailorcli.files import PathLike
+from tailorcli.files import PathLike, in_shell
 from tailorcli.guard import path_text
 from tailorcli.hub import hub_facts, local_folders
 from tailorcli.models.naming import open_for
@@ -216,7 +216,7 @@ def _pair_up(tasks: list[Task], models: list[list[Checkpoint]], folders: list[St
             assert task.tuned is not None
             raise StatsError(
                 f"none of the --stats folders was made from {task.tuned.path}",
-                f"make them: tailorcli calibrate {task.tuned.path} --data FILE -o STATS",
+                f"make them: tailorcli calibrate {in_shell(task.tuned.path)} --data FILE -o STATS",
             )
         task.stats = by_stats.get(str(fingerprint))
     unused = [("--tuned", own[0].path) for own in models if not {model.fingerprint() for model in own} & {*wanted}]

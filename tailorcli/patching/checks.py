@@ -11,6 +11,7 @@ from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.quantized import DequantizedCheckpoint
 from tailorcli.checkpoint.renamed import RenamedCheckpoint
 from tailorcli.errors import CheckpointError, OptionsError, StatsError, note
+from tailorcli.files import in_shell
 from tailorcli.models.loading import HOLLOW_HINT, unwrapped
 from tailorcli.options import PatchOptions
 
@@ -161,7 +162,7 @@ def check_retain(base: Checkpoint, tuned: Checkpoint, retain_stats: Stats, optio
         )
         raise StatsError(
             f"{retain_stats.path} was calibrated {whose}; --retain takes statistics of the base",
-            f"make them: tailorcli calibrate {base.path} --synthetic -o NEW_STATS",
+            f"make them: tailorcli calibrate {in_shell(base.path)} --synthetic -o NEW_STATS",
         )
     check_shapes(base, retain_stats)
     _warn_of_few_tokens(retain_stats)
@@ -193,15 +194,16 @@ def check_stats(base: Checkpoint, tuned: Checkpoint, stats: Stats) -> None:
             note(f"{stats.path} was measured at teacher weight {stats.teacher_weight:g}, the patch goes to {weight:g}")
     else:
         if stats.model_fingerprint == base.fingerprint():
+            swapped = f"{in_shell(tuned.path)} {in_shell(base.path)}"
             raise StatsError(
                 f"{stats.path} was calibrated on the model given as BASE ({base.path})",
-                f"if the two are swapped: tailorcli ... {tuned.path} {base.path}; if not, calibrate TUNED",
+                f"if the two are swapped: tailorcli ... {swapped}; if not, calibrate TUNED",
             )
-        option = f" --base {base.path}" if isinstance(tuned, AdaptedCheckpoint) else ""
+        option = f" --base {in_shell(base.path)}" if isinstance(tuned, AdaptedCheckpoint) else ""
         made_from = stats.manifest["model"].get("path", "another model")
         raise StatsError(
             f"{stats.path} was made from another model ({made_from}) than tuned ({tuned.path})",
-            f"calibrate it: tailorcli calibrate {tuned.path}{option} --data FILE -o NEW_STATS",
+            f"calibrate it: tailorcli calibrate {in_shell(tuned.path)}{option} --data FILE -o NEW_STATS",
         )
     check_shapes(tuned, stats)
     _warn_of_few_tokens(stats)

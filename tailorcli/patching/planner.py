@@ -12,6 +12,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
 from tailorcli.checkpoint.layout import plan_layout
 from tailorcli.errors import OptionsError, StatsError, note
+from tailorcli.files import in_shell
 from tailorcli.models.loading import unwrapped
 from tailorcli.models.naming import tied_copies
 from tailorcli.options import RELEASED, PatchOptions, matches
@@ -40,7 +41,7 @@ def build_plan(
         raise OptionsError(
             "no statistics given",
             "pass the new task's data: --data FILE; or --stats STATS, which tailorcli calibrate made. "
-            f"What the weights alone tell: tailorcli check {base.path} {tuned.path}",
+            f"What the weights alone tell: tailorcli check {in_shell(base.path)} {in_shell(tuned.path)}",
         )
     own = original(tuned)
     check_pair(base, own, options.allow_dtype_mismatch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tailorcli.errors import OptionsError, OutputError, first_line
+from tailorcli.files import in_shell
 from tailorcli.patchfile.report import RUN_FILE
 
 _LOGIN = "log in: hf auth login; or upload OUT later: hf upload NAME OUT"
@@ -52,5 +53,5 @@ def push_folder(folder: Path, name: str) -> str:
         )
     except Exception as error:  # of any of its clients
         what = f"{folder} is finished, but could not be pushed to {name}: {first_line(error)}"
-        raise OutputError(what, f"upload it: hf upload {name} {folder}") from error
+        raise OutputError(what, f"upload it: hf upload {name} {in_shell(folder)}") from error
     return str(made)

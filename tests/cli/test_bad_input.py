@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import shlex
 import shutil
 import struct
 from collections import namedtuple
@@ -915,3 +916,21 @@ def test_other_models_of_one_architecture_are_told_apart(pair):
     sister.save_pretrained(pair / "sister")
     command = ["patch", pair / "base", pair / "sister", "--stats", pair / "stats", "-o", pair / "out"]
     refused(*command, mentions=["another model", pair / "sister"], output=pair / "out")
+
+
+def test_commands_that_are_shown_can_be_copied_whatever_the_paths_hold(tmp_path):
+    odd = make_pair(tmp_path / "a [red] b")
+    sampled = ("--num-samples", 4, "--seq-len", 16)
+    calibrated = run("calibrate", odd / "tuned", "--data", odd / "data.jsonl", "-o", odd / "st at", *sampled)
+    probed = run("probe", odd / "base", "-o", odd / "i m", "--num-samples", 2, "--seq-len", 8)
+    out = ("-o", odd / "o", "--patch-file", odd / "p q.safetensors")
+    patched = run("patch", odd / "base", odd / "tuned", "--stats", odd / "st at", *out)
+    swapped = refused("patch", odd / "tuned", odd / "base", "--stats", odd / "st at", "-o", odd / "n")
+    unmeasured = refused("patch", odd / "base", odd / "tuned", "-o", odd / "n")
+    told = calibrated.stderr + probed.stderr + patched.stdout + patched.stderr + swapped + unmeasured
+    shown = [
+        line.partition("tailorcli ")[2] for line in told.splitlines() if "a [red] b" in line and "tailorcli " in line
+    ]
+    assert len(shown) == 7
+    for command in shown:
+        assert any(str(odd) in word and word.count("a [red] b") == 1 for word in shlex.split(command)), command

@@ -13,7 +13,7 @@ from tailorcli.display.web import charts
 from tailorcli.display.web.report import report_page
 from tailorcli.display.web.shell import Page, Section, Table, Tile
 from tailorcli.errors import CheckpointError
-from tailorcli.files import PathLike
+from tailorcli.files import PathLike, in_shell
 from tailorcli.patchfile.report import EVALUATION_FILE
 from tailorcli.runs.evaluated import read_evaluation
 from tailorcli.units import counted, format_bytes
@@ -60,7 +60,9 @@ def _of_this_model(inspection: Inspection, found: dict[str, Any], given: PathLik
     name = next((model["name"] for model in found["models"] if model.get("fingerprint") == own), None)
     if name is None:
         what = f"{given} is no evaluation of {inspection.path} as it is now"
-        raise CheckpointError(what, f"make one: tailorcli evaluate BASE TUNED {inspection.path} ... -o REPORT.json")
+        raise CheckpointError(
+            what, f"make one: tailorcli evaluate BASE TUNED {in_shell(inspection.path)} ... -o REPORT.json"
+        )
     return {**found, "model": name}
 
 
