@@ -83,8 +83,19 @@ def _interrupted(command: Callable[..., Any], given: dict[str, Any]) -> str:
 _NO_NUMBER = {"float_parsing": "a number", "int_parsing": "a whole number"}  # by what pydantic calls it
 
 
-class _Command(TyperCommand):
-    """A command that says which word is no number, in place of what Typer's parser says of it."""
+class _Flags:
+    """A command or a group whose options that take no value show none; Typer would show <bool>, also for --help."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class _Command(_Flags, TyperCommand):
+    """A command that says which word is no number, or no choice, in place of what Typer's parser says of it."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -93,6 +104,7 @@ class _Command(TyperCommand):
             found: list[Any] = getattr(error.__cause__, "errors", list)()
             if found and found[0]["type"] in _NO_NUMBER:
                 error.message = f"{found[0]['input']!r} is not {_NO_NUMBER[found[0]['type']]}"
+            error.message = error.message.removeprefix("Value error, ")
             raise
 
 
@@ -150,7 +162,7 @@ class _Commands(Mapping[str, Any]):
         return len(_ENTRIES)
 
 
-class _Group(TyperGroup):
+class _Group(_Flags, TyperGroup):
     """The program, with the commands of ``_ENTRIES``."""
 
     def __init__(self, **attributes: Any) -> None:

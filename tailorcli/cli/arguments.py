@@ -38,7 +38,8 @@ def parse_teacher(given: str | None) -> float | str | None:
 
 
 # What goes in.
-Base = Annotated[Path, typer.Argument(metavar="BASE", help="The pre-trained model: a folder, or org/name of the Hub.")]
+BASE_HELP = "The pre-trained model: a folder, or org/name of the Hub."
+Base = Annotated[Path, typer.Argument(metavar="BASE", help=BASE_HELP)]
 Tuned = Annotated[
     Path, typer.Argument(metavar="TUNED", help="The fine-tuned model or its LoRA adapter: a folder, or org/name.")
 ]
@@ -50,12 +51,14 @@ RetainIn = Annotated[
     Path | None,
     typer.Option("--retain", metavar="STATS", help="Statistics of BASE: what it must not forget."),
 ]
-RetainWeight = Annotated[float, typer.Option(metavar="W", help="Weight of what --retain keeps, against the new task.")]
+RetainWeight = Annotated[
+    float, typer.Option(metavar="W", help="Weight of what BASE must not forget, against the new task.")
+]
 Propagate = Annotated[
     bool | None,
     flag(
         "--propagate/--no-propagate",
-        help="With --retain: fit layers again, from the inputs that the patched model gives them.",
+        help="Where BASE must not forget: fit layers again, from the inputs that the patched model gives them.",
         show_default="not with --distill",
     ),
 ]
@@ -144,7 +147,7 @@ OwnDamping = Annotated[
     typer.Option(
         metavar="X",
         help="Added to the Hessian's diagonal, times its mean.",
-        show_default="0.01; with --retain 0.1",
+        show_default="0.1; where BASE is asked nothing 0.01",
         rich_help_panel=SOLVER,
     ),
 ]
@@ -297,7 +300,7 @@ OnRanks = Annotated[
 ]
 Plot = Annotated[
     Path | None,
-    typer.Option("--plot", metavar="FILE.png", help="Draw a picture (needs matplotlib).", rich_help_panel=OUTPUT),
+    typer.Option("--plot", metavar="FILE.png", help="Draw a picture (needs the extra plot).", rich_help_panel=OUTPUT),
 ]
 PushTo = Annotated[
     str | None,

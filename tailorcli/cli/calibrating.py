@@ -71,7 +71,10 @@ from tailorcli.units import counted, format_bytes
 
 def calibrate(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="The fine-tuned model or its LoRA adapter: a folder, or org/name.")
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="The model to measure, fine-tuned or base, or a LoRA adapter: a folder, or org/name."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="STATS", help="Folder for the statistics.")],
     data: DataIn = None,
@@ -86,7 +89,8 @@ def calibrate(
     base: Annotated[
         Path | None,
         typer.Option(
-            metavar="BASE", help="Folder of the pre-trained checkpoint: for an adapter, and for --teacher-weight."
+            metavar="BASE",
+            help="The pre-trained model, for an adapter and for --teacher-weight: a folder, or org/name.",
         ),
     ] = None,
     teacher_weight: Annotated[

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from tailorcli.cli.arguments import (
+    BASE_HELP,
     DISTILL,
     TRAINING,
     AsJson,
@@ -244,7 +245,7 @@ def merge_multi(
 
 def verify(
     checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the checkpoint to verify.")],
-    base: Annotated[Path, typer.Option("--base", metavar="BASE", help="Folder of the pre-trained checkpoint.")],
+    base: Annotated[Path, typer.Option("--base", metavar="BASE", help=BASE_HELP)],
     patch_path: Annotated[
         Path | None,
         typer.Option(
@@ -278,7 +279,10 @@ def verify(
         from tailorcli.display.tables import problem_table
 
         count = f"{report.wrong_tensors} wrong, {len(report.problems)} of them listed"
-        say_error(f"{checkpoint} is not what it should be: {count}")
+        say_error(
+            f"{checkpoint} is not what it should be: {count}",
+            "check that BASE and the patch are those that it was made of; if they are, make it again",
+        )
         print_rich(problem_table(report.problems))
     if not report.ok:
         raise typer.Exit(1)

@@ -114,7 +114,12 @@ def probe(
 
 def finetune(
     base: Base,
-    data: Annotated[Path, typer.Option(metavar="DATA", help="Records to learn, as calibrate takes them.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="DATA", help="Records to learn: a file, a folder, - for standard input, or a dataset of the Hub."
+        ),
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="Folder for the fine-tuned checkpoint.")
     ],
@@ -249,6 +254,7 @@ def _show_plan(plan: FinetunePlan) -> None:
     from tailorcli.display.summary import facts_table
 
     print_rich(facts_table(dict(_facts(plan))))
+    say("dry run: nothing was written", err=True)
 
 
 def _announce(plan: FinetunePlan) -> None:

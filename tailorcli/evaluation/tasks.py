@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Kind = Literal["text", "choice", "choice-raw", "generate"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-_SPEC = f"write it as NAME=FILE.jsonl:KIND, with one of the kinds {', '.join(KINDS)}"
+_SPEC = f"write it as NAME=FILE:KIND, with one of the kinds {', '.join(KINDS)}"
 _TEXT = 'a record of kind text needs "text", or "messages", or "prompt" and "response"'
 _CHOICE = (
     'a record of kind choice needs "prompt", "choices" (a list of texts) and "answer" (an index from 0, or the text)'

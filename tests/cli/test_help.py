@@ -48,6 +48,7 @@ def test_help_is_one_line_and_two_examples_that_fit_80_columns(name, monkeypatch
     monkeypatch.setenv("COLUMNS", "80")
     shown = plain(run(name, "--help").stdout)
     assert max(map(len, shown.splitlines())) <= 80
+    assert "<bool>" not in shown
     first, *_, examples = COMMANDS[name].help.split("\n\n")
     assert len(first) <= 70
     assert first in shown
@@ -100,14 +101,16 @@ def test_defaults_on_the_command_line_are_those_of_the_options(name, options):
             assert param.default == fields[param.name], param.name
 
 
-def test_computed_defaults_are_shown_like_the_others():
+def test_computed_defaults_are_shown_like_the_others(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")  # where none is wrapped
     shown = plain(run("patch", "--help").stdout)
-    assert "[default: (0.01; with --retain 0.1)]" in shown
+    assert "[default: (0.1; where BASE is asked nothing 0.01)]" in shown
     assert "[default: 0.1]" in shown
 
 
 def test_a_bare_call_shows_the_help():
     assert run().stdout == run("--help").stdout  # exit code 0
+    assert "<bool>" not in run("--help").stdout
     run("patch", expect=2)
 
 
@@ -143,6 +146,7 @@ def test_a_word_that_is_no_choice_is_a_usage_error_that_names_the_choices(argume
     shown = plain(run(*arguments, expect=2).stderr)
     for word in (arguments[-1], *choices):
         assert f"'{word}'" in shown
+    assert "Value error" not in shown
     assert not Path("c").exists()
 
 

@@ -292,6 +292,7 @@ def test_verify_names_what_is_wrong(patched):
     tensors["lm_head.weight"].view(-1)[outside] += 1
     save_file(tensors, file, metadata={"format": "pt"})
     command = ("verify", patched / "out", "--base", patched / "base")
+    assert "\n  try: check that BASE" in invoke(*command, "--patch", patched / "patch.safetensors").stderr
     shown = invoke(*command, "--patch", patched / "patch.safetensors", "--json")
     found = json.loads(shown.stdout)
     assert shown.exit_code == 1

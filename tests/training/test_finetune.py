@@ -207,8 +207,9 @@ def test_dry_run_writes_nothing_and_counts_what_it_takes(pair, tmp_path):
     assert found["entries"] == trained
     assert found["steps"] == 6
     assert found["memory"]["base's copy"] == found["memory"]["accumulated gradient"] == 4 * trained
-    shown = finetune(pair, tmp_path / "out", "--dry-run", method="dowser").stdout
-    assert "mask" in shown
+    shown = finetune(pair, tmp_path / "out", "--dry-run", method="dowser")
+    assert "mask" in shown.stdout
+    assert "dry run: nothing was written" in shown.stderr
 
 
 def test_training_arguments_of_a_file_reach_the_trainer(pair, tmp_path):
