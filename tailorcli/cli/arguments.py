@@ -58,8 +58,8 @@ Propagate = Annotated[
     bool | None,
     flag(
         "--propagate/--no-propagate",
-        help="Where BASE must not forget: fit layers again, from the inputs that the patched model gives them.",
-        show_default="not with --distill",
+        help="Fit layers again, from the inputs that the patched model gives them.",
+        show_default="with --data or --retain, not with --distill",
     ),
 ]
 CheckPropagation = Annotated[
@@ -147,7 +147,7 @@ OwnDamping = Annotated[
     typer.Option(
         metavar="X",
         help="Added to the Hessian's diagonal, times its mean.",
-        show_default="0.1; where BASE is asked nothing 0.01",
+        show_default="0.1; without --data and --retain 0.01",
         rich_help_panel=SOLVER,
     ),
 ]
