@@ -216,11 +216,13 @@ def quantile_table(report: PatchReport) -> Table:
 def problem_table(problems: list[dict[str, Any]]) -> Table:
     """The first tensors that a verification found wrong."""
     table = Table(title="what is wrong")
-    for column in ("tensor", "problem", "first at", "expected", "found"):
+    for column in ("tensor", "problem"):
         table.add_column(column, overflow="fold")
     for problem in problems:
-        place = [str(problem[key]) if key in problem else "" for key in ("index", "expected", "found")]
-        table.add_row(problem["tensor"], problem["problem"], *place)
+        told = problem["problem"]
+        if "index" in problem:
+            told += f"; the first at {problem['index']}: expected {problem['expected']}, found {problem['found']}"
+        table.add_row(problem["tensor"], told)
     return table
 
 
