@@ -104,7 +104,7 @@ def test_defaults_on_the_command_line_are_those_of_the_options(name, options):
 def test_computed_defaults_are_shown_like_the_others(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")  # where none is wrapped
     shown = plain(run("patch", "--help").stdout)
-    assert "[default: (0.1; where BASE is asked nothing 0.01)]" in shown
+    assert "[default: (0.1; without --data and --retain 0.01)]" in shown
     assert "[default: 0.1]" in shown
 
 
