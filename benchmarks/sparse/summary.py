@@ -99,14 +99,18 @@ class Table:
         found = {}
         for side, of_side in runs.items():
             most = [rate for rate in of_side if of_side[rate] == max(of_side.values())]
-            validated = self._validated(side)
-            found[side] = max(most, key=lambda rate: validated.get(rate, -1.0))
+            found[side] = max(most, key=lambda rate: self._validated(side).get(rate, -1.0))
         return found
+
+    @cached_property
+    def _by_depth(self) -> dict[str, dict[Row, dict[float, float]]]:
+        """H on validation by depth, row and rate."""
+        return {depth: self.rates(depth) for depth in {TUNED_AT, *(cell.depth for cell in self.cells)}}
 
     def _validated(self, side: Side) -> dict[float, float]:
         """H on validation by the rate, at the depth of a row where it was scored there, else with all layers."""
         row, depth = side
-        return self.rates(depth).get(row) or self.rates().get(row, {})
+        return self._by_depth[depth].get(row) or self._by_depth[TUNED_AT].get(row, {})
 
     def of(self, side: Side) -> list[Cell]:
         """The cells of a row at a depth; the base has no depth of its own, and stands beside the seeds of full."""
