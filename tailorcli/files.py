@@ -67,10 +67,10 @@ def read_bytes(path: Path) -> bytes:
         return stream.read()
 
 
-def read_text_file(path: Path, encoding: str = "utf-8") -> str:
+def read_text_file(path: Path) -> str:
     """All of a regular file as text, each line end a newline. Raises OSError, UnicodeDecodeError."""
     with open_regular(path) as stream:
-        return TextIOWrapper(stream, encoding).read()
+        return TextIOWrapper(stream, "utf-8").read()
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -173,9 +173,9 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def threads_beside(most: int = 4) -> int:
+def threads_beside() -> int:
     """Threads for work that leaves Python to others, such as reading and hashing: more gain little and hold memory."""
-    return min(most, 2 * usable_cores())
+    return min(4, 2 * usable_cores())
 
 
 def variable_of_parent(name: str) -> str | None:

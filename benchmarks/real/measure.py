@@ -19,11 +19,10 @@ from tailorcli import h_score
 
 BATCH = 4  # windows at a time: the logits of one window take 25 MB, and 50 MB in float32
 CANDIDATES = 8
+DRAWS = 2000  # of a bootstrap
 
 # task -> {"accuracy": percent, "loss": nats a token, "correct": right tokens of each window, "tokens": of a window}
 TaskScores = dict[str, dict[str, Any]]
-# Scores a model on the windows of one task, or on whatever a benchmark evaluates.
-Score = Callable[[PreTrainedModel, Any], dict[str, Any]]
 
 
 @torch.inference_mode()
@@ -64,11 +63,9 @@ def load_model(folder: Path) -> PreTrainedModel:
     return model
 
 
-def interpolate(
-    base: Path, tuned: Path, weight: float, load: Callable[[Path], PreTrainedModel] = load_model
-) -> PreTrainedModel:
-    """Return base + weight * (tuned - base), entry by entry, rounded to the type that `load` gives."""
-    model, other = load(base), load(tuned)
+def interpolate(base: Path, tuned: Path, weight: float) -> PreTrainedModel:
+    """Return base + weight * (tuned - base), entry by entry, rounded to bfloat16."""
+    model, other = load_model(base), load_model(tuned)
     with torch.no_grad():
         for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
             ours.copy_(torch.lerp(ours.float(), theirs.float(), weight))
@@ -95,40 +92,34 @@ def evaluate_all(
     folder: Path,
     new_tasks: tuple[str, ...] = (NEW_TASK,),
     fresh: bool = False,
-    old_tasks: tuple[str, ...] = OLD_TASKS,
-    score: Score = score_windows,
 ) -> dict[str, dict[str, TaskScores]]:
     """Score all candidates on validation text and those that `contenders` leaves on test text; kept in `folder`.
 
-    `windows` holds part -> task -> token windows, or whatever else `score` takes, `counts` how many of a task were
-    asked for in each part.
+    `windows` holds part -> task -> token windows, `counts` how many of a task were asked for in each part.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scores: dict[str, dict[str, TaskScores]] = {label: {} for label in candidates}
     for part, tasks in windows.items():
         lines = {label: candidate.line for label, candidate in candidates.items()}
-        for label in candidates if part == "validation" else contenders(scores, lines, new_tasks, old_tasks):
+        for label in candidates if part == "validation" else contenders(scores, lines, new_tasks):
             print(f"  {label}, {part}", file=sys.stderr, flush=True)
             candidate = candidates[label]
             key = [candidate.source, str(counts[part]), *filter(None, [candidate.made_by])]
             file = folder / f"{label}-{part}.json"
             if fresh:
                 file.unlink(missing_ok=True)
-            scores[label][part] = evaluate(candidate.make, tasks, file, key, score)
+            scores[label][part] = evaluate(candidate.make, tasks, file, key)
     return scores
 
 
 def contenders(
-    scores: dict[str, dict[str, TaskScores]],
-    lines: dict[str, str],
-    new_tasks: tuple[str, ...] = (NEW_TASK,),
-    old_tasks: tuple[str, ...] = OLD_TASKS,
+    scores: dict[str, dict[str, TaskScores]], lines: dict[str, str], new_tasks: tuple[str, ...]
 ) -> list[str]:
     """Return the models to test: of each line only the point with the best H on validation text."""
     best: dict[str, str] = {}
     for label, line in lines.items():
         rival = best.setdefault(line or label, label)
-        h, h_rival = (summarise(scores[one]["validation"], new_tasks, old_tasks)["h"] for one in (label, rival))
+        h, h_rival = (summarise(scores[one]["validation"], new_tasks)["h"] for one in (label, rival))
         if h > h_rival:
             best[line] = label
     return [label for label in scores if label in best.values()]
@@ -139,47 +130,40 @@ def evaluate(
     tasks: dict[str, Any],
     file: Path,
     key: list[str],
-    score: Score = score_windows,
 ) -> TaskScores:
     """Score one model on every task; kept in `file`, so that a rerun need not load the model."""
     stored: TaskScores | None = load_cached(file, key)
     if stored is not None:
         return stored
     model = make()
-    scores = {task: score(model, windows) for task, windows in tasks.items()}
+    scores = {task: score_windows(model, windows) for task, windows in tasks.items()}
     store(file, key, scores)
     return scores
 
 
-def summarise(
-    scores: TaskScores, new_tasks: tuple[str, ...] = (NEW_TASK,), old_tasks: tuple[str, ...] = OLD_TASKS
-) -> dict[str, float]:
+def summarise(scores: TaskScores, new_tasks: tuple[str, ...] = (NEW_TASK,)) -> dict[str, float]:
     """Return the old tasks' average accuracy, the new tasks', and the H-score of the two."""
-    old, new = (sum(scores[task]["accuracy"] for task in tasks) / len(tasks) for tasks in (old_tasks, new_tasks))
+    old, new = (sum(scores[task]["accuracy"] for task in tasks) / len(tasks) for tasks in (OLD_TASKS, new_tasks))
     return {"old": old, "new": new, "h": h_score(old, new)}
 
 
 def h_difference(
-    first: TaskScores,
-    second: TaskScores,
-    new_tasks: tuple[str, ...] = (NEW_TASK,),
-    draws: int = 2000,
-    old_tasks: tuple[str, ...] = OLD_TASKS,
+    first: TaskScores, second: TaskScores, new_tasks: tuple[str, ...] = (NEW_TASK,)
 ) -> tuple[float, float]:
     """Return H(first) - H(second) and its standard error, by a bootstrap over the windows.
 
     Both models saw the same windows, so each draw takes the same windows for both.
     """
     rng = np.random.default_rng(0)
-    tasks = (*old_tasks, *new_tasks)
-    means = np.empty((2, draws, len(tasks)))
+    tasks = (*OLD_TASKS, *new_tasks)
+    means = np.empty((2, DRAWS, len(tasks)))
     for position, task in enumerate(tasks):
         count = len(first[task]["correct"])
-        drawn = rng.integers(0, count, (draws, count))
+        drawn = rng.integers(0, count, (DRAWS, count))
         for model, scores in enumerate((first, second)):
             share = np.array(scores[task]["correct"]) / scores[task]["tokens"]
             means[model, :, position] = 100 * share[drawn].mean(1)
-    old, new = means[:, :, : len(old_tasks)].mean(2), means[:, :, len(old_tasks) :].mean(2)
+    old, new = means[:, :, : len(OLD_TASKS)].mean(2), means[:, :, len(OLD_TASKS) :].mean(2)
     h = 2 * old * new / np.maximum(old + new, 1e-9)  # 0 where both are
-    difference = summarise(first, new_tasks, old_tasks)["h"] - summarise(second, new_tasks, old_tasks)["h"]
+    difference = summarise(first, new_tasks)["h"] - summarise(second, new_tasks)["h"]
     return difference, float((h[0] - h[1]).std())

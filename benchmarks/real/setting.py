@@ -29,10 +29,11 @@ def default_cache() -> Path:
     return cache_root() if os.environ.get("TAILORCLI_CACHE") else cache_root() / "real"
 
 
-def parse(parser: argparse.ArgumentParser, document: Path, cache: Path | None = None) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, document: Path) -> argparse.Namespace:
     """Add the options that these benchmarks have in common, parse, and make the cache folder."""
-    cache = cache or default_cache()
-    parser.add_argument("--cache", type=Path, default=cache, help="folder for weights and results (%(default)s)")
+    parser.add_argument(
+        "--cache", type=Path, default=default_cache(), help="folder for weights and results (%(default)s)"
+    )
     parser.add_argument("--document", type=Path, default=document, help="Markdown file to write")
     parser.add_argument("--fresh", action="store_true", help="run the commands and evaluations again")
     options = parser.parse_args()

@@ -69,7 +69,7 @@ class _Titled(Table):
 
 def _width_of(column: RichColumn) -> int:
     """Characters of the widest line of a column."""
-    texts = [column.header, *column._cells]
+    texts = [column.header, *column.cells]
     return max(cell_len(line) for text in texts for line in str(text).split("\n"))
 
 

@@ -120,15 +120,13 @@ def merge_command(
     return [*words, *_training(distilled), "-o", output]
 
 
-def finetune_command(
-    options: Mapping[str, Any], defaults: Mapping[str, Any], inputs: Mapping[str, str], output: str = "OUT"
-) -> list[str]:
+def finetune_command(options: Mapping[str, Any], defaults: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
     """The words of ``tailorcli finetune`` with these options and inputs (base, data, importance, training_args)."""
     words = ["tailorcli", "finetune", inputs["base"]]
     for role in ("data", "importance", "training_args"):
         words += [_flag(role), inputs[role]] if role in inputs else []
     words += _given(options, defaults, _TUNED)
-    return [*words, *(["--trust-remote-code"] if options.get("trust_remote_code") else []), "-o", output]
+    return [*words, *(["--trust-remote-code"] if options.get("trust_remote_code") else []), "-o", "OUT"]
 
 
 def _training(distilled: Mapping[str, Any] | None) -> list[str]:
