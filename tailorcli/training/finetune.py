@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
-from errno import ENOSPC
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,14 +19,14 @@ from time import perf_counter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.checkpoint.folder import WORK_FOLDER, Checkpoint
-from tailorcli.checkpoint.writer import JOURNAL
+from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.core.scores import count_kept
 from tailorcli.data.records import Records, media_digest, read_records
 from tailorcli.device import StageTimer, device_errors, resolve_device
-from tailorcli.errors import NumericalError, OptionsError, OutputError, first_line, note
-from tailorcli.files import PathLike, as_output_error, file_digest, read_json, write_text_atomically
-from tailorcli.guard import OutputLock, Watch, entries, path_text, protect
+from tailorcli.distributed import launched
+from tailorcli.errors import NumericalError, OptionsError, first_line, note
+from tailorcli.files import PathLike, file_digest, write_text_atomically
+from tailorcli.guard import OutputLock, Watch, path_text, protect
 from tailorcli.models.config import processor_folder, read_config, tokenizer_digest
 from tailorcli.models.generation import media_token_ids
 from tailorcli.models.loading import (
@@ -45,7 +43,6 @@ from tailorcli.models.loading import (
 from tailorcli.models.running import check_ids
 from tailorcli.models.skeleton import run_dtype
 from tailorcli.options import matches
-from tailorcli.patchfile.report import FINETUNE_FILE
 from tailorcli.system import peak_memory
 from tailorcli.training.carded import Given, side_files_of
 from tailorcli.training.choice import choose, named_parameters, trained_numel
@@ -54,14 +51,23 @@ from tailorcli.training.importance import Importance, ImportanceError
 from tailorcli.training.optimisers import KEEPS_WITHOUT_GRADIENT, name_of, optimiser_bytes, refuse_outside_steps
 from tailorcli.training.outcome import FinetunePlan, FinetuneReport, memory_of, write_outcome
 from tailorcli.training.probe import open_plain
+from tailorcli.training.resuming import (
+    FACTS,
+    FINAL,
+    begin,
+    check_output,
+    clear,
+    facts_of,
+    forget_if_refused,
+    is_finished,
+    last_state,
+    states_written,
+    work_of,
+)
 from tailorcli.training.settings import OWN_ARGUMENTS, PUBLISHING, REFUSED_ARGUMENTS, FinetuneOptions
 
 if TYPE_CHECKING:
     from tailorcli.training.sparse import SparseTuning
-
-SUFFIX = ".finetune"  # of the folder beside the output that an interrupted run goes on from
-IDENTITY, FINAL, FACTS = "run.json", "final", "facts.json"
-COMPLETE = "complete"  # in the folder of a state: all of it is there
 
 
 @dataclass(frozen=True)
@@ -116,21 +122,21 @@ def finetune_model(
         job = _open(base, data, options, importance, training_args, stack)
         asked, options, given = options, job.options, Given(data, importance, training_args)
         identity = job.identity()
-        main = is_main_process()
-        if main:
+        is_first = launched().first
+        if is_first:
             protect([folder, work], [job.base.path, job.data, importance], "choose another folder for -o")
             stack.enter_context(OutputLock(work, folder=True))
-            earlier = _check(folder, work, identity, options.resume)
+            earlier = check_output(folder, work, identity, options.resume)
             if earlier is not None:
-                _clear(folder, work)  # what a run that was ended at its very end left
+                clear(folder, work)  # what a run that was ended at its very end left
                 return earlier
-            stack.push(_forget_if_refused(work))
-            _begin(work, identity)
+            stack.push(forget_if_refused(work))
+            begin(work, identity)
         elif options.resume and is_finished(folder):
             return None
         timer = StageTimer()
         watch = Watch([*job.base.shards, job.data])
-        facts = _facts_of(work / FINAL)
+        facts = facts_of(work / FINAL)
         if facts is None:
             with timer.stage("load"):
                 check_shapes(job.base, job.config, options)
@@ -139,12 +145,12 @@ def finetune_model(
             with refused_arguments(job):
                 arguments = training_arguments(job, work)
             plan = plan_of(job, network, examples, folder, arguments)
-            if main and announce is not None:
+            if is_first and announce is not None:
                 announce(plan)
             smaller = "a smaller --batch-size with more --gradient-accumulation, or --last-layers"
             with timer.stage("train"), device_errors(smaller):
                 facts = train(job, network, examples, work, progress, started)
-        if not main:
+        if not is_first:
             return None
         watch.require_unchanged()
         with timer.stage("write"):
@@ -171,7 +177,7 @@ def plan_finetune(
         options = job.options
         work = work_of(folder)
         protect([folder, work], [job.base.path, job.data, importance], "choose another folder for -o")
-        _check(folder, work, job.identity(), options.resume)
+        check_output(folder, work, job.identity(), options.resume)
         check_shapes(job.base, job.config, options)
         network = empty_on_meta(job.base, job.config, options)
         with refused_arguments(job):
@@ -183,19 +189,6 @@ def require_accelerate() -> None:
     """Raise OptionsError where what transformers' Trainer needs is not installed."""
     if find_spec("accelerate") is None:
         raise OptionsError("fine-tuning needs accelerate, which the extra [train] brings", "pip install accelerate")
-
-
-def work_of(folder: Path) -> Path:
-    """The folder beside an output that an interrupted run goes on from. Raises OutputError for one without a name."""
-    whole = folder if folder.name not in ("", "..") else folder.resolve()
-    if not whole.name:
-        raise OutputError(f"{folder} cannot be a checkpoint's folder", "choose another folder for -o")
-    return whole.with_name(whole.name + SUFFIX)
-
-
-def is_main_process() -> bool:
-    """Whether this process is the only one, or the first of those that torchrun started."""
-    return processes() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def _open(
@@ -271,75 +264,6 @@ def read_arguments(file: Path) -> dict[str, Any]:
     return value
 
 
-def _check(folder: Path, work: Path, identity: Mapping[str, Any], resume: bool) -> FinetuneReport | None:
-    """Nothing that is there would be lost. The report of the same run, where it has finished and is resumed.
-
-    Raises OutputError.
-    """
-    begun = (work / IDENTITY).exists()
-    if folder.exists() and (not folder.is_dir() or entries(folder)):
-        if resume and (folder / FINETUNE_FILE).exists():
-            report = FinetuneReport.read(folder / FINETUNE_FILE)
-            if report.identity != identity:
-                raise OutputError(f"{folder} is the finished output of another run", "choose another folder for -o")
-            if not (begun and (folder / WORK_FOLDER / JOURNAL).exists()):  # it is there before the shards have names
-                Checkpoint.open(folder).close()
-                return report
-        if not (resume and begun and folder.is_dir()):
-            raise OutputError(f"{folder} exists and is not empty", "choose another folder for -o")
-    # A run that was ended as it began has left a part of this one file.
-    if work.exists() and not begun and any(entry.name != f"{IDENTITY}.part" for entry in entries(work)):
-        raise OutputError(f"{work} holds files that tailorcli did not write", "choose another folder for -o")
-    if not begun:
-        if resume:
-            raise OutputError(f"{work} holds no run that could be resumed", "leave --resume out")
-        return None
-    if not resume:
-        raise OutputError(f"{work} holds an interrupted run", "pass --resume, or remove that folder")
-    if read_json(work / IDENTITY) != identity:
-        what = f"{work} is of a run with other options, inputs or versions"
-        raise OutputError(what, "repeat them, or remove that folder")
-    return None
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether an output is there whole, and nothing left to do: what a process sees that is not the first."""
-    return (folder / FINETUNE_FILE).exists() and not (folder / WORK_FOLDER / JOURNAL).exists()
-
-
-def _clear(folder: Path, work: Path) -> None:
-    """Take away what is not part of a whole output. Raises OutputError where another run has its lock."""
-    with suppress(OSError):
-        (folder / WORK_FOLDER).rmdir()
-    with OutputLock(folder, folder=True):  # whose file goes with it
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _begin(work: Path, identity: Mapping[str, Any]) -> None:
-    """The folder in which this run keeps its states."""
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        if not (work / IDENTITY).exists():
-            write_text_atomically(work / IDENTITY, json.dumps(identity, indent=1) + "\n")
-    except OSError as error:
-        raise as_output_error(work, error) from error
-
-
-def _forget_if_refused(work: Path) -> Callable[..., None]:
-    """What takes the folder of states away again where a run was refused before it had any."""
-
-    def forget(_: Any, error: BaseException | None, __: Any) -> None:
-        if isinstance(error, Exception) and last_state(work) is None and not (work / FINAL / FACTS).exists():
-            shutil.rmtree(work, ignore_errors=True)
-
-    return forget
-
-
-def _facts_of(final: Path) -> dict[str, Any] | None:
-    """What an earlier run noted when it had trained to the end; None where it had not."""
-    return read_json(final / FACTS) if (final / FACTS).exists() else None
-
-
 def _examples(job: Job, network: Any) -> Examples:
     """The records of the data as examples of the model. Raises DataError, and OptionsError for one without a loss."""
     if "MaskedLM" in type(network).__name__:
@@ -408,7 +332,7 @@ def plan_of(job: Job, network: Any, examples: Examples, output: Path, arguments:
 
 def _batches(examples: int, options: FinetuneOptions, *, drop_last: bool) -> int:
     """Steps of an epoch. Raises OptionsError for data that fill no batch, where such are dropped."""
-    each = options.batch_size * processes()
+    each = options.batch_size * launched().size
     if drop_last and examples < each:
         what = f"{examples} records fill no batch of {each}, and dataloader_drop_last drops such"
         raise OptionsError(what, "pass a smaller --batch-size, or leave it out of --training-args")
@@ -442,12 +366,6 @@ def trainable_in(job: Job, network: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def processes() -> int:
-    """Processes that train together."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    return int(text) if text.isdigit() else 1
-
-
 def train(job: Job, network: Any, examples: Examples, work: Path, progress: bool, started: float) -> dict[str, Any]:
     """Train, save the model into ``work``/final, and give the facts about it; ``started`` is when the run began.
 
@@ -465,10 +383,10 @@ def train(job: Job, network: Any, examples: Examples, work: Path, progress: bool
             padding = padding if isinstance(padding, int) and padding >= 0 else 0
             trainer = GuardedTrainer.of(network, arguments, examples.inputs, padding)
         tuning = _tuning(job, trainable_in(job, network)).attach(trainer)
-        guard = guard_of(trainer, work, COMPLETE, progress)
+        guard = guard_of(trainer, work, progress)
         state = last_state(work)
         try:
-            with _states_written(work), refused_arguments(job, lambda: guard.has_begun):
+            with states_written(work), refused_arguments(job, lambda: guard.has_begun):
                 with suppress(AlreadyTrained):
                     trainer.train(resume_from_checkpoint=None if state is None else str(state))
                 trainer.save_model(str(work / FINAL))
@@ -497,7 +415,7 @@ def train(job: Job, network: Any, examples: Examples, work: Path, progress: bool
         "peak_memory_bytes": peak_memory(),
         "peak_cuda_bytes": cuda,
     }
-    if is_main_process():
+    if launched().first:
         write_text_atomically(work / FINAL / FACTS, json.dumps(facts, indent=1) + "\n")
     return facts
 
@@ -529,24 +447,6 @@ def refused_arguments(job: Job, has_begun: Callable[[], bool] = lambda: False) -
         raise OptionsError(what, "see --training-args") from error
 
 
-@contextmanager
-def _states_written(work: Path) -> Iterator[None]:
-    """Raise OutputError where a state cannot be written, which transformers tells of in several ways."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except OSError as error:
-        raise as_output_error(work, error) from error
-    except (SafetensorError, RuntimeError) as error:
-        if not isinstance(error, SafetensorError) and "PytorchStreamWriter" not in str(error):
-            raise
-        if "No space left" in str(error):
-            raise as_output_error(work, OSError(ENOSPC, "no space")) from error
-        problem = f"cannot write into {work}: {first_line(error)}"
-        raise OutputError(problem, "free some space; --resume goes on from the last state") from error
-
-
 def _tuning(job: Job, trainable: Sequence[str]) -> SparseTuning:
     from tailorcli.training.sparse import SparseTuning
 
@@ -576,9 +476,3 @@ def _arguments(job: Job, work: Path) -> dict[str, Any]:
     made = {"optim": "adamw_torch", "remove_unused_columns": False, "dataloader_pin_memory": not cpu, "use_cpu": cpu}
     own = {"output_dir": str(work), "logging_nan_inf_filter": False}
     return quiet | saving | made | job.arguments | job.options.trainer_arguments() | own
-
-
-def last_state(work: Path) -> Path | None:
-    """The latest state that is there whole."""
-    found = [path.parent for path in work.glob(f"checkpoint-*/{COMPLETE}") if path.parent.name[11:].isdigit()]
-    return max(found, key=lambda path: int(path.name[11:]), default=None)

@@ -16,6 +16,7 @@ from tailorcli.files import write_text_atomically
 from tailorcli.models.running import in_dtype_of
 from tailorcli.terminal import Progress
 from tailorcli.training.examples import IGNORED, Collate
+from tailorcli.training.resuming import COMPLETE, last_state
 from tailorcli.training.shards import local, summed
 
 if TYPE_CHECKING:
@@ -100,8 +101,6 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
 
     def keep_last_good(self) -> tuple[int, Path] | None:
         """The step and folder of the last state with sound weights: of now, or what was saved earlier; None if none."""
-        from tailorcli.training.finetune import last_state
-
         folder = Path(self.args.output_dir)
         if self.args.world_size == 1 and self.state.global_step and not unsound(self.model):
             self._save_checkpoint(self.model, None)
@@ -113,8 +112,8 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
 class Guard(TrainerCallback):  # type: ignore[misc]
     """Progress, the mark of a whole state, and a look at the gradients before each step."""
 
-    def __init__(self, work: Path, mark: str, progress: bool) -> None:
-        self._work, self._mark, self._shown = work, mark, progress
+    def __init__(self, work: Path, progress: bool) -> None:
+        self._work, self._shown = work, progress
         self._bar: Progress | None = None
         self.has_begun = False  # the first step
 
@@ -160,7 +159,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
             torch.distributed.barrier()
         folder = self._work / f"checkpoint-{state.global_step}"
         if args.process_index == 0 and folder.is_dir():
-            write_text_atomically(folder / self._mark, f"{state.global_step}\n")
+            write_text_atomically(folder / COMPLETE, f"{state.global_step}\n")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End it."""
@@ -172,8 +171,8 @@ class Guard(TrainerCallback):  # type: ignore[misc]
             self._bar.close()
 
 
-def guard_of(trainer: Any, work: Path, mark: str, progress: bool) -> Guard:
-    """Let ``trainer`` show its progress, mark each whole state with a file ``mark``, and look at its gradients."""
-    guard = Guard(work, mark, progress)
+def guard_of(trainer: Any, work: Path, progress: bool) -> Guard:
+    """Let ``trainer`` show its progress, mark each whole state in ``work``, and look at its gradients."""
+    guard = Guard(work, progress)
     trainer.add_callback(guard)
     return guard

@@ -21,8 +21,8 @@ from tailorcli.data.records import check_record, read_records
 from tailorcli.errors import DataError
 from tailorcli.training import SparseTuning
 from tailorcli.training.examples import IGNORED, Collate, encode_examples
-from tailorcli.training.finetune import SUFFIX
 from tailorcli.training.importance import Importance
+from tailorcli.training.resuming import SUFFIX
 
 ROOT = Path(__file__).parents[2]
 STEPS = ("--steps", 6, "--batch-size", 4, "--learning-rate", 1e-2, "--weight-decay", 0.1)

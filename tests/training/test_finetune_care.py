@@ -21,7 +21,7 @@ from tailorcli.errors import OptionsError
 from tailorcli.runs.card import is_ours
 from tailorcli.training import SparseTuning
 from tailorcli.training.carded import Given, side_files_of
-from tailorcli.training.finetune import SUFFIX
+from tailorcli.training.resuming import SUFFIX
 from tailorcli.training.settings import FinetuneOptions
 
 FAST = ("--steps", 4, "--batch-size", 4, "--learning-rate", 1e-2)

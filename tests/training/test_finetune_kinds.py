@@ -15,6 +15,7 @@ from tailorcli.training import SparseTuning
 from tailorcli.training import finetune as module
 from tailorcli.training.choice import choose
 from tailorcli.training.examples import Collate, Prepared
+from tailorcli.training.resuming import is_finished
 from tailorcli.training.trainer import GuardedTrainer
 
 FEW = ("--steps", 1, "--learning-rate", 1e-2)
@@ -177,21 +178,17 @@ def test_parameters_that_are_cut_in_another_way_are_refused():
 def test_processes_that_are_not_the_first_see_that_a_run_is_finished(tmp_path):
     pair = make_pair(tmp_path)
     finetune(pair, tmp_path / "out", *FEW)
-    assert module.is_finished(tmp_path / "out")
-    assert not module.is_finished(pair / "base")
+    assert is_finished(tmp_path / "out")
+    assert not is_finished(pair / "base")
     (tmp_path / "out" / ".tailorcli").mkdir()
     (tmp_path / "out" / ".tailorcli" / "journal.jsonl").write_text("")
-    assert not module.is_finished(tmp_path / "out")
+    assert not is_finished(tmp_path / "out")
 
 
 def test_one_process_trains_on_one_device(tmp_path, monkeypatch):
     monkeypatch.setattr(tr.TrainingArguments, "n_gpu", property(lambda _: 2))
     monkeypatch.setattr(module, "_arguments", lambda *_: {"output_dir": str(tmp_path), "use_cpu": True})
     assert module.training_arguments(None, tmp_path)._n_gpu == 1
-    monkeypatch.setenv("RANK", "1")  # left over, without torchrun
-    assert module.is_main_process()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not module.is_main_process()
 
 
 @pytest.mark.parametrize(
