@@ -34,9 +34,9 @@ _HOMES = {
     "read_tasks": "tailorcli.evaluation.tasks",
     "encode_task": "tailorcli.evaluation.tasks",
     "evaluate_network": "tailorcli.evaluation.predict",
-    "run_sweep": "tailorcli.sweep",
-    "settings_of": "tailorcli.sweep",
-    "SweepReport": "tailorcli.sweep",
+    "run_sweep": "tailorcli.sweep.run",
+    "settings_of": "tailorcli.sweep.settings",
+    "SweepReport": "tailorcli.sweep.outcome",
     "TaskScores": "tailorcli.evaluation.metrics",
     "h_score": "tailorcli.evaluation.metrics",
     "read_results": "tailorcli.evaluation.lm_eval",
@@ -154,7 +154,9 @@ if TYPE_CHECKING:
     from tailorcli.patching.verify import VerifyReport, verify_checkpoint
     from tailorcli.pipeline.job import plan_job, tailor
     from tailorcli.pipeline.plan import JobPlan
-    from tailorcli.sweep import SweepReport, run_sweep, settings_of
+    from tailorcli.sweep.outcome import SweepReport
+    from tailorcli.sweep.run import run_sweep
+    from tailorcli.sweep.settings import settings_of
     from tailorcli.training.finetune import finetune_model, plan_finetune
     from tailorcli.training.outcome import FinetunePlan, FinetuneReport
     from tailorcli.training.probe import ProbeReport, probe_model

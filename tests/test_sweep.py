@@ -10,13 +10,14 @@ import pytest
 from helpers import make_adapter, make_pair, write_data
 from typer.testing import CliRunner
 
-import tailorcli.sweep as sweep_module
+import tailorcli.sweep.scoring as scoring
 from tailorcli import EvaluateOptions, PatchOptions, TailorError, calibrate_model, evaluate_models, patch_checkpoint
 from tailorcli.cli import app
 from tailorcli.evaluation.metrics import frontier, frontier_area
 from tailorcli.options import PRESETS, CalibrateOptions, DistillOptions
 from tailorcli.patching.distilled import distill_checkpoint
-from tailorcli.sweep import Setting, run_sweep, settings_of
+from tailorcli.sweep.run import run_sweep
+from tailorcli.sweep.settings import Setting, settings_of
 
 ENDS = ((60.0, 20.0), (10.0, 50.0))  # old and new of base and tuned
 
@@ -215,8 +216,8 @@ def test_keep_picks_the_most_of_the_new_that_keeps_enough(pair, tmp_path):
 def test_a_rerun_evaluates_only_what_is_new(pair, tmp_path, monkeypatch):
     first = run(pair, tmp_path, SETTINGS[:2])
     seen = []
-    real = sweep_module.score_model
-    monkeypatch.setattr(sweep_module, "score_model", lambda *args: seen.append(args[0]) or real(*args))
+    real = scoring.score_model
+    monkeypatch.setattr(scoring, "score_model", lambda *args: seen.append(args[0]) or real(*args))
     again = run(pair, tmp_path, SETTINGS[:3])
     assert len(seen) == 1
     assert [p.at("test", "h_score") for p in again.points[:4]] == [p.at("test", "h_score") for p in first.points]
@@ -227,8 +228,8 @@ def test_a_rerun_evaluates_only_what_is_new(pair, tmp_path, monkeypatch):
 
 def scored_models(monkeypatch):
     """The names of the folders that are evaluated from now on: a list that grows."""
-    seen, real = [], sweep_module.score_model
-    monkeypatch.setattr(sweep_module, "score_model", lambda path, *rest: seen.append(path.name) or real(path, *rest))
+    seen, real = [], scoring.score_model
+    monkeypatch.setattr(scoring, "score_model", lambda path, *rest: seen.append(path.name) or real(path, *rest))
     return seen
 
 
@@ -263,23 +264,24 @@ def test_other_ends_of_a_text_measure_again(pair, tmp_path, monkeypatch):
 @pytest.mark.parametrize("what", ["__version__", "_code_digest"])
 def test_another_version_or_other_code_measures_again(pair, tmp_path, monkeypatch, what):
     run(pair, tmp_path, SETTINGS[:1])
-    monkeypatch.setattr(sweep_module, what, "9.9.9" if what == "__version__" else lambda: "changed")
+    monkeypatch.setattr(scoring, what, "9.9.9" if what == "__version__" else lambda: "changed")
     seen = scored_models(monkeypatch)
     run(pair, tmp_path, SETTINGS[:1])
     assert seen == ["base", "tuned", "model"]
 
 
 def test_the_code_digest_is_of_every_source_file(tmp_path, monkeypatch):
-    (tmp_path / "core").mkdir()
-    for name in ("sweep.py", "core/scores.py"):
+    for folder in ("core", "sweep"):
+        (tmp_path / folder).mkdir()
+    for name in ("sweep/scoring.py", "core/scores.py"):
         (tmp_path / name).write_text("x = 1")
-    monkeypatch.setattr(sweep_module, "__file__", str(tmp_path / "sweep.py"))
-    first = sweep_module._code_digest()
-    assert sweep_module._code_digest() == first
+    monkeypatch.setattr(scoring, "__file__", str(tmp_path / "sweep" / "scoring.py"))
+    first = scoring._code_digest()
+    assert scoring._code_digest() == first
     (tmp_path / "core" / "scores.py").write_text("x = 2")
-    second = sweep_module._code_digest()
+    second = scoring._code_digest()
     (tmp_path / "core" / "new.py").write_text("")
-    assert len({first, second, sweep_module._code_digest()}) == 3
+    assert len({first, second, scoring._code_digest()}) == 3
 
 
 def test_each_model_is_encoded_with_its_own_tokenizer(pair, tmp_path):
@@ -320,14 +322,14 @@ def test_an_adapter_is_swept_as_the_model_that_it_makes(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_sweep_leaves_no_half_written_point(pair, tmp_path, monkeypatch):
-    real = sweep_module.score_model
+    real = scoring.score_model
 
     def fail(path, *rest):
         if path.name == "model":
             raise KeyboardInterrupt
         return real(path, *rest)
 
-    monkeypatch.setattr(sweep_module, "score_model", fail)
+    monkeypatch.setattr(scoring, "score_model", fail)
     with pytest.raises(KeyboardInterrupt):
         run(pair, tmp_path, SETTINGS)
     assert len(list((tmp_path / "settings").iterdir())) == 2  # base and tuned
@@ -355,7 +357,7 @@ def test_statistics_that_do_not_fit_are_refused_before_any_model_runs(pair, tmp_
     def no_model(*_):
         raise AssertionError("a model was run")
 
-    monkeypatch.setattr(sweep_module, "score_model", no_model)
+    monkeypatch.setattr(scoring, "score_model", no_model)
     other = make_pair(tmp_path / "other", layers=3)
     calibrate_model(other / "base", other / "data.jsonl", other / "stats", CalibrateOptions(num_samples=4))
     settings = [*settings_of(PatchOptions(), methods=["interpolate"], weights=[0.5]), *SETTINGS]
@@ -373,7 +375,7 @@ def test_what_uses_no_statistics_goes_with_settings_that_do(pair, tmp_path, monk
     report = run(pair, tmp_path / "out", settings)
     assert [point.family for point in report.points[2:]] == ["none, retained", "none"]
     wrong = Setting(PatchOptions(solver="none", omega=1.0), retained=True)
-    monkeypatch.setattr(sweep_module, "score_model", None)
+    monkeypatch.setattr(scoring, "score_model", None)
     with pytest.raises(TailorError, match="--retain is for the method tailor with statistics"):
         run(pair, tmp_path / "other", [settings[0], wrong])
 

@@ -17,7 +17,7 @@ from tailorcli.display.plots import AFTER, BEFORE, TUNED, draw_bars, layers_of, 
 from tailorcli.files import write_text_atomically
 from tailorcli.patchfile.records import TensorRecord
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport, load_report
-from tailorcli.sweep import Setting
+from tailorcli.sweep.settings import Setting
 
 DECORATED = (Setting(PatchOptions(solver="sequential")), Setting(PatchOptions(), retained=True))
 TITLES = {

@@ -16,7 +16,9 @@ from benchmarks.real.setting import say, share_machine
 from tailorcli import CalibrateOptions, Checkpoint, EvaluateOptions, PatchOptions, Stats, TailorError, calibrate_model
 from tailorcli.evaluation.metrics import h_score
 from tailorcli.options import DistillOptions
-from tailorcli.sweep import Point, Setting, SweepReport, run_sweep
+from tailorcli.sweep.outcome import Point, SweepReport
+from tailorcli.sweep.run import run_sweep
+from tailorcli.sweep.settings import Setting
 
 SAMPLES = 512  # of each kind; distillation makes more of them than the closed forms do
 SEQ_LEN = 256

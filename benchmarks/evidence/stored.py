@@ -16,7 +16,8 @@ from benchmarks.evidence.run import MANY_SWEEP, OWN_DATA, WRITTEN, Grid, Outcome
 from tailorcli import EvaluateOptions
 from tailorcli.evaluation.metrics import Roles, TaskScores, bootstrap, summarise
 from tailorcli.files import write_text_atomically
-from tailorcli.sweep import Point, Setting, SweepReport
+from tailorcli.sweep.outcome import Point, SweepReport
+from tailorcli.sweep.settings import Setting
 
 PARTS = ("test", "validation")
 SWEEPS = ("sweep", MANY_SWEEP)

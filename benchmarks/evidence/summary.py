@@ -12,7 +12,8 @@ import numpy as np
 from benchmarks.evidence.run import OWN_DATA, PICKED, Outcome, distilled
 from tailorcli.evaluation.metrics import Array, Estimate, estimate, frontier
 from tailorcli.options import PatchOptions
-from tailorcli.sweep import Point, Setting, area_figure, members_of
+from tailorcli.sweep.outcome import Point, area_figure, members_of
+from tailorcli.sweep.settings import Setting
 
 PROPAGATED, RETAINED = "joint, propagated", "joint, retained"
 DEFAULT = Setting(PatchOptions(overwrite=True), retained=True).label

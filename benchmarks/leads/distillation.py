@@ -29,7 +29,8 @@ from tailorcli import CalibrateOptions, EvaluateOptions, PatchOptions, calibrate
 from tailorcli.demo.demo import run_demo
 from tailorcli.demo.text import NEW_TASK, OLD_TASKS, build_tasks, samples, write_jsonl
 from tailorcli.options import DistillOptions
-from tailorcli.sweep import Setting, run_sweep
+from tailorcli.sweep.run import run_sweep
+from tailorcli.sweep.settings import Setting
 
 MARK = "distillation"
 FIRST = DistillOptions(steps=200, rate=0.1, weight=1.0, batch_size=8)

@@ -338,7 +338,8 @@ def sweep(
         --task a=a.jsonl:text --origin a --task b=b.jsonl:text --target b
     """
     from tailorcli.evaluation.tasks import parse_task
-    from tailorcli.sweep import run_sweep, settings_of
+    from tailorcli.sweep.run import run_sweep
+    from tailorcli.sweep.settings import settings_of
 
     if retain_weight and any(retain_weight) and retain is None:
         raise typer.BadParameter("--retain-weight needs --retain STATS")

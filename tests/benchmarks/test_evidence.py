@@ -16,7 +16,8 @@ from tailorcli.demo.text import build_tokenizer
 from tailorcli.evaluation.metrics import Roles
 from tailorcli.patchfile.records import TensorRecord
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport, load_report
-from tailorcli.sweep import Point, Setting, SweepReport
+from tailorcli.sweep.outcome import Point, SweepReport
+from tailorcli.sweep.settings import Setting
 
 
 def point(setting, old, new, label=None):

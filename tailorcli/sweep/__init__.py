@@ -1,0 +1,1 @@
+"""Many patches of one pair, each evaluated: which settings no other beats."""
