@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.data.forms import HINT, IMAGE_MARK, with_image_parts
 from tailorcli.data.media import read_image, read_wav
+from tailorcli.data.messages import IMAGE_HINT, as_parts, other_forms, with_read_images, word_places, words_of
 from tailorcli.data.records import Record, Records, content_parts
 from tailorcli.data.timed import within
 from tailorcli.data.turns import answer_places, answered, common, marked, tokens_at
 from tailorcli.errors import DataError, first_line, note
-from tailorcli.files import parse_json
 
 if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
@@ -30,7 +29,6 @@ _MARGIN = 64  # tokens at the end of a piece of text that the whole text may hav
 _SECONDS = 5.0  # that a chat template may take for one record; milliseconds are usual
 
 _TEMPLATE_HINT = 'give these records in the form that the template asks for, or rendered, as "text"'
-_IMAGE_HINT = 'write {"type": "image", "path": "FILE"}, relative to the data file; nothing is downloaded'
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,7 @@ class Encoder:
     processor: Any
     start_token: int | None = None
     takes_media: bool = False
-    cuts: list[tuple[int, int]] = field(
-        default_factory=list, compare=False
-    )  # tokens of each record that was cut, before and after
+    cuts: list[tuple[int, int]] = field(default_factory=list, compare=False)  # tokens of what was cut, before and after
     _uncut: dict[str, int] = field(default_factory=dict, init=False, compare=False)  # tokens of the last beside images
     told: set[str] = field(default_factory=set, compare=False)  # what a note was made of: once, not for each record
 
@@ -70,10 +66,8 @@ class Encoder:
         """The model's inputs for one record, of ``seq_len`` tokens at most; None if it gives none. Raises DataError."""
         before = len(self.cuts)
         inputs = self._encode(record, seq_len)
-        if len(self.cuts) > before + 1:  # on both sides of an encoder-decoder: one record that was cut
-            self.cuts[before:] = [
-                (sum(sizes[0] for sizes in self.cuts[before:]), sum(s[1] for s in self.cuts[before:]))
-            ]
+        if len(cut := self.cuts[before:]) > 1:  # on both sides of an encoder-decoder: one record that was cut
+            self.cuts[before:] = [(sum(whole for whole, _ in cut), sum(left for _, left in cut))]
         return inputs
 
     def _encode(self, record: Record, seq_len: int) -> Inputs | None:
@@ -91,7 +85,7 @@ class Encoder:
             return self._text_to_text(record, seq_len)
         token = getattr(self.processor, "image_token", None)
         if self.takes_media and isinstance(token, str) and any(token in value for value in _texts(record)):
-            raise DataError(f"{record.where} marks an image with {token!r} and names none", _IMAGE_HINT)
+            raise DataError(f"{record.where} marks an image with {token!r} and names none", IMAGE_HINT)
         plain = "text" in record.fields or "messages" not in record.fields  # a template writes special tokens itself
         return _as_inputs(self._within(self.tokens(record, self._text_of(record), plain, seq_len), seq_len))
 
@@ -122,8 +116,7 @@ class Encoder:
         length = ids.shape[1]
         if length <= len(last) or ids[0, -len(last) :].tolist() != last or text.endswith(self._frame[1]):
             return inputs
-        alike = {name for name, value in inputs.items() if value.shape[:2] == (1, length)}
-        return {name: value[:, : length - len(last)] if name in alike else value for name, value in inputs.items()}
+        return _first_tokens(inputs, length - len(last))
 
     def framed_by_template(self, record: Record) -> Record:
         """A question and its answer as the turns of a chat, for a model whose template frames them; others stay."""
@@ -144,7 +137,7 @@ class Encoder:
             return None
         if not record.images:
             return record.turns
-        asked = [_as_parts({**turn, "content": with_image_parts(turn["content"])}) for turn in record.turns]
+        asked = [as_parts({**turn, "content": with_image_parts(turn["content"])}) for turn in record.turns]
         if not any(part["type"] == "image" for turn in asked for part in turn["content"]):
             asked[-1]["content"] = [*({"type": "image"} for _ in record.images), *asked[-1]["content"]]
         return asked
@@ -175,10 +168,15 @@ class Encoder:
         Of messages those that the assistant writes, calls of tools and thoughts included. None where a record has no
         response, or all that is predicted is one. Raises DataError.
         """
+        with self._uncounted():
+            return self._responses(record, inputs)
+
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        """Texts that are cut here were counted with the record itself."""
         before = len(self.cuts)
-        found = self._responses(record, inputs)
-        del self.cuts[before:]  # of texts that were cut for the record itself
-        return found
+        yield
+        del self.cuts[before:]
 
     def _responses(self, record: Record, inputs: Inputs) -> list[tuple[int, int]]:
         response = str(record.fields.get("response", ""))
@@ -207,10 +205,9 @@ class Encoder:
         """
         if "decoder_input_ids" not in inputs:
             return None
-        before, width = len(self.cuts), inputs["decoder_input_ids"].shape[1]
-        written = record.fields.get("response", record.fields.get("text", ""))
-        ids = self.tokens(record, written, most=width + 1, target=True)
-        del self.cuts[before:]  # of texts that were cut for the record itself
+        width = inputs["decoder_input_ids"].shape[1]
+        with self._uncounted():
+            ids = self.tokens(record, _written(record), most=width + 1, target=True)
         ids = ids[1:] if ids[:1] == [self.start_token] else ids
         return ids[width - 1] if len(ids) >= width else None
 
@@ -219,7 +216,7 @@ class Encoder:
         messages, text = self._form_of(record)
         places = answer_places(messages, text, partial(self._rendered, record))
         if places is None:
-            places = list(_spans(messages, text))
+            places = list(word_places(messages, text))
         if len(places) < len(answered(messages)):
             what = f"the chat template leaves out an assistant's turn of {record.where}, and maybe of others"
             self._tell("turns", f"{what}: nothing is learnt of it")
@@ -290,7 +287,7 @@ class Encoder:
         problem: Exception | None = None
         rendered: list[tuple[list[dict[str, Any]], str]] = []
         tools = fields.get("tools") or None
-        for messages in (fields["messages"], *_other_forms(fields["messages"])):
+        for messages in (fields["messages"], *other_forms(fields["messages"])):
             try:
                 call = partial(self.tokenizer.apply_chat_template, messages, tools=tools, tokenize=False)
                 text = str(within(_SECONDS, call))
@@ -299,7 +296,7 @@ class Encoder:
             except Exception as error:  # whatever a model's own template raises
                 problem = problem or error
             else:
-                whole = all(words.strip() in text for words in _words_of(messages))
+                whole = all(words.strip() in text for words in words_of(messages))
                 if whole and not any(str(m["content"]) in text for m in messages if content_parts(m)):
                     return messages, text
                 rendered.append((messages, text))
@@ -435,15 +432,14 @@ class Encoder:
         inputs = self._call(record, lambda: extractor(sound, sampling_rate=rate, return_tensors="pt"))
         if self.start_token is None:
             return inputs
-        written = fields.get("response", fields.get("text", ""))
-        response = self.tokens(record, written, most=seq_len, target=True)
+        response = self.tokens(record, _written(record), most=seq_len, target=True)
         return inputs | {"decoder_input_ids": self._decoder_ids(response, seq_len)}
 
     def _with_images(self, record: Record, seq_len: int) -> Inputs:
         """Images and text through the model's own processor, which puts in as many image tokens as it needs."""
         if "messages" in record.fields and "text" not in record.fields:
             beside = iter(record.images)
-            messages = [_with_paths(message, record, beside) for message in record.fields["messages"]]
+            messages = [with_read_images(message, record, beside) for message in record.fields["messages"]]
             if (left := next(beside, None)) is not None:
                 which = f"of {len(left):,} bytes" if isinstance(left, bytes) else left
                 raise DataError(
@@ -514,8 +510,7 @@ class Encoder:
                 "pass a larger --seq-len, or smaller images",
             )
         self.cuts.append((length, seq_len))
-        alike = {name for name, value in inputs.items() if value.shape[:2] == (1, length)}
-        return {name: value[:, :seq_len] if name in alike else value for name, value in inputs.items()}
+        return _first_tokens(inputs, seq_len)
 
     def _call(self, record: Record, call: Callable[[], Any]) -> Inputs:
         """A processor's output as tensors with a batch dimension of one sample."""
@@ -542,93 +537,19 @@ def _texts(record: Record) -> list[str]:
     return [value for name in ("text", "prompt", "response") if isinstance(value := record.fields.get(name), str)]
 
 
-def _spans(messages: list[dict[str, Any]], text: str) -> Iterator[tuple[int, int]]:
-    """Where the words of the assistant's turns stand in the text of a conversation, by characters."""
-    place = 0
-    for message in messages:
-        for words in (each for each in _words_of([message]) if each.strip()):
-            found = text.find(words.strip(), place)
-            if found < 0:
-                continue
-            place = found + len(words.strip())
-            if message.get("role") == "assistant":
-                yield found, place
+def _written(record: Record) -> str:
+    """What a decoder writes for a record."""
+    written: str = record.fields.get("response", record.fields.get("text", ""))
+    return written
+
+
+def _first_tokens(inputs: Inputs, count: int) -> Inputs:
+    """Inputs of the first tokens alone: whatever has an entry for each of them is cut, too."""
+    shape = (1, inputs["input_ids"].shape[1])
+    return {name: value[:, :count] if value.shape[:2] == shape else value for name, value in inputs.items()}
 
 
 def _as_inputs(ids: list[int]) -> Inputs | None:
     import torch
 
     return {"input_ids": torch.tensor([ids])} if ids else None
-
-
-def _words_of(messages: list[dict[str, Any]]) -> list[str]:
-    """The texts of messages, in either form."""
-    plain = [message["content"] for message in messages if isinstance(message.get("content"), str)]
-    parts = [part for message in messages for part in content_parts(message)]
-    return plain + [part["text"] for part in parts if isinstance(part.get("text"), str)]
-
-
-def _other_forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Messages in forms that other templates take: some refuse a form that they do not know, some drop it silently.
-
-    A turn without content (one that calls a tool) has an empty one; the arguments of a call are objects, not JSON; the
-    text is a list of parts, or a string.
-    """
-    messages = [{**message, "content": ""} if message.get("content") is None else message for message in messages]
-    yield messages
-    yield (messages := [_with_read_calls(message) for message in messages])
-    yield [_as_parts(message) for message in messages]
-    yield [
-        {**m, "content": "".join(str(part.get("text", "")) for part in content_parts(m))} if content_parts(m) else m
-        for m in messages
-    ]
-
-
-def _as_parts(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose text is a list of one part."""
-    text = message.get("content")
-    return {**message, "content": [{"type": "text", "text": text}]} if isinstance(text, str) else message
-
-
-def _with_read_calls(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose calls of tools have their arguments as objects, which some data holds as JSON."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    ready = []
-    for call in calls:
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            with suppress(ValueError):
-                call = {**call, "function": {**function, "arguments": parse_json(function["arguments"])}}
-        ready.append(call)
-    return {**message, "tool_calls": ready}
-
-
-def _with_paths(message: dict[str, Any], record: Record, beside: Iterator[Path | bytes]) -> dict[str, Any]:
-    """A message whose images are read: a template would look for their paths in the working directory.
-
-    Image parts that name no file take the next of those ``beside`` the messages.
-    """
-    content = message.get("content")
-    if not isinstance(content, list):
-        return {**message, "content": [{"type": "text", "text": content or ""}]}
-    ready = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "image"):  # a template would pass over it
-            raise DataError(f"{record.where}: its messages hold a part of type {kind!r}", _IMAGE_HINT)
-        if kind == "text":
-            ready.append(part)
-            continue
-        named = next((part[key] for key in ("image", "path", "url") if key in part), None)
-        if isinstance(named, bytes):
-            ready.append({"type": "image", "image": read_image(named, record.where)})
-            continue
-        if named is None and (path := next(beside, None)) is not None:
-            ready.append({"type": "image", "image": read_image(path, record.where)})
-            continue
-        if not isinstance(named, str) or "://" in named:
-            raise DataError(f"{record.where}: an image part names {named!r}, expected a file", _IMAGE_HINT)
-        ready.append({"type": "image", "image": read_image(record.folder / named, record.where)})
-    return {**message, "content": ready}

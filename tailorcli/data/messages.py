@@ -1,0 +1,100 @@
+"""The messages of a record in the forms that chat templates and processors take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tailorcli.data.media import read_image
+from tailorcli.data.records import Record, content_parts
+from tailorcli.data.turns import Messages
+from tailorcli.errors import DataError
+from tailorcli.files import parse_json
+
+IMAGE_HINT = 'write {"type": "image", "path": "FILE"}, relative to the data file; nothing is downloaded'
+
+
+def words_of(messages: Messages) -> list[str]:
+    """The texts of messages, in either form."""
+    plain = [message["content"] for message in messages if isinstance(message.get("content"), str)]
+    parts = [part for message in messages for part in content_parts(message)]
+    return plain + [part["text"] for part in parts if isinstance(part.get("text"), str)]
+
+
+def other_forms(messages: Messages) -> Iterator[Messages]:
+    """Messages in forms that other templates take: some refuse a form that they do not know, some drop it silently.
+
+    A turn without content (one that calls a tool) has an empty one; the arguments of a call are objects, not JSON; the
+    text is a list of parts, or a string.
+    """
+    messages = [{**message, "content": ""} if message.get("content") is None else message for message in messages]
+    yield messages
+    yield (messages := [_with_read_calls(message) for message in messages])
+    yield [as_parts(message) for message in messages]
+    yield [
+        {**m, "content": "".join(str(part.get("text", "")) for part in content_parts(m))} if content_parts(m) else m
+        for m in messages
+    ]
+
+
+def as_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose text is a list of one part."""
+    text = message.get("content")
+    return {**message, "content": [{"type": "text", "text": text}]} if isinstance(text, str) else message
+
+
+def _with_read_calls(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls of tools have their arguments as objects, which some data holds as JSON."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    ready = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            with suppress(ValueError):
+                call = {**call, "function": {**function, "arguments": parse_json(function["arguments"])}}
+        ready.append(call)
+    return {**message, "tool_calls": ready}
+
+
+def with_read_images(message: dict[str, Any], record: Record, beside: Iterator[Path | bytes]) -> dict[str, Any]:
+    """A message whose images are read: a template would look for their paths in the working directory.
+
+    Image parts that name no file take the next of those ``beside`` the messages.
+    """
+    content = message.get("content")
+    if not isinstance(content, list):
+        return {**message, "content": [{"type": "text", "text": content or ""}]}
+    ready = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "image"):  # a template would pass over it
+            raise DataError(f"{record.where}: its messages hold a part of type {kind!r}", IMAGE_HINT)
+        if kind == "text":
+            ready.append(part)
+            continue
+        image = next((part[key] for key in ("image", "path", "url") if key in part), None)
+        if image is None:
+            image = next(beside, None)
+        elif isinstance(image, str) and "://" not in image:
+            image = record.folder / image
+        if not isinstance(image, bytes | Path):
+            raise DataError(f"{record.where}: an image part names {image!r}, expected a file", IMAGE_HINT)
+        ready.append({"type": "image", "image": read_image(image, record.where)})
+    return {**message, "content": ready}
+
+
+def word_places(messages: Messages, text: str) -> Iterator[tuple[int, int]]:
+    """Where the words of the assistant's turns stand in the text of a conversation, by characters."""
+    place = 0
+    for message in messages:
+        for words in (each for each in words_of([message]) if each.strip()):
+            found = text.find(words.strip(), place)
+            if found < 0:
+                continue
+            place = found + len(words.strip())
+            if message.get("role") == "assistant":
+                yield found, place
