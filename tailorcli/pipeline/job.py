@@ -180,9 +180,6 @@ def plan_job(
         return job.plan(stack, True, fleet)
 
 
-_WHOSE = {TUNED: "calibrated the tuned model", BASE: "calibrated the base"}
-
-
 @dataclass
 class _Job:
     """The inputs of a job, and from ``open`` and ``plan`` on its two sides, each ``done`` already or not."""
@@ -200,7 +197,7 @@ class _Job:
     graft_data: Path | None
     teacher_data: Path | None
     aim: Aim | None  # distillation is part of it
-    inputs: PatchInputs | None = None
+    opened: PatchInputs | None = None
     stored: dict[str, Checkpoint] = field(default_factory=dict)  # by side: what its network is loaded from
     sides: tuple[Side, ...] = ()
     done: tuple[bool, ...] = ()
@@ -266,6 +263,12 @@ class _Job:
         )
 
     @property
+    def inputs(self) -> PatchInputs:
+        """Both models, from ``open`` on."""
+        assert self.opened is not None
+        return self.opened
+
+    @property
     def work(self) -> Path:
         """The folder beside the output that an interrupted run goes on from."""
         return self.target.place.with_name(self.target.place.name + SUFFIX)
@@ -301,7 +304,7 @@ class _Job:
                 what = f"--keep-stats {self.keep_stats} is where this job works, which goes at its end"
                 raise OptionsError(what, "choose another folder for --keep-stats")
         options = self.options.before_teacher
-        self.inputs = PatchInputs.open(self.base, self.tuned, None, options, stack, None, self.graft_data)
+        self.opened = PatchInputs.open(self.base, self.tuned, None, options, stack, None, self.graft_data)
         if self.aim is not None:
             check_searchable(options, self.inputs.base)
         own = self.inputs.base if is_adapter(self.tuned) else stack.enter_context(open_checkpoint(self.tuned))
@@ -321,7 +324,6 @@ class _Job:
 
     def finished(self) -> PatchReport | None:
         """The report of the same job where it has ended before, when asked to resume it. Raises OutputError."""
-        assert self.inputs is not None
         described = self.inputs.describe() | self.sources
         options = self.inputs.told(self.options)
         if self.aim is not None and self.distill is not None:
@@ -338,7 +340,6 @@ class _Job:
         With ``estimate`` one block of the model is run, to tell how long it will take, here or on ``fleet``.
         """
         inputs, options = self.inputs, self.options.before_teacher
-        assert inputs is not None
         if self.aim is not None:
             options = replace(options, density=self.aim.densities[-1])
         self._check_work()
@@ -405,7 +406,6 @@ class _Job:
 
     def _on_ranks(self, patch: Plan, stats: list[Stats], fleet: Fleet) -> RankPlan | None:
         """What each step that is to be done costs on ``fleet``; None where no block of the model can be measured."""
-        assert self.inputs is not None
         own, base = original(self.inputs.tuned), self.inputs.base
         model = own if isinstance(own, AdaptedCheckpoint) else self.stored[TUNED]
         known = Estimate.of(self.stored[TUNED], model, self.calibration, resolve_device(self.options.device), fleet)
@@ -419,7 +419,7 @@ class _Job:
             written = side.options.length if side.data is None else None
             work = known.work(self.stored[side.name], one)
             if not done:
-                costs.append(known.calibrate(_to_do(side), work, (side.samples, side.tokens), written))
+                costs.append(known.calibrate(side.to_do, work, (side.samples, side.tokens), written))
         samples, tokens = (sum(getattr(side, name) for side in self.sides) for name in ("samples", "tokens"))
         kinds = (stats[0], stats[1] if self.retained else None)
         last = known.patches(patch, base, *kinds, (samples, tokens), self.options.check_propagation)
@@ -431,7 +431,6 @@ class _Job:
 
     def _why_in_steps(self, fleet: Fleet | None) -> str:
         """Why the models are calibrated before they are patched; empty where all is done in one pass."""
-        assert self.inputs is not None
         if self.keep_stats is not None:
             return "--keep-stats writes the statistics"
         if self.distill is not None:
@@ -465,7 +464,6 @@ class _Job:
 
     def _is_there(self, side: Side) -> bool:
         """Whether the very statistics are there; others are given up with --overwrite alone."""
-        assert self.inputs is not None
         if self.picks and side.name == TUNED:
             return False  # of which model is not known yet
         try:
@@ -476,7 +474,6 @@ class _Job:
             raise
 
     def _steps(self, patch: Plan, stats: list[Stats], estimate: bool, one_pass: bool = False) -> tuple[Step, ...]:
-        assert self.inputs is not None
         tuned, base, rates = self.inputs.tuned, self.inputs.base, None
         if estimate:
             device = resolve_device(self.options.device)
@@ -491,7 +488,7 @@ class _Job:
         for side, done in zip(self.sides, self.done, strict=True):
             written = (side.samples, side.options.length) if side.data is None else None
             seconds = None if rates is None else calibrating(rates, base, side.tokens, written)
-            steps.append(Step(_to_do(side), done, seconds))
+            steps.append(Step(side.to_do, done, seconds))
         tokens = sum(side.tokens for side in self.sides)
         numel = sum(tensor.numel for tensor in patch.patched if tensor.role == "linear")
         seconds = None if rates is None else patching(rates, base, stats, tokens, self.options, numel)
@@ -521,14 +518,13 @@ class _Job:
 
     def _one_pass(self, patching: str, rates: Rates | None, seconds: float | None) -> tuple[Step, ...]:
         """The steps of one pass: what the base writes, and everything else; ``seconds`` are those of the patch."""
-        assert self.inputs is not None
         steps, texts, base = [], [], self.inputs.base
         for side in self.sides:
-            texts.append(_to_calibrate(side))
+            texts.append(side.to_calibrate)
             if side.data is None:
                 written = (side.samples, side.options.length)
                 writing = None if rates is None else calibrating(rates, base, 0, written)
-                steps.append(Step(f"let the base write {_written(side)}", not side.is_written, writing))
+                steps.append(Step(f"let the base write {side.to_write}", not side.is_written, writing))
             if rates is not None and seconds is not None:
                 seconds += calibrating(rates, base, side.tokens, None)
         what = f"block by block in one pass, without statistics on disk: {', '.join(texts)}, {patching}"
@@ -538,7 +534,6 @@ class _Job:
         self, plan: Plan, progress: bool, say: Callable[[str], None], stages: dict[str, float]
     ) -> PatchReport | None:
         """Calibrate and patch block by block; None, with a note, where the model turns out to forbid that."""
-        assert self.inputs is not None
         given = {}
         for kind, side in zip((NEW_DATA, RETAINED_DATA), self.sides, strict=False):
             begun, writes = perf_counter(), side.is_written
@@ -560,7 +555,7 @@ class _Job:
         for side, done in zip(self.sides, self.done, strict=True):
             if not done:
                 begun = perf_counter()
-                say(f"{_WHOSE[side.name]}: {side.calibrate(progress, say)}")
+                say(f"calibrated {side.whose}: {side.calibrate(progress, say)}")
                 stages[f"calibrate {side.name}"] = perf_counter() - begun
 
     @property
@@ -622,24 +617,6 @@ def _calibration_peak(model: Checkpoint, stats: ExpectedStats, device: torch.dev
 
 def _named(options: PatchOptions) -> str:
     return f"--method {options.method}" if options.method != "tailor" else "--solver none with --omega 1"
-
-
-def _to_do(side: Side) -> str:
-    if side.data is None:
-        return f"let the base write {_written(side)}, and calibrate it on them"
-    whose = "the tuned model" if side.name == TUNED else "the base"
-    return f"calibrate {whose} on {side.data}: {counted(side.samples, 'sample')}, {counted(side.tokens, 'token')}"
-
-
-def _written(side: Side) -> str:
-    return f"{counted(side.samples, 'sample')} of {side.options.length:,} tokens"
-
-
-def _to_calibrate(side: Side) -> str:
-    if side.data is None:
-        return "calibrate the base on what it wrote"
-    whose = "the tuned model" if side.name == TUNED else "the base"
-    return f"calibrate {whose} on {side.data} ({counted(side.samples, 'sample')}, {counted(side.tokens, 'token')})"
 
 
 def _remove(work: Path) -> None:

@@ -119,6 +119,34 @@ class Side:
         return sum(count_tokens(inputs) for inputs in self.inputs)
 
     @property
+    def whose(self) -> str:
+        """The model in words."""
+        return "the tuned model" if self.name == TUNED else "the base"
+
+    @property
+    def to_write(self) -> str:
+        """What the model is to write, in words."""
+        return f"{counted(self.samples, 'sample')} of {self.options.length:,} tokens"
+
+    @property
+    def to_do(self) -> str:
+        """A step in words: the samples made, if they are not there, and the model calibrated on them."""
+        if self.data is None:
+            return f"let the base write {self.to_write}, and calibrate it on them"
+        return f"calibrate {self.whose} on {self.data}: {self._size}"
+
+    @property
+    def to_calibrate(self) -> str:
+        """The part of one pass that is behind the writing of samples, in words."""
+        if self.data is None:
+            return "calibrate the base on what it wrote"
+        return f"calibrate {self.whose} on {self.data} ({self._size})"
+
+    @property
+    def _size(self) -> str:
+        return f"{counted(self.samples, 'sample')}, {counted(self.tokens, 'token')}"
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What decides its statistics besides the model and the versions: the data and the options."""
         options = {key: value for key, value in self.options.to_dict().items() if key not in _HOW}
