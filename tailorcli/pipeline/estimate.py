@@ -257,7 +257,7 @@ def _require_room(base: Checkpoint, writes: bool, device: Device) -> None:
 
 
 def _require_statistics(options: PatchOptions) -> None:
-    if options.method != "tailor" or not options.needs_hessians:
+    if not options.fits_statistics:
         what = "--ranks tells what a patch by statistics costs"
         raise OptionsError(what, "leave --ranks out: --dry-run tells what is read and written")
 

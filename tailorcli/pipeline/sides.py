@@ -73,31 +73,17 @@ class Side:
         if name == BASE and data is not None:  # the columns that were named are those of the new task's data
             options = replace(options, columns=columns_of(data, options.columns))
         with _own_names(name):
-            return cls._of(name, model, stored, data, options, folder, tell, show, drawn_before)
-
-    @classmethod
-    def _of(
-        cls,
-        name: str,
-        model: Checkpoint,
-        stored: Checkpoint,
-        data: Path | None,
-        options: CalibrateOptions,
-        folder: Path,
-        tell: Callable[[str], None] | None,
-        show: Callable[[str], None] | None,
-        drawn_before: Samples | None,
-    ) -> Side:
-        source = Source(stored, model, read_config(stored.path), options, data, None, tell, show)
-        plain = original(model)
-        needed = model.base if isinstance(model, InterpolatedCheckpoint) else stored if is_adapter(plain.path) else None
-        adapted_to = None if needed is None else needed.path
-        if data is None:
-            require_writing(source, resolve_device(options.device))
-            return cls(name, plain.path, adapted_to, data, options, folder, {}, None, source)
-        samples = drawn(source) if drawn_before is None else drawn_before
-        facts = {key: value for key, value in samples.facts.items() if key != "file"}
-        return cls(name, plain.path, adapted_to, data, options, folder, facts, samples, source)
+            source = Source(stored, model, read_config(stored.path), options, data, None, tell, show)
+            plain = original(model)
+            needed = stored if is_adapter(plain.path) else None
+            needed = model.base if isinstance(model, InterpolatedCheckpoint) else needed
+            adapted_to = None if needed is None else needed.path
+            if data is None:
+                require_writing(source, resolve_device(options.device))
+                return cls(name, plain.path, adapted_to, data, options, folder, {}, None, source)
+            samples = drawn(source) if drawn_before is None else drawn_before
+            facts = {key: value for key, value in samples.facts.items() if key != "file"}
+            return cls(name, plain.path, adapted_to, data, options, folder, facts, samples, source)
 
     @property
     def inputs(self) -> list[Inputs]:

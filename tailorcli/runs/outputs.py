@@ -157,21 +157,19 @@ class Target:
             outputs: Outputs | None = None
             begun: Written | PatchReport | None = None
             if ranks().first:
-                what = (
-                    plan,
-                    base,
-                    inputs,
-                    identity,
-                    command,
-                    side,
-                    manifest or {},
-                    announce,
-                    before_replacing,
-                    divided,
-                )
-                started = self._begin(*what)
-                outputs = stack.enter_context(started) if isinstance(started, Outputs) else None
-                begun = started.written if isinstance(started, Outputs) else started
+                self.check(inputs, plan)
+                begun = self.finished(identity, command)
+                if begun is not None:
+                    self.remove_leftovers()
+                else:
+                    if announce is not None:
+                        announce(plan)
+                    replaces = self.overwrite and self.folder is not None and self.folder.exists()
+                    if before_replacing is not None and replaces:
+                        before_replacing()
+                    among_ranks = divided and not ranks().alone
+                    outputs = stack.enter_context(self._open(plan, base, identity, manifest or {}, side, among_ranks))
+                    begun = outputs.written
             begun = told(begun)
             assert begun is not None
             if isinstance(begun, PatchReport):
@@ -185,31 +183,6 @@ class Target:
         """What the first rank has made, and every other must see."""
         marks = [] if self.folder is None else [self.folder / WORK_FOLDER / JOURNAL]
         return marks if self.patch_file is None or written.patch is None else [*marks, _journal_of(self.patch_file)]
-
-    def _begin(
-        self,
-        plan: Plan,
-        base: Checkpoint,
-        inputs: Sequence[Path],
-        identity: dict[str, Any],
-        command: str,
-        side: Mapping[str, Path | bytes],
-        manifest: dict[str, Any],
-        announce: Callable[[Plan], None] | None,
-        before_replacing: Callable[[], None] | None,
-        divided: bool,
-    ) -> Outputs | PatchReport:
-        """``begin`` of the first rank."""
-        self.check(inputs, plan)
-        finished = self.finished(identity, command)
-        if finished is not None:
-            self.remove_leftovers()
-            return finished
-        if announce is not None:
-            announce(plan)
-        if before_replacing is not None and self.overwrite and self.folder is not None and self.folder.exists():
-            before_replacing()
-        return self._open(plan, base, identity, manifest, side, divided and not ranks().alone)
 
     def _join(
         self,
