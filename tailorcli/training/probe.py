@@ -85,13 +85,14 @@ def probe_model(
         config = read_config(stored.path)
         drawing = _drawing(options, synthetic=data is None)
         check_shapes(stored, config, drawing)
+        source = Source(stored, stored, config, drawing, None if data is None else Path(data), None)
         skeleton = skeleton_for_probe(stored, config, drawing, options.batch_size, device)
         smaller = "a smaller --batch-size or --seq-len" + ("" if skeleton else ", or --blockwise always")
         with exact_float32(), device_errors(smaller):
             if skeleton is None:
-                samples, found = _probe_whole(stored, config, drawing, options, data, device, progress)
+                samples, found = _probe_whole(source, options, device, progress)
             else:
-                samples, found = _probe_blocks(skeleton, stored, config, drawing, options, data, device, progress)
+                samples, found = _probe_blocks(skeleton, source, options, device, progress)
         watch.require_unchanged()
         scores = found.scores
         manifest = {
@@ -110,18 +111,10 @@ def probe_model(
     return ProbeReport(str(folder), *counts, found.unscored, size, seconds)
 
 
-def _probe_whole(
-    stored: Checkpoint,
-    config: dict[str, Any],
-    drawing: CalibrateOptions,
-    options: ProbeOptions,
-    data: PathLike | None,
-    device: torch.device,
-    progress: bool,
-) -> tuple[Samples, Probed]:
+def _probe_whole(source: Source, options: ProbeOptions, device: torch.device, progress: bool) -> tuple[Samples, Probed]:
     """The ordinary way: the whole model on the device."""
-    network = load_model(stored, config, drawing).to(device)
-    samples = _samples(network, stored, config, drawing, data, device, progress)
+    network = load_model(source.stored, source.config, source.options).to(device)
+    samples = drawn(source) if source.data is not None else _written_by(network, source, device, progress)
     check_ids(samples.inputs, network)
     batches = list(make_batches(samples.inputs, options.batch_size))
     with Progress("probing", samples.num_tokens, "tokens", shown=progress) as bar:
@@ -132,18 +125,10 @@ def _probe_whole(
 
 
 def _probe_blocks(
-    skeleton: Any,
-    stored: Checkpoint,
-    config: dict[str, Any],
-    drawing: CalibrateOptions,
-    options: ProbeOptions,
-    data: PathLike | None,
-    device: torch.device,
-    progress: bool,
+    skeleton: Any, source: Source, options: ProbeOptions, device: torch.device, progress: bool
 ) -> tuple[Samples, Probed]:
     """Block by block; without data the whole model has to fit all the same while it writes the samples."""
-    source = Source(stored, stored, config, drawing, None if data is None else Path(data), None)
-    samples = drawn(source) if data is not None else self_written(source, device, progress)[0]
+    samples = drawn(source) if source.data is not None else self_written(source, device, progress)[0]
     check_ids(samples.inputs, skeleton)
     batches = list(make_batches(samples.inputs, options.batch_size))
     with (
@@ -151,7 +136,7 @@ def _probe_blocks(
         TemporaryDirectory() as scratch,
     ):
         how = (options.rademacher, options.seed, device, Path(scratch), bar.update)
-        return samples, probe_blocks(skeleton, stored, batches, *how)
+        return samples, probe_blocks(skeleton, source.stored, batches, *how)
 
 
 def open_plain(base: PathLike) -> Checkpoint:
@@ -185,20 +170,11 @@ def _drawing(options: ProbeOptions, *, synthetic: bool) -> CalibrateOptions:
     )
 
 
-def _samples(
-    network: Any,
-    stored: Checkpoint,
-    config: dict[str, Any],
-    drawing: CalibrateOptions,
-    data: PathLike | None,
-    device: torch.device,
-    progress: bool,
-) -> Samples:
-    """Samples of the data, or such as the network writes itself."""
-    if data is not None:
-        return drawn(Source(stored, stored, config, drawing, Path(data), None))
+def _written_by(network: Any, source: Source, device: torch.device, progress: bool) -> Samples:
+    """Samples that the network writes itself."""
     require_writer(network)
-    length = min(drawing.length, most_tokens(stored, config, drawing))
+    stored, drawing = source.stored, source.options
+    length = min(drawing.length, most_tokens(stored, source.config, drawing))
     writing = replace(drawing, seq_len=length)
     tokenizer = load_encoder(stored.path, stored.path, False, drawing).tokenizer
     with Progress("writing", drawing.num_samples * (length - 1), "tokens", shown=progress) as bar:
