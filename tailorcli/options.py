@@ -496,21 +496,8 @@ class DistillOptions:
 # The fields of PatchOptions in the order of the report, which is older than their parts.
 _REPORTED = (
     *("density", "omega", "score", "solver", "damping", "block_size", "tolerance", "max_iterations"),
-    *("method", "retain_weight"),
-    *(
-        "propagate",
-        "check_propagation",
-        "weight",
-        "seed",
-        "threshold",
-        "alpha",
-        "beta",
-        "threshold_scale",
-        "graft_steps",
-        "graft_rate",
-        "batch_size",
-        "device",
-    ),
+    *("method", "retain_weight", "propagate", "check_propagation", "weight", "seed", "threshold"),
+    *("alpha", "beta", "threshold_scale", "graft_steps", "graft_rate", "batch_size", "device"),
     *("max_shard_size", "include", "exclude", "allow_dtype_mismatch"),
     *("fp8_output", "trust_remote_code", "resized_vocab", "task", "license", "teacher_weight"),
 )
