@@ -181,6 +181,6 @@ def whole_numbers(values: Iterable[float]) -> list[float]:
     return [int(value) if value == int(value) else float(value) for value in values]
 
 
-def progress(text: str) -> None:
+def say(text: str) -> None:
     """A note on standard error, so that the table stays the last thing on standard output."""
     print(text, file=sys.stderr, flush=True)

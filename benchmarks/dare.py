@@ -17,7 +17,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.common import describe, environment, markdown, parser, progress, ratio, use_threads, verdict, write_json
+from benchmarks.common import describe, environment, markdown, parser, ratio, say, use_threads, verdict, write_json
 from benchmarks.peers.environments import MERGEKIT, measured, programs_of
 from benchmarks.real.setting import default_cache
 
@@ -161,7 +161,7 @@ def main() -> None:
         both = commands(pair, args.density, programs_of(MERGEKIT, args.cache.parent) / "mergekit-yaml", scratch)
         runs: dict[str, list[dict[str, float]]] = {key: [] for key in both}
         for number in range(args.rounds + 1):
-            progress(f"round {number} of {args.rounds}")
+            say(f"round {number} of {args.rounds}")
             for key, command in both.items():
                 figures = measured(command, scratch)
                 if number:  # the first reads the files into the system's cache

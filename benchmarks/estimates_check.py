@@ -17,7 +17,7 @@ from time import process_time
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.common import describe, environment, markdown, parser, progress, run_python, use_threads, write_json
+from benchmarks.common import describe, environment, markdown, parser, run_python, say, use_threads, write_json
 from benchmarks.pages import reflow
 from benchmarks.ranks import timed
 from benchmarks.real.render import between
@@ -58,7 +58,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         write_tokenizer(model, args.vocab)
         write_samples(scratch / f"{number}.jsonl", args.vocab, args.samples, args.length, args.length)
         size = ["--num-samples", str(args.samples), "--seq-len", str(args.length), "--device", "cpu"]
-        progress(f"calibrate {model.name}")
+        say(f"calibrate {model.name}")
         said = ["calibrate", str(model), "--data", str(scratch / f"{number}.jsonl"), "-o", str(scratch / f"s{number}")]
         run_python(["-m", "tailorcli", *said, *size, "--quiet"], scratch)
     plain = {"base": base, "tuned": tuned, "--stats": scratch / "s1"}
@@ -67,7 +67,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     for way, words in ways.items():
         start = min(timed_start(command(words), scratch) for _ in range(args.starts))
         for ranks in args.ranks:
-            progress(f"{way}, {ranks} ranks")
+            say(f"{way}, {ranks} ranks")
             used = max(timed(ranks, command(words), scratch / "out", scratch)["processor"])
             found[f"{way} {ranks}"] = {"run": used - start, "estimate": estimated(words, ranks)}
     return found

@@ -28,9 +28,9 @@ from benchmarks.common import (
     interleaved,
     markdown,
     parser,
-    progress,
     ratio,
     run_python,
+    say,
     use_threads,
     verdict,
     write_json,
@@ -87,7 +87,7 @@ def measure_steps(args: argparse.Namespace, model: Path, data: Path, scratch: Pa
     found: dict[str, dict[str, list[float]]] = {}
     for turn in range(args.rounds + 1):
         for method in TuningMethod:
-            progress(f"{method}, {turn} of {args.rounds}" if turn else f"{method}, warm-up")
+            say(f"{method}, {turn} of {args.rounds}" if turn else f"{method}, warm-up")
             command = ["-m", "tailorcli", "finetune", str(model), "--data", str(data), "--method", method, "--json"]
             command += ["--batch-size", "4", "--seq-len", str(args.seq_len), "-o", str(scratch / "tuned")]
             command += ["--importance", str(importance)] if method == "dowser" else []

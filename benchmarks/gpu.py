@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import distillation, gpu_job, gpu_joint, gpu_propagation, gpu_timeline
-from benchmarks.common import describe, environment, markdown, parser, progress, use_threads, verdict, write_json
+from benchmarks.common import describe, environment, markdown, parser, say, use_threads, verdict, write_json
 from benchmarks.pages import reflow
 from benchmarks.solver import Layer, joint, layer_error, make_layer, sequential
 from benchmarks.synthetic import LlamaShape, correlated_hessian, write_pair, write_samples, write_stats, write_tokenizer
@@ -224,7 +224,7 @@ def measure_layers(bench: Bench) -> Figures:
     """The joint solver against the sweep, and its factor, on each shape."""
     rows = []
     for outputs, inputs in layer_shapes(bench):
-        progress(f"layer {outputs} x {inputs}")
+        say(f"layer {outputs} x {inputs}")
         layer = make_layer(inputs, DENSITY, 1.0, bench.device, outputs)
         errors = {name: layer_error(layer, solve(layer)) for name, solve in (("joint", joint), ("seq", sequential))}
         seconds = [bench.timed(partial(f, layer), 3, warm=False) for f in (joint, sequential)]
@@ -258,7 +258,7 @@ def measure_variants(bench: Bench) -> Figures:
     """Batched Cholesky against ``decorate_joint``."""
     found: Figures = {"joint": []}
     for outputs, inputs in layer_shapes(bench):
-        progress(f"variants, {outputs} x {inputs}")
+        say(f"variants, {outputs} x {inputs}")
         rows = min(outputs, 4096)
         layer = make_layer(inputs, DENSITY, 1.0, bench.device, rows)
         expected, solved = joint(layer), batched_cholesky(layer)
@@ -327,7 +327,7 @@ def fitting_shape(bench: Bench) -> LlamaShape:
     while shape.layers > 2 and (1.5 * pair + stats + 2e9 > free or 2 * (pair + stats) > most):
         shape = replace(shape, layers=shape.layers - 1)
         pair, stats = 4 * numel(shape), stats_bytes(shape)
-    progress(f"{shape.layers} layers: a pair of {gb(pair)}, statistics of {gb(stats)}, {gb(free)} of disk are free")
+    say(f"{shape.layers} layers: a pair of {gb(pair)}, statistics of {gb(stats)}, {gb(free)} of disk are free")
     return shape
 
 
@@ -347,7 +347,7 @@ def write_large(bench: Bench) -> tuple[Path, Path]:
     folder = bench.scratch / "pair"
     if not folder.exists():
         bench.shape = fitting_shape(bench)
-        progress("writing the pair")
+        say("writing the pair")
         started = perf_counter()
         write_pair(folder, bench.shape, device=str(bench.device))
         bench.found["disk"]["pair_seconds"] = perf_counter() - started
@@ -358,7 +358,7 @@ def measure_patch(bench: Bench) -> Figures:
     """The default patch of the whole pair, with statistics for every tensor."""
     base, tuned = write_large(bench)
     stats, output = bench.scratch / "stats", bench.scratch / "patched"
-    progress("writing the statistics")
+    say("writing the statistics")
     write_stats(stats, bench.shape, tuned, device=str(bench.device))
     bench.free()
     files = [weights(base), weights(tuned), stats / HESSIANS]
@@ -369,11 +369,11 @@ def measure_patch(bench: Bench) -> Figures:
         plain_write(bench.scratch / "plain", nbytes)
 
     os.sync()  # what is timed does not wait for what was written before
-    progress("plainly reading and writing the same")
+    say("plainly reading and writing the same")
     plain_seconds = bench.timed(plain, warm=False)
     (bench.scratch / "plain").unlink()
     os.sync()
-    progress("patch")
+    say("patch")
     options = PatchOptions(density=DENSITY, device=str(bench.device))
     with gpu_timeline.watched() as spans:
         report = patch_checkpoint(base, tuned, output, stats, options, progress=True)
@@ -496,7 +496,7 @@ def measure_calibrate(bench: Bench) -> Figures:
     forward = bench.timed(partial(forward_pass, network, batches), warm=False)
     del network, batches
     bench.free()
-    progress(f"calibrate, {samples} samples")
+    say(f"calibrate, {samples} samples")
     report = calibrate_model(tuned, data, folder / "stats", options, progress=True)
     found: Figures = {
         "layers": shape.layers,
@@ -507,7 +507,7 @@ def measure_calibrate(bench: Bench) -> Figures:
     }
     found |= {"stages": report.stages, "peak_bytes": bench.peak}
     bench.free()
-    progress("calibrate, block by block")
+    say("calibrate, block by block")
     few = replace(options, num_samples=8, blockwise="always", include=("*layers.0.*proj.weight",))
     blockwise = calibrate_model(tuned, data, folder / "stats", few)
     found |= {"block_seconds": blockwise.seconds, "block_tokens": blockwise.tokens, "block_peak_bytes": bench.peak}
@@ -607,7 +607,7 @@ def run_section(bench: Bench, name: str) -> None:
     if not bench.args.tiny and bench.left < NEEDED[name]:
         bench.found[name] = {"failed": f"passed over: {bench.left:.0f} s were left"}
         return
-    progress(f"{name}: {bench.left:.0f} s left")
+    say(f"{name}: {bench.left:.0f} s left")
     started = perf_counter()
     try:
         bench.free()
@@ -615,7 +615,7 @@ def run_section(bench: Bench, name: str) -> None:
             bench.found[name] = MEASURE[name](bench)
     except Exception as error:  # the sections after it can still tell something
         bench.found[name] = {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"}
-        progress(traceback.format_exc())
+        say(traceback.format_exc())
     bench.found[name]["section_seconds"] = perf_counter() - started
 
 
@@ -713,7 +713,7 @@ def main() -> None:
         bench = Bench(args, device, Path(scratch), shape)
         for name in args.sections:
             run_section(bench, name)
-            progress(section_in_short(bench, name))
+            say(section_in_short(bench, name))
             if target is not None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(document(bench), encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from benchmarks.common import markdown, progress
+from benchmarks.common import markdown, say
 from benchmarks.synthetic import LlamaShape, write_pair, write_samples, write_tokenizer
 from benchmarks.throughput import weights
 from tailorcli import tailor
@@ -24,7 +24,7 @@ def measure(
     peak: Callable[[], int],
 ) -> Figures:  # fmt: skip
     """Seconds and peak of both ways, whether their bytes are the same, and tokens written a second."""
-    progress("writing the pair")
+    say("writing the pair")
     base, tuned = write_pair(folder, shape, device=device)
     for model in (base, tuned):
         write_tokenizer(model, shape.vocab)
@@ -36,7 +36,7 @@ def measure(
     digests = []
     # What a process does once, such as compiling kernels, is in neither: the first run is not counted.
     for way, kept, count in (("", None, 8), ("one pass", None, samples), ("three steps", folder / "kept", samples)):
-        progress(way or "once, not counted")
+        say(way or "once, not counted")
         output = folder / "patched"
         given: dict[str, Any] = {
             "retain_data": data,
@@ -81,7 +81,7 @@ def _writing(base: Path, device: str, samples: int) -> Figures:
 
     found: Figures = {"together": samples_together(network, where, WRITTEN)}
     for name, work in (("generate", plain), ("calibrate", ours)):
-        progress(f"{samples} samples written by {name}")
+        say(f"{samples} samples written by {name}")
         begun = perf_counter()
         work()
         found[name] = samples * (WRITTEN - 1) / (perf_counter() - begun)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import earlier
-from benchmarks.common import markdown, progress, verdict
+from benchmarks.common import markdown, say, verdict
 from benchmarks.solver import Layer, make_layer
 from tailorcli.core import accumulate_, decorate_joint, gradients, products, select_mask
 from tailorcli.core.gradients import conjugate_gradients
@@ -38,7 +38,7 @@ def measure(
         found["kernel"] = kernel is not None
     for outputs, inputs in shapes:
         for power in (1.0, 2.0) if outputs == inputs else (1.0,):
-            progress(f"joint, {outputs} x {inputs}, spectrum 1/j^{power:g}")
+            say(f"joint, {outputs} x {inputs}, spectrum 1/j^{power:g}")
             layer = make_layer(inputs, density, power, device, outputs)
             found["rows"].append({"shape": [outputs, inputs], "power": power} | _compare(layer, timed))
             if (outputs, inputs) == shapes[-1] or power == 2.0:

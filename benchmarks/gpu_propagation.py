@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.common import markdown, progress, verdict
+from benchmarks.common import markdown, say, verdict
 from benchmarks.synthetic import LlamaShape, write_pair, write_samples, write_tokenizer
 from benchmarks.throughput import weights
 from tailorcli import calibrate_model, patch_checkpoint
@@ -35,7 +35,7 @@ def measure(
     """Seconds and stages with states where they fit, and the same bytes with fewer samples in pinned memory."""
     import transformers  # noqa: F401  # so that no stage waits for it
 
-    progress("writing the pair")
+    say("writing the pair")
     base, tuned = write_pair(folder, shape, device=device)
     for number, model in enumerate((base, tuned)):
         write_tokenizer(model, shape.vocab)
@@ -48,7 +48,7 @@ def measure(
             break
         options = CalibrateOptions(device=device, num_samples=count, seq_len=length, blockwise="never", overwrite=True)
         for number, model in enumerate((base, tuned)):
-            progress(f"calibrate {model.name}, {count} samples")
+            say(f"calibrate {model.name}, {count} samples")
             report = calibrate_model(model, folder / f"{number}.jsonl", folder / f"stats-{number}", options)
             found[f"{model.name} {count}"] = {"seconds": report.seconds, "stages": report.stages}
         # The second run finds the device's memory mapped already, as all blocks of a deep model but the first do.
@@ -59,7 +59,7 @@ def measure(
         free()
         for way, share in ways.items():
             name = f"{count} samples, states {way}"
-            progress(f"patch, {name}")
+            say(f"patch, {name}")
             with patch.object(spill, "DEVICE_SHARE", share):
                 found[name] = _patch(folder, base, tuned, device) | {"peak": peak()}
             digests.append(file_digest(weights(folder / "patched")))

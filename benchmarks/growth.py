@@ -28,7 +28,7 @@ from benchmarks.common import (
     kept_figures,
     markdown,
     parser,
-    progress,
+    say,
     use_threads,
     write_json,
 )
@@ -113,7 +113,7 @@ def over_widths(widths: Sequence[int], rounds: int) -> list[Series]:
     """The stages of one square layer."""
     costs: dict[str, list[float]] = {"factorise": [], "score and choose": [], "solve": [], "measure": []}
     for size in widths:
-        progress(f"I = O = {size}")
+        say(f"I = O = {size}")
         layer = make_layer(size, 0.1, 1.0, torch.device("cpu"))
         prepared = prepare(layer.hessian, DAMPING, sensitivity=True, sequential=False)
         assert prepared.inverse_diagonal is not None
@@ -136,7 +136,7 @@ def over_densities(densities: Sequence[float], rounds: int, scratch: Path) -> li
     base, tuned = write_pair(scratch / "densities", LlamaShape(2, 256, 704, 1024))
     seconds, megabytes = [], []
     for density in densities:
-        progress(f"density {density:g}")
+        say(f"density {density:g}")
         layer = make_layer(1024, density, 1.0, torch.device("cpu"))
         seconds.append(least_seconds(partial(joint, layer), rounds))
         file = scratch / f"patch{density:g}.safetensors"
@@ -170,7 +170,7 @@ def over_layers(depths: Sequence[int], rounds: int, scratch: Path) -> list[Serie
     """A whole patch, less its plan."""
     found = []
     for depth in depths:
-        progress(f"{depth} layers")
+        say(f"{depth} layers")
         made = write_inputs(scratch / f"depth{depth}", LlamaShape(depth, 256, 704, 1024))
         given: list[str | Path] = [
             "patch",
@@ -196,7 +196,7 @@ def over_samples(counts: Sequence[int], rounds: int, scratch: Path) -> list[Seri
     write_samples(folder / "data.jsonl", vocab, max(counts), 70, 80)
     found = []
     for count in (1, *counts):
-        progress(f"{count} samples")
+        say(f"{count} samples")
         given: list[str | Path] = [
             "calibrate",
             tuned,

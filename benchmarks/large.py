@@ -33,8 +33,8 @@ from benchmarks.common import (
     environment,
     markdown,
     parser,
-    progress,
     run_python,
+    say,
     use_threads,
     verdict,
     write_json,
@@ -91,7 +91,7 @@ def fit_disk(shape: LlamaShape, free: int) -> LlamaShape:
     while layers > 2 and disk_bytes(replace(shape, layers=layers)) > free:
         layers -= 1
     fitting = replace(shape, layers=layers)
-    progress(f"{layers} of {shape.layers} layers: {gb(disk_bytes(fitting))} of disk are needed, {gb(free)} are free")
+    say(f"{layers} of {shape.layers} layers: {gb(disk_bytes(fitting))} of disk are needed, {gb(free)} are free")
     if disk_bytes(fitting) > free:
         raise SystemExit("not enough disk")
     return fitting
@@ -109,7 +109,7 @@ def gb(count: float) -> str:
 
 def write_inputs(folder: Path, shape: LlamaShape, args: argparse.Namespace) -> tuple[Path, Path, Path]:
     """The pair, with a tokenizer, and the samples."""
-    progress(f"writing two checkpoints of {gb(checkpoint_bytes(shape))}")
+    say(f"writing two checkpoints of {gb(checkpoint_bytes(shape))}")
     base, tuned = write_pair(folder, shape, max_shard_size=SHARD)
     for path in (base, tuned):
         write_tokenizer(path, shape.vocab)
@@ -124,7 +124,7 @@ def calibrate(tuned: Path, data: Path, stats: Path, args: argparse.Namespace, sc
     options |= {"include": ["*proj.weight", "lm_head.weight"], "device": "cpu", "overwrite": True}
     found: dict[str, Any] = {}
     for blockwise in ("auto", "always"):
-        progress(f"calibrate, blockwise {blockwise}")
+        say(f"calibrate, blockwise {blockwise}")
         command = ["-c", _CALIBRATE, str(tuned), str(data), str(stats), json.dumps(options | {"blockwise": blockwise})]
         done = run_python(command, scratch)
         report = json.loads(done.stdout)
@@ -145,10 +145,10 @@ def patch(pair: Sequence[Path], options: Sequence[str], names: Sequence[str], sc
     output = scratch / "patched"
     command = ["-m", "tailorcli", "patch", *map(str, pair), "-o", str(output), "--device", "cpu", "--json", *options]
     plan = json.loads(run_python([*command, "--dry-run"], scratch).stdout)
-    progress(f"patch {' '.join(options[-4:])}: up to {gb(plan['peak_memory_bytes'])} by its plan")
+    say(f"patch {' '.join(options[-4:])}: up to {gb(plan['peak_memory_bytes'])} by its plan")
     done = run_python(command, scratch)
     report = json.loads(done.stdout)
-    progress("verify")
+    say("verify")
     verified = run_python(["-m", "tailorcli", "verify", str(output), "--base", str(pair[0]), "--json"], scratch)
     checks = {name: check_tensor(name, *pair, output) for name in names}
     shutil.rmtree(output)

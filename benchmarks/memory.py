@@ -26,8 +26,8 @@ from benchmarks.common import (
     environment,
     markdown,
     parser,
-    progress,
     run_python,
+    say,
     use_threads,
     verdict,
     write_json,
@@ -45,13 +45,13 @@ def limit_bytes(shape: LlamaShape) -> float:
 
 def measure_case(shape: LlamaShape, args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Write one pair, patch it ``--rounds`` times, take its files away."""
-    progress(f"{shape.layers} layers, vocabulary {shape.vocab}: writing the pair")
+    say(f"{shape.layers} layers, vocabulary {shape.vocab}: writing the pair")
     inputs = write_inputs(scratch / "inputs", shape, args.dtype)
     output = scratch / "patched"
     estimate = json.loads(run_python([*_command(inputs, output, args), "--dry-run"], scratch).stdout)
     runs = []
     for number in range(args.rounds):
-        progress(f"{shape.layers} layers: patching, {number + 1} of {args.rounds}")
+        say(f"{shape.layers} layers: patching, {number + 1} of {args.rounds}")
         runs.append(run_python(_command(inputs, output, args), scratch))
         shutil.rmtree(output)
     shutil.rmtree(scratch / "inputs")

@@ -16,7 +16,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.common import describe, environment, markdown, parser, progress, run_python, use_threads, write_json
+from benchmarks.common import describe, environment, markdown, parser, run_python, say, use_threads, write_json
 from benchmarks.pages import reflow
 from tailorcli.units import counted
 
@@ -76,7 +76,7 @@ def measure(pair: dict[str, Any], more: list[str], rounds: int, scratch: Path) -
     equal = True
     for number in range(rounds):
         for way, run in zip(WAYS, (three_commands, one_pass), strict=True):
-            progress(f"{pair['name']}, round {number}: {way}")
+            say(f"{pair['name']}, round {number}: {way}")
             found[way].append(run(pair, more, scratch))
         weights = [scratch / name / "model.safetensors" for name in ("three", "one")]
         equal = equal and weights[0].read_bytes() == weights[1].read_bytes()
@@ -91,7 +91,7 @@ def pairs(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
 
     demo = args.demo
     if demo is None:
-        progress("the demo's pair is trained")
+        say("the demo's pair is trained")
         demo = scratch / "demo"
         run_python(["-m", "tailorcli", "demo", "-o", str(demo), "--quiet"], scratch)
     size = ["--num-samples", str(2 * args.samples), "--seq-len", str(args.seq_len)]

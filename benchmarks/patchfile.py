@@ -25,9 +25,9 @@ from benchmarks.common import (
     interleaved,
     markdown,
     parser,
-    progress,
     ratio,
     run_python,
+    say,
     use_threads,
     verdict,
     write_json,
@@ -54,7 +54,7 @@ def measure_sizes(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any
         base, tuned = write_pair(scratch / dtype, shape, dtype)
         whole = weights(base).stat().st_size
         for density in args.densities:
-            progress(f"size: {dtype}, density {density}")
+            say(f"size: {dtype}, density {density}")
             file = scratch / "size.safetensors"
             tailor(scratch, "patch", base, tuned, "--patch-file", file, *SALIENCE, "--density", density, "--overwrite")
             with PatchFile.open(file) as patch:
@@ -109,7 +109,7 @@ def measure_apply(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     def start() -> None:
         spent("start", run_python(["-m", "tailorcli", "--version"], scratch).processor_seconds)
 
-    progress("apply and verify")
+    say("apply and verify")
     actions: dict[str, Callable[[], object]] = {
         "start": start,
         "apply": apply,
@@ -129,7 +129,7 @@ def measure_merge(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any
     """Peak memory of a joint merge of two tasks at several depths, and of ``patch``, each with the plan's estimate."""
     rows = []
     for layers in args.depths:
-        progress(f"merge: {layers} layers")
+        say(f"merge: {layers} layers")
         shape = LlamaShape(layers, args.hidden, args.intermediate, args.vocab)
         folder = scratch / "merge"
         base, one = write_pair(folder / "first", shape, "bf16", seed=0)

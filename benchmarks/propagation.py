@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.common import markdown
+from benchmarks.common import markdown, say
 from benchmarks.real import data, measure, setting
 from benchmarks.real.chain import SEQ_LEN, load_cached, patch_step, run_chain, store
 from benchmarks.real.render import between
@@ -119,7 +119,7 @@ def propagate(
     places = [torch.arange(ids.shape[1]).unsqueeze(0) for ids in batches]
     rotaries = [tuned.model.rotary_emb(state, place) for state, place in zip(states, places, strict=True)]
     for number, block in enumerate(tuned.model.layers):
-        setting.say(f"  {how['way']}, density {how['density']}: block {number}")
+        say(f"  {how['way']}, density {how['density']}: block {number}")
         ours, theirs = model.model.layers[number], base.model.layers[number]
         products: dict[str, Products] = {}
         for name in dict(block.named_modules()):  # within the block the patched stream still sees tuned weights

@@ -22,8 +22,8 @@ from benchmarks.common import (
     environment,
     markdown,
     parser,
-    progress,
     run_python,
+    say,
     use_threads,
     verdict,
     write_json,
@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     equal = True
     for number in range(args.rounds + args.warm_up):
         for ranks in args.ranks:
-            progress(f"round {number}, {ranks} ranks")
+            say(f"round {number}, {ranks} ranks")
             result = timed(ranks, words, scratch / f"out-{ranks}", scratch)
             if number >= args.warm_up:
                 found[str(ranks)].append(result)

@@ -37,8 +37,8 @@ from benchmarks.common import (
     interleaved,
     markdown,
     parser,
-    progress,
     ratio,
+    say,
     use_threads,
     verdict,
     write_json,
@@ -316,10 +316,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with exact_float32():
         for size in args.sizes:
             for density in args.densities:
-                progress(f"I = O = {size}, density {density:g}")
+                say(f"I = O = {size}, density {density:g}")
                 comparisons.append(compare(size, density, args.power, args.rounds, device))
             if args.split_rows and device.type == "cpu":
-                progress(f"I = {size}: direct and iterated")
+                say(f"I = {size}: direct and iterated")
                 found = [
                     split_joint(size, density, args.power, args.rounds, args.split_rows)
                     for density in sorted({*CROSSOVER_DENSITIES, *args.densities})

@@ -36,9 +36,9 @@ from benchmarks.common import (
     interleaved,
     markdown,
     parser,
-    progress,
     ratio,
     run_python,
+    say,
     seconds_of,
     use_threads,
     verdict,
@@ -220,7 +220,7 @@ def measure_stages(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     command = ["-m", "tailorcli", "patch", str(inputs.base), str(inputs.tuned), "--stats", str(inputs.stats)]
     reports, processor = [], []
     for number in range(args.rounds + 1):
-        progress(f"default patch, {number} of {args.rounds}" if number else "default patch, warm-up")
+        say(f"default patch, {number} of {args.rounds}" if number else "default patch, warm-up")
         done = run_python([*command, "-o", str(output), "--device", "cpu", "--json"], scratch)
         reports.append(json.loads(done.stdout))
         processor.append(done.processor_seconds)
@@ -449,13 +449,13 @@ def main() -> None:
     with TemporaryDirectory(prefix="tailorcli-throughput-", dir=args.dir) as name:
         scratch = Path(name)
         if "salience" in args.parts:
-            progress("salience")
+            say("salience")
             figures["salience"] = measure_salience(args, scratch)
         if "stages" in args.parts:
-            progress("stages")
+            say("stages")
             figures["stages"] = measure_stages(args, scratch)
         if "calibrate" in args.parts:
-            progress("calibrate")
+            say("calibrate")
             figures["calibrate"] = measure_calibrate(args, scratch)
     figures["environment"] = environment()
     write_json(args.json, figures)

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import cache_root
+from benchmarks.common import cache_root, say
 from benchmarks.evidence import pairs, pictures, readme, render, summary
 from benchmarks.evidence.run import GRIDS, SMALL, Outcome, first_of, run_all, samples_of
 from benchmarks.evidence.stored import (
@@ -32,7 +32,7 @@ from benchmarks.multimodal.model import BASE_RECIPE, PATCH, PIXELS, TUNED_RECIPE
 from benchmarks.pages import reflow
 from benchmarks.real.model import Recipe
 from benchmarks.real.render import between
-from benchmarks.real.setting import environment, say
+from benchmarks.real.setting import environment
 from tailorcli.display.plots import plot_frontiers
 from tailorcli.files import write_text_atomically
 from tailorcli.options import DISTILL_STEPS, DistillOptions

@@ -9,6 +9,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+from benchmarks.common import say
 from benchmarks.evidence import text_data
 from benchmarks.multimodal import data as picture_data
 from benchmarks.multimodal import model as picture_model
@@ -16,7 +17,7 @@ from benchmarks.quick import data as quick_data
 from benchmarks.quick import model as quick_model
 from benchmarks.real import data as real_data
 from benchmarks.real import model as real_model
-from benchmarks.real.setting import TRAIN_RECORDS, default_cache, say, tokenizer_of
+from benchmarks.real.setting import TRAIN_RECORDS, default_cache, tokenizer_of
 from tailorcli.demo.text import TaskText
 
 SEEDS = (0, 1, 2)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import say
 from benchmarks.evidence.pairs import Pair
 from benchmarks.evidence.summary import DEFAULT, PAPER, PROPAGATED, Curve, Group, curves_of
-from benchmarks.real.setting import say
 from tailorcli import Checkpoint, PatchOptions, Stats, TailorError, patch_checkpoint
 from tailorcli.display.plots import AFTER, BEFORE, TUNED, draw_bars, layers_of, new_figure, save_figure
 from tailorcli.files import write_text_atomically

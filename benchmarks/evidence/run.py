@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common import say
 from benchmarks.evidence.pairs import Pair
-from benchmarks.real.setting import say, share_machine
+from benchmarks.real.setting import share_machine
 from tailorcli import CalibrateOptions, Checkpoint, EvaluateOptions, PatchOptions, Stats, TailorError, calibrate_model
 from tailorcli.evaluation.metrics import h_score
 from tailorcli.options import DistillOptions

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import cache_root
+from benchmarks.common import cache_root, say
 from benchmarks.evidence.pairs import SEEDS, quick
 from benchmarks.evidence.run import GRIDS, run_pair
 from benchmarks.leads import damping, entries, frontiers, propagation, rule
 from benchmarks.leads.bench import Bench
 from benchmarks.real.render import between
-from benchmarks.real.setting import say
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "results" / "research.md"
 LEADS = {

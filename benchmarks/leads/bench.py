@@ -16,10 +16,10 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
+from benchmarks.common import say
 from benchmarks.evidence.pairs import Pair
 from benchmarks.evidence.run import SAMPLES, SEQ_LEN
 from benchmarks.leads.layers import Variant, changes_of, read_layers
-from benchmarks.real.setting import say
 from tailorcli import Checkpoint, EvaluateOptions, Stats, encode_task, evaluate_network, h_score, read_tasks
 from tailorcli.calibration.synthetic import write_samples
 from tailorcli.data.records import read_records

@@ -18,13 +18,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.common import cache_root
+from benchmarks.common import cache_root, say
 from benchmarks.evidence.pairs import quick
 from benchmarks.evidence.run import SEQ_LEN
 from benchmarks.leads.__main__ import DOCUMENT
 from benchmarks.quick.data import COUNTS, WINDOW
 from benchmarks.real.render import between, table
-from benchmarks.real.setting import environment, say
+from benchmarks.real.setting import environment
 from tailorcli import CalibrateOptions, EvaluateOptions, PatchOptions, calibrate_model
 from tailorcli.demo.demo import run_demo
 from tailorcli.demo.text import NEW_TASK, OLD_TASKS, build_tasks, samples, write_jsonl

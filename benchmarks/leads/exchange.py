@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import cache_root
+from benchmarks.common import cache_root, say
 from benchmarks.evidence.pairs import Pair, quick
 from benchmarks.leads.__main__ import DOCUMENT
 from benchmarks.quick.data import WINDOW, read_texts
 from benchmarks.real.render import between, table
-from benchmarks.real.setting import say
 from tailorcli import Checkpoint, PatchFile, PatchOptions, Stats, h_score, patch_checkpoint
 from tailorcli.core.distillation import rate_at
 from tailorcli.demo.text import encode

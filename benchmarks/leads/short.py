@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import cache_root
+from benchmarks.common import cache_root, say
 from benchmarks.leads.__main__ import DOCUMENT
 from benchmarks.leads.runs import Ground, Run
 from benchmarks.real.render import between, table
-from benchmarks.real.setting import say
 from tailorcli import h_score
 
 FIRST = Run()

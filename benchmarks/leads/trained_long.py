@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.common import cache_root
+from benchmarks.common import cache_root, say
 from benchmarks.leads.__main__ import DOCUMENT
 from benchmarks.leads.runs import accuracy
 from benchmarks.leads.short import h_of
@@ -26,7 +26,6 @@ from benchmarks.quick import data as quick_data
 from benchmarks.quick.model import TUNED, train
 from benchmarks.real.model import Recipe
 from benchmarks.real.render import between, table
-from benchmarks.real.setting import say
 from tailorcli import (
     CalibrateOptions,
     DistillOptions,

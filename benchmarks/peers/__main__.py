@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import cache_root, describe, environment, kept_figures, parser, progress, use_threads, write_json
+from benchmarks.common import cache_root, describe, environment, kept_figures, parser, say, use_threads, write_json
 from benchmarks.pages import publish
 from benchmarks.peers import adapter, checkpoints, layer
 from benchmarks.peers.environments import LLM_COMPRESSOR, MERGEKIT, UnavailableError
@@ -77,7 +77,7 @@ def measure(part: str, args: argparse.Namespace) -> dict[str, Any]:
     try:
         return {**facts, **work[part]()}
     except UnavailableError as missing:
-        progress(str(missing))
+        say(str(missing))
         return {**facts, "unavailable": str(missing)}
 
 

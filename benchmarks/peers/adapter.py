@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.common import markdown, progress
+from benchmarks.common import markdown, say
 from benchmarks.peers.checkpoints import middle
 from benchmarks.peers.environments import measured, rounds_of
 from benchmarks.synthetic import DTYPES, LlamaShape, write_pair
@@ -65,7 +65,7 @@ def _both(base: Path, adapter: Path, folder: Path, dtype: str, rounds: int) -> d
     }
     runs: dict[str, list[dict[str, Any]]] = {key: [] for key in commands}
     for number in rounds_of(rounds):
-        progress(f"adapter, {dtype}: round {number} of {rounds}")
+        say(f"adapter, {dtype}: round {number} of {rounds}")
         for key, command in commands.items():
             figures = measured(command, folder)
             runs[key] += [figures] if number else []

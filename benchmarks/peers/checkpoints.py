@@ -15,7 +15,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.common import markdown, progress, verdict
+from benchmarks.common import markdown, say, verdict
 from benchmarks.peers.environments import MERGEKIT, UnavailableError, last_line, measured, programs_of, rounds_of
 from benchmarks.synthetic import LlamaShape, write_pair
 
@@ -27,7 +27,7 @@ def pair_of(cache: Path, shape: LlamaShape, rank: int = 0) -> tuple[Path, Path]:
     """A random pair in bfloat16, written once; each matrix has a change of this rank besides the noise."""
     folder = cache / f"pair-{shape.layers}-{shape.hidden}-{rank}"
     if not (folder / "whole").exists():
-        progress(f"writing {folder}")
+        say(f"writing {folder}")
         shutil.rmtree(folder, ignore_errors=True)
         write_pair(folder, shape)
         _add_products(folder / "tuned" / "model.safetensors", rank)
@@ -127,7 +127,7 @@ def _turn_by_turn(
     """Figures of each command in each round; the first, which reads the files into the system's cache, is left out."""
     runs: dict[str, list[dict[str, Any]]] = {key: [] for key in commands}
     for number in rounds_of(rounds):
-        progress(f"{what}: round {number} of {rounds}")
+        say(f"{what}: round {number} of {rounds}")
         for key, command in commands.items():
             try:
                 figures = measured(command, scratch, environment)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import progress
+from benchmarks.common import say
 
 MERGEKIT = "mergekit==0.1.5"
 LLM_COMPRESSOR = "llmcompressor==0.14.0.1"
@@ -33,7 +33,7 @@ def programs_of(requirement: str, cache: Path) -> Path:
     programs, done = folder / "bin", folder / "installed.txt"
     if done.exists() and done.read_text(encoding="utf-8") == requirement:
         return programs
-    progress(f"installing {requirement} into {folder}")
+    say(f"installing {requirement} into {folder}")
     venv.create(folder, with_pip=True)
     version = torch.__version__.partition("+")[0]
     for package in (f"torch=={version}", requirement):

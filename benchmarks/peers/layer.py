@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import markdown, progress
+from benchmarks.common import markdown, say
 from benchmarks.peers.environments import LLM_COMPRESSOR, last_line, programs_of, rounds_of
 from benchmarks.solver import BLOCK, DAMPING, Layer, joint, layer_error, make_layer, published, sequential
 from tailorcli.device import exact_float32
@@ -50,7 +50,7 @@ def _compare(python: Path, size: int, density: float, rounds: int) -> dict[str, 
         with subprocess.Popen(command, text=True, **pipes) as peer:
             found: dict[str, list[dict[str, float]]] = {key: [] for key in (*OURS, PEER)}
             for number in rounds_of(rounds):
-                progress(f"I = O = {size}, round {number} of {rounds}")
+                say(f"I = O = {size}, round {number} of {rounds}")
                 for key, solver in OURS.items():
                     seconds, results[key] = _timed(solver, layer)
                     found[key] += [seconds] if number else []

@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import say
 from benchmarks.real import chain, data, measure, model, render
-from benchmarks.real.setting import COUNTS, SEED, environment, make_pair, parse, say, tokenizer_of
+from benchmarks.real.setting import COUNTS, SEED, environment, make_pair, parse, tokenizer_of
 
 INTERPOLATION_WEIGHTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # from base to tuned
 SCALES = (0.5, 0.6, 0.7, 0.8)  # from base to the model patched with the default options

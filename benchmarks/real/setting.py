@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.common import cache_root, processor
+from benchmarks.common import cache_root, processor, say
 from benchmarks.real import data, model
 from tailorcli import __version__
 
@@ -41,11 +40,6 @@ def parse(parser: argparse.ArgumentParser, document: Path) -> argparse.Namespace
     options.cache.mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.disable_progress_bar()
     return options
-
-
-def say(message: str) -> None:
-    """Report progress on stderr."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def make_pair(cache: Path, texts: Texts) -> str:

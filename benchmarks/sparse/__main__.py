@@ -14,8 +14,8 @@ from pathlib import Path
 
 import transformers
 
-from benchmarks.common import cache_root
-from benchmarks.real.setting import environment, say
+from benchmarks.common import cache_root, say
+from benchmarks.real.setting import environment
 from benchmarks.sparse import render
 from benchmarks.sparse.cells import slug
 from benchmarks.sparse.run import Plan, run_part

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import run_python
+from benchmarks.common import run_python, say
 from benchmarks.evidence.pairs import Pair
-from benchmarks.real.setting import say
 from benchmarks.sparse.cells import TEST, VALIDATION, cell_file, folder_of, read_cells, slug
 from benchmarks.sparse.masks import RULES, masked_by
 from benchmarks.sparse.setting import BASE, MASKS, PATCHES, TRAINING, TUNED_AT, Part, Row, depths_of

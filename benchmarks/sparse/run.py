@@ -11,7 +11,8 @@ from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 
-from benchmarks.real.setting import say, share_machine
+from benchmarks.common import say
+from benchmarks.real.setting import share_machine
 from benchmarks.sparse.bench import Bench, Unit
 from benchmarks.sparse.cells import TEST, VALIDATION
 from benchmarks.sparse.setting import LATE, MASKS, ROWS, TUNED_AT, Part, Row, pairs_of

@@ -14,11 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import say
 from benchmarks.real import data, model
 from benchmarks.real.chain import run_chain
 from benchmarks.real.data import NEW_TASK, OLD_TASKS
 from benchmarks.real.measure import TaskScores, evaluate_all, summarise
-from benchmarks.real.setting import COUNTS, SEED, TRAIN_RECORDS, Texts, environment, make_pair, parse, say, tokenizer_of
+from benchmarks.real.setting import COUNTS, SEED, TRAIN_RECORDS, Texts, environment, make_pair, parse, tokenizer_of
 from benchmarks.stitch import bytecode, lora, render
 from benchmarks.stitch.candidates import adapted, stitched
 from benchmarks.stitch.steps import ADAPTER, ADAPTER_PATCH, BYTECODE, NEW_TASKS, TASKS, UNICODE, steps
