@@ -174,18 +174,42 @@ def old_against_new(
     x = limits([row[key] for row in rows for key in ("old", "old_low", "old_high") if row.get(key) is not None])
     y = limits([row[key] for row in rows for key in ("new", "new_low", "new_high") if row.get(key) is not None])
     axes = {
-        "x": _field(
-            "old", "quantitative", "old tasks, %", scale={"domain": list(x), "nice": False}, axis={"grid": False}
-        ),
-        "y": _field(
-            "new", "quantitative", "new tasks, %", scale={"domain": list(y), "nice": False}, axis={"grid": False}
-        ),
+        along: _field(
+            name, "quantitative", f"{name} tasks, %", scale={"domain": list(ends), "nice": False}, axis={"grid": False}
+        )
+        for along, name, ends in (("x", "old", x), ("y", "new", y))
     }
     color = _field("series", "nominal", scale={"domain": [*colors], "range": [*colors.values()]})
     tooltip = _tip(("name", "model", ""), ("old", "old, %", ".2f"), ("new", "new, %", ".2f"), ("h", "H", ".2f"), *tips)
-    equal = equal_h(x, y)
+    layers = _lines_of_equal_h(equal_h(x, y), axes)
+    if paths:
+        line = {"type": "line", "strokeWidth": 1.8, "opacity": 0.75}
+        order = _field("order", "quantitative")
+        layers.append(
+            {"data": {"values": list(paths)}, "mark": line, "encoding": axes | {"color": color, "order": order}}
+        )
+    points = {"values": list(rows)}
+    layers += _intervals(points, axes, color)
+    size = {"condition": {"test": "datum.large", "value": 190}, "value": 80}
+    shape = {"condition": {"test": "datum.large", "value": "diamond"}, "value": "circle"}
+    point = {"type": "point", "filled": True, "opacity": 1, "stroke": "var(--card)", "strokeWidth": 1.5}
+    encoding = axes | {"color": color, "size": size, "shape": shape, "tooltip": tooltip}
+    layers.append({"data": points, "mark": point | {"cursor": "pointer"}, "encoding": encoding})
+    if labelled:
+        layers += _names(points, axes, color, (x[0] + x[1]) / 2)
+    return {
+        "layer": layers,
+        "width": "container",
+        "height": 360,
+        "usermeta": {"narrow": {"height": 300}},
+        "resolve": {"scale": {"color": "shared"}},
+    }
+
+
+def _lines_of_equal_h(equal: Sequence[Row], axes: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines, and H at the end of each."""
     last = {row["h"]: row for row in equal}
-    layers: list[dict[str, Any]] = [
+    return [
         {
             "data": {"values": equal},
             "mark": {"type": "line", "strokeWidth": 1, "color": "var(--line)", "clip": True},
@@ -197,14 +221,13 @@ def old_against_new(
             "encoding": axes | {"text": {"value": {"expr": "'H ' + format(datum.h, '~g')"}}, "tooltip": None},
         },
     ]
-    if paths:
-        line = {"type": "line", "strokeWidth": 1.8, "opacity": 0.75}
-        order = _field("order", "quantitative")
-        layers.append(
-            {"data": {"values": list(paths)}, "mark": line, "encoding": axes | {"color": color, "order": order}}
-        )
-    points = {"values": list(rows)}
+
+
+def _intervals(points: dict[str, Any], axes: dict[str, Any], color: dict[str, Any]) -> list[dict[str, Any]]:
+    """The intervals of old and of new as a cross through each point that has them."""
     known = {"filter": "isValid(datum.old_low) && isValid(datum.new_low)"}
+    rule = {"type": "rule", "opacity": 0.55, "strokeWidth": 1.5}
+    layers = []
     for first, along, across in (("old", "x", "y"), ("new", "y", "x")):
         encoding: dict[str, Any] = {
             along: {**axes[along], "field": f"{first}_low"},
@@ -212,38 +235,20 @@ def old_against_new(
             across: axes[across],
             "color": color,
         }
-        rule = {"type": "rule", "opacity": 0.55, "strokeWidth": 1.5}
         layers.append({"data": points, "transform": [known], "mark": rule, "encoding": encoding})
-    size = {"condition": {"test": "datum.large", "value": 190}, "value": 80}
-    shape = {"condition": {"test": "datum.large", "value": "diamond"}, "value": "circle"}
-    point = {
-        "type": "point",
-        "filled": True,
-        "opacity": 1,
-        "stroke": "var(--card)",
-        "strokeWidth": 1.5,
-        "cursor": "pointer",
-    }
-    encoding = axes | {"color": color, "size": size, "shape": shape, "tooltip": tooltip}
-    layers.append({"data": points, "mark": point, "encoding": encoding})
-    if labelled:
-        middle = (x[0] + x[1]) / 2
-        for test, align, dx in ((f"datum.old <= {middle}", "left", 10), (f"datum.old > {middle}", "right", -10)):
-            mark = {
-                "type": "text",
-                "align": align,
-                "dx": dx,
-                "dy": -10,
-                "fontSize": 12.5,
-                "fontWeight": 600,
-                "limit": 180,
-            }
-            encoding = axes | {"text": {"field": "name"}, "color": color}
-            layers.append({"data": points, "transform": [{"filter": test}], "mark": mark, "encoding": encoding})
-    return {
-        "layer": layers,
-        "width": "container",
-        "height": 360,
-        "usermeta": {"narrow": {"height": 300}},
-        "resolve": {"scale": {"color": "shared"}},
-    }
+    return layers
+
+
+def _names(points: dict[str, Any], axes: dict[str, Any], color: dict[str, Any], middle: float) -> list[dict[str, Any]]:
+    """Each point's name on the side where there is room for it."""
+    text = {"dy": -10, "fontSize": 12.5, "fontWeight": 600, "limit": 180}
+    encoding = axes | {"text": {"field": "name"}, "color": color}
+    return [
+        {
+            "data": points,
+            "transform": [{"filter": test}],
+            "mark": {"type": "text", "align": align, "dx": dx, **text},
+            "encoding": encoding,
+        }
+        for test, align, dx in ((f"datum.old <= {middle}", "left", 10), (f"datum.old > {middle}", "right", -10))
+    ]
