@@ -63,7 +63,7 @@ def _with_read_calls(message: dict[str, Any]) -> dict[str, Any]:
 def with_read_images(message: dict[str, Any], record: Record, beside: Iterator[Path | bytes]) -> dict[str, Any]:
     """A message whose images are read: a template would look for their paths in the working directory.
 
-    Image parts that name no file take the next of those ``beside`` the messages.
+    Image parts that name no file take the next of those ``beside`` the messages. Raises DataError.
     """
     content = message.get("content")
     if not isinstance(content, list):

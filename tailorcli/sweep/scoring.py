@@ -61,7 +61,7 @@ def distilled_inputs(inputs: Inputs) -> dict[str, Any]:
 
 @contextmanager
 def named(setting: Setting) -> Iterator[None]:
-    """An error says which setting it is of."""
+    """A TailorError that is raised says which setting it is of."""
     try:
         yield
     except TailorError as error:

@@ -76,7 +76,7 @@ def clear(folder: Path, work: Path) -> None:
 
 
 def begin(work: Path, identity: Mapping[str, Any]) -> None:
-    """The folder in which this run keeps its states."""
+    """Make the folder in which this run keeps its states. Raises OutputError."""
     try:
         work.mkdir(parents=True, exist_ok=True)
         if not (work / IDENTITY).exists():
