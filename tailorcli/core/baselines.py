@@ -261,7 +261,7 @@ def released_layer(
 def released_sweep(
     base: Tensor, delta: Tensor, upper: Tensor, density: float, block_size: int
 ) -> tuple[Tensor, Tensor]:
-    """The compensation C (O, I) and the mask of the released code, from left to right; see ``released_layer``.
+    """The compensation C (O, I), which holds on the mask, and the mask of the released code; see ``released_layer``.
 
     Raises NumericalError where the score overflows float32.
     """
@@ -284,7 +284,7 @@ def released_sweep(
             torch.mul(block[j], put_back[j] / factor[j, j], out=errors[j])
             block[j + 1 :].addr_(factor[j, j + 1 :], errors[j])
         work[stop:].addmm_(upper[start:stop, stop:].T, errors)
-    return torch.where(mask, work.T - delta, 0.0), mask
+    return work.T - delta, mask
 
 
 def _z_score(block: Tensor) -> Tensor:

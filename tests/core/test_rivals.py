@@ -79,20 +79,21 @@ def test_a_stack_of_matrices_is_denoised_one_by_one():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dg_hard_leaves_vectors_and_small_matrices_tuned(dtype):
     for shape in ((2000,), (31, 33), (4, 31, 33), (1, 1)):
-        base = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-        tuned = (base + 0.1).to(dtype)
+        base, tuned = torch.randn((2, *shape), generator=torch.Generator().manual_seed(1)).to(dtype)
         assert base[0].numel() < SMALLEST
         result = baseline_layer(base, tuned, method="dg-hard", density=0.1)
         assert bits(result.patched) == bits(tuned)
         assert result.figures.kept == base.numel()
+        half = baseline_layer(base, tuned, method="dg-hard", density=0.1, weight=0.5)
+        torch.testing.assert_close(half.patched, (base + tuned) / 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dg_hard_adds_what_is_left_of_the_change_and_rounds_once(dtype):
     base, tuned = weights(64, 48, dtype=dtype)
-    change, _ = denoised_oracle(tuned.double() - base.double(), 1.0)
-    for weight in (1.0, 0.5):
-        result = baseline_layer(base, tuned, method="dg-hard", density=0.1, weight=weight)
+    for weight, scale in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.5)):
+        change, _ = denoised_oracle(tuned.double() - base.double(), scale)
+        result = baseline_layer(base, tuned, method="dg-hard", density=0.1, weight=weight, threshold_scale=scale)
         exact = base.double() + weight * torch.from_numpy(change)
         spacing = torch.finfo(dtype).eps * exact.abs().clamp(min=1e-3)
         assert ((result.patched.double() - exact).abs() <= 0.51 * spacing + 1e-5).all()

@@ -1,6 +1,8 @@
 """The methods that Model Tailor is compared with: dense oracles, distributions, and the same run as the paper's."""
 
 import json
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from tailorcli.core import (
     select_mask,
     tailor_layer,
 )
-from tailorcli.core.baselines import digit_counts, mask_above, value_of_digits
+from tailorcli.core.baselines import _CHUNK, digit_counts, mask_above, value_of_digits
 from tailorcli.core.hessian import prepare
 from tailorcli.core.scores import digit_of_rank
 from tailorcli.patchfile.report import options_shown
@@ -67,13 +69,34 @@ def pair(rows=40, columns=30, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_interpolation_is_rounded_once_and_ends_at_the_two_models(dtype):
     base, tuned = pair(dtype=dtype)
-    base[0, 0], tuned[0, 0] = -0.0, 0.0
+    base[0, :3], tuned[0, :3] = torch.tensor([-0.0, 1.0, -1.0]), torch.tensor([0.0, -0.0, -0.0])
     assert bits(interpolate(base, tuned, 0.0)) == bits(base)
     assert bits(interpolate(base, tuned, 1.0)) == bits(tuned)
     for weight in (0.25, 0.5, 0.9):
         exact = base.double() + weight * (tuned.double() - base.double())
         spacing = torch.finfo(dtype).eps * exact.abs().clamp(min=1e-3)
         assert ((interpolate(base, tuned, weight).double() - exact).abs() <= 0.51 * spacing + 1e-7).all()
+
+
+def test_interpolation_towards_wider_weights_is_rounded_once():
+    """0.6 of the way to 1 + 3/512 is nearer to 1 than to bfloat16's next number, 1 + 4/512, to which tuned rounds."""
+    base, tuned = torch.ones(1, 1, dtype=torch.bfloat16), torch.full((1, 1), 1 + 3 / 512)
+    assert interpolate(base, tuned, 0.6).item() == 1.0
+
+
+@pytest.mark.parametrize("density", [0.001, 0.3, 0.85])
+def test_dares_draws_are_the_32_bit_numbers_of_numpys_generator(density):
+    size = _CHUNK + 3
+    draws = np.random.Generator(np.random.PCG64(7)).integers(0, 2**32, size, dtype=np.uint32)
+    assert np.array_equal(random_mask(size, density, 7).numpy(), draws < density * 2**32)
+
+
+@pytest.mark.parametrize(("draw", "kept", "not_kept"), [(0, 2**-32, 0.0), (2**64 - 1, 1.0, 1 - 2**-32)])
+def test_dares_smallest_and_largest_draws_are_kept_at_their_densities(monkeypatch, draw, kept, not_kept):
+    always = SimpleNamespace(random_raw=lambda count: np.full(count, draw, dtype=np.uint64))
+    monkeypatch.setattr(np.random, "PCG64", lambda seed: always)
+    assert random_mask(5, kept, 0).all()
+    assert not random_mask(5, not_kept, 0).any()
 
 
 def test_dare_keeps_the_share_and_the_mean():
@@ -100,10 +123,11 @@ def test_counting_digits_finds_the_threshold(size, density, seed, levels):
     delta = torch.from_numpy(generator.standard_normal(size).astype(np.float32))
     if levels < 1000:
         delta = (delta * levels).round()  # many ties, zeros of both signs
-    delta, count = delta.view(1, -1), max(1, round(density * size))
-    upper, rank = digit_of_rank(digit_counts(delta), count)
-    lower, rank = digit_of_rank(digit_counts(delta, upper), rank)
-    mask, left = mask_above(delta, value_of_digits(upper, lower), rank)
+    delta, count = delta.view(-1, 1), max(1, round(density * size))
+    with patch("tailorcli.core.baselines._CHUNK", 100):
+        upper, rank = digit_of_rank(digit_counts(delta), count)
+        lower, rank = digit_of_rank(digit_counts(delta, upper), rank)
+        mask, left = mask_above(delta, value_of_digits(upper, lower), rank)
     assert left == 0
     assert torch.equal(mask, select_mask(delta.abs(), count))
 
@@ -135,7 +159,8 @@ def released_oracle(base, tuned, hessian, density, damping, block):
     change, out = abs(w - base), np.empty_like(w)
 
     def z(x):
-        return (x - x.mean(1, keepdims=True)) / x.std(1, ddof=1, keepdims=True)
+        spread = x.std(1, ddof=1, keepdims=True) if x.shape[1] > 1 else np.zeros((len(x), 1))
+        return np.divide(x - x.mean(1, keepdims=True), spread, out=np.zeros_like(x), where=spread > 0)
 
     for start in range(0, w.shape[1], block):
         columns = slice(start, min(start + block, w.shape[1]))
@@ -152,19 +177,29 @@ def released_oracle(base, tuned, hessian, density, damping, block):
     return out
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_the_released_code_is_reproduced(transposed):
+@pytest.mark.parametrize(("transposed", "block"), [(False, 8), (True, 8), (False, 29)])
+def test_the_released_code_is_reproduced(transposed, block):
+    """Also where a row did not change, and in a last block of one column: neither has a z-score."""
     base, tuned = pair()
+    tuned[3] = base[3]
     if transposed:
         base, tuned = base.T.contiguous(), tuned.T.contiguous()
     hessian = random_hessian(30)
     prepared = prepare(hessian, 0.01, sensitivity=False, sequential=True)
-    result = released_layer(base, tuned, prepared, density=0.25, transposed=transposed, block_size=8)
+    result = released_layer(base, tuned, prepared, density=0.25, transposed=transposed, block_size=block)
     dense = (base.T, tuned.T) if transposed else (base, tuned)
-    expected = released_oracle(*dense, hessian, 0.25, 0.01, 8)
+    expected = released_oracle(*dense, hessian, 0.25, 0.01, block)
     found = result.patched.T if transposed else result.patched
     assert np.allclose(found.numpy(), expected, atol=1e-4)
-    assert result.figures.kept == int(result.mask.sum()) == sum(round(0.25 * 40 * n) for n in (8, 8, 8, 6))
+    assert (
+        result.figures.kept
+        == int(result.mask.sum())
+        == sum(round(10 * min(block, 30 - n)) for n in range(0, 30, block))
+    )
+    error = Oracle.error(found, dense[1], hessian) / Oracle.error(dense[0], dense[1], hessian)
+    assert result.figures.error_after == pytest.approx(error, rel=1e-3)
+    how = {"density": 0.25, "transposed": transposed, "block_size": block, "weight": 0.5}
+    torch.testing.assert_close(released_layer(base, tuned, prepared, **how).patched, (base + result.patched) / 2)
 
 
 # --- Whole runs ------------------------------------------------------------------------------------------------
@@ -213,6 +248,7 @@ def test_the_values_are_those_of_the_method(llama_pair, tmp_path, name):
             mask, scale = places[n].view(delta.shape), 1.0
         assert torch.allclose(change, torch.where(mask, scale * delta, 0.0), atol=1e-6)
         assert record["kept"] == int(mask.sum())
+        assert record["distance_after"] == pytest.approx(float(change.abs().sum()), rel=1e-4)
     if name == "magnitude global":
         assert report.totals["kept"] == round(0.2 * flat.numel())
 
