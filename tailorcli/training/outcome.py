@@ -270,6 +270,7 @@ def _raw(value: Tensor) -> Tensor:
 
 
 def _square(value: Tensor) -> float:
+    """The sum of squares, without what a base may hold that is no finite number."""
     import torch
 
-    return float(torch.linalg.vector_norm(value, dtype=torch.float64).square())
+    return float(torch.linalg.vector_norm(value.where(value.isfinite(), 0.0), dtype=torch.float64).square())

@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from tailorcli import Checkpoint
-from tailorcli.errors import OptionsError
+from tailorcli.errors import NumericalError, OptionsError
+from tailorcli.patchfile.report import FINETUNE_FILE
 from tailorcli.runs.card import is_ours
 from tailorcli.training import SparseTuning
 from tailorcli.training.carded import Given, side_files_of
+from tailorcli.training.outcome import FinetuneReport, TensorChange, memory_of, write_outcome
 from tailorcli.training.resuming import SUFFIX
 from tailorcli.training.settings import FinetuneOptions
 
@@ -68,6 +70,88 @@ def test_tensors_of_another_dtype_than_the_run_stay_where_they_are_frozen(pair, 
     moved = shares(folder / "base", tmp_path / "out")
     assert {name for name, share in moved.items() if share} <= {n for n in moved if "layers.1." in n}
     assert moved["model.layers.1.mlp.up_proj.weight"] > 0.5
+
+
+def written(base, trained, folder, name="model.safetensors"):
+    """What ``write_outcome`` makes of tensors before and after training: its report and the tensors in its folder."""
+    for role, tensors in (("base", base), ("trained", trained)):
+        (folder / role).mkdir()
+        save_file(tensors, folder / role / name, metadata={"format": "pt"})
+    facts = {"base": "b", "method": "full", "trained": [], "unscored": {"n": "no scores"}, "losses": [(2, 1.5)]}
+    facts |= {"steps": 2, "examples": 3, "tokens": 50, "learnt_tokens": 40, "seconds": 1.5}
+    facts |= {"peak_memory_bytes": 7, "peak_cuda_bytes": None}
+    with Checkpoint.open(folder / "base") as opened:
+        how = (opened, {}, FinetuneOptions(), folder / "trained", folder / "out")
+        report = write_outcome(*how, {"run": "r"}, facts, {})
+    return report, load_file(folder / "out" / name)
+
+
+def test_an_outcome_is_the_bases_but_for_what_training_moved(tmp_path):
+    base = {
+        "moved": torch.tensor([1.0, 2.0, 3.0, 4.0]),
+        "sign": torch.tensor([-0.0, 1.0], dtype=torch.bfloat16),
+        "coarse": torch.tensor([256.0], dtype=torch.bfloat16),
+        "finer": torch.tensor([1 + 2**-20, 1 + 2**-20, 2.0]),  # than bfloat16, in which it was trained
+        "endless": torch.tensor([torch.inf, 2.0]),
+        "count": torch.tensor([1, 2]),
+        "empty": torch.zeros(0),
+    }
+    trained = {
+        "moved": torch.tensor([1.0, 2.0, 3.0, 7.0]),
+        "sign": torch.tensor([0.0, 1.0]),
+        "coarse": torch.tensor([1 + 2**-7]),
+        "finer": torch.tensor([1.0, 1.5, 2.0], dtype=torch.bfloat16),
+        "endless": torch.tensor([torch.inf, 5.0]),
+        "count": torch.tensor([3, 4]),
+        "empty": torch.zeros(0),
+    }
+    report, out = written(base, trained, tmp_path)
+    wanted = base | {"moved": trained["moved"], "endless": trained["endless"]}
+    wanted |= {name: trained[name].bfloat16() for name in ("sign", "coarse")}
+    wanted["finer"] = torch.tensor([1 + 2**-20, 1.5, 2.0])
+    assert {name: (value.dtype, bits(value)) for name, value in out.items()} == {
+        name: (value.dtype, bits(value)) for name, value in wanted.items()
+    }
+    found = {change.name: change for change in report.tensors}
+    assert found.keys() == base.keys() - {"count"}
+    assert found["moved"] == TensorChange("moved", 4, moved=1, change=pytest.approx(9.0), base=pytest.approx(30.0))
+    assert (found["moved"].share, found["moved"].drift) == (0.25, pytest.approx(0.3**0.5))
+    assert (found["sign"].moved, found["sign"].change) == (1, 0.0)
+    assert found["coarse"].change == pytest.approx((255 - 2**-7) ** 2, rel=1e-9)
+    assert (found["finer"].moved, found["finer"].change) == (1, pytest.approx((0.5 - 2**-20) ** 2))
+    assert (found["endless"].moved, found["endless"].change, found["endless"].base) == (1, 9.0, 4.0)
+    assert (found["empty"].share, found["empty"].drift) == (0.0, 0.0)
+
+
+def test_the_report_in_an_output_is_that_of_its_run(tmp_path):
+    base = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([12.0])}
+    report, _ = written(base, {"a": torch.tensor([3.0, 7.0]), "b": torch.tensor([16.0])}, tmp_path)
+    read = FinetuneReport.read(tmp_path / "out" / FINETUNE_FILE)
+    assert read.to_dict() | {"losses": [[2, 1.5]]} == report.to_dict()
+    assert (report.moved, report.numel, report.drift) == (2, 3, pytest.approx(5 / 13))
+    assert (report.steps, report.examples, report.tokens, report.learnt_tokens) == (2, 3, 50, 40)
+    assert (report.losses, report.unscored, report.seconds) == ([[2, 1.5]], {"n": "no scores"}, 1.5)
+    assert (report.peak_memory_bytes, report.peak_cuda_bytes, report.identity) == (7, None, {"run": "r"})
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, 3.3e38])
+def test_a_trained_value_that_the_bases_dtype_cannot_hold_is_refused(tmp_path, value):
+    with pytest.raises(NumericalError, match="NaN or infinity in tensor 'a'"):
+        written({"a": torch.ones(2, dtype=torch.float16)}, {"a": torch.tensor([1.0, value])}, tmp_path)
+
+
+def test_the_memory_of_a_fine_tune_is_counted_by_what_takes_it():
+    """Of 10 trained entries in bfloat16, in a model of 40 bytes, with an optimiser that holds 80."""
+    common = {"weights": 40, "gradients": 20, "optimiser": 80}
+    wanted = {
+        "full": {},
+        "spider": {"base's copy": 20, "accumulated gradient": 40},
+        "l2": {"base's copy": 20},
+        "dowser": {"mask": 2, "copy for a step": 20},
+    }
+    for method, more in wanted.items():
+        assert memory_of(method, 40, 10, 2, 80, puts_back=True) == common | more
+    assert memory_of("dowser", 40, 10, 2, None, puts_back=False) == {"weights": 40, "gradients": 20, "mask": 2}
 
 
 def test_a_base_in_float16_is_trained_in_float32(tmp_path):
