@@ -126,8 +126,20 @@ def test_what_does_not_go_with_fp8_is_refused(fp8_pair, tmp_path):
     assert sorted(tmp_path.iterdir()) == []
 
 
+def inputs_of(folder, samples, name):
+    """What goes into the named module of a model when it runs over samples, in float64."""
+    from transformers import AutoModelForCausalLM
+
+    network, seen = AutoModelForCausalLM.from_pretrained(folder).eval(), []
+    network.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for inputs in samples:
+            network(**inputs)
+    return torch.cat(seen).double()
+
+
 def test_propagation_sees_the_rounded_weights_and_resumes_to_the_same_bytes(fp8_pair, tmp_path):
-    folder, _ = fp8_pair
+    folder, values = fp8_pair
     few = CalibrateOptions(num_samples=12)  # each goes through four models
     stats = {"tuned": tmp_path / "stats", "base": tmp_path / "retain"}
     for which, place in stats.items():
@@ -146,6 +158,15 @@ def test_propagation_sees_the_rounded_weights_and_resumes_to_the_same_bytes(fp8_
     name = "model.layers.1.self_attn.o_proj.weight"
     same = out[name].view(torch.uint8) == base[name].view(torch.uint8)
     assert 0.69 < same.float().mean() < 1.0
+    with closing(open_checkpoint(tmp_path / "whole")) as whole:
+        written = {n: whole.read(n).float() for n in values["base"]}
+    models = (
+        as_plain(tmp_path / "x", folder / "tuned", values["tuned"]),
+        as_plain(tmp_path / "y", tmp_path / "whole", written),
+    )
+    x, y = (inputs_of(model, Stats.open(stats["tuned"]).samples(), name.removesuffix(".weight")) for model in models)
+    record = next(record for record in report.tensors if record.name == name)
+    assert record.input_shift == pytest.approx(float((x - y).square().sum() / x.square().sum()), rel=1e-3)
 
 
 MIXED = {"a quantised base": ("block", None), "a quantised tuned": (None, "block"), "two schemes": ("block", "channel")}

@@ -4,6 +4,7 @@ import json
 import shutil
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 from typer.testing import CliRunner
 
 from tailorcli import PatchOptions, TailorError, apply_patch, calibrate_model, patch_checkpoint, plan_patch
@@ -43,7 +46,7 @@ from tailorcli.options import CalibrateOptions
 from tailorcli.patchfile.report import load_report
 from tailorcli.patchfile.writer import PatchWriter
 from tailorcli.patching.cost import propagation_bytes
-from tailorcli.patching.propagate import Propagation, _spread
+from tailorcli.patching.propagate import Propagation, _are_aligned, _spread
 
 PROPAGATED = PatchOptions(propagate=True, retain_weight=0.3, damping=0.1)
 FEW = CalibrateOptions(num_samples=12)  # each sample goes through up to four models
@@ -181,6 +184,20 @@ def test_a_float16_model_with_large_activations_reports_the_shifts_of_a_float32_
     assert shifts["float16"].keys() == shifts["float32"].keys()
     for name, found in shifts["float16"].items():
         assert found == pytest.approx(shifts["float32"][name], rel=0.05, abs=1e-4), name
+
+
+def test_weights_are_fitted_as_they_are_stored_where_the_models_run_in_fewer_bits(pair, tmp_path):
+    for which in ("tuned", "base"):
+        calibrate_model(pair / which, pair / "data.jsonl", tmp_path / which, replace(FEW, dtype="bfloat16"))
+    report = patch_checkpoint(
+        *(pair / "base", pair / "tuned", tmp_path / "out", tmp_path / "tuned", PROPAGATED), retain=tmp_path / "base"
+    )
+    assert report.totals["propagated"] == 3 * 7 + 1
+    base, out = read_tensors(pair / "base"), read_tensors(tmp_path / "out")
+    for record in report.tensors:
+        assert out[record.name].dtype == torch.float32
+        assert int((out[record.name] != base[record.name]).sum()) <= record.kept
+        assert not record.propagated or not torch.equal(out[record.name], out[record.name].bfloat16().float())
 
 
 def test_the_fit_has_its_earlier_name_in_the_core():
@@ -453,7 +470,7 @@ def test_weights_that_the_models_hold_are_not_read_again(pair, whole, tmp_path, 
 
 def test_an_interrupted_patch_file_is_finished_to_the_same_bytes(pair, whole_file, tmp_path):
     """No checkpoint is at hand from which the finished blocks could be read: they are worked out again."""
-    with broken_off(PatchWriter, 9):
+    with broken_off(PatchWriter, 16):
         run(pair, None, patch_file=tmp_path / "p.safetensors")
     run(pair, None, replace(PROPAGATED, resume=True), patch_file=tmp_path / "p.safetensors")
     assert (tmp_path / "p.safetensors").read_bytes() == whole_file.read_bytes()
@@ -587,6 +604,79 @@ def test_other_families_are_propagated_as_far_as_their_inputs_can_be_told(tmp_pa
     assert changed == set(fitted)
     assert [r.name for r in report.tensors] == [r.name for r in plain.tensors]
     assert [r.kept for r in report.tensors] == [r.kept for r in plain.tensors]
+
+
+@pytest.mark.parametrize(
+    ("lane", "mate", "tokens", "expected"),
+    [
+        ((2, 5, 4), (2, 5, 4), 10, True),
+        ((10, 4), (10, 4), 10, True),  # flattened
+        ((6, 4), (6, 4), 10, False),  # as many were routed here in both models, but which?
+        ((6, 4), (7, 4), 10, False),
+        ((6, 4), (6, 4), None, True),  # outside the blocks
+    ],
+)
+def test_inputs_are_of_the_same_tokens_where_all_of_them_are_there(lane, mate, tokens, expected):
+    lane, mate = (SimpleNamespace(held=[torch.zeros(shape)]) for shape in (lane, mate))
+    assert _are_aligned(SimpleNamespace(lane=lane, mate=mate, tokens=tokens)) == expected
+
+
+def test_a_layer_that_tuning_left_as_it_was_stays_at_base_and_one_without_retained_statistics_is_not_fitted(
+    pair, tmp_path
+):
+    shutil.copytree(pair / "tuned", tmp_path / "tuned")
+    base, tensors = read_tensors(pair / "base"), read_tensors(pair / "tuned")
+    frozen, unknown = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
+    save_file(tensors | {frozen: base[frozen]}, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    few = CalibrateOptions(num_samples=4)
+    calibrate_model(tmp_path / "tuned", pair / "data.jsonl", tmp_path / "stats", few)
+    calibrate_model(pair / "base", pair / "data.jsonl", tmp_path / "retain", replace(few, exclude=(unknown,)))
+    common = (pair / "base", tmp_path / "tuned", tmp_path / "out", tmp_path / "stats", PROPAGATED)
+    report = patch_checkpoint(*common, retain=tmp_path / "retain")
+    assert {record.name for record in report.tensors if record.kind == "full" and not record.propagated} == {
+        frozen,
+        unknown,
+    }
+    out = read_tensors(tmp_path / "out")
+    assert bits(out[frozen]) == bits(base[frozen])
+    assert not torch.equal(out[unknown], base[unknown])
+
+
+def test_the_fit_is_made_as_it_was_asked_for(pair, tmp_path, monkeypatch):
+    given_, sums = [], set()
+
+    def solve(*tensors, **how):
+        given_.append(how)
+        return solve_propagated(*tensors, **how)
+
+    def empty(size, device, dtype):
+        sums.add(dtype)
+        return no_moments(size, device, dtype)
+
+    monkeypatch.setattr("tailorcli.patching.propagate.solve_propagated", solve)
+    monkeypatch.setattr("tailorcli.patching.propagate.no_moments", empty)
+    for which in ("tuned", "base"):
+        few = CalibrateOptions(num_samples=4, deterministic=True)
+        calibrate_model(pair / which, pair / "data.jsonl", tmp_path / which, few)
+    how = {"retain_weight": 0.6, "damping": 0.2, "tolerance": 0.003, "max_iterations": 7}
+    common = (pair / "base", pair / "tuned", None, tmp_path / "tuned", PatchOptions(propagate=True, **how))
+    patch_checkpoint(*common, retain=tmp_path / "base", patch_file=tmp_path / "p.safetensors")
+    assert given_ == [how | {"transposed": False}] * (3 * 7 + 1)
+    assert sums == {torch.float64}
+
+
+def test_a_layer_that_is_called_twice_keeps_its_plain_patch(pair, tmp_path, monkeypatch):
+    def forward(mlp, x):
+        inner = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        return mlp.down_proj(inner) + mlp.down_proj(inner.square())
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    for which in ("tuned", "base"):
+        calibrate_model(pair / which, pair / "data.jsonl", tmp_path / which, CalibrateOptions(num_samples=4))
+    common = (pair / "base", pair / "tuned", None, tmp_path / "tuned", PROPAGATED)
+    report = patch_checkpoint(*common, retain=tmp_path / "base", patch_file=tmp_path / "p.safetensors")
+    plain = {record.name for record in report.tensors if record.kind == "full" and not record.propagated}
+    assert plain == {f"model.layers.{number}.mlp.down_proj.weight" for number in range(3)}
 
 
 def test_an_adapter_is_propagated_as_the_model_that_it_makes(tmp_path):
