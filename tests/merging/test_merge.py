@@ -283,6 +283,24 @@ def test_the_order_of_tasks_changes_nothing_but_rounding(tasks, tmp_path, method
         torch.testing.assert_close(first[name], second[name], atol=2e-6, rtol=0)
 
 
+def test_a_weight_is_that_of_the_patch_in_its_place(tasks, tmp_path):
+    merge(tasks, tmp_path / "out", "patches", weights=(1.0, 3.0))
+    name = "model.layers.0.mlp.up_proj.weight"
+    base, one, two, out = (read_tensors(tasks / n)[name] for n in ("base", "one-out", "two-out", tmp_path / "out"))
+    both = (one != base) & (two != base)
+    assert both.any()
+    torch.testing.assert_close(out[both], (one[both] + 3 * two[both]) / 4)
+
+
+def test_statistics_of_none_of_the_models_are_refused(tasks, tmp_path):
+    calibrate_model(tasks / "base", tasks / "data.jsonl", tmp_path / "other", CalibrateOptions(num_samples=4))
+    patches, tuned, stats = inputs_of(tasks, "joint")
+    with pytest.raises(TailorError, match=r"--stats .*other belongs to none of the patches"):
+        merge_patches(
+            *(tasks / "base", patches, tmp_path / "x", tuned, [*stats, tmp_path / "other"]), MergeOptions("joint")
+        )
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_merged_tensors_against_the_equations(tasks, tmp_path, method):
     """Every tensor of the output is what the functions of the core make of the same inputs."""
