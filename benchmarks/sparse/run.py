@@ -70,7 +70,8 @@ def phases(benches: Sequence[Bench], plan: Plan) -> Iterator[tuple[str, list[tup
             begin = {row: first.part.first_rate(row) for row in rows} | picked(first, TUNED_AT, rows)
             yield f"{depth}, first rates", over(benches, depth, begin.items(), TEST)
             yield f"{depth}, other rates", over([first], depth, tried, VALIDATION)
-            yield f"{depth}, beyond the edge", over([first], depth, beyond(first, depth, rows), VALIDATION)
+            for _ in first.part.wider:  # the best may lie at the edge again
+                yield f"{depth}, beyond the edge", over([first], depth, beyond(first, depth, rows), VALIDATION)
             yield f"{depth}, best rates", over(benches, depth, picked(first, depth, rows).items(), TEST)
     spider = Row("spider")
     if TUNED_AT in depths and spider in plan.rows:

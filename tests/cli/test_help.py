@@ -202,7 +202,7 @@ def test_ctrl_c_promises_only_what_the_command_has(arguments, says, monkeypatch)
         "merge-multi": "merging.merge.merge_patches",
         "calibrate": "calibration.calibrate.calibrate_model",
         "evaluate": "evaluation.evaluate.evaluate_models",
-        "sweep": "sweep.run_sweep",
+        "sweep": "sweep.run.run_sweep",
     }
 
     def interrupted(*_, **__):
