@@ -27,8 +27,6 @@ HOLLOW_HINT = (
     "DeepSpeed ZeRO-3 saved it without gathering its weights: set stage3_gather_16bit_weights_on_model_save, or make "
     "the checkpoint with zero_to_fp32.py"
 )
-# Files of an adapter that was merged into these very weights may lie beside them: transformers would apply it again.
-_NO_ADAPTER = {"subfolder": "an adapter that was merged"}
 
 
 def load_encoder(folder: Path, model: Path, has_media: bool, options: LoadOptions) -> Encoder:
@@ -192,7 +190,10 @@ def load_model(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOpti
     """
     import torch
 
-    if checkpoint.dequantized or not checkpoint.is_found or any(unwrapped(n) != n for n in checkpoint.tensors):
+    # An adapter that was merged into these very weights may lie beside them: transformers would apply it again.
+    beside = (checkpoint.path / "adapter_config.json").exists()
+    wrapped = any(unwrapped(name) != name for name in checkpoint.tensors)
+    if checkpoint.dequantized or not checkpoint.is_found or wrapped or beside:
         from tailorcli.models.parts import load_from_view  # which imports this module
 
         return load_from_view(checkpoint, config, options, folder)
@@ -209,7 +210,6 @@ def load_model(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOpti
                 local_files_only=True,
                 trust_remote_code=options.trust_remote_code,
                 output_loading_info=True,
-                adapter_kwargs=_NO_ADAPTER,
             )
         except Exception as error:  # transformers raises whatever its parts raise
             raise cannot_load(path, config, error, options) from error

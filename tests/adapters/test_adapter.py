@@ -480,7 +480,7 @@ def dropped(*names):
 
 
 def added(name, *shape, dtype=torch.float32):
-    return lambda tensors: tensors | {name: torch.ones(shape, dtype=dtype)}
+    return lambda tensors: tensors | {name: torch.ones(shape).to(dtype)}
 
 
 TENSORS = {
