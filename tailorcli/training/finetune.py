@@ -245,7 +245,7 @@ def read_arguments(file: Path) -> dict[str, Any]:
     import transformers
     import yaml
 
-    hint = "write names and values, such as activation_checkpointing: true"
+    hint = "write names and values, such as lr_scheduler_type: cosine"
     try:
         value = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
