@@ -221,7 +221,7 @@ def check_target(target: str | Aim, options: PatchOptions) -> Aim:
 
 
 def searched(options: PatchOptions) -> PatchOptions:
-    """These options for closed forms of which one may be written as it is: propagated, as one that is not trained.
+    """These options for closed forms: propagated, as by default without training; the density is picked by them.
 
     Raises OptionsError, as ``PatchOptions.resolved`` does.
     """
