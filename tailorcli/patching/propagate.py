@@ -172,7 +172,7 @@ class Propagation:
         self._models = models
         self._measuring = measuring
         self._layers = find_layers(models.patched.network)
-        self._loaded: list[str] = []  # blocks
+        self._loaded: str | None = None  # the block that is
         self._hessians: LastPrepared[tuple[Tensor, Tensor]] = LastPrepared()  # of the layers that share their input
         self._reader = ThreadPoolExecutor(1, "hessians")
         self._ahead: tuple[tuple[str, str], Future[list[Tensor]]] | None = None  # of the group that is next
@@ -234,8 +234,7 @@ class Propagation:
             self._finish_group(group)
         left = [tensor for tensor in self._tensors.values() if tensor.name not in self._seen and self._is_own(tensor)]
         for tensor, result, digest in tailored(left, self._run):
-            if not self._run.is_done(tensor.name):
-                self._run.write(tensor, result, digest)
+            self._write(tensor, result, digest)
 
     def _is_own(self, tensor: TensorPlan) -> bool:
         return self._owners[tensor.name] == ranks().rank
@@ -313,8 +312,8 @@ class Propagation:
             layer = self._layer_of(tensor, places.get(tensor.name))
             if layer is not None and tensor.name in self._changed:
                 pending[layer.name.removesuffix(".weight")] = _Pending(layer, tensor, result, digest)
-            elif not self._run.is_done(tensor.name) and self._is_own(tensor):
-                self._run.write(tensor, result, digest)
+            elif self._is_own(tensor):
+                self._write(tensor, result, digest)
         return pending
 
     def _restore(self, chosen: Sequence[TensorPlan]) -> bool:
@@ -327,16 +326,10 @@ class Propagation:
 
     def _layer_of(self, tensor: TensorPlan, place: Place | None) -> Layer | None:
         """The linear layer whose weight a tensor is, whole, if it can be fitted again."""
-        if place is None or len(place.parameters) != 1 or place.part is not None or place.transposed:
+        if place is None or len(place.parameters) != 1 or not tensor.retained_hessians:
             return None
         layer = self._layers.get(place.parameters[0])
-        if (
-            layer is None
-            or not is_linear(layer)
-            or not tensor.retained_hessians
-            or tensor.experts
-            or tensor.role != "linear"
-        ):
+        if layer is None or not is_linear(layer):
             return None
         return layer if tuple(self._parameter(layer).shape) == tensor.shape else None
 
@@ -367,19 +360,17 @@ class Propagation:
 
     def _start_block(self, block: str, waiting: list[Lane]) -> None:
         """Load a block, and tell by a run of one batch in which order its layers are called, and which together."""
-        inside = of_all(name for name in self._loaded if self._is_inside(name))
-        for name in [name for name in self._loaded if name not in inside]:
-            self._models.drop(name)
-            self._loaded.remove(name)
+        if self._loaded is not None:
+            self._models.drop(self._loaded)
             if self._measuring is not None:
-                self._measuring.forget(name)
+                self._measuring.forget(self._loaded)
         if not self._seen.isdisjoint(self._models.patched.parts.tensors[block]):
             raise TailorError(f"the model calls its block {block} more than once", "pass --no-propagate")
         self._models.load_unpatched(block)
         if self._measuring is not None:
             self._measure(block, waiting)
         pending = self._load(block)
-        self._loaded.append(block)
+        self._loaded = block
         for lane in waiting:
             batch = self._batches[lane]
             if lane is batch.lane:
@@ -421,10 +412,6 @@ class Propagation:
         for name in [tensor.name for tensor in chosen]:
             del self._tensors[name]
         self._tensors |= {tensor.name: tensor for tensor in measuring.plan(chosen)}
-
-    def _is_inside(self, block: str) -> bool:
-        """Whether a batch waits within a block."""
-        return any((lane.wanted or "").startswith(f"{block}.") for lane in self._lockstep.lanes)
 
     @contextmanager
     def _moved(self, *lanes: Lane) -> Iterator[None]:
@@ -514,8 +501,7 @@ class Propagation:
         except NumericalError as error:
             raise NumericalError(f"tensor {layer.tensor.name!r}: {error.message}", error.hint) from error
         assert result.patched is not None
-        if not self._run.is_done(layer.tensor.name):
-            self._run.write(layer.tensor, result, layer.digest, facts)
+        self._write(layer.tensor, result, layer.digest, facts)
         return result.patched
 
     def _solve_layer(self, layer: _Pending, plain: LayerResult, group: _Group) -> tuple[LayerResult, dict[str, Any]]:
@@ -594,8 +580,15 @@ class Propagation:
             self._ahead = names, self._reader.submit(self._read_hessians, names)
 
     def _write_plain(self, layer: _Pending) -> None:
-        if self._is_own(layer.tensor) and not self._run.is_done(layer.tensor.name):
-            self._run.write(layer.tensor, layer.result, layer.digest)
+        if self._is_own(layer.tensor):
+            self._write(layer.tensor, layer.result, layer.digest)
+
+    def _write(
+        self, tensor: TensorPlan, result: LayerResult | None, digest: str, facts: dict[str, Any] | None = None
+    ) -> None:
+        """Write a tensor, but where an interrupted run has."""
+        if not self._run.is_done(tensor.name):
+            self._run.write(tensor, result, digest, facts)
 
 
 def _both_hessians(tensor: TensorPlan) -> tuple[str, str]:

@@ -24,8 +24,9 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 from typer.testing import CliRunner
 
 from tailorcli import PatchOptions, TailorError, apply_patch, calibrate_model, patch_checkpoint, plan_patch
@@ -42,11 +43,14 @@ from tailorcli.core.propagation import (
     solve_propagated,
 )
 from tailorcli.core.retain import retain_scale
+from tailorcli.models.layers import find_layers
+from tailorcli.models.places import Place
 from tailorcli.options import CalibrateOptions
 from tailorcli.patchfile.report import load_report
 from tailorcli.patchfile.writer import PatchWriter
 from tailorcli.patching.cost import propagation_bytes
 from tailorcli.patching.propagate import Propagation, _are_aligned, _spread
+from tailorcli.patching.run import Run
 
 PROPAGATED = PatchOptions(propagate=True, retain_weight=0.3, damping=0.1)
 FEW = CalibrateOptions(num_samples=12)  # each sample goes through up to four models
@@ -468,11 +472,17 @@ def test_weights_that_the_models_hold_are_not_read_again(pair, whole, tmp_path, 
     assert all(read_again)
 
 
-def test_an_interrupted_patch_file_is_finished_to_the_same_bytes(pair, whole_file, tmp_path):
+def test_an_interrupted_patch_file_is_finished_to_the_same_bytes(pair, whole_file, tmp_path, monkeypatch):
     """No checkpoint is at hand from which the finished blocks could be read: they are worked out again."""
     with broken_off(PatchWriter, 16):
         run(pair, None, patch_file=tmp_path / "p.safetensors")
+    written = []
+    write = Run.write
+    monkeypatch.setattr(
+        Run, "write", lambda self, tensor, *how: written.append(tensor.name) or write(self, tensor, *how)
+    )
     run(pair, None, replace(PROPAGATED, resume=True), patch_file=tmp_path / "p.safetensors")
+    assert len(written) == len({*written}) == len(read_tensors(pair / "base")) - 16  # the others are there
     assert (tmp_path / "p.safetensors").read_bytes() == whole_file.read_bytes()
 
 
@@ -677,6 +687,70 @@ def test_a_layer_that_is_called_twice_keeps_its_plain_patch(pair, tmp_path, monk
     report = patch_checkpoint(*common, retain=tmp_path / "base", patch_file=tmp_path / "p.safetensors")
     plain = {record.name for record in report.tensors if record.kind == "full" and not record.propagated}
     assert plain == {f"model.layers.{number}.mlp.down_proj.weight" for number in range(3)}
+
+
+def test_a_block_that_is_called_twice_is_one_error(pair, tmp_path, monkeypatch):
+    once = LlamaDecoderLayer.__call__
+    monkeypatch.setattr(LlamaDecoderLayer, "__call__", lambda b, x, **how: once(b, once(b, x, **how), **how))
+    with pytest.raises(TailorError, match=r"calls its block model\.layers\.0 more than once") as raised:
+        run(pair, tmp_path / "out")
+    assert raised.value.hint == "pass --no-propagate"
+    assert run(pair, tmp_path / "plain", replace(PROPAGATED, propagate=False)).totals["kept"] > 0
+
+
+@pytest.mark.parametrize("kind", ["retain", "stats"])
+def test_a_layer_that_one_kind_of_data_does_not_reach_keeps_its_plain_patch(pair, tmp_path, monkeypatch, kind):
+    lengths = {sample["input_ids"].shape[1] for sample in Stats.open(pair / kind).samples()}
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda m, x: x if x.shape[1] in lengths else forward(m, x))
+    report = run(pair, tmp_path / "out")
+    assert {record.name.split(".")[-2] for record in report.tensors if record.propagated} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "lm_head")
+    }
+
+
+def test_models_that_take_other_tokens_through_a_layer_are_not_compared_there(pair, tmp_path, monkeypatch):
+    base = {bits(value) for name, value in read_tensors(pair / "base").items() if "gate_proj" in name}
+    forward = LlamaMLP.forward
+
+    def partly(mlp, x):
+        if x.shape[1] == 12 or bits(mlp.gate_proj.weight.detach()) not in base:  # retained, or of another model
+            return forward(mlp, x)
+        return torch.cat([x[:, :1], forward(mlp, x[:, 1:])], 1)
+
+    monkeypatch.setattr(LlamaMLP, "forward", partly)
+    report = run(pair, tmp_path / "out")
+    assert report.totals["propagated"] == 3 * 7 + 1
+    apart = {record.name.split(".")[-2] for record in report.tensors if record.propagated and not record.output_energy}
+    assert apart == {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_a_layer_is_fitted_again_where_one_linear_module_holds_all_of_its_weight_and_nothing_else():
+    one, other, table = nn.Linear(4, 6), nn.Linear(4, 6), nn.Embedding(6, 4)
+    other.weight = nn.Parameter(one.weight.detach().clone())
+    again = nn.Linear(4, 6)
+    again.weight = other.weight
+    network = nn.ModuleDict({"one": one, "twice": other, "again": again, "table": table, "conv": nn.Conv1d(4, 6, 1)})
+    network.register_parameter("stack", nn.Parameter(torch.zeros(2, 6, 4)))
+    patched = SimpleNamespace(patched=SimpleNamespace(network=network))
+    part = SimpleNamespace(_layers=find_layers(network), _models=patched)
+    part._parameter = lambda layer: Propagation._parameter(part, layer)
+
+    def is_fitted(place, shape=(6, 4), retained=("h",)):
+        tensor = SimpleNamespace(shape=shape, retained_hessians=retained)
+        return Propagation._layer_of(part, tensor, place) is not None
+
+    assert is_fitted(Place(("one.weight",)))
+    assert not is_fitted(Place(("one.weight",)), retained=())
+    assert not is_fitted(Place(("one.weight",)), shape=(3, 4))  # some of its rows
+    assert not is_fitted(Place(("one.weight", "twice.weight")), shape=(12, 4))
+    assert not is_fitted(Place(reason="unknown"))
+    assert not is_fitted(None)
+    for name in ("twice.weight", "table.weight", "one.bias"):
+        assert not is_fitted(Place((name,)), shape=tuple(network.get_parameter(name).shape)), name
+    assert not is_fitted(Place(("conv.weight",)), shape=(6, 4, 1))
+    assert not is_fitted(Place(("stack",), part=1))
+    assert not is_fitted(Place(("stack",), part=1, transposed=True), shape=(4, 6))
 
 
 def test_an_adapter_is_propagated_as_the_model_that_it_makes(tmp_path):

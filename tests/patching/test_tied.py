@@ -123,3 +123,13 @@ def test_copies_that_differ_in_either_are_two_tensors(tmp_path):
     store_twice(folder / "tuned")
     with Checkpoint.open(folder / "base") as base, Checkpoint.open(folder / "tuned") as tuned:
         assert tied_copies(base, tuned) == {EMBEDDING["llama"]: (HEAD,)}
+
+
+def test_the_model_that_is_patched_has_both_names_whichever_it_ties_to_the_other(pairs, tmp_path, monkeypatch):
+    kind, once, twice = pairs
+    run("patch", once / "base", once / "tuned", *ways(once)["propagated"], "-o", tmp_path / "once")
+    model = {"llama": transformers.LlamaForCausalLM, "gpt2": transformers.GPT2LMHeadModel}[kind]
+    monkeypatch.setattr(model, "_tied_weights_keys", {EMBEDDING[kind]: HEAD})
+    run("patch", twice / "base", twice / "tuned", *ways(twice)["propagated"], "-o", tmp_path / "twice")
+    found = read_tensors(tmp_path / "twice")
+    assert all(torch.equal(value, found[name]) for name, value in read_tensors(tmp_path / "once").items())
