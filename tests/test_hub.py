@@ -111,6 +111,9 @@ def test_every_command_takes_names_and_gives_the_bytes_that_paths_give(cached, t
     run("verify", "applied", "--base", "org/base", "--patch", file)
     run("merge-multi", "org/base", file, file, "--method", "patches", "-o", "merged")
     run("merge-multi", "org/base", file, file, "--tuned", "org/tuned", "--tuned", "org/tuned", "-o", "averaged")
+    merged = json.loads((tmp_path / "averaged" / "tailor_report.json").read_text())["inputs"]
+    hubs = {role: entry["hub"] for role, entry in merged.items() if "hub" in entry}
+    assert hubs == {"base": f"org/base@{COMMIT}", "tuned 1": f"org/tuned@{COMMIT}", "tuned 2": f"org/tuned@{COMMIT}"}
     task = ("--task", f"new={cached / 'data.jsonl'}:text", "--limit", 3, "--seq-len", 20)
     run("evaluate", "org/base", "org/tuned", "out", *task)
     assert "21 tensors" in run("inspect", "org/base").stdout

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,9 +40,12 @@ from tailorcli import (
     patch_checkpoint,
     tailor,
 )
+from tailorcli.calibration.stats import HessianInfo, TensorStats
+from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.core import combine_hessians, overlap_figures, stitch_average, stitch_joint, stitch_patches, union_mask
 from tailorcli.core.hessian import prepare, unpack_triangle
+from tailorcli.merging.plan import MergeInputs, Task, _plan_tensor, _told_apart, most_kept_of
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patching.apply import apply_patch
 from tailorcli.patching.verify import verify_checkpoint
@@ -509,6 +514,56 @@ def test_the_plan_covers_the_memory_of_every_task(tasks):
         tuned = [tasks / "one", tasks / "two"][used]
         sizes.append(plan_merge(tasks / "base", patches, None, tuned, stats[used], MergeOptions("joint")).peak_bytes)
     assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_tasks_are_called_by_what_tells_them_apart():
+    given = [("a", "x/p"), ("b", "x/q"), ("b", "y/r"), ("c", "x/p"), ("c", "y/p"), ("d", "x/p"), ("d", "x/p")]
+    tasks = [Task(SimpleNamespace(name=name, path=Path(path))) for name, path in given]
+    wanted = ["a", "b (q)", "b (r)", "c (x/p)", "c (y/p)", "d (x/p)", "d (x/p)"]
+    assert [task.title for task in _told_apart(tasks)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("entry", "kind", "method"),
+    [
+        (TensorStats("h", "linear"), "full", "joint"),
+        (TensorStats("h", "linear"), "diagonal", "average: the tasks' statistics are of different kinds"),
+        (TensorStats("h", "linear", transposed=True), "full", "average: the tasks' statistics are of different kinds"),
+        (TensorStats("h", "embedding"), "full", "average: the tasks' statistics are of different kinds"),
+        (TensorStats(None, "linear", experts=["h"]), "full", "average: it fuses experts"),
+        (TensorStats(None, "linear"), "full", "average: no statistics of two"),
+    ],
+)
+def test_what_the_statistics_of_two_tasks_tell_together_is_merged_jointly(entry, kind, method):
+    tasks = [
+        Task(
+            SimpleNamespace(tensors={"w"}),
+            stats=SimpleNamespace(tensors={"w": known}, hessians={"h": HessianInfo(4, of_kind, 9)}),
+            title=title,
+        )
+        for title, known, of_kind in (("one", TensorStats("h", "linear"), "full"), ("two", entry, kind))
+    ]
+    info = TensorInfo("w", "F32", (4, 4), Path("w"), 0, 64)
+    for order in (tasks, tasks[::-1]):
+        found = _plan_tensor(info, MergeInputs(None, order), MergeOptions("joint"))
+        assert (found.method, found.task_hessians) == (method, ("h", "h") if method == "joint" else ())
+
+
+def test_a_union_of_masks_is_no_larger_than_its_tensor():
+    tensors = [SimpleNamespace(name=name, numel=100) for name in ("dense", "sparse")]
+    kept = [{"dense": 70, "sparse": 30}, {"dense": 60, "sparse": 20}]
+    tasks = [Task(SimpleNamespace(kept_of=of.__getitem__)) for of in kept]
+    assert most_kept_of(tensors, MergeInputs(None, tasks)) == [("dense", 100), ("sparse", 50)]
+
+
+def test_statistics_that_lack_a_tensor_are_one_error(tasks, tmp_path):
+    patches, tuned, stats = inputs_of(tasks, "joint")
+    lacking = shutil.copytree(stats[0], tmp_path / "lacking")
+    manifest = json.loads((lacking / "manifest.json").read_text())
+    del manifest["tensors"]["model.norm.weight"]
+    (lacking / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(TailorError, match=r"lacking does not mention tensor 'model\.norm\.weight'"):
+        merge_patches(tasks / "base", patches, tmp_path / "x", tuned, [lacking, stats[1]], MergeOptions("joint"))
 
 
 def test_patches_of_one_model_towards_itself_and_towards_a_model_half_way(tasks, tmp_path):

@@ -119,6 +119,8 @@ def test_what_does_not_go_with_fp8_is_refused(fp8_pair, tmp_path):
     how = ("--method", "interpolate")
     refused("patch", *pair, *how, "--patch-file", tmp_path / "p.safetensors", mentions=["quantised"])
     refused("patch", *pair, *how, "--resized-vocab", "-o", tmp_path / "o", mentions=["quantised"])
+    merge = ("merge-multi", folder / "base", tmp_path / "p.safetensors", "--method", "patches", "-o", tmp_path / "o")
+    refused(*merge, mentions=["merge-multi", "quantised"])
     search = ("patch", *pair, "--target", "old=99", "-o", tmp_path / "o")  # which would keep patch files
     new, both = ("--data", folder / "data.jsonl"), ("--stats", folder / "stats", "--retain", folder / "stats")
     for given in (new, both, (*both, "--dry-run")):
