@@ -28,12 +28,14 @@ class Place:
 
     Most are one parameter as it is. A tensor can also be rows of a larger one (gate or up of a joined pair), lie in
     slice ``part`` of one of three dimensions (an expert), be ``transposed`` in it, or have been split over several.
+    ``start`` entries of the parameter lie before it.
     """
 
     parameters: tuple[str, ...] = ()
     part: int | None = None
     transposed: bool = False
     reason: str = ""
+    start: int = 0
 
 
 class Parameters:
@@ -160,11 +162,13 @@ def _find_slice(
                 value = candidates.by_name[name]
                 if value.dtype != dtype or (among and name not in among):
                     continue
-                flat = value.detach().reshape(-1)[number * size : (number + 1) * size]
+                start = number * size
+                flat = value.detach().reshape(-1)[start : start + size]
                 held = flat.view(info.shape[::-1]).T.reshape(-1) if transposed else flat
                 if _equal(checkpoint, info, _sample(held)):
                     matrix = value.shape[-1] * value.shape[-2]
-                    place = Place((name,), number * size // matrix if value.dim() == 3 else None, transposed)
+                    part = start // matrix if value.dim() == 3 else None
+                    place = Place((name,), part, transposed, start=start)
                     if new[name, number]:
                         candidates.given.add((name, number, size))
                         return place

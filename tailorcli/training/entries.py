@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,13 +119,14 @@ class Trained:
 
 
 def positions_in(place: Place, shape: tuple[int, ...], kept: Tensor) -> Tensor:
-    """Where entries of a checkpoint tensor lie in its flattened parameter: (K,) from flat positions ``kept`` (K,)."""
-    numel = math.prod(shape)
+    """Where entries of a checkpoint tensor lie in its flattened parameter: (K,) from flat positions ``kept`` (K,).
+
+    One that is ``transposed`` there is a matrix.
+    """
     if place.transposed:
-        rows, columns = shape[-2:]
-        whole, inside = kept // (rows * columns), kept % (rows * columns)
-        kept = whole * rows * columns + (inside % columns) * rows + inside // columns
-    return kept if place.part is None else kept + place.part * numel
+        rows, columns = shape
+        kept = (kept % columns) * rows + kept // columns
+    return kept + place.start
 
 
 def entries_of(name: str, place: Place, base: Tensor, mask: Tensor, values: Tensor, device: torch.device) -> Entries:
@@ -135,7 +135,6 @@ def entries_of(name: str, place: Place, base: Tensor, mask: Tensor, values: Tens
     start = values.float()
     scale = root_mean_square(start - base.reshape(-1)[kept].float())
     positions = positions_in(place, tuple(base.shape), kept)
-    parts = 1 if place.part is None else place.part + 1
-    if parts * base.numel() < 1 << 31:
+    if place.start + base.numel() < 1 << 31:
         positions = positions.int()
     return Entries(name, place.parameters[0], positions.to(device), start.to(device), scale, base.dtype)

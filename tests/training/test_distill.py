@@ -10,10 +10,12 @@ import torch
 from helpers import bits, make_model, perturb
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.core.distillation import adam_step_, divergence, kept_accuracy, rate_at
 from tailorcli.errors import CheckpointError, DataError, NumericalError, TailorError
-from tailorcli.models.places import Place
+from tailorcli.models.places import Place, map_names
 from tailorcli.options import DistillOptions
 from tailorcli.training.activations import blocks_of, checkpointed
 from tailorcli.training.distill import (
@@ -104,17 +106,61 @@ def test_the_rate_goes_up_and_then_down_to_nothing():
     assert 0 < rates[-1] < 0.1
 
 
-@pytest.mark.parametrize("place", [Place(("p",)), Place(("p",), transposed=True), Place(("p",), part=2)])
-@pytest.mark.parametrize("turned_part", [False, True])
-def test_entries_are_found_in_the_parameter_that_holds_their_tensor(place, turned_part):
-    if turned_part and place.part is not None:
-        place = Place(("p",), part=2, transposed=True)
-    tensor = torch.arange(15.0).view(3, 5)
-    held = tensor.T.contiguous() if place.transposed else tensor
-    if place.part is not None:
-        held = torch.stack([held - 100, held - 200, held, held - 300])
-    kept = torch.tensor([0, 4, 7, 14])
-    assert torch.equal(held.reshape(-1)[positions_in(place, (3, 5), kept)], tensor.reshape(-1)[kept])
+@pytest.mark.parametrize(
+    ("held", "part", "transposed"),
+    [
+        (lambda t: t, None, False),
+        (lambda t: torch.stack([t - 100, t - 200, t, t - 300]), 2, False),
+        (lambda t: torch.stack([t.T - 100, t.T - 200, t.T, t.T - 300]), 2, True),
+        (lambda t: torch.cat([t - 100, t]), None, False),  # gate and up in one
+        (lambda t: torch.stack([torch.cat([t - 100, t - 200]), torch.cat([t - 300, t])]), 1, False),  # of each expert
+    ],
+)
+def test_entries_are_found_in_the_parameter_that_holds_their_tensor(tmp_path, held, part, transposed):
+    tensor = torch.arange(40.0).view(2, 20)
+    save_file({"w": tensor}, tmp_path / "model.safetensors")
+    parameter = held(tensor).contiguous()
+    with Checkpoint.open(tmp_path) as checkpoint:
+        place = map_names(checkpoint, {"p": parameter}, {}, {"w": "p"})["w"]
+    assert (place.parameters, place.part, place.transposed) == (("p",), part, transposed)
+    kept = torch.tensor([0, 4, 19, 20, 37])
+    assert torch.equal(parameter.reshape(-1)[positions_in(place, (2, 20), kept)], tensor.reshape(-1)[kept])
+
+
+def test_entries_start_where_the_patch_has_them_and_their_unit_is_how_far_it_moved_them():
+    base = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16)
+    mask, values = torch.tensor([[True, False], [True, True]]), torch.tensor([4.0, 3.0, 8.001])
+    found = entries_of("w", Place(("p",)), base, mask, values, CPU)
+    assert (found.parameter, found.positions.tolist(), found.stored) == ("p", [0, 2, 3], torch.bfloat16)
+    assert torch.equal(found.values, values)
+    assert found.scale == pytest.approx(math.sqrt((3**2 + 0 + 4.001**2) / 3))
+    for start, dtype in ((2**31 - 5, torch.int32), (2**31 - 4, torch.int64)):
+        far = entries_of("w", Place(("p",), start=start), base, mask, values, CPU)
+        assert (far.positions.dtype, far.positions.tolist()) == (dtype, [start, start + 2, start + 3])
+
+
+def test_a_network_holds_the_values_of_its_entries_and_leaves_their_gradients_alone():
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    base, values = torch.zeros(2, 2, dtype=torch.bfloat16), torch.tensor([1.001, 2.0, -3.0, 0.5])
+    each = entries_of("w", Place(("0.weight",)), base, torch.ones(2, 2, dtype=torch.bool), values.clone(), CPU)
+    trained = Trained(network, [each])
+    weight, x = network[0].weight, torch.tensor([[1.0, 10.0]])
+    assert torch.equal(weight.detach().flatten(), values)
+    for _ in range(2):  # both losses of a step
+        network(x).sum().backward()
+    once = network[1].weight.detach().sum(0)  # of each of the first layer's outputs
+    torch.testing.assert_close(each.gradient.view(2, 2), 2 * once[:, None] * x)
+    assert all(parameter.grad is None for parameter in network.parameters())
+    saved = trained.values()
+    trained.step(1, 0.5)
+    assert not torch.equal(weight.detach().flatten(), values)
+    trained.set_values(saved)
+    assert torch.equal(saved["values w"], values.bfloat16())  # as they will be written
+    assert torch.equal(weight.detach().flatten(), values.bfloat16().float())
+    trained.close()
+    network(x).sum().backward()
+    assert weight.grad is not None
+    assert not each.gradient.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,12 +18,22 @@ from helpers import (
     read_tensors,
     write_data,
 )
+from transformers import AutoModelForCausalLM
 
-from tailorcli import DistillOptions, PatchOptions, Stats, calibrate_model, distill_checkpoint
+from tailorcli import (
+    DistillOptions,
+    PatchFile,
+    PatchOptions,
+    Stats,
+    calibrate_model,
+    distill_checkpoint,
+    patch_checkpoint,
+)
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.core.distillation import divergence
 from tailorcli.models.naming import open_for
 from tailorcli.options import CalibrateOptions
+from tailorcli.training.run import student_of
 
 DISTILL = DistillOptions(steps=4, batch_size=4)
 OPTIONS = PatchOptions(density=0.2, propagate=False)
@@ -116,6 +126,25 @@ def test_whatever_the_closed_form_patches_is_trained_or_named(tmp_path, family):
         assert moved <= record.kept
     assert json.loads((tmp_path / "out" / "tailor_report.json").read_text())["distillation"]["untrained"] == untrained
     assert_the_same_block_by_block(folder)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+def test_training_starts_from_the_patched_model_also_where_it_holds_gate_and_up_of_all_experts_in_one(tmp_path, family):
+    folder = make_family_pair(tmp_path, family)
+    calibrate_model(folder / "tuned", folder / "data.jsonl", folder / "stats", CalibrateOptions(num_samples=4))
+    pair, file = (folder / "base", folder / "tuned"), tmp_path / "p.safetensors"
+    patch_checkpoint(*pair, tmp_path / "out", options=PatchOptions(method="magnitude"), patch_file=file)
+    with (
+        closing(Stats.open(folder / "stats")) as stats,
+        open_checkpoint(folder / "base") as base,
+        open_for(base, folder / "tuned") as tuned,
+        PatchFile.open(file) as patch,
+    ):
+        trained, untrained, _ = student_of(patch, base, (tuned, stats), torch.device("cpu"), False)
+    assert untrained == {}
+    patched = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    for name, value in trained.network.named_parameters():
+        assert torch.equal(value, patched[name]), name
 
 
 def test_an_adapter_is_a_teacher_too(tmp_path):
