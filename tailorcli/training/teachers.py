@@ -91,7 +91,7 @@ def require_known_logits(network: Any, found: Tensor, wanted: Tensor) -> None:
         what = f"the logits of {type(network).__name__} are no numbers in {str(wanted.dtype).removeprefix('torch.')}"
         raise NumericalError(what, "calibrate with another --dtype, such as bfloat16 or float32, and use that")
     far = (found.float() - wanted.float()).abs().max()
-    if not bool(far <= 1e-2 * wanted.float().abs().max().clamp_min(1e-6)):
+    if not bool(far <= 1e-2 * wanted.float().abs().max()):
         raise CheckpointError(
             f"{type(network).__name__} makes its logits in a way that is not known here", "leave --distill out"
         )

@@ -202,7 +202,7 @@ def test_the_loss_is_the_mean_over_predicted_tokens_however_it_is_cut(monkeypatc
         p, q = (m(**batch).logits.double().log_softmax(-1) for m in (tuned, base))
     expected = float((p.exp() * (p - q)).sum(-1).mean())
     states = torch.stack(teacher.states)
-    for nbytes in (1 << 28, 4 * 100 * 5):
+    for nbytes in (1 << 28, 4 * 100 * 5, 1):  # all tokens at once, five, and one, which fits whatever it takes
         monkeypatch.setattr("tailorcli.training.teachers.CPU_LOGITS_BYTES", nbytes)
         found = float(loss(base, teacher, batch, states, predicted(batch, ()), grad=False).detach())
         assert found == pytest.approx(expected, rel=1e-4)
@@ -210,6 +210,7 @@ def test_the_loss_is_the_mean_over_predicted_tokens_however_it_is_cut(monkeypatc
     expected = float((p.exp() * (p - q)).sum(-1)[wanted].mean())
     for grad in (False, True):
         assert float(loss(base, teacher, batch, states, wanted, grad).detach()) == pytest.approx(expected, rel=1e-4)
+        assert float(loss(base, teacher, batch, states, wanted & False, grad).detach()) == 0.0
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
@@ -247,7 +248,10 @@ def student_of(family):
 
 
 def test_the_losses_gradient_is_that_of_the_whole_expression_however_it_is_cut(monkeypatch):
-    base, tuned = make_model().double(), perturb(make_model()).double()
+    base, tuned = make_model(), perturb(make_model())
+    for model in (base, tuned):
+        model.lm_head = torch.nn.Linear(32, 100)  # with a bias
+    base, tuned = base.double(), tuned.double()
     data = samples(3)
     teacher = teach(tuned, data, CPU, lambda _: None)
     batch = {"input_ids": torch.cat([s["input_ids"] for s in data])}
@@ -263,9 +267,32 @@ def test_the_losses_gradient_is_that_of_the_whole_expression_however_it_is_cut(m
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7)
 
 
+def test_gradients_of_many_pieces_are_summed_wider_than_bfloat16(monkeypatch):
+    """Of 600 equal summands bfloat16 holds no more than some 256."""
+    found = []
+    for nbytes in (1 << 28, 1):
+        monkeypatch.setattr("tailorcli.training.teachers.CPU_LOGITS_BYTES", nbytes)
+        base, tuned = make_model().bfloat16(), perturb(make_model()).bfloat16()
+        batch = {"input_ids": torch.full((1, 600), 5)}
+        teacher = teach(tuned, [batch], CPU, lambda _: None)
+        loss(base, teacher, batch, torch.stack(teacher.states), predicted(batch, ()), grad=True).backward()
+        found.append(base.lm_head.weight.grad.float())
+    assert float((found[0] - found[1]).norm()) < 0.05 * float(found[0].norm())
+
+
+def test_hidden_states_are_had_without_logits_of_all_tokens():
+    network, seen = make_model(), []
+    network.lm_head.register_forward_hook(lambda _, args, output: seen.append(output.shape))
+    assert hidden_states(network, samples(1)[0]).shape == (1, 12, 32)
+    assert seen == [(1, 1, 100)]
+
+
 def test_placeholders_of_pictures_are_context():
     ids = torch.tensor([[5, 9, 9, 6, 7]])
     assert predicted({"input_ids": ids}, (9,)).tolist() == [[False, False, True, True, True]]
+    assert predicted({"input_ids": ids}, (9, 6)).tolist() == [[False, False, False, True, True]]
+    for ends in ((7, 8), (8, 7)):
+        assert predicted({"input_ids": ids}, (), ends).tolist() == [[True, True, True, True, False]]
 
 
 def test_what_ends_an_answer_counts():

@@ -18,7 +18,7 @@ from helpers import (
     read_tensors,
     write_data,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from tailorcli import (
     DistillOptions,
@@ -31,6 +31,7 @@ from tailorcli import (
 )
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.core.distillation import divergence
+from tailorcli.errors import CheckpointError
 from tailorcli.models.naming import open_for
 from tailorcli.options import CalibrateOptions
 from tailorcli.training.run import student_of
@@ -109,6 +110,7 @@ def assert_the_same_block_by_block(folder, tuned="tuned"):
     for one, other in zip(whole.states, parts.states, strict=True):
         assert torch.equal(one, other)
     assert torch.equal(whole.head(whole.states[0]), parts.head(parts.states[0]))
+    assert [*whole.ends] == [*parts.ends]
 
 
 @pytest.mark.parametrize(
@@ -145,6 +147,21 @@ def test_training_starts_from_the_patched_model_also_where_it_holds_gate_and_up_
     patched = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
     for name, value in trained.network.named_parameters():
         assert torch.equal(value, patched[name]), name
+
+
+@pytest.mark.parametrize("when", ["never", "always"])
+def test_a_teacher_whose_logits_are_made_in_another_way_is_refused_also_block_by_block(tmp_path, monkeypatch, when):
+    folder = calibrated(make_pair(tmp_path))
+    forward = LlamaForCausalLM.forward
+
+    def doubled(network, *args, **how):
+        found = forward(network, *args, **how)
+        found.logits = 2 * found.logits
+        return found
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", doubled)
+    with pytest.raises(CheckpointError, match="in a way that is not known"):
+        taught(folder, when)
 
 
 def test_an_adapter_is_a_teacher_too(tmp_path):
