@@ -19,7 +19,7 @@ from tailorcli.core.precision import extent, unit_of
 from tailorcli.core.products import System
 from tailorcli.core.retain import prepare_retaining
 from tailorcli.core.scores import _kth_largest_between, _kth_largest_by_radix
-from tailorcli.core.tailor import add_salience_, fused_score, tailor_experts, tailor_layer
+from tailorcli.core.tailor import add_salience_, assemble, fused_score, layer_shape, tailor_experts, tailor_layer
 from tailorcli.errors import NumericalError
 
 SIZES = st.integers(1, 40)
@@ -522,6 +522,16 @@ def test_figures_are_those_of_the_values_as_they_are_stored():
     assert coarse.figures.distance_after == pytest.approx(np.abs(change).sum(), rel=1e-4)
     error = Oracle.error(change, delta, hessian) / Oracle.error(0 * delta, delta, hessian)
     assert coarse.figures.error_after == pytest.approx(error, rel=1e-3)
+    wide = layer(300, 300, seed=9)  # which without a Hessian and without storing takes one pass
+    how = {"density": 0.3, "omega": 1.0, "solver": "none"}
+    alone = tailor_layer(*wide, None, **how, store=lambda values, _: values.bfloat16().float())
+    assert torch.equal(alone.patched, tailor_layer(*wide, None, **how).patched.bfloat16().float())
+    assert alone.figures.distance_after == pytest.approx(float((alone.patched - wide[0]).abs().sum()), rel=1e-5)
+    near = (base + 0.001 * (tuned - base)).bfloat16()  # where the goal lies between two numbers of bfloat16
+    retaining = prepare_retaining(hessian, random_hessian(20, seed=8), 0.5, 0.1, sensitivity=True, sequential=False)
+    kept = tailor_layer(base.bfloat16(), near, retaining, density=0.3, omega=0.5, solver="none")
+    moved = (kept.patched.float() - base.bfloat16().float()).abs().sum()
+    assert kept.figures.distance_after == pytest.approx(float(moved), rel=1e-5)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -553,6 +563,26 @@ def test_weights_that_are_not_finite_are_refused(where, value):
     {"base": base, "tuned": tuned}[where][1, 2] = value
     with pytest.raises(NumericalError, match=f"NaN or infinity in the {where} weights"):
         run_layer(base, tuned, random_hessian(5))
+
+
+def test_a_kept_entry_goes_its_share_of_the_way_to_its_compensated_value():
+    base, tuned, decorator = torch.tensor([[1.0, 1.0]]), torch.tensor([[3.0, 3.0]]), torch.tensor([[1.0, 0.0]])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    assert assemble(base, tuned, mask, decorator, 0.5).tolist() == [[2.5, 2.0]]
+    assert assemble(base, tuned, mask, decorator).tolist() == [[4.0, 3.0]]
+
+
+def test_a_bias_has_one_channel_and_a_scale_as_many_as_it_has_entries():
+    assert [layer_shape(torch.empty(6), inputs) for inputs in (1, 6, None)] == [(6, 1), (1, 6), (1, 6)]
+    assert [layer_shape(torch.empty(6, 4, 3), inputs) for inputs in (12, 1, None)] == [(6, 12), (72, 1), (6, 12)]
+
+
+def test_a_tuned_value_that_the_bases_dtype_does_not_hold_is_refused_also_without_a_hessian():
+    for size in (4, 300):  # the latter in one pass
+        base, tuned = layer(size, size, 0)
+        tuned[1, 1] = 1e6
+        with pytest.raises(NumericalError, match=r"tuned's values overflow torch\.float16"):
+            tailor_layer(base.half(), tuned, None, density=0.1, omega=1.0, solver="none")
 
 
 def test_inputs_are_never_changed():
@@ -612,6 +642,17 @@ def test_fused_experts_count_in_the_errors_by_their_tokens():
     base, tuned = (torch.randn(2, 5, 6, generator=generator) for _ in range(2))
     prepared = [prepare(2 * x.T @ x / len(x), 0.01, sensitivity=True, sequential=False) for x in inputs]
     how = {"density": 0.3, "omega": 0.5, "solver": "joint"}
+    retaining = [
+        prepare_retaining(*(2 * x.T @ x / len(x) for x in pair), 0.5, 0.1, sensitivity=True, sequential=False)
+        for pair in zip(inputs, inputs[::-1], strict=True)  # the other expert's inputs are what this one retains
+    ]
+    kept = tailor_experts(base, tuned, retaining, counts, counts[::-1], **how)
+    drifts = [
+        (((w - b) @ x.T).square().sum(), ((t - b) @ x.T).square().sum())
+        for x, w, t, b in zip(inputs[::-1], kept.patched, tuned, base, strict=True)
+    ]
+    left, whole = (sum(column) for column in zip(*drifts, strict=True))
+    assert kept.figures.drift == pytest.approx((left / whole).item(), rel=1e-4)
     found = tailor_experts(base, tuned, prepared, counts, **how)
     parts = zip(inputs, found.patched, tuned, base, strict=True)
     squares = [(((w - t) @ x.T).square().sum(), ((t - b) @ x.T).square().sum()) for x, w, t, b in parts]
