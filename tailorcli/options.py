@@ -1,4 +1,4 @@
-"""Options of each command as frozen dataclasses that check their own ranges.
+"""Options of each command as frozen dataclasses that check their own kinds and ranges.
 
 ``PatchOptions`` is put together from parts by what they are for: what to keep, how to solve, graft's training, what to
 write. A function that needs one part asks for that. Choices are enums whose members are strings: a plain string does
@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
+from numbers import Integral, Real
 from typing import Any, Protocol
 
 from tailorcli.errors import OptionsError
@@ -128,8 +129,45 @@ def _require(condition: bool, message: str, hint: str = "") -> None:
         raise OptionsError(message, hint)
 
 
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "a text", "None": "None"}
+_KINDS |= {"tuple[str, ...]": "texts", "tuple[float, ...]": "numbers", "DataColumns": "DataColumns"}
+
+
+def check_kinds(options: Any) -> None:
+    """Make each field of frozen options what its annotation says. Raises OptionsError where it is something else.
+
+    A whole number does for a number, one of NumPy for Python's, a list for a tuple, and a text for a tuple of one.
+    """
+    for field in fields(options):
+        kinds, value = str(field.type).split(" | "), getattr(options, field.name)
+        found = [made for kind in kinds for made in _of_kind(kind, value)]
+        shown = field.name.replace("_", "-")
+        allowed = " or ".join(_KINDS[kind] for kind in kinds if kind in _KINDS)  # members of enums are texts, too
+        _require(bool(found), f"{shown} must be {allowed}, got {value!r}")
+        object.__setattr__(options, field.name, found[0])
+
+
+def _of_kind(kind: str, value: Any) -> tuple[Any, ...]:
+    """``value`` as an annotation has it; nothing where it is of another kind."""
+    if kind.startswith("tuple"):
+        each = (value,) if isinstance(value, str) else value if isinstance(value, (list, tuple)) else (None,)
+        made = [_of_kind(kind[len("tuple[") :].partition(",")[0], one) for one in each]
+        return (tuple(one for (one,) in made),) if all(made) else ()
+    if isinstance(value, bool):
+        return (value,) if kind == "bool" else ()
+    if kind == "int":
+        return (int(value),) if isinstance(value, Integral) else ()
+    if kind == "float":
+        try:
+            return (float(value),) if isinstance(value, Real) else ()
+        except OverflowError:
+            return ()
+    named: dict[str, type] = {"str": str, "None": type(None), "DataColumns": DataColumns}
+    return (value,) if kind in named and isinstance(value, named[kind]) else ()
+
+
 def _require_fraction(name: str, value: float) -> None:
-    ok = isinstance(value, (int, float)) and math.isfinite(value) and 0.0 <= value <= 1.0
+    ok = math.isfinite(value) and 0.0 <= value <= 1.0
     _require(ok, f"{name} must lie between 0 and 1, got {value}", f"pass --{name} as a fraction, such as 0.1")
 
 
@@ -155,7 +193,7 @@ def _require_weight(method: str, weight: float | None) -> None:
         return
     _require(method != "lines", "the method lines has a weight for each layer", "pass --alpha and --beta, no --weight")
     low, high = (0.0, 1.0) if method == "interpolate" else (0.0, 2.0)
-    ok = isinstance(weight, (int, float)) and low <= weight <= high and (weight > 0.0 or method == "interpolate")
+    ok = low <= weight <= high and (weight > 0.0 or method == "interpolate")
     allowed = "lie between 0 and 1" if method == "interpolate" else "be positive and at most 2"
     _require(ok, f"weight must {allowed} with method {method}, got {weight}", "1 takes the entries over as they are")
 
@@ -196,6 +234,7 @@ class DataColumns:
     response: str | None = None
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         alone = self.text is None or (self.prompt is None and self.response is None)
         _require(alone, "--text-column excludes --prompt-column and --response-column", "a record is one or the other")
 
@@ -233,6 +272,7 @@ class CalibrateOptions:
     deterministic: bool = False  # each sample by itself, sums in float64: no bit depends on the batch size
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name in ("num_samples", "length", "batch_size"):
             shown = "seq_len" if name == "length" else name
             _require(getattr(self, name) >= 1, f"{shown} must be at least 1, got {getattr(self, name)}")
@@ -296,10 +336,12 @@ class EvaluateOptions:
     seed: int = 0  # of the resamplings
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name in ("batch_size", "seq_len", "max_new_tokens", "resamples"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require(self.limit is None or self.limit >= 1, f"limit must be at least 1, got {self.limit}")
         _choose(self, "dtype", DTypeName)
+        require_seed(self.seed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the report."""
@@ -317,6 +359,7 @@ class HarnessOptions:
     metrics: tuple[str, ...] = ()  # METRIC, or TASK=METRIC; none: the first usual one that a task has
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         _require(self.shots is None or self.shots >= 0, f"harness-shots must be 0 or more, got {self.shots}")
         _require(len(set(self.tasks)) == len(self.tasks), "--harness names a task twice", "name every task once")
 
@@ -345,6 +388,7 @@ class KeepOptions:
     resized_vocab: bool = False  # tuned has more rows than base, which are taken over
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         _require_fraction("density", self.density)
         _require_fraction("omega", self.omega)
         _choose(self, "method", PatchMethod, RELEASED)
@@ -403,6 +447,7 @@ class SolverOptions:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         _choose(self, "solver", Solver)
         ok = math.isfinite(self.retain_weight) and self.retain_weight >= 0.0
         _require(ok, f"retain-weight must be zero or positive, got {self.retain_weight}", "the usual range is 0.1 to 3")
@@ -424,6 +469,7 @@ class GraftOptions:
     batch_size: int = 8  # samples of a step
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         _require(self.graft_steps >= 0, f"graft-steps must be zero or positive, got {self.graft_steps}")
         _require(self.batch_size >= 1, f"batch-size must be at least 1, got {self.batch_size}")
         sound = math.isfinite(self.graft_rate) and self.graft_rate > 0
@@ -441,6 +487,7 @@ class OutputOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         size = self.max_shard_size
         _require(size is None or size >= 1, f"max-shard-size must be positive, got {size}")
         both = self.resume and self.overwrite
@@ -469,12 +516,14 @@ class DistillOptions:
     on: DistillOn | str = DistillOn.ALL  # which tokens count, where the records had responses
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         _choose(self, "on", DistillOn)
         _require(self.steps is None or self.steps >= 1, f"distill-steps must be at least 1, got {self.steps}")
         _require(self.batch_size >= 1, f"distill-batch-size must be at least 1, got {self.batch_size}")
+        require_seed(self.seed)
         for name in ("rate", "weight"):
             value = getattr(self, name)
-            ok = isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+            ok = math.isfinite(value) and value > 0
             _require(ok, f"distill-{name} must be positive, got {value}", "the usual range is 0.02 to 0.3 and 0.5 to 4")
 
     def for_samples(self, count: int) -> DistillOptions:
@@ -516,6 +565,7 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
     teacher_weight: float | str | None = None
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         _choose(self, "fp8_output", Fp8Output)
         if self.teacher_weight != AUTO:
             _require_teacher(self.teacher_weight)

@@ -3,19 +3,23 @@
 import json
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 from helpers import broken_off
 
+import tailorcli
 from tailorcli import (
     CalibrateOptions,
     DistillOptions,
     EvaluateOptions,
+    FinetuneOptions,
     MergeOptions,
     PatchOptions,
     TailorError,
     patch_checkpoint,
 )
 from tailorcli.checkpoint.writer import CheckpointWriter
+from tailorcli.errors import OptionsError
 from tailorcli.options import GraftOptions, KeepOptions, OutputOptions, PatchMethod, Solver, SolverOptions
 from tailorcli.patchfile.report import load_report, options_shown
 
@@ -58,6 +62,53 @@ def test_a_choice_is_taken_as_a_word_or_as_a_member():
 def test_a_word_that_is_no_choice_is_refused_with_those_that_are(make, what):
     with pytest.raises(TailorError, match=what):
         make()
+
+
+WRONG = {  # by what an annotation begins with: values of other kinds, which Python compares, counts or takes for true
+    "int": ("3", 3.5, [3], True, float("nan")),
+    "float": ("0.1", [0.1], True, 1j, 1 << 2000),
+    "bool": ("no", 1, [True]),
+    "str": (3, True, b"cpu"),
+    "tuple": (3, (3j,), {"*mlp*": 1}),
+    "DataColumns": ("text", {"text": "text"}),
+}
+EVERY = [getattr(tailorcli, name) for name in tailorcli.__all__ if name.endswith("Options")] + [tailorcli.DataColumns]
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.__name__)
+def test_a_value_of_another_kind_is_refused(kind):
+    """ "no" was taken for yes, and a number of 3.5 samples failed after the model was loaded."""
+    for field in fields(kind):
+        annotation = str(field.type)
+        wrong = next((values for start, values in WRONG.items() if annotation.startswith(start)), (3, True, b"x"))
+        for value in (*wrong, *(() if "None" in annotation else (None,))):
+            if isinstance(value, str) and "str" in annotation:
+                continue
+            with pytest.raises(OptionsError, match=f"{field.name.replace('_', '-')} must be "):
+                kind(**{field.name: value})
+
+
+def test_a_number_of_numpy_and_a_list_are_taken_as_pythons_own():
+    options = PatchOptions(density=np.float32(0.5), seed=np.int64(3), include=["*mlp*"], omega=1)
+    assert options == PatchOptions(density=0.5, seed=3, include=("*mlp*",), omega=1.0)
+    assert hash(options) == hash(PatchOptions(density=0.5, seed=3, include=("*mlp*",), omega=1.0))
+    assert json.dumps(options.to_dict()).count('"density": 0.5') == 1
+    assert MergeOptions(weights=[1, np.float64(2.0)]).weights == (1.0, 2.0)
+
+
+def test_one_glob_is_no_row_of_letters(llama_pair):
+    """Of "*mlp*" the first letter alone lets every tensor through."""
+    assert CalibrateOptions(include="*mlp*") == CalibrateOptions(include=("*mlp*",))
+    assert FinetuneOptions(trainable="*mlp*") == FinetuneOptions(trainable=("*mlp*",))
+    options = PatchOptions(include="*mlp*", solver="none", omega=1.0)
+    plan = tailorcli.plan_patch(llama_pair / "base", llama_pair / "tuned", options=options)
+    assert len(plan.patched) == 6
+
+
+def test_a_seed_that_numpy_does_not_take_is_refused():
+    for kind in (CalibrateOptions, DistillOptions, EvaluateOptions, FinetuneOptions, PatchOptions):
+        with pytest.raises(OptionsError, match="seed must be from 0"):
+            kind(seed=-1)
 
 
 def test_the_report_holds_every_option_but_how_an_earlier_output_is_met():

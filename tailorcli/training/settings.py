@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from tailorcli.errors import OptionsError
-from tailorcli.options import Blockwise, DataColumns, DTypeName, require_seed
+from tailorcli.options import Blockwise, DataColumns, DTypeName, check_kinds, require_seed
 
 _USUAL = DataColumns()
 
@@ -55,10 +55,11 @@ class TuningOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         methods, ways = list(TuningMethod), list(Accumulate)
         _require(self.method in methods, f"method must be one of {', '.join(methods)}, got {self.method!r}")
         ratio = self.update_ratio
-        ok = isinstance(ratio, (int, float)) and 0.0 < ratio <= 1.0
+        ok = 0.0 < ratio <= 1.0
         _require(ok, f"update-ratio must be above 0 and at most 1, got {ratio}", "the paper's is 0.1")
         _require(self.accumulate in ways, f"accumulate must be one of {', '.join(ways)}, got {self.accumulate!r}")
         ok = math.isfinite(self.strength) and self.strength >= 0
@@ -89,6 +90,7 @@ class ProbeOptions:
     blockwise: Blockwise | str = Blockwise.AUTO  # auto: where the model does not fit with what backward needs
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         _require_positive(
             num_samples=self.num_samples,
             rademacher=self.rademacher,
