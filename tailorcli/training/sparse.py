@@ -85,8 +85,8 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
     def attach(self, trainer: Any) -> Self:
         """Freeze what is not trained, and take part in the training of ``trainer``, whose model is the base now.
 
-        Call it before ``trainer.train()``. Raises OptionsError, and ImportanceError where the scores are of another
-        base.
+        Call it before ``trainer.train()``, and one of them alone. Raises OptionsError, and ImportanceError where the
+        scores are of another base.
         """
         if getattr(trainer, "is_deepspeed_enabled", False):
             raise OptionsError("sparse fine-tuning does not go with DeepSpeed", "use FSDP, or one device")
@@ -95,6 +95,10 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
                 "this Trainer makes its model anew when it trains (model_init), after this has frozen the present one"
             )
             raise OptionsError(what, "give the Trainer the model itself")
+        there = [each for each in _callbacks(trainer) if isinstance(each, SparseTuning)]
+        if there and there != [self]:
+            what = f"{there[0].options.method} is attached to this Trainer already, and both would work on each step"
+            raise OptionsError(what, "load the model anew, and give it to a new Trainer")
         optim = getattr(getattr(trainer, "args", None), "optim", "")
         refuse_outside_steps(self.options.method, optim, getattr(trainer, "optimizer", None))
         for kept in (self._held, self._general, self._sofar, self._shapes, self.unscored):
@@ -110,7 +114,8 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
             self._held = {name: parameters[name].detach().clone() for name in self.names}
         parameters = named_parameters(network)
         self._whole = {name: tuple(parameters[name].shape) for name in self.names}
-        trainer.add_callback(self)
+        if not there:
+            trainer.add_callback(self)
         return self
 
     def _refuse_adapters(self, network: Any, names: Sequence[str]) -> None:
@@ -339,6 +344,11 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
             what = f"SPIDER's accumulated gradients cannot be taken up from {file}: {error}"
             how = "start anew, or resume with as many processes from a checkpoint in the Trainer's own output_dir"
             raise OutputError(what, how) from error
+
+
+def _callbacks(trainer: Any) -> list[Any]:
+    """What takes part in a Trainer's training so far."""
+    return list(getattr(getattr(trainer, "callback_handler", None), "callbacks", ()))
 
 
 def is_skipped(optimizer: torch.optim.Optimizer) -> bool:

@@ -293,6 +293,19 @@ def test_one_tuning_on_two_trainers_in_turn_is_two_tunings(base, importance, tmp
     assert all(bits(runs[0][name]) == bits(runs[1][name]) for name in runs[0])
 
 
+@pytest.mark.parametrize("method", ["spider", "l2"])
+def test_a_second_tuning_on_one_trainer_is_refused(base, tmp_path, method):
+    """As of a notebook's cell that is run twice: both would pull the weights back in every step."""
+    trainer = Trainer(load(base), arguments(tmp_path), train_dataset=ROWS)
+    tuning = SparseTuning(method).attach(trainer)
+    with pytest.raises(OptionsError, match=f"{method} is attached to this Trainer already"):
+        SparseTuning(method).attach(trainer)
+    tuning.attach(trainer)
+    trainer.train()
+    _, once = train(base, tmp_path, SparseTuning(method))
+    assert all(bits(once[name]) == bits(value.detach()) for name, value in trainer.model.named_parameters())
+
+
 def test_a_masked_gradient_that_would_be_nan_in_float16_is_refused(tmp_path):
     """Adam's epsilon is zero there, but not in a fused one, which works in float32."""
     make_model(layers=1).half().save_pretrained(tmp_path / "base")
