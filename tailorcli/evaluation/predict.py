@@ -23,7 +23,7 @@ from tailorcli.evaluation.metrics import TaskScores
 from tailorcli.evaluation.tasks import EncodedTask, Item, Row, normalise
 from tailorcli.models.generation import greedy_generation
 from tailorcli.models.loading import quiet_transformers
-from tailorcli.models.running import check_ids, forward, output_head, to_device
+from tailorcli.models.running import check_ids, forward, in_use, output_head, to_device
 from tailorcli.options import EvaluateOptions
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _CANDIDATES = 8  # logits that are worked out again in float32, besides the want
 _ENTRIES = 1 << 25  # logits at a time
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode tensors that a network keeps could not be trained with later
 def evaluate_network(
     network: Any,
     tasks: Mapping[str, EncodedTask],
@@ -49,18 +49,13 @@ def evaluate_network(
         what = f"{type(network).__name__} predicts no next token"
         raise CheckpointError(what, "evaluate is for models that write text")
     check_ids([row.inputs for task in tasks.values() for item in task.items for row in item.rows], network)
-    training = network.training
-    network.eval()
-    try:
-        with exact_float32():
-            reader = _Reader(network)
-            score = {"text": _score_text, "generate": _score_answers}
-            return {
-                name: score.get(task.kind, _score_choices)(reader, task, options, advance or (lambda rows: None))
-                for name, task in tasks.items()
-            }
-    finally:
-        network.train(training)
+    with in_use(network), exact_float32():
+        reader = _Reader(network)
+        score = {"text": _score_text, "generate": _score_answers}
+        return {
+            name: score.get(task.kind, _score_choices)(reader, task, options, advance or (lambda rows: None))
+            for name, task in tasks.items()
+        }
 
 
 Advance = Callable[[int], object]

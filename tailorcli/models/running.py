@@ -47,6 +47,18 @@ def differentiable(network: Any, inputs: Inputs) -> Any:
         ) from error
 
 
+@contextmanager
+def in_use(network: nn.Module) -> Iterator[None]:
+    """The network with no module in training; each has its own mode back afterwards, whatever the whole is in."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def in_dtype_of(network: Any, inputs: Inputs) -> Inputs:
     """The inputs with pictures and sound in the dtype of the model's weights, which not every model sees to itself."""
     dtype = getattr(network, "dtype", None)

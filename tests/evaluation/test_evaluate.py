@@ -782,7 +782,21 @@ def test_models_that_predict_no_next_token_are_refused(tmp_path, monkeypatch):
 
 def test_the_network_is_left_as_it_was(text_file):
     network = make_model().train()
+    network.model.layers[0].eval()  # as who freezes it has it
+    modes = {name: module.training for name, module in network.named_modules()}
     evaluate(network, f"t={text_file}:text")
-    assert network.training
+    assert {name: module.training for name, module in network.named_modules()} == modes
     assert "forward" not in vars(network.lm_head)
     assert not network.lm_head._forward_pre_hooks
+
+
+def test_what_a_network_keeps_of_an_evaluation_can_be_changed_by_training(text_file):
+    """Rotary frequencies that follow the length, which DDP copies to all devices, in place."""
+    network = make_model()
+    config = tr.LlamaConfig(**network.config.to_dict() | {"max_position_embeddings": 8})
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    network = tr.LlamaForCausalLM(config)
+    before = network.model.rotary_emb.inv_freq.clone()
+    evaluate(network, f"t={text_file}:text")
+    assert not torch.equal(network.model.rotary_emb.inv_freq, before)
+    network.model.rotary_emb.inv_freq.mul_(1.0)
