@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -66,69 +66,105 @@ def _of_this_rank(device: torch.device, count: int) -> torch.device:
     return torch.device("cuda", here.local_rank)
 
 
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """TF32 and other reduced-precision shortcuts off for float32 products; the caller's setting comes back after."""
+class Held:
+    """A setting of the whole process that is another one while any thread is within.
+
+    ``hold`` changes it and gives what puts it back. Calls of several threads may overlap in any order; the caller's
+    setting comes back after the last.
+    """
+
+    def __init__(self, hold: Callable[[], Callable[[], object]]) -> None:
+        self._hold = hold
+        self._lock = threading.Lock()
+        self._inside = 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Within it the setting is held."""
+        with self._lock:
+            if self._inside == 0:
+                self._put_back = self._hold()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._put_back()
+
+
+def _hold_float32() -> Callable[[], object]:
     import torch
 
     # cuDNN has a switch of its own for convolutions, and it is on by default.
     before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         torch.set_float32_matmul_precision(before)
         torch.backends.cudnn.allow_tf32 = convolutions
 
-
-_attention = threading.Lock()
-_without_cudnn = 0  # calls within ``attention_without_cudnn``, of all threads
-_cudnn_before = True
+    return put_back
 
 
-@contextmanager
-def attention_without_cudnn() -> Iterator[None]:
-    """A GPU's attention by other kernels than cuDNN's, which plans anew in every thread: a tenth of a second each.
+exact_float32 = Held(_hold_float32)
+"""TF32 and other reduced-precision shortcuts are off for float32 products within."""
 
-    Calls of several threads may overlap in any order; torch has its setting back after the last.
-    """
-    global _without_cudnn, _cudnn_before  # the setting is one for the whole process, too
+
+def _hold_attention() -> Callable[[], object]:
     import torch
 
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        yield
-        return
-    with _attention:
-        if _without_cudnn == 0:
-            _cudnn_before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-            torch.backends.cuda.enable_cudnn_sdp(False)
-        _without_cudnn += 1
-    try:
-        yield
-    finally:
-        with _attention:
-            _without_cudnn -= 1
-            if _without_cudnn == 0:
-                torch.backends.cuda.enable_cudnn_sdp(_cudnn_before)
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return lambda: torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-@contextmanager
-def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Torch's deterministic algorithms, where they are ``wanted``; what has none goes on with torch's own warning."""
-    if not wanted:
-        yield
-        return
+_without_cudnn = Held(_hold_attention)
+
+
+def attention_without_cudnn() -> AbstractContextManager[None]:
+    """A GPU's attention by other kernels than cuDNN's, which plans anew in every thread: a tenth of a second each."""
+    import torch
+
+    is_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return _without_cudnn() if is_used else nullcontext()
+
+
+def _hold_deterministic() -> Callable[[], object]:
     import torch
 
     # cuBLAS reads it when it is first used; it decides nothing elsewhere.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    return lambda: torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+_deterministic = Held(_hold_deterministic)
+
+
+def deterministic_algorithms(wanted: bool) -> AbstractContextManager[None]:
+    """Torch's deterministic algorithms, where they are ``wanted``; what has none goes on with torch's own warning."""
+    return _deterministic() if wanted else nullcontext()
+
+
+@contextmanager
+def kept_random_numbers(devices: Sequence[int] = ()) -> Iterator[None]:
+    """Python's, NumPy's and torch's generators, on the CPU and ``devices``, come back as they were."""
+    import random
+
+    import numpy as np
+    import torch
+
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
 
 _CPU_ALLOCATOR = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")  # torch's words on a CPU

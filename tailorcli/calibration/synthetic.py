@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import inspect
 import random
+import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +51,7 @@ class Start:
         return self.is_asked or bool(self.record.fields.get("text"))
 
 
+_writing = threading.Lock()  # torch has one generator for all threads, and none else can be had to sample by
 _HINT = "calibrate on data of your own that stand for what it must not forget: --data FILE"
 
 
@@ -124,7 +126,8 @@ def write_samples(
     # Of several ranks all write as many at a time as the smallest can: the batches are the same on each.
     together = TOGETHER if starts else min(gathered(samples_together(network, device, options.length)))
     first = _plain_tokens(tokenizer, network.get_input_embeddings().weight.shape[0])
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+    own = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with _writing, own, torch.no_grad():
         torch.manual_seed(options.seed)
         chosen = first[torch.randint(len(first), (options.num_samples, 1))]  # (B, 1)
         begun = [_begun(starts, number, token) for number, token in enumerate(chosen)]

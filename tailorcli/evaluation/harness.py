@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tailorcli.data.encoder import Encoder
-from tailorcli.device import is_out_of_memory
+from tailorcli.device import is_out_of_memory, kept_random_numbers
 from tailorcli.errors import CheckpointError, DataError, OptionsError, first_line
 from tailorcli.evaluation.lm_eval import METRICS, Result, result_of, wanted_metrics
 from tailorcli.options import EvaluateOptions, HarnessOptions
@@ -167,17 +167,11 @@ def _seeded() -> Iterator[None]:
     import numpy as np
     import torch
 
-    before = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices=list(devices)):
+    with kept_random_numbers(range(torch.cuda.device_count()) if torch.cuda.is_available() else ()):
         random.seed(_SEED)
         np.random.seed(_SEED)
         torch.manual_seed(_SEED)
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
+        yield
 
 
 def _leaves(name: str, task: Any) -> Sequence[str]:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES
 from tailorcli.checkpoint.quantized import refuse_scales
 from tailorcli.data.encoder import Encoder
+from tailorcli.device import Held
 from tailorcli.errors import CheckpointError, first_line, note
 from tailorcli.files import require_files
 from tailorcli.models.config import num_positions, read_config, require_buildable
@@ -335,20 +335,23 @@ def cannot_load(path: Path, config: dict[str, Any], error: Exception, options: L
     return CheckpointError(f"transformers cannot load {path}: {first_line(error)}", hint)
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no warnings of transformers between ours; its settings come back after."""
+def _hold_quiet() -> Callable[[], object]:
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+    return put_back
+
+
+quiet_transformers = Held(_hold_quiet)
+"""No progress bars and no warnings of transformers between ours."""
 
 
 def package_versions() -> dict[str, str]:

@@ -131,8 +131,8 @@ def measure_bare(work: Work, dtype: torch.dtype, device: torch.device, load: flo
     from tailorcli.core.hessian import accumulate_
 
     size, tokens = 1024, _TOKENS * (8 if device.type == "cuda" else 1)
-    weight = torch.randn(size, size, device=device).to(dtype)
-    long, short = (torch.randn(count, size, device=device).to(dtype) for count in (tokens, TOGETHER))
+    counts = (size, tokens, TOGETHER)
+    weight, long, short = (_noise((count, size), device, seed).to(dtype) for seed, count in enumerate(counts))
     hessian = torch.zeros(size, size, device=device)
     with exact_float32(), torch.no_grad():
         product = _seconds(lambda: long @ weight, device) / (tokens * weight.numel())
@@ -149,14 +149,19 @@ def measure_bare(work: Work, dtype: torch.dtype, device: torch.device, load: flo
     )
 
 
-def _solved(hessian: torch.Tensor, weight: torch.Tensor, device: torch.device) -> dict[str, float]:
-    """Seconds of preparing a Hessian, a channel cubed, and of solving with it, a row times its channels squared."""
+def _noise(shape: Sequence[int], device: torch.device, seed: int) -> torch.Tensor:
+    """Normal float32 numbers, not by the generator that the caller draws with, too."""
     import torch
 
+    return torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(seed))
+
+
+def _solved(hessian: torch.Tensor, weight: torch.Tensor, device: torch.device) -> dict[str, float]:
+    """Seconds of preparing a Hessian, a channel cubed, and of solving with it, a row times its channels squared."""
     from tailorcli.core.hessian import prepare
     from tailorcli.core.tailor import tailor_layer
 
-    other = weight + 0.02 * weight.std() * torch.randn_like(weight)
+    other = weight + 0.02 * weight.std() * _noise(weight.shape, weight.device, 3)
     begun = perf_counter()
     prepared = prepare(hessian, 0.1, sensitivity=True, sequential=False)
     _wait(device)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.core.scores import count_kept
 from tailorcli.data.records import Records, media_digest, read_records
-from tailorcli.device import StageTimer, device_errors, resolve_device
+from tailorcli.device import StageTimer, device_errors, kept_random_numbers, resolve_device
 from tailorcli.distributed import launched
 from tailorcli.errors import NumericalError, OptionsError, first_line, note
 from tailorcli.files import PathLike, file_digest, write_text_atomically
@@ -377,7 +377,8 @@ def train(job: Job, network: Any, examples: Examples, work: Path, progress: bool
     from tailorcli.training.trainer import AlreadyTrained, GuardedTrainer, NotANumber, guard_of
 
     padding = getattr(network.config.get_text_config(), "pad_token_id", None)
-    with quiet_transformers():
+    used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with quiet_transformers(), kept_random_numbers(used):  # a Trainer seeds all of them
         with refused_arguments(job):
             arguments = training_arguments(job, work)
             padding = padding if isinstance(padding, int) and padding >= 0 else 0
