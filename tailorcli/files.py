@@ -101,6 +101,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def beside(output: Path, suffix: str) -> Path:
+    """A place by the name of an output with ``suffix`` behind it, for what a run goes on from.
+
+    Raises OutputError for an output without a name, such as the root.
+    """
+    whole = output if output.name not in ("", "..") else output.resolve()
+    if not whole.name:
+        raise OutputError(f"{output} cannot be an output's folder", "choose another folder for -o")
+    return whole.with_name(whole.name + suffix)
+
+
 HIDDEN = "hidden-"  # files of hidden states begin with it: a run that is killed just then may leave one
 
 

@@ -22,7 +22,7 @@ from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.device import device_errors, exact_float32, resolve_device
 from tailorcli.distributed import ranks, require_shared, told, wait_for_all
 from tailorcli.errors import CheckpointError, OptionsError, OutputError
-from tailorcli.files import HIDDEN, PathLike, as_output_error, write_text_atomically
+from tailorcli.files import HIDDEN, PathLike, as_output_error, beside, write_text_atomically
 from tailorcli.hub import local_folders
 from tailorcli.options import CalibrateOptions, DistillOptions, PatchOptions
 from tailorcli.patchfile.reader import PatchFile
@@ -154,7 +154,7 @@ def patch_to_target(
         return earlier
     if announce is not None and ranks().first:
         announce(plan)
-    work = where.place.with_name(where.place.name + SUFFIX)
+    work = beside(where.place, SUFFIX)
     wait_for_all("the search to be planned")  # by what is there before the first rank begins
     if ranks().first:
         _begin(work, {"target": str(aim), **asdict(distill)}, resume=options.resume)
@@ -198,7 +198,7 @@ def plan_target(
         for density in (aim.densities[-1], aim.densities[0])
     )
     place = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite).place
-    require_search(place.with_name(place.name + SUFFIX))
+    require_search(beside(place, SUFFIX))
     written = highest.write_bytes if output is not None else 0
     needed, free = search_bytes(aim, lowest.patch_bytes, highest.patch_bytes), free_bytes(place)
     if needed + written > free and not options.resume:
@@ -367,7 +367,7 @@ def finished_target(
     ``options`` are resolved and know the teacher's weight; ``described`` are the inputs, as a report has them. Raises
     OutputError where another run's output is there.
     """
-    if not where.resume or where.place.with_name(where.place.name + SUFFIX).exists():
+    if not where.resume or beside(where.place, SUFFIX).exists():
         return None
     if where.folder is not None and (where.folder / REPORT_FILE).is_file():
         report = load_report(where.folder / REPORT_FILE)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.device import StageTimer, device_errors, exact_float32
 from tailorcli.distributed import require_alone
 from tailorcli.errors import OptionsError, OutputError
-from tailorcli.files import HIDDEN, as_output_error
+from tailorcli.files import HIDDEN, as_output_error, beside
 from tailorcli.options import PatchOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import PatchReport
@@ -101,7 +101,7 @@ def patch_checked(
 
 def work_folder(target: Target) -> Path:
     """The folder beside the output."""
-    return target.place.with_name(target.place.name + SUFFIX)
+    return beside(target.place, SUFFIX)
 
 
 def _measured(

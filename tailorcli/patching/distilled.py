@@ -20,7 +20,7 @@ from tailorcli.checkpoint.quantized import UnroundedCheckpoint
 from tailorcli.device import StageTimer, device_errors, exact_float32, resolve_device
 from tailorcli.distributed import ranks, require_shared, told, wait_for_all
 from tailorcli.errors import DataError, OptionsError, OutputError
-from tailorcli.files import HIDDEN, PathLike, as_output_error, digest_of, write_text_atomically
+from tailorcli.files import HIDDEN, PathLike, as_output_error, beside, digest_of, write_text_atomically
 from tailorcli.guard import Watch
 from tailorcli.hub import local_folders
 from tailorcli.models.config import configs_of
@@ -134,7 +134,7 @@ class Work:
     @staticmethod
     def place(target: Target) -> Path:
         """Where it lies."""
-        return target.place.with_name(target.place.name + SUFFIX)
+        return beside(target.place, SUFFIX)
 
     @classmethod
     def check(cls, target: Target) -> None:

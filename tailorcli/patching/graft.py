@@ -22,7 +22,7 @@ from tailorcli.data.records import Record, read_records
 from tailorcli.data.samples import draw_samples, make_batches
 from tailorcli.distributed import ranks, wait_for_all
 from tailorcli.errors import CheckpointError, NumericalError, OptionsError, OutputError
-from tailorcli.files import PathLike, parse_json
+from tailorcli.files import PathLike, beside, parse_json
 from tailorcli.models.config import processor_folder, read_config
 from tailorcli.models.loading import (
     aliases,
@@ -63,7 +63,7 @@ class MaskFile:
     @classmethod
     def beside(cls, output: Path) -> MaskFile:
         """The one that belongs to an output folder or a patch file. Raises OutputError if it is something else."""
-        file = cls(output.with_name(output.name + SUFFIX))
+        file = cls(beside(output, SUFFIX))
         if file.path.exists() and file.identity() is None:
             raise OutputError(f"{file.path} exists and holds no masks of tailorcli", "move it away")
         return file

@@ -27,7 +27,7 @@ from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.device import free_memory, resolve_device
 from tailorcli.distributed import ranks, require_shared, wait_for_all
 from tailorcli.errors import DataError, OptionsError, OutputError, note
-from tailorcli.files import PathLike
+from tailorcli.files import PathLike, beside
 from tailorcli.guard import OutputLock, entries, protect
 from tailorcli.hub import local_folder
 from tailorcli.options import AUTO, CalibrateOptions, DistillOn, DistillOptions, PatchOptions
@@ -271,7 +271,7 @@ class _Job:
     @property
     def work(self) -> Path:
         """The folder beside the output that an interrupted run goes on from."""
-        return self.target.place.with_name(self.target.place.name + SUFFIX)
+        return beside(self.target.place, SUFFIX)
 
     @property
     def picks(self) -> bool:
@@ -296,7 +296,7 @@ class _Job:
         protect([self.target.folder], read, "choose another folder for -o")
         protect([self.target.patch_file], read, "choose another name for --patch-file")
         places = (self.target.folder, self.target.patch_file)
-        works = [place.with_name(place.name + end) for place in places if place is not None for end in _WORKS]
+        works = [beside(place, end) for place in places if place is not None for end in _WORKS]
         protect([self.keep_stats], [*read, self.target.folder], "choose another folder for --keep-stats")
         kept = None if self.keep_stats is None else self.keep_stats.resolve()
         for work in (each.resolve() for each in works):

@@ -13,7 +13,7 @@ from typing import Any
 from tailorcli.checkpoint.folder import WORK_FOLDER, Checkpoint
 from tailorcli.checkpoint.writer import JOURNAL
 from tailorcli.errors import OutputError, first_line
-from tailorcli.files import as_output_error, read_json, write_text_atomically
+from tailorcli.files import as_output_error, beside, read_json, write_text_atomically
 from tailorcli.guard import OutputLock, entries
 from tailorcli.patchfile.report import FINETUNE_FILE
 from tailorcli.training.outcome import FinetuneReport
@@ -25,10 +25,7 @@ COMPLETE = "complete"  # in the folder of a state: all of it is there
 
 def work_of(folder: Path) -> Path:
     """The folder beside an output that an interrupted run goes on from. Raises OutputError for one without a name."""
-    whole = folder if folder.name not in ("", "..") else folder.resolve()
-    if not whole.name:
-        raise OutputError(f"{folder} cannot be a checkpoint's folder", "choose another folder for -o")
-    return whole.with_name(whole.name + SUFFIX)
+    return beside(folder, SUFFIX)
 
 
 def check_output(folder: Path, work: Path, identity: Mapping[str, Any], resume: bool) -> FinetuneReport | None:

@@ -69,6 +69,19 @@ def test_it_gives_the_bytes_of_its_steps_and_leaves_nothing_else(steps, tmp_path
         assert told in shown.stderr
 
 
+def test_the_empty_folder_that_one_is_in_can_be_the_output(steps, tmp_path, monkeypatch):
+    """Its name is not in the path, and what it works in lies beside it."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    patch(steps, "--no-retain", "-o", ".")
+    assert read_tensors(folder).keys() == read_tensors(steps / "base").keys()
+    stats = ("--stats", steps / "stats", "--retain", steps / "base-stats", "--distill", "--distill-steps", 1)
+    run("patch", steps / "base", steps / "tuned", *stats, "-o", ".", "--overwrite")
+    assert report_of(folder)["distillation"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_the_papers_way_and_data_of_ones_own_are_the_steps_too(steps, tmp_path):
     patch(steps, "-o", tmp_path / "paper", "--preset", "paper")
     run("patch", steps / "base", steps / "tuned", "--stats", steps / "stats", "--preset", "paper", "-o", tmp_path / "p")

@@ -280,7 +280,7 @@ def test_values_out_of_range_are_refused(pair, importance, tmp_path):
     for seed in (-1, 1 << 32):
         refused(*command, *out, "--seed", seed, mentions=["seed must be from 0"])
     refused("probe", pair / "base", *out, "--seed", 1 << 64, mentions=["seed must be from 0"])
-    refused(*command, "-o", "/", mentions=["cannot be a checkpoint's folder"])
+    refused(*command, "-o", "/", mentions=["cannot be an output's folder"])
     refused(*command, "-o", ".", mentions=["exists and is not empty"])
     dowser = ("--method", "dowser", "--importance", importance)
     refused(*command, *out, *dowser, "--update-ratio", 1e-9, mentions=["no entry to train"])
