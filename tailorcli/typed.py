@@ -33,6 +33,15 @@ def require_plain(value: Any) -> None:
     _walk(value, read_number)
 
 
+def plain(value: Any) -> Any:
+    """What JSON gives back of a value that it can write: lists for tuples, texts for the members of enums."""
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return str(value) if isinstance(value, str) else value
+
+
 def _walk(value: Any, check_number: Callable[[Any], object]) -> None:
     """Check every text, every number and the depth; level by level, since a value may be nested without end."""
     level, depth = [value], 0

@@ -1,5 +1,6 @@
 """A call from Python leaves the process as it was: its generators, its switches, what it prints, what is open."""
 
+import json
 import random
 import signal
 import threading
@@ -17,21 +18,27 @@ from tailorcli import (
     DistillOptions,
     EvaluateOptions,
     FinetuneOptions,
+    MergeOptions,
     PatchOptions,
     ProbeOptions,
     TailorError,
+    apply_patch,
     calibrate_model,
     compare_models,
     distill_checkpoint,
     evaluate_models,
     finetune_model,
+    inspect_path,
+    merge_patches,
     patch_checkpoint,
     plan_finetune,
     plan_job,
+    plan_patch,
     probe_model,
     run_sweep,
     settings_of,
     tailor,
+    verify_checkpoint,
 )
 from tailorcli.device import attention_without_cudnn, deterministic_algorithms, exact_float32
 from tailorcli.models.loading import quiet_transformers
@@ -47,7 +54,12 @@ TASKS = ("a", "b")
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    return with_statistics(make_pair(tmp_path_factory.mktemp("library")))
+    folder = with_statistics(make_pair(tmp_path_factory.mktemp("library")))
+    for name, options in (("one", PatchOptions(method="magnitude")), ("two", PatchOptions(method="dare"))):
+        patch_checkpoint(
+            folder / "base", folder / "tuned", None, None, options, patch_file=folder / f"{name}.safetensors"
+        )
+    return folder
 
 
 CALLS = {
@@ -58,12 +70,19 @@ CALLS = {
     "write samples": lambda f, out: calibrate_model(f / "base", None, out, WRITTEN),
     "no data": lambda f, out: calibrate_model(f / "tuned", f / "nothing.jsonl", out, SMALL),
     "compare": lambda f, out: compare_models(f / "base", f / "tuned"),
+    "plan a patch": lambda f, out: plan_patch(f / "base", f / "tuned", out, f / "stats"),
     "patch": lambda f, out: patch_checkpoint(f / "base", f / "tuned", out, f / "stats", retain=f / "retain"),
     "patch into an input": lambda f, out: patch_checkpoint(f / "base", f / "tuned", f / "base", f / "stats"),
     "graft": lambda f, out: patch_checkpoint(f / "base", f / "tuned", out, None, BY_GRAFT, graft_data=f / "data.jsonl"),
     "distill": lambda f, out: distill_checkpoint(
         f / "base", f / "tuned", out, f / "stats", f / "retain", distill=DistillOptions(steps=2)
     ),
+    "merge": lambda f, out: merge_patches(
+        f / "base", [f / "one.safetensors", f / "two.safetensors"], out, options=MergeOptions("patches")
+    ),
+    "apply": lambda f, out: apply_patch(f / "base", f / "one.safetensors", out),
+    "verify": lambda f, out: verify_checkpoint(f / "tuned", f / "base", f / "one.safetensors"),
+    "look": lambda f, out: inspect_path(f / "one.safetensors"),
     "plan a job": lambda f, out: plan_job(f / "base", f / "tuned", out, f / "data.jsonl", calibration=SMALL),
     "job": lambda f, out: tailor(f / "base", f / "tuned", out, f / "data.jsonl", calibration=SMALL),
     "plan a fine-tune": lambda f, out: plan_finetune(f / "base", f / "data.jsonl", out, SPIDER),
@@ -118,14 +137,17 @@ def own_settings():
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_call_leaves_the_process_as_it_was_and_prints_nothing(pair, tmp_path, own_settings, capfd, name):
+def test_a_call_leaves_the_process_alone_prints_nothing_and_gives_plain_values(
+    pair, tmp_path, own_settings, capfd, name
+):
     torch.manual_seed(7)
     np.random.seed(7)
     random.seed(7)
     before = process()
     raised = False
     try:
-        CALLS[name](pair, tmp_path / "out")
+        values = CALLS[name](pair, tmp_path / "out").to_dict()
+        assert repr(json.loads(json.dumps(values, allow_nan=False))) == repr(values)
     except TailorError:
         raised = True
     assert raised == (name in RAISE)

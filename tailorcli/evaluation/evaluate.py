@@ -29,6 +29,7 @@ from tailorcli.models.loading import check_shapes, load_encoder, most_tokens, pa
 from tailorcli.options import EvaluateOptions, HarnessOptions
 from tailorcli.system import give_back_memory
 from tailorcli.terminal import Progress, printable
+from tailorcli.typed import plain
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +56,8 @@ class EvaluateReport:
         return {
             "format_version": FORMAT_VERSION,
             "command": "evaluate",
-            "options": self.options,
-            "versions": self.versions,
+            "options": plain(self.options),
+            "versions": plain(self.versions),
             "level": LEVEL,
             "tasks": self.tasks,
             "base": self.roles.base,

@@ -106,6 +106,8 @@ def read_tasks(specs: Sequence[str], limit: int | None = None) -> list[Task]:
     """The tasks' records, of each file the first ``limit``. Raises OptionsError, DataError with file and line."""
     if not specs:
         raise OptionsError("there is no task", f"pass --task: {_SPEC}")
+    if limit is not None and limit < 1:
+        raise OptionsError(f"limit must be at least 1, got {limit}", "leave it out for all records")
     tasks: list[Task] = []
     for spec in specs:
         name, path, kind = parse_task(spec)

@@ -12,7 +12,7 @@ from tailorcli.errors import CheckpointError
 from tailorcli.files import read_json
 from tailorcli.options import DENSE
 from tailorcli.patchfile.records import TensorRecord, read_record
-from tailorcli.typed import Reader, list_of, one_of, read_number, read_text, require_plain
+from tailorcli.typed import Reader, list_of, one_of, plain, read_number, read_text, require_plain
 
 FORMAT_VERSION = 1
 MERGE = "merge-multi"
@@ -54,7 +54,7 @@ class PatchReport:
 
     def to_dict(self) -> dict[str, Any]:
         """What the report file holds: the same for the same inputs."""
-        return {
+        values = {
             "format_version": FORMAT_VERSION,
             "command": self.command,
             "options": self.options,
@@ -64,6 +64,7 @@ class PatchReport:
             **({"distillation": self.distillation} if self.distillation is not None else {}),
             **({"propagation": self.propagation} if self.propagation is not None else {}),
         }
+        return {name: plain(value) for name, value in values.items()}
 
     def to_json(self) -> str:
         """The report file's text."""

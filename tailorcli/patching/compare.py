@@ -27,6 +27,7 @@ from tailorcli.hub import hub_facts, local_folders
 from tailorcli.models.config import differing_fields, moved_tokens, read_config, vocabulary_of
 from tailorcli.models.naming import open_for
 from tailorcli.patching.checks import check_pair
+from tailorcli.typed import plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,7 +135,8 @@ class Comparison:
             "sampled": self.sampled,
             "numel": self.numel,
         }
-        return {"format_version": 1, "command": "check"} | asdict(self) | own
+        values = {"format_version": 1, "command": "check"} | asdict(self) | own
+        return {name: plain(value) for name, value in values.items()}
 
 
 def compare_models(base: PathLike, tuned: PathLike, *, trust_remote_code: bool = False) -> Comparison:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tailorcli.checkpoint.layout import ShardLayout
 from tailorcli.patchfile.records import AT_BASE, PATCHED, TensorRecord
+from tailorcli.typed import plain
 
 RUNTIME_BYTES = 400 << 20  # the interpreter with torch loaded
 BARE_BYTES = 100 << 20  # with NumPy alone
@@ -76,7 +77,7 @@ class TensorPlan:
         """Plain values of all but ``by_statistics``; ``retained_hessians`` is called ``retain``, as in reports."""
         found = {"retain" if name == "retained_hessians" else name: value for name, value in asdict(self).items()}
         del found["by_statistics"]
-        return found
+        return {name: plain(value) for name, value in found.items()}
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Plan:
             "peak_memory_bytes": self.peak_bytes,
             "propagates": self.propagates,
             **({"training": asdict(self.training)} if self.training is not None else {}),
-            **({"search": asdict(self.search)} if self.search is not None else {}),
+            **({"search": plain(asdict(self.search))} if self.search is not None else {}),
         }
 
 

@@ -21,6 +21,7 @@ from tailorcli.evaluation.metrics import (
 )
 from tailorcli.options import EvaluateOptions
 from tailorcli.sweep.scoring import Result
+from tailorcli.typed import plain
 
 FORMAT_VERSION = 1
 
@@ -66,7 +67,7 @@ class SweepReport:
                 {
                     "label": point.label,
                     "family": point.family,
-                    "options": point.options,
+                    "options": plain(point.options),
                     "seconds": point.seconds,
                     "patch_bytes": point.patch_bytes,
                     "on_frontier": {part: point.label in self.frontier_of(point.family, part) for part in self.parts},

@@ -20,7 +20,7 @@ from tailorcli.models.loading import aliases, empty_on_meta, expected_names, unw
 from tailorcli.models.naming import aligned
 from tailorcli.options import LoadOptions
 from tailorcli.patchfile.report import FINETUNE_FILE
-from tailorcli.typed import field_of, list_of, maybe, read_amount, read_count, read_object, read_text
+from tailorcli.typed import field_of, list_of, maybe, plain, read_amount, read_count, read_object, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ class FinetunePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
-        return asdict(self)
+        return {name: plain(value) for name, value in asdict(self).items()}
 
 
 def memory_of(
@@ -131,7 +131,8 @@ class FinetuneReport:
         """Plain values for ``--json``."""
         tensors = [asdict(t) | {"share": t.share, "drift": t.drift} for t in self.tensors]
         whole = {"moved": self.moved, "numel": self.numel, "drift": self.drift}
-        return {"format_version": 1, "command": "finetune"} | asdict(self) | whole | {"tensors": tensors}
+        values = {"format_version": 1, "command": "finetune"} | asdict(self) | whole | {"tensors": tensors}
+        return {name: plain(value) for name, value in values.items()}
 
     @classmethod
     def read(cls, file: Path) -> Self:

@@ -800,3 +800,9 @@ def test_what_a_network_keeps_of_an_evaluation_can_be_changed_by_training(text_f
     evaluate(network, f"t={text_file}:text")
     assert not torch.equal(network.model.rotary_emb.inv_freq, before)
     network.model.rotary_emb.inv_freq.mul_(1.0)
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_leaves_no_record_is_refused(text_file, limit):
+    with pytest.raises(TailorError, match="limit must be at least 1"):
+        read_tasks([f"t={text_file}:text"], limit)
