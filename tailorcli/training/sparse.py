@@ -104,6 +104,19 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
         for kept in (self._held, self._general, self._sofar, self._shapes, self.unscored):
             kept.clear()  # of a Trainer that it was attached to before
         network = trainer.model
+        asked = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+        try:
+            self._take(network)
+        except BaseException:
+            for parameter, wanted in asked:
+                parameter.requires_grad_(wanted)
+            raise
+        if not there:
+            trainer.add_callback(self)
+        return self
+
+    def _take(self, network: Any) -> None:
+        """Freeze what is not trained of a network, and hold what the method needs of the rest. Raises TailorError."""
         chosen = choose(network, self.options.trainable, self.options.last_layers)
         self._refuse_adapters(network, chosen)
         self.names = freeze_others(network, chosen)
@@ -114,9 +127,6 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
             self._held = {name: parameters[name].detach().clone() for name in self.names}
         parameters = named_parameters(network)
         self._whole = {name: tuple(parameters[name].shape) for name in self.names}
-        if not there:
-            trainer.add_callback(self)
-        return self
 
     def _refuse_adapters(self, network: Any, names: Sequence[str]) -> None:
         """Raise OptionsError for a method that chooses among weights where it would train what an adapter adds."""

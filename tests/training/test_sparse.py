@@ -282,8 +282,12 @@ def test_a_checkpoint_that_is_uploaded_has_spiders_state(base, tmp_path, monkeyp
 def test_an_importance_of_another_base_is_refused(base, importance, tmp_path):
     model = make_model(layers=3, seed=5)
     trainer = Trainer(model, arguments(tmp_path), train_dataset=ROWS)
+    model.lm_head.requires_grad_(False)
     with pytest.raises(ImportanceError, match="another base"):
         SparseTuning("dowser", importance=importance).attach(trainer)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["lm_head.weight"]  # as it was: with another method the norms are trained
+    assert any("norm" in name for name in SparseTuning("full").attach(trainer).names)
 
 
 @pytest.mark.parametrize("method", ["spider", "dowser", "l2"])
