@@ -934,3 +934,14 @@ def test_commands_that_are_shown_can_be_copied_whatever_the_paths_hold(tmp_path)
     assert len(shown) == 7
     for command in shown:
         assert any(str(odd) in word and word.count("a [red] b") == 1 for word in shlex.split(command)), command
+
+
+@pytest.mark.parametrize("option", ["-o", "--stats"])
+@pytest.mark.parametrize("kind", ["loop", "long"])
+def test_a_path_that_cannot_be_looked_for_is_one_error(pair, tmp_path, kind, option):
+    place = tmp_path / ("x" * 300 if kind == "long" else "loop")
+    if kind == "loop":
+        place.symlink_to(place)
+    given = {"-o": tmp_path / "out", "--stats": pair / "stats"} | {option: place}
+    words = [word for pair_of_words in given.items() for word in pair_of_words]
+    assert place.name in refused("patch", pair / "base", pair / "tuned", *words)
