@@ -76,7 +76,7 @@ def _expanded(value: Any) -> Any:
         value.stat()
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
-            raise OptionsError(f"{value} is no path: {error.strerror}", "choose another name, or mend the link") from None
+            raise OptionsError(f"{value} is no path: {error.strerror}", "choose another, or mend the link") from None
     return value
 
 
