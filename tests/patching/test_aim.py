@@ -23,7 +23,9 @@ def arguments(pair, output):
     return pair / "base", pair / "tuned", output, pair / "stats", pair / "retain"
 
 
-@pytest.mark.parametrize("text", ["", "old", "old=", "old=x", "old=0", "old=101", "both=5", "new=nan", "old=inf"])
+@pytest.mark.parametrize(
+    "text", ["", "old", "old=", "old=x", "old=0", "old=0.99", "old=101", "both=5", "new=nan", "old=inf"]
+)
 def test_an_aim_that_is_none_is_refused(text):
     with pytest.raises(TailorError, match="not understood"):
         Aim.parse(text)
@@ -46,6 +48,8 @@ def test_the_density_goes_up_to_a_tenth_while_the_new_gains_whatever_the_closed_
     assert pick_density(lambda d: {"old": old[d], "new": new[d]}, Aim.parse("old=99")) == 0.1
     assert pick_density(lambda d: {"old": 1 - 2 * d, "new": new[d]}, Aim.parse("old=99")) == 0.1
     assert pick_density(lambda d: {"old": 1, "new": min(0.8, new[d])}, Aim.parse("old=99")) == 0.05
+    nearly = {0.02: 0.96, 0.05: 0.98, 0.1: 1.0}
+    assert pick_density(lambda d: {"old": 1, "new": nearly[d]}, Aim.parse("old=99")) == 0.1
 
 
 def test_a_miss_moves_the_bases_weight_and_for_the_new_a_low_density_up():
@@ -75,6 +79,7 @@ def test_what_is_written_is_the_best_of_what_was_tried_and_says_so(pair, tmp_pat
     assert found["target"]["asked"] == "old=60"
     assert found["kept"]["old"] >= 0.6
     assert told[-1].startswith("target old=60 reached")
+    assert len([line for line in told if line.startswith("trained")]) == 1  # more would move it away from the new
     assert found["target"]["density"] == pytest.approx(report.totals["density"], rel=0.1)
     written = json.loads((tmp_path / "out" / "tailor_report.json").read_text())
     assert written["distillation"]["target"] == found["target"]
@@ -101,6 +106,18 @@ def test_a_target_out_of_reach_gives_the_nearest_and_tells(pair, tmp_path):
     assert patch_to_target(*arguments(pair, tmp_path / "out"), "new=100", again, FEW).is_earlier
 
 
+def test_of_trainings_that_all_miss_the_nearest_is_written(pair, tmp_path, monkeypatch):
+    import tailorcli.patching.aim as module
+
+    trained, reached = module._Search._trained, iter((0.5, 0.7, 0.6))
+    monkeypatch.setattr(
+        module._Search, "_trained", lambda *given: replace(trained(*given), kept={"old": next(reached), "new": 0.9})
+    )
+    report = patch_to_target(*arguments(pair, tmp_path / "out"), "old=99", OPTIONS, FEW)
+    assert report.distillation["target"]["weight"] == 3 * FEW.weight
+    assert [kept["old"] for kept in report.distillation["target"]["missed"]] == [0.5]
+
+
 def test_a_search_that_was_broken_off_is_finished_to_the_same_bytes(pair, tmp_path, monkeypatch):
     import tailorcli.patching.aim as module
 
@@ -116,6 +133,8 @@ def test_a_search_that_was_broken_off_is_finished_to_the_same_bytes(pair, tmp_pa
     (tmp_path / "out.target" / "hidden-0-1.part").touch()  # of a kill while hidden states were put into a file
     lock_file(tmp_path / "out.target" / "closed-1.safetensors", folder=False).touch()  # of one while that was written
     again = replace(OPTIONS, resume=True)
+    with pytest.raises(TailorError, match="a search with other options"):
+        patch_to_target(*arguments(pair, tmp_path / "out"), "old=60", again, replace(FEW, steps=5))
     patch_to_target(*arguments(pair, tmp_path / "out"), "old=60", again, FEW)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
     assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "whole")
