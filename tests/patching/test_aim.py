@@ -104,6 +104,8 @@ def test_a_target_out_of_reach_gives_the_nearest_and_tells(pair, tmp_path):
     assert report.inputs.keys() == {"base", "tuned", "stats", "retain"}
     again = PatchOptions(method="magnitude", resume=True)
     assert patch_to_target(*arguments(pair, tmp_path / "out"), "new=100", again, FEW).is_earlier
+    with pytest.raises(TailorError, match="of another run"):
+        patch_to_target(*arguments(pair, tmp_path / "out"), "new=100", again, replace(FEW, rate=0.2))
 
 
 def test_of_trainings_that_all_miss_the_nearest_is_written(pair, tmp_path, monkeypatch):
@@ -113,9 +115,21 @@ def test_of_trainings_that_all_miss_the_nearest_is_written(pair, tmp_path, monke
     monkeypatch.setattr(
         module._Search, "_trained", lambda *given: replace(trained(*given), kept={"old": next(reached), "new": 0.9})
     )
-    report = patch_to_target(*arguments(pair, tmp_path / "out"), "old=99", OPTIONS, FEW)
-    assert report.distillation["target"]["weight"] == 3 * FEW.weight
-    assert [kept["old"] for kept in report.distillation["target"]["missed"]] == [0.5]
+    monkeypatch.setattr(module, "pick_density", lambda shares_at, aim: 0.05)
+    how = replace(OPTIONS, max_shard_size=20_000)
+    report = patch_to_target(*arguments(pair, tmp_path / "out"), "old=99", how, FEW)
+    found = report.distillation
+    assert found["target"]["weight"] == found["options"]["weight"] == 3 * FEW.weight
+    assert [kept["old"] for kept in found["target"]["missed"]] == [0.5]
+    assert found["target"]["density"] == 0.05 == pytest.approx(report.totals["density"], rel=0.1)
+    assert len([*(tmp_path / "out").glob("*.safetensors")]) > 1
+
+
+def test_a_search_for_which_there_is_no_room_is_refused(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("tailorcli.patching.aim.free_bytes", lambda place: 0)
+    with pytest.raises(TailorError, match="not enough disk"):
+        patch_to_target(*arguments(pair, None), "old=99", OPTIONS, FEW, patch_file=tmp_path / "p.safetensors")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_search_that_was_broken_off_is_finished_to_the_same_bytes(pair, tmp_path, monkeypatch):
