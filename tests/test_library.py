@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import folder_digest, make_pair, with_statistics
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from tailorcli import (
     CalibrateOptions,
+    Checkpoint,
     DistillOptions,
     EvaluateOptions,
     FinetuneOptions,
@@ -41,7 +44,9 @@ from tailorcli import (
     verify_checkpoint,
 )
 from tailorcli.device import attention_without_cudnn, deterministic_algorithms, exact_float32
-from tailorcli.models.loading import quiet_transformers
+from tailorcli.models.config import read_config
+from tailorcli.models.loading import load_model, quiet_transformers
+from tailorcli.models.skeleton import empty_model
 
 SMALL = CalibrateOptions(12, 24)
 WRITTEN = CalibrateOptions(12, 24, synthetic=True)
@@ -191,3 +196,29 @@ def test_samples_that_models_write_in_threads_side_by_side_are_those_of_one_afte
     assert torch.equal(torch.get_rng_state(), before)
     expected = folder_digest(pair / "retain")
     assert all(folder_digest(tmp_path / name) == expected for name in ("first", "second", "third"))
+
+
+def test_models_that_threads_build_side_by_side_leave_transformers_and_torch_as_they_were(pair):
+    """While it builds a model, transformers replaces ``tie_weights`` for the whole process."""
+    config, options = read_config(pair / "base"), CalibrateOptions()
+    before = PreTrainedModel.tie_weights, torch.nn.Module.register_parameter, torch.get_default_dtype()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # seconds: calls overlap in every way
+
+    def build():
+        with Checkpoint.open(pair / "base") as checkpoint:
+            for _ in range(8):
+                load_model(checkpoint, config, options)
+                empty_model(checkpoint, config, options)
+
+    threads = [threading.Thread(target=build) for _ in range(4)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    found = PreTrainedModel.tie_weights, torch.nn.Module.register_parameter, torch.get_default_dtype()
+    PreTrainedModel.tie_weights, torch.nn.Module.register_parameter, _ = before  # for the tests behind this one
+    assert found == before

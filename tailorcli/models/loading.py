@@ -6,8 +6,10 @@ Besides the demo, this is the only place that imports transformers.
 from __future__ import annotations
 
 import platform
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +167,7 @@ def empty_on_meta(
     import torch
 
     own = described(checkpoint, config, options, folder)
-    with quiet_transformers():
+    with one_at_a_time():
         try:
             trust = {"trust_remote_code": options.trust_remote_code}
             return _on_meta(model_class_of(config, options), own, trust, torch)
@@ -201,7 +203,7 @@ def load_model(checkpoint: Checkpoint, config: dict[str, Any], options: LoadOpti
     model_class = model_class_of(config, options)
     dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
     own = described(checkpoint, config, options, folder)
-    with quiet_transformers():
+    with one_at_a_time():
         try:
             network, info = model_class.from_pretrained(
                 path,
@@ -352,6 +354,19 @@ def _hold_quiet() -> Callable[[], object]:
 
 quiet_transformers = Held(_hold_quiet)
 """No progress bars and no warnings of transformers between ours."""
+
+_building = threading.RLock()
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Within it a model is built, quietly, by one thread at a time.
+
+    While it is, transformers replaces its ``tie_weights`` and torch's default dtype for the whole process: calls that
+    overlapped left the one that ties nothing behind, and every later model without its output layer.
+    """
+    with _building, quiet_transformers():
+        yield
 
 
 def package_versions() -> dict[str, str]:

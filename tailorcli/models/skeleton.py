@@ -18,6 +18,7 @@ from tailorcli.models.loading import (
     described,
     empty_on_meta,
     model_class_of,
+    one_at_a_time,
     prepared,
     quiet_transformers,
 )
@@ -40,7 +41,7 @@ def empty_model(
 
     model_class = model_class_of(config, options)
     own = described(checkpoint, config, options, folder)
-    with quiet_transformers():
+    with one_at_a_time():
         try:
             dtype = run_dtype(checkpoint, own, options)
             with _parameters_on_meta(torch):
