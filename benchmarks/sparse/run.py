@@ -33,7 +33,7 @@ class Plan:
 
 
 def run_part(part: Part, cache: Path, plan: Plan, rendered: Callable[[], None]) -> list[str]:
-    """Every cell of a plan that is missing, ``rendered`` after each phase; what failed, in words, is returned."""
+    """Every cell of a plan that is missing, ``rendered`` after each phase that made some; gives what failed, in words."""
     pairs = pairs_of(part, cache, plan.tasks, plan.seeds)
     failed: list[str] = []
     for task, group in groupby(pairs, key=lambda pair: pair.name):
@@ -44,7 +44,7 @@ def run_part(part: Part, cache: Path, plan: Plan, rendered: Callable[[], None]) 
                 say(f"{part.name}, {task}: {name}")
                 jobs = [_job(bench, partial(bench.make, unit), _told(unit)) for bench, unit in units]
                 failed += run_all(jobs, plan.jobs)
-            rendered()
+                rendered()
         benches[0].measure_memory(plan.rows)
         rendered()
         if not failed:
