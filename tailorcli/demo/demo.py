@@ -37,7 +37,7 @@ from tailorcli.demo.text import (
 )
 from tailorcli.device import StageTimer
 from tailorcli.errors import OutputError
-from tailorcli.files import PathLike
+from tailorcli.files import PathLike, in_shell
 from tailorcli.options import DISTILL_STEPS, CalibrateOptions, DistillOptions, PatchOptions, Solver, require_seed
 from tailorcli.terminal import Progress
 
@@ -234,7 +234,7 @@ def render_demo(report: DemoReport) -> RenderableType:
 
 def follow_up_commands(report: DemoReport) -> list[str]:
     """Shell commands to go on with the checkpoints that the demo kept."""
-    path = {name: shlex.quote(value) for name, value in report.paths.items()}
+    path = {name: in_shell(value) for name, value in report.paths.items()}
     default = next(row.path for row in report.rows if row.model == "patched")
     mine = str(Path(report.paths["base"]).with_name("mine"))
     inputs = f"{path['base']} {path['tuned']} --stats {path['stats']}"
@@ -242,10 +242,10 @@ def follow_up_commands(report: DemoReport) -> list[str]:
     code = f"import tailorcli.demo as d; print(d.evaluate_checkpoint({mine!r}, {report.paths['data']!r}))"
     return [
         f"tailorcli inspect {path['stats']}",
-        f"tailorcli inspect {shlex.quote(default)}",
+        f"tailorcli inspect {in_shell(default)}",
         f"tailorcli score {inputs} --density 0.2",
-        f"tailorcli patch {retaining} --density 0.3 -o {shlex.quote(mine)}",
-        f"tailorcli patch {inputs} --density 0.3 --solver none -o {shlex.quote(mine)} --overwrite",
+        f"tailorcli patch {retaining} --density 0.3 -o {in_shell(mine)}",
+        f"tailorcli patch {inputs} --density 0.3 --solver none -o {in_shell(mine)} --overwrite",
         f"python -c {shlex.quote(code)}",
     ]
 

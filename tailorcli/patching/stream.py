@@ -321,8 +321,7 @@ def _note_config(base: Checkpoint, tuned: Checkpoint) -> None:
 
 def _note_other_config(stats: Stats | None, folder: Path) -> None:
     """Note where statistics were measured under another config than the model in ``folder`` has now."""
-    known = None if stats is None else stats.manifest["model"].get("config")
-    if stats is not None and known not in (None, config_digest(folder)):
+    if stats is not None and stats.manifest["model"].get("config") not in (None, config_digest(folder)):
         note(f"{folder / 'config.json'} has changed since {stats.path} was measured: calibrate again if it matters")
 
 

@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from tailorcli.errors import OptionsError
 from tailorcli.files import write_text_atomically
-from tailorcli.models.running import in_dtype_of
+from tailorcli.models.running import in_dtype_of, in_use
 from tailorcli.terminal import Progress
 from tailorcli.training.examples import IGNORED, Collate
 from tailorcli.training.resuming import COMPLETE, last_state
@@ -80,13 +80,9 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         The Trainer asks the signature alone, and takes a model that ignores their number for one that does.
         """
         count = max(1, int((inputs["labels"] != IGNORED).sum()))
-        was = model.training
-        model.eval()  # no draws of dropout, which a run that is resumed would lack
-        try:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                once, twice = (float(model(**inputs, num_items_in_batch=n).loss) for n in (count, 2 * count))
-        finally:
-            model.train(was)
+        # No draws of dropout, which a run that is resumed would lack.
+        with in_use(model), torch.no_grad(), self.compute_loss_context_manager():
+            once, twice = (float(model(**inputs, num_items_in_batch=n).loss) for n in (count, 2 * count))
         return abs(2 * twice - once) <= 0.5 * abs(once)  # such a loss is halved, but for that of a router
 
     def _get_train_sampler(self, *given: Any) -> Any:
