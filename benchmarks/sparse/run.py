@@ -33,7 +33,7 @@ class Plan:
 
 
 def run_part(part: Part, cache: Path, plan: Plan, rendered: Callable[[], None]) -> list[str]:
-    """Every cell of a plan that is missing, ``rendered`` after each phase that made some; gives what failed, in words."""
+    """Every cell of a plan that is missing, ``rendered`` after each phase that made some; gives what failed."""
     pairs = pairs_of(part, cache, plan.tasks, plan.seeds)
     failed: list[str] = []
     for task, group in groupby(pairs, key=lambda pair: pair.name):
