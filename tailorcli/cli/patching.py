@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -70,18 +69,10 @@ from tailorcli.cli.output import (
     print_report,
     require_output,
     say,
-    show_cost,
-    show_job,
-    show_job_cost,
-    show_plan,
-    show_reasons,
-    show_stages,
-    show_summary,
-    show_written,
 )
 from tailorcli.cli.ranks import asked_fleet
 from tailorcli.cli.sharing import check_page, check_push, push, write_page_of
-from tailorcli.cli.verbosity import is_verbose, wants_progress
+from tailorcli.cli.tailoring import Asked, run, show, show_dry_run
 from tailorcli.distributed import launched
 from tailorcli.errors import OptionsError
 from tailorcli.files import in_shell
@@ -103,10 +94,6 @@ from tailorcli.options import (
     with_preset,
 )
 from tailorcli.units import parse_size
-
-if TYPE_CHECKING:
-    from tailorcli.pipeline.plan import JobPlan
-    from tailorcli.pipeline.ranks import Fleet
 
 
 def patch(
@@ -328,21 +315,10 @@ def patch(
     check_push(push_to_hub, output, dry_run)
     read = [base, tuned, stats, retain, data, retain_data, graft_data, teacher_data]
     check_page(html, [*read, output, patch_file, keep_stats])
-    from tailorcli.adapters.checkpoint import is_adapter
-    from tailorcli.patching.aim import patch_to_target, plan_target
-    from tailorcli.patching.distilled import distill_checkpoint, plan_distilled
-    from tailorcli.patching.patch import patch_checkpoint, plan_patch
-    from tailorcli.patching.teacher import check_teacher_data
-    from tailorcli.pipeline.estimate import is_described, ranks_of_patch
-    from tailorcli.pipeline.job import plan_job, tailor
-
-    if preset is not None and (retain is not None or retain_data is not None):
-        given = "--retain" if retain is not None else "--retain-data"
-        raise typer.BadParameter(f"--preset paper has no retain term: leave {given} out")
+    given = {name for name in context.params if is_given(context, name)}
     own = {"density": density, "omega": omega, "solver": solver, "damping": damping, "block_size": block_size}
-    chosen = {name: value for name, value in own.items() if is_given(context, name)}
     options = PatchOptions(
-        **with_preset(preset, **chosen),
+        **with_preset(preset, **{name: value for name, value in own.items() if name in given}),
         score=score,
         retain_weight=retain_weight,
         propagate=propagate,
@@ -375,96 +351,48 @@ def patch(
     )
     training = (distill_steps, distill_rate, distill_weight, distill_batch_size, seed, distill_on)
     how = DistillOptions(*training) if distill or target is not None else None
-    _require_one_source(data, stats, retain, retain_data, no_retain, keep_stats)
-    if how is None:
-        require_unused(context, "is for --distill, or --target", *TRAINING)
-    if stats is not None and teacher_data is None:
-        columns = ("text_column", "prompt_column", "response_column")
-        drawn = ("num_samples", "seq_len", "batch_size", "dtype", "blockwise", *columns)
-        require_unused(context, "is for --data: --stats hold their samples", *drawn)
-    if preset is not None and method != "tailor":
-        raise typer.BadParameter(f"--preset paper is of the method tailor, not of {method}")
-    _require_used(context, options, retain is not None or (stats is None and not no_retain and preset is None))
-    if deterministic and data is None:
-        raise OptionsError(
-            "--deterministic goes with --data: a patch with --stats is what its statistics are",
-            "pass it to calibrate, or the new task's data: --data FILE",
-        )
-    if distill and data is None and (stats is None or retain is None):
-        raise OptionsError(
-            "--distill needs the samples of both statistics",
-            "pass --data FILE; or --stats STATS and --retain STATS (tailorcli calibrate BASE --synthetic -o STATS)",
-        )
-    if target is not None:
-        _require_aim(context, data, stats, retain)
-    if teacher_data is not None and options.teacher_weight != AUTO:
-        raise typer.BadParameter("--teacher-data is for --teacher-weight auto")
-    where: dict[str, Any] = {"patch_file": patch_file, "graft_data": graft_data}
+    retained = not no_retain and preset is None
+    _require_one_source(given)
+    _require_samples(context, given)
+    _require_used(given, options, retain is not None or (stats is None and retained))
     usual = CalibrateOptions.of_job(distilled=how is not None)
-    job: dict[str, Any] = {
-        "retain_data": retain_data,
-        "retain": not no_retain and preset is None,
-        "options": options,
-        "calibration": CalibrateOptions(
-            usual.num_samples if num_samples is None else num_samples,
-            *(seq_len, batch_size),
-            dtype=dtype,
-            seed=seed,
-            blockwise=blockwise,
-            columns=DataColumns(text_column, prompt_column, response_column),
-            deterministic=deterministic,
-        ),
-        "distill": how,
-        "keep_stats": keep_stats,
-        "teacher_data": teacher_data,
-        "target": target,
-    }
+    calibration = CalibrateOptions(
+        usual.num_samples if num_samples is None else num_samples,
+        *(seq_len, batch_size),
+        dtype=dtype,
+        seed=seed,
+        blockwise=blockwise,
+        columns=DataColumns(text_column, prompt_column, response_column),
+        deterministic=deterministic,
+    )
     if teacher_data is not None:
-        check_teacher_data(teacher_data, job["calibration"])  # else it fails after much work
+        from tailorcli.patching.teacher import check_teacher_data
+
+        check_teacher_data(teacher_data, calibration)  # else it fails after much work
     base, tuned = local_folders((base, tuned), code=trust_remote_code)
+    asked = Asked(
+        base=base,
+        tuned=tuned,
+        output=output,
+        patch_file=patch_file,
+        data=data,
+        stats=stats,
+        retain=retain,
+        options=options,
+        calibration=calibration,
+        distill=how,
+        target=target,
+        graft_data=graft_data,
+        teacher_data=teacher_data,
+        retain_data=retain_data,
+        retained=retained,
+        keep_stats=keep_stats,
+    )
     fleet = asked_fleet(ranks, dry_run)
-    if fleet is not None and is_described(base):
-        show_job(_described(base, tuned, job, stats, fleet), output, patch_file, as_json, tensors)
-        return
-    if dry_run and data is not None:
-        tell = None if as_json else partial(say, err=True)
-        job_plan = plan_job(base, tuned, output, data, **where, **job, tell=tell, fleet=fleet)
-        show_job(job_plan, output, patch_file, as_json, tensors)
-        return
     if dry_run:
-        if target is not None and how is not None and stats is not None and retain is not None:
-            plan = plan_target(base, tuned, output, stats, retain, target, options, how, **where)
-        elif how is not None and stats is not None and retain is not None:
-            plan = plan_distilled(base, tuned, output, stats, retain, options, how, **where)
-        else:
-            plan = plan_patch(base, tuned, output, stats, options, retain=retain, **where)
-        there = None
-        if fleet is not None:
-            there = ranks_of_patch(base, tuned, stats, plan, options, retain, how, fleet, target)
-        show_plan(plan, output, patch_file, as_json, tensors, there)
-        if options.teacher_weight == AUTO:
-            say("before that the teacher's weight is picked: models between BASE and TUNED are run", err=True)
+        show_dry_run(asked, fleet, as_json, tensors)
         return
-    side = base if is_adapter(tuned) else tuned
-    if output is not None and side.is_dir() and not (side / "config.json").exists():
-        say(f"note: {tuned} has no config.json, so {output} will not load with from_pretrained", err=True)
-    shown: dict[str, Any] = {"progress": wants_progress(as_json)}
-    if data is not None:
-        if not as_json:
-            shown["announce"] = partial(show_job_cost, output=output, patch_file=patch_file)
-            shown["tell"] = partial(say, err=True)
-            shown["show"] = shown["tell"] if is_verbose() else None
-        report = tailor(base, tuned, output, data, **where, **job, **shown)
-    else:
-        shown["announce"] = None if as_json else partial(show_cost, output=output, patch_file=patch_file)
-        where |= {"teacher_data": teacher_data, "calibration": job["calibration"]}
-        if target is not None and how is not None and stats is not None and retain is not None:
-            shown["tell"] = None if as_json else partial(say, err=True)
-            report = patch_to_target(base, tuned, output, stats, retain, target, options, how, **where, **shown)
-        elif how is not None and stats is not None and retain is not None:
-            report = distill_checkpoint(base, tuned, output, stats, retain, options, how, **where, **shown)
-        else:
-            report = patch_checkpoint(base, tuned, output, stats, options, retain=retain, **where, **shown)
+    report = run(asked, as_json)
     if not launched().first:
         return
     if stats is not None and retain is None and options.fits_statistics:
@@ -478,22 +406,49 @@ def patch(
     if as_json:
         print_report(report, output, patch_file)
         return
-    show_summary(report)
-    show_reasons({record.name: record.note for record in report.tensors if record.note}, "note")
-    show_written(output, patch_file, report)
-    show_stages(report.stages)
-    if keep_stats is not None and keep_stats.exists():  # a finished run that was called again made none
-        say(f"statistics kept in {keep_stats}: the same command with another --density and -o takes them from there")
+    show(asked, report)
 
 
-def _described(base: Path, tuned: Path, job: dict[str, Any], stats: Path | None, fleet: Fleet) -> JobPlan:
-    """The cost of the whole job for models of which there is a config.json alone."""
-    from tailorcli.pipeline.estimate import plan_described
+def _require_one_source(given: set[str]) -> None:
+    """Statistics are made of data, or given. Raises OptionsError where both are asked for, or parts of both."""
+    if "preset" in given and given & {"retain", "retain_data"}:
+        option = "--retain" if "retain" in given else "--retain-data"
+        raise typer.BadParameter(f"--preset paper has no retain term: leave {option} out")
+    if "data" in given and given & {"stats", "retain"}:
+        option = "--stats" if "stats" in given else "--retain"
+        raise OptionsError(
+            f"--data and {option} exclude each other: --data makes the statistics that {option} would name",
+            "pass --data alone for the whole job, or --stats and --retain for statistics that are there",
+        )
+    if "data" in given:
+        return
+    for option in ("--retain-data", "--no-retain", "--keep-stats"):
+        if option[2:].replace("-", "_") in given:
+            raise OptionsError(f"{option} goes with --data", "pass the new task's data: --data FILE")
+    if "deterministic" in given:
+        raise OptionsError(
+            "--deterministic goes with --data: a patch with --stats is what its statistics are",
+            "pass it to calibrate, or the new task's data: --data FILE",
+        )
 
-    if stats is not None:
-        raise OptionsError(f"{base} has a config.json alone, and --stats are of a model with weights", "leave it out")
-    known = ("retain", "retain_data", "options", "calibration", "distill", "target")
-    return plan_described(base, tuned, **{name: job[name] for name in known}, fleet=fleet)
+
+def _require_samples(context: typer.Context, given: set[str]) -> None:
+    """Raise OptionsError for training without samples, typer.BadParameter for an option that would be ignored."""
+    if not given & {"distill", "target"}:
+        require_unused(context, "is for --distill, or --target", *TRAINING)
+    if "stats" in given and "teacher_data" not in given:
+        columns = ("text_column", "prompt_column", "response_column")
+        drawn = ("num_samples", "seq_len", "batch_size", "dtype", "blockwise", *columns)
+        require_unused(context, "is for --data: --stats hold their samples", *drawn)
+    for name, what in (("distill", "--distill needs"), ("target", "--target measures on")):
+        if name in given and "data" not in given and not given >= {"stats", "retain"}:
+            raise OptionsError(
+                f"{what} the samples of both statistics",
+                "pass --data FILE; or --stats STATS and --retain STATS (tailorcli calibrate BASE --synthetic -o STATS)",
+            )
+    picked = [name for name in ("density", "distill_weight", "preset") if name in given]
+    if "target" in given and picked:
+        raise typer.BadParameter(f"--target does not go with --{picked[0].replace('_', '-')}")
 
 
 # Options of the patch that some methods and solvers do without, by their names in PatchOptions.
@@ -502,49 +457,20 @@ _OWN |= {name: name for name in ("retain_weight", "threshold", "alpha", "beta", 
 _OWN |= {"graft_steps": "graft_steps", "graft_rate": "graft_rate", "graft_batch_size": "batch_size"}
 
 
-def _require_used(context: typer.Context, options: PatchOptions, retained: bool) -> None:
+def _require_used(given: set[str], options: PatchOptions, retained: bool) -> None:
     """Raise typer.BadParameter for an option that the method, or the solver, has no use for."""
+    if "preset" in given and options.method != "tailor":
+        raise typer.BadParameter(f"--preset paper is of the method tailor, not of {options.method}")
+    if "teacher_data" in given and options.teacher_weight != AUTO:
+        raise typer.BadParameter("--teacher-data is for --teacher-weight auto")
     try:
         used = options.resolved(retained).identity(retained)
     except OptionsError:  # of options that contradict one another, which is told where they are used
         return
     how = f"--method {options.method}" if options.method != "tailor" else f"--solver {options.solver}"
     for name, own in _OWN.items():
-        if is_given(context, name) and own not in used:
+        if name in given and own not in used:
             why = "is for a patch with --retain" if name == "retain_weight" else f"has no part in {how}"
             raise typer.BadParameter(f"--{name.replace('_', '-')} {why}")
-    if is_given(context, "graft_data") and options.method != "graft":
+    if "graft_data" in given and options.method != "graft":
         raise typer.BadParameter("--graft-data is for --method graft")
-
-
-def _require_aim(context: typer.Context, data: Path | None, stats: Path | None, retain: Path | None) -> None:
-    """What --target goes with. Raises OptionsError, or typer.BadParameter for what it picks itself."""
-    if data is None and (stats is None or retain is None):
-        raise OptionsError(
-            "--target measures on the samples of both statistics",
-            "pass --data FILE; or --stats STATS and --retain STATS (tailorcli calibrate BASE --synthetic -o STATS)",
-        )
-    picked = [name for name in ("density", "distill_weight", "preset") if is_given(context, name)]
-    if picked:
-        raise typer.BadParameter(f"--target does not go with --{picked[0].replace('_', '-')}")
-
-
-def _require_one_source(
-    data: Path | None,
-    stats: Path | None,
-    retain: Path | None,
-    retain_data: Path | None,
-    no_retain: bool,
-    keep_stats: Path | None,
-) -> None:
-    """Statistics are made of data, or given. Raises OptionsError where both are asked for, or parts of both."""
-    if data is not None and (stats is not None or retain is not None):
-        given = "--stats" if stats is not None else "--retain"
-        raise OptionsError(
-            f"--data and {given} exclude each other: --data makes the statistics that {given} would name",
-            "pass --data alone for the whole job, or --stats and --retain for statistics that are there",
-        )
-    alone = {"--retain-data": retain_data is not None, "--no-retain": no_retain, "--keep-stats": keep_stats is not None}
-    for option, given_alone in alone.items():
-        if data is None and given_alone:
-            raise OptionsError(f"{option} goes with --data", "pass the new task's data: --data FILE")
