@@ -52,7 +52,7 @@ from tailorcli.cli.output import (
     show_reasons,
     show_score,
 )
-from tailorcli.cli.ranks import asked_fleet, show_calibration
+from tailorcli.cli.plans import asked_fleet, show_calibration
 from tailorcli.cli.verbosity import is_verbose, wants_progress
 from tailorcli.distributed import launched
 from tailorcli.files import in_shell

@@ -16,13 +16,11 @@ import typer
 from tailorcli.cli.verbosity import is_quiet, is_verbose
 from tailorcli.files import in_shell
 from tailorcli.terminal import printable
+from tailorcli.units import counted, format_bytes, format_share
 
 if TYPE_CHECKING:
     from tailorcli.patchfile.records import TensorRecord
     from tailorcli.patchfile.report import PatchReport
-    from tailorcli.pipeline.plan import JobPlan
-    from tailorcli.pipeline.ranks import RankPlan
-    from tailorcli.runs.plan import Plan
 
 
 def say(text: str, *, err: bool = False) -> None:
@@ -110,148 +108,6 @@ def require_source(data: Path | None, synthetic: bool) -> None:
         raise typer.BadParameter("pass --data FILE, or --synthetic to let the model write its own samples")
 
 
-def _cost(plan: Plan, output: Path | None, patch_file: Path | None) -> dict[str, str]:
-    """What a run does and costs, a few words each."""
-    from tailorcli.runs.outputs import free_bytes
-    from tailorcli.units import counted, format_bytes
-
-    writes = []
-    if output is not None:
-        writes.append(f"{format_bytes(plan.write_bytes)} to {output} ({format_bytes(free_bytes(output))} free)")
-    if patch_file is not None:
-        writes.append(f"at most {format_bytes(plan.patch_bytes)} to {patch_file}")
-    retained = sum(bool(tensor.retained_hessians) for tensor in plan.patched)
-    how = ", propagated: three models run block by block" if plan.propagates else ""
-    term = f" ({retained} with the retain term{how})" if retained else ""
-    training = {}
-    if plan.training is not None:
-        steps, host = counted(plan.training.steps, "step"), plan.training.host_bytes
-        there = f"{format_bytes(plan.training.device_bytes)} on the GPU and {format_bytes(host)} beside it"
-        if plan.training.device == "cpu":
-            there = f"{format_bytes(plan.training.device_bytes + host)} of memory"
-        training = {"training": f"at most {steps}, about {there}"}
-    if plan.search is not None:
-        of_last = f"the figures here are of density {plan.search.densities[-1]:g}"
-        training["search"] = f"for {plan.search.target}: {plan.search}; {of_last}"
-    return {
-        "tensors": f"patching {counted(len(plan.patched), 'tensor')}{term}, leaving {len(plan.left_at_base)} at base",
-        "read": format_bytes(plan.read_bytes),
-        "write": " and ".join(writes),
-        "memory": f"about {format_bytes(plan.peak_bytes)} at the peak",
-        **training,
-    }
-
-
-def show_cost(plan: Plan, output: Path | None, patch_file: Path | None) -> None:
-    """What a run is about to do and will cost, on standard error before it starts."""
-    costs = _cost(plan, output, patch_file)
-    read, memory = costs["read"], costs["memory"].replace(" at", " of memory at")
-    say(f"{costs['tensors']}: {read} to read, to write {costs['write']}, {memory}", err=True)
-    if "training" in costs:
-        say(f"then training the kept entries: {costs['training']}", err=True)
-    if "search" in costs:
-        say(f"all that in a search {costs['search']}", err=True)
-
-
-def show_job_cost(plan: JobPlan, output: Path | None, patch_file: Path | None) -> None:
-    """The steps of a whole job and what it will cost, on standard error before it starts."""
-    for line in _job_lines(plan):
-        say(line, err=True)
-    costs = _job_cost(plan, output, patch_file)
-    say(f"to write {costs['write']}; {costs['memory']} of memory; {costs['time']}", err=True)
-
-
-def _job_lines(plan: JobPlan) -> list[str]:
-    """Its steps, numbered, each with the time that it will take or that it is there already."""
-    lines = []
-    for number, step in enumerate(plan.steps, 1):
-        ends = "there already" if step.done else "" if step.seconds is None else f"about {duration(step.seconds)}"
-        lines.append(f"{number}. {step.what}{f' ({ends})' if ends else ''}")
-    return [*lines, f"not in one pass: {plan.why}"] if plan.why else lines
-
-
-def _job_cost(plan: JobPlan, output: Path | None, patch_file: Path | None) -> dict[str, str]:
-    """What a whole job costs, a few words each."""
-    from tailorcli.units import format_bytes
-
-    write = _cost(plan.patch, output, patch_file)["write"]
-    if plan.stats_bytes:
-        stay = "of statistics, which stay" if plan.kept else "of statistics meanwhile"
-        write += f", and up to {format_bytes(plan.stats_bytes)} {stay}"
-    time = "no estimate of the time" if plan.seconds is None else f"about {duration(plan.seconds)} in all"
-    return {"write": write, "memory": f"about {format_bytes(plan.peak_bytes)}", "time": time}
-
-
-def duration(seconds: float) -> str:
-    """A time that is only estimated, in words."""
-    if seconds < 60:
-        return f"{max(5, 5 * math.ceil(seconds / 5))} s"
-    minutes = math.ceil(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{seconds / 3600:.1f} h"
-
-
-def show_job(
-    plan: JobPlan, output: Path | None, patch_file: Path | None, as_json: bool, every_tensor: bool = False
-) -> None:
-    """What ``--dry-run`` shows of a whole job: the tensors as of a patch, then the steps and the costs."""
-    from tailorcli.runs.outputs import free_bytes
-
-    if as_json:
-        print_json({**plan.to_dict(), "free_bytes": free_bytes(output or patch_file or Path())})
-        return
-    from tailorcli.display.summary import facts_table
-
-    _show_tensors(plan.patch, every_tensor)
-    for line in ["", *_job_lines(plan)]:
-        say(line)
-    costs = _cost(plan.patch, output, patch_file)
-    patch = {name: costs[name] for name in ("tensors", "training") if name in costs}
-    costs = _job_cost(plan, output, patch_file)
-    print_rich("", facts_table(patch | ({"write": costs["write"]} if plan.ranks is not None else costs)))
-    _show_ranks(plan.ranks)
-    say("dry run: nothing was written", err=True)
-
-
-def show_plan(
-    plan: Plan,
-    output: Path | None,
-    patch_file: Path | None,
-    as_json: bool,
-    every_tensor: bool = False,
-    ranks: RankPlan | None = None,
-) -> None:
-    """What ``--dry-run`` shows: the treatment of each kind of layer, or of every tensor, and last what it costs."""
-    from tailorcli.runs.outputs import free_bytes
-
-    if as_json:
-        where = output or patch_file or Path()
-        own = {} if ranks is None else {"on_ranks": ranks.to_dict()}
-        print_json({**plan.to_dict(), "free_bytes": free_bytes(where), **own})
-        return
-    from tailorcli.display.summary import facts_table
-
-    _show_tensors(plan, every_tensor)
-    print_rich("", facts_table(_cost(plan, output, patch_file)))
-    _show_ranks(ranks)
-    say("dry run: nothing was written", err=True)
-
-
-def _show_ranks(plan: RankPlan | None) -> None:
-    from tailorcli.cli.ranks import show_ranks  # which imports this module
-
-    show_ranks(plan)
-
-
-def _show_tensors(plan: Plan, every_tensor: bool) -> None:
-    """The treatment of each kind of layer, or of every tensor."""
-    from tailorcli.display.summary import plan_summary
-    from tailorcli.display.tables import plan_table
-
-    print_rich(*([plan_table(plan)] if every_tensor else [*plan_summary(plan.tensors), "every tensor: --tensors"]))
-    show_reasons({tensor.name: tensor.reason for tensor in plan.left_at_base}, "left at base", err=False)
-    show_reasons({tensor.name: tensor.note for tensor in plan.patched if tensor.note}, "note", err=False)
-
-
 def print_report(report: PatchReport, output: Path | None, patch_file: Path | None) -> None:
     """The report as JSON, with where it was written and how long it took."""
     paths = {"output": output, "patch_file": patch_file}
@@ -262,8 +118,6 @@ def print_report(report: PatchReport, output: Path | None, patch_file: Path | No
 
 def show_written(output: Path | None, patch_file: Path | None, report: PatchReport) -> None:
     """The last lines: what was written, and what to look at next; or that all was there already."""
-    from tailorcli.units import format_bytes
-
     if report.is_earlier:
         there = " and ".join(str(path) for path in (patch_file, output) if path is not None)
         say(f"{there}: already finished by an earlier run of this command; nothing was written")
@@ -299,7 +153,6 @@ def show_stages(stages: dict[str, float]) -> None:
 def show_summary(report: PatchReport) -> None:
     """The totals of a patch in a few lines."""
     from tailorcli.patchfile.report import target_in_words
-    from tailorcli.units import format_share
 
     totals, towards = report.totals, target_in_words(report.options)
     show_kept(totals)
@@ -336,7 +189,6 @@ def show_summary(report: PatchReport) -> None:
 def show_distillation(found: dict[str, Any], towards: str = "the tuned model") -> None:
     """What training the kept entries ``towards`` a model did to both held-out divergences."""
     from tailorcli.patchfile.report import trained_tasks
-    from tailorcli.units import counted
 
     before, after = (found["steps"].index(step) for step in (0, found["best"]))
     new, retained = (f"{found[kind][before]:.4f} to {found[kind][after]:.4f}" for kind in ("new", "retained"))
@@ -363,8 +215,6 @@ def show_distillation(found: dict[str, Any], towards: str = "the tuned model") -
 
 def _of_layers(began: dict[str, Any]) -> str:
     """The mean layer error and drift of a patch, in words."""
-    from tailorcli.units import format_share
-
     errors = began.get("errors") or [began[name] for name in ("error_after",) if name in began]
     texts = [f"mean layer errors of {', '.join(map(format_share, errors))}"] if errors else []
     texts += [f"a mean drift of {format_share(began['drift'])}"] if "drift" in began else []
@@ -373,8 +223,6 @@ def _of_layers(began: dict[str, Any]) -> str:
 
 def show_merge(report: PatchReport) -> None:
     """The totals of a merge in a few lines."""
-    from tailorcli.units import counted, format_share
-
     totals, tasks = report.totals, report.options["tasks"]
     kept = ", ".join(f"{task} {count:,}" for task, count in zip(tasks, totals["kept_by"], strict=True))
     say(
@@ -410,8 +258,6 @@ def show_score(report: PatchReport, every_tensor: bool) -> None:
 
 def show_kept(totals: dict[str, Any]) -> None:
     """How much of the tuned model's change the masks keep."""
-    from tailorcli.units import format_share
-
     say(
         f"kept {totals['kept']:,} of {totals['numel']:,} weights ({format_share(totals['density'])}), which hold "
         f"{format_share(totals['delta_share_kept'])} of the squared change"

@@ -50,12 +50,11 @@ from tailorcli.cli.output import (
     require_output,
     say,
     say_error,
-    show_cost,
     show_merge,
-    show_plan,
     show_stages,
     show_written,
 )
+from tailorcli.cli.plans import show_cost, show_plan
 from tailorcli.cli.sharing import check_push, push
 from tailorcli.cli.verbosity import wants_progress
 from tailorcli.distributed import launched

@@ -65,12 +65,8 @@ from tailorcli.cli.arguments import (
     parse_teacher,
     require_unused,
 )
-from tailorcli.cli.output import (
-    print_report,
-    require_output,
-    say,
-)
-from tailorcli.cli.ranks import asked_fleet
+from tailorcli.cli.output import print_report, require_output, say
+from tailorcli.cli.plans import asked_fleet
 from tailorcli.cli.sharing import check_page, check_push, push, write_page_of
 from tailorcli.cli.tailoring import Asked, run, show, show_dry_run
 from tailorcli.distributed import launched

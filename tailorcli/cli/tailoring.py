@@ -7,17 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorcli.cli.output import (
-    say,
-    show_cost,
-    show_job,
-    show_job_cost,
-    show_plan,
-    show_reasons,
-    show_stages,
-    show_summary,
-    show_written,
-)
+from tailorcli.cli.output import say, show_reasons, show_stages, show_summary, show_written
+from tailorcli.cli.plans import show_cost, show_job, show_job_cost, show_plan
 from tailorcli.cli.verbosity import is_verbose, wants_progress
 from tailorcli.errors import OptionsError
 from tailorcli.options import AUTO, CalibrateOptions, DistillOptions, PatchOptions
