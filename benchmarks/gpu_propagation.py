@@ -83,7 +83,7 @@ def _of_new_threads(device: str) -> dict[str, float]:
     return {name: median(_in_living_threads(work, device)) for name, work in works.items()}
 
 
-def _in_living_threads(work: Callable[[], object], device: str, count: int = 4) -> list[float]:
+def _in_living_threads(work: Callable[[], object], device: str) -> list[float]:
     """Seconds of a call in each of several threads, one after another, which all live on; the first does not count."""
     seconds: list[float] = []
     over = threading.Event()
@@ -98,7 +98,7 @@ def _in_living_threads(work: Callable[[], object], device: str, count: int = 4) 
         over.wait()
 
     threads = []
-    for _ in range(count):
+    for _ in range(4):
         done = threading.Event()
         threads.append(threading.Thread(target=timed, args=(done,)))
         threads[-1].start()

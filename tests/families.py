@@ -408,10 +408,10 @@ def noise(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(4))
 
 
-def with_image(before, image, after, batch=2):
+def with_image(before, image, after):
     """Rows of tokens with the image's in the middle."""
-    ids = token_ids(length=8, batch=batch)
-    middle = torch.tensor([[*before, *image, *after]]).expand(batch, -1)
+    ids = token_ids(length=8, batch=2)
+    middle = torch.tensor([[*before, *image, *after]]).expand(2, -1)
     return torch.cat([ids[:, :3], middle, ids[:, 3:]], dim=1)
 
 
@@ -536,13 +536,13 @@ def _write_images(folder, count=4):
     return names
 
 
-def _write_audio(folder, count=4):
+def _write_audio(folder):
     generator = np.random.default_rng(0)
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     names = []
-    for i in range(count):
+    for i in range(12):
         names.append(f"audio/{i}.wav")
-        time = np.arange(int(RATE * (0.2 + 0.8 * i / max(1, count - 1)))) / RATE
+        time = np.arange(int(RATE * (0.2 + 0.8 * i / 11))) / RATE
         sound = 0.4 * np.sin(2 * np.pi * 220 * (i + 1) * time) + 0.1 * generator.standard_normal(time.size)
         with wave.open(str(folder / names[-1]), "wb") as stream:
             stream.setnchannels(1)
@@ -585,15 +585,15 @@ def write_family_data(folder, name):
     elif kind == "vision":
         records = [{"images": [image]} for image in _write_images(folder, 12)]
     elif kind == "speech":
-        records = [{"audio": sound, "response": _words(generator)} for sound in _write_audio(folder, 12)]
+        records = [{"audio": sound, "response": _words(generator)} for sound in _write_audio(folder)]
     else:
         records = _multimodal_records(name, _write_images(folder), generator)
     (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder / "data.jsonl"
 
 
-def make_family_model(name, *, seed=0):
-    torch.manual_seed(seed)
+def make_family_model(name):
+    torch.manual_seed(0)
     return FAMILIES[name].make().eval()
 
 

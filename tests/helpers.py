@@ -111,6 +111,15 @@ def with_statistics(folder):
     return folder
 
 
+def swap_two_letters(folder):
+    """A model's tokenizer gives "a" and "b" each other's number."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(content))
+
+
 def write_data(path, count=40, seed=0):
     generator = random.Random(seed)
     with Path(path).open("w") as stream:
@@ -127,6 +136,16 @@ def read_tensors(folder):
     for file in sorted(Path(folder).glob("*.safetensors")):
         tensors.update(load_file(file))
     return tensors
+
+
+def report_of(folder):
+    """The report of a patch, as it lies in its output."""
+    return json.loads((folder / "tailor_report.json").read_text())
+
+
+def shares_moved(before, after):
+    """Of each tensor, the share of entries that are not the same in both."""
+    return {name: float((before[name] != after[name]).double().mean()) for name in before}
 
 
 def folder_digest(folder, skip=("tailor_run.json",)):
@@ -150,6 +169,13 @@ def random_hessian(size, tokens=None, seed=0, decay=0.5):
     basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
     x = torch.randn(tokens or 4 * size, size, generator=generator, dtype=torch.float64) * spectrum @ basis
     return (2.0 / x.shape[0] * x.T @ x).float()
+
+
+def random_layer(rows, columns, seed):
+    """The weights (rows, columns) of base and tuned."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(rows, columns, generator=generator)
+    return base, base + 0.1 * torch.randn(rows, columns, generator=generator)
 
 
 def do_not_wait_for_the_disk():
@@ -367,13 +393,13 @@ ODD_VALUES = [
 ]
 
 
-def randomize(model, seed=2, scale=0.05):
+def randomize(model, seed=2):
     """What training would do to a fresh adapter, whose B is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
 FP8_BLOCK = 16  # rows and columns that share a scale

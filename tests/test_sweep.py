@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import make_adapter, make_pair, write_data
+from helpers import make_adapter, make_pair, swap_two_letters, write_data
 from typer.testing import CliRunner
 
 import tailorcli.sweep.scoring as scoring
@@ -287,11 +287,7 @@ def test_the_code_digest_is_of_every_source_file(tmp_path, monkeypatch):
 def test_each_model_is_encoded_with_its_own_tokenizer(pair, tmp_path):
     """Tuned's has two letters the other way round; base and tuned get what evaluate gives them, a patch tuned's."""
     make_pair(tmp_path)
-    file = tmp_path / "tuned" / "tokenizer.json"
-    content = json.loads(file.read_text())
-    vocab = content["model"]["vocab"]
-    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    file.write_text(json.dumps(content))
+    swap_two_letters(tmp_path / "tuned")
     for name in ("old", "new"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"abba baba {name} aabb"}) + "\n")
     settings = settings_of(PatchOptions(omega=1.0, solver="none"), solvers=["none"], omegas=[1.0])

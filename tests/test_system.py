@@ -153,10 +153,10 @@ def test_the_main_job_runs_where_windows_lacks_what_linux_has(tmp_path, monkeypa
 GIB = 1 << 30
 
 
-def make_system(root, groups, *, available=64, files=None):
+def make_system(root, groups, files):
     """A root folder with /proc/meminfo and /proc/self/cgroup, and the control groups' ``files``."""
-    contents = {"proc/meminfo": f"MemTotal: 99999 kB\nMemAvailable: {available * (GIB >> 10)} kB\n"}
-    contents |= {"proc/self/cgroup": groups} | {f"sys/fs/cgroup/{name}": text for name, text in (files or {}).items()}
+    contents = {"proc/meminfo": f"MemTotal: 99999 kB\nMemAvailable: {64 * (GIB >> 10)} kB\n"}
+    contents |= {"proc/self/cgroup": groups} | {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
     for name, text in contents.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(str(text))
@@ -226,7 +226,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_containers_limit_counts_as_the_machines_memory(tmp_path, case):
     groups, files, expected = CASES[case]
-    assert system.available_memory(make_system(tmp_path, groups, files=files)) == expected * GIB
+    assert system.available_memory(make_system(tmp_path, groups, files)) == expected * GIB
 
 
 def test_free_memory_follows_the_system(monkeypatch):

@@ -19,7 +19,7 @@ def load_hessian(stats, tensor):
     return unpack_triangle(values, info.size) if info.kind == "full" else values
 
 
-def plain_inputs(folder, module_name, seq_len=2048):
+def plain_inputs(folder, module_name):
     """The inputs of a module over every text of data.jsonl, one sample at a time: no batches, no padding."""
     from transformers import AutoModelForCausalLM
 
@@ -28,7 +28,7 @@ def plain_inputs(folder, module_name, seq_len=2048):
     seen = []
     model.get_submodule(module_name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     for line in (folder / "data.jsonl").read_text().splitlines():
-        ids = tokenizer(json.loads(line)["text"])["input_ids"][:seq_len]
+        ids = tokenizer(json.loads(line)["text"])["input_ids"]
         with torch.no_grad():
             model(input_ids=torch.tensor([ids]))
     return torch.cat([x.reshape(-1, *x.shape[2:]) for x in seen])

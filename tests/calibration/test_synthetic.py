@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import make_family_pair
-from helpers import make_model, make_tokenizer, read_tensors, run
+from helpers import make_model, make_tokenizer, read_tensors, refused, run
 
 from tailorcli import Checkpoint, PatchOptions, TailorError, calibrate_model, evaluate_models, patch_checkpoint
 from tailorcli.calibration.stats import Stats
@@ -289,10 +289,10 @@ def test_a_run_that_fails_leaves_no_held_out_samples_in_the_way_of_the_next(llam
 def test_only_written_samples_are_held_out(llama_pair, tmp_path):
     base, data = llama_pair / "base", llama_pair / "data.jsonl"
     stats = tmp_path / "stats"
-    assert "--synthetic" in one_error("calibrate", base, "--data", data, "--held-out", "a.jsonl", "-o", stats)
-    assert ".jsonl" in one_error("calibrate", base, "--synthetic", "--held-out", tmp_path / "a.txt", "-o", stats)
+    assert "--synthetic" in refused("calibrate", base, "--data", data, "--held-out", "a.jsonl", "-o", stats)
+    assert ".jsonl" in refused("calibrate", base, "--synthetic", "--held-out", tmp_path / "a.txt", "-o", stats)
     missing = tmp_path / "none" / "a.jsonl"
-    message = one_error("calibrate", base, "--synthetic", "--seq-len", 4, "--held-out", missing, "-o", stats)
+    message = refused("calibrate", base, "--synthetic", "--seq-len", 4, "--held-out", missing, "-o", stats)
     assert "cannot write" in message
     assert not (stats / "manifest.json").exists()
 
@@ -362,27 +362,20 @@ def test_the_retain_term_reaches_the_vision_tower(tmp_path):
 def test_starts_that_are_none(llama_pair, tmp_path):
     base, stats = llama_pair / "base", tmp_path / "stats"
 
-    def refused(*records):
+    def refused_start(*records):
         file = write_lines(tmp_path / "starts.jsonl", *records)
-        return one_error("calibrate", base, "--synthetic", "--data", file, "-o", stats)
+        return refused("calibrate", base, "--synthetic", "--data", file, "-o", stats)
 
-    assert "starts.jsonl:1 has messages" in refused({"messages": [{"role": "user", "content": "x"}]})
-    assert "starts.jsonl:2 has audio" in refused({"text": "x"}, {"audio": "sound.wav"})
-    assert "has the fields ['answer']" in refused({"answer": "x"})
-    assert '"prompt" is a int' in refused({"prompt": 3})
-    assert "processor" in refused({"images": ["none.png"]})
-    assert "no record gives a single token" in refused({"text": ""})
+    assert "starts.jsonl:1 has messages" in refused_start({"messages": [{"role": "user", "content": "x"}]})
+    assert "starts.jsonl:2 has audio" in refused_start({"text": "x"}, {"audio": "sound.wav"})
+    assert "has the fields ['answer']" in refused_start({"answer": "x"})
+    assert '"prompt" is a int' in refused_start({"prompt": 3})
+    assert "processor" in refused_start({"images": ["none.png"]})
+    assert "no record gives a single token" in refused_start({"text": ""})
     assert not (stats / "manifest.json").exists()
 
 
 # --- What is refused ----------------------------------------------------------------------------------------------
-
-
-def one_error(*arguments):
-    """The message and the hint of a command that fails."""
-    result = run(*arguments, expect=1)
-    assert result.stderr.count("error:") == 1
-    return " ".join(result.stderr.split())
 
 
 def test_data_or_synthetic(llama_pair, tmp_path):
@@ -391,7 +384,7 @@ def test_data_or_synthetic(llama_pair, tmp_path):
     assert "--synthetic" in usage.stderr
     with pytest.raises(TailorError, match="no calibration data given"):
         calibrate_model(base, None, stats)
-    assert "num_samples must be at least 1" in one_error(
+    assert "num_samples must be at least 1" in refused(
         "calibrate", base, "--synthetic", "--num-samples", 0, "-o", stats
     )
     assert not stats.exists()
@@ -400,7 +393,7 @@ def test_data_or_synthetic(llama_pair, tmp_path):
 @pytest.mark.parametrize("family", ["t5", "bart", "vit", "dinov2", "whisper", "instructblip"])
 def test_models_that_continue_no_text(family, tmp_path):
     folder = make_family_pair(tmp_path, family)
-    message = one_error("calibrate", folder / "base", "--synthetic", "-o", folder / "stats")
+    message = refused("calibrate", folder / "base", "--synthetic", "-o", folder / "stats")
     assert "cannot write its own samples" in message
     assert "--data FILE" in message
     assert not (folder / "stats" / "manifest.json").exists()
@@ -412,7 +405,7 @@ def test_a_model_that_cannot_be_sampled_from(tmp_path):
         model.model.norm.weight.fill_(float("nan"))
     model.save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
-    message = one_error("calibrate", tmp_path / "base", "--synthetic", "--seq-len", 5, "-o", tmp_path / "stats")
+    message = refused("calibrate", tmp_path / "base", "--synthetic", "--seq-len", 5, "-o", tmp_path / "stats")
     assert "cannot be sampled from" in message
 
 
@@ -425,7 +418,7 @@ def test_a_tokenizer_without_ordinary_tokens():
 
 def test_a_folder_without_a_tokenizer(tmp_path):
     make_model().save_pretrained(tmp_path / "base")
-    assert "tokenizer" in one_error("calibrate", tmp_path / "base", "--synthetic", "-o", tmp_path / "stats")
+    assert "tokenizer" in refused("calibrate", tmp_path / "base", "--synthetic", "-o", tmp_path / "stats")
 
 
 # --- Multimodal models --------------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ from tailorcli.errors import CheckpointError, TailorError
 from tailorcli.files import read_json
 
 
-def write_raw(path, header, data=b"", length=None):
-    """A safetensors file with any header: a dict, or its very bytes; ``length`` is what the prefix claims."""
+def write_raw(path, header, data=b""):
+    """A safetensors file with any header: a dict, or its very bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path
 
 

@@ -6,7 +6,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from helpers import Oracle, bits, random_hessian
+from helpers import Oracle, bits, random_hessian, random_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,12 +26,6 @@ SIZES = st.integers(1, 40)
 SEEDS = st.integers(0, 10_000)
 DTYPES = st.sampled_from([(torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float16, torch.float32)])
 DENSITIES = st.sampled_from([0.0, 0.01, 0.1, 0.3, 0.5, 0.9, 1.0])
-
-
-def layer(rows, columns, seed):
-    generator = torch.Generator().manual_seed(seed)
-    base = torch.randn(rows, columns, generator=generator)
-    return base, base + 0.1 * torch.randn(rows, columns, generator=generator)
 
 
 # --- Hessians -------------------------------------------------------------------------------------------------
@@ -119,7 +113,7 @@ def test_the_steps_of_damping_go_up_by_tens_and_begin_above_zero():
 def test_fused_score_is_eq_11(rows, columns, seed, omega):
     if rows * columns < 2:
         return
-    base, tuned = layer(rows, columns, seed)
+    base, tuned = random_layer(rows, columns, seed)
     delta = tuned - base
     hessian = random_hessian(columns, seed=seed)
     inverse = prepare(hessian, 0.01, sensitivity=True, sequential=False).inverse_diagonal
@@ -142,7 +136,7 @@ def test_fused_score_is_eq_11(rows, columns, seed, omega):
 def test_the_sum_of_scores_is_each_over_its_largest(rows, columns, seed, omega, size):
     if rows * columns < 2:
         return
-    base, tuned = layer(rows, columns, seed)
+    base, tuned = random_layer(rows, columns, seed)
     delta = (tuned - base) * size
     hessian = random_hessian(columns, seed=seed)
     inverse = prepare(hessian, 0.01, sensitivity=True, sequential=False).inverse_diagonal.unsqueeze(0)
@@ -243,7 +237,7 @@ def test_ties_go_by_index_across_the_pieces_that_are_searched_for_them(monkeypat
 @given(size=st.integers(300, 3000), seed=SEEDS, density=DENSITIES, alike=st.floats(0, 0.2), kinds=DTYPES)
 @settings(max_examples=20, deadline=None)
 def test_the_largest_changes_are_found_in_one_pass_as_by_their_scores(size, seed, density, alike, kinds):
-    base, tuned = (tensor.flatten().to(kind) for tensor, kind in zip(layer(size, 1, seed), kinds, strict=True))
+    base, tuned = (tensor.flatten().to(kind) for tensor, kind in zip(random_layer(size, 1, seed), kinds, strict=True))
     tuned[: int(alike * size)] = (base[: int(alike * size)] + 0.125).to(tuned.dtype)
     options = {"density": density, "omega": 1.0, "solver": "none"}
     with patch.multiple(largest, _SAMPLE=128, _PIECE=100):
@@ -261,7 +255,7 @@ def test_the_largest_changes_are_found_in_one_pass_as_by_their_scores(size, seed
 
 
 def test_the_largest_changes_of_weights_take_the_short_way_and_odd_ones_the_long_way():
-    base, tuned = layer(300, 300, 0)
+    base, tuned = random_layer(300, 300, 0)
     count = base.numel() // 10
     found, changes = largest.most_salient(base, tuned, count), (tuned - base).abs().flatten()
     mask = core.select_mask(changes, count)
@@ -299,7 +293,7 @@ def run_layer(base, tuned, hessian, **options):
 @given(rows=SIZES, columns=SIZES, seed=SEEDS, density=DENSITIES)
 @settings(max_examples=40, deadline=None)
 def test_joint_is_the_exact_optimum(rows, columns, seed, density):
-    base, tuned = layer(rows, columns, seed)
+    base, tuned = random_layer(rows, columns, seed)
     hessian = random_hessian(columns, seed=seed)
     result = run_layer(base, tuned, hessian, density=density)
     delta, mask = (tuned - base).numpy(), result.mask.numpy()
@@ -310,7 +304,7 @@ def test_joint_is_the_exact_optimum(rows, columns, seed, density):
 @pytest.mark.parametrize("block_size", [1, 7, 16, 128])
 @pytest.mark.parametrize("columns", [5, 16, 33])
 def test_sequential_is_theorem_4_5(columns, block_size):
-    base, tuned = layer(9, columns, seed=columns)
+    base, tuned = random_layer(9, columns, seed=columns)
     hessian = random_hessian(columns, seed=1)
     result = run_layer(base, tuned, hessian, solver="sequential", block_size=block_size)
     expected = Oracle.sequential((tuned - base).numpy(), result.mask.numpy(), hessian, 0.01)
@@ -321,7 +315,7 @@ def test_sequential_is_theorem_4_5(columns, block_size):
 @settings(max_examples=60, deadline=None)
 def test_joint_is_never_worse_than_sequential_or_none(rows, columns, seed, density, decay):
     """Invariant 3, on the damped objective that all three are given."""
-    base, tuned = layer(rows, columns, seed)
+    base, tuned = random_layer(rows, columns, seed)
     hessian = random_hessian(columns, seed=seed, decay=decay)
     delta = (tuned - base).numpy()
     errors = {}
@@ -338,7 +332,7 @@ def test_joint_is_never_worse_than_sequential_or_none(rows, columns, seed, densi
 )
 @settings(max_examples=60, deadline=None)
 def test_outside_the_mask_base_to_the_bit(rows, columns, seed, density, solver):
-    base, tuned = layer(rows, columns, seed)
+    base, tuned = random_layer(rows, columns, seed)
     base[0, 0] = -0.0  # a sign that a sum would lose
     base, tuned = base.bfloat16(), tuned.bfloat16()
     result = run_layer(base, tuned, random_hessian(columns, seed=seed), density=density, solver=solver)
@@ -376,7 +370,7 @@ def test_conjugate_gradients_agree_with_the_direct_solution():
 @pytest.mark.parametrize("density", [0.8, 0.95])
 def test_joint_reaches_the_residual_it_reports(density):
     """Wide and dense enough that conjugate gradients take over."""
-    base, tuned = layer(40, 300, seed=2)
+    base, tuned = random_layer(40, 300, seed=2)
     hessian = random_hessian(300, seed=2, decay=1.0)
     result = run_layer(base, tuned, hessian, density=density)
     assert result.figures.iterations > 0
@@ -423,7 +417,7 @@ def test_rows_solved_directly_report_their_residual_and_singular_ones_go_on_by_i
 
 def test_joint_without_damping_on_fewer_tokens_than_channels():
     """H_SS may be singular then; the iterative solver takes over and never makes the error worse."""
-    base, tuned = layer(20, 40, seed=1)
+    base, tuned = random_layer(20, 40, seed=1)
     hessian = random_hessian(40, tokens=6, seed=1)
     prepared = prepare(hessian, 0.0, sensitivity=False, sequential=False)
     result = core.tailor_layer(base, tuned, prepared, density=0.5, omega=1.0, solver="joint")
@@ -433,7 +427,7 @@ def test_joint_without_damping_on_fewer_tokens_than_channels():
 
 @pytest.mark.parametrize("solver", ["none", "sequential", "joint"])
 def test_dead_channels_go_back_to_base_unless_kept(solver):
-    base, tuned = layer(10, 24, seed=4)
+    base, tuned = random_layer(10, 24, seed=4)
     hessian = torch.zeros(24, 24)
     hessian[:20, :20] = random_hessian(20, seed=4)
     result = run_layer(base, tuned, hessian, density=0.2, omega=0.0, solver=solver)
@@ -448,7 +442,7 @@ def test_dead_channels_go_back_to_base_unless_kept(solver):
 
 @pytest.mark.parametrize("solver", ["none", "sequential", "joint"])
 def test_a_hessian_of_zeros_only_compensates_nothing(solver):
-    base, tuned = layer(6, 8, seed=0)
+    base, tuned = random_layer(6, 8, seed=0)
     result = run_layer(base, tuned, torch.zeros(8, 8), density=0.5, omega=1.0, solver=solver)
     assert bits(result.patched) == bits(torch.where(result.mask, tuned, base))
 
@@ -459,7 +453,7 @@ def test_a_hessian_of_zeros_only_compensates_nothing(solver):
 @pytest.mark.parametrize("solver", ["none", "sequential", "joint"])
 def test_diagonal_hessians_need_no_compensation(solver):
     """Embeddings (by token), norm scales (by channel) and biases: the masked weights are the optimum."""
-    table, tuned_table = layer(12, 5, seed=6)
+    table, tuned_table = random_layer(12, 5, seed=6)
     counts = torch.tensor([0.0, 3.0] * 6)
     result = run_layer(table, tuned_table, counts, transposed=True, omega=0.0, solver=solver)
     assert not result.mask[::2].any()  # tokens that never came have no sensitivity
@@ -473,7 +467,7 @@ def test_diagonal_hessians_need_no_compensation(solver):
 
 @pytest.mark.parametrize("solver", ["sequential", "joint"])
 def test_transposed_storage_gives_the_same_layer(solver):
-    base, tuned = layer(14, 22, seed=8)
+    base, tuned = random_layer(14, 22, seed=8)
     hessian = random_hessian(22, seed=8)
     plain = run_layer(base, tuned, hessian, solver=solver)
     flipped = run_layer(base.T.contiguous(), tuned.T.contiguous(), hessian, solver=solver, transposed=True)
@@ -486,7 +480,7 @@ def test_transposed_storage_gives_the_same_layer(solver):
 
 
 def test_figures_against_the_oracle():
-    base, tuned = layer(16, 20, seed=9)
+    base, tuned = random_layer(16, 20, seed=9)
     tuned[:3] = base[:3]
     hessian = random_hessian(20, seed=9)
     figures = run_layer(base, tuned, hessian).figures
@@ -514,7 +508,7 @@ def test_figures_against_the_oracle():
 
 
 def test_figures_are_those_of_the_values_as_they_are_stored():
-    base, tuned = layer(16, 20, seed=9)
+    base, tuned = random_layer(16, 20, seed=9)
     hessian = random_hessian(20, seed=9)
     coarse = run_layer(base, tuned, hessian, solver="none", store=lambda values, _: values.bfloat16().float())
     delta, change = (tuned - base).double().numpy(), (coarse.patched - base).double().numpy()
@@ -522,7 +516,7 @@ def test_figures_are_those_of_the_values_as_they_are_stored():
     assert coarse.figures.distance_after == pytest.approx(np.abs(change).sum(), rel=1e-4)
     error = Oracle.error(change, delta, hessian) / Oracle.error(0 * delta, delta, hessian)
     assert coarse.figures.error_after == pytest.approx(error, rel=1e-3)
-    wide = layer(300, 300, seed=9)  # which without a Hessian and without storing takes one pass
+    wide = random_layer(300, 300, seed=9)  # which without a Hessian and without storing takes one pass
     how = {"density": 0.3, "omega": 1.0, "solver": "none"}
     alone = tailor_layer(*wide, None, **how, store=lambda values, _: values.bfloat16().float())
     assert torch.equal(alone.patched, tailor_layer(*wide, None, **how).patched.bfloat16().float())
@@ -537,7 +531,7 @@ def test_figures_are_those_of_the_values_as_they_are_stored():
 @pytest.mark.parametrize("transposed", [False, True])
 def test_figures_after_a_fit_are_those_of_the_fitted_values(transposed, monkeypatch):
     monkeypatch.setattr(chunks, "_SOLVER_CHUNK", 4 * 20)  # several chunks of rows
-    base, tuned = layer(10, 20, seed=1)
+    base, tuned = random_layer(10, 20, seed=1)
     patched = base + (tuned - base).roll(1, 0)
     hessian, retained = random_hessian(20, seed=1), random_hessian(20, seed=2)
     plain = replace(run_layer(base, tuned, hessian).figures, output_energy=2.0, drift_energy=4.0)
@@ -559,7 +553,7 @@ def test_a_quadratic_form_of_a_wide_layer_is_that_of_float64():
 
 @pytest.mark.parametrize(("where", "value"), [("base", float("nan")), ("tuned", float("inf"))])
 def test_weights_that_are_not_finite_are_refused(where, value):
-    base, tuned = layer(4, 5, seed=0)
+    base, tuned = random_layer(4, 5, seed=0)
     {"base": base, "tuned": tuned}[where][1, 2] = value
     with pytest.raises(NumericalError, match=f"NaN or infinity in the {where} weights"):
         run_layer(base, tuned, random_hessian(5))
@@ -579,14 +573,14 @@ def test_a_bias_has_one_channel_and_a_scale_as_many_as_it_has_entries():
 
 def test_a_tuned_value_that_the_bases_dtype_does_not_hold_is_refused_also_without_a_hessian():
     for size in (4, 300):  # the latter in one pass
-        base, tuned = layer(size, size, 0)
+        base, tuned = random_layer(size, size, 0)
         tuned[1, 1] = 1e6
         with pytest.raises(NumericalError, match=r"tuned's values overflow torch\.float16"):
             tailor_layer(base.half(), tuned, None, density=0.1, omega=1.0, solver="none")
 
 
 def test_inputs_are_never_changed():
-    base, tuned = layer(30, 30, seed=3)
+    base, tuned = random_layer(30, 30, seed=3)
     hessian = random_hessian(30, seed=3)
     before = [bits(t) for t in (base, tuned, hessian)]
     for solver in ("none", "sequential", "joint"):

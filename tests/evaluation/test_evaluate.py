@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as tr
 from families import DECODER, GROUPED, VOCAB, make_family_pair
-from helpers import make_adapter, make_model, make_pair, make_tokenizer, perturb, run
+from helpers import make_adapter, make_model, make_pair, make_tokenizer, perturb, run, swap_two_letters
 
 from tailorcli import EvaluateOptions, TailorError, TaskScores, encode_task, evaluate_models, evaluate_network, h_score
 from tailorcli.data.encoder import Encoder
@@ -592,15 +592,6 @@ def test_an_item_that_is_too_long_for_one_model_is_left_out_for_all(tmp_path):
     text = write(tmp_path / "t.jsonl", [{"text": "words " * 20}])
     cut = evaluate_models([tmp_path / "short"], [f"t={text}:text"])
     assert cut.scores["short"]["t"].count.tolist() == [19]
-
-
-def swap_two_letters(folder):
-    """The tokenizer gives "a" and "b" each other's number."""
-    file = folder / "tokenizer.json"
-    content = json.loads(file.read_text())
-    vocab = content["model"]["vocab"]
-    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    file.write_text(json.dumps(content))
 
 
 def name_another_class(folder):

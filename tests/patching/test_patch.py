@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from helpers import bits, broken_off, folder_digest, invoke, make_pair, read_tensors, run
+from helpers import bits, broken_off, folder_digest, invoke, make_pair, read_tensors, run, swap_two_letters
 from launcher import completed
 
 from tailorcli import (
@@ -179,11 +179,7 @@ def test_integer_buffers_and_unknown_tensors_pass_through(tmp_path):
 
 def test_tokens_under_other_ids_are_told(tmp_path, caplog):
     folder = make_pair(tmp_path)
-    file = folder / "tuned" / "tokenizer.json"
-    content = json.loads(file.read_text())
-    vocab = content["model"]["vocab"]
-    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    file.write_text(json.dumps(content))
+    swap_two_letters(folder / "tuned")
     shown = invoke("check", folder / "base", folder / "tuned")
     assert "Some tokens have other ids" in " ".join(shown.stdout.split())
     options = PatchOptions(method="interpolate")

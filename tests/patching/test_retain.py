@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import make_family_pair
-from helpers import Oracle, bits, broken_off, folder_digest, random_hessian, read_tensors, run
+from helpers import Oracle, bits, broken_off, folder_digest, random_hessian, random_layer, read_tensors, refused, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,12 +32,6 @@ from tailorcli.options import CalibrateOptions
 SIZES = st.integers(1, 24)
 SEEDS = st.integers(0, 10_000)
 WEIGHTS = st.sampled_from([0.01, 0.3, 1.0, 10.0])
-
-
-def layer(rows, columns, seed):
-    generator = torch.Generator().manual_seed(seed)
-    base = torch.randn(rows, columns, generator=generator)
-    return base, base + 0.1 * torch.randn(rows, columns, generator=generator)
 
 
 def two_hessians(size, seed):
@@ -85,7 +79,7 @@ def best_change(delta, mask, hessian, retained, weight, damping=0.01):
 @given(rows=SIZES, columns=SIZES, seed=SEEDS, weight=WEIGHTS, density=st.sampled_from([0.1, 0.5, 0.9]))
 @settings(max_examples=40, deadline=None)
 def test_joint_is_the_minimum_on_the_mask(rows, columns, seed, weight, density):
-    base, tuned = layer(rows, columns, seed)
+    base, tuned = random_layer(rows, columns, seed)
     hessians = two_hessians(columns, seed)
     result = run_layer(base, tuned, *hessians, weight, density=density)
     delta = (tuned - base).numpy()
@@ -101,7 +95,7 @@ def test_joint_is_the_minimum_on_the_mask(rows, columns, seed, weight, density):
 @settings(max_examples=25, deadline=None)
 def test_the_mask_is_chosen_by_the_scores_of_the_goal(columns, seed, weight):
     """The same problem as without the term, with another change and another Hessian: so its scores are Eq. 9 and 11."""
-    base, tuned = layer(5, columns, seed)
+    base, tuned = random_layer(5, columns, seed)
     hessian, retained = two_hessians(columns, seed)
     result = run_layer(base, tuned, hessian, retained, weight, density=0.4, solver="none")
     scale = retain_scale(hessian, retained, weight)
@@ -139,7 +133,7 @@ def test_diagonal_hessians_in_closed_form(size, seed, weight, kind):
 
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_without_weight_the_goal_is_the_change_itself(diagonal):
-    base, tuned = layer(6, 20, 0)
+    base, tuned = random_layer(6, 20, 0)
     hessian, retained = two_hessians(20, 0)
     if diagonal:
         hessian, retained = hessian.diagonal().clone(), retained.diagonal().clone()
@@ -166,7 +160,7 @@ def test_where_no_data_of_either_kind_reach_the_goal_is_the_change_itself(shape)
 
 @pytest.mark.parametrize("solver", ["none", "sequential", "joint"])
 def test_the_ends_of_the_density_and_of_the_weight(solver):
-    base, tuned = layer(9, 20, 1)
+    base, tuned = random_layer(9, 20, 1)
     hessians = two_hessians(20, 1)
     nothing = run_layer(base, tuned, *hessians, 1.0, solver=solver, density=0.0)
     assert bits(nothing.patched) == bits(base)
@@ -180,7 +174,7 @@ def test_the_ends_of_the_density_and_of_the_weight(solver):
 
 
 def test_more_weight_means_less_drift_and_a_larger_error():
-    base, tuned = layer(12, 30, 2)
+    base, tuned = random_layer(12, 30, 2)
     hessian, retained = two_hessians(30, 2)
     delta = tuned - base
     for density in (0.2, 1.0):
@@ -205,7 +199,7 @@ def test_more_weight_means_less_drift_and_a_larger_error():
 @given(rows=SIZES, columns=SIZES, seed=SEEDS, weight=WEIGHTS, density=st.sampled_from([0.1, 0.4, 0.9]))
 @settings(max_examples=40, deadline=None)
 def test_joint_is_never_worse_than_the_others_on_the_combined_objective(rows, columns, seed, weight, density):
-    base, tuned = layer(rows, columns, seed)
+    base, tuned = random_layer(rows, columns, seed)
     hessians = two_hessians(columns, seed)
     delta = (tuned - base).numpy()
     found = {}
@@ -219,7 +213,7 @@ def test_joint_is_never_worse_than_the_others_on_the_combined_objective(rows, co
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_inputs_are_left_alone(transposed):
-    base, tuned = layer(12, 12, 8)
+    base, tuned = random_layer(12, 12, 8)
     hessian, retained = two_hessians(12, 8)
     prepared = prepare_retaining(hessian, retained, 1.0, 0.01, sensitivity=True, sequential=False)
     inputs = (base, tuned, hessian, retained, prepared.hessian)
@@ -229,7 +223,7 @@ def test_the_inputs_are_left_alone(transposed):
 
 
 def test_sequential_is_theorem_4_5_on_the_goal():
-    base, tuned = layer(9, 16, 3)
+    base, tuned = random_layer(9, 16, 3)
     hessian, retained = two_hessians(16, 3)
     result = run_layer(base, tuned, hessian, retained, 0.7, solver="sequential")
     mask = result.mask.numpy()
@@ -243,7 +237,7 @@ def test_sequential_is_theorem_4_5_on_the_goal():
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_dead_channels(diagonal, damping):
     """Dead in both: the share 1 / (1 + beta). In H alone: back to base. In H_r alone: the tuned value, nearly."""
-    base, tuned = layer(4, 15, 4)
+    base, tuned = random_layer(4, 15, 4)
     full, other = two_hessians(15, 4)
     for matrix, dead in ((full, [12, 13]), (other, [13, 14])):
         matrix[dead, :] = matrix[:, dead] = 0.0
@@ -264,7 +258,7 @@ def test_dead_channels(diagonal, damping):
 
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_retained_data_that_never_reach_the_layer_change_nothing(diagonal):
-    base, tuned = layer(5, 12, 5)
+    base, tuned = random_layer(5, 12, 5)
     hessian = random_hessian(12, seed=5)
     hessian = hessian.diagonal().clone() if diagonal else hessian
     result = run_layer(base, tuned, hessian, torch.zeros_like(hessian), 2.0)
@@ -276,7 +270,7 @@ def test_retained_data_that_never_reach_the_layer_change_nothing(diagonal):
 
 
 def test_the_weight_has_no_unit():
-    base, tuned = layer(5, 12, 6)
+    base, tuned = random_layer(5, 12, 6)
     hessian, retained = two_hessians(12, 6)
     found = [run_layer(base, tuned, hessian, scale * retained, 1.0).patched for scale in (1.0, 1e-3, 1e4)]
     for other in found[1:]:
@@ -284,7 +278,7 @@ def test_the_weight_has_no_unit():
 
 
 def test_the_figures_are_those_of_the_values_that_are_stored():
-    base, tuned = layer(7, 18, 7)
+    base, tuned = random_layer(7, 18, 7)
     hessian, retained = two_hessians(18, 7)
     figures = run_layer(base, tuned, hessian, retained, 1.0).figures
     result = run_layer(base, tuned, hessian, retained, 1.0)
@@ -521,13 +515,6 @@ def test_an_interrupted_run_is_resumed_to_the_same_bytes(llama_pair, retained, t
 # --- What is refused ----------------------------------------------------------------------------------------------
 
 
-def one_error(*arguments):
-    """The message and the hint of a command that fails."""
-    result = run(*arguments, expect=1)
-    assert result.stderr.count("error:") == 1
-    return " ".join(result.stderr.split())
-
-
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -541,7 +528,7 @@ def one_error(*arguments):
 )
 def test_what_does_not_go_together(llama_pair, retained, tmp_path, extra, message):
     pair = (llama_pair / "base", llama_pair / "tuned", "--stats", llama_pair / "stats", "--retain", retained)
-    assert message in one_error("patch", *pair, "-o", tmp_path / "out", *extra)
+    assert message in refused("patch", *pair, "-o", tmp_path / "out", *extra)
     assert not (tmp_path / "out").exists()
 
 
@@ -554,7 +541,7 @@ def test_a_resized_vocabulary_is_refused(llama_pair, retained, tmp_path):
     make_tokenizer().save_pretrained(tmp_path / "tuned")
     calibrate_model(tmp_path / "tuned", llama_pair / "data.jsonl", tmp_path / "stats", CalibrateOptions(num_samples=4))
     pair = (llama_pair / "base", tmp_path / "tuned", "--stats", tmp_path / "stats", "--retain", retained)
-    message = one_error("patch", *pair, "-o", tmp_path / "out", "--resized-vocab")
+    message = refused("patch", *pair, "-o", tmp_path / "out", "--resized-vocab")
     assert "--retain does not go with --resized-vocab" in message
 
 
@@ -570,12 +557,12 @@ def test_a_joint_merge_says_that_it_leaves_the_term_out(llama_pair, retained, tm
 
 def test_retained_statistics_of_another_model_are_refused(llama_pair, gpt2_retained, tmp_path):
     pair = (llama_pair / "base", llama_pair / "tuned", "--stats", llama_pair / "stats", "-o", tmp_path / "out")
-    message = one_error("patch", *pair, "--retain", llama_pair / "stats")
+    message = refused("patch", *pair, "--retain", llama_pair / "stats")
     assert "was calibrated on the model given as TUNED" in message
     assert f"tailorcli calibrate {llama_pair / 'base'} --synthetic" in message
-    assert "from another model" in one_error("patch", *pair, "--retain", gpt2_retained)
-    one_error("patch", *pair, "--retain", tmp_path / "missing")
-    one_error("score", *pair[:4], "--retain", llama_pair / "stats")
+    assert "from another model" in refused("patch", *pair, "--retain", gpt2_retained)
+    refused("patch", *pair, "--retain", tmp_path / "missing")
+    refused("score", *pair[:4], "--retain", llama_pair / "stats")
 
 
 def test_damaged_retained_statistics_are_refused(llama_pair, retained, tmp_path):

@@ -5,7 +5,17 @@ import shutil
 
 import pytest
 from families import make_family_pair
-from helpers import assert_nothing_loads, broken_off, folder_digest, make_adapter, make_pair, read_tensors, refused, run
+from helpers import (
+    assert_nothing_loads,
+    broken_off,
+    folder_digest,
+    make_adapter,
+    make_pair,
+    read_tensors,
+    refused,
+    report_of,
+    run,
+)
 
 from tailorcli import CalibrateOptions, DistillOptions, PatchFile, PatchOptions, plan_job, tailor
 from tailorcli.calibration.expected import expected_stats
@@ -36,10 +46,6 @@ def steps(pair):
 
 def patch(pair, *arguments, **options):
     return run("patch", pair / "base", pair / "tuned", "--data", pair / "data.jsonl", *SMALL, *arguments, **options)
-
-
-def report_of(folder):
-    return json.loads((folder / "tailor_report.json").read_text())
 
 
 def test_it_gives_the_bytes_of_its_steps_and_leaves_nothing_else(steps, tmp_path):

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from families import make_family_pair
-from helpers import make_pair, read_tensors, run, write_data
+from helpers import make_pair, read_tensors, report_of, run, write_data
 from kills.operations import ENDED, Operations
 from ranked import command_line, ranked_cli, started
 
@@ -34,10 +34,6 @@ def ended_well(ends):
     assert [end.code for end in ends] == [0] * len(ends), "\n".join(end.stderr for end in ends)
     assert all(end.stdout == "" for end in ends[1:])
     return ends[0]
-
-
-def report_of(folder):
-    return json.loads((folder / "tailor_report.json").read_text())
 
 
 def assert_alike(pair, folder, other, tolerance=1e-5):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, make_family_pair
-from helpers import bits, make_pair, make_tokenizer, quantise, read_tensors, refused, run
+from helpers import bits, make_pair, make_tokenizer, quantise, read_tensors, refused, run, shares_moved
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from tailorcli.core.dowser import least_important
@@ -41,17 +41,13 @@ def finetune(pair, out, *more, method="full", expect=0):
     return run("finetune", pair / "base", *data, "-o", out, "--method", method, *given, *STEPS, *more, expect=expect)
 
 
-def moved(before, after):
-    return {name: float((before[name] != after[name]).double().mean()) for name in before}
-
-
 @pytest.mark.parametrize("method", ["full", "half", "l2", "spider", "dowser"])
 def test_every_method_writes_a_checkpoint_and_its_report(pair, tmp_path, method):
     shown = finetune(pair, tmp_path / "out", method=method).stdout
     base, out = read_tensors(pair / "base"), read_tensors(tmp_path / "out")
     assert out.keys() == base.keys()
     report = json.loads((tmp_path / "out" / "finetune.json").read_text())
-    shares = moved(base, out)
+    shares = shares_moved(base, out)
     assert {entry["name"]: entry["share"] for entry in report["tensors"]} == shares
     assert shares["model.embed_tokens.weight"] == shares["lm_head.weight"] == 0
     share = shares["model.layers.1.mlp.up_proj.weight"]
@@ -160,7 +156,7 @@ def test_the_documented_example_runs_as_it_stands(pair, tmp_path, monkeypatch, n
     for name, value in base.items():
         still = least_important(scores.read(name), 0.1).logical_not() if name in scores.digests else ...
         assert torch.equal(tuned[name][still], value[still]), name
-    assert any(moved(base, tuned).values())
+    assert any(shares_moved(base, tuned).values())
 
 
 def test_a_base_in_bfloat16_is_trained_in_it_or_in_float32_and_written_in_it(tmp_path):
@@ -171,16 +167,18 @@ def test_a_base_in_bfloat16_is_trained_in_it_or_in_float32_and_written_in_it(tmp
         finetune(pair, tmp_path / dtype, "--dtype", dtype, method="dowser")
         out = read_tensors(tmp_path / dtype)
         assert {value.dtype for value in out.values()} == {torch.bfloat16}
-        share = moved(base, out)["model.layers.0.mlp.up_proj.weight"]
+        share = shares_moved(base, out)["model.layers.0.mlp.up_proj.weight"]
         assert 0.05 < share <= 0.1007
 
 
 def test_tied_tables_that_are_stored_once_or_twice(tmp_path):
     pair = make_pair(tmp_path / "pair", tied=True)
     finetune(pair, tmp_path / "frozen")
-    assert moved(read_tensors(pair / "base"), read_tensors(tmp_path / "frozen"))["model.embed_tokens.weight"] == 0
+    assert (
+        shares_moved(read_tensors(pair / "base"), read_tensors(tmp_path / "frozen"))["model.embed_tokens.weight"] == 0
+    )
     finetune(pair, tmp_path / "trained", "--trainable", "*embed_tokens*")
-    shares = moved(read_tensors(pair / "base"), read_tensors(tmp_path / "trained"))
+    shares = shares_moved(read_tensors(pair / "base"), read_tensors(tmp_path / "trained"))
     assert [name for name, share in shares.items() if share] == ["model.embed_tokens.weight"]
 
 
@@ -196,7 +194,7 @@ def test_a_sparse_fine_tune_is_a_small_patch_without_loss(pair, tmp_path):
 
 def test_the_last_layers_alone(pair, tmp_path):
     finetune(pair, tmp_path / "out", "--last-layers", 1)
-    shares = moved(read_tensors(pair / "base"), read_tensors(tmp_path / "out"))
+    shares = shares_moved(read_tensors(pair / "base"), read_tensors(tmp_path / "out"))
     assert all(bool(share) == ("layers.2." in name) for name, share in shares.items())
 
 
@@ -425,7 +423,7 @@ def test_families_are_trained_through_their_own_processors(tmp_path, name):
     """Towers and embeddings stay, what connects them to the text and the language model move."""
     pair = make_family_pair(tmp_path, name)
     finetune(pair, tmp_path / "out", "--batch-size", 5)
-    shares = moved(read_tensors(pair / "base"), read_tensors(tmp_path / "out"))
+    shares = shares_moved(read_tensors(pair / "base"), read_tensors(tmp_path / "out"))
     frozen = [n for n, share in shares.items() if not share and shares]
     still = ("embed", "vision", "visual.patch", "visual.blocks", "shared", "lm_head", "relative_attention_bias")
     assert all(any(word in n for word in still) for n in frozen), frozen

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import bits, make_model, make_tokenizer
+from helpers import bits, make_model, make_tokenizer, shares_moved
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
@@ -62,10 +62,6 @@ def train(base, folder, tuning, dtype=torch.float32, **more):
     tuning.attach(trainer)
     trainer.train()
     return before, {name: value.detach() for name, value in model.named_parameters()}
-
-
-def shares(before, after):
-    return {name: float((before[name] != after[name]).double().mean()) for name in before}
 
 
 STATE = "spider-0.safetensors"
@@ -200,13 +196,13 @@ def test_spider_on_a_trainer_is_algorithm_1(base, tmp_path):
                 parameters[name].copy_(moved)
     for name, value in parameters.items():
         assert torch.allclose(after[name], value, rtol=1e-4, atol=1e-6), name
-    found = shares({n: v.float() for n, v in start.items()}, {n: after[n] for n in names})
+    found = shares_moved({n: v.float() for n, v in start.items()}, {n: after[n] for n in names})
     assert 0.2 < found["model.layers.2.mlp.up_proj.weight"] < 0.8
 
 
 def test_half_moves_half_of_the_blocks_in_a_round(base, tmp_path):
     before, after = train(base, tmp_path, SparseTuning("half", round_steps=100))
-    moved = {name for name, share in shares(before, after).items() if share}
+    moved = {name for name, share in shares_moved(before, after).items() if share}
     groups = blocks_by_parent([name for name in before if name not in FROZEN])
     assert len(groups) == 10  # attention, feed-forward and norms of three layers, and the last norm
     for group in groups:
@@ -217,7 +213,7 @@ def test_half_moves_half_of_the_blocks_in_a_round(base, tmp_path):
 
 def test_half_draws_anew_in_every_round(base, tmp_path):
     before, after = train(base, tmp_path, SparseTuning("half"), max_steps=12)
-    moved = {name for name, share in shares(before, after).items() if share}
+    moved = {name for name, share in shares_moved(before, after).items() if share}
     assert moved == set(before) - set(FROZEN)
 
 
@@ -320,7 +316,7 @@ def test_a_masked_gradient_that_would_be_nan_in_float16_is_refused(tmp_path):
         train(*given, torch.float16, optim="adamw_torch")
     before, after = train(*given, torch.float16, optim="adamw_torch_fused")
     assert all(bool(value.isfinite().all()) for value in after.values())
-    assert 0 < shares(before, after)["model.layers.0.mlp.up_proj.weight"] < 0.101
+    assert 0 < shares_moved(before, after)["model.layers.0.mlp.up_proj.weight"] < 0.101
 
 
 @pytest.mark.parametrize("optim", ["galore_adamw_layerwise", "lomo", "schedule_free_adamw"])
