@@ -171,7 +171,7 @@ def _require_fraction(name: str, value: float) -> None:
     _require(ok, f"{name} must lie between 0 and 1, got {value}", f"pass --{name} as a fraction, such as 0.1")
 
 
-def _choose(options: Any, name: str, choices: type[StrEnum], *more: str) -> None:
+def require_choice(options: Any, name: str, choices: type[StrEnum], *more: str) -> None:
     """Make the field ``name`` of frozen options a member of ``choices``. Raises OptionsError for another word."""
     value = getattr(options, name)
     if value in more:
@@ -276,9 +276,9 @@ class CalibrateOptions:
         for name in ("num_samples", "length", "batch_size"):
             shown = "seq_len" if name == "length" else name
             _require(getattr(self, name) >= 1, f"{shown} must be at least 1, got {getattr(self, name)}")
-        _choose(self, "dtype", DTypeName)
-        _choose(self, "blockwise", Blockwise)
-        _choose(self, "text_mode", TextMode)
+        require_choice(self, "dtype", DTypeName)
+        require_choice(self, "blockwise", Blockwise)
+        require_choice(self, "text_mode", TextMode)
         if self.teacher_weight != AUTO:
             _require_teacher(self.teacher_weight)
         require_seed(self.seed)
@@ -340,7 +340,7 @@ class EvaluateOptions:
         for name in ("batch_size", "seq_len", "max_new_tokens", "resamples"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require(self.limit is None or self.limit >= 1, f"limit must be at least 1, got {self.limit}")
-        _choose(self, "dtype", DTypeName)
+        require_choice(self, "dtype", DTypeName)
         require_seed(self.seed)
 
     def to_dict(self) -> dict[str, Any]:
@@ -391,12 +391,12 @@ class KeepOptions:
         check_kinds(self)
         _require_fraction("density", self.density)
         _require_fraction("omega", self.omega)
-        _choose(self, "method", PatchMethod, RELEASED)
+        require_choice(self, "method", PatchMethod, RELEASED)
         if self.score is not None:
-            _choose(self, "score", Score)
+            require_choice(self, "score", Score)
         ok = self.score != Score.SUM or self.method == "tailor"
         _require(ok, "score sum is for the method tailor", "leave --score or --method out")
-        _choose(self, "threshold", Threshold)
+        require_choice(self, "threshold", Threshold)
         _require_weight(self.method, self.weight)
         _require_line(self.alpha, self.effective_beta)
         ok = math.isfinite(self.threshold_scale) and self.threshold_scale >= 0.0
@@ -448,7 +448,7 @@ class SolverOptions:
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        _choose(self, "solver", Solver)
+        require_choice(self, "solver", Solver)
         ok = math.isfinite(self.retain_weight) and self.retain_weight >= 0.0
         _require(ok, f"retain-weight must be zero or positive, got {self.retain_weight}", "the usual range is 0.1 to 3")
         _require(self.block_size >= 1, f"block-size must be at least 1, got {self.block_size}")
@@ -517,7 +517,7 @@ class DistillOptions:
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        _choose(self, "on", DistillOn)
+        require_choice(self, "on", DistillOn)
         _require(self.steps is None or self.steps >= 1, f"distill-steps must be at least 1, got {self.steps}")
         _require(self.batch_size >= 1, f"distill-batch-size must be at least 1, got {self.batch_size}")
         require_seed(self.seed)
@@ -566,7 +566,7 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        _choose(self, "fp8_output", Fp8Output)
+        require_choice(self, "fp8_output", Fp8Output)
         if self.teacher_weight != AUTO:
             _require_teacher(self.teacher_weight)
         for part in (KeepOptions, SolverOptions, GraftOptions, OutputOptions):
@@ -703,7 +703,7 @@ class MergeOptions(OutputOptions):
 
     def __post_init__(self) -> None:
         OutputOptions.__post_init__(self)
-        _choose(self, "method", MergeMethod)
+        require_choice(self, "method", MergeMethod)
         sound = all(weight > 0 for weight in self.weights) and math.isfinite(sum(self.weights))
         given = ", ".join(map(str, self.weights))
         _require(sound, f"weights must be positive and finite, got {given}", "leave a task out instead of zero")

@@ -104,11 +104,11 @@ def check(coding: str, data: Codes, num_entries: int) -> int:
     return kept
 
 
-def decode(coding: str, data: Codes, num_entries: int) -> Iterator[Places]:
+def decode(coding: str, data: Codes) -> Iterator[Places]:
     """The positions of the kept entries, in order, chunk by chunk. The bytes must have passed ``check``.
 
     >>> codes = np.array([3, 0, 255, 40], dtype=np.uint8)
-    >>> [places.tolist() for places in decode("gaps8", codes, 1000)]
+    >>> [places.tolist() for places in decode("gaps8", codes)]
     [[3, 4, 300]]
     """
     if coding == "bits":
@@ -155,7 +155,7 @@ def cut_in_steps(
 def decode_mask(coding: str, data: Codes, num_entries: int) -> Mask:
     """The flat bool mask (num_entries,)."""
     mask = np.zeros(num_entries, dtype=np.bool_)
-    for places in decode(coding, data, num_entries):
+    for places in decode(coding, data):
         mask[places] = True
     return mask
 

@@ -160,7 +160,7 @@ class PatchFile:
 
     def places(self, name: str) -> Iterator[Places]:
         """The positions of a tensor's kept entries in row-major order, chunk by chunk."""
-        return decode(self.tensors[name].coding, self._bytes(MASK + name), self.base[name].numel)
+        return decode(self.tensors[name].coding, self._bytes(MASK + name))
 
     def values(self, name: str) -> Tensor:
         """The final values of the kept entries (kept,), in row-major order and in the base's dtype."""

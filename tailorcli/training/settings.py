@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from tailorcli.errors import OptionsError
-from tailorcli.options import Blockwise, DataColumns, DTypeName, check_kinds, require_seed
+from tailorcli.options import Blockwise, DataColumns, DTypeName, check_kinds, require_choice, require_seed
 
 _USUAL = DataColumns()
 
@@ -56,12 +56,11 @@ class TuningOptions:
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        methods, ways = list(TuningMethod), list(Accumulate)
-        _require(self.method in methods, f"method must be one of {', '.join(methods)}, got {self.method!r}")
+        require_choice(self, "method", TuningMethod)
         ratio = self.update_ratio
         ok = 0.0 < ratio <= 1.0
         _require(ok, f"update-ratio must be above 0 and at most 1, got {ratio}", "the paper's is 0.1")
-        _require(self.accumulate in ways, f"accumulate must be one of {', '.join(ways)}, got {self.accumulate!r}")
+        require_choice(self, "accumulate", Accumulate)
         ok = math.isfinite(self.strength) and self.strength >= 0
         _require(ok, f"strength must be zero or positive, got {self.strength}", "the usual one is 0.001")
         _require_positive(round_steps=self.round_steps, last_layers=self.last_layers)
@@ -98,10 +97,8 @@ class ProbeOptions:
             batch_size=self.batch_size,
         )
         require_seed(self.seed)
-        names = [each.value for each in DTypeName]
-        _require(self.dtype in names, f"dtype must be one of {', '.join(names)}, got {self.dtype!r}")
-        ways = [each.value for each in Blockwise]
-        _require(self.blockwise in ways, f"blockwise must be one of {', '.join(ways)}, got {self.blockwise!r}")
+        require_choice(self, "dtype", DTypeName)
+        require_choice(self, "blockwise", Blockwise)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
@@ -143,8 +140,7 @@ class FinetuneOptions(TuningOptions):
         ok = math.isfinite(self.weight_decay) and self.weight_decay >= 0.0
         _require(ok, f"weight-decay must be zero or positive, got {self.weight_decay}")
         _require(self.device in ("auto", "cpu", "cuda"), f"device must be auto, cpu or cuda, got {self.device!r}", _ONE)
-        names = [each.value for each in DTypeName]
-        _require(self.dtype in names, f"dtype must be one of {', '.join(names)}, got {self.dtype!r}")
+        require_choice(self, "dtype", DTypeName)
 
     def identity(self) -> dict[str, Any]:
         """What decides the result: a run is only resumed under the same."""

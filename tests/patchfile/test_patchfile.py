@@ -56,7 +56,7 @@ def test_a_mask_survives_its_coding(size, density, padding, seed, sizes):
         assert maskcode.check(coding, padded, size) == mask.sum()
         assert np.array_equal(maskcode.decode_mask(coding, padded, size), mask)
         assert codes.size <= -(-size // 8)
-        parts = [(places, places.astype(np.uint16)) for places in maskcode.decode(coding, padded, size)]
+        parts = [(places, places.astype(np.uint16)) for places in maskcode.decode(coding, padded)]
         steps = list(maskcode.cut_in_steps(iter(parts), size, step))
         assert len(steps) == -(-size // step)
         for number, kept in enumerate(steps):
