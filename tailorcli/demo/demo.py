@@ -1,6 +1,6 @@
 """The demo: a small model learns two old tasks, forgets them over a new one, and is patched.
 
-Everything is made on the spot from the Python standard library (``demo_data``), on the CPU, without a network.
+Everything is made on the spot from the Python standard library (``demo.text``), on the CPU, without a network.
 A byte-level Llama is trained on Python source and English prose (``base``) and fine-tuned on Unicode character
 names (``tuned``). Both are calibrated, the base on samples that it writes itself, and patched, through the same
 functions as ``tailorcli calibrate`` and ``tailorcli patch``, and compared with plain interpolation between base and

@@ -28,7 +28,7 @@ class Result:
 
 @dataclass(frozen=True)
 class ResultsRow:
-    """One result file: its tasks, and what ``merit.summarise`` makes of them, each value with its standard error."""
+    """One result file: its tasks, and what ``metrics.summarise`` makes of them, each value with its standard error."""
 
     file: str
     model: str
