@@ -36,7 +36,6 @@ from tailorcli.models.loading import (
 )
 from tailorcli.models.naming import open_for
 from tailorcli.options import AUTO, CalibrateOptions
-from tailorcli.terminal import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -191,16 +190,15 @@ def _teacher(
     announce: Callable[[str], None] | None,
 ) -> tuple[float, TeacherChoice | None]:
     """The weight of the model between base and tuned that is calibrated, and how it was picked, if it was."""
-    from tailorcli.calibration.teacher import MOST_TRIED, choose_teacher
+    from tailorcli.calibration.teacher import choose_teacher
 
     view, weight, choice = source.stored, source.options.teacher_weight, None
     assert isinstance(view, InterpolatedCheckpoint)
     if weight == AUTO:
         shown = samples if data is None else drawn(replace(source, data=Path(data)))
-        with Progress("teacher", MOST_TRIED, "models", shown=progress) as bar:
-            given = (shown.inputs, source.options, device)
-            marks = response_masks(shown.inputs, shown.responses)
-            choice = choose_teacher(view.base, view.tuned, *given, marks, bar.update, shown.following)
+        marks = response_masks(shown.inputs, shown.responses)
+        given = (shown.inputs, source.options, device, marks, shown.following, progress)
+        choice = choose_teacher(view.base, view.tuned, *given)
         weight = choice.weight
         (announce or note)(choice.told())
         if data is None:

@@ -26,6 +26,7 @@ from tailorcli.models.loading import load_model
 from tailorcli.models.running import forward, to_device
 from tailorcli.options import CalibrateOptions
 from tailorcli.system import give_back_memory
+from tailorcli.terminal import Progress
 
 if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
@@ -91,8 +92,8 @@ def choose_teacher(
     options: CalibrateOptions,
     device: torch.device,
     responses: list[torch.Tensor | None] | None = None,
-    advance: Callable[[], object] = lambda: None,
     following: list[int | None] | None = None,
+    progress: bool = False,
 ) -> TeacherChoice:
     """Try models between base and tuned, and beyond it, on ``samples`` of the new task; see ``choose``.
 
@@ -124,7 +125,7 @@ def choose_teacher(
         give_back_memory()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        advance()
+        bar.update()
         known = [value for value in found if value is not None]
         if not known:
             raise DataError("no sample has a token that is predicted", "pass records of text")
@@ -135,7 +136,8 @@ def choose_teacher(
             return [_NO_NUMBER] * len(known)
         return calibrated(known)
 
-    return choose(losses_at)
+    with Progress("teacher", MOST_TRIED, "models", shown=progress) as bar:
+        return choose(losses_at)
 
 
 def calibrated(losses: list[list[float]]) -> list[float]:

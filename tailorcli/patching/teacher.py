@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tailorcli.adapters.interpolated import InterpolatedCheckpoint
 from tailorcli.calibration.sources import Source, drawn
 from tailorcli.calibration.stats import Stats, response_masks
-from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.calibration.teacher import choose_teacher
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.data.records import read_records
 from tailorcli.device import device_errors, exact_float32, resolve_device
@@ -22,13 +22,9 @@ from tailorcli.models.config import read_config
 from tailorcli.models.naming import open_for
 from tailorcli.options import AUTO, CalibrateOptions, PatchOptions
 from tailorcli.patching.three_models import options_of
-from tailorcli.terminal import Progress
 
 if TYPE_CHECKING:
-    import torch
-
-    from tailorcli.calibration.teacher import TeacherChoice
-    from tailorcli.data.samples import Inputs, Samples
+    from tailorcli.data.samples import Samples
 
 
 def with_teacher(
@@ -77,7 +73,8 @@ def with_teacher(
                 "pass --teacher-data FILE, records that TUNED was not trained on",
             )
         device = resolve_device(options.device)
-        choice = _choose(opened, other, inputs, calibration, device, masks, following, progress)
+        with exact_float32(), device_errors("a smaller --seq-len"):
+            choice = choose_teacher(opened, other, inputs, calibration, device, masks, following, progress)
     say(choice.told())
     if data is None:
         note("it was picked on what TUNED is calibrated on: where it was trained on that, pass others: --teacher-data")
@@ -87,20 +84,3 @@ def with_teacher(
 def check_teacher_data(data: PathLike, calibration: CalibrateOptions) -> None:
     """What the weight is to be picked on can be read. Raises DataError."""
     read_records(data, columns=calibration.columns)
-
-
-def _choose(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    samples: list[Inputs],
-    options: CalibrateOptions,
-    device: torch.device,
-    masks: list[torch.Tensor | None],
-    following: list[int | None] | None,
-    progress: bool,
-) -> TeacherChoice:
-    from tailorcli.calibration.teacher import MOST_TRIED, choose_teacher
-
-    bar = Progress("teacher", MOST_TRIED, "models", shown=progress)
-    with exact_float32(), device_errors("a smaller --seq-len"), bar:
-        return choose_teacher(base, tuned, samples, options, device, masks, bar.update, following)
