@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -64,6 +64,10 @@ from tailorcli.options import (
     Solver,
 )
 from tailorcli.units import counted
+
+if TYPE_CHECKING:
+    from tailorcli.sweep.outcome import SweepReport
+    from tailorcli.sweep.settings import Setting
 
 
 def evaluate(
@@ -398,6 +402,21 @@ def sweep(
     )
     if not launched().first:
         return
+    inputs = {"base": base, "tuned": tuned, "stats": stats, "retain": retain, "data": graft_data}
+    _draw(report, settings, inputs, plot, html)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    from tailorcli.display.tables import sweep_parts
+
+    print_rich(*sweep_parts(report.to_dict(), everything=everything))
+    say(f"{report.seconds:.1f} s; everything is in {output}", err=True)
+
+
+def _draw(
+    report: SweepReport, settings: list[Setting], inputs: dict[str, Path | None], plot: Path | None, html: Path | None
+) -> None:
+    """The frontiers as a picture, and as a page with the command of every setting, where they are asked for."""
     if plot is not None:
         from tailorcli.display.plots import plot_frontiers
 
@@ -407,15 +426,8 @@ def sweep(
         from tailorcli.display.web.frontier import sweep_page
         from tailorcli.display.web.shell import write_page
 
-        inputs = {"base": base, "tuned": tuned, "stats": stats, "retain": retain, "data": graft_data}
         given = {role: str(path) for role, path in inputs.items() if path is not None}
         commands = {setting.label: setting.command(given) for setting in settings}
-        write_page(sweep_page(report.to_dict(), commands, f"{base.name} and {tuned.name}"), html)
+        title = f"{Path(given['base']).name} and {Path(given['tuned']).name}"
+        write_page(sweep_page(report.to_dict(), commands, title), html)
         say(f"wrote {html}; open it in a browser", err=True)
-    if as_json:
-        print_json(report.to_dict())
-        return
-    from tailorcli.display.tables import sweep_parts
-
-    print_rich(*sweep_parts(report.to_dict(), everything=everything))
-    say(f"{report.seconds:.1f} s; everything is in {output}", err=True)
