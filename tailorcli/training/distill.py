@@ -1,7 +1,7 @@
 """Train the kept entries of a patch to answer as its teachers do: tuned on the new task, the base on the rest.
 
 Several ranks have the model each, and divide the samples of every batch: the gradients are summed, and all take the
-same step.
+same step. A sample is always the same rank's, which alone asks the teachers about it.
 """
 
 from __future__ import annotations
@@ -119,6 +119,11 @@ class Material:
         """The batches of what is held out that are this rank's."""
         return [self.held[number] for number in mine([len(batch) for batch in self.held])]
 
+    @property
+    def own(self) -> list[int]:
+        """The samples that this rank ever runs: those for which it needs the teacher's states."""
+        return sorted(place for step in [*map(own_of, self.train), *self._own_held()] for place in step)
+
     def kept_share(self, student: Any, media: tuple[int, ...], device: torch.device) -> float:
         """The share that the student keeps of its teacher's accuracy on what is held out, were that the teacher's."""
         kept, whole = (torch.zeros((), device=device) for _ in range(2))
@@ -148,6 +153,12 @@ class Material:
                 tokens += count
         both = summed_(torch.tensor([float(total), tokens], dtype=torch.float64, device=device))
         return float(both[0]) / max(float(both[1]), 1)
+
+
+def own_of(step: Sequence[Sequence[int]]) -> set[int]:
+    """The samples of a step's batches that are this rank's, the same whenever the step comes round."""
+    in_all = [place for batch in step for place in batch]
+    return set(in_all[ranks().rank :: ranks().size])
 
 
 def before_response(response: Tensor) -> Tensor:
@@ -233,18 +244,17 @@ def step_losses(
 
     Of several ranks each has its samples' part of both.
     """
-    losses, here = {}, ranks()
+    losses = {}
     now_on(f"step {step + 1}")
     tasks = sum(material.share for kind, material in materials.items() if kind != RETAINED)
     for kind, material in materials.items():
         weight = options.weight if kind == RETAINED else material.share / tasks
         batches = material.batches(step, options.seed)
-        in_all = [place for batch in batches for place in batch]
-        mine_of_all = set(in_all[here.rank :: here.size])
+        here = own_of(batches)
         losses[kind] = torch.zeros((), device=device)
         total = None
         for batch in batches:
-            own = [place for place in batch if place in mine_of_all]
+            own = [place for place in batch if place in here]
             share = 1.0
             if own != batch or len(batches) > 1:  # of the mean over all tokens of the step
                 total = total or sum(int(material.counted(places, media).sum()) for places in batches)

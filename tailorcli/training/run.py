@@ -6,13 +6,14 @@ import gc
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint, config_folder
 from tailorcli.adapters.interpolated import original
@@ -25,7 +26,7 @@ from tailorcli.distributed import ranks
 from tailorcli.errors import DataError, OptionsError, note
 from tailorcli.models.blockwise import skeleton_if_too_large
 from tailorcli.models.config import read_config
-from tailorcli.models.generation import media_token_ids
+from tailorcli.models.generation import end_token_ids, media_token_ids
 from tailorcli.models.loading import aliases, expected_names, load_model
 from tailorcli.models.parts import adapt, load_from_view
 from tailorcli.models.places import Place, map_names
@@ -149,7 +150,7 @@ def materials_of(
     scratch: Path | None = None,
     shares: Sequence[float] = (),
 ) -> dict[str, Material]:
-    """Run every teacher once over its samples; the models are gone after that.
+    """Run every teacher once over its samples, of several ranks each over its own; the models are gone after that.
 
     A model that does not fit goes block by block. Hidden states that outgrow the host's memory wait in files in the
     folder ``scratch``. Raises TailorError.
@@ -172,11 +173,13 @@ def materials_of(
         for number, (model, stats) in enumerate(sources, 1):
             samples, is_base = stats.samples(), number == len(sources)
             how = run_options(stats, trust_remote_code)
-            teacher = _teach(base, model, samples, how, device, scratch, bar.update, keep)
             kind = RETAINED if is_base else NEW if len(teachers) == 1 else f"{NEW} {number}"
             counted = counted_tokens(stats, options, needed=not is_base)
             share = 1.0 if is_base or not shares else shares[number - 1]
-            materials[kind] = Material.split(samples, teacher, options, counted, share)
+            split = partial(Material.split, samples, options=options, responses=counted, share=share)
+            teacher = _teach(base, model, samples, how, device, scratch, bar.update, keep, split)
+            materials[kind] = split(teacher)
+            bar.update(len(samples) - len(materials[kind].own))
             _give_back()
     return materials
 
@@ -303,17 +306,27 @@ def _teach(
     scratch: Path | None,
     advance: Callable[[int], object],
     keep: Callable[[Tensor], Tensor],
+    split: Callable[[Teacher], Material] | None = None,
 ) -> Teacher:
-    """What one model says of its samples; it is loaded for that, and gone after it."""
+    """What one model says of its samples; it is loaded for that, and gone after it.
+
+    With ``split``, which needs no more of a teacher than its ends, of those alone that are this rank's own.
+    """
     stored = base if isinstance(model, AdaptedCheckpoint) else model
     skeleton = skeleton_if_too_large(stored, read_config(stored.path), options, device)
-    if skeleton is not None:
+    network = _network(stored, model, options, None, device)[0] if skeleton is None else skeleton
+    unasked = Teacher([], nn.Identity(), end_token_ids(network))
+    places = [*range(len(samples))] if split is None else split(unasked).own
+    chosen = [samples[place] for place in places]
+    if skeleton is None:
+        check_head(network, {name: value.to(device) for name, value in samples[0].items()})
+        teacher = teach(network, chosen, device, advance, keep)
+    else:
         note(f"{original(model).path} does not fit with room to spare: it runs block by block")
         where = Path(tempfile.gettempdir()) if scratch is None else scratch
-        return teach_blockwise(skeleton, stored, model, samples, device, where, advance, keep)
-    network, _ = _network(stored, model, options, None, device)
-    check_head(network, {name: value.to(device) for name, value in samples[0].items()})
-    return teach(network, samples, device, advance, keep)
+        teacher = teach_blockwise(skeleton, stored, model, chosen, device, where, advance, keep)
+    states = dict(zip(places, teacher.states, strict=True))
+    return replace(teacher, states=[states.get(place, torch.empty(0)) for place in range(len(samples))])
 
 
 def _give_back() -> None:

@@ -29,7 +29,7 @@ CPU_LOGITS_BYTES = 1 << 25  # no less quick there
 class Teacher:
     """One teacher: the last hidden states of its samples, and what makes logits of them."""
 
-    states: list[Tensor]  # of each sample, (T, I), on the CPU
+    states: list[Tensor]  # of each sample, (T, I), on the CPU; of one that another rank runs, empty
     head: Callable[[Tensor], Tensor]  # (N, I) -> (N, V)
     ends: Sequence[int] = ()  # the tokens behind which nothing follows
 

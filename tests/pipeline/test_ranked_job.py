@@ -2,15 +2,17 @@
 
 import json
 import os
+from contextlib import closing
 
 import pytest
 import torch
 from families import make_family_pair
 from helpers import make_pair, read_tensors, report_of, run, write_data
 from kills.operations import ENDED, Operations
-from ranked import command_line, ranked_cli, started
+from ranked import command_line, ranked, ranked_cli, started
 
-from tailorcli import Checkpoint, TailorError
+from tailorcli import Checkpoint, DistillOptions, Stats, TailorError
+from tailorcli.training.run import materials_of
 
 SMALL = ("--num-samples", 12, "--seq-len", 24, "--batch-size", 4)
 DISTILL = ("--distill", "--distill-steps", 4, "--distill-batch-size", 3)
@@ -126,6 +128,33 @@ def test_a_distilled_patch_takes_the_steps_of_one_process(pair, tmp_path):
         assert mine[name] == pytest.approx(theirs[name], rel=1e-3), name
     assert mine["kept"] == pytest.approx(theirs["kept"], rel=1e-3)
     assert not (tmp_path / "out.distill").exists()
+
+
+def taught(pair, blockwise):
+    """What the teachers say on this rank, by kind: the last hidden states of each sample."""
+    options = DistillOptions(batch_size=3)
+    with (
+        Checkpoint.open(pair / "base") as base,
+        Checkpoint.open(pair / "tuned") as tuned,
+        closing(Stats.open(pair / "stats")) as stats,
+        closing(Stats.open(pair / "base-stats")) as retain,
+    ):
+        for each in (stats, retain):
+            each.manifest["options"]["blockwise"] = blockwise
+        found = materials_of(base, [(tuned, stats)], retain, options, torch.device("cpu"))
+    return {kind: material.teacher.states for kind, material in found.items()}
+
+
+@pytest.mark.parametrize("blockwise", ["auto", "always"])
+def test_each_rank_asks_the_teachers_about_its_own_samples_alone(pair, blockwise):
+    alone, ranks = taught(pair, "auto"), ranked(2, taught, pair, blockwise)
+    for kind, states in alone.items():
+        assert len(states) == 12
+        for state, both in zip(states, zip(*(of[kind] for of in ranks), strict=True), strict=True):
+            [mine] = [each for each in both if each.numel()]
+            assert torch.equal(mine, state)
+        asked = [sum(state.numel() > 0 for state in of[kind]) for of in ranks]
+        assert sorted(asked) == [4, 8]  # of each step of 3 one takes 2, and the one held out is the first's
 
 
 def write_tasks(folder):
