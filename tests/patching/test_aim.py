@@ -2,16 +2,27 @@
 
 import json
 from dataclasses import replace
+from shutil import copytree
 
 import pytest
-from helpers import bits, folder_digest, invoke, make_pair, read_tensors, refused, run, with_statistics
+from helpers import bits, folder_digest, invoke, make_pair, quantise, read_tensors, refused, run, with_statistics
 
-from tailorcli import DistillOptions, PatchFile, PatchOptions, TailorError
+from tailorcli import (
+    CalibrateOptions,
+    DistillOptions,
+    PatchFile,
+    PatchOptions,
+    TailorError,
+    calibrate_model,
+    distill_patch,
+    patch_checkpoint,
+)
 from tailorcli.guard import lock_file
 from tailorcli.patching.aim import ATTEMPTS, Aim, after_miss, patch_to_target, pick_density, search_bytes
 
 FEW = DistillOptions(steps=4, batch_size=4)
 OPTIONS = PatchOptions(propagate=False)
+TOLD = ("tailor_run.json", "tailor_report.json", "README.md")
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +136,59 @@ def test_of_trainings_that_all_miss_the_nearest_is_written(pair, tmp_path, monke
     assert len([*(tmp_path / "out").glob("*.safetensors")]) > 1
 
 
+def test_a_search_patches_and_trains_as_its_two_steps_do_towards_the_teacher_that_is_asked_for(
+    pair, tmp_path, monkeypatch
+):
+    """By default entries are chosen by the sum of scores, as for all training, and closed forms are propagated."""
+    import tailorcli.patching.aim as module
+    import tailorcli.training.run as training
+
+    asked, ask = [], training.materials_of
+    monkeypatch.setattr(training, "materials_of", lambda *given: asked.append(given) or ask(*given))
+    monkeypatch.setattr(module, "pick_density", lambda shares_at, aim: 0.1)
+    base, tuned, output, stats, retain = arguments(pair, tmp_path / "out")
+    patch_checkpoint(base, tuned, output, None, PatchOptions(method="magnitude"))  # which lies in the way
+    how = PatchOptions(teacher_weight=0.5, overwrite=True)
+    report = patch_to_target(*arguments(pair, output), "old=2", how, FEW)
+    assert len(asked) == 1  # whatever is measured and trained after it
+    closed = tmp_path / "closed.safetensors"
+    options = PatchOptions(density=0.1, score="sum", propagate=True, teacher_weight=0.5)
+    patch_checkpoint(base, tuned, None, stats, options, patch_file=closed, retain=retain)
+    steps = distill_patch(closed, base, tuned, stats, retain, tmp_path / "steps", distill=FEW, teacher_weight=0.5)
+    assert folder_digest(output, TOLD) == folder_digest(tmp_path / "steps", TOLD)
+    found, wanted = dict(report.distillation), steps.distillation
+    assert found.pop("target") == {"asked": "old=2", "density": 0.1, "weight": FEW.weight, "missed": []}
+    assert found == wanted
+    assert report.options == steps.options
+
+
+@pytest.mark.parametrize("method", ["tailor", "magnitude"])
+def test_a_finished_search_is_one_of_the_same_inputs_and_options(pair, tmp_path, method):
+    base, tuned, output, stats, retain = arguments(pair, tmp_path / "out")
+    how = PatchOptions(method=method, propagate=False)
+    patch_to_target(base, tuned, output, stats, retain, "old=2", how, FEW)
+    again = replace(how, resume=True)
+    assert patch_to_target(base, tuned, output, stats, retain, "old=2", again, FEW).is_earlier
+    other = tmp_path / "other"
+    calibrate_model(base, pair / "data.jsonl", other, CalibrateOptions(12, 24))
+    for samples, options in ((other, again), (retain, replace(again, exclude=("*norm*",)))):
+        with pytest.raises(TailorError, match="of another run"):
+            patch_to_target(base, tuned, output, stats, samples, "old=2", options, FEW)
+
+
+def test_what_has_no_density_to_pick_or_no_patch_file_is_refused(pair, tmp_path):
+    what = arguments(pair, tmp_path / "out")
+    with pytest.raises(TailorError, match="interpolate keeps every entry"):
+        patch_to_target(*what, "old=99", PatchOptions(method="interpolate", weight=0.5), FEW)
+    with pytest.raises(TailorError, match="new rows of --resized-vocab"):
+        patch_to_target(*what, "old=99", PatchOptions(resized_vocab=True), FEW)
+    copytree(pair / "base", tmp_path / "fp8")
+    quantise(tmp_path / "fp8", "block")
+    with pytest.raises(TailorError, match="are quantised"):
+        patch_to_target(tmp_path / "fp8", *what[1:], "old=99", OPTIONS, FEW)
+    assert not what[2].exists()
+
+
 def test_a_search_for_which_there_is_no_room_is_refused(pair, tmp_path, monkeypatch):
     monkeypatch.setattr("tailorcli.patching.aim.free_bytes", lambda place: 0)
     with pytest.raises(TailorError, match="not enough disk"):
@@ -185,8 +249,7 @@ def test_the_whole_job_searches_as_its_steps_do_and_tells_its_plan(pair, tmp_pat
     told = run("patch", base, tuned, *job, *how, "-o", tmp_path / "out")
     assert "target old=60 reached" in told.stderr
     run("patch", base, tuned, "--stats", stats, "--retain", retain, *how, "-o", output)
-    reports = ("tailor_run.json", "tailor_report.json", "README.md")
-    assert folder_digest(tmp_path / "out", reports) == folder_digest(output, reports)
+    assert folder_digest(tmp_path / "out", TOLD) == folder_digest(output, TOLD)
     assert "already finished" in run("patch", base, tuned, *job, *how, "-o", tmp_path / "out", "--resume").stdout
     another = (*how[:1], "old=61", *how[2:])
     refused("patch", base, tuned, *job, *another, "-o", tmp_path / "out", "--resume", mentions=["another run"])
