@@ -2,23 +2,32 @@
 
 import json
 import shutil
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from helpers import folder_digest, invoke, make_pair, refused, run, with_statistics
+from helpers import folder_digest, invoke, make_pair, read_tensors, refused, run, with_statistics
 
 from tailorcli import (
+    CalibrateOptions,
+    Checkpoint,
     DistillOptions,
+    PatchFile,
     PatchOptions,
+    Stats,
+    TailorError,
+    calibrate_model,
     distill_checkpoint,
     distill_patch,
     patch_checkpoint,
 )
-from tailorcli.errors import OutputError
+from tailorcli.errors import DataError, OptionsError, OutputError
 from tailorcli.patching.aim import patch_to_target
+from tailorcli.patching.distilled import plan_distilled
 from tailorcli.training.distill import Material, in_steps
+from tailorcli.training.run import divergences_of, materials_of, measure_patch_file
 from tailorcli.training.teachers import Teacher
 
 OPTIONS = PatchOptions(propagate=False)
@@ -147,6 +156,94 @@ def test_a_search_is_taken_up_by_the_same_target_alone(pair, tmp_path, monkeypat
     report = patch_to_target(*arguments(pair, tmp_path / "out"), "old=50", again, how)
     assert not report.is_earlier
     assert report.distillation["target"]["asked"] == "old=50"
+
+
+def test_other_samples_and_another_patch_are_another_run(pair, tmp_path):
+    base, tuned, _, stats, retain = arguments(pair, None)
+    files = [tmp_path / f"{density}.safetensors" for density in (0.1, 0.2)]
+    for file, density in zip(files, (0.1, 0.2), strict=True):
+        patch_checkpoint(base, tuned, None, None, PatchOptions(density, method="magnitude"), patch_file=file)
+    calibrate_model(base, pair / "data.jsonl", tmp_path / "more", CalibrateOptions(6, 24))
+    calibrate_model(tuned, pair / "data.jsonl", tmp_path / "new", CalibrateOptions(6, 24))
+
+    def again(file, stats, retain, **more):
+        how = {"distill": HOW, "resume": True} | more
+        return distill_patch(file, base, tuned, stats, retain, tmp_path / "out", **how)
+
+    assert not again(files[0], stats, retain, resume=False).is_earlier
+    assert again(files[0], stats, retain).is_earlier
+    for given in (
+        (files[1], stats, retain),
+        (files[0], tmp_path / "new", retain),
+        (files[0], stats, tmp_path / "more"),
+    ):
+        with pytest.raises(OutputError, match="another run"):
+            again(*given)
+    with pytest.raises(OutputError, match="another run"):
+        again(files[0], stats, retain, distill=replace(HOW, weight=1.0))
+    with pytest.raises(OptionsError, match="0 fine-tuned models"):
+        distill_patch(files[0], base, [], [], retain, tmp_path / "no")
+    for wrong in ((stats, stats), (retain, retain)):
+        with pytest.raises(TailorError, match="was calibrated on"):
+            distill_patch(files[0], base, tuned, *wrong, tmp_path / "no", distill=HOW)
+    calibrate_model(base, pair / "data.jsonl", tmp_path / "one", CalibrateOptions(1, 24))
+    with pytest.raises(DataError, match="has 1 sample"):
+        distill_patch(files[0], base, tuned, stats, tmp_path / "one", tmp_path / "no", distill=HOW)
+    assert not (tmp_path / "no").exists()
+
+
+def test_without_a_number_of_steps_the_kind_of_more_samples_decides_it(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("tailorcli.options.DISTILL_STEPS", 2)
+    monkeypatch.setattr("tailorcli.options.DISTILL_SAMPLES", 3)
+    calibrate_model(pair / "base", pair / "data.jsonl", tmp_path / "few", CalibrateOptions(3, 24))
+    given, few = (*arguments(pair, tmp_path / "out")[:4], tmp_path / "few"), DistillOptions(batch_size=4)
+    assert plan_distilled(*given, OPTIONS, few).training.steps == 4  # 2 by the root of 12 / 3
+    report = distill_checkpoint(*given, OPTIONS, few, patch_file=tmp_path / "p.safetensors")
+    assert (report.distillation["options"]["steps"], report.distillation["steps"]) == (4, [0, 1, 2, 3, 4])
+    again = distill_patch(tmp_path / "p.safetensors", *given[:2], *given[3:], tmp_path / "again", distill=few)
+    assert again.distillation["options"]["steps"] == 4
+
+
+def test_a_patch_that_training_makes_no_better_is_written_as_it_is_with_its_report(pair, tmp_path):
+    wild = replace(HOW, rate=1e3)
+    base, tuned, output, stats, retain = arguments(pair, tmp_path / "out")
+    report = distill_checkpoint(*arguments(pair, output), OPTIONS, wild)
+    assert report.distillation["best"] == 0
+    chosen = replace(OPTIONS, score="sum")
+    closed = patch_checkpoint(base, tuned, tmp_path / "closed", stats, chosen, retain=retain)
+    assert report.tensors == closed.tensors  # its layer errors, too, which are still true
+    assert report.stages.keys() >= closed.stages.keys() | {"distill", "write"}
+    found, wanted = (read_tensors(folder) for folder in (output, tmp_path / "closed"))
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_what_the_report_says_is_kept_is_what_the_output_keeps(pair, tmp_path):
+    """Before: of the patch that training began with. In float16, which is trained in float32 and rounded in the end."""
+    options = replace(OPTIONS, density=0.2, score="sum")
+    folder = with_statistics(make_pair(tmp_path / "pair", dtype=torch.float16))
+    base, tuned, _, stats, retain = arguments(folder, None)
+    files = tmp_path / "closed.safetensors", tmp_path / "p.safetensors"
+    patch_checkpoint(base, tuned, None, stats, options, retain=retain, patch_file=files[0])
+    report = distill_checkpoint(*arguments(folder, None), options, HOW, patch_file=files[1])
+    device = torch.device("cpu")
+    with (
+        Checkpoint.open(base) as opened,
+        Checkpoint.open(tuned) as other,
+        closing(Stats.open(stats)) as new,
+        closing(Stats.open(retain)) as old,
+    ):
+        materials = materials_of(opened, [(other, new)], old, HOW, device)
+        shares, apart = [], []
+        for path in files:
+            with PatchFile.open(path) as file:
+                shares.append(measure_patch_file(file, opened, [(other, new)], materials, device))
+                apart.append(divergences_of(file, opened, (other, new), materials, device))
+    found = report.distillation
+    assert found["kept"] == {f"{kind}_before": share for kind, share in shares[0].items()} | shares[1]
+    assert shares[0] != shares[1]
+    assert {"new": found["new"][0], "retained": found["retained"][0]} == apart[0]
+    assert {"new": found["rounded_new"], "retained": found["rounded_retained"]} == apart[1]
+    assert found["rounded_new"] != found["new"][found["steps"].index(found["best"])]
 
 
 def test_another_teacher_is_another_run(pair, tmp_path):
