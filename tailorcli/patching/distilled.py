@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 
 START, STATE = "start.safetensors", "state.safetensors"
 RUN = "run.txt"  # whose they are
-SAMPLED = ("distilled on 0", "distilled on 1")  # whose fingerprints stand in a run's identity
 _MORE_REPORT = 1 << 16  # bytes of a report that training adds, at most
 SUFFIX = ".distill"  # of the folder beside the output that an interrupted run goes on from
 
@@ -102,8 +101,8 @@ def distill_checkpoint(
         device = resolve_device(options.device)
         plan = sources.plan(options, distill, device)
         described = inputs.describe() | described_stats(*both, inputs.sources)
-        settings = settings_of(distill) | {name: found.fingerprint() for name, found in zip(SAMPLED, both, strict=True)}
-        identity = identity_of(described, options.identity(True) | settings, device, **inputs.configs)
+        settings = options.identity(True) | settings_of(distill)
+        identity = identity_of(described, settings, device, **inputs.configs)
         manifest = {"task": options.task, "license": options.license, "inputs": described}
         job = (plan, inputs.base, sources.paths, identity, "patch", side, manifest)
         Work.check(target)

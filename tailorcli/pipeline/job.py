@@ -46,8 +46,8 @@ from tailorcli.patching.aim import (
 from tailorcli.patching.aim import SUFFIX as TARGET_SUFFIX
 from tailorcli.patching.checked import SUFFIX as CHECK_SUFFIX
 from tailorcli.patching.checked import check_room
-from tailorcli.patching.distilled import SAMPLED, distill_checkpoint, settings_of, with_training
 from tailorcli.patching.distilled import SUFFIX as DISTILL_SUFFIX
+from tailorcli.patching.distilled import distill_checkpoint, settings_of, with_training
 from tailorcli.patching.measuring import NEW as NEW_DATA
 from tailorcli.patching.measuring import RETAINED as RETAINED_DATA
 from tailorcli.patching.onepass import patch_in_one_pass, why_not_in_one_pass
@@ -332,7 +332,7 @@ class _Job:
         identity = identity_of(described, options.identity(self.retained), device, **self.inputs.configs)
         if self.distill is not None:
             identity |= settings_of(self.distill)
-        return self.target.finished(identity, "patch", ("stats fingerprint", "retain fingerprint", *SAMPLED))
+        return self.target.finished(identity, "patch", ("stats fingerprint", "retain fingerprint"))
 
     def plan(self, stack: ExitStack, estimate: bool, fleet: Fleet | None = None) -> JobPlan:
         """Check everything that can be checked beforehand, and say what will be done. Raises TailorError.

@@ -192,6 +192,23 @@ def test_other_samples_and_another_patch_are_another_run(pair, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize("method", ["tailor", "magnitude"])
+def test_a_finished_output_is_one_of_the_same_samples_also_where_the_closed_form_needs_none(pair, tmp_path, method):
+    options = replace(OPTIONS, method=method)
+    base, tuned, output, stats, retain = arguments(pair, tmp_path / "out")
+    distill_checkpoint(base, tuned, output, stats, retain, options, HOW)
+    again = replace(options, resume=True)
+    assert distill_checkpoint(base, tuned, output, stats, retain, again, HOW).is_earlier
+    for model, name in ((base, "old"), (tuned, "new")):
+        calibrate_model(model, pair / "data.jsonl", tmp_path / name, CalibrateOptions(6, 24))
+    for samples in ((stats, tmp_path / "old"), (tmp_path / "new", retain)):
+        with pytest.raises(OutputError, match="another run"):
+            distill_checkpoint(base, tuned, output, *samples, again, HOW)
+    for other, how in ((replace(again, include=("*mlp*",)), HOW), (again, replace(HOW, seed=1))):
+        with pytest.raises(OutputError, match="another run"):
+            distill_checkpoint(base, tuned, output, stats, retain, other, how)
+
+
 def test_without_a_number_of_steps_the_kind_of_more_samples_decides_it(pair, tmp_path, monkeypatch):
     monkeypatch.setattr("tailorcli.options.DISTILL_STEPS", 2)
     monkeypatch.setattr("tailorcli.options.DISTILL_SAMPLES", 3)
