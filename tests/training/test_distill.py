@@ -267,6 +267,43 @@ def test_the_losses_gradient_is_that_of_the_whole_expression_however_it_is_cut(m
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("kept", [("lm_head.bias",), ("lm_head.weight", "lm_head.bias"), ("model.norm.weight",)])
+def test_gradients_are_those_of_the_whole_where_few_parameters_are_trained(kept):
+    """As in a patch of the output layer alone: nothing before it has a gradient."""
+    base, tuned = make_model(), perturb(make_model())
+    for model in (base, tuned):
+        model.lm_head = torch.nn.Linear(32, 100)
+    teacher, batch = teach(tuned, samples(1), CPU, lambda _: None), samples(1)[0]
+    grads = []
+    for wanted in ({name for name, _ in base.named_parameters()}, kept):
+        for name, parameter in base.named_parameters():
+            parameter.grad = None
+            parameter.requires_grad_(name in wanted)
+        (2 * loss(base, teacher, batch, torch.stack(teacher.states), predicted(batch, ()), grad=True)).backward()
+        grads.append({name: parameter.grad for name, parameter in base.named_parameters()})
+    for name, found in grads[1].items():
+        assert (found is not None) == (name in kept)
+        assert found is None or torch.equal(found, grads[0][name])
+
+
+def test_tensors_that_share_a_parameter_have_their_own_entries_of_it():
+    network, half = torch.nn.Sequential(torch.nn.Linear(3, 4, bias=False)), torch.zeros(2, 3)
+    masks = [torch.tensor([[True, False, True], [False] * 3]), torch.tensor([[False, True, True], [True] * 3])]
+    values = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0, 5.0, 6.0, 7.0])]
+    entries = [
+        entries_of(name, Place(("0.weight",), start=start), half, mask, value, CPU)
+        for name, start, mask, value in zip("ab", (0, 6), masks, values, strict=True)
+    ]
+    before = network[0].weight.detach().clone()
+    trained = Trained(network, entries)
+    wanted = before.where(~torch.cat(masks), 0.0).flatten()
+    wanted[torch.cat(masks).flatten()] = torch.cat(values)
+    assert torch.equal(network[0].weight.detach().flatten(), wanted)
+    network(torch.tensor([[1.0, 10.0, 100.0]])).sum().backward()
+    assert [each.gradient.tolist() for each in entries] == [[1, 100], [10, 100, 1, 10, 100]]
+    assert trained.values().keys() == {"values a", "values b"}
+
+
 def test_gradients_of_many_pieces_are_summed_wider_than_bfloat16(monkeypatch):
     """Of 600 equal summands bfloat16 holds no more than some 256."""
     found = []
