@@ -1,6 +1,7 @@
 """merge-multi --distill: several teachers, each on its own task's samples, and the base on the retained ones."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,11 +22,13 @@ from tailorcli import (
     MergeOptions,
     PatchFile,
     PatchOptions,
+    TailorError,
     calibrate_model,
     distill_merge,
     patch_checkpoint,
     verify_checkpoint,
 )
+from tailorcli.errors import OutputError
 from tailorcli.options import CalibrateOptions
 
 DISTILL = DistillOptions(steps=6, batch_size=4)
@@ -96,6 +99,26 @@ def test_a_merge_that_was_broken_off_is_finished_to_the_same_bytes(tasks, tmp_pa
             merge(tmp_path / "out")
     merge(tmp_path / "out", resume=True)
     assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "whole")
+
+
+def test_a_finished_merge_is_one_of_the_same_samples_and_options(tasks, tmp_path):
+    patches, tuned, stats = inputs(tasks)
+
+    def merge(retain=tasks / "retain", output=tmp_path / "out", distill=DISTILL, **more):
+        options = MergeOptions(method="patches", **more)
+        return distill_merge(tasks / "base", patches, output, tuned, stats, retain, options, distill)
+
+    assert not merge().is_earlier
+    assert merge(resume=True).is_earlier
+    calibrate_model(tasks / "base", tasks / "data-a.jsonl", tmp_path / "other", CalibrateOptions(12, 24))
+    calibrate_model(tasks / "base", tasks / "data-a.jsonl", tmp_path / "one", CalibrateOptions(1, 24))
+    for how in ({"retain": tmp_path / "other"}, {"distill": replace(DISTILL, weight=1.0)}, {"weights": (1.0, 3.0)}):
+        with pytest.raises(OutputError, match="another run"):
+            merge(**how, resume=True)
+    for retain, what in ((stats[0], "from another model"), (tmp_path / "one", "has 1 sample")):
+        with pytest.raises(TailorError, match=what):
+            merge(retain, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
 
 
 def test_the_command_and_what_it_needs(tasks, tmp_path):
