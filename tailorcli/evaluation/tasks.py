@@ -129,7 +129,7 @@ def _check_text(where: str, value: Any, folder: Path) -> Record:
     record = check_record(where, value, folder)
     if not record.fields.keys() & {"text", "messages", "response"}:
         raise DataError(f"{where} has no text to score", _TEXT)
-    if _is_pair(record) and not record.fields["response"]:
+    if _is_pair(record) and not _response(record):
         raise DataError(f"{where} has an empty response: there is nothing to score", _TEXT)
     return record
 
@@ -183,7 +183,13 @@ def _media_record(where: str, fields: dict[str, Any], folder: Path) -> Record:
 
 def _is_pair(record: Record) -> bool:
     """Whether a response is scored, and not a whole text."""
-    return "text" not in record.fields and "messages" not in record.fields
+    return "audio" in record.fields or not record.fields.keys() & {"text", "messages"}
+
+
+def _response(record: Record) -> str:
+    """What is scored of a pair; of sound its text is the response."""
+    response: str = record.fields.get("response", record.fields.get("text", ""))
+    return response
 
 
 def encode_task(task: Task, encoder: Encoder, options: EvaluateOptions, positions: int = sys.maxsize) -> EncodedTask:
@@ -221,13 +227,13 @@ def _text_item(number: int, record: Record, encoder: Encoder, limit: int) -> Ite
     import torch
 
     if _is_pair(record):
-        prompt = record.fields.get("prompt", "")
-        if encoder.exceeds(record, (prompt, record.fields["response"]), limit):
+        prompt, response = record.fields.get("prompt", ""), _response(record)
+        if encoder.exceeds(record, (prompt, response), limit):
             return None
-        row = _continuation(encoder, record, prompt, record.fields["response"], _before(encoder, record, prompt))
+        row = _continuation(encoder, record, prompt, response, _before(encoder, record, prompt))
         return Item(number, (row,)) if _num_tokens(row.inputs) <= limit else None
     asked = is_pair_of_turns(record.form)
-    inputs = encoder.encode(record, sys.maxsize if asked else limit)
+    inputs = _with_tokens(record, encoder.encode(record, sys.maxsize if asked else limit))
     if inputs is None or inputs["input_ids"].shape[1] < 2 or (asked and _num_tokens(inputs) > limit):
         return None
     following = inputs["input_ids"][0, 1:]
@@ -274,6 +280,7 @@ def _generate_item(number: int, record: Record, encoder: Encoder, limit: int, *,
     if encoder.exceeds(record, (record.fields["prompt"],), limit):
         return None
     inputs, _ = encoder.start(_joined(record, record.fields["prompt"], ""), sys.maxsize)
+    inputs = _with_tokens(record, inputs)
     if inputs is None:
         raise DataError(f"{record.where}: its prompt gives no token to go on from", _GENERATE)
     inputs = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
@@ -307,7 +314,7 @@ def _continuation(encoder: Encoder, record: Record, prompt: str, response: str, 
     """The tokens of ``response`` after ``prompt``: all from the first that the prompt ``alone`` does not have."""
     import torch
 
-    inputs = encoder.encode(_joined(record, prompt, response), sys.maxsize)
+    inputs = _with_tokens(record, encoder.encode(_joined(record, prompt, response), sys.maxsize))
     if inputs is not None and encoder.start_token is not None:
         if "decoder_input_ids" not in inputs:
             what = f"{record.where} has images, and the model is an encoder-decoder"
@@ -326,6 +333,14 @@ def _continuation(encoder: Encoder, record: Record, prompt: str, response: str, 
     if inputs is None or not len(places):
         raise DataError(f"{record.where}: {response!r} gives no token to score after its prompt", "give it a prompt")
     return Row(inputs, places, wanted[None])
+
+
+def _with_tokens(record: Record, inputs: Inputs | None) -> Inputs | None:
+    """The inputs of a record. Raises DataError where they hold pictures or sound alone, of a model without text."""
+    if inputs is None or {"input_ids", "decoder_input_ids"} & inputs.keys():
+        return inputs
+    what = f"{record.where} gives the model no text, and what is scored is the text that a model writes"
+    raise DataError(what, "evaluate takes models that predict tokens: no classifiers, no encoders alone")
 
 
 def _common_prefix(first: Tensor, second: Tensor) -> int:

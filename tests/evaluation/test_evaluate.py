@@ -423,6 +423,36 @@ def test_sound_is_scored_by_its_response(tmp_path):
             encode_task(task, encoder, EvaluateOptions())
 
 
+def test_the_text_beside_a_sound_is_its_response(tmp_path):
+    folder = make_family_pair(tmp_path, "whisper")
+    heard = json.loads((folder / "data.jsonl").read_text().splitlines()[0])
+    named = [heard, {"audio": heard["audio"], "text": heard["response"]}]
+    tasks = [f"t{i}={write(folder / f't{i}.jsonl', [record])}:text" for i, record in enumerate(named)]
+    one, other = evaluate_models([folder / "base"], tasks).scores["base"].values()
+    assert (one.count, one.correct, one.loss) == (other.count, other.correct, other.loss)
+    for empty in ({"response": ""}, {"text": ""}):
+        with pytest.raises(TailorError, match="empty response"):
+            read_tasks([f"t={write(folder / 'none.jsonl', [{'audio': heard['audio']} | empty])}:text"])
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"text": "A cup."},
+        {"prompt": "What?", "response": "A cup."},
+        {"prompt": "What?", "choices": ["A cup.", "A hat."], "answer": 0},
+    ],
+)
+def test_a_model_that_takes_no_text_is_one_error(tmp_path, item):
+    folder = make_family_pair(tmp_path, "vit")
+    file = write(folder / "t.jsonl", [{"images": ["images/0.png"]} | item])
+    encoder = load_encoder(folder / "base", folder / "base", True, EvaluateOptions())
+    for kind in ("choice",) if "choices" in item else ("text", "generate") if "prompt" in item else ("text",):
+        (task,) = read_tasks([f"t={file}:{kind}"])
+        with pytest.raises(TailorError, match="gives the model no text"):
+            encode_task(task, encoder, EvaluateOptions())
+
+
 # Figures of merit
 
 
