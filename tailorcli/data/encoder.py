@@ -109,9 +109,9 @@ class Encoder:
 
     def without_end(self, inputs: Inputs, text: str) -> Inputs:
         """Inputs of a ``text`` without the end that the tokenizer puts behind it, where nothing would follow."""
-        last = self._added[1]
-        if not last or "decoder_input_ids" in inputs or "input_ids" not in inputs:
+        if "decoder_input_ids" in inputs or "input_ids" not in inputs or not self._added[1]:
             return inputs
+        last = self._added[1]
         ids = inputs["input_ids"]
         length = ids.shape[1]
         if length <= len(last) or ids[0, -len(last) :].tolist() != last or text.endswith(self._frame[1]):
@@ -428,7 +428,17 @@ class Encoder:
         rate = getattr(extractor, "sampling_rate", None)
         if rate is None:
             raise DataError(f"{record.where} has audio, and the model's folder holds no feature extractor for it", HINT)
+        if self.start_token is None and getattr(self.processor, "audio_token", None) is not None:
+            what = f"{record.where} has audio, and this model hears it in the middle of a text, which is not read"
+            raise DataError(what, "give records without audio: of such models the text alone is run")
+        if self.start_token is not None and not {"response", "text"} & fields.keys():
+            what = f"{record.where} has audio and no response: this model is an encoder-decoder"
+            raise DataError(what, 'say what is heard in "response", or name its column by --response-column')
         sound = read_wav(record.folder / fields["audio"], rate, record.where)
+        most = getattr(extractor, "n_samples", None)  # Whisper's window
+        if most is not None and len(sound) > most:
+            what = f"the sound of {record.where}, and maybe of others, is longer than the model hears"
+            self._tell("sound", f"{what}: what comes after {most / rate:g} s is left out")
         inputs = self._call(record, lambda: extractor(sound, sampling_rate=rate, return_tensors="pt"))
         if self.start_token is None:
             return inputs

@@ -88,6 +88,8 @@ def renamed(where: str, value: dict[str, Any], named: DataColumns) -> dict[str, 
     if named.response is not None:
         rest = _without(rest, *RESPONSES)
         rest["response" if named.response in ("response", "completion") else "answer"] = value[named.response]
+    if "audio" in value and named.prompt is None and named.response is not None:  # what is heard needs no prompt
+        return {**rest, "response": value[named.response]}
     if not (set(rest).intersection(PROMPTS) and set(rest).intersection(RESPONSES)):
         missing = "--response-column" if named.response is None else "--prompt-column"
         raise DataError(f"{where} has a column for {named.shown} alone", f"name the other by {missing}")

@@ -136,7 +136,8 @@ def _with_labels(inputs: Inputs, record: Record, encoder: Encoder, seq_len: int)
         width = inputs["decoder_input_ids"].shape[1]
         return inputs | {"labels": torch.tensor([(ids + [IGNORED] * width)[:width]])}
     if "input_ids" not in inputs:
-        raise DataError(f"{record.where} gives no text to learn", 'records need "text", or a "prompt" and "response"')
+        what = f"{record.where} gives the model no text, and what is learnt is to write text"
+        raise DataError(what, "train classifiers and encoders alone with transformers; patch takes what comes of it")
     fields = record.fields
     if "text" in fields:
         return inputs | {"labels": inputs["input_ids"].clone()}

@@ -2,6 +2,8 @@
 
 import json
 import random
+import wave
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tailorcli.data.encoder import Encoder
-from tailorcli.data.records import Record, read_records
+from tailorcli.data.records import Record, check_record, read_records
 from tailorcli.data.samples import draw_samples, make_batches
 from tailorcli.errors import DataError
+from tailorcli.models.loading import load_encoder
 from tailorcli.options import CalibrateOptions
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -487,3 +490,30 @@ def test_the_tokens_of_responses_are_found(fields, expected):
     ] == expected
     cut = encoder.encode(record, 3)
     assert all(last <= 3 for _, last in encoder.responses(record, cut))
+
+
+def test_sound_beyond_what_a_model_hears_is_told(tmp_path, caplog):
+    from families import RATE, make_family_pair
+
+    folder = make_family_pair(tmp_path, "whisper")  # which hears one second
+    encoder = load_encoder(folder / "base", folder / "base", True, CalibrateOptions())
+    record, told = {"response": "a"}, []
+    for seconds in (1, 2, 2):
+        with wave.open(str(folder / "long.wav"), "wb") as file:
+            file.setparams((1, 2, RATE, 0, "NONE", ""))
+            file.writeframes(bytes(2 * RATE * seconds))
+        caplog.clear()
+        encoder.encode(check_record("d.jsonl:1", record | {"audio": "long.wav"}, folder), 100)
+        told.append(caplog.text)
+    assert told[0] == told[2] == ""
+    assert "the sound of d.jsonl:1" in told[1]
+    assert "after 1 s is left out" in told[1]
+
+
+def test_sound_in_the_middle_of_a_text_is_refused(tmp_path):
+    processor = SimpleNamespace(
+        tokenizer=make_tokenizer(), feature_extractor=SimpleNamespace(sampling_rate=16000), audio_token="<|AUDIO|>"
+    )
+    record = check_record("d.jsonl:1", {"audio": "a.wav", "response": "a"}, tmp_path)
+    with pytest.raises(DataError, match="in the middle of a text"):
+        Encoder(processor, takes_media=True).encode(record, 100)

@@ -304,6 +304,22 @@ def test_the_encoder_that_hears_is_frozen(tmp_path, dtype):
     assert any(share for name, share in moved.items() if ".decoder.layers" in name)
 
 
+def test_sound_without_what_is_said_in_it_is_refused(tmp_path):
+    """The decoder would learn to write nothing."""
+    pair = make_family_pair(tmp_path, "whisper")
+    records = [json.loads(line) for line in (pair / "data.jsonl").read_text().splitlines()]
+    lines = [json.dumps({"audio": record["audio"], "sentence": record["response"]}) for record in records]
+    (pair / "named.jsonl").write_text("\n".join(lines))
+    what = ("finetune", pair / "base", "--steps", 1, "--data")
+    refused(*what, pair / "named.jsonl", "-o", tmp_path / "out", mentions=["no response"])
+    refused("calibrate", pair / "base", "--data", pair / "named.jsonl", "-o", tmp_path / "s", mentions=["no response"])
+    run(*what, pair / "data.jsonl", "-o", tmp_path / "response")
+    for option in ("--response-column", "--text-column"):
+        run(*what, pair / "named.jsonl", option, "sentence", "-o", tmp_path / option)
+        for name, value in read_tensors(tmp_path / "response").items():
+            assert bits(read_tensors(tmp_path / option)[name]) == bits(value)
+
+
 def test_a_trainer_that_makes_its_model_anew_is_refused(pair, tmp_path):
     arguments = TrainingArguments(tmp_path / "run", report_to="none", use_cpu=True)
     trainer = Trainer(model_init=lambda: AutoModelForCausalLM.from_pretrained(pair / "base"), args=arguments)
