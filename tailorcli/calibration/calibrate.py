@@ -29,7 +29,7 @@ from tailorcli.errors import OptionsError, OutputError, note
 from tailorcli.files import PathLike
 from tailorcli.guard import OutputLock, Watch, path_text, protect
 from tailorcli.hub import hub_facts, local_folder
-from tailorcli.models.config import config_digest, read_config
+from tailorcli.models.config import config_digest, read_config, writes_samples
 from tailorcli.models.loading import (
     check_shapes,
     package_versions,
@@ -46,7 +46,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CalibrateReport:
-    """What a calibration gathered; ``uncalibrated`` maps a tensor's name to the reason, ``notes`` to a remark."""
+    """What a calibration gathered; ``uncalibrated`` maps a tensor's name to the reason, ``notes`` to a remark.
+
+    ``writes_samples`` says whether such a model takes ``synthetic``, as far as its config tells.
+    """
 
     output: str
     samples: int
@@ -61,6 +64,7 @@ class CalibrateReport:
     notes: dict[str, str] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)  # the form of its records, how many were drawn and cut
     ranks: list[dict[str, Any]] = field(default_factory=list)  # of several: the samples, tokens, seconds of each
+    writes_samples: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
@@ -174,6 +178,7 @@ def calibrate_model(
         notes={name: entry.note for name, entry in tensors.items() if entry.note},
         data=samples.told,
         ranks=[] if ranks().alone else gathered(run.done | {"seconds": round(perf_counter() - started, 3)}),
+        writes_samples=writes_samples(config),
     )
 
 

@@ -207,7 +207,8 @@ def calibrate(
             f"next: tailorcli patch {before} {in_shell(model)} --stats {in_shell(output)} --retain BASE_STATS -o OUT",
             err=True,
         )
-        say(f"with BASE_STATS by: tailorcli calibrate {before} --synthetic -o BASE_STATS", err=True)
+        how = "--synthetic" if report.writes_samples else "--data OLD_TASK"
+        say(f"with BASE_STATS by: tailorcli calibrate {before} {how} -o BASE_STATS", err=True)
 
 
 def score(

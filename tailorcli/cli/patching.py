@@ -394,7 +394,8 @@ def patch(
     if stats is not None and retain is None and options.fits_statistics:
         what = "without --retain a patch follows TUNED in what it forgot, too"
         say(
-            f"note: {what}: tailorcli calibrate {in_shell(base)} --synthetic -o BASE_STATS, and --retain BASE_STATS",
+            f"note: {what}: tailorcli calibrate {in_shell(base)} --synthetic -o BASE_STATS (--data OLD_TASK where the "
+            "model writes no text), and --retain BASE_STATS",
             err=True,
         )
     write_page_of(output or patch_file, html)

@@ -92,6 +92,16 @@ def _shown(value: Any) -> str:
     return "not given" if value is None else reprlib.repr(value)
 
 
+_WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def writes_samples(config: dict[str, Any]) -> bool:
+    """Whether a model writes samples of its own, as far as its config tells: no encoder-decoder, and no classifier."""
+    names = config.get("architectures")
+    known = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    return not config.get("is_encoder_decoder") and (not known or any(name.endswith(_WRITERS) for name in known))
+
+
 def num_positions(config: dict[str, Any]) -> int:
     """Positions that a config names: a longer sample would leave the model's table, or what it was trained for."""
     text_config = config.get("text_config")

@@ -24,7 +24,7 @@ from tailorcli.errors import CheckpointError, NumericalError, OptionsError, Tail
 from tailorcli.files import PathLike
 from tailorcli.guard import path_text
 from tailorcli.hub import hub_facts, local_folders
-from tailorcli.models.config import differing_fields, moved_tokens, read_config, vocabulary_of
+from tailorcli.models.config import differing_fields, moved_tokens, read_config, vocabulary_of, writes_samples
 from tailorcli.models.naming import open_for
 from tailorcli.patching.checks import check_pair
 from tailorcli.typed import plain
@@ -142,8 +142,8 @@ class Comparison:
 def compare_models(base: PathLike, tuned: PathLike, *, trust_remote_code: bool = False) -> Comparison:
     """Compare a pre-trained model with its fine-tune (a checkpoint, or an adapter), by headers and sampled entries.
 
-    Raises CheckpointError where they do not belong together. What a patch of them needs an option for, another dtype
-    or a grown vocabulary, is in the result's ``needs``.
+    Raises CheckpointError where they do not belong together. What a patch of them needs an option for, another dtype,
+    a grown vocabulary or a base that writes no samples, is in the result's ``needs``.
     """
     started = perf_counter()
     base_folder, tuned_folder = local_folders((base, tuned), code=trust_remote_code)
@@ -156,6 +156,8 @@ def compare_models(base: PathLike, tuned: PathLike, *, trust_remote_code: bool =
         others = (info.dtype != first.tensors[name].dtype for name, info in second.tensors.items())
         if not isinstance(second, AdaptedCheckpoint) and any(others):
             needs.append("--allow-dtype-mismatch")
+        if "--no-retain" not in needs and not _writes_samples(first.path):
+            needs += ["--retain-data", "OLD_TASK.jsonl"]
         names = [name for name, info in first.tensors.items() if _is_compared(name, info, first, second)]
         return Comparison(
             base=_facts(before),
@@ -227,6 +229,13 @@ def _config_differences(base: Path, tuned: Path) -> list[str]:
             f"config.json is missing in {lacking[0]}: put it there first" if lacking else "a config.json is damaged"
         ]
     return [f"config: {field}" for field in fields]
+
+
+def _writes_samples(base: Path) -> bool:
+    try:
+        return writes_samples(read_config(base))
+    except TailorError:
+        return True
 
 
 def _tokenizers(base: Path, tuned: Path) -> str:

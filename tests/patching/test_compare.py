@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from families import make_family_pair
 from helpers import make_adapter, make_model, make_pair, make_tokenizer, perturb, read_tensors, refused, run
 from safetensors.torch import save_file
 
@@ -36,6 +37,17 @@ def test_a_full_fine_tune_is_told_with_its_size(pair):
     assert found.untouched == found.needs == ()
     assert found.tokenizer == "the same"
     assert found.architecture == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("family", ["t5", "whisper", "vit"])
+def test_a_model_that_writes_no_samples_needs_data_of_its_old_tasks(tmp_path, family):
+    """In every command that it is told as the next one."""
+    folder = make_family_pair(tmp_path, family)
+    base, tuned, data = folder / "base", folder / "tuned", folder / "data.jsonl"
+    assert compare_models(base, tuned).needs == ("--retain-data", "OLD_TASK.jsonl")
+    told = run("calibrate", tuned, "--data", data, "--num-samples", 2, "-o", tmp_path / "stats").stderr
+    assert "calibrate BASE --data OLD_TASK -o BASE_STATS" in told
+    refused("patch", base, tuned, "--data", data, "-o", tmp_path / "out", mentions=["continues no text"])
 
 
 def test_a_low_rank_change_is_told_from_a_full_one(pair, tmp_path):
