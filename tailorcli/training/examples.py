@@ -143,6 +143,8 @@ def _with_labels(inputs: Inputs, record: Record, encoder: Encoder, seq_len: int)
         return inputs | {"labels": inputs["input_ids"].clone()}
     if "messages" in fields:
         spans = encoder.responses(record, inputs)
+    elif "response" not in fields:  # pictures alone, whose marks are no text
+        spans = []
     else:
         asked = replace(record, fields={**fields, "response": ""})
         begin = _common(encoder.encode(asked, seq_len), inputs["input_ids"][0])

@@ -320,6 +320,16 @@ def test_sound_without_what_is_said_in_it_is_refused(tmp_path):
             assert bits(read_tensors(tmp_path / option)[name]) == bits(value)
 
 
+def test_pictures_without_a_text_are_not_learnt(tmp_path):
+    """Else the line end behind a picture's mark would be."""
+    pytest.importorskip("PIL")
+    pair = make_family_pair(tmp_path, "llava")
+    (pair / "named.jsonl").write_text(json.dumps({"image": "images/0.png", "caption": "A cup."}))
+    what = ("finetune", pair / "base", "--steps", 1, "--data", pair / "named.jsonl", "-o", tmp_path / "out")
+    refused(*what, mentions=["no record has a token to train on"])
+    run(*what, "--text-column", "caption", "--dry-run")
+
+
 def test_a_trainer_that_makes_its_model_anew_is_refused(pair, tmp_path):
     arguments = TrainingArguments(tmp_path / "run", report_to="none", use_cpu=True)
     trainer = Trainer(model_init=lambda: AutoModelForCausalLM.from_pretrained(pair / "base"), args=arguments)
