@@ -145,9 +145,9 @@ class Pair:
         options = PatchOptions(propagate=False, overwrite=True)
         given = (self.base, self.tuned, out, self.stats(SAMPLES), self.retained(SAMPLES), asked, options, DISTILL)
         report = patch_to_target(*given, tell=told.append)
-        assert report.distillation is not None
-        density = report.distillation["target"]["density"]
-        return {"kept": report.distillation["kept"], "density": density, "told": told, **self.accuracies(out)}
+        assert report.target is not None
+        kept = (report.distillation or report.target)["kept"]  # of what was trained, or of a closed form
+        return {"kept": kept, "density": report.target["density"], "told": told, **self.accuracies(out)}
 
 
 def teacher_rows(found: dict[str, Figures]) -> list[list[str]]:

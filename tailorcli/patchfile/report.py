@@ -44,6 +44,7 @@ class PatchReport:
     notes: tuple[str, ...] = ()  # what the user should know besides; not in the report file
     distillation: dict[str, Any] | None = None  # options, losses and best step, where the kept entries were trained
     propagation: dict[str, Any] | None = None  # whether it was kept, and both patches' losses, where it was checked
+    target: dict[str, Any] | None = None  # what was searched for, and what was tried, where it is the best of a search
     is_earlier: bool = False  # of a run that had finished before this one was asked to go on with it
     ranks: tuple[dict[str, Any], ...] = ()  # what each of several did; not in the report file
 
@@ -63,6 +64,7 @@ class PatchReport:
             "tensors": [tensor.to_dict() for tensor in self.tensors],
             **({"distillation": self.distillation} if self.distillation is not None else {}),
             **({"propagation": self.propagation} if self.propagation is not None else {}),
+            **({"target": self.target} if self.target is not None else {}),
         }
         return {name: plain(value) for name, value in values.items()}
 
@@ -196,8 +198,8 @@ def read_report(report: dict[str, Any], path: Path) -> PatchReport:
         inputs = read_inputs(report.get("inputs"))
         records = [read_record(tensor) for tensor in report["tensors"]]
         distillation = _read_distillation(report.get("distillation"))
-        both = (distillation, _read_propagation(report.get("propagation")))
-        found = PatchReport(command, report["options"], inputs, records, {}, 0.0, (), *both)
+        more = (distillation, _read_propagation(report.get("propagation")), _read_target(report.get("target")))
+        found = PatchReport(command, report["options"], inputs, records, {}, 0.0, (), *more)
         _check_together(found)
         totals = report["totals"] if isinstance(report["totals"], dict) else {}
         lacking = sorted(found.totals.keys() - totals.keys())
@@ -238,6 +240,13 @@ def _read_propagation(found: Any) -> dict[str, Any] | None:
     if not all(type(value) in (int, float) for value in losses):
         raise ValueError("its propagation has a figure of the wrong type")
     return dict(found)
+
+
+def _read_target(found: Any) -> dict[str, Any] | None:
+    """What a report says of a search. Raises ValueError."""
+    if found is not None and not isinstance(found, dict):
+        raise ValueError("its target is no object")
+    return found
 
 
 _NUMBERS = ("density", "omega", "damping", "weight", "retain_weight")  # options that are read again

@@ -2,16 +2,17 @@
 
 Everything is measured on the held-out tenth of the samples that the statistics hold, the base's own or like them and
 the new task's: no data of the old tasks are needed. Closed forms are made and measured at rising densities; at the one
-that the target needs the entries are trained, with the base's weight raised, or lowered, where it is missed.
+that the target needs the entries are trained, with the base's weight raised, or lowered, where it is missed. A closed
+form that reached it is taken where no training does.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -23,17 +24,20 @@ from tailorcli.device import device_errors, exact_float32, resolve_device
 from tailorcli.distributed import ranks, require_shared, told, wait_for_all
 from tailorcli.errors import CheckpointError, OptionsError, OutputError
 from tailorcli.files import HIDDEN, PathLike, as_output_error, beside, write_text_atomically
+from tailorcli.guard import Watch
 from tailorcli.hub import local_folders
 from tailorcli.options import CalibrateOptions, DistillOptions, PatchOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport, load_report
-from tailorcli.patching.apply import apply_patch
-from tailorcli.patching.distilled import distill_patch, for_samples_of, open_teacher, plan_distilled
+from tailorcli.patchfile.view import side_sources
+from tailorcli.patching.apply import apply_patch, open_both, plan_of_patch
+from tailorcli.patching.distilled import distill_patch, for_samples_of, open_teacher, plan_distilled, write_patched
 from tailorcli.patching.patch import patch_checkpoint
-from tailorcli.patching.stream import PatchInputs
+from tailorcli.patching.stream import PatchInputs, described_stats
 from tailorcli.patching.teacher import with_teacher
 from tailorcli.runs.outputs import Target, free_bytes
 from tailorcli.runs.plan import Plan, SearchPlan
+from tailorcli.runs.writing import Outputs
 from tailorcli.units import counted, format_bytes
 
 if TYPE_CHECKING:
@@ -71,6 +75,15 @@ class Aim:
 
     def __str__(self) -> str:
         return f"{self.kind}={100 * self.share:g}"
+
+    @property
+    def other(self) -> str:
+        """The kind that is not aimed at."""
+        return "new" if self.kind == "old" else "old"
+
+    def is_reached(self, kept: Mapping[str, float]) -> bool:
+        """Whether these shares reach it."""
+        return kept[self.kind] >= self.share
 
     @property
     def densities(self) -> tuple[float, ...]:
@@ -132,8 +145,8 @@ def patch_to_target(
     """Patch and distil at the density, and with the weight of the base, that ``target`` needs, such as "old=99".
 
     ``options.density`` and ``distill.weight`` are where neither is known yet. What was tried and reached, by the
-    held-out samples, is in the report's ``distillation["target"]``; ``tell`` hears it as it goes. A target that is not
-    reached gives the nearest. The other arguments are as for
+    held-out samples, is in the report's ``target``; ``tell`` hears it as it goes. Where no training reaches the target
+    a closed form that does is written, and where nothing does, the nearest training. The other arguments are as for
     ``patch_checkpoint``. Raises TailorError.
     """
     started = perf_counter()
@@ -221,7 +234,7 @@ def check_target(target: str | Aim, options: PatchOptions) -> Aim:
 
 
 def searched(options: PatchOptions) -> PatchOptions:
-    """These options for closed forms: propagated, as by default without training; the density is picked by them.
+    """These options for closed forms, of which one may be written: propagated, as by default without training.
 
     Raises OptionsError, as ``PatchOptions.resolved`` does.
     """
@@ -251,11 +264,12 @@ def search_in_words(aim: Aim, steps: int) -> str:
 
 @dataclass(frozen=True)
 class _Attempt:
-    """One training: its patch file and report, and the shares that it kept."""
+    """One patch that was tried: its file and report, and the shares that it kept."""
 
     file: Path
     report: PatchReport
     kept: dict[str, float]
+    kept_before: dict[str, float] = field(default_factory=dict)  # by the closed form that was trained
 
 
 @dataclass(frozen=True)
@@ -276,10 +290,11 @@ class _Search:
     made_of: Mapping[str, dict[str, str]] | None = None
 
     def run(self) -> _Attempt:
-        """The best of the trainings: one that reaches the aim and keeps most of the other, or the nearest."""
+        """The training that reaches the aim, a closed form that does where none did, or the nearest training."""
         from tailorcli.training.run import materials_of, measure_patch_file
 
         device, trust = resolve_device(self.options.device), self.options.trust_remote_code
+        closed: dict[float, dict[str, float]] = {}  # what those that were measured keep
         with ExitStack() as stack:
             opened = stack.enter_context(Checkpoint.open(self.base))
             teacher = open_teacher(opened, self.tuned, self.stats, stack, self.options.known_teacher)
@@ -292,19 +307,29 @@ class _Search:
                 with PatchFile.open(self._closed(density)) as file, exact_float32(), device_errors():
                     found = told(measure_patch_file(file, opened, [teacher], materials, device, trust))
                 self.tell(f"closed form at density {density:g}: {_said(found)}")
+                closed[density] = found
                 return found
 
             density, weight = pick_density(shares_at, self.aim), self.distill.weight
         attempts: list[_Attempt] = []
         for number in range(1, ATTEMPTS + 1):
             attempts.append(self._trained(number, density, weight, attempts, materials))
-            if attempts[-1].kept[self.aim.kind] >= self.aim.share:
-                break
+            if self.aim.is_reached(attempts[-1].kept):
+                self.tell(f"target {self.aim} reached: {_said(attempts[-1].kept)}")
+                return attempts[-1]
+            closed[density] = attempts[-1].kept_before
             density, weight = after_miss(self.aim, density, weight)
-        reached = [each for each in attempts if each.kept[self.aim.kind] >= self.aim.share]
-        best = reached[0] if reached else max(attempts, key=lambda each: each.kept[self.aim.kind])
-        self.tell(f"target {self.aim} {'reached' if reached else 'missed'}: {_said(best.kept)}")
-        return best
+        nearest = max(attempts, key=lambda each: each.kept[self.aim.kind])
+        reached = {density: kept for density, kept in closed.items() if self.aim.is_reached(kept)}
+        if not reached:
+            self.tell(f"target {self.aim} missed: {_said(nearest.kept)}")
+            return nearest
+        density = max(reached, key=lambda density: reached[density][self.aim.other])
+        self.tell(
+            f"target {self.aim} reached by no training, so that the closed form at density {density:g} is written: "
+            f"{_said(reached[density])} (the nearest training: {_shares(nearest.kept)})"
+        )
+        return self._as_found(density, reached[density], attempts)
 
     def _closed(self, density: float) -> Path:
         """The patch at a density, as a file; one that is there is taken, or finished."""
@@ -327,12 +352,6 @@ class _Search:
     ) -> _Attempt:
         file = self.work / f"trained-{number}.safetensors"
         begun = told(self._begun(file))
-        what: dict[str, Any] = {
-            "asked": str(self.aim),
-            "density": density,
-            "weight": weight,
-            "missed": [each.kept for each in before],
-        }
         report = distill_patch(
             *(self._closed(density), self.base, self.tuned, self.stats, self.retain),
             patch_file=file,
@@ -342,17 +361,47 @@ class _Search:
             resume=begun,
             teacher_weight=self.options.known_teacher,
             materials=materials,
-            told=what,
+            told=self._found(density, before) | {"weight": weight},
             trust_remote_code=self.options.trust_remote_code,
         )
         assert report.distillation is not None
-        kept = told({kind: report.distillation["kept"][kind] for kind in ("old", "new")})
+        found = told(report.distillation["kept"])
+        kept, before_it = ({kind: found[kind + when] for kind in ("old", "new")} for when in ("", "_before"))
         self.tell(f"trained at density {density:g}, weight {weight:g}: {_said(kept)}")
+        return _Attempt(file, report, kept, before_it)
+
+    def _found(self, density: float, missed: Sequence[_Attempt]) -> dict[str, Any]:
+        """What a report says of this search."""
+        tried = [each.kept for each in missed]
+        return {"asked": str(self.aim), "density": density, "missed": tried, "distill": asdict(self.distill)}
+
+    def _as_found(self, density: float, kept: dict[str, float], missed: Sequence[_Attempt]) -> _Attempt:
+        """The closed form at a density, as a file whose report says what was searched for."""
+        file = self.work / "closed-taken.safetensors"
+        target = Target.of(None, file, resume=False, overwrite=True)
+        with ExitStack() as stack:
+            opened, closed = open_both(self.base, self._closed(density), stack)
+            stats, retained = (stack.enter_context(closing(Stats.open(path))) for path in (self.stats, self.retain))
+            report = closed.report()
+            inputs = report.inputs | described_stats(stats, retained, report.inputs)
+            report = replace(report, inputs=inputs, target=self._found(density, missed) | {"kept": kept})
+            side, _ = side_sources(opened, closed)
+            plan, manifest = plan_of_patch(opened, closed, None), closed.manifest
+            about = {"task": manifest.task, "license": manifest.license, "inputs": inputs}
+            begun = target.begin(plan, opened, [closed.path], manifest.run, report.command, side, about)
+            assert isinstance(begun, Outputs)  # it is made anew
+            outputs = stack.enter_context(begun)
+            write_patched(plan, opened, closed, {}, report, outputs, lambda _: None)
+            outputs.finish(report, Watch([*opened.shards, closed.path]))
         return _Attempt(file, report, kept)
 
 
 def _said(kept: dict[str, float]) -> str:
-    return f"{100 * kept['old']:.1f}% of the old and {100 * kept['new']:.1f}% of the new, by the held-out samples"
+    return f"{_shares(kept)}, by the held-out samples"
+
+
+def _shares(kept: dict[str, float]) -> str:
+    return f"{100 * kept['old']:.1f}% of the old and {100 * kept['new']:.1f}% of the new"
 
 
 def finished_target(
@@ -376,11 +425,11 @@ def finished_target(
             report = file.report()
     else:
         return None
-    found = report.distillation or {}
+    found = report.target or {}
     same = (
-        found.get("target", {}).get("asked") == str(aim)
+        found.get("asked") == str(aim)
         and _but(report.options, *_PICKED) == _but(options.to_dict(), *_PICKED)
-        and _but(found.get("options", {}), "weight") == _but(asdict(distill), "weight")
+        and found.get("distill") == _but(asdict(distill))
         and all(report.inputs.get(role, {}).get("fingerprint") == of["fingerprint"] for role, of in described.items())
     )
     if not same:
@@ -403,7 +452,8 @@ def _require_whole(where: Target, report: PatchReport) -> None:
     if not where.patch_file.is_file():
         raise OutputError(f"{where.folder} is finished, and {where.patch_file} is not there", hint)
     with PatchFile.open(where.patch_file) as file:
-        if file.report().distillation != report.distillation:
+        theirs = file.report()
+        if (theirs.distillation, theirs.target) != (report.distillation, report.target):
             raise OutputError(f"{where.patch_file} is not of the run that made {where.folder}", hint)
 
 

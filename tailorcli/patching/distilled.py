@@ -294,8 +294,8 @@ def distill_patch(
         where_from = (plan, opened, teachers, retained, closed, outputs)
         found = train_and_write(work, file.path, *where_from, *how, materials)
         report = replace(closed, inputs=inputs, tensors=found.records, stages=found.stages)
-        report = replace(report, seconds=perf_counter() - started)
-        report = replace(report, distillation=found.facts | ({} if told is None else {"target": dict(told)}))
+        report = replace(report, seconds=perf_counter() - started, distillation=found.facts)
+        report = replace(report, target=None if told is None else dict(told))
         outputs.finish(report, watch)
         remove_work(work.folder)
         return report

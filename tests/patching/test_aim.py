@@ -86,14 +86,13 @@ def test_what_is_written_is_the_best_of_what_was_tried_and_says_so(pair, tmp_pat
         patch_file=tmp_path / "p.safetensors",
         tell=told.append,
     )
-    found = report.distillation
-    assert found["target"]["asked"] == "old=60"
-    assert found["kept"]["old"] >= 0.6
+    found = report.target
+    assert found["asked"] == "old=60"
+    assert report.distillation["kept"]["old"] >= 0.6
     assert told[-1].startswith("target old=60 reached")
     assert len([line for line in told if line.startswith("trained")]) == 1  # more would move it away from the new
-    assert found["target"]["density"] == pytest.approx(report.totals["density"], rel=0.1)
-    written = json.loads((tmp_path / "out" / "tailor_report.json").read_text())
-    assert written["distillation"]["target"] == found["target"]
+    assert found["density"] == pytest.approx(report.totals["density"], rel=0.1)
+    assert json.loads((tmp_path / "out" / "tailor_report.json").read_text())["target"] == found
     with PatchFile.open(tmp_path / "p.safetensors") as file:
         base, out = read_tensors(pair / "base"), read_tensors(tmp_path / "out")
         for name, value in out.items():
@@ -102,7 +101,7 @@ def test_what_is_written_is_the_best_of_what_was_tried_and_says_so(pair, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "p.safetensors"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "and trained towards both models" in card
-    assert f"--density {found['target']['density']:g} " in card  # what was picked, with which it is made again
+    assert f"--density {found['density']:g} " in card  # what was picked, with which it is made again
     assert "--distill --distill-steps 4 --distill-batch-size 4 -o OUT" in card.replace(" \\\n  ", " ")
 
 
@@ -111,7 +110,7 @@ def test_a_target_out_of_reach_gives_the_nearest_and_tells(pair, tmp_path):
     report = patch_to_target(*arguments(pair, tmp_path / "out"), "new=100", how, FEW, tell=told.append)
     assert "missed" in told[-1]
     assert len([line for line in told if line.startswith("trained")]) == 3
-    assert len(report.distillation["target"]["missed"]) <= 2
+    assert len(report.target["missed"]) <= 2
     assert report.inputs.keys() == {"base", "tuned", "stats", "retain"}
     again = PatchOptions(method="magnitude", resume=True)
     assert patch_to_target(*arguments(pair, tmp_path / "out"), "new=100", again, FEW).is_earlier
@@ -129,10 +128,10 @@ def test_of_trainings_that_all_miss_the_nearest_is_written(pair, tmp_path, monke
     monkeypatch.setattr(module, "pick_density", lambda shares_at, aim: 0.05)
     how = replace(OPTIONS, max_shard_size=20_000)
     report = patch_to_target(*arguments(pair, tmp_path / "out"), "old=99", how, FEW)
-    found = report.distillation
-    assert found["target"]["weight"] == found["options"]["weight"] == 3 * FEW.weight
-    assert [kept["old"] for kept in found["target"]["missed"]] == [0.5]
-    assert found["target"]["density"] == 0.05 == pytest.approx(report.totals["density"], rel=0.1)
+    found = report.target
+    assert found["weight"] == report.distillation["options"]["weight"] == 3 * FEW.weight
+    assert [kept["old"] for kept in found["missed"]] == [0.5]
+    assert found["density"] == 0.05 == pytest.approx(report.totals["density"], rel=0.1)
     assert len([*(tmp_path / "out").glob("*.safetensors")]) > 1
 
 
@@ -187,6 +186,45 @@ def test_what_has_no_density_to_pick_or_no_patch_file_is_refused(pair, tmp_path)
     with pytest.raises(TailorError, match="are quantised"):
         patch_to_target(tmp_path / "fp8", *what[1:], "old=99", OPTIONS, FEW)
     assert not what[2].exists()
+
+
+@pytest.mark.parametrize("how", [OPTIONS, PatchOptions(method="magnitude")], ids=["tailor", "magnitude"])
+def test_a_closed_form_that_reached_the_target_is_written_where_no_training_does(pair, tmp_path, monkeypatch, how):
+    import tailorcli.patching.aim as module
+
+    trained, told = module._Search._trained, []
+    missed, closed = {"old": 0.97, "new": 0.95}, {0.02: 0.999, 0.05: 0.995, 0.1: 0.98}
+    monkeypatch.setattr(
+        module._Search,
+        "_trained",
+        lambda *given: replace(trained(*given), kept=missed, kept_before={"old": closed[given[2]], "new": 0.9}),
+    )
+    shares = iter([{"old": old, "new": density} for density, old in closed.items()])
+    monkeypatch.setattr("tailorcli.training.run.measure_patch_file", lambda *_: next(shares))
+    places = (*arguments(pair, tmp_path / "out"), "old=99", how, FEW)
+    file = tmp_path / "p.safetensors"
+    report = patch_to_target(*places, patch_file=file, tell=told.append)
+    assert told[-1].startswith("target old=99 reached by no training, so that the closed form at density 0.05 is")
+    assert report.target["kept"] == {"old": 0.995, "new": 0.05}
+    assert report.target["missed"] == [missed] * ATTEMPTS
+    assert report.distillation is None
+    own = (pair / "stats", pair / "retain") if how.fits_statistics else (None, None)
+    plain = replace(how.resolved(True, distilled=True), density=0.05)
+    patch_checkpoint(pair / "base", pair / "tuned", tmp_path / "plain", own[0], plain, retain=own[1])
+    reports = ("tailor_run.json", "tailor_report.json")
+    assert folder_digest(tmp_path / "out", reports) == folder_digest(tmp_path / "plain", reports)
+    base, out = read_tensors(pair / "base"), read_tensors(tmp_path / "out")
+    with PatchFile.open(file) as opened:
+        assert opened.report().target == report.target
+        for name in opened.tensors:
+            base[name][opened.mask(name)] = opened.values(name)
+    assert all(bits(value) == bits(base[name]) for name, value in out.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "p.safetensors", "plain"]
+    again = replace(how, resume=True)
+    assert patch_to_target(*places[:-2], again, FEW, patch_file=file).is_earlier
+    for changed in (replace(FEW, rate=0.2), replace(FEW, weight=5.0)):
+        with pytest.raises(TailorError, match="of another run"):
+            patch_to_target(*places[:-2], again, changed, patch_file=file)
 
 
 def test_a_search_for_which_there_is_no_room_is_refused(pair, tmp_path, monkeypatch):

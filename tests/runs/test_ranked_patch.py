@@ -119,7 +119,7 @@ def test_a_target_is_searched_for_by_all_ranks(llama_pair, tmp_path):
         found[name] = json.loads(do("patch", *map(str, (*where, *places, *how))).stdout)
         assert (tmp_path / f"{name}.safetensors").exists()
         assert not (tmp_path / f"{name}-model.target").exists()
-    alone, ranks = (found[name]["distillation"] for name in ("alone", "ranks"))
-    assert alone["steps"] == ranks["steps"]
-    assert ranks["kept"] == pytest.approx(alone["kept"], rel=1e-3)
+    alone, ranks = found["alone"], found["ranks"]
+    assert alone["distillation"]["steps"] == ranks["distillation"]["steps"]
+    assert ranks["distillation"]["kept"] == pytest.approx(alone["distillation"]["kept"], rel=1e-3)
     assert ranks["target"]["density"] == alone["target"]["density"]

@@ -155,7 +155,7 @@ def test_a_search_is_taken_up_by_the_same_target_alone(pair, tmp_path, monkeypat
         patch_to_target(*arguments(pair, tmp_path / "out"), "old=40", again, how)
     report = patch_to_target(*arguments(pair, tmp_path / "out"), "old=50", again, how)
     assert not report.is_earlier
-    assert report.distillation["target"]["asked"] == "old=50"
+    assert report.target["asked"] == "old=50"
 
 
 def test_other_samples_and_another_patch_are_another_run(pair, tmp_path):
