@@ -39,7 +39,7 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, allow_dtype_mismatch: bool) 
                 "pass --allow-dtype-mismatch to compute in float32 and store the base's dtype",
             )
     for name, info in base.tensors.items():
-        if info.dtype in _SMALL_FLOATS and name in tuned.tensors and not _are_equal(base, tuned, name):
+        if info.dtype in _SMALL_FLOATS and name in tuned.tensors and not are_equal(base, tuned, name):
             raise CheckpointError(
                 f"tensor {name!r} is {info.dtype} without scales and differs between base ({base.path}) and tuned "
                 f"({tuned.path}): it cannot be patched",
@@ -123,12 +123,14 @@ def _have_equal_samples(base: Checkpoint, tuned: Checkpoint) -> bool:
 
 def _equal_bytes(base: Checkpoint, tuned: Checkpoint) -> bool:
     """Whether all tensors are equal to the byte; only asked when their samples are."""
-    return all(_are_equal(base, tuned, name) for name in tuned.tensors)
+    return all(are_equal(base, tuned, name) for name in tuned.tensors)
 
 
-def _are_equal(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
+def are_equal(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
     """Whether a tensor is equal to the byte in both."""
     step, info = 1 << 24, base.tensors[name]
+    if info.dtype != tuned.tensors[name].dtype:
+        return False
     for start in range(0, info.nbytes, step):
         parts = []
         for checkpoint in (base, tuned):

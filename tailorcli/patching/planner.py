@@ -16,7 +16,7 @@ from tailorcli.files import in_shell
 from tailorcli.models.loading import unwrapped
 from tailorcli.models.naming import tied_copies
 from tailorcli.options import RELEASED, PatchOptions, matches
-from tailorcli.patching.checks import check_pair, check_propagate, check_retain, check_stats
+from tailorcli.patching.checks import are_equal, check_pair, check_propagate, check_retain, check_stats
 from tailorcli.patching.cost import (
     bytes_to_read,
     most_kept,
@@ -131,6 +131,7 @@ def _plan_tensors(
             info,
             "" if info.name in changed else unchanged,
             info.name in base.scales,
+            _left_by_dtype(info, base, own),
             stats,
             options,
             retain_stats,
@@ -144,6 +145,7 @@ def _plan_tensor(
     info: TensorInfo,
     unchanged: str,
     scale: bool,
+    no_float: str,
     stats: Stats | None,
     options: PatchOptions,
     retain_stats: Stats | None,
@@ -155,8 +157,8 @@ def _plan_tensor(
     included = any(matches(name, options.include, ()) for name in names)
     if not included or not all(matches(name, (), options.exclude) for name in names):
         reason = "not chosen by --include and --exclude"
-    elif info.dtype not in PATCHABLE_DTYPES:
-        reason = f"{info.dtype} is no floating-point dtype that can be patched"
+    elif no_float:
+        reason = no_float
     elif scale:
         reason = "it holds the scales of a quantised weight, which stay the base's"
     elif info.numel == 0:
@@ -178,6 +180,14 @@ def _plan_tensor(
     return TensorPlan(
         *common, "patch", "", hessian, entry.role, entry.transposed, experts, retained, note, copies=copies
     )
+
+
+def _left_by_dtype(info: TensorInfo, base: Checkpoint, tuned: Checkpoint) -> str:
+    """Why a tensor without floating-point entries stays at base, and whether tuned's is another; empty of others."""
+    if info.dtype in PATCHABLE_DTYPES:
+        return ""
+    differs = info.name in tuned.tensors and not are_equal(base, tuned, info.name)
+    return f"{info.dtype} is no floating-point dtype that can be patched{', and differs in tuned' if differs else ''}"
 
 
 def _entry(names: Sequence[str], stats: Stats | None) -> TensorStats:

@@ -477,6 +477,19 @@ def test_statistics_that_are_not_needed_change_nothing(llama_pair, tmp_path):
     assert read_tensors(tmp_path / "0").keys() == read_tensors(tmp_path / "1").keys()
 
 
+@pytest.mark.parametrize("method", ["changed", "magnitude"])
+def test_of_a_tensor_of_integers_it_is_told_whether_it_differs(tmp_path, method):
+    folder = make_pair(tmp_path)
+    for name, steps in (("base", 0), ("tuned", 7)):
+        file = folder / name / "model.safetensors"
+        more = {"steps": torch.tensor(steps), "mask": torch.ones(3, dtype=torch.bool)}
+        save_file(load_file(file) | more, file, {"format": "pt"})
+    result = run("patch", folder / "base", folder / "tuned", "--method", method, "-o", folder / "out")
+    assert "(I64 is no floating-point dtype that can be patched, and differs in tuned): steps" in result.stderr
+    assert "(BOOL is no floating-point dtype that can be patched): mask" in result.stderr
+    assert int(load_file(folder / "out" / "model.safetensors")["steps"]) == 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_changed_is_tuned_to_the_bit_and_small_where_little_changed(tmp_path, dtype):
     """A fine-tune that moved a tenth of some tensors: its patch file gives it back, without statistics."""
