@@ -129,8 +129,9 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """``write_text_atomically`` for a file that the user asked for. Raises OutputError."""
+    """``write_text_atomically`` for a file that the user asked for; missing folders are made. Raises OutputError."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(path, text)
     except OSError as error:
         raise as_output_error(path, error) from error

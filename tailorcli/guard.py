@@ -201,9 +201,8 @@ class OutputLock:
 
     def __init__(self, place: Path, *, folder: bool) -> None:
         """Take the lock; missing folders are made. Raises OutputError where another run holds it."""
-        self._folder = place if folder else None
-        self._made = folder and not place.exists()
         self._file = lock_file(place, folder=folder)
+        self._made = [above for above in self._file.parents if not above.exists()]
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor: int | None = self._take(place)
@@ -245,16 +244,16 @@ class OutputLock:
         return OutputError(f"another run is writing to {place}" + (f" ({owner})" if owner else ""), hint)
 
     def release(self) -> None:
-        """Give the lock up, and remove its file; a folder that was made for it and holds nothing goes, too."""
+        """Give the lock up, and remove its file; folders that were made for it and hold nothing go, too."""
         if self._descriptor is None:
             return
         with suppress(OSError):
             self._file.unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = None
-        if self._folder is not None and self._made:
+        for folder in self._made:
             with suppress(OSError):
-                self._folder.rmdir()
+                folder.rmdir()
 
     def __enter__(self) -> Self:
         return self

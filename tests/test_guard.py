@@ -251,9 +251,27 @@ def test_one_run_at_a_time(pair, tmp_path, monkeypatch, system):
         with OutputLock(out, folder=name != "patch file"):
             shown = refused(*command, option, out, mentions=["another run is writing", f"process {os.getpid()}"])
             assert ("remove" in shown) == (system == "without")
-        assert not out.exists() or name in ("calibrate", "sweep")
+        assert not out.exists()
     run("patch", pair / "base", pair / "tuned", *SALIENCE, "-o", tmp_path / "out")
     assert not list(tmp_path.rglob("*.lock*"))
+
+
+@pytest.mark.parametrize("command", ["calibrate", "probe", "finetune", "patch", "merge-multi", "sweep"])
+def test_a_run_that_is_refused_leaves_no_folder(pair, tmp_path, command):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"text": ""}\n')
+    base, tuned = pair / "base", pair / "tuned"
+    tasks = ("--task", f"old={pair / 'old.jsonl'}:text", "--task", f"new={empty}:text", "--origin", "old")
+    given = {
+        "calibrate": (tuned, "--data", empty),
+        "probe": (base, "--data", empty),
+        "finetune": (base, "--data", empty),
+        "patch": (base, tuned, "--method", "graft", "--graft-data", empty),
+        "merge-multi": (tuned, pair / "patch.safetensors", pair / "patch.safetensors", "--method", "patches"),
+        "sweep": (base, tuned, *tasks, "--target", "new", "--method", "magnitude"),
+    }
+    refused(command, *given[command], "-o", tmp_path / "results" / "first" / "out")
+    assert list(tmp_path.iterdir()) == [empty]
 
 
 def test_a_file_of_the_users_own_beside_a_patch_file_is_no_lock(pair, tmp_path):

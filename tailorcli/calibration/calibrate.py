@@ -20,7 +20,7 @@ from tailorcli.calibration.passes import Run, collect_blockwise, collect_whole
 from tailorcli.calibration.placement import skeleton_for_blocks
 from tailorcli.calibration.sources import Source, check_source, drawn, self_written, write_jsonl
 from tailorcli.calibration.stats import HESSIANS, HessianInfo, response_masks, too_few_tokens
-from tailorcli.calibration.stats_writer import StatsWriter, prepare_folder
+from tailorcli.calibration.stats_writer import StatsWriter, check_folder
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.device import StageTimer, deterministic_algorithms, device_errors, exact_float32, resolve_device
@@ -117,7 +117,7 @@ def calibrate_model(
         protect([folder, held_out], read, "choose another folder for -o, or another file")
         watch = Watch([*stored.shards, *tuned.shards, *([] if data is None else [Path(data)])])
         if ranks().first:
-            prepare_folder(folder, options.overwrite)
+            check_folder(folder, options.overwrite)
             _require_new(held_out, options.overwrite)
             stack.enter_context(OutputLock(folder, folder=True))
         timer = StageTimer(device)

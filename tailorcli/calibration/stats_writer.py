@@ -37,15 +37,6 @@ _MOVED_BYTES = 1 << 24
 _OTHER_PLACE = "free some space or choose another folder for -o"
 
 
-def prepare_folder(folder: Path, overwrite: bool) -> None:
-    """Make the folder that new statistics go to, if it may take them (``check_folder``). Raises OutputError."""
-    check_folder(folder, overwrite)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise as_output_error(folder, error) from error
-
-
 def check_folder(folder: Path, overwrite: bool) -> None:
     """See that ``folder`` may take new statistics: it is not there, empty, or holds old ones that are given up.
 

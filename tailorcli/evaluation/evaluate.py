@@ -21,7 +21,7 @@ from tailorcli.evaluation.lm_eval import Result
 from tailorcli.evaluation.metrics import LEVEL, Estimate, Roles, TaskScores, check_roles, compare
 from tailorcli.evaluation.subjects import Subject, is_patch, needs_base, open_subject
 from tailorcli.evaluation.tasks import EncodedTask, Task, encode_task, read_tasks
-from tailorcli.files import PathLike, as_output_error, write_text_atomically
+from tailorcli.files import PathLike, write_text
 from tailorcli.guard import path_text
 from tailorcli.hub import local_folder, local_folders, model_name
 from tailorcli.models.config import read_config, tokenizer_digest
@@ -87,12 +87,7 @@ class EvaluateReport:
 
     def write(self, path: PathLike) -> None:
         """Write the report as JSON, whole or not at all. Raises OutputError."""
-        target = Path(path)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_text_atomically(target, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-        except OSError as error:
-            raise as_output_error(target, error) from error
+        write_text(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
 
 def evaluate_models(

@@ -16,7 +16,7 @@ from tailorcli.checkpoint.folder import BASE_CARD, INDEX_FILE, TUNED_CARD, WORK_
 from tailorcli.checkpoint.writer import JOURNAL, CheckpointWriter
 from tailorcli.distributed import ranks, require_shared, told
 from tailorcli.errors import CheckpointError, OptionsError, OutputError, PatchError
-from tailorcli.files import as_output_error, digest_of, read_bytes, write_text_atomically
+from tailorcli.files import as_output_error, digest_of, read_bytes, write_text
 from tailorcli.guard import OutputLock, entries, lock_file, protect
 from tailorcli.patchfile.reader import SUFFIX, PatchFile
 from tailorcli.patchfile.report import EVALUATION_FILE, REPORT_FILE, RUN_FILE, PatchReport, load_report
@@ -334,12 +334,7 @@ def identity_of(
 
 def write_report(report: PatchReport, path: Any) -> None:
     """Write the report as JSON, whole or not at all. Raises OutputError."""
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(target, report.to_json())
-    except OSError as error:
-        raise as_output_error(target, error) from error
+    write_text(Path(path), report.to_json())
 
 
 def progress_bar(tensors: Iterable[Any], what: str, shown: bool) -> Progress:

@@ -81,11 +81,12 @@ def run_sweep(
         raise OptionsError("a sweep needs old and new tasks", "name them: --origin NAME --target NAME")
     files = [task.path for of_part in read.values() for task in of_part]
     protect([output], [base, tuned, stats, retain, graft_data, *files], "choose another folder for -o")
-    folder = _prepare(Path(output)) if ranks().first else Path(output)
-    require_shared(folder)
+    folder = Path(output)
     with ExitStack() as stack:
         if ranks().first:
+            _check_folder(folder)
             stack.enter_context(OutputLock(folder, folder=True))
+        require_shared(folder)
         ends = {name: open_subject(path, base, stack) for name, path in (("base", base), ("tuned", tuned))}
         known = identity_of(ends, stats, retain, graft_data, read, options)
         encoded = {part: encode_for_all(of_part, ends, options) for part, of_part in read.items()}
@@ -165,8 +166,8 @@ def _is_ours(name: str) -> bool:
     return name.startswith(("model", "patch.safetensors", ".patch.safetensors"))
 
 
-def _prepare(folder: Path) -> Path:
-    """The output folder: empty, or with an earlier sweep in it."""
+def _check_folder(folder: Path) -> None:
+    """The output folder is new, empty, or has an earlier sweep in it. Raises OutputError."""
     try:
         present = [entry.name for entry in entries(folder)] if folder.exists() else []
         foreign = [
@@ -180,7 +181,5 @@ def _prepare(folder: Path) -> Path:
         foreign += [entry.name for entry in (entries(work) if work.is_dir() else ()) if not _is_ours(entry.name)]
         if foreign:
             raise OutputError(f"{folder} holds other files ({foreign[0]}, ...)", "choose another folder for -o")
-        (folder / POINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise as_output_error(folder, error) from error
-    return folder

@@ -19,7 +19,7 @@ from typing import Any
 
 from tailorcli._version import __version__
 from tailorcli.errors import OptionsError, OutputError
-from tailorcli.files import as_output_error, write_text_atomically
+from tailorcli.files import write_text
 from tailorcli.guard import PAGE_MARK
 from tailorcli.terminal import printable
 
@@ -81,12 +81,7 @@ def require_libraries() -> None:
 
 def write_page(page: Page, file: Path) -> None:
     """Write the page, whole or not at all. Raises OutputError, OptionsError."""
-    text = render(page)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(file, text)
-    except OSError as error:
-        raise as_output_error(file, error) from error
+    write_text(file, render(page))
 
 
 def render(page: Page) -> str:
