@@ -15,7 +15,7 @@ from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tailorcli.errors import CheckpointError, OutputError
+from tailorcli.errors import CheckpointError, OptionsError, OutputError
 from tailorcli.system import open_for_reading, sync_path, threads_beside
 from tailorcli.typed import require_sound
 
@@ -27,6 +27,25 @@ _MOST_JSON = 1 << 27  # bytes: JSON takes up to twenty times as much memory
 _NO_MORE_FILES = (errno.EMFILE, errno.ENFILE)
 _MORE_FILES = "allow more of them (ulimit -n 4096), or save the checkpoints in fewer shards"
 _NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # a system may know no quotas
+
+
+def given_path(path: PathLike) -> Path:
+    """A path that was given. Raises OptionsError for one that the system cannot even look for."""
+    place = Path(path)
+    try:
+        place.stat()
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise OptionsError(f"{place} is no path: {error.strerror}", "choose another, or mend the link") from None
+    return place
+
+
+def expanded_path(path: PathLike) -> Path:
+    """``given_path`` with a leading ``~`` as the user's folder. Raises OptionsError."""
+    place = Path(path)
+    with suppress(RuntimeError):  # no such user: a name that begins with ~
+        place = place.expanduser()
+    return given_path(place)
 
 
 def in_shell(path: PathLike) -> str:
@@ -104,12 +123,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def beside(output: Path, suffix: str) -> Path:
     """A place by the name of an output with ``suffix`` behind it, for what a run goes on from.
 
-    Raises OutputError for an output without a name, such as the root.
+    Raises OutputError for an output without a name, such as the root, and OptionsError for too long a name.
     """
     whole = output if output.name not in ("", "..") else output.resolve()
     if not whole.name:
         raise OutputError(f"{output} cannot be an output's folder", "choose another folder for -o")
-    return whole.with_name(whole.name + suffix)
+    return given_path(whole.with_name(whole.name + suffix))
 
 
 HIDDEN = "hidden-"  # files of hidden states begin with it: a run that is killed just then may leave one

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from tailorcli.errors import CheckpointError, OutputError
-from tailorcli.files import PathLike, as_output_error
+from tailorcli.files import PathLike, as_output_error, given_path
 from tailorcli.system import lock_descriptor
 
 LOCK = ".tailorcli.lock"
@@ -29,12 +29,13 @@ _MOST_WATCHED = 10_000
 
 
 def protect(outputs: Iterable[PathLike | None], inputs: Iterable[PathLike | None], hint: str = _ELSEWHERE) -> None:
-    """No output is an input, lies in the folder of one, or is a folder that holds one. Raises OutputError.
+    """No output is an input, lies in the folder of one, or is a folder that holds one.
 
-    Links are followed: symbolic ones, and hard ones to a file of an input.
+    Links are followed: symbolic ones, and hard ones to a file of an input. Raises OutputError, and OptionsError for a
+    path that the system cannot look for.
     """
-    given = [Path(path) for path in inputs if path is not None]
-    for output in (Path(path) for path in outputs if path is not None):
+    given = [given_path(path) for path in inputs if path is not None]
+    for output in (given_path(path) for path in outputs if path is not None):
         try:
             for path in given:
                 _refuse(output, path, hint)

@@ -11,12 +11,11 @@ import os
 import re
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tailorcli.errors import CheckpointError, first_line, note
-from tailorcli.files import PathLike
+from tailorcli.files import PathLike, expanded_path
 
 _NAME = r"[A-Za-z0-9][\w.-]{0,95}"
 _ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(@(?P<revision>[\w./-]{{1,255}}))?", re.ASCII)
@@ -44,11 +43,10 @@ def local_folder(path: PathLike, *, code: bool = False) -> Path:
     """The folder that a path or an id of the Hub stands for, fetched where it is not there yet; ``~`` is expanded.
 
     A path that exists wins over an id; what is neither stays as it is, for whoever opens it to refuse. ``code``: the
-    repository's Python files come, too. Raises CheckpointError with the ``hf`` command that helps.
+    repository's Python files come, too. Raises CheckpointError with the ``hf`` command that helps, and
+    OptionsError for a path that is none.
     """
-    place = Path(path)
-    with suppress(RuntimeError):  # no such user: a name that begins with ~
-        place = place.expanduser()
+    place = expanded_path(path)
     if os.path.lexists(place) or not is_id(path):
         return place
     found = _ID.fullmatch(os.fspath(path))

@@ -16,7 +16,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import read_header
 from tailorcli.checkpoint.renamed import RenamedCheckpoint
 from tailorcli.errors import CheckpointError, NumericalError, StatsError
-from tailorcli.files import PathLike, file_digest, read_json
+from tailorcli.files import PathLike, file_digest, given_path, read_json
 from tailorcli.typed import field_of, list_of, maybe, read_index, read_text, require_plain
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class Stats:
     @classmethod
     def open(cls, path: PathLike) -> Stats:
         """Open the folder ``path``. Raises StatsError if it is missing, unfinished or inconsistent."""
-        folder = Path(path)
+        folder = given_path(path)
         manifest_path = folder / MANIFEST
         if not manifest_path.exists():
             raise StatsError(

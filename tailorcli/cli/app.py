@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +21,8 @@ from tailorcli.cli.arguments import flag
 from tailorcli.cli.output import say, say_error
 from tailorcli.cli.signals import exit_code, unwind_on_sigterm
 from tailorcli.cli.verbosity import is_verbose
-from tailorcli.errors import OptionsError, TailorError
+from tailorcli.errors import TailorError
+from tailorcli.files import expanded_path
 from tailorcli.terminal import guard_streams
 
 PATCH = "Patch a model"
@@ -62,22 +61,10 @@ def friendly(command: Callable[..., Any], divided: bool = False) -> Callable[...
 
 
 def _expanded(value: Any) -> Any:
-    """A path, or a list of them, with a leading ``~`` as the user's folder.
-
-    Raises OptionsError for one that the system cannot even look for.
-    """
+    """A path, or a list of them, as ``expanded_path`` gives it; any other value as it is. Raises OptionsError."""
     if isinstance(value, list):
         return [_expanded(entry) for entry in value]
-    if not isinstance(value, Path):
-        return value
-    with suppress(RuntimeError):  # no such user: a name that begins with ~
-        value = value.expanduser()
-    try:
-        value.stat()
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
-            raise OptionsError(f"{value} is no path: {error.strerror}", "choose another, or mend the link") from None
-    return value
+    return expanded_path(value) if isinstance(value, Path) else value
 
 
 def _interrupted(command: Callable[..., Any], given: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from tailorcli.data.records import Check, Record, check_record, read_records
 from tailorcli.data.sources import is_dataset
 from tailorcli.data.turns import OPEN
 from tailorcli.errors import DataError, OptionsError, note
+from tailorcli.files import expanded_path
 from tailorcli.options import EvaluateOptions, is_label
 
 if TYPE_CHECKING:
@@ -96,10 +97,7 @@ def parse_task(text: str) -> tuple[str, Path, Kind]:
         raise OptionsError(f"task {name!r} has the unknown kind {kind!r}", _SPEC)
     if not is_label(name):
         raise OptionsError(f"a task's name must be one printable line, got {name!r}", _SPEC)
-    try:
-        return name, Path(file).expanduser(), kind
-    except RuntimeError:  # no such user: a name that begins with ~
-        return name, Path(file), kind
+    return name, expanded_path(file), kind
 
 
 def read_tasks(specs: Sequence[str], limit: int | None = None) -> list[Task]:

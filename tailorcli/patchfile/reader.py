@@ -14,7 +14,7 @@ from tailorcli.checkpoint.bits import is_finite
 from tailorcli.checkpoint.folder import WEIGHT_SUFFIXES, Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, bits_of, read_header
 from tailorcli.errors import CheckpointError, PatchError, other_base
-from tailorcli.files import PathLike, digest_of, on_threads, parse_json
+from tailorcli.files import PathLike, digest_of, given_path, on_threads, parse_json
 from tailorcli.patchfile.coding import Places, check, cut_in_steps, decode, decode_mask
 from tailorcli.patchfile.manifest import read_manifest
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport, read_report
@@ -63,7 +63,7 @@ class PatchFile:
     @classmethod
     def open(cls, path: PathLike) -> PatchFile:
         """Open the file ``path`` by its header. Raises PatchError with what is wrong with it."""
-        file = Path(path)
+        file = given_path(path)
         if file.is_dir():
             raise PatchError(f"{file} is a folder, not a patch file", "pass the .safetensors file of --patch-file")
         if not file.exists():

@@ -22,7 +22,7 @@ from tailorcli.data.records import Record, read_records
 from tailorcli.data.samples import draw_samples, make_batches
 from tailorcli.distributed import ranks, wait_for_all
 from tailorcli.errors import CheckpointError, NumericalError, OptionsError, OutputError
-from tailorcli.files import PathLike, beside, parse_json
+from tailorcli.files import PathLike, beside, given_path, parse_json
 from tailorcli.models.config import processor_folder, read_config
 from tailorcli.models.loading import (
     aliases,
@@ -115,7 +115,7 @@ class MaskFile:
 
 def check_graft(data: PathLike | None, options: KeepOptions) -> None:
     """There is something to train on. Raises OptionsError."""
-    if data is None or not Path(data).is_file():
+    if data is None or not given_path(data).is_file():
         what = "--method graft trains its mask on the task" if data is None else f"{data} is no file"
         raise OptionsError(what, "pass the fine-tuning data: --graft-data FILE.jsonl")
     if options.resized_vocab:

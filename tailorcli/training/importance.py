@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tailorcli.checkpoint.header import TensorInfo, read_header
 from tailorcli.errors import CheckpointError, OutputError, TailorError
-from tailorcli.files import PathLike, as_output_error, read_json, write_text_atomically
+from tailorcli.files import PathLike, as_output_error, given_path, read_json, write_text_atomically
 from tailorcli.guard import entries
 from tailorcli.system import sync_path
 from tailorcli.typed import field_of, read_object, read_text
@@ -49,7 +49,7 @@ class Importance:
     @classmethod
     def open(cls, path: PathLike) -> Self:
         """Open the folder ``path``. Raises ImportanceError where it is missing, unfinished or damaged."""
-        folder = Path(path)
+        folder = given_path(path)
         if not (folder / MANIFEST).exists():
             raise ImportanceError(f"{folder} holds no importance ({MANIFEST} is missing)", _AGAIN)
         try:

@@ -27,7 +27,24 @@ from helpers import (
 from launcher import completed
 from safetensors.torch import load_file, save_file
 
-from tailorcli import CalibrateOptions, Checkpoint, calibrate_model, patch_checkpoint
+from tailorcli import (
+    CalibrateOptions,
+    Checkpoint,
+    FinetuneOptions,
+    PatchFile,
+    PatchOptions,
+    Stats,
+    TailorError,
+    apply_patch,
+    calibrate_model,
+    distill_checkpoint,
+    evaluate_models,
+    finetune_model,
+    patch_checkpoint,
+    probe_model,
+    run_sweep,
+    tailor,
+)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -936,12 +953,56 @@ def test_commands_that_are_shown_can_be_copied_whatever_the_paths_hold(tmp_path)
         assert any(str(odd) in word and word.count("a [red] b") == 1 for word in shlex.split(command)), command
 
 
+@pytest.fixture(params=["loop", "below a loop", "long"])
+def no_path(request, tmp_path):
+    """A path that the system cannot look for."""
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    return {"loop": loop, "below a loop": loop / "x", "long": tmp_path / ("x" * 300)}[request.param]
+
+
 @pytest.mark.parametrize("option", ["-o", "--stats"])
-@pytest.mark.parametrize("kind", ["loop", "long"])
-def test_a_path_that_cannot_be_looked_for_is_one_error(pair, tmp_path, kind, option):
-    place = tmp_path / ("x" * 300 if kind == "long" else "loop")
-    if kind == "loop":
-        place.symlink_to(place)
+def test_a_path_that_cannot_be_looked_for_is_one_error(pair, tmp_path, no_path, option):
+    place = no_path
     given = {"-o": tmp_path / "out", "--stats": pair / "stats"} | {option: place}
     words = [word for pair_of_words in given.items() for word in pair_of_words]
     assert place.name in refused("patch", pair / "base", pair / "tuned", *words)
+    refused("evaluate", pair / "base", "--task", f"t={place}:text", mentions=["t", "no path"])
+
+
+def test_a_path_that_cannot_be_looked_for_is_one_error_in_python(pair, tmp_path, no_path):
+    base, tuned, stats, data = (pair / name for name in ("base", "tuned", "stats", "data.jsonl"))
+    out, file = tmp_path / "out", tmp_path / "p.safetensors"
+    patch_checkpoint(base, tuned, None, stats, patch_file=file)
+    tasks = ([f"old={data}:text", f"new={data}:text"], tmp_path / "swept")
+    roles = {"origin": ["old"], "target": ["new"]}
+    calls = [
+        lambda: calibrate_model(no_path, data, out),
+        lambda: calibrate_model(tuned, no_path, out),
+        lambda: calibrate_model(tuned, data, no_path),
+        lambda: patch_checkpoint(base, no_path, out, stats),
+        lambda: patch_checkpoint(base, tuned, no_path, stats),
+        lambda: patch_checkpoint(base, tuned, out, no_path),
+        lambda: patch_checkpoint(base, tuned, out, options=PatchOptions(method="graft"), graft_data=no_path),
+        lambda: distill_checkpoint(base, tuned, no_path, stats, stats),
+        lambda: tailor(base, tuned, out, data, keep_stats=no_path),
+        lambda: apply_patch(base, no_path, out),
+        lambda: apply_patch(base, file, no_path),
+        lambda: evaluate_models([no_path], tasks[0]),
+        lambda: evaluate_models([file], tasks[0], base=no_path),
+        lambda: run_sweep(base, tuned, [], *tasks, stats=no_path, **roles),
+        lambda: probe_model(base, no_path),
+        lambda: finetune_model(base, data, no_path),
+        lambda: finetune_model(base, data, out, FinetuneOptions(method="dowser"), importance=no_path),
+        lambda: Stats.open(no_path),
+        lambda: PatchFile.open(no_path),
+        lambda: Checkpoint.open(no_path),
+    ]
+    for call in calls:
+        with pytest.raises(TailorError):
+            call()
+
+
+def test_an_output_whose_name_leaves_no_room_for_what_a_run_goes_on_from_is_one_error(pair, tmp_path):
+    with pytest.raises(TailorError, match="no path"):
+        tailor(pair / "base", pair / "tuned", tmp_path / ("x" * 250), pair / "data.jsonl")
