@@ -26,14 +26,17 @@ def format_bytes(count: float) -> str:
     return decimal(int(count))
 
 
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*$", re.IGNORECASE)
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B?|B)\s*$", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Bytes in a size such as ``5GB`` (decimal, as transformers counts) or ``512MiB`` (binary). Raises OptionsError."""
+    """Bytes in a size such as ``5GB`` (decimal, as transformers counts) or ``512MiB`` (binary).
+
+    Raises OptionsError, also without a unit: a 5 is hardly meant as five bytes.
+    """
     match = _SIZE.match(text)
     if match is None or len(text) > 40:  # more digits than that would leave the floats
-        raise OptionsError(f"not a size: {text!r}", "write it like 5GB, 500MB or 512MiB")
+        raise OptionsError(f"not a size with its unit: {text!r}", "write it like 5GB, 500MB or 512MiB")
     number, unit, binary = match.groups()
-    power = " KMGT".index(unit.upper() or " ")
+    power = " KMGT".index((unit or " ").upper())
     return int(float(number) * (1024 if binary else 1000) ** power)

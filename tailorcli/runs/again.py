@@ -161,9 +161,10 @@ def _given(options: Mapping[str, Any], defaults: Mapping[str, Any], names: Seque
         value = options.get(name)
         if value is None or value == defaults.get(name):
             continue
+        unit = "B" if name == "max_shard_size" else ""
         for each in value if isinstance(value, (list, tuple)) else (value,):
             yield _flag(name)
-            yield number_of(each) if isinstance(each, float) else str(each)
+            yield f"{number_of(each) if isinstance(each, float) else each}{unit}"
 
 
 def number_of(value: float) -> str:

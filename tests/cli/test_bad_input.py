@@ -619,7 +619,7 @@ def test_a_result_that_overflows_half_precision(tmp_path):
         ("--tolerance", ["0", "1", "-1", "nan", "inf"]),
         ("--block-size", ["0", "-5"]),
         ("--max-iterations", ["0"]),
-        ("--max-shard-size", ["0", "-5GB", "much", "5XB", "1e3", "inf", "9" * 400, " "]),
+        ("--max-shard-size", ["0", "-5GB", "much", "5XB", "1e3", "inf", "9" * 400, " ", "5", "5000000000", "5I"]),
         ("--device", ["gpu", "cuda:99", "cuda:-1", "meta", "tpu", ""]),
     ],
 )

@@ -13,6 +13,7 @@ from tailorcli.patchfile.report import load_report
 from tailorcli.runs.again import NEW, RETAINED, SELF_WRITTEN, merge_command, patch_command, shell_text
 from tailorcli.runs.card import BEGIN, END, Source, front_of, with_evaluation
 from tailorcli.runs.evaluated import read_evaluation
+from tailorcli.units import parse_size
 
 TUNED_FRONT = """---
 license: apache-2.0
@@ -93,6 +94,11 @@ def test_the_command_in_the_report_makes_the_same_bytes_again(made, tmp_path):
     _, *words = patch_command(report.options, inputs, str(tmp_path / "out"))
     run(*words)
     assert folder_digest(tmp_path / "out") == folder_digest(made / "out")
+
+
+def test_the_command_names_the_size_of_a_shard_with_its_unit():
+    words = patch_command(PatchOptions(max_shard_size=20_000).to_dict(), {"base": "base", "tuned": "tuned"})
+    assert parse_size(words[words.index("--max-shard-size") + 1]) == 20_000
 
 
 def test_apply_writes_the_card_that_patch_wrote(made, tmp_path):
