@@ -8,10 +8,19 @@ import shutil
 import numpy as np
 import pytest
 from helpers import make_adapter, make_pair, swap_two_letters, write_data
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tailorcli.sweep.scoring as scoring
-from tailorcli import EvaluateOptions, PatchOptions, TailorError, calibrate_model, evaluate_models, patch_checkpoint
+from tailorcli import (
+    Checkpoint,
+    EvaluateOptions,
+    PatchOptions,
+    TailorError,
+    calibrate_model,
+    evaluate_models,
+    patch_checkpoint,
+)
 from tailorcli.cli import app
 from tailorcli.evaluation.metrics import frontier, frontier_area
 from tailorcli.options import PRESETS, CalibrateOptions, DistillOptions
@@ -246,6 +255,22 @@ def test_other_statistics_are_other_results(pair, tmp_path, monkeypatch):
     assert seen == ["model"]
     run(pair, tmp_path / "o", SETTINGS[:2], stats=tmp_path / "stats")
     assert seen == ["model"] * 3
+
+
+def test_weights_that_no_fingerprint_samples_measure_again(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("tailorcli.checkpoint.folder._SAMPLE_BYTES", 8)
+    shutil.copytree(pair / "tuned", tmp_path / "tuned")
+    given = {"origin": ["old"], "target": ["new"]}
+    arguments = (pair / "base", tmp_path / "tuned", [], tasks(pair), tmp_path / "out")
+    run_sweep(*arguments, **given)
+    before = Checkpoint.open(tmp_path / "tuned").fingerprint()
+    weights = load_file(tmp_path / "tuned" / "model.safetensors")
+    weights["lm_head.weight"][5] += 1.0
+    save_file(weights, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    assert Checkpoint.open(tmp_path / "tuned").fingerprint() == before
+    seen = scored_models(monkeypatch)
+    run_sweep(*arguments, **given)
+    assert seen == ["base", "tuned"]
 
 
 def test_other_ends_of_a_text_measure_again(pair, tmp_path, monkeypatch):

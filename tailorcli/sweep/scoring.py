@@ -78,6 +78,11 @@ def identity_of(
 ) -> dict[str, Any]:
     """What the result of every setting depends on besides the setting."""
     facts: dict[str, Any] = {name: end.checkpoint.fingerprint() for name, end in ends.items()}
+    # A fingerprint is of samples, and a result outlives its run: all bytes are read, once for all settings.
+    first = ranks().first
+    facts["weights"] = told(
+        {name: list(map(file_digest, end.checkpoint.shards)) for name, end in ends.items() if first}
+    )
     has_media = any(record.has_media for of_part in read.values() for task in of_part for record in task.records)
     folders = {name: (end.encoder_folder(has_media), end.stored.path) for name, end in ends.items()}
     facts["tokenizers"] = {name: tokenizer_digest(*where) for name, where in folders.items()}

@@ -1,7 +1,7 @@
 """patch --target: density and weight picked by the held-out samples."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from shutil import copytree
 
 import pytest
@@ -155,9 +155,9 @@ def test_a_search_patches_and_trains_as_its_two_steps_do_towards_the_teacher_tha
     patch_checkpoint(base, tuned, None, stats, options, patch_file=closed, retain=retain)
     steps = distill_patch(closed, base, tuned, stats, retain, tmp_path / "steps", distill=FEW, teacher_weight=0.5)
     assert folder_digest(output, TOLD) == folder_digest(tmp_path / "steps", TOLD)
-    found, wanted = dict(report.distillation), steps.distillation
-    assert found.pop("target") == {"asked": "old=2", "density": 0.1, "weight": FEW.weight, "missed": []}
-    assert found == wanted
+    searched = {"asked": "old=2", "density": 0.1, "weight": FEW.weight, "missed": [], "distill": asdict(FEW)}
+    assert report.target == searched
+    assert report.distillation == steps.distillation
     assert report.options == steps.options
 
 
