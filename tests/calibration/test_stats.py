@@ -12,7 +12,7 @@ from helpers import mutate_bytes, mutate_json, write_stats
 from safetensors.torch import load_file, save_file
 
 from tailorcli.calibration.stats import HESSIANS, MANIFEST, SAMPLES, HessianInfo, Stats, TensorStats
-from tailorcli.calibration.stats_writer import StatsWriter, prepare_folder
+from tailorcli.calibration.stats_writer import StatsWriter, check_folder
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.display.inspection import inspect_path
 from tailorcli.errors import NumericalError, OutputError, StatsError, TailorError
@@ -255,23 +255,22 @@ def test_statistics_of_another_shape(llama_pair, copied, name, fields):
 
 
 def test_where_statistics_may_be_written(tmp_path, folder):
-    prepare_folder(tmp_path / "new" / "deep", overwrite=False)
-    assert (tmp_path / "new" / "deep").is_dir()
+    check_folder(tmp_path / "new" / "deep", overwrite=False)
+    assert not (tmp_path / "new").exists()
     with pytest.raises(OutputError, match="already holds statistics"):
-        prepare_folder(folder, overwrite=False)
+        check_folder(folder, overwrite=False)
     assert Stats.open(folder).load("a.weight").numel() == 6
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"notes\.txt"):
-        prepare_folder(folder, overwrite=True)
+        check_folder(folder, overwrite=True)
     (folder / "notes.txt").unlink()
-    prepare_folder(folder, overwrite=True)
+    check_folder(folder, overwrite=True)
     assert Stats.open(folder).load("a.weight").numel() == 6  # until the new ones are there
     write_stats(folder, [("h", HessianInfo(1, "diagonal", 1), torch.ones(1))], {}, FACTS)
     assert list(Stats.open(folder).hessians) == ["h"]
     (tmp_path / "file").write_text("x")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OutputError, match="file"):
-            prepare_folder(path, overwrite=True)
+    with pytest.raises(OutputError, match="file"):
+        check_folder(tmp_path / "file", overwrite=True)
     assert (tmp_path / "file").read_text() == "x"
 
 
@@ -303,10 +302,10 @@ def test_a_failed_write_leaves_no_statistics(tmp_path, monkeypatch):
         write_stats(tmp_path, [("h", HessianInfo(1, "diagonal", 1), torch.ones(1))], {}, FACTS)
     refusal(tmp_path, MANIFEST)
     monkeypatch.undo()
-    prepare_folder(tmp_path, overwrite=False)
+    check_folder(tmp_path, overwrite=False)
     write_stats(tmp_path, [("h", HessianInfo(1, "diagonal", 1), torch.ones(1))], {}, FACTS)
     with pytest.raises(TailorError):
-        prepare_folder(tmp_path, overwrite=False)
+        check_folder(tmp_path, overwrite=False)
 
 
 @pytest.mark.parametrize("room", [0, 1, 1000])

@@ -10,7 +10,7 @@ from torch import nn
 
 from tailorcli import CalibrateOptions, Stats, TailorError, calibrate_model
 from tailorcli.calibration.stats import HESSIANS, MANIFEST, SAMPLES
-from tailorcli.calibration.stats_writer import prepare_folder
+from tailorcli.calibration.stats_writer import check_folder
 from tailorcli.device import attention_without_cudnn
 from tailorcli.models.lockstep import Lockstep
 from tailorcli.models.spill import Spill
@@ -138,7 +138,7 @@ def test_a_run_that_was_given_up_leaves_the_folder_as_it_was(tmp_path, monkeypat
 
 def test_hidden_states_of_a_killed_run_are_no_foreign_files(tmp_path):
     (tmp_path / "hidden-3.part").touch()
-    prepare_folder(tmp_path, overwrite=False)
+    check_folder(tmp_path, overwrite=False)
 
 
 @pytest.mark.parametrize("kind", ["MarianMTModel"])
