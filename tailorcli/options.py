@@ -121,10 +121,11 @@ class Preset(StrEnum):
 
 def require_seed(seed: int) -> None:
     """Raise OptionsError for a seed that NumPy does not take, which takes the fewest."""
-    _require(0 <= seed < 1 << 32, f"seed must be from 0 to 4294967295, got {seed}")
+    require(0 <= seed < 1 << 32, f"seed must be from 0 to 4294967295, got {seed}")
 
 
-def _require(condition: bool, message: str, hint: str = "") -> None:
+def require(condition: bool, message: str, hint: str = "") -> None:
+    """Raise OptionsError, with its hint, where a condition on options is not met."""
     if not condition:
         raise OptionsError(message, hint)
 
@@ -143,7 +144,7 @@ def check_kinds(options: Any) -> None:
         found = [made for kind in kinds for made in _of_kind(kind, value)]
         shown = field.name.replace("_", "-")
         allowed = " or ".join(_KINDS[kind] for kind in kinds if kind in _KINDS)  # members of enums are texts, too
-        _require(bool(found), f"{shown} must be {allowed}, got {value!r}")
+        require(bool(found), f"{shown} must be {allowed}, got {value!r}")
         object.__setattr__(options, field.name, found[0])
 
 
@@ -168,7 +169,7 @@ def _of_kind(kind: str, value: Any) -> tuple[Any, ...]:
 
 def _require_fraction(name: str, value: float) -> None:
     ok = math.isfinite(value) and 0.0 <= value <= 1.0
-    _require(ok, f"{name} must lie between 0 and 1, got {value}", f"pass --{name} as a fraction, such as 0.1")
+    require(ok, f"{name} must lie between 0 and 1, got {value}", f"pass --{name} as a fraction, such as 0.1")
 
 
 def require_choice(options: Any, name: str, choices: type[StrEnum], *more: str) -> None:
@@ -177,42 +178,42 @@ def require_choice(options: Any, name: str, choices: type[StrEnum], *more: str) 
     if value in more:
         return
     shown = name.replace("_", "-")
-    _require(value in list(choices), f"{shown} must be one of {', '.join(choices)}, got {value!r}")
+    require(value in list(choices), f"{shown} must be one of {', '.join(choices)}, got {value!r}")
     object.__setattr__(options, name, choices(value))
 
 
 def _require_solver(damping: float, tolerance: float, max_iterations: int) -> None:
     ok = math.isfinite(damping) and damping >= 0.0
-    _require(ok, f"damping must be zero or positive, got {damping}", "the usual range is 0.001 to 0.1")
-    _require(0.0 < tolerance < 1.0, f"tolerance must lie between 0 and 1, got {tolerance}")
-    _require(max_iterations >= 1, f"max-iterations must be at least 1, got {max_iterations}")
+    require(ok, f"damping must be zero or positive, got {damping}", "the usual range is 0.001 to 0.1")
+    require(0.0 < tolerance < 1.0, f"tolerance must lie between 0 and 1, got {tolerance}")
+    require(max_iterations >= 1, f"max-iterations must be at least 1, got {max_iterations}")
 
 
 def _require_weight(method: str, weight: float | None) -> None:
     if weight is None:
         return
-    _require(method != "lines", "the method lines has a weight for each layer", "pass --alpha and --beta, no --weight")
+    require(method != "lines", "the method lines has a weight for each layer", "pass --alpha and --beta, no --weight")
     low, high = (0.0, 1.0) if method == "interpolate" else (0.0, 2.0)
     ok = low <= weight <= high and (weight > 0.0 or method == "interpolate")
     allowed = "lie between 0 and 1" if method == "interpolate" else "be positive and at most 2"
-    _require(ok, f"weight must {allowed} with method {method}, got {weight}", "1 takes the entries over as they are")
+    require(ok, f"weight must {allowed} with method {method}, got {weight}", "1 takes the entries over as they are")
 
 
 def _require_line(alpha: float, beta: float) -> None:
     for name, value in (("alpha", alpha), ("alpha + beta", alpha + beta)):
         ok = math.isfinite(value) and 0.0 <= value <= 2.0
-        _require(ok, f"{name} must lie between 0 and 2, got {value:g}", "0 is the base, 1 the tuned model")
+        require(ok, f"{name} must lie between 0 and 2, got {value:g}", "0 is the base, 1 the tuned model")
 
 
 def _require_teacher(weight: float | str | None) -> None:
     sound = weight is None or (isinstance(weight, (int, float)) and 0.0 < weight <= 2.0)
-    _require(sound, f"teacher-weight must be positive and at most 2, got {weight}", "1 is TUNED itself")
+    require(sound, f"teacher-weight must be positive and at most 2, got {weight}", "1 is TUNED itself")
 
 
 def _require_labels(*labels: str | None) -> None:
     for label in labels:
         ok = label is None or is_label(label)
-        _require(ok, f"task and license must be one printable line, got {label!r}", "at most 200 characters")
+        require(ok, f"task and license must be one printable line, got {label!r}", "at most 200 characters")
 
 
 def is_label(text: str) -> bool:
@@ -236,7 +237,7 @@ class DataColumns:
     def __post_init__(self) -> None:
         check_kinds(self)
         alone = self.text is None or (self.prompt is None and self.response is None)
-        _require(alone, "--text-column excludes --prompt-column and --response-column", "a record is one or the other")
+        require(alone, "--text-column excludes --prompt-column and --response-column", "a record is one or the other")
 
     @property
     def any(self) -> bool:
@@ -275,7 +276,7 @@ class CalibrateOptions:
         check_kinds(self)
         for name in ("num_samples", "length", "batch_size"):
             shown = "seq_len" if name == "length" else name
-            _require(getattr(self, name) >= 1, f"{shown} must be at least 1, got {getattr(self, name)}")
+            require(getattr(self, name) >= 1, f"{shown} must be at least 1, got {getattr(self, name)}")
         require_choice(self, "dtype", DTypeName)
         require_choice(self, "blockwise", Blockwise)
         require_choice(self, "text_mode", TextMode)
@@ -283,7 +284,7 @@ class CalibrateOptions:
             _require_teacher(self.teacher_weight)
         require_seed(self.seed)
         both = self.synthetic and self.teacher_weight is not None
-        _require(not both, "teacher-weight is for the new task, and --synthetic for the base", "leave one out")
+        require(not both, "teacher-weight is for the new task, and --synthetic for the base", "leave one out")
 
     @classmethod
     def of_job(cls, *, distilled: bool) -> CalibrateOptions:
@@ -338,8 +339,8 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         check_kinds(self)
         for name in ("batch_size", "seq_len", "max_new_tokens", "resamples"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        _require(self.limit is None or self.limit >= 1, f"limit must be at least 1, got {self.limit}")
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require(self.limit is None or self.limit >= 1, f"limit must be at least 1, got {self.limit}")
         require_choice(self, "dtype", DTypeName)
         require_seed(self.seed)
 
@@ -360,8 +361,8 @@ class HarnessOptions:
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        _require(self.shots is None or self.shots >= 0, f"harness-shots must be 0 or more, got {self.shots}")
-        _require(len(set(self.tasks)) == len(self.tasks), "--harness names a task twice", "name every task once")
+        require(self.shots is None or self.shots >= 0, f"harness-shots must be 0 or more, got {self.shots}")
+        require(len(set(self.tasks)) == len(self.tasks), "--harness names a task twice", "name every task once")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the report."""
@@ -395,12 +396,12 @@ class KeepOptions:
         if self.score is not None:
             require_choice(self, "score", Score)
         ok = self.score != Score.SUM or self.method == "tailor"
-        _require(ok, "score sum is for the method tailor", "leave --score or --method out")
+        require(ok, "score sum is for the method tailor", "leave --score or --method out")
         require_choice(self, "threshold", Threshold)
         _require_weight(self.method, self.weight)
         _require_line(self.alpha, self.effective_beta)
         ok = math.isfinite(self.threshold_scale) and self.threshold_scale >= 0.0
-        _require(ok, f"threshold-scale must be zero or positive, got {self.threshold_scale}", "0 drops nothing")
+        require(ok, f"threshold-scale must be zero or positive, got {self.threshold_scale}", "0 drops nothing")
         require_seed(self.seed)
 
     @property
@@ -450,8 +451,8 @@ class SolverOptions:
         check_kinds(self)
         require_choice(self, "solver", Solver)
         ok = math.isfinite(self.retain_weight) and self.retain_weight >= 0.0
-        _require(ok, f"retain-weight must be zero or positive, got {self.retain_weight}", "the usual range is 0.1 to 3")
-        _require(self.block_size >= 1, f"block-size must be at least 1, got {self.block_size}")
+        require(ok, f"retain-weight must be zero or positive, got {self.retain_weight}", "the usual range is 0.1 to 3")
+        require(self.block_size >= 1, f"block-size must be at least 1, got {self.block_size}")
         _require_solver(self.effective_damping, self.tolerance, self.max_iterations)
 
     @property
@@ -470,10 +471,10 @@ class GraftOptions:
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        _require(self.graft_steps >= 0, f"graft-steps must be zero or positive, got {self.graft_steps}")
-        _require(self.batch_size >= 1, f"batch-size must be at least 1, got {self.batch_size}")
+        require(self.graft_steps >= 0, f"graft-steps must be zero or positive, got {self.graft_steps}")
+        require(self.batch_size >= 1, f"batch-size must be at least 1, got {self.batch_size}")
         sound = math.isfinite(self.graft_rate) and self.graft_rate > 0
-        _require(sound, f"graft-rate must be positive, got {self.graft_rate}")
+        require(sound, f"graft-rate must be positive, got {self.graft_rate}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -489,9 +490,9 @@ class OutputOptions:
     def __post_init__(self) -> None:
         check_kinds(self)
         size = self.max_shard_size
-        _require(size is None or size >= 1, f"max-shard-size must be positive, got {size}")
+        require(size is None or size >= 1, f"max-shard-size must be positive, got {size}")
         both = self.resume and self.overwrite
-        _require(not both, "--resume and --overwrite exclude each other", "pass the one that you mean")
+        require(not both, "--resume and --overwrite exclude each other", "pass the one that you mean")
         _require_labels(self.task, self.license)
 
 
@@ -518,13 +519,13 @@ class DistillOptions:
     def __post_init__(self) -> None:
         check_kinds(self)
         require_choice(self, "on", DistillOn)
-        _require(self.steps is None or self.steps >= 1, f"distill-steps must be at least 1, got {self.steps}")
-        _require(self.batch_size >= 1, f"distill-batch-size must be at least 1, got {self.batch_size}")
+        require(self.steps is None or self.steps >= 1, f"distill-steps must be at least 1, got {self.steps}")
+        require(self.batch_size >= 1, f"distill-batch-size must be at least 1, got {self.batch_size}")
         require_seed(self.seed)
         for name in ("rate", "weight"):
             value = getattr(self, name)
             ok = math.isfinite(value) and value > 0
-            _require(ok, f"distill-{name} must be positive, got {value}", "the usual range is 0.02 to 0.3 and 0.5 to 4")
+            require(ok, f"distill-{name} must be positive, got {value}", "the usual range is 0.02 to 0.3 and 0.5 to 4")
 
     def for_samples(self, count: int) -> DistillOptions:
         """With a known number of steps, for at most ``count`` samples of a kind.
@@ -572,7 +573,7 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
         for part in (KeepOptions, SolverOptions, GraftOptions, OutputOptions):
             part.__post_init__(self)
         what = "propagate is for the method tailor with the solver joint and weight 1"
-        _require(self._can_propagate or not self.propagate, what, "leave --propagate out")
+        require(self._can_propagate or not self.propagate, what, "leave --propagate out")
 
     def resolved(self, retained: bool, distilled: bool = False) -> PatchOptions:
         """These options with a value for what depends on whether there are ``retained`` statistics.
@@ -585,7 +586,7 @@ class PatchOptions(OutputOptions, GraftOptions, SolverOptions, KeepOptions):
         usual = has_term and self._can_propagate and (self.check_propagation or not distilled)
         propagate = usual if self.propagate is None else self.propagate
         what = "check-propagation is for a patch that is propagated"
-        _require(propagate or not self.check_propagation, what, "pass --retain STATS and no --no-propagate")
+        require(propagate or not self.check_propagation, what, "pass --retain STATS and no --no-propagate")
         trained = distilled and self.score is None and self.method == "tailor"
         return replace(self, damping=damping, propagate=propagate, score=Score.SUM if trained else self.score)
 
@@ -686,7 +687,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def with_preset(preset: str | None, **given: Any) -> dict[str, Any]:
     """The options given (not None), then those of a preset; what neither says keeps the default of PatchOptions."""
-    _require(preset is None or preset in PRESETS, f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    require(preset is None or preset in PRESETS, f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     return PRESETS.get(preset or "", {}) | {name: value for name, value in given.items() if value is not None}
 
 
@@ -706,7 +707,7 @@ class MergeOptions(OutputOptions):
         require_choice(self, "method", MergeMethod)
         sound = all(weight > 0 for weight in self.weights) and math.isfinite(sum(self.weights))
         given = ", ".join(map(str, self.weights))
-        _require(sound, f"weights must be positive and finite, got {given}", "leave a task out instead of zero")
+        require(sound, f"weights must be positive and finite, got {given}", "leave a task out instead of zero")
         _require_solver(self.damping, self.tolerance, self.max_iterations)
 
     def shares(self, num_tasks: int) -> tuple[float, ...]:

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from tailorcli.errors import OptionsError
-from tailorcli.options import Blockwise, DataColumns, DTypeName, check_kinds, require_choice, require_seed
+from tailorcli.options import Blockwise, DataColumns, DTypeName, check_kinds, require, require_choice, require_seed
 
 _USUAL = DataColumns()
 
@@ -30,15 +29,10 @@ class Accumulate(StrEnum):
     SUM = "sum"
 
 
-def _require(condition: bool, message: str, hint: str = "") -> None:
-    if not condition:
-        raise OptionsError(message, hint)
-
-
 def _require_positive(**values: float | None) -> None:
     for name, value in values.items():
         shown = name.replace("_", "-")
-        _require(value is None or (math.isfinite(value) and value > 0), f"{shown} must be positive, got {value}")
+        require(value is None or (math.isfinite(value) and value > 0), f"{shown} must be positive, got {value}")
 
 
 @dataclass(frozen=True)
@@ -59,10 +53,10 @@ class TuningOptions:
         require_choice(self, "method", TuningMethod)
         ratio = self.update_ratio
         ok = 0.0 < ratio <= 1.0
-        _require(ok, f"update-ratio must be above 0 and at most 1, got {ratio}", "the paper's is 0.1")
+        require(ok, f"update-ratio must be above 0 and at most 1, got {ratio}", "the paper's is 0.1")
         require_choice(self, "accumulate", Accumulate)
         ok = math.isfinite(self.strength) and self.strength >= 0
-        _require(ok, f"strength must be zero or positive, got {self.strength}", "the usual one is 0.001")
+        require(ok, f"strength must be zero or positive, got {self.strength}", "the usual one is 0.001")
         _require_positive(round_steps=self.round_steps, last_layers=self.last_layers)
         require_seed(self.seed)
 
@@ -136,10 +130,10 @@ class FinetuneOptions(TuningOptions):
             save_every=self.save_every,
         )
         ok = math.isfinite(self.warmup) and 0.0 <= self.warmup < 1.0
-        _require(ok, f"warmup must be at least 0 and below 1, got {self.warmup}", "it is a share of the steps")
+        require(ok, f"warmup must be at least 0 and below 1, got {self.warmup}", "it is a share of the steps")
         ok = math.isfinite(self.weight_decay) and self.weight_decay >= 0.0
-        _require(ok, f"weight-decay must be zero or positive, got {self.weight_decay}")
-        _require(self.device in ("auto", "cpu", "cuda"), f"device must be auto, cpu or cuda, got {self.device!r}", _ONE)
+        require(ok, f"weight-decay must be zero or positive, got {self.weight_decay}")
+        require(self.device in ("auto", "cpu", "cuda"), f"device must be auto, cpu or cuda, got {self.device!r}", _ONE)
         require_choice(self, "dtype", DTypeName)
 
     def identity(self) -> dict[str, Any]:
