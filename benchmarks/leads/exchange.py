@@ -29,7 +29,7 @@ from tailorcli.demo.text import encode
 from tailorcli.options import DistillOptions
 from tailorcli.training.distill import WARMUP, Material, held_out, step_losses
 from tailorcli.training.entries import Entries, Trained
-from tailorcli.training.run import materials_of, student_of
+from tailorcli.training.run import Teaching
 
 MARK = "exchange"
 CPU = torch.device("cpu")
@@ -97,9 +97,10 @@ def measure(pair: Pair, cache: Path, density: float, names: list[str]) -> list[d
             options = PatchOptions(density=density, propagate=False)
             patch_checkpoint(pair.base, pair.tuned, None, stats.path, options, patch_file=file, retain=retain.path)
         patch = stack.enter_context(PatchFile.open(file))
-        materials = materials_of(base, [(tuned, stats)], retain, OPTIONS, CPU)
+        teaching = Teaching(base, [(tuned, stats)], retain, CPU)
+        materials = teaching.materials(OPTIONS)
         for name in names:
-            trained, _, _ = student_of(patch, base, (tuned, stats), CPU, False)
+            trained, _, _ = teaching.student(patch)
             curve = train(trained, base, materials, VARIANTS[name])
             old = sum(accuracy(trained.network, pair, task) for task in pair.origin) / len(pair.origin)
             new = accuracy(trained.network, pair, pair.target[0])

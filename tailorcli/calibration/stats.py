@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from tailorcli.checkpoint.header import read_header
 from tailorcli.checkpoint.renamed import RenamedCheckpoint
 from tailorcli.errors import CheckpointError, NumericalError, StatsError
 from tailorcli.files import PathLike, file_digest, given_path, read_json
+from tailorcli.options import Blockwise, CalibrateOptions
 from tailorcli.typed import field_of, list_of, maybe, read_index, read_text, require_plain
 
 if TYPE_CHECKING:
@@ -311,6 +312,21 @@ class Stats:
     def model_fingerprint(self) -> str:
         """The fingerprint of the checkpoint that was calibrated."""
         return str(self.manifest["model"]["fingerprint"])
+
+    @property
+    def options(self) -> CalibrateOptions:
+        """How the model ran when it was calibrated: its dtype, batches and sums, and whether block by block."""
+        saved = self.manifest["options"]
+        return CalibrateOptions(
+            dtype=saved["dtype"],
+            batch_size=saved["batch_size"],
+            deterministic=bool(saved.get("deterministic", False)),
+            blockwise=Blockwise.ALWAYS if saved.get("blockwise") == Blockwise.ALWAYS else Blockwise.AUTO,
+        )
+
+    def run_options(self, trust_remote_code: bool) -> CalibrateOptions:
+        """How the model runs again as it ran then."""
+        return replace(self.options, trust_remote_code=trust_remote_code)
 
     def close(self) -> None:
         """Close the file."""

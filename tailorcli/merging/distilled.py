@@ -32,9 +32,9 @@ from tailorcli.patching.distilled import (
     train_and_write,
     training_plan,
 )
-from tailorcli.patching.three_models import options_of
 from tailorcli.runs.outputs import Target, identity_of
 from tailorcli.runs.plan import Plan
+from tailorcli.training.run import Teaching
 
 if TYPE_CHECKING:
     import torch
@@ -90,8 +90,9 @@ def distill_merge(
         models = ((), ()) if options.method == "patches" else (tuned, stats)
         closed = merge_patches(base, patches, None, *models, own, progress, start.patch_file)
         shares = options.shares(len(sources.teachers))
-        given = (plan, inputs.base, sources.teachers, sources.retain, closed, outputs)
-        found = train_and_write(work, work.folder / START, *given, distill, device, progress, False, None, shares)
+        given = (inputs.base, sources.teachers, sources.retain, device)
+        teaching = Teaching(*given, scratch=work.folder, progress=progress, shares=shares)
+        found = train_and_write(work, work.folder / START, plan, teaching, closed, outputs, distill)
         described = described_options(inputs, options)
         seconds = perf_counter() - started
         report = PatchReport("merge-multi", described, facts, found.records, found.stages, seconds, notes)
@@ -171,5 +172,5 @@ class _Sources:
         kept = most_kept_of(plan.patched, self.inputs)
         samples = [stats.samples() for stats in (*(stats for _, stats in self.teachers), self.retain)]
         tuned, stats = self.teachers[0]
-        given = (self.inputs.base, config_folder(tuned), kept, samples, options_of(stats))
+        given = (self.inputs.base, config_folder(tuned), kept, samples, stats.options)
         return replace(plan, training=training_plan(*given, distill, device))

@@ -110,7 +110,8 @@ def _generating_by(network: Any, config: Any) -> Iterator[None]:
 
 def end_token_ids(network: Any) -> list[int]:
     """The ids of the tokens with which the model ends a text."""
-    ends = network.generation_config.eos_token_id if network.generation_config is not None else None
+    config = getattr(network, "generation_config", None)  # a class that does not generate may have none
+    ends = None if config is None else config.eos_token_id
     return [ends] if isinstance(ends, int) else list(ends or ())
 
 

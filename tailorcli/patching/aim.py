@@ -38,6 +38,7 @@ from tailorcli.patching.teacher import with_teacher
 from tailorcli.runs.outputs import Target, free_bytes
 from tailorcli.runs.plan import Plan, SearchPlan
 from tailorcli.runs.writing import Outputs
+from tailorcli.training.run import Teaching
 from tailorcli.units import counted, format_bytes
 
 if TYPE_CHECKING:
@@ -291,21 +292,19 @@ class _Search:
 
     def run(self) -> _Attempt:
         """The training that reaches the aim, a closed form that does where none did, or the nearest training."""
-        from tailorcli.training.run import materials_of, measure_patch_file
-
         device, trust = resolve_device(self.options.device), self.options.trust_remote_code
         closed: dict[float, dict[str, float]] = {}  # what those that were measured keep
         with ExitStack() as stack:
             opened = stack.enter_context(Checkpoint.open(self.base))
             teacher = open_teacher(opened, self.tuned, self.stats, stack, self.options.known_teacher)
             retained = stack.enter_context(closing(Stats.open(self.retain)))
-            given = (opened, [teacher], retained, self.distill, device, self.progress, trust, self.work)
+            teaching = Teaching(opened, [teacher], retained, device, trust, self.work, self.progress)
             with exact_float32(), device_errors("a smaller --distill-batch-size"):
-                materials = materials_of(*given)
+                materials = teaching.materials(self.distill)
 
             def shares_at(density: float) -> dict[str, float]:
                 with PatchFile.open(self._closed(density)) as file, exact_float32(), device_errors():
-                    found = told(measure_patch_file(file, opened, [teacher], materials, device, trust))
+                    found = told(teaching.kept(file, materials))
                 self.tell(f"closed form at density {density:g}: {_said(found)}")
                 closed[density] = found
                 return found

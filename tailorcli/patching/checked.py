@@ -24,10 +24,10 @@ from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.distilled import write_patched
 from tailorcli.patching.patch import patch_opened
 from tailorcli.patching.stream import PatchInputs
-from tailorcli.patching.three_models import options_of
 from tailorcli.runs.outputs import Target, free_bytes, progress_bar
 from tailorcli.runs.plan import Plan
 from tailorcli.runs.writing import Outputs
+from tailorcli.training.run import Teaching
 from tailorcli.units import format_bytes
 
 if TYPE_CHECKING:
@@ -108,17 +108,15 @@ def _measured(
     work: Path, inputs: PatchInputs, options: PatchOptions, device: torch.device
 ) -> dict[str, dict[str, float]]:
     """The divergences of both patches on the samples that are held out."""
-    from tailorcli.training.run import divergences_of, held_out_materials
-
     assert inputs.stats is not None
     assert inputs.retain_stats is not None
-    teacher, trust = (inputs.tuned, inputs.stats), options.trust_remote_code
-    size = options_of(inputs.stats).batch_size
-    materials = held_out_materials(inputs.base, teacher, inputs.retain_stats, size, device, trust, work)
+    teachers, trust = [(inputs.tuned, inputs.stats)], options.trust_remote_code
+    teaching = Teaching(inputs.base, teachers, inputs.retain_stats, device, trust, work)
+    materials = teaching.held_out_materials(inputs.stats.options.batch_size)
     found = {}
     for name in (PLAIN, PROPAGATED):
         with PatchFile.open(work / f"{name}.safetensors") as file:
-            found[name] = divergences_of(file, inputs.base, teacher, materials, device, trust)
+            found[name] = teaching.divergences(file, materials)
     return found
 
 

@@ -37,10 +37,10 @@ from tailorcli.patching.patch import patch_opened
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs, described_stats
 from tailorcli.patching.teacher import with_teacher
-from tailorcli.patching.three_models import options_of
 from tailorcli.runs.outputs import Target, identity_of, progress_bar
 from tailorcli.runs.plan import Plan, TrainingPlan
 from tailorcli.runs.writing import Outputs, records_of
+from tailorcli.training.run import Teaching, counted_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -113,9 +113,9 @@ def distill_checkpoint(
         outputs = stack.enter_context(begun)
         work = Work.of(target, identity)
         closed = sources.closed_form(work, options, progress)
-        teachers = [(inputs.tuned, both[0])]
-        how = (distill, device, progress, options.trust_remote_code)
-        found = train_and_write(work, work.folder / START, plan, inputs.base, teachers, both[1], closed, outputs, *how)
+        teachers, trust = [(inputs.tuned, both[0])], options.trust_remote_code
+        teaching = Teaching(inputs.base, teachers, both[1], device, trust, work.folder, progress)
+        found = train_and_write(work, work.folder / START, plan, teaching, closed, outputs, distill)
         described_options, seconds = options.to_dict(), perf_counter() - started
         report = PatchReport("patch", described_options, described, found.records, found.stages, seconds)
         report = replace(report, distillation=found.facts, propagation=closed.propagation)
@@ -185,31 +185,22 @@ def train_and_write(
     work: Work,
     start: Path,
     plan: Plan,
-    base: Checkpoint,
-    teachers: Sequence[tuple[Checkpoint, Stats]],
-    retain: Stats,
+    teaching: Teaching,
     closed: PatchReport,
     outputs: Outputs,
     distill: DistillOptions,
-    device: torch.device,
-    progress: bool,
-    trust_remote_code: bool,
     materials: dict[str, Material] | None = None,
-    shares: Sequence[float] = (),
 ) -> Written:
     """Train the kept entries of the patch file ``start``, whose report is ``closed``, and write every tensor.
 
-    ``teachers`` are fine-tuned models with their statistics, weighed by ``shares``. Raises TailorError.
+    ``materials`` are what the teachers said, where they have run. Raises TailorError.
     """
-    from tailorcli.training.run import distill_patch_file
-
-    timer = StageTimer(device)
+    base, timer = teaching.base, StageTimer(teaching.device)
     with PatchFile.open(start) as file:
         _copy_unpatched(plan, base, file, closed, outputs)  # what is wrong with one is told before the training
         with timer.stage("distill"), exact_float32(), device_errors("a smaller --distill-batch-size"):
-            how = (work.folder / STATE, progress, trust_remote_code)
-            found = distill_patch_file(file, base, teachers, retain, distill, device, *how, materials, shares)
-        with progress_bar(plan.tensors, "writing", progress) as bar, timer.stage("write"):
+            found = teaching.distill(file, distill, work.folder / STATE, materials)
+        with progress_bar(plan.tensors, "writing", teaching.progress) as bar, timer.stage("write"):
             values = found.values if found.history.best else {}  # the state before the first step is the patch itself
             records = write_patched(plan, base, file, values, closed, outputs, bar.update)
     began = {name: closed.totals[name] for name in _OF_LAYERS if closed.totals.get(name) is not None}
@@ -265,7 +256,8 @@ def distill_patch(
         plan = plan_of_patch(opened, file, None)
         kept = [(name, tensor.kept) for name, tensor in file.tensors.items()]
         samples = [found.samples() for found in sampled]
-        given = (opened, config_folder(teachers[0][0]), kept, samples, options_of(teachers[0][1]), distill, where)
+        how = teachers[0][1].run_options(trust_remote_code)
+        given = (opened, config_folder(teachers[0][0]), kept, samples, how, distill, where)
         plan = replace(plan, training=training_plan(*given), patch_bytes=file.path.stat().st_size + _MORE_REPORT)
         closed = file.report()
         used = {f"samples {number}": found.fingerprint() for number, found in enumerate(sampled)}
@@ -290,9 +282,8 @@ def distill_patch(
             return begun
         outputs = stack.enter_context(begun)
         work = Work.of(target, identity)
-        how = (distill, where, progress, trust_remote_code)
-        where_from = (plan, opened, teachers, retained, closed, outputs)
-        found = train_and_write(work, file.path, *where_from, *how, materials)
+        teaching = Teaching(opened, teachers, retained, where, trust_remote_code, work.folder, progress)
+        found = train_and_write(work, file.path, plan, teaching, closed, outputs, distill, materials)
         report = replace(closed, inputs=inputs, tensors=found.records, stages=found.stages)
         report = replace(report, seconds=perf_counter() - started, distillation=found.facts)
         report = replace(report, target=None if told is None else dict(told))
@@ -393,11 +384,9 @@ class _Sources:
 
     def plan(self, options: PatchOptions, distill: DistillOptions, device: torch.device) -> Plan:
         """The plan of the patch with that of its training. Raises TailorError."""
-        from tailorcli.training.run import run_options
-
         inputs = self.inputs
         plan = build_plan(inputs.base, inputs.tuned, inputs.stats, options, inputs.retain_stats)
-        how = run_options(self.both[0], options.trust_remote_code)
+        how = self.both[0].run_options(options.trust_remote_code)
         return with_training(plan, inputs, [found.samples() for found in self.both], how, options, distill, device)
 
 
@@ -437,8 +426,6 @@ def training_plan(
 
 def require_samples(sampled: Sequence[Stats], distill: DistillOptions) -> None:
     """Training finds what it needs in these statistics, the last of which are the base's. Raises DataError."""
-    from tailorcli.training.run import counted_tokens
-
     for number, found in enumerate(sampled, 1):
         if not found.sample_count:
             found.samples()  # which says that they were not kept

@@ -59,7 +59,7 @@ from tailorcli.patching.measuring import KINDS, NEW, RETAINED, Measuring
 from tailorcli.patching.run import Run
 from tailorcli.patching.sharing import join_moments, of_all, shared, summed_pairs
 from tailorcli.patching.stream import tailored
-from tailorcli.patching.three_models import PartModel, PatchedView, ThreeModels, is_linear, options_of
+from tailorcli.patching.three_models import PartModel, PatchedView, ThreeModels, is_linear
 from tailorcli.runs.loop import LastPrepared
 from tailorcli.runs.plan import TensorPlan
 from tailorcli.system import give_back_memory
@@ -168,7 +168,7 @@ class Propagation:
         self._stats, self._retain_stats = run.inputs.stats, run.inputs.retain_stats
         self._device = run.device
         self._timer = run.timer
-        self._sums = torch.float64 if options_of(self._stats).deterministic else torch.float32
+        self._sums = torch.float64 if self._stats.options.deterministic else torch.float32
         self._models = models
         self._measuring = measuring
         self._layers = find_layers(models.patched.network)
@@ -190,7 +190,7 @@ class Propagation:
         every: list[tuple[str, PartModel, PartModel, Inputs, bool]] = []
         for kind, stats, model, other in kinds:
             samples = fitted_on(stats.samples()) if run.holds_out else stats.samples()
-            batches = list(make_batches(samples, options_of(stats).together))
+            batches = list(make_batches(samples, stats.options.together))
             spread = _spread([samples_in(batch) for batch in batches])
             every += [(kind, model, other, *pair) for pair in zip(batches, spread, strict=True)]
         found: list[tuple[str, PartModel, PartModel, int, int]] = []  # a batch's lanes are two or three

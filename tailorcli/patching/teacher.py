@@ -21,7 +21,6 @@ from tailorcli.hub import local_folders
 from tailorcli.models.config import read_config
 from tailorcli.models.naming import open_for
 from tailorcli.options import AUTO, CalibrateOptions, PatchOptions
-from tailorcli.patching.three_models import options_of
 
 if TYPE_CHECKING:
     from tailorcli.data.samples import Samples
@@ -58,7 +57,7 @@ def with_teacher(
             calibration or CalibrateOptions(), teacher_weight=None, trust_remote_code=options.trust_remote_code
         )
         if found is not None:
-            calibration = replace(calibration, dtype=options_of(found).dtype)
+            calibration = replace(calibration, dtype=found.options.dtype)
         if data is not None:
             view = InterpolatedCheckpoint(opened, other, 1.0)
             samples = drawn(Source(view, view, read_config(view.path), calibration, Path(data), None))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from tailorcli.adapters.checkpoint import AdaptedCheckpoint
-from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.models.config import read_config
@@ -119,7 +118,7 @@ class ThreeModels:
         assert inputs.stats is not None
         assert inputs.retain_stats is not None
         stored = inputs.base if isinstance(inputs.tuned, AdaptedCheckpoint) else inputs.tuned
-        of_new, of_retained = options_of(inputs.stats, trust), options_of(inputs.retain_stats, trust)
+        of_new, of_retained = inputs.stats.run_options(trust), inputs.retain_stats.run_options(trust)
         with timer.stage("load"):
             models = cls(
                 PartModel.of(stored, inputs.tuned, of_new, device, timer),
@@ -144,14 +143,6 @@ class ThreeModels:
         """Give up a part of all three."""
         for model in self.each:
             model.parts.drop(part)
-
-
-def options_of(stats: Stats, trust: bool = False) -> CalibrateOptions:
-    """How a model ran when it was calibrated: its dtype, batches and sums; ``trust`` lets its own code run."""
-    saved = stats.manifest["options"]
-    exact = bool(saved.get("deterministic", False))
-    given = {"dtype": saved["dtype"], "batch_size": saved["batch_size"], "deterministic": exact}
-    return CalibrateOptions(**given, trust_remote_code=trust)
 
 
 def is_linear(layer: Layer) -> bool:

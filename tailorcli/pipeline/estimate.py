@@ -30,7 +30,6 @@ from tailorcli.patching.cost import propagation_bytes
 from tailorcli.patching.distilled import with_training
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.stream import PatchInputs
-from tailorcli.patching.three_models import options_of
 from tailorcli.pipeline.plan import JobPlan, Step
 from tailorcli.pipeline.ranks import (
     Device,
@@ -288,7 +287,7 @@ def ranks_of_patch(
         assert inputs.stats is not None  # as the options need Hessians
         own = original(inputs.tuned)
         stored = own.base if isinstance(own, AdaptedCheckpoint) else own
-        how = replace(options_of(inputs.stats), trust_remote_code=options.trust_remote_code)
+        how = inputs.stats.run_options(options.trust_remote_code)
         known = Estimate.of(stored, own, how, resolve_device(options.device), fleet)
         if known is None:
             return None

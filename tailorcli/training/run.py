@@ -32,7 +32,7 @@ from tailorcli.models.parts import adapt, load_from_view
 from tailorcli.models.places import Place, map_names
 from tailorcli.models.skeleton import load_weights
 from tailorcli.models.spill import HIDDEN_SHARE, Spill
-from tailorcli.options import Blockwise, CalibrateOptions, DistillOn, DistillOptions
+from tailorcli.options import CalibrateOptions, DistillOn, DistillOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.system import give_back_memory
 from tailorcli.terminal import Progress
@@ -66,194 +66,188 @@ class Distilled:
     untrained: dict[str, str]  # tensors of the patch that kept their values, each with the reason
 
 
-def distill_patch_file(
-    file: PatchFile,
-    base: Checkpoint,
-    teachers: Sequence[tuple[Checkpoint, Stats]],
-    retain: Stats,
-    options: DistillOptions,
-    device: torch.device,
-    state: Path,
-    progress: bool = False,
-    trust_remote_code: bool = False,
-    materials: dict[str, Material] | None = None,
-    shares: Sequence[float] = (),
-) -> Distilled:
-    """Train the kept entries of ``file``, a patch of ``base``, towards a fine-tuned model on each one's samples.
+@dataclass(frozen=True)
+class Teaching:
+    """Who teaches the patched models of ``base``, and where and how all of these run.
 
-    ``teachers`` are these models with their statistics, whose samples are of their tasks, and ``retain`` those of
-    ``base``. The patched model runs as the first of them does. ``state`` is where an interrupted run is taken up, and
-    where this one leaves its own; ``materials`` what the teachers say, where they have run; ``shares`` are the weights
-    of several teachers among each other, equal without. Raises TailorError.
+    ``teachers`` are fine-tuned models with their statistics, whose samples are of their tasks, and ``retain`` those of
+    ``base``. A patched model runs as the first of them does. ``shares`` are the weights of several teachers among each
+    other, equal without. Hidden states that outgrow the host's memory wait in files in the folder ``scratch``.
     """
-    if materials is None:
-        how = (progress, trust_remote_code, state.parent, shares)
-        materials = materials_of(base, teachers, retain, options, device, *how)
-    trained, untrained, media = student_of(file, base, teachers[0], device, trust_remote_code)
-    network = trained.network
-    before = kept_shares(network, materials, media, device)
-    earlier = load_state(state, trained) if state.exists() else {}
-    saved, took = perf_counter(), 0.0
-    with Progress("distilling", options.known_steps, "steps", shown=progress) as bar:
-        bar.start_at(earlier.get("start", 0))
 
-        def advance(step: int, held_new: float, held_retained: float) -> None:
-            bar.update()
-            bar.note(f"held out: {held_new:.4f} new, {held_retained:.4f} retained")
+    base: Checkpoint
+    teachers: Sequence[tuple[Checkpoint, Stats]]
+    retain: Stats
+    device: torch.device
+    trust_remote_code: bool = False
+    scratch: Path | None = None
+    progress: bool = False
+    shares: Sequence[float] = ()
 
-        def save(step: int, history: History, best: dict[str, Tensor]) -> None:
-            nonlocal saved, took
-            if not ranks().first:  # all have the same
-                return
-            began = perf_counter()
-            if (began - saved) * SAVING_SHARE < took:
-                return
-            save_state(state, step, history, trained.state(), best)
-            saved = perf_counter()
-            took = saved - began
+    def distill(
+        self, file: PatchFile, options: DistillOptions, state: Path, materials: dict[str, Material] | None = None
+    ) -> Distilled:
+        """Train the kept entries of ``file``, a patch of the base, towards each teacher on its samples.
 
-        history = distill(trained, materials, options, device, media, save=save, advance=advance, **earlier)
-    values = _rounded(trained, base, file)
-    tasks, history.rounded_retained = held_out(network, materials, media, device)
-    history.rounded_new = mean_of(tasks, materials)
-    after = kept_shares(network, materials, media, device)
-    history.kept = {f"{kind}_before": share for kind, share in before.items()} | after
-    trained.close()
-    return Distilled(values, history, untrained)
+        ``state`` is where an interrupted run is taken up, and where this one leaves its own; ``materials`` what the
+        teachers say, where they have run. Raises TailorError.
+        """
+        if materials is None:
+            materials = self.materials(options)
+        trained, untrained, media = self.student(file)
+        network, device = trained.network, self.device
+        before = kept_shares(network, materials, media, device)
+        earlier = load_state(state, trained) if state.exists() else {}
+        saved, took = perf_counter(), 0.0
+        with Progress("distilling", options.known_steps, "steps", shown=self.progress) as bar:
+            bar.start_at(earlier.get("start", 0))
 
+            def advance(step: int, held_new: float, held_retained: float) -> None:
+                bar.update()
+                bar.note(f"held out: {held_new:.4f} new, {held_retained:.4f} retained")
 
-def measure_patch_file(
-    file: PatchFile,
-    base: Checkpoint,
-    teachers: Sequence[tuple[Checkpoint, Stats]],
-    materials: dict[str, Material],
-    device: torch.device,
-    trust_remote_code: bool = False,
-) -> dict[str, float]:
-    """What the patched model keeps of its teachers' accuracy on the held-out samples: see ``kept_shares``.
+            def save(step: int, history: History, best: dict[str, Tensor]) -> None:
+                nonlocal saved, took
+                if not ranks().first:  # all have the same
+                    return
+                began = perf_counter()
+                if (began - saved) * SAVING_SHARE < took:
+                    return
+                save_state(state, step, history, trained.state(), best)
+                saved = perf_counter()
+                took = saved - began
 
-    Raises TailorError.
-    """
-    trained, _, media = student_of(file, base, teachers[0], device, trust_remote_code)
-    trained.close()
-    return kept_shares(trained.network, materials, media, device)
+            history = distill(trained, materials, options, device, media, save=save, advance=advance, **earlier)
+        values = _rounded(trained, self.base, file)
+        tasks, history.rounded_retained = held_out(network, materials, media, device)
+        history.rounded_new = mean_of(tasks, materials)
+        after = kept_shares(network, materials, media, device)
+        history.kept = {f"{kind}_before": share for kind, share in before.items()} | after
+        trained.close()
+        return Distilled(values, history, untrained)
 
+    def kept(self, file: PatchFile, materials: dict[str, Material]) -> dict[str, float]:
+        """What the patched model keeps of the teachers' accuracy on the held-out samples: see ``kept_shares``.
 
-def materials_of(
-    base: Checkpoint,
-    teachers: Sequence[tuple[Checkpoint, Stats]],
-    retain: Stats,
-    options: DistillOptions,
-    device: torch.device,
-    progress: bool = False,
-    trust_remote_code: bool = False,
-    scratch: Path | None = None,
-    shares: Sequence[float] = (),
-) -> dict[str, Material]:
-    """Run every teacher once over its samples, of several ranks each over its own; the models are gone after that.
+        Raises TailorError.
+        """
+        trained, _, media = self.student(file)
+        trained.close()
+        return kept_shares(trained.network, materials, media, self.device)
 
-    A model that does not fit goes block by block. Hidden states that outgrow the host's memory wait in files in the
-    folder ``scratch``. Raises TailorError.
-    """
-    waiting = None
-    if scratch is not None:
-        scratch.mkdir(parents=True, exist_ok=True)
-        free = free_memory(torch.device("cpu"))
-        waiting = Spill(torch.device("cpu"), scratch, sys.maxsize if free is None else int(HIDDEN_SHARE * free))
+    def divergences(self, file: PatchFile, materials: dict[str, Material]) -> dict[str, float]:
+        """How far the patched model is from its one teacher and the base, in nats a token: "new" and "retained".
 
-    def keep(states: Tensor) -> Tensor:
-        held = states.to("cpu", copy=True)  # no view of what is larger
-        return held if waiting is None else waiting.out(held)
+        Raises TailorError.
+        """
+        trained, _, media = self.student(file)
+        trained.close()
+        tasks, retained = held_out(trained.network, materials, media, self.device)
+        return {NEW: tasks[0], RETAINED: retained}
 
-    _give_back()  # a patch that was propagated before leaves its models in circles of references
-    sources = [*teachers, (base.stored if isinstance(base, GrownCheckpoint) else base, retain)]
-    materials: dict[str, Material] = {}
-    total = sum(len(stats.samples()) for _, stats in sources)
-    with Progress("teachers", total, "samples", shown=progress) as bar:
-        for number, (model, stats) in enumerate(sources, 1):
-            samples, is_base = stats.samples(), number == len(sources)
-            how = run_options(stats, trust_remote_code)
-            kind = RETAINED if is_base else NEW if len(teachers) == 1 else f"{NEW} {number}"
-            counted = counted_tokens(stats, options, needed=not is_base)
-            share = 1.0 if is_base or not shares else shares[number - 1]
-            split = partial(Material.split, samples, options=options, responses=counted, share=share)
-            teacher = _teach(base, model, samples, how, device, scratch, bar.update, keep, split)
-            materials[kind] = split(teacher)
-            bar.update(len(samples) - len(materials[kind].own))
+    def materials(self, options: DistillOptions) -> dict[str, Material]:
+        """Run every teacher once over its samples, of several ranks each over its own; the models are gone after that.
+
+        A model that does not fit goes block by block. Raises TailorError.
+        """
+        waiting = None
+        if self.scratch is not None:
+            self.scratch.mkdir(parents=True, exist_ok=True)
+            cpu = torch.device("cpu")
+            free = free_memory(cpu)
+            waiting = Spill(cpu, self.scratch, sys.maxsize if free is None else int(HIDDEN_SHARE * free))
+
+        def keep(states: Tensor) -> Tensor:
+            held = states.to("cpu", copy=True)  # no view of what is larger
+            return held if waiting is None else waiting.out(held)
+
+        _give_back()  # a patch that was propagated before leaves its models in circles of references
+        own = self.base.stored if isinstance(self.base, GrownCheckpoint) else self.base
+        sources = [*self.teachers, (own, self.retain)]
+        materials: dict[str, Material] = {}
+        total = sum(len(stats.samples()) for _, stats in sources)
+        with Progress("teachers", total, "samples", shown=self.progress) as bar:
+            for number, (model, stats) in enumerate(sources, 1):
+                samples, is_base = stats.samples(), number == len(sources)
+                kind = RETAINED if is_base else NEW if len(self.teachers) == 1 else f"{NEW} {number}"
+                counted = counted_tokens(stats, options, needed=not is_base)
+                share = 1.0 if is_base or not self.shares else self.shares[number - 1]
+                split = partial(Material.split, samples, options=options, responses=counted, share=share)
+                teacher = self._teach(model, stats, samples, bar.update, keep, split)
+                materials[kind] = split(teacher)
+                bar.update(len(samples) - len(materials[kind].own))
+                _give_back()
+        return materials
+
+    def held_out_materials(self, batch_size: int) -> dict[str, Material]:
+        """What the one teacher and the base say of the samples that ``data.samples.held_out`` takes of each kind.
+
+        Raises TailorError.
+        """
+        found = {}
+        for kind, (model, stats) in ((NEW, self.teachers[0]), (RETAINED, (self.base, self.retain))):
+            samples = held_out_samples(stats.samples())
+            said = self._teach(model, stats, samples, lambda _: None, lambda states: states.cpu().clone())
+            found[kind] = Material(samples, said, [], in_batches(samples, range(len(samples)), batch_size))
             _give_back()
-    return materials
+        return found
 
+    def student(self, file: PatchFile) -> tuple[Trained, dict[str, str], tuple[int, ...]]:
+        """The patched model, run as the first teacher is, tensors that cannot be trained, and media's token ids.
 
-def held_out_materials(
-    base: Checkpoint,
-    teacher: tuple[Checkpoint, Stats],
-    retain: Stats,
-    batch_size: int,
-    device: torch.device,
-    trust_remote_code: bool = False,
-    scratch: Path | None = None,
-) -> dict[str, Material]:
-    """What both teachers say of the samples that ``data.samples.held_out`` takes of each kind.
+        Raises TailorError.
+        """
+        base, device = self.base, self.device
+        tuned, stats = self.teachers[0]
+        how = stats.run_options(self.trust_remote_code)
+        network, places = _network(base, base, how, config_folder(tuned), device)
+        if any(parameter.dtype == torch.float16 for parameter in network.parameters()):
+            note(f"{base.path} runs in float16, in which gradients vanish: trained in float32, written as it is stored")
+            network = network.float()
+        entries, untrained = [], {}
+        for name in file.tensors:
+            reason = _why_not(places.get(name))
+            if reason:
+                untrained[name] = reason
+            else:
+                given = (base.read(name), file.mask(name), file.values(name), device)
+                entries.append(entries_of(name, places[name], *given))
+        if not entries:
+            raise OptionsError("no tensor of this patch can be trained", "leave --distill out")
+        whole = {name: _patched(file, base, name) for name in untrained if name in places and places[name].parameters}
+        if whole:  # through transformers' conversion, as the output is loaded
+            load_weights(network, whole, device)
+        return Trained(network, entries), untrained, tuple(media_token_ids(network))
 
-    Raises TailorError.
-    """
-    found = {}
-    for kind, (model, stats) in ((NEW, teacher), (RETAINED, (base, retain))):
-        samples, how = held_out_samples(stats.samples()), run_options(stats, trust_remote_code)
-        said = _teach(base, model, samples, how, device, scratch, lambda _: None, lambda states: states.cpu().clone())
-        found[kind] = Material(samples, said, [], in_batches(samples, range(len(samples)), batch_size))
-        _give_back()
-    return found
+    def _teach(
+        self,
+        model: Checkpoint,
+        stats: Stats,
+        samples: list[Inputs],
+        advance: Callable[[int], object],
+        keep: Callable[[Tensor], Tensor],
+        split: Callable[[Teacher], Material] | None = None,
+    ) -> Teacher:
+        """What one model, run as its statistics were made, says of samples; it is loaded for that, and gone after it.
 
-
-def divergences_of(
-    file: PatchFile,
-    base: Checkpoint,
-    teacher: tuple[Checkpoint, Stats],
-    materials: dict[str, Material],
-    device: torch.device,
-    trust_remote_code: bool = False,
-) -> dict[str, float]:
-    """How far the patched model is from both teachers on ``materials``, in nats a token: "new" and "retained".
-
-    Raises TailorError.
-    """
-    trained, _, media = student_of(file, base, teacher, device, trust_remote_code)
-    trained.close()
-    tasks, retained = held_out(trained.network, materials, media, device)
-    return {NEW: tasks[0], RETAINED: retained}
-
-
-def student_of(
-    file: PatchFile,
-    base: Checkpoint,
-    first: tuple[Checkpoint, Stats],
-    device: torch.device,
-    trust_remote_code: bool,
-) -> tuple[Trained, dict[str, str], tuple[int, ...]]:
-    """The patched model, run as the ``first`` teacher is, tensors that cannot be trained, and media's token ids.
-
-    Raises TailorError.
-    """
-    tuned, stats = first
-    how = run_options(stats, trust_remote_code)
-    network, places = _network(base, base, how, config_folder(tuned), device)
-    if any(parameter.dtype == torch.float16 for parameter in network.parameters()):
-        note(f"{base.path} runs in float16, in which gradients vanish: trained in float32, written as it is stored")
-        network = network.float()
-    entries, untrained = [], {}
-    for name in file.tensors:
-        reason = _why_not(places.get(name))
-        if reason:
-            untrained[name] = reason
+        With ``split``, which needs no more of a teacher than its ends, of those alone that are this rank's own.
+        """
+        options, device = stats.run_options(self.trust_remote_code), self.device
+        stored = self.base if isinstance(model, AdaptedCheckpoint) else model
+        skeleton = skeleton_if_too_large(stored, read_config(stored.path), options, device)
+        network = _network(stored, model, options, None, device)[0] if skeleton is None else skeleton
+        unasked = Teacher([], nn.Identity(), end_token_ids(network))
+        places = [*range(len(samples))] if split is None else split(unasked).own
+        chosen = [samples[place] for place in places]
+        if skeleton is None:
+            check_head(network, {name: value.to(device) for name, value in samples[0].items()})
+            teacher = teach(network, chosen, device, advance, keep)
         else:
-            entries.append(entries_of(name, places[name], base.read(name), file.mask(name), file.values(name), device))
-    if not entries:
-        raise OptionsError("no tensor of this patch can be trained", "leave --distill out")
-    whole = {name: _patched(file, base, name) for name in untrained if name in places and places[name].parameters}
-    if whole:  # through transformers' conversion, as the output is loaded
-        load_weights(network, whole, device)
-    return Trained(network, entries), untrained, tuple(media_token_ids(network))
+            note(f"{original(model).path} does not fit with room to spare: it runs block by block")
+            where = Path(tempfile.gettempdir()) if self.scratch is None else self.scratch
+            teacher = teach_blockwise(skeleton, stored, model, chosen, device, where, advance, keep)
+        states = dict(zip(places, teacher.states, strict=True))
+        return replace(teacher, states=[states.get(place, torch.empty(0)) for place in range(len(samples))])
 
 
 def counted_tokens(stats: Stats, options: DistillOptions, *, needed: bool) -> list[Tensor] | None:
@@ -277,13 +271,6 @@ def counted_tokens(stats: Stats, options: DistillOptions, *, needed: bool) -> li
     return [torch.zeros_like(i, dtype=torch.bool) if m is None else m for i, m in zip(ids, masks, strict=True)]
 
 
-def run_options(stats: Stats, trust_remote_code: bool) -> CalibrateOptions:
-    """How the model of statistics ran when it was calibrated, and runs here."""
-    saved = stats.manifest["options"]
-    when = Blockwise.ALWAYS if saved.get("blockwise") == "always" else Blockwise.AUTO
-    return CalibrateOptions(dtype=saved["dtype"], trust_remote_code=trust_remote_code, blockwise=when)
-
-
 def _network(
     stored: Checkpoint, tuned: Checkpoint, options: CalibrateOptions, folder: Path | None, device: torch.device
 ) -> tuple[Any, dict[str, Place]]:
@@ -295,38 +282,6 @@ def _network(
     if isinstance(tuned, AdaptedCheckpoint):
         adapt(network, tuned, places)
     return network.to(device), places
-
-
-def _teach(
-    base: Checkpoint,
-    model: Checkpoint,
-    samples: list[Inputs],
-    options: CalibrateOptions,
-    device: torch.device,
-    scratch: Path | None,
-    advance: Callable[[int], object],
-    keep: Callable[[Tensor], Tensor],
-    split: Callable[[Teacher], Material] | None = None,
-) -> Teacher:
-    """What one model says of its samples; it is loaded for that, and gone after it.
-
-    With ``split``, which needs no more of a teacher than its ends, of those alone that are this rank's own.
-    """
-    stored = base if isinstance(model, AdaptedCheckpoint) else model
-    skeleton = skeleton_if_too_large(stored, read_config(stored.path), options, device)
-    network = _network(stored, model, options, None, device)[0] if skeleton is None else skeleton
-    unasked = Teacher([], nn.Identity(), end_token_ids(network))
-    places = [*range(len(samples))] if split is None else split(unasked).own
-    chosen = [samples[place] for place in places]
-    if skeleton is None:
-        check_head(network, {name: value.to(device) for name, value in samples[0].items()})
-        teacher = teach(network, chosen, device, advance, keep)
-    else:
-        note(f"{original(model).path} does not fit with room to spare: it runs block by block")
-        where = Path(tempfile.gettempdir()) if scratch is None else scratch
-        teacher = teach_blockwise(skeleton, stored, model, chosen, device, where, advance, keep)
-    states = dict(zip(places, teacher.states, strict=True))
-    return replace(teacher, states=[states.get(place, torch.empty(0)) for place in range(len(samples))])
 
 
 def _give_back() -> None:

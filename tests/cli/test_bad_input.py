@@ -501,7 +501,7 @@ def test_nan_in_a_tensor_that_stays_at_base_is_told_before_the_long_work(pair, m
     for module, work in (
         (tailorcli.patching.propagate, "patch_propagated"),
         (tailorcli.patching.onepass, "patch_propagated"),
-        (tailorcli.training.run, "distill_patch_file"),
+        (tailorcli.training.run.Teaching, "distill"),
     ):
         monkeypatch.setattr(module, work, lambda *_, **__: pytest.fail("it was worked on before"))
     command = ["patch", pair / "base", pair / "tuned", *stats, "--exclude", "of.no*", "-o", pair / "out"]

@@ -21,12 +21,19 @@ from helpers import (
 )
 from safetensors.torch import save_file
 
+from tailorcli import (
+    CalibrateOptions,
+    DistillOptions,
+    PatchOptions,
+    calibrate_model,
+    distill_patch,
+    patch_checkpoint,
+)
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.errors import CheckpointError
 from tailorcli.models.config import read_config
 from tailorcli.models.loading import load_model, model_class_of, most_tokens
 from tailorcli.models.skeleton import empty_model
-from tailorcli.options import CalibrateOptions
 
 IDS = torch.arange(2, 22)[None]
 TRUSTED = CalibrateOptions(trust_remote_code=True)
@@ -250,14 +257,22 @@ def test_hints_never_advise_an_option_that_is_given(tmp_path):
     assert "--trust-remote-code" not in raised.value.hint
 
 
-def test_a_patch_runs_code_of_the_models_own_where_it_may(tmp_path):
-    for name in ("base", "tuned"):
-        llama = make_own(tmp_path / name, ["AutoModel"])
-    from safetensors.torch import save_file
+HEAD = """    def get_output_embeddings(self):
+        return self.language_model.lm_head
+"""
 
+
+def make_own_pair(folder):
+    """Two of such models, and data for both."""
+    for name in ("base", "tuned"):
+        llama = make_own(folder / name, ["AutoModel"])
     tuned = {f"language_model.{n}": v.contiguous() for n, v in perturb(llama, seed=5).state_dict().items()}
-    save_file(tuned, tmp_path / "tuned/model.safetensors", {"format": "pt"})
-    write_data(tmp_path / "data.jsonl")
+    save_file(tuned, folder / "tuned/model.safetensors", {"format": "pt"})
+    write_data(folder / "data.jsonl")
+
+
+def test_a_patch_runs_code_of_the_models_own_where_it_may(tmp_path):
+    make_own_pair(tmp_path)
     given = ["--data", tmp_path / "data.jsonl", "--trust-remote-code"]
     run("calibrate", tmp_path / "tuned", *given, "-o", tmp_path / "stats")
     run("calibrate", tmp_path / "base", *given, "-o", tmp_path / "retained")
@@ -267,3 +282,22 @@ def test_a_patch_runs_code_of_the_models_own_where_it_may(tmp_path):
     run(*how, "--overwrite", "--trust-remote-code")
     report = json.loads((tmp_path / "out/tailor_report.json").read_text())
     assert sum(tensor.get("propagated", False) for tensor in report["tensors"]) > 0
+
+
+def test_training_runs_code_of_the_models_own_where_it_may(tmp_path):
+    make_own_pair(tmp_path)
+    pair, file = (tmp_path / "base", tmp_path / "tuned"), tmp_path / "patch.safetensors"
+    for name in ("base", "tuned"):
+        how = CalibrateOptions(4, 16, trust_remote_code=True)
+        calibrate_model(tmp_path / name, tmp_path / "data.jsonl", tmp_path / f"{name}-stats", how)
+    patch_checkpoint(*pair, None, None, PatchOptions(method="magnitude", trust_remote_code=True), patch_file=file)
+    given = (file, *pair, tmp_path / "tuned-stats", tmp_path / "base-stats", tmp_path / "out")
+    trained = {"distill": DistillOptions(steps=2), "trust_remote_code": True}
+    with pytest.raises(CheckpointError, match="OwnModel has no linear output layer"):
+        distill_patch(*given, **trained, overwrite=True)
+    for folder in pair:
+        (folder / "modeling_own.py").write_text(OWN_CODE + HEAD)
+    assert distill_patch(*given, **trained, overwrite=True).distillation["steps"] == [0, 1, 2]
+    with pytest.raises(CheckpointError) as raised:
+        distill_patch(*given, overwrite=True)
+    assert "pass --trust-remote-code" in raised.value.hint

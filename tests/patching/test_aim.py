@@ -140,10 +140,10 @@ def test_a_search_patches_and_trains_as_its_two_steps_do_towards_the_teacher_tha
 ):
     """By default entries are chosen by the sum of scores, as for all training, and closed forms are propagated."""
     import tailorcli.patching.aim as module
-    import tailorcli.training.run as training
+    from tailorcli.training.run import Teaching
 
-    asked, ask = [], training.materials_of
-    monkeypatch.setattr(training, "materials_of", lambda *given: asked.append(given) or ask(*given))
+    asked, ask = [], Teaching.materials
+    monkeypatch.setattr(Teaching, "materials", lambda *given: asked.append(given) or ask(*given))
     monkeypatch.setattr(module, "pick_density", lambda shares_at, aim: 0.1)
     base, tuned, output, stats, retain = arguments(pair, tmp_path / "out")
     patch_checkpoint(base, tuned, output, None, PatchOptions(method="magnitude"))  # which lies in the way

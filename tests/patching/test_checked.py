@@ -25,16 +25,16 @@ def command(pair, *more):
 
 def losing(monkeypatch, name):
     """The patch of this name is the worse one; what is measured is real but for that."""
-    import tailorcli.training.run as module
+    from tailorcli.training.run import Teaching
 
-    measure = module.divergences_of
+    measure = Teaching.divergences
 
-    def measured(file, *given):
-        found = measure(file, *given)
+    def measured(teaching, file, materials):
+        found = measure(teaching, file, materials)
         assert all(value > 0 for value in found.values())
         return {kind: value + 9.0 * (file.path.stem == name) for kind, value in found.items()}
 
-    monkeypatch.setattr(module, "divergences_of", measured)
+    monkeypatch.setattr(Teaching, "divergences", measured)
 
 
 def test_every_tenth_sample_is_held_out_and_the_others_are_fitted_on():

@@ -388,7 +388,7 @@ def test_the_batches_that_are_compared_are_spread():
 
 def test_a_few_samples_tell_how_far_the_unpatched_models_are_apart(pair, tmp_path, monkeypatch):
     """Only what is divided by is an estimate, and the output is the same to the byte."""
-    monkeypatch.setattr("tailorcli.patching.propagate.options_of", lambda stats: CalibrateOptions(batch_size=1))
+    monkeypatch.setattr(Stats, "options", CalibrateOptions(batch_size=1))
     reports = {}
     for count in (1000, 3):
         monkeypatch.setattr("tailorcli.patching.propagate.COMPARED", count)

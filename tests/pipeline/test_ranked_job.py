@@ -12,7 +12,7 @@ from kills.operations import ENDED, Operations
 from ranked import command_line, ranked, ranked_cli, started
 
 from tailorcli import Checkpoint, DistillOptions, Stats, TailorError
-from tailorcli.training.run import materials_of
+from tailorcli.training.run import Teaching
 
 SMALL = ("--num-samples", 12, "--seq-len", 24, "--batch-size", 4)
 DISTILL = ("--distill", "--distill-steps", 4, "--distill-batch-size", 3)
@@ -141,7 +141,7 @@ def taught(pair, blockwise):
     ):
         for each in (stats, retain):
             each.manifest["options"]["blockwise"] = blockwise
-        found = materials_of(base, [(tuned, stats)], retain, options, torch.device("cpu"))
+        found = Teaching(base, [(tuned, stats)], retain, torch.device("cpu")).materials(options)
     return {kind: material.teacher.states for kind, material in found.items()}
 
 

@@ -27,7 +27,7 @@ from tailorcli.errors import DataError, OptionsError, OutputError
 from tailorcli.patching.aim import patch_to_target
 from tailorcli.patching.distilled import plan_distilled
 from tailorcli.training.distill import Material, in_steps
-from tailorcli.training.run import divergences_of, materials_of, measure_patch_file
+from tailorcli.training.run import Teaching
 from tailorcli.training.teachers import Teacher
 
 OPTIONS = PatchOptions(propagate=False)
@@ -242,19 +242,19 @@ def test_what_the_report_says_is_kept_is_what_the_output_keeps(pair, tmp_path):
     files = tmp_path / "closed.safetensors", tmp_path / "p.safetensors"
     patch_checkpoint(base, tuned, None, stats, options, retain=retain, patch_file=files[0])
     report = distill_checkpoint(*arguments(folder, None), options, HOW, patch_file=files[1])
-    device = torch.device("cpu")
     with (
         Checkpoint.open(base) as opened,
         Checkpoint.open(tuned) as other,
         closing(Stats.open(stats)) as new,
         closing(Stats.open(retain)) as old,
     ):
-        materials = materials_of(opened, [(other, new)], old, HOW, device)
+        teaching = Teaching(opened, [(other, new)], old, torch.device("cpu"))
+        materials = teaching.materials(HOW)
         shares, apart = [], []
         for path in files:
             with PatchFile.open(path) as file:
-                shares.append(measure_patch_file(file, opened, [(other, new)], materials, device))
-                apart.append(divergences_of(file, opened, (other, new), materials, device))
+                shares.append(teaching.kept(file, materials))
+                apart.append(teaching.divergences(file, materials))
     found = report.distillation
     assert found["kept"] == {f"{kind}_before": share for kind, share in shares[0].items()} | shares[1]
     assert shares[0] != shares[1]

@@ -34,7 +34,7 @@ from tailorcli.core.distillation import divergence
 from tailorcli.errors import CheckpointError
 from tailorcli.models.naming import open_for
 from tailorcli.options import CalibrateOptions
-from tailorcli.training.run import student_of
+from tailorcli.training.run import Teaching
 
 DISTILL = DistillOptions(steps=4, batch_size=4)
 OPTIONS = PatchOptions(density=0.2, propagate=False)
@@ -142,7 +142,7 @@ def test_training_starts_from_the_patched_model_also_where_it_holds_gate_and_up_
         open_for(base, folder / "tuned") as tuned,
         PatchFile.open(file) as patch,
     ):
-        trained, untrained, _ = student_of(patch, base, (tuned, stats), torch.device("cpu"), False)
+        trained, untrained, _ = Teaching(base, [(tuned, stats)], stats, torch.device("cpu")).student(patch)
     assert untrained == {}
     patched = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
     for name, value in trained.network.named_parameters():
