@@ -40,6 +40,11 @@ def given_path(path: PathLike) -> Path:
     return place
 
 
+def optional_path(path: PathLike | None) -> Path | None:
+    """A path that may not have been given."""
+    return None if path is None else Path(path)
+
+
 def expanded_path(path: PathLike) -> Path:
     """``given_path`` with a leading ``~`` as the user's folder. Raises OptionsError."""
     place = Path(path)

@@ -26,7 +26,7 @@ from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.device import StageTimer, deterministic_algorithms, device_errors, exact_float32, resolve_device
 from tailorcli.distributed import gathered, ranks, told
 from tailorcli.errors import OptionsError, OutputError, note
-from tailorcli.files import PathLike
+from tailorcli.files import PathLike, optional_path
 from tailorcli.guard import OutputLock, Watch, path_text, protect
 from tailorcli.hub import hub_facts, local_folder
 from tailorcli.models.config import config_digest, read_config, writes_samples
@@ -123,7 +123,8 @@ def calibrate_model(
         timer = StageTimer(device)
         config = read_config(stored.path)
         with timer.stage("data"):
-            source = Source(stored, tuned, config, options, _path(data), _path(held_out), announce, show)
+            files = optional_path(data), optional_path(held_out)
+            source = Source(stored, tuned, config, options, *files, announce, show)
             further: list[dict[str, Any]] = []
             if options.synthetic:
                 samples, further = self_written(source, device, progress)
@@ -180,10 +181,6 @@ def calibrate_model(
         ranks=[] if ranks().alone else gathered(run.done | {"seconds": round(perf_counter() - started, 3)}),
         writes_samples=writes_samples(config),
     )
-
-
-def _path(given: PathLike | None) -> Path | None:
-    return None if given is None else Path(given)
 
 
 def _teacher(

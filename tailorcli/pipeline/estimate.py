@@ -18,7 +18,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.device import free_memory, resolve_device
 from tailorcli.errors import OptionsError
-from tailorcli.files import PathLike
+from tailorcli.files import PathLike, optional_path
 from tailorcli.guard import protect
 from tailorcli.hub import local_folder
 from tailorcli.models.config import read_config
@@ -105,7 +105,7 @@ def plan_calibration(
         else:
             own = None if base is None else local_folder(base, code=options.trust_remote_code)
             stored, tuned = _opened(path, own, stack)
-            side = Side.of(TUNED, tuned, stored, None if data is None else Path(data), options, folder)
+            side = Side.of(TUNED, tuned, stored, optional_path(data), options, folder)
             samples, tokens = side.samples, side.tokens
         stats = expected_stats(path, stored, tuned, options, samples, tokens)
         require_any([name for name in stats.hessians if name != BIAS_HESSIAN])

@@ -27,7 +27,7 @@ from tailorcli.checkpoint.quantized import open_checkpoint
 from tailorcli.device import free_memory, resolve_device
 from tailorcli.distributed import ranks, require_shared, wait_for_all
 from tailorcli.errors import DataError, OptionsError, OutputError, note
-from tailorcli.files import PathLike, beside
+from tailorcli.files import PathLike, beside, optional_path
 from tailorcli.guard import OutputLock, entries, protect
 from tailorcli.hub import local_folder
 from tailorcli.options import AUTO, CalibrateOptions, DistillOn, DistillOptions, PatchOptions
@@ -107,8 +107,21 @@ def tailor(
     The output has the same tensors, to the bit, as ``calibrate_model`` and ``patch_checkpoint`` give one by one.
     Raises TailorError.
     """
-    given = (output, data, retain_data, retain, options, calibration, distill, patch_file, keep_stats, graft_data)
-    job = _Job.of(base, tuned, *given, teacher_data, target)
+    job = _Job.of(
+        base=base,
+        tuned=tuned,
+        to=Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite),
+        data=data,
+        retain_data=retain_data,
+        retain=retain,
+        options=options,
+        calibration=calibration,
+        distill=distill,
+        aim=None if target is None else check_target(target, options),
+        keep_stats=keep_stats,
+        graft_data=graft_data,
+        teacher_data=teacher_data,
+    )
     say = tell or (lambda line: None)
     started, stages = perf_counter(), dict[str, float]()
     with ExitStack() as stack:
@@ -173,8 +186,21 @@ def plan_job(
 
     Raises TailorError.
     """
-    given = (output, data, retain_data, retain, options, calibration, distill, patch_file, keep_stats, graft_data)
-    job = _Job.of(base, tuned, *given, teacher_data, target)
+    job = _Job.of(
+        base=base,
+        tuned=tuned,
+        to=Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite),
+        data=data,
+        retain_data=retain_data,
+        retain=retain,
+        options=options,
+        calibration=calibration,
+        distill=distill,
+        aim=None if target is None else check_target(target, options),
+        keep_stats=keep_stats,
+        graft_data=graft_data,
+        teacher_data=teacher_data,
+    )
     with ExitStack() as stack:
         job.open(stack, tell, None)
         return job.plan(stack, True, fleet)
@@ -205,24 +231,22 @@ class _Job:
     @classmethod
     def of(
         cls,
+        *,
         base: PathLike,
         tuned: PathLike,
-        output: PathLike | None,
+        to: Target,
         data: PathLike,
         retain_data: PathLike | None,
         retain: bool,
         options: PatchOptions,
         calibration: CalibrateOptions | None,
         distill: DistillOptions | None,
-        patch_file: PathLike | None,
+        aim: Aim | None,
         keep_stats: PathLike | None,
         graft_data: PathLike | None,
         teacher_data: PathLike | None,
-        target: str | None,
     ) -> _Job:
         """Take the options together. Raises OptionsError where they contradict one another."""
-        where = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
-        aim = None if target is None else check_target(target, options)
         if aim is not None:
             distill, options = distill or DistillOptions(), searched(options)
         if distill is None and not options.fits_statistics:
@@ -247,19 +271,19 @@ class _Job:
             keep_samples=True,
         )
         return cls(
-            local_folder(base, code=options.trust_remote_code),
-            local_folder(tuned, code=options.trust_remote_code),
-            Path(data),
-            None if retain_data is None else Path(retain_data),
-            retain,
-            options.resolved(retain and not options.resized_vocab, distilled=distill is not None),
-            calibration,
-            distill,
-            where,
-            None if keep_stats is None else Path(keep_stats),
-            None if graft_data is None else Path(graft_data),
-            None if teacher_data is None else Path(teacher_data),
-            aim,
+            base=local_folder(base, code=options.trust_remote_code),
+            tuned=local_folder(tuned, code=options.trust_remote_code),
+            target=to,
+            data=Path(data),
+            retain_data=optional_path(retain_data),
+            retained=retain,
+            options=options.resolved(retain and not options.resized_vocab, distilled=distill is not None),
+            calibration=calibration,
+            distill=distill,
+            aim=aim,
+            keep_stats=optional_path(keep_stats),
+            graft_data=optional_path(graft_data),
+            teacher_data=optional_path(teacher_data),
         )
 
     @property

@@ -24,7 +24,7 @@ from tailorcli.core import dowser
 from tailorcli.data.samples import Samples, count_tokens, make_batches
 from tailorcli.device import device_errors, exact_float32, resolve_device
 from tailorcli.errors import CheckpointError
-from tailorcli.files import PathLike
+from tailorcli.files import PathLike, optional_path
 from tailorcli.guard import OutputLock, Watch, path_text, protect
 from tailorcli.hub import local_folder
 from tailorcli.models.config import read_config
@@ -85,7 +85,7 @@ def probe_model(
         config = read_config(stored.path)
         drawing = _drawing(options, synthetic=data is None)
         check_shapes(stored, config, drawing)
-        source = Source(stored, stored, config, drawing, None if data is None else Path(data), None)
+        source = Source(stored, stored, config, drawing, optional_path(data), None)
         skeleton = skeleton_for_probe(stored, config, drawing, options.batch_size, device)
         smaller = "a smaller --batch-size or --seq-len" + ("" if skeleton else ", or --blockwise always")
         with exact_float32(), device_errors(smaller):

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from tailorcli.core import dowser, spider
 from tailorcli.errors import OptionsError, OutputError
-from tailorcli.files import PathLike
+from tailorcli.files import PathLike, optional_path
 from tailorcli.models.loading import unwrapped
 from tailorcli.training.choice import beside_own, choose, freeze_others, named_parameters
 from tailorcli.training.importance import Importance
@@ -66,7 +66,7 @@ class SparseTuning(TrainerCallback):  # type: ignore[misc]
             if method == "dowser":
                 raise OptionsError("dowser needs an importance", "make one: tailorcli probe BASE -o IMPORTANCE")
             raise OptionsError(f"method {method} takes no importance", "leave it out")
-        self._importance = None if importance is None else Path(importance)
+        self._importance = optional_path(importance)
         self.names: list[str] = []  # of the parameters that are trained
         self.unscored: dict[str, str] = {}  # parameters that dowser leaves frozen, each with the reason
         self._held: dict[str, Tensor] = {}  # the base's values, or the bits of the masks; whole until training begins
