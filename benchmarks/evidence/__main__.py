@@ -3,7 +3,7 @@
 Trains or fetches the models of several seeds, calibrates, sweeps over the settings of every method and writes
 docs/results/evidence-PART.md with its pictures, the tables of what-to-expect.md and README's. Everything lies in a
 cache; a rerun goes on from there. Scores of text and text-small are kept item by item in docs/results/data, to which
-later runs add theirs.
+later runs add theirs: their pages are made again without any model by `--page-only`.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="pairs at a time, each in a process of its own")
     parser.add_argument("--cache", type=Path, default=cache_root(), help="folder for weights and results (%(default)s)")
     parser.add_argument("--stored", type=Path, help="measure nothing: pages from FOLDER/PART/TASK-SEED/sweep")
-    parser.add_argument("--page-only", action="store_true", help="measure nothing: pages from what earlier runs kept")
+    parser.add_argument("--page-only", action="store_true", help="measure nothing: the pages of docs/results/data")
     options = parser.parse_args()
-    parts = options.parts or [part for part in PARTS if part != SMALL]
+    parts = options.parts or [part for part in PARTS if (_file(part).exists() if options.page_only else part != SMALL)]
     sections = []
     for part in PARTS:
         if part not in parts:
@@ -105,11 +105,18 @@ def main() -> None:
     say(f"wrote {', '.join(sections)}, the pictures, the tables in {SUMMARY.name} and README's")
 
 
+def _file(part: str) -> Path:
+    """Where a benchmark's results are kept beside the pages."""
+    return DOCS / "data" / f"evidence-{part}.jsonl"
+
+
 def _kept(part: str, folder: Path | None) -> tuple[list[Result], dict[str, Any]]:
     """All results of a benchmark that were ever kept, with those of ``folder``; and the machine."""
-    file = DOCS / "data" / f"evidence-{part}.jsonl"
+    file = _file(part)
     earlier, machine = read_kept(file)
     if folder is None:
+        if not earlier:
+            raise SystemExit(f"{file} is not there: --page-only makes pages of {' and '.join(KEPT)} alone, once run")
         return earlier, machine
     results, machine = joined(earlier, read_results(folder)), machine_of(folder) or machine
     if part in KEPT:
@@ -151,7 +158,10 @@ def _head(part: str, name: str, machine: dict[str, Any], missing: list[str], oth
         title, how = "The evidence: text, on two cores", f"`python -m benchmarks.evidence {part}`"
     if name != part:
         title = f"{title}, with {others}"
-        how = f"`python -m benchmarks.evidence {part} --stored FOLDER` from results that were stored before"
+        source = "--stored FOLDER` from results that were stored before"
+        if part in KEPT:
+            source = "--page-only` from the results in `data/`"
+        how = f"`python -m benchmarks.evidence {part} {source}"
     many = f"- **{samples_of(grid.many_samples)}** is the same on so many of each kind, for the {steps} steps "
     many += "that they get.\n"
     lacking = ""

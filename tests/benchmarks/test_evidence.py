@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.evidence import __main__ as program
 from benchmarks.evidence import pairs, pictures, render, run, stored, summary
 from benchmarks.quick import data as quick_data
 from benchmarks.quick import model as quick_model
@@ -295,6 +296,12 @@ def check_reports(pair, folder, monkeypatch):
     with pytest.raises(AssertionError, match="patched again"):  # from other statistics
         pictures.make_report(pair, pictures.DECORATED[1], folder)
     return reports
+
+
+def test_a_page_of_kept_results_alone_says_where_none_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "DOCS", tmp_path)
+    with pytest.raises(SystemExit, match=r"evidence-quick\.jsonl is not there: .* text and text-small alone"):
+        program._kept("quick", None)
 
 
 @pytest.mark.slow
