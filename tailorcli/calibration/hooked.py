@@ -155,8 +155,8 @@ class HookedLayers:
     def settle(self) -> None:
         """Say of each layer that nothing reached that it has no Hessian."""
         for layer in self.layers:
-            if layer.group is not None and not self._accumulators.tokens_of(layer.group):
-                layer.group, layer.reason = None, _NOT_CALLED
+            if layer.group is None or not self._accumulators.tokens_of(layer.group):
+                layer.group, layer.reason = None, layer.reason or _NOT_CALLED
 
     def _check(self, layer: Layer, module: nn.Module, inputs: Tensor, call: Call) -> None:
         """Find out how a layer takes its inputs, at its first call."""

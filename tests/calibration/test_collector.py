@@ -143,6 +143,15 @@ def test_a_model_that_calls_its_layers_twice_in_turn_is_calibrated(tmp_path, mon
     assert len(shared) == 1
 
 
+def test_layers_that_nothing_reaches_have_a_reason():
+    """As those of a block of a vision tower, where one pass has data of text alone: it tries and runs nothing."""
+    model = Pair([])
+    layers = find_layers(model)
+    assert list(Collector(list(layers.values()), model, CPU, StageTimer(CPU)).results()) == []
+    assert {layer.group for layer in layers.values()} == {None}
+    assert all("not called" in layer.reason for layer in layers.values())
+
+
 def test_tables_are_looked_up_as_often_as_there_are_samples():
     """Positions stand there once for all samples, as do the distances of two places; ids stand there for each."""
     found = Accumulators(CPU).get("table", False, 6)
