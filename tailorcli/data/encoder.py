@@ -324,6 +324,14 @@ class Encoder:
             what = f"the tool {lost[0]!r} of {record.where}, and maybe in others"
             self._tell("tools", f"the model's chat template does not write {what}: a template with tools does")
 
+    def _tell_of_columns(self, record: Record) -> None:
+        """Note the texts that stand beside images in columns which no form of a record has."""
+        texts = (name for name, value in record.fields.items() if isinstance(value, str) and value.strip())
+        unread = ", ".join(sorted(map(repr, {*texts}.difference(("image", "prompt", "response")))))
+        if record.form == "images" and unread:
+            what = f"{record.where}, and maybe others, has images, and beside them {unread}, which is not read"
+            self._tell("columns", f"{what}: name the text by --text-column, or --prompt-column and --response-column")
+
     def _tell(self, kind: str, message: str) -> None:
         """Make a note of a kind once."""
         if kind not in self.told:
@@ -434,7 +442,7 @@ class Encoder:
         if self.start_token is not None and not {"response", "text"} & fields.keys():
             what = f"{record.where} has audio and no response: this model is an encoder-decoder"
             raise DataError(what, 'say what is heard in "response", or name its column by --response-column')
-        sound = read_wav(record.folder / fields["audio"], rate, record.where)
+        sound = read_wav(record.sound, rate, record.where)
         most = getattr(extractor, "n_samples", None)  # Whisper's window
         if most is not None and len(sound) > most:
             what = f"the sound of {record.where}, and maybe of others, is longer than the model hears"
@@ -476,6 +484,7 @@ class Encoder:
     def _call_with_text(self, record: Record, images: list[Any], seq_len: int) -> Inputs:
         """Where neither the text nor the processor names the place of the images, they come first, a line each."""
         fields = record.fields
+        self._tell_of_columns(record)
         text = fields["text"] if "text" in fields else fields.get("prompt", "") + fields.get("response", "")
         text = self.unframed(text[: max(_LONG, _PER_TOKEN * seq_len)])
         if hasattr(self.processor, "num_query_tokens"):  # such a processor puts its query tokens in by itself

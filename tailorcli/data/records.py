@@ -13,16 +13,17 @@ from typing import Any, overload
 
 from tailorcli.data.formats import PlainText
 from tailorcli.data.forms import HINT, formed, renamed
-from tailorcli.data.media import image_of
+from tailorcli.data.media import content_of
 from tailorcli.data.sources import STDIN, open_source
 from tailorcli.errors import DataError, note
 from tailorcli.files import PathLike, file_digest, parse_json
 from tailorcli.options import DataColumns
 
 _IMAGES_HINT = 'an image is a file name, relative to the data file, or its bytes, as base64 or {"bytes": "..."}'
+_SOUND_HINT = 'sound is a WAV file, relative to the data file, or its bytes, as base64 or {"bytes": "..."}'
 _TOOLS_HINT = 'each is {"type": "function", "function": {"name": ..., "parameters": ...}}'
 _PLAIN_TEXT = "plain text"
-_TEXT_FIELDS = ("text", "prompt", "response", "audio")
+_TEXT_FIELDS = ("text", "prompt", "response")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ class Record:
         return [image if isinstance(image, bytes) else self.folder / image for image in named]
 
     @property
+    def sound(self) -> Path | bytes:
+        """The sound of a record that has one, a file or its bytes."""
+        sound: str | bytes = self.fields["audio"]
+        return sound if isinstance(sound, bytes) else self.folder / sound
+
+    @property
     def has_media(self) -> bool:
         """Whether anything but text is in it."""
         if "text" in self.fields:  # it wins over messages
@@ -57,7 +64,7 @@ class Record:
     def files(self) -> list[Path]:
         """The files of pictures and sound that it names."""
         found = [image for image in self.images if isinstance(image, Path)]
-        found += [self.folder / self.fields["audio"]] if isinstance(self.fields.get("audio"), str) else []
+        found += [sound] if "audio" in self.fields and isinstance(sound := self.sound, Path) else []
         messages = () if "text" in self.fields else self.fields.get("messages", ())  # text wins over them
         for part in (part for message in messages for part in content_parts(message)):
             named = next((part[key] for key in ("image", "path", "url") if key in part), None)
@@ -212,6 +219,11 @@ def check_record(where: str, value: Any, folder: Path) -> Record:
             raise DataError(f'{where}: "{name}" is a {type(fields[name]).__name__}, expected a string', HINT)
     if "images" in fields:
         fields = {**fields, "images": _images(where, fields["images"])}
+    if "audio" in fields:
+        try:
+            fields = {**fields, "audio": content_of(fields["audio"])}
+        except ValueError as error:
+            raise DataError(f'{where}: its "audio": {error}', _SOUND_HINT) from error
     media = "images" if fields.get("images") else "audio" if "audio" in fields else ""
     form = f"{form} with {media}" if form and media else form or media
     return Record(where, fields, folder, turns, form)
@@ -225,7 +237,7 @@ def _images(where: str, images: Any) -> list[str | bytes]:
         except ValueError as error:
             raise DataError(f'{where}: "images" is a list that is not JSON: {error}', _IMAGES_HINT) from error
     try:
-        return [image_of(image) for image in (images if isinstance(images, list) else [images])]
+        return [content_of(image) for image in (images if isinstance(images, list) else [images])]
     except ValueError as error:
         what = f'{where}: "images" must be a list of file names, or of bytes: {error}'
         raise DataError(what, _IMAGES_HINT) from error
@@ -242,7 +254,7 @@ def _with_images(where: str, message: dict[str, Any]) -> dict[str, Any]:
         if named is not None:
             value = part[named].get("url") if named == "image_url" and "url" in part[named] else part[named]
             try:
-                part = {"type": "image", "image": image_of(value)}
+                part = {"type": "image", "image": content_of(value)}
             except ValueError as error:
                 raise DataError(f"{where}: an image part of its messages: {error}", _IMAGES_HINT) from error
         ready.append(part)

@@ -147,6 +147,8 @@ def _check_choice(where: str, value: Any, folder: Path) -> Record:
 
 
 def _check_generate(where: str, value: Any, folder: Path) -> Record:
+    if isinstance(value, dict) and "audio" in value:
+        raise DataError(f"{where}: kind generate takes no audio", "score the response with kind text")
     fields = _fields(where, value, ("prompt", "response"), _GENERATE)
     accepted = fields["response"] if isinstance(fields["response"], list) else [fields["response"]]
     if not accepted or not all(isinstance(text, str) and text.strip() for text in accepted):
@@ -155,8 +157,6 @@ def _check_generate(where: str, value: Any, folder: Path) -> Record:
         raise DataError(
             f"{where}: a response has several lines, and what a model writes is read to the first", _GENERATE
         )
-    if "audio" in fields:
-        raise DataError(f"{where}: kind generate takes no audio", "score the response with kind text")
     return _media_record(where, fields | {"response": accepted}, folder)
 
 

@@ -1,5 +1,6 @@
 """Calibration data: the tokens of every format, sampling, batching, and errors that say where."""
 
+import base64
 import json
 import random
 import wave
@@ -373,6 +374,23 @@ def test_no_image_is_silently_left_out(llava, record, says):
         encode(llava, record)
 
 
+def test_texts_beside_images_that_no_form_has_are_told(llava, caplog):
+    record = {"image": "images/0.png", "width": 28, "caption": "A cup."}
+    for known in (record | {"text": "A cup."}, record | {"prompt": "a", "response": "b"}, {"image": "images/0.png"}):
+        encode(llava, known)
+    assert not caplog.text
+    encode(llava, record)
+    encode(llava, record | {"question": "What?"})
+    assert caplog.text.count("beside them 'caption', which is not read: name the text by --text-column") == 1
+
+
+@pytest.mark.parametrize("name", ["images", "audio"])
+def test_an_address_is_no_file(tmp_path, name):
+    """Path makes http:/x.org of it."""
+    with pytest.raises(DataError, match=r"address http://x\.org/a, and nothing is downloaded"):
+        check_record("d.jsonl:1", {name: "http://x.org/a", "text": "a"}, tmp_path)
+
+
 def test_images_are_turned_as_their_camera_noted(llava):
     from PIL import Image
 
@@ -508,6 +526,30 @@ def test_sound_beyond_what_a_model_hears_is_told(tmp_path, caplog):
     assert told[0] == told[2] == ""
     assert "the sound of d.jsonl:1" in told[1]
     assert "after 1 s is left out" in told[1]
+
+
+def test_a_sound_may_be_its_bytes(tmp_path):
+    """As an audio column of datasets has them."""
+    from families import make_family_pair
+
+    folder = make_family_pair(tmp_path, "whisper")
+    encoder = load_encoder(folder / "base", folder / "base", True, CalibrateOptions())
+    content = (folder / "audio" / "0.wav").read_bytes()
+
+    def heard(audio):
+        record = check_record("d.jsonl:1", {"audio": audio, "response": "a"}, folder)
+        return encoder.encode(record, 100)["input_features"]
+
+    for audio in ({"bytes": content, "path": "0.wav"}, {"path": "audio/0.wav"}, base64.b64encode(content).decode()):
+        assert heard(audio).equal(heard("audio/0.wav"))
+    for audio, says, hint in (
+        ({"array": [0.0], "sampling_rate": 16000}, r"\['array', 'sampling_rate'\], expected bytes or a path", "bytes"),
+        ({"bytes": b"fLaC"}, "cannot read the sound of 4 bytes", "convert it to PCM WAV"),
+        ("none.wav", "cannot read the sound .*none.wav", "paths start at the data file"),
+    ):
+        with pytest.raises(DataError, match=says) as error:
+            heard(audio)
+        assert hint in error.value.hint
 
 
 def test_sound_in_the_middle_of_a_text_is_refused(tmp_path):

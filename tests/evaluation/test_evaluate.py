@@ -433,6 +433,8 @@ def test_the_text_beside_a_sound_is_its_response(tmp_path):
     for empty in ({"response": ""}, {"text": ""}):
         with pytest.raises(TailorError, match="empty response"):
             read_tasks([f"t={write(folder / 'none.jsonl', [{'audio': heard['audio']} | empty])}:text"])
+    with pytest.raises(TailorError, match="takes no audio"):  # and no word of the prompt that it lacks
+        read_tasks([f"t={folder / 't0.jsonl'}:generate"])
 
 
 @pytest.mark.parametrize(
