@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
     import torch
 
     from tailorcli.data.samples import Inputs
+    from tailorcli.models.layers import Layer
     from tailorcli.models.lockstep import Lane
     from tailorcli.pipeline.work import Work
 
 _TOKENS = 512  # of the trial, on a GPU eight times as many
 _ROWS = 128  # of a layer that is solved for
+_CHANNELS = 1024  # of a layer that is wide enough to tell the time of others
 
 
 class _EnoughError(Exception):
@@ -99,12 +102,16 @@ def _measured(stored: Checkpoint, tuned: Checkpoint, options: CalibrateOptions, 
 
 
 def _solving(network: Any, block: str, lane: Lane, tokens: int, alike: int, device: torch.device) -> dict[str, float]:
-    """Seconds of gathering the block's Hessians, and of preparing and solving with the smallest full one."""
+    """Seconds of gathering the block's Hessians, and of preparing and solving with the smallest full one.
+
+    Where that is narrow for the model, with one as wide as most of the work has.
+    """
     from tailorcli.calibration.collector import Collector
     from tailorcli.core.hessian import unpack_triangle
     from tailorcli.models.layers import find_layers
 
-    layers = [layer for layer in find_layers(network).values() if layer.name.startswith(f"{block}.")]
+    every = list(find_layers(network).values())
+    layers = [layer for layer in every if layer.name.startswith(f"{block}.")]
     collector = Collector(layers, network, device, StageTimer(device))
     with collector.trial():
         lane.compute()
@@ -118,10 +125,22 @@ def _solving(network: Any, block: str, lane: Lane, tokens: int, alike: int, devi
     matrices = {name for name, parameter in network.named_parameters() if parameter.dim() == 2}  # no fused experts
     found = ((name, info, values) for name, info, values in collector.results() if name in matrices)
     packed = {name: (info, values) for name, info, values in found if values is not None and info.kind == "full"}
+    gathering = alike * max(0.0, folded - plain) / tokens
     name, (info, values) = min(packed.items(), key=lambda entry: entry[1][0].size)
-    hessian = unpack_triangle(values.to(device), info.size)
-    weight = network.get_parameter(name).detach().float().reshape(-1, info.size)[:_ROWS]
-    return {"hessian": alike * max(0.0, folded - plain) / tokens} | _solved(hessian, weight, device)
+    size = min(_CHANNELS, _usual_channels(every))
+    if info.size < size:  # as a patch embedding makes it: what a narrow layer takes does not grow by channels
+        rows = _noise((2 * size, size), device, 0)
+        solved = _solved(rows.T @ rows / len(rows), _noise((_ROWS, size), device, 1), device)
+    else:
+        weight = network.get_parameter(name).detach().float().reshape(-1, info.size)[:_ROWS]
+        solved = _solved(unpack_triangle(values.to(device), info.size), weight, device)
+    return {"hessian": gathering} | solved
+
+
+def _usual_channels(layers: Sequence[Layer]) -> int:
+    """Channels of a layer of which as many take as long to prepare as these, of all kinds."""
+    sizes = [layer.size for layer in layers if layer.role == "linear"]
+    return round(math.cbrt(sum(size**3 for size in sizes) / len(sizes)))
 
 
 def measure_bare(work: Work, dtype: torch.dtype, device: torch.device, load: float) -> Rates:

@@ -477,6 +477,18 @@ def test_the_plan_estimates_the_time_of_every_step(steps, tmp_path):
     assert longer.steps[1].seconds > plan.steps[1].seconds  # more text to be written
 
 
+def test_a_narrow_block_does_not_tell_the_time_of_a_wide_layer(tmp_path):
+    """Its calls took a millisecond each, which by channels cubed made minutes of a patch embedding."""
+    import torch
+
+    from tailorcli.pipeline import trial
+
+    folder = make_family_pair(tmp_path, "qwen2.5-vl")  # 32 channels wide, and 1,176 into its patch embedding
+    with Checkpoint.open(folder / "tuned") as tuned:
+        rates = trial.measure(tuned, tuned, OPTIONS, torch.device("cpu"))
+    assert 0.0 < rates.prepare * 1176**3 < 15.0
+
+
 def test_a_model_that_takes_no_text_alone_has_no_estimate(steps, monkeypatch):
     import torch
 
