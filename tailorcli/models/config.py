@@ -96,10 +96,15 @@ _WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def writes_samples(config: dict[str, Any]) -> bool:
-    """Whether a model writes samples of its own, as far as its config tells: no encoder-decoder, and no classifier."""
+    """Whether a model writes samples of its own, as far as its config tells.
+
+    No encoder-decoder does, no classifier, and none that writes to a picture alone (BLIP, BLIP-2, InstructBLIP).
+    """
+    if config.get("is_encoder_decoder") or "blip" in str(config.get("model_type")):
+        return False
     names = config.get("architectures")
     known = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-    return not config.get("is_encoder_decoder") and (not known or any(name.endswith(_WRITERS) for name in known))
+    return not known or any(name.endswith(_WRITERS) for name in known)
 
 
 def num_positions(config: dict[str, Any]) -> int:

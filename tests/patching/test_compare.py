@@ -39,7 +39,7 @@ def test_a_full_fine_tune_is_told_with_its_size(pair):
     assert found.architecture == "LlamaForCausalLM"
 
 
-@pytest.mark.parametrize("family", ["t5", "whisper", "vit"])
+@pytest.mark.parametrize("family", ["t5", "whisper", "vit", "instructblip"])
 def test_a_model_that_writes_no_samples_needs_data_of_its_old_tasks(tmp_path, family):
     """In every command that it is told as the next one."""
     folder = make_family_pair(tmp_path, family)
@@ -47,7 +47,7 @@ def test_a_model_that_writes_no_samples_needs_data_of_its_old_tasks(tmp_path, fa
     assert compare_models(base, tuned).needs == ("--retain-data", "OLD_TASK.jsonl")
     told = run("calibrate", tuned, "--data", data, "--num-samples", 2, "-o", tmp_path / "stats").stderr
     assert "calibrate BASE --data OLD_TASK -o BASE_STATS" in told
-    refused("patch", base, tuned, "--data", data, "-o", tmp_path / "out", mentions=["continues no text"])
+    refused("patch", base, tuned, "--data", data, "-o", tmp_path / "out", mentions=["cannot write its own samples"])
 
 
 def test_a_low_rank_change_is_told_from_a_full_one(pair, tmp_path):
