@@ -177,8 +177,9 @@ def _plan_tensor(
     note = ""
     if retain_stats is not None and options.retain_weight > 0.0:
         retained, note = _retained(entry, _entry(names, retain_stats), stats, retain_stats)
+    method = "" if options.method == "tailor" else options.method
     return TensorPlan(
-        *common, "patch", "", hessian, entry.role, entry.transposed, experts, retained, note, copies=copies
+        *common, "patch", "", hessian, entry.role, entry.transposed, experts, retained, note, method, copies=copies
     )
 
 

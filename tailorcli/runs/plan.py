@@ -32,7 +32,7 @@ class TensorPlan:
     experts: tuple[str, ...] = ()  # a Hessian for each slice of a tensor that fuses experts, instead of one
     retained_hessians: tuple[str, ...] = ()  # one for each of `hessians`; empty without a retain term
     note: str = ""  # why it has none, where others do
-    method: str = ""  # how it is patched, where the tensors of a run may differ in that
+    method: str = ""  # how it is patched, of merges and of what is no Model Tailor
     task_hessians: tuple[str, ...] = ()  # of merged tasks, one of each, where it is solved or measured with them
     held_bytes: int = 0  # of memory while it is worked on
     weight: float | None = None  # the share of the way that its entries go, where tensors differ in that

@@ -381,6 +381,8 @@ def test_through_the_command_in_every_dtype(tmp_path, dtype):
         assert method in facts
     shown = invoke("patch", *arguments, "-o", folder / "x", "--method", "dare", "--density", "0.00001", "--dry-run")
     assert shown.exit_code == 0
+    assert "patch, dare" in shown.stdout
+    assert "by salience" not in shown.stdout
 
 
 def test_what_is_read_and_kept_is_announced(llama_pair):
