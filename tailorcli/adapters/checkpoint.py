@@ -18,7 +18,7 @@ from tailorcli.adapters.fit import WEIGHTS_FILE, Formula, LoadedNames, fit_adapt
 from tailorcli.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, side_files
 from tailorcli.checkpoint.header import TensorInfo, torch_dtype
 from tailorcli.checkpoint.quantized import open_checkpoint
-from tailorcli.errors import CheckpointError, NumericalError
+from tailorcli.errors import CheckpointError, NumericalError, OptionsError
 from tailorcli.files import PathLike
 from tailorcli.hub import local_folder
 
@@ -195,7 +195,7 @@ def named_base(adapter: Path) -> Path:
     try:
         if named and (found := local_folder(named)).is_dir():
             return found
-    except (OSError, CheckpointError):  # no path at all; or not to be had from the Hub
+    except (OptionsError, CheckpointError):  # no path at all; or not to be had from the Hub
         pass
     nowhere = "which is no local folder and not to be had from the Hub"
     what = f"names {reprlib.repr(named)}, {nowhere}" if named else "names none"

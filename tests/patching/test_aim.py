@@ -200,7 +200,7 @@ def test_a_closed_form_that_reached_the_target_is_written_where_no_training_does
         lambda *given: replace(trained(*given), kept=missed, kept_before={"old": closed[given[2]], "new": 0.9}),
     )
     shares = iter([{"old": old, "new": density} for density, old in closed.items()])
-    monkeypatch.setattr("tailorcli.training.run.measure_patch_file", lambda *_: next(shares))
+    monkeypatch.setattr("tailorcli.training.run.Teaching.kept", lambda *_: next(shares))
     places = (*arguments(pair, tmp_path / "out"), "old=99", how, FEW)
     file = tmp_path / "p.safetensors"
     report = patch_to_target(*places, patch_file=file, tell=told.append)

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import closing
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -96,13 +97,14 @@ LEFT = {"t5": 0, "llava": 0, "mixtral": 0, "whisper": 0}
 
 def taught(folder, when, tuned="tuned"):
     """The last hidden states of tuned on its samples, the model whole or block by block."""
-    from tailorcli.training.run import _teach
-
-    with closing(Stats.open(folder / "stats")) as stats:
-        samples = stats.samples()
-    with open_checkpoint(folder / "base") as base, open_for(base, folder / tuned) as model:
-        how = (CalibrateOptions(blockwise=when), torch.device("cpu"), None, lambda _: None, torch.clone)
-        return _teach(base, model, samples, *how)
+    with (
+        closing(Stats.open(folder / "stats")) as stats,
+        open_checkpoint(folder / "base") as base,
+        open_for(base, folder / tuned) as model,
+        patch.object(stats, "run_options", lambda trust: CalibrateOptions(blockwise=when)),
+    ):
+        teaching = Teaching(base, [(model, stats)], stats, torch.device("cpu"))
+        return teaching._teach(model, stats, stats.samples(), lambda _: None, torch.clone)
 
 
 def assert_the_same_block_by_block(folder, tuned="tuned"):
@@ -140,9 +142,9 @@ def test_training_starts_from_the_patched_model_also_where_it_holds_gate_and_up_
         closing(Stats.open(folder / "stats")) as stats,
         open_checkpoint(folder / "base") as base,
         open_for(base, folder / "tuned") as tuned,
-        PatchFile.open(file) as patch,
+        PatchFile.open(file) as opened,
     ):
-        trained, untrained, _ = Teaching(base, [(tuned, stats)], stats, torch.device("cpu")).student(patch)
+        trained, untrained, _ = Teaching(base, [(tuned, stats)], stats, torch.device("cpu")).student(opened)
     assert untrained == {}
     patched = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
     for name, value in trained.network.named_parameters():
