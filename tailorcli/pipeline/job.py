@@ -110,14 +110,15 @@ def tailor(
     job = _Job.of(
         base=base,
         tuned=tuned,
-        to=Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite),
+        output=output,
+        patch_file=patch_file,
         data=data,
         retain_data=retain_data,
         retain=retain,
         options=options,
         calibration=calibration,
         distill=distill,
-        aim=None if target is None else check_target(target, options),
+        target=target,
         keep_stats=keep_stats,
         graft_data=graft_data,
         teacher_data=teacher_data,
@@ -189,14 +190,15 @@ def plan_job(
     job = _Job.of(
         base=base,
         tuned=tuned,
-        to=Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite),
+        output=output,
+        patch_file=patch_file,
         data=data,
         retain_data=retain_data,
         retain=retain,
         options=options,
         calibration=calibration,
         distill=distill,
-        aim=None if target is None else check_target(target, options),
+        target=target,
         keep_stats=keep_stats,
         graft_data=graft_data,
         teacher_data=teacher_data,
@@ -234,19 +236,22 @@ class _Job:
         *,
         base: PathLike,
         tuned: PathLike,
-        to: Target,
+        output: PathLike | None,
+        patch_file: PathLike | None,
         data: PathLike,
         retain_data: PathLike | None,
         retain: bool,
         options: PatchOptions,
         calibration: CalibrateOptions | None,
         distill: DistillOptions | None,
-        aim: Aim | None,
+        target: str | None,
         keep_stats: PathLike | None,
         graft_data: PathLike | None,
         teacher_data: PathLike | None,
     ) -> _Job:
         """Take the options together. Raises OptionsError where they contradict one another."""
+        to = Target.needed(output, patch_file, resume=options.resume, overwrite=options.overwrite)
+        aim = None if target is None else check_target(target, options)
         if aim is not None:
             distill, options = distill or DistillOptions(), searched(options)
         if distill is None and not options.fits_statistics:
