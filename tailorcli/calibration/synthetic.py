@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.data.forms import PROMPTS, RESPONSES
+from tailorcli.data.messages import images_in_order
 from tailorcli.data.records import Record, Records, check_record, read_records
 from tailorcli.data.samples import Samples, batch_places, join
 from tailorcli.distributed import gathered, mine, now_on
@@ -43,7 +44,8 @@ class Start:
     @property
     def is_asked(self) -> bool:
         """Whether it is a prompt, which the model answers to its end of text."""
-        return "text" not in self.record.fields and bool(self.record.fields.get("prompt"))
+        fields = self.record.fields
+        return "text" not in fields and bool(fields.get("prompt") or "messages" in fields)
 
     @property
     def has_text(self) -> bool:
@@ -56,7 +58,9 @@ _HINT = "calibrate on data of your own that stand for what it must not forget: -
 
 
 def read_starts(path: Path, columns: DataColumns = DataColumns()) -> Records:
-    """Records of what samples shall begin with: images, a prompt (its response is left out), or both.
+    """Records of what samples shall begin with: images, a prompt (its response is left out), messages, or both.
+
+    Of messages the last of the assistant's turns is left out: the model writes another one.
 
     Raises DataError with file and line.
     """
@@ -64,15 +68,32 @@ def read_starts(path: Path, columns: DataColumns = DataColumns()) -> Records:
 
 
 def _check_start(where: str, value: Any, folder: Path) -> Record:
-    hint = 'give it "images", "prompt" or "text"; put a chat model\'s marks into the prompt'
+    hint = 'give it "images", "prompt", "messages" or "text"'
     if isinstance(value, dict) and any(name in value for name in PROMPTS):
         value = {name: entry for name, entry in value.items() if name not in RESPONSES}
         value["response"] = ""
     record = check_record(where, value, folder)
-    for name in ("messages", "audio"):
-        if name in record.fields and "text" not in record.fields:
-            raise DataError(f"{where} has {name}, from which no sample of the model's own can begin", hint)
-    return record
+    if "text" in record.fields:
+        return record
+    if "audio" in record.fields:
+        raise DataError(f"{where} has audio, from which no sample of the model's own can begin", hint)
+    if "messages" not in record.fields:
+        return record
+    asked = _asked(record.fields["messages"])
+    if not asked:
+        raise DataError(
+            f"{where}: its messages have no turn before the assistant's, which the model would answer", hint
+        )
+    fields = {name: entry for name, entry in record.fields.items() if name not in ("prompt", "response")}
+    return replace(record, fields=fields | {"messages": asked})
+
+
+def _asked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages before the last that the assistant writes; all where it has yet to answer."""
+    last = len(messages)
+    while last and messages[last - 1].get("role") == "assistant":
+        last -= 1
+    return messages[:last] if any(message.get("role") != "system" for message in messages[:last]) else []
 
 
 def encode_starts(records: Sequence[Record], encoder: Encoder, options: CalibrateOptions) -> list[Start]:
@@ -202,7 +223,7 @@ def to_records(samples: Samples, starts: Sequence[Start], tokenizer: Any) -> lis
             records.append({"text": written})
             continue
         fields = start.record.fields
-        images = [_as_text(image) for image in start.record.images]
+        images = [_as_text(image) for image in images_in_order(start.record)]
         record: dict[str, Any] = {"images": images} if images else {}
         if start.is_asked:
             records.append(record | {"prompt": start.text, "response": written})

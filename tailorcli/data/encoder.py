@@ -77,10 +77,7 @@ class Encoder:
         if self.takes_media and record.has_media:
             return self._with_images(record, seq_len)
         if record.has_media:
-            raise DataError(
-                f"{record.where} has images, and the model's folder holds no processor for them",
-                "save it there: processor.save_pretrained(DIR); or give records of text alone",
-            )
+            raise _without_processor(record)
         if self.start_token is not None:
             return self._text_to_text(record, seq_len)
         token = getattr(self.processor, "image_token", None)
@@ -92,9 +89,11 @@ class Encoder:
     def start(self, record: Record, seq_len: int) -> tuple[Inputs | None, str]:
         """The inputs of what a model shall go on from, of ``seq_len`` tokens at most, and its text.
 
-        A question is framed by the chat template, up to where its answer begins; the tokenizer's own end of a text is
-        left out. Raises DataError.
+        A question and messages are framed by the chat template, up to where the answer begins; the tokenizer's own end
+        of a text is left out. Raises DataError.
         """
+        if "messages" in record.fields and "text" not in record.fields:
+            return self._asked_by_messages(record, seq_len)
         asked = self._asked(record)
         framed = None if asked is None else self._rendered(record, asked, True)
         if framed is None:
@@ -106,6 +105,23 @@ class Encoder:
         inputs = self.encode(replace(record, turns=None), seq_len)
         text = str(record.fields.get("text", record.fields.get("prompt", "")))
         return (None if inputs is None else self.without_end(inputs, text)), text
+
+    def _asked_by_messages(self, record: Record, seq_len: int) -> tuple[Inputs | None, str]:
+        """The inputs of messages and of the head of an answer to them, and their text."""
+        if not record.has_media:
+            text = self._rendered(record, self._form_of(record)[0], True)
+        elif not self.takes_media:
+            raise _without_processor(record)
+        else:
+            messages = record.fields["messages"]
+            text = self._rendered(record, messages, True) or self._rendered(record, [*map(as_parts, messages)], True)
+        if text is None:
+            raise DataError(
+                f"{record.where}: the chat template writes no head of an answer to these messages", _TEMPLATE_HINT
+            )
+        if record.has_media:
+            return self._with_images(record, seq_len, asked=True), text
+        return _as_inputs(self._within(self.tokens(record, text, False, seq_len), seq_len)), text
 
     def without_end(self, inputs: Inputs, text: str) -> Inputs:
         """Inputs of a ``text`` without the end that the tokenizer puts behind it, where nothing would follow."""
@@ -453,8 +469,11 @@ class Encoder:
         response = self.tokens(record, _written(record), most=seq_len, target=True)
         return inputs | {"decoder_input_ids": self._decoder_ids(response, seq_len)}
 
-    def _with_images(self, record: Record, seq_len: int) -> Inputs:
-        """Images and text through the model's own processor, which puts in as many image tokens as it needs."""
+    def _with_images(self, record: Record, seq_len: int, *, asked: bool = False) -> Inputs:
+        """Images and text through the model's own processor, which puts in as many image tokens as it needs.
+
+        Messages that are ``asked`` end with the head of an answer.
+        """
         if "messages" in record.fields and "text" not in record.fields:
             beside = iter(record.images)
             messages = [with_read_images(message, record, beside) for message in record.fields["messages"]]
@@ -472,7 +491,7 @@ class Encoder:
                 raise _endless(record) from error
             except Exception:  # whatever a model's own template raises, it will again
                 pass
-            how = {"tools": tools, "tokenize": True, "return_dict": True}
+            how = {"tools": tools, "tokenize": True, "return_dict": True, "add_generation_prompt": asked}
             inputs = self._call(record, lambda: call(messages, **how, return_tensors="pt"))
         else:
             images = [read_image(path, record.where) for path in record.images]
@@ -544,6 +563,13 @@ class Encoder:
         # An empty text has no tokens from which their dtype could be told.
         tensors |= {name: value.long() for name, value in tensors.items() if not value.numel()}
         return {name: value for name, value in tensors.items() if name not in _DROPPED}
+
+
+def _without_processor(record: Record) -> DataError:
+    return DataError(
+        f"{record.where} has images, and the model's folder holds no processor for them",
+        "save it there: processor.save_pretrained(DIR); or give records of text alone",
+    )
 
 
 def _endless(record: Record) -> DataError:

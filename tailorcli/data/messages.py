@@ -76,15 +76,26 @@ def with_read_images(message: dict[str, Any], record: Record, beside: Iterator[P
         if kind == "text":
             ready.append(part)
             continue
-        image = next((part[key] for key in ("image", "path", "url") if key in part), None)
-        if image is None:
-            image = next(beside, None)
-        elif isinstance(image, str) and "://" not in image:
-            image = record.folder / image
-        if not isinstance(image, bytes | Path):
-            raise DataError(f"{record.where}: an image part names {image!r}, expected a file", IMAGE_HINT)
-        ready.append({"type": "image", "image": read_image(image, record.where)})
+        ready.append({"type": "image", "image": read_image(_image_of(part, record, beside), record.where)})
     return {**message, "content": ready}
+
+
+def images_in_order(record: Record) -> list[Path | bytes]:
+    """The images of a record, files or their bytes, as they follow each other in its messages. Raises DataError."""
+    beside = iter(record.images)
+    parts = [part for message in record.fields.get("messages", ()) for part in content_parts(message)]
+    return [_image_of(part, record, beside) for part in parts if part.get("type") == "image"] + [*beside]
+
+
+def _image_of(part: dict[str, Any], record: Record, beside: Iterator[Path | bytes]) -> Path | bytes:
+    image = next((part[key] for key in ("image", "path", "url") if key in part), None)
+    if image is None:
+        image = next(beside, None)
+    elif isinstance(image, str) and "://" not in image:
+        image = record.folder / image
+    if not isinstance(image, bytes | Path):
+        raise DataError(f"{record.where}: an image part names {image!r}, expected a file", IMAGE_HINT)
+    return image
 
 
 def word_places(messages: Messages, text: str) -> Iterator[tuple[int, int]]:

@@ -270,6 +270,25 @@ def test_held_out_samples_name_their_pictures(tmp_path):
     assert len(report.scores["base"]["written"].count) == 3
 
 
+def test_messages_with_pictures_are_answered(tmp_path):
+    """The pictures reach the model, no prompt or answer of the record is in what it writes, and a task has them all."""
+    folder = make_family_pair(tmp_path, "llava")
+    pictures = [json.loads(line)["images"] for line in write_pictures(folder)[0].read_text().splitlines()]
+    told = [[{"type": "image", "path": name} for name in names] for names in pictures]
+    asked = [{"role": "user", "content": [*parts, {"type": "text", "text": "who"}]} for parts in told]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "zzzz"}]}
+    starts = write_lines(folder / "starts.jsonl", *({"messages": [turn, answer]} for turn in asked))
+    file = tmp_path / "written.jsonl"
+    calibrate_model(folder / "base", starts, tmp_path / "s", options(seq_len=60), held_out=file)
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert all(Path(path).is_file() for record in records for path in record["images"])
+    assert all(record["prompt"].endswith("ASSISTANT:") and "who" in record["prompt"] for record in records)
+    assert not any("zzzz" in text for record in records for text in (record["prompt"], record["response"]))
+    assert all("pixel_values" in sample for sample in Stats.open(tmp_path / "s").samples())
+    report = evaluate_models([folder / "base"], [f"written={file}:text"])
+    assert len(report.scores["base"]["written"].count) == 3
+
+
 def test_a_run_that_fails_leaves_no_held_out_samples_in_the_way_of_the_next(llama_pair, tmp_path, monkeypatch):
     import tailorcli.calibration.calibrate as module
 
@@ -366,7 +385,8 @@ def test_starts_that_are_none(llama_pair, tmp_path):
         file = write_lines(tmp_path / "starts.jsonl", *records)
         return refused("calibrate", base, "--synthetic", "--data", file, "-o", stats)
 
-    assert "starts.jsonl:1 has messages" in refused_start({"messages": [{"role": "user", "content": "x"}]})
+    assert "starts.jsonl:1: its messages" in refused_start({"messages": [{"role": "assistant", "content": "x"}]})
+    assert "no chat template" in refused_start({"messages": [{"role": "user", "content": "x"}]})
     assert "starts.jsonl:2 has audio" in refused_start({"text": "x"}, {"audio": "sound.wav"})
     assert "has the fields ['answer']" in refused_start({"answer": "x"})
     assert '"prompt" is a int' in refused_start({"prompt": 3})

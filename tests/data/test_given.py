@@ -111,6 +111,23 @@ def test_a_model_goes_on_from_a_question_as_its_template_frames_it(tmp_path):
     assert starts_of(tmp_path, make_tokenizer(TEMPLATE), {"prompt": "who"})[0] == "who"  # as it stands
 
 
+def test_a_model_answers_the_last_question_of_messages(tmp_path):
+    turns = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "me"}]
+    first = ("<user>who|<assistant>",) * 2
+    assert starts_of(tmp_path, make_tokenizer(TEMPLATE), {"messages": turns}) == first
+    assert starts_of(tmp_path, make_tokenizer(TEMPLATE), {"messages": turns[:1]}) == first
+    further = {"messages": [*turns, {"role": "user", "content": "why"}], "response": "left out"}
+    assert (
+        starts_of(tmp_path, make_tokenizer(TEMPLATE), further) == ("<user>who|<assistant>me|<user>why|<assistant>",) * 2
+    )
+    shared = {"conversations": [{"from": "human", "value": "who"}, {"from": "gpt", "value": "me"}]}
+    assert starts_of(tmp_path, make_tokenizer(TEMPLATE), shared) == first
+    with pytest.raises(DataError, match="no turn before the assistant's"):
+        starts_of(tmp_path, make_tokenizer(TEMPLATE), {"messages": [{"role": "system", "content": "be"}, turns[1]]})
+    with pytest.raises(DataError, match="no chat template"):
+        starts_of(tmp_path, make_tokenizer(), {"messages": turns})
+
+
 def test_a_model_goes_on_from_what_was_before_a_prompt(tmp_path):
     record = {"prompt": "who", "history": [["how", "so"]], "system": "be"}
     framed = "<system>be|<user>how|<assistant>so|<user>who|<assistant>"
