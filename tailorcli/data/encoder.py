@@ -302,10 +302,9 @@ class Encoder:
             )
         problem: Exception | None = None
         rendered: list[tuple[list[dict[str, Any]], str]] = []
-        tools = fields.get("tools") or None
         for messages in (fields["messages"], *other_forms(fields["messages"])):
             try:
-                call = partial(self.tokenizer.apply_chat_template, messages, tools=tools, tokenize=False)
+                call = partial(self.tokenizer.apply_chat_template, messages, **record.template_options, tokenize=False)
                 text = str(within(_SECONDS, call))
             except TimeoutError as error:
                 raise _endless(record) from error
@@ -323,7 +322,7 @@ class Encoder:
 
     def _rendered(self, record: Record, messages: list[dict[str, Any]], prompted: bool) -> str | None:
         """What the chat template makes of messages, and of the head of an answer to them; None where it refuses."""
-        how = {"tools": record.fields.get("tools") or None, "tokenize": False, "add_generation_prompt": prompted}
+        how = {**record.template_options, "tokenize": False, "add_generation_prompt": prompted}
         render = self.processor if self.takes_media and record.has_media else self.tokenizer
         try:
             return str(within(_SECONDS, partial(render.apply_chat_template, messages, **how)))
@@ -483,15 +482,14 @@ class Encoder:
                     f"{record.where}: no image part of its messages stands for the image {which}",
                     'mark its place with a part {"type": "image"}',
                 )
-            call = self.processor.apply_chat_template
-            tools = record.fields.get("tools") or None
+            call, options = self.processor.apply_chat_template, record.template_options
             try:  # once for the time it takes: decoding large images may well take longer
-                within(_SECONDS, partial(call, messages, tools=tools, tokenize=False))
+                within(_SECONDS, partial(call, messages, **options, tokenize=False))
             except TimeoutError as error:
                 raise _endless(record) from error
             except Exception:  # whatever a model's own template raises, it will again
                 pass
-            how = {"tools": tools, "tokenize": True, "return_dict": True, "add_generation_prompt": asked}
+            how = {**options, "tokenize": True, "return_dict": True, "add_generation_prompt": asked}
             inputs = self._call(record, lambda: call(messages, **how, return_tensors="pt"))
         else:
             images = [read_image(path, record.where) for path in record.images]

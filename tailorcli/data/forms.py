@@ -26,6 +26,7 @@ _ROLES = {
     "tool": ("tool", "observation", "function", "function_response", "tool_response"),
 }
 _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
+_LEARNT = ("weight", "train")  # whether a turn is learnt
 _OF_TURNS = " of messages"  # the form of a prompt and a response that are lists of turns
 IMAGE_MARK = "<image>"  # in the texts of turns: the place of the next image
 HINT = (
@@ -216,9 +217,10 @@ def _turn(where: str, name: str, turn: dict[str, Any]) -> dict[str, Any]:
     speaker, said = turn.get("from"), turn.get("value")
     if not isinstance(speaker, str) or speaker.lower() not in _ROLE_OF or not isinstance(said, str):
         raise _no_turn(where, name, turn)
+    more = {key: turn[key] for key in _LEARNT if key in turn}
     if speaker.lower() == "function_call" and (calls := _calls(said)):
-        return {"role": "assistant", "content": "", "tool_calls": calls}
-    return {"role": _ROLE_OF[speaker.lower()], "content": said}
+        return {"role": "assistant", "content": "", "tool_calls": calls, **more}
+    return {"role": _ROLE_OF[speaker.lower()], "content": said, **more}
 
 
 def _no_turn(where: str, name: str, turn: dict[str, Any]) -> DataError:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tailorcli.data.media import read_image
 from tailorcli.data.records import Record, content_parts
-from tailorcli.data.turns import Messages
+from tailorcli.data.turns import Messages, is_answer
 from tailorcli.errors import DataError
 from tailorcli.files import parse_json
 
@@ -107,5 +107,5 @@ def word_places(messages: Messages, text: str) -> Iterator[tuple[int, int]]:
             if found < 0:
                 continue
             place = found + len(words.strip())
-            if message.get("role") == "assistant":
+            if is_answer(message):
                 yield found, place

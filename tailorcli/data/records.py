@@ -22,6 +22,9 @@ from tailorcli.options import DataColumns
 _IMAGES_HINT = 'an image is a file name, relative to the data file, or its bytes, as base64 or {"bytes": "..."}'
 _SOUND_HINT = 'sound is a WAV file, relative to the data file, or its bytes, as base64 or {"bytes": "..."}'
 _TOOLS_HINT = 'each is {"type": "function", "function": {"name": ..., "parameters": ...}}'
+_TEMPLATE_HINT = 'it is an object of what the chat template knows by name: {"enable_thinking": false}'
+_OWN = ("conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message")
+_OWN_OF_CALL = ("return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length")
 _PLAIN_TEXT = "plain text"
 _TEXT_FIELDS = ("text", "prompt", "response")
 
@@ -51,6 +54,11 @@ class Record:
         """The sound of a record that has one, a file or its bytes."""
         sound: str | bytes = self.fields["audio"]
         return sound if isinstance(sound, bytes) else self.folder / sound
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """What the chat template is given beside messages."""
+        return {"tools": self.fields.get("tools") or None, **self.fields.get("chat_template_kwargs", {})}
 
     @property
     def has_media(self) -> bool:
@@ -214,6 +222,8 @@ def check_record(where: str, value: Any, folder: Path) -> Record:
         fields = {**fields, "messages": [_with_images(where, message) for message in messages]}
     elif found is None and not (fields.get("images") or "audio" in fields):
         raise DataError(f"{where} has the fields {sorted(map(str, value))}", HINT)
+    if "chat_template_kwargs" in fields:
+        fields = {**fields, "chat_template_kwargs": _template_options(where, fields["chat_template_kwargs"])}
     for name in _TEXT_FIELDS:
         if name in fields and not isinstance(fields[name], str):
             raise DataError(f'{where}: "{name}" is a {type(fields[name]).__name__}, expected a string', HINT)
@@ -269,6 +279,23 @@ def _is_image(part: Any, key: str) -> bool:
     if isinstance(value, dict) and key == "image_url" and "url" in value:
         value = value["url"]
     return isinstance(value, bytes | dict) or (isinstance(value, str) and value.startswith("data:"))
+
+
+def _template_options(where: str, options: Any) -> dict[str, Any]:
+    """What a record gives the chat template, as TRL takes it; what a table has no value for is left out."""
+    name = "chat_template_kwargs"
+    if isinstance(options, str) and options:
+        try:
+            options = parse_json(options)
+        except ValueError as error:
+            raise DataError(f'{where}: "{name}" is a string that is not JSON: {error}', _TEMPLATE_HINT) from error
+    if not options:
+        return {}
+    if not isinstance(options, dict):
+        raise DataError(f'{where}: "{name}" is a {type(options).__name__}, expected an object', _TEMPLATE_HINT)
+    if own := [key for key in options if key in (*_OWN, *_OWN_OF_CALL)]:
+        raise DataError(f'{where}: "{name}" has {own[0]!r}, which is set here', "leave it out")
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _tools(where: str, tools: Any) -> list[Any]:

@@ -17,8 +17,14 @@ OPEN, _CLOSE = "\ue000", "\ue001"  # characters of private use, which no text ha
 
 
 def answered(messages: Messages) -> list[int]:
-    """Which of the messages are the assistant's turns."""
-    return [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
+    """Which of the messages are the assistant's turns, those to learn."""
+    return [number for number, message in enumerate(messages) if is_answer(message)]
+
+
+def is_answer(message: dict[str, Any]) -> bool:
+    """Whether a message is the assistant's and to learn: data leave a turn out by a "weight" of 0, or "train" false."""
+    left_out = message.get("weight") == 0 or message.get("train") is False
+    return message.get("role") == "assistant" and not left_out
 
 
 def answer_places(messages: Messages, text: str, render: Render) -> list[tuple[int, int]] | None:

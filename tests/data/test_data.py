@@ -448,6 +448,29 @@ def test_tools_that_are_none_are_refused(write, tokenizer, tools):
     assert "function" in caught.value.hint
 
 
+MOOD = "{{ mood if mood is defined else 'plain' }}:{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("given", [{"mood": "glad", "none": None}, '{"mood": "glad"}'], ids=["object", "JSON"])
+def test_what_a_record_gives_the_template_reaches_it(write, given):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    records = [
+        {"messages": turns, "chat_template_kwargs": given},
+        {"question": "a", "answer": "b", "chat_template_kwargs": given},
+        {"messages": turns, "chat_template_kwargs": None},
+        {"messages": turns, "chat_template_kwargs": ""},
+    ]
+    path = write("data.jsonl", records)
+    assert texts(path, make_tokenizer(MOOD)) == ["glad:ab", "glad:ab", "plain:ab", "plain:ab"]
+
+
+@pytest.mark.parametrize("given", ["{", ["a"], 3, {"tokenize": True}, {"tools": []}])
+def test_what_the_template_cannot_be_given_is_refused(write, tokenizer, given):
+    turns = [{"role": "user", "content": "a"}]
+    with pytest.raises(DataError, match=r"data\.jsonl:1: \"chat_template_kwargs\""):
+        draw(write("data.jsonl", [{"messages": turns, "chat_template_kwargs": given}]), tokenizer)
+
+
 def framed():
     """A tokenizer that puts <s> before a text and </s> after it."""
     from tokenizers.processors import TemplateProcessing

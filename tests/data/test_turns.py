@@ -1,10 +1,14 @@
 """Which tokens of a conversation the assistant writes, whatever the chat template does with its turns."""
 
+from pathlib import Path
+
 import pytest
 from helpers import make_tokenizer
 
 from tailorcli.data.encoder import Encoder
-from tailorcli.data.records import Record
+from tailorcli.data.messages import word_places
+from tailorcli.data.records import Record, check_record
+from tailorcli.data.turns import answered
 
 PLAIN = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
@@ -37,6 +41,12 @@ def turns(*texts, **last):
     return messages
 
 
+def weighed(first, last):
+    """Two answers, each with more of its own."""
+    messages = turns("hi", "hey", "bye", "so long")
+    return [messages[0], messages[1] | first, messages[2], messages[3] | last]
+
+
 CALL = {"type": "function", "function": {"name": "look", "arguments": {}}}
 CALLING = [
     {"role": "user", "content": "how warm?"},
@@ -61,6 +71,14 @@ CASES = {
     "a call of a tool": (CALLS, CALLING, "[look]</>|seven</>"),
     "a turn that is left out": (LAST, turns("hi", "hey", "bye", "so long"), "so long</>"),
     "no answer": (PLAIN, turns("hi"), ""),
+    "a first turn of weight 0": (PLAIN, weighed({"weight": 0}, {"weight": 1}), "so long</>"),
+    "a last turn of weight 0": (PLAIN, weighed({"weight": None}, {"weight": 0.0}), "hey</>"),
+    "a turn that is not to be trained": (
+        THINKING,
+        weighed({"train": False}, {"train": True}),
+        "<think></think>so long</>",
+    ),
+    "turns that are all not to be learnt": (PLAIN, weighed({"train": False}, {"weight": 0}), ""),
 }
 
 
@@ -92,3 +110,16 @@ def test_many_turns_are_found_without_writing_the_conversation_for_each(monkeypa
     )
     assert len(encoder.responses(record, inputs)) == 100
     assert len(written) <= 5
+
+
+def test_turns_that_are_not_to_be_learnt_are_so_too_where_words_alone_tell_the_turns():
+    messages = weighed({"weight": 0}, {})
+    assert list(word_places(messages, "hi, hey, bye, so long")) == [(14, 21)]
+
+
+def test_turns_of_sharegpt_keep_whether_they_are_learnt():
+    said = [("human", "hi", {}), ("gpt", "hey", {"train": False}), ("human", "bye", {}), ("gpt", "so", {"weight": 1})]
+    record = check_record(
+        "here", {"conversations": [{"from": who, "value": text, **more} for who, text, more in said]}, Path()
+    )
+    assert answered(record.fields["messages"]) == [3]
