@@ -75,6 +75,8 @@ def _check_start(where: str, value: Any, folder: Path) -> Record:
     record = check_record(where, value, folder)
     if "text" in record.fields:
         return record
+    if "input_ids" in record.fields:
+        raise DataError(f"{where} has token ids, from which no sample of the model's own can begin", hint)
     if "audio" in record.fields:
         raise DataError(f"{where} has audio, from which no sample of the model's own can begin", hint)
     if "messages" not in record.fields:

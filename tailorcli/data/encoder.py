@@ -14,7 +14,7 @@ from tailorcli.data.media import read_image, read_wav
 from tailorcli.data.messages import IMAGE_HINT, as_parts, other_forms, with_read_images, word_places, words_of
 from tailorcli.data.records import Record, Records, content_parts
 from tailorcli.data.timed import within
-from tailorcli.data.turns import answer_places, answered, common, marked, tokens_at
+from tailorcli.data.turns import answer_places, answered, common, labelled, marked, tokens_at
 from tailorcli.errors import DataError, first_line, note
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ class Encoder:
     def _encode(self, record: Record, seq_len: int) -> Inputs | None:
         if "audio" in record.fields:
             return self._speech(record, seq_len)
+        if "input_ids" in record.fields:
+            return _as_inputs(self._within(self._given_ids(record), seq_len))
         record = self.framed_by_template(record)
         if self.takes_media and record.has_media:
             return self._with_images(record, seq_len)
@@ -85,6 +87,18 @@ class Encoder:
             raise DataError(f"{record.where} marks an image with {token!r} and names none", IMAGE_HINT)
         plain = "text" in record.fields or "messages" not in record.fields  # a template writes special tokens itself
         return _as_inputs(self._within(self.tokens(record, self._text_of(record), plain, seq_len), seq_len))
+
+    def _given_ids(self, record: Record) -> list[int]:
+        """The token ids that a record has itself. Raises DataError for those of another kind of model."""
+        if self.start_token is not None:
+            what = f"{record.where} has token ids, and this model is an encoder-decoder"
+            raise DataError(what, 'give it texts: a "prompt" and a "response"')
+        ids: list[int] = record.fields["input_ids"]
+        known = len(self.tokenizer)
+        if ids and max(ids) >= known:
+            what = f"{record.where} has the token {max(ids):,}, and the model's tokenizer knows {known:,}"
+            raise DataError(what, "these were made for another model: give the texts that they were made of")
+        return ids
 
     def start(self, record: Record, seq_len: int) -> tuple[Inputs | None, str]:
         """The inputs of what a model shall go on from, of ``seq_len`` tokens at most, and its text.
@@ -195,6 +209,8 @@ class Encoder:
         del self.cuts[before:]
 
     def _responses(self, record: Record, inputs: Inputs) -> list[tuple[int, int]]:
+        if "input_ids" in record.fields:
+            return labelled(record.fields.get("labels", ()), inputs["input_ids"].shape[1])
         response = str(record.fields.get("response", ""))
         record = self.framed_by_template(record)
         if "text" in record.fields or "input_ids" not in inputs or "decoder_input_ids" in inputs:

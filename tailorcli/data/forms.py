@@ -1,7 +1,8 @@
 """The forms that records have in the data that people fine-tune on, brought to the few that a model is given.
 
 A form is told by the names of a record's fields, as TRL, axolotl and LLaMA-Factory have them. What comes out has
-``text``, or ``messages`` (with ``tools``), or ``prompt`` and ``response``, beside what the record has else.
+``text``, or ``messages`` (with ``tools``), or ``prompt`` and ``response``, or ``input_ids`` (with ``labels``), beside
+what the record has else.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _ROLES = {
     "tool": ("tool", "observation", "function", "function_response", "tool_response"),
 }
 _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
+TOKEN_IDS = "token ids"  # the form of a record that is prepared for a model
+_BESIDE_TOKENS = ("images", "image", "audio", "pixel_values", "input_features")
 _LEARNT = ("weight", "train")  # whether a turn is learnt
 _OF_TURNS = " of messages"  # the form of a prompt and a response that are lists of turns
 IMAGE_MARK = "<image>"  # in the texts of turns: the place of the next image
@@ -51,7 +54,7 @@ def is_known(columns: Sequence[str], named: DataColumns) -> bool:
     if wanted:
         return wanted <= there
     pair = there.intersection(PROMPTS) and there.intersection(RESPONSES)
-    return bool(pair or there.intersection(("text", "messages", "chosen", *TURNS)))
+    return bool(pair or there.intersection(("text", "messages", "chosen", "input_ids", *TURNS)))
 
 
 def formed(where: str, value: dict[str, Any]) -> Formed | None:
@@ -67,9 +70,36 @@ def formed(where: str, value: dict[str, Any]) -> Formed | None:
         return _conversation(where, value, turns)
     if response == "chosen":
         return _preference(where, value, prompt)
-    if prompt is None or response is None:
-        return None
-    return _pair(where, value, prompt, response)
+    if prompt is not None and response is not None:
+        return _pair(where, value, prompt, response)
+    return _tokens(where, value) if "input_ids" in value else None
+
+
+def _tokens(where: str, value: dict[str, Any]) -> Formed:
+    """Token ids, as axolotl and TRL prepare them, with the labels of those to learn; what was padded is left out."""
+    if beside := next((name for name in _BESIDE_TOKENS if value.get(name) is not None), None):
+        what = f'{where} has "input_ids" and "{beside}", and of prepared records the tokens alone are read'
+        raise DataError(what, "give it as it was before: texts, with images or audio")
+    names = [name for name in ("input_ids", "labels", "attention_mask") if value.get(name) is not None]
+    columns = {name: _numbers(where, value, name) for name in names}
+    ids = columns.get("input_ids", [])
+    if other := next((name for name in names if len(columns[name]) != len(ids)), None):
+        what = f'{where}: "{other}" has {len(columns[other]):,} numbers, and "input_ids" {len(ids):,}'
+        raise DataError(what, "a number for each token")
+    if any(number < 0 for number in ids):
+        raise DataError(f'{where}: "input_ids" has {min(ids)}, which is no token', "ids count from 0")
+    mask = columns.pop("attention_mask", [1] * len(ids))
+    fields = {
+        name: [number for number, seen in zip(numbers, mask, strict=True) if seen] for name, numbers in columns.items()
+    }
+    return TOKEN_IDS, fields, None
+
+
+def _numbers(where: str, value: dict[str, Any], name: str) -> list[int]:
+    found = value[name]
+    if not isinstance(found, list) or not all(type(number) is int for number in found):
+        raise DataError(f'{where}: "{name}" is {_shown(found)}, expected a list of whole numbers', HINT)
+    return found
 
 
 def renamed(where: str, value: dict[str, Any], named: DataColumns) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from tailorcli.data.formats import PlainText
-from tailorcli.data.forms import HINT, formed, renamed
+from tailorcli.data.forms import HINT, TOKEN_IDS, formed, renamed
 from tailorcli.data.media import content_of
 from tailorcli.data.sources import STDIN, open_source
 from tailorcli.errors import DataError, note
@@ -208,6 +208,8 @@ def check_record(where: str, value: Any, folder: Path) -> Record:
         raise DataError(f"{where} is a {type(value).__name__}, expected an object", HINT)
     found = formed(where, value)
     form, fields, turns = ("", value, None) if found is None else found
+    if form != TOKEN_IDS:  # its text is what counts: the tokens may be another model's
+        fields = {name: entry for name, entry in fields.items() if name != "input_ids"}
     if "images" not in fields and "image" in fields:
         fields = {**fields, "images": [fields["image"]]}
     if fields.get("images") == "":  # a row of a .csv that has none

@@ -120,6 +120,19 @@ def common(first: Sequence[Any], second: Sequence[Any]) -> int:
     return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
+def labelled(labels: Sequence[int], length: int) -> list[tuple[int, int]]:
+    """The runs of the first ``length`` tokens that have a label; where none is to be learnt it is -100, or another."""
+    runs: list[tuple[int, int]] = []
+    for place, label in enumerate(labels[:length]):
+        if label < 0:
+            continue
+        if runs and runs[-1][1] == place:
+            runs[-1] = (runs[-1][0], place + 1)
+        else:
+            runs.append((place, place + 1))
+    return runs
+
+
 def tokens_at(places: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """The tokens, by their ``offsets`` in a text, that hold each of these places of it; none has no run."""
     token = 0

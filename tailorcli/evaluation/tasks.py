@@ -125,7 +125,7 @@ def read_tasks(specs: Sequence[str], limit: int | None = None) -> list[Task]:
 
 def _check_text(where: str, value: Any, folder: Path) -> Record:
     record = check_record(where, value, folder)
-    if not record.fields.keys() & {"text", "messages", "response"}:
+    if not record.fields.keys() & {"text", "messages", "response", "input_ids"}:
         raise DataError(f"{where} has no text to score", _TEXT)
     if _is_pair(record) and not _response(record):
         raise DataError(f"{where} has an empty response: there is nothing to score", _TEXT)
@@ -181,7 +181,7 @@ def _media_record(where: str, fields: dict[str, Any], folder: Path) -> Record:
 
 def _is_pair(record: Record) -> bool:
     """Whether a response is scored, and not a whole text."""
-    return "audio" in record.fields or not record.fields.keys() & {"text", "messages"}
+    return "audio" in record.fields or not record.fields.keys() & {"text", "messages", "input_ids"}
 
 
 def _response(record: Record) -> str:
@@ -230,7 +230,7 @@ def _text_item(number: int, record: Record, encoder: Encoder, limit: int) -> Ite
             return None
         row = _continuation(encoder, record, prompt, response, _before(encoder, record, prompt))
         return Item(number, (row,)) if _num_tokens(row.inputs) <= limit else None
-    asked = is_pair_of_turns(record.form)
+    asked = is_pair_of_turns(record.form) or {"input_ids", "labels"} <= record.fields.keys()
     inputs = _with_tokens(record, encoder.encode(record, sys.maxsize if asked else limit))
     if inputs is None or inputs["input_ids"].shape[1] < 2 or (asked and _num_tokens(inputs) > limit):
         return None

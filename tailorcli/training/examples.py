@@ -139,9 +139,9 @@ def _with_labels(inputs: Inputs, record: Record, encoder: Encoder, seq_len: int)
         what = f"{record.where} gives the model no text, and what is learnt is to write text"
         raise DataError(what, "train classifiers and encoders alone with transformers; patch takes what comes of it")
     fields = record.fields
-    if "text" in fields:
+    if "text" in fields or ("input_ids" in fields and "labels" not in fields):
         return inputs | {"labels": inputs["input_ids"].clone()}
-    if "messages" in fields:
+    if "messages" in fields or "input_ids" in fields:
         spans = encoder.responses(record, inputs)
     elif "response" not in fields:  # pictures alone, whose marks are no text
         spans = []

@@ -14,6 +14,7 @@ from tailorcli.data.records import read_records
 from tailorcli.errors import DataError
 from tailorcli.models.loading import load_encoder
 from tailorcli.options import CalibrateOptions
+from tailorcli.training.examples import IGNORED, encode_example
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}|{% endfor %}"
@@ -209,3 +210,51 @@ def test_a_long_record_that_is_cut_counts_once_also_where_its_response_is_looked
     inputs = encoder.encode(record, 10)
     assert encoder.responses(record, inputs) == []
     assert encoder.cuts == [(300, 10)]
+
+
+# --- records that are prepared for a model --------------------------------------------------------------------------
+
+PREPARED = {"input_ids": [5, 6, 7, 8, 0], "labels": [-100, 6, -100, 8, -100], "attention_mask": [1, 1, 1, 1, 0]}
+
+
+def test_tokens_are_taken_as_they_are_without_what_was_padded(tmp_path):
+    encoder, record = Encoder(make_tokenizer()), one(tmp_path, PREPARED)
+    for length, expected in ((99, [(1, 2), (3, 4)]), (3, [(1, 2)])):
+        inputs = encoder.encode(record, length)
+        assert inputs["input_ids"].tolist() == [[5, 6, 7, 8][:length]]
+        assert encoder.responses(record, inputs) == expected
+    alone = one(tmp_path, {"input_ids": [5, 6]})
+    assert encoder.responses(alone, encoder.encode(alone, 9)) == []
+
+
+def test_a_text_beside_tokens_is_what_counts(tmp_path):
+    tokenizer = make_tokenizer()
+    record = one(tmp_path, PREPARED | {"text": "ab"})
+    assert tokenizer.decode(Encoder(tokenizer).encode(record, 9)["input_ids"][0]).replace(" ", "") == "ab"
+    pair = one(tmp_path, PREPARED | {"prompt": "a", "response": "b"})
+    assert encode_example(pair, Encoder(tokenizer), 9)["labels"].ne(IGNORED).sum() == 1
+
+
+def test_the_labels_say_what_is_learnt(tmp_path):
+    encoder = Encoder(make_tokenizer())
+    assert encode_example(one(tmp_path, PREPARED), encoder, 9)["labels"].tolist() == [[IGNORED, 6, IGNORED, 8]]
+    assert encode_example(one(tmp_path, {"input_ids": [5, 6]}), encoder, 9)["labels"].tolist() == [[5, 6]]
+    assert encode_example(one(tmp_path, PREPARED | {"labels": [-100] * 5}), encoder, 9) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": [1]}, '"labels" has 1 numbers, and "input_ids" 5'),
+        ({"input_ids": "5 6"}, '"input_ids" is'),
+        ({"input_ids": [5, 6.5, 7, 8, 9]}, '"input_ids" is'),
+        ({"input_ids": [5, -6, 7, 8, 9]}, '"input_ids" has -6'),
+        ({"input_ids": [5, 60_000, 7, 8, 9]}, "has the token 60,000"),
+        ({"pixel_values": [[0.0]]}, '"input_ids" and "pixel_values"'),
+    ],
+)
+def test_tokens_that_are_none_are_refused(tmp_path, change, message):
+    with pytest.raises(DataError, match=message):
+        Encoder(make_tokenizer()).encode(one(tmp_path, PREPARED | change), 9)
+    with pytest.raises(DataError, match="encoder-decoder"):
+        Encoder(make_tokenizer(), start_token=0).encode(one(tmp_path, PREPARED), 9)

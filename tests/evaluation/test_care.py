@@ -40,6 +40,14 @@ def test_of_a_prompt_and_a_completion_that_are_turns_the_completion_alone_is_sco
         encode_task(task, encoder, EvaluateOptions(seq_len=12))
 
 
+def test_of_prepared_tokens_those_with_a_label_are_scored():
+    record = check_record("t", {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8]}, None)
+    [item] = encode_task(Task("t", None, "text", (record,), ""), Encoder(make_tokenizer()), EvaluateOptions()).items
+    [row] = item.rows
+    assert row.places.tolist() == [0, 2]
+    assert row.wanted.tolist() == [[6, 8]]
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = make_pair(tmp_path_factory.mktemp("care"))
