@@ -29,8 +29,11 @@ BYTES = [chr(288) if c == " " else c for c in CHARACTERS]  # byte-level tokenize
 IMAGE_MARKS = {
     "llava": "<image>",
     "qwen2.5-vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "qwen3-vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "gemma3": "<start_of_image>",
+    "paligemma": "<image>",
 }
+PALIGEMMA_VOCAB = 1280  # its processor adds 1,024 places and 128 segments to the tokenizer
 
 LLAVA_TEMPLATE = """\
 {%- for message in messages %}{{ message['role'] | upper }}: \
@@ -135,6 +138,10 @@ def gemma_tokenizer():
     )
 
 
+def paligemma_tokenizer():
+    return tokenizer_with(named={"image_token": "<image>"}, bos_token="<bos>", eos_token="<eos>")
+
+
 def whisper_tokenizer():
     """Whisper's own class: byte-level, its special tokens behind ``<|endoftext|>``."""
     special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
@@ -208,6 +215,12 @@ def save_gemma_processor(folder):
         chat_template=tokenizer.chat_template,
         image_seq_length=4,
     ).save_pretrained(folder)
+
+
+def save_paligemma_processor(folder):
+    pixels = tr.SiglipImageProcessorPil(size={"height": IMAGE, "width": IMAGE})
+    pixels.image_seq_length = 4
+    tr.PaliGemmaProcessor(pixels, paligemma_tokenizer()).save_pretrained(folder)
 
 
 def save_whisper_processor(folder):
@@ -359,6 +372,30 @@ def make_qwen_vl():
     return tr.Qwen2_5_VLForConditionalGeneration(config)
 
 
+def make_qwen3_vl():
+    tokenizer = qwen_tokenizer()
+    mrope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    config = tr.Qwen3VLConfig(
+        text_config=tr.Qwen3VLTextConfig(**GROUPED, head_dim=8, rope_parameters=mrope).to_dict(),
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 4,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+    )
+    return tr.Qwen3VLForConditionalGeneration(config)
+
+
 def make_gemma():
     tokenizer = gemma_tokenizer()
     config = tr.Gemma3Config(
@@ -373,6 +410,21 @@ def make_gemma():
     model = tr.Gemma3ForConditionalGeneration(config)
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)  # else zeros
     return model
+
+
+def make_paligemma():
+    tokenizer = paligemma_tokenizer()
+    text = GROUPED | {"vocab_size": PALIGEMMA_VOCAB}
+    config = tr.PaliGemmaConfig(
+        text_config=tr.Gemma2Config(**text, head_dim=8, query_pre_attn_scalar=8, sliding_window=16).to_dict(),
+        vision_config=tr.SiglipVisionConfig(**TOWER, vision_use_head=False, projection_dim=32).to_dict(),
+        image_token_index=tokenizer.image_token_id,
+        projection_dim=32,
+        pad_token_id=0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return tr.PaliGemmaForConditionalGeneration(config)
 
 
 def make_whisper():
@@ -469,6 +521,14 @@ def gemma_inputs():
     } | vision_inputs()
 
 
+def paligemma_inputs():
+    """The image and a prompt, which see one another, and an answer of three tokens."""
+    ids = with_image([], [paligemma_tokenizer().image_token_id] * 4, [])
+    kinds = torch.zeros_like(ids)
+    kinds[:, -3:] = 1
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": kinds} | vision_inputs()
+
+
 def whisper_inputs():
     return {"input_features": noise(2, 16, 100), "decoder_input_ids": token_ids(length=7, seed=5)}
 
@@ -509,7 +569,9 @@ _ALL = [
     Family("llava", "multimodal", make_llava, save_llava_processor, llava_inputs),
     Family("instructblip", "multimodal", make_instructblip, save_instructblip_processor, instructblip_inputs),
     Family("qwen2.5-vl", "multimodal", make_qwen_vl, save_qwen_processor, qwen_vl_inputs),
+    Family("qwen3-vl", "multimodal", make_qwen3_vl, save_qwen_processor, qwen_vl_inputs),
     Family("gemma3", "multimodal", make_gemma, save_gemma_processor, gemma_inputs),
+    Family("paligemma", "multimodal", make_paligemma, save_paligemma_processor, paligemma_inputs),
     Family("whisper", "speech", make_whisper, save_whisper_processor, whisper_inputs),
 ]
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
@@ -565,7 +627,7 @@ def _multimodal_records(name, images, generator):
         for i in range(3)
     ]
     chats = []
-    for i in range(2):
+    for i in range(0 if name == "paligemma" else 2):  # it has no chat template
         parts = [{"type": "image", "path": images[i + 1]}, {"type": "text", "text": _words(generator)}]
         answer = [{"type": "text", "text": _words(generator)}]
         messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.data.forms import PROMPTS, RESPONSES
 from tailorcli.data.messages import images_in_order
 from tailorcli.data.records import Record, Records, check_record, read_records
-from tailorcli.data.samples import Samples, batch_places, join
+from tailorcli.data.samples import Samples, batch_places, join, lengthened
+from tailorcli.device import is_out_of_memory
 from tailorcli.distributed import gathered, mine, now_on
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line, note
 from tailorcli.guard import path_text
 from tailorcli.models.generation import TOGETHER, end_token_ids, media_token_ids, samples_together, sampling_generation
+from tailorcli.models.running import in_dtype_of, to_device
 from tailorcli.options import CalibrateOptions, DataColumns
 from tailorcli.terminal import Progress
 
@@ -40,6 +42,7 @@ class Start:
     record: Record
     inputs: Inputs
     text: str = ""  # of the inputs, as the chat template frames it
+    kind: int = 0  # of the tokens that are written behind it
 
     @property
     def is_asked(self) -> bool:
@@ -110,7 +113,7 @@ def encode_starts(records: Sequence[Record], encoder: Encoder, options: Calibrat
     for record in order[: options.num_samples]:
         inputs, text = encoder.start(record, max(1, options.length - 1))
         if inputs is not None:
-            starts.append(Start(record, inputs, text))
+            starts.append(Start(record, inputs, text, encoder.written_kind))
     if not starts:
         raise DataError(f"{records[0].where}: no record gives a single token to start from", "see --data")
     if cut := len(encoder.cuts) - before:
@@ -170,7 +173,8 @@ def write_samples(
             length = batch["input_ids"].shape[1]
             written = _continued(network, batch, options, device, barred, ends, static=not starts)
             for number, ids in zip(numbers, written, strict=True):
-                found[number] = _lengthened(begun[number], _ended(ids, length, ends))
+                kind = starts[number % len(starts)].kind if starts else 0
+                found[number] = lengthened(begun[number], _ended(ids, length, ends), kind)
             bar.update(len(numbers) * max(0, options.length - length))
     now_on("")
     joint = {number: sample for each in gathered(found) for number, sample in each.items()}
@@ -194,16 +198,9 @@ def _begun(starts: Sequence[Start], number: int, token: torch.Tensor) -> Inputs:
     if not starts:
         return {"input_ids": ids}
     start = starts[number % len(starts)]
-    return start.inputs if start.has_text else _lengthened(start.inputs, torch.cat([start.inputs["input_ids"], ids], 1))
-
-
-def _lengthened(inputs: Inputs, ids: torch.Tensor) -> Inputs:
-    """The inputs with their tokens replaced by more of them (1, T); the token types of the new ones say text (0)."""
-    from torch.nn.functional import pad
-
-    more = ids.shape[1] - inputs["input_ids"].shape[1]
-    kinds = {name: pad(value, (0, more)) for name, value in inputs.items() if name.endswith("token_type_ids")}
-    return inputs | kinds | {"input_ids": ids}
+    if start.has_text:
+        return start.inputs
+    return lengthened(start.inputs, torch.cat([start.inputs["input_ids"], ids], 1), start.kind)
 
 
 def _ended(ids: torch.Tensor, length: int, ends: Sequence[int]) -> torch.Tensor:
@@ -285,13 +282,15 @@ def _continued(
     if missing <= 0:
         return inputs["input_ids"]
     require_writer(network, inputs)
-    given = {name: value.to(device) for name, value in inputs.items()}
+    given = in_dtype_of(network, to_device(inputs, device))
     try:
         with sampling_generation(network, missing, barred, ends, static=static) as settings:
             written: torch.Tensor = network.generate(
                 **given, attention_mask=torch.ones_like(given["input_ids"]), generation_config=settings
             )
-    except (RuntimeError, ValueError, IndexError) as error:
+    except Exception as error:  # whatever a model's own code raises
+        if is_out_of_memory(error):
+            raise
         what = f"the model cannot be sampled from: {first_line(error)}"
         raise NumericalError(what, f"pass --dtype float32, or {_HINT}") from error
     return written.cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -52,6 +53,21 @@ class Encoder:
         return getattr(self.processor, "tokenizer", self.processor)
 
     @cached_property
+    def takes_suffix(self) -> bool:
+        """Whether the processor takes a text's end apart: PaliGemma, whose tokens before it see one another."""
+        return self.takes_media and "suffix" in inspect.signature(type(self.processor).__call__).parameters
+
+    @property
+    def written_kind(self) -> int:
+        """The kind (token_type_ids) of the tokens that a model writes behind a prompt with images."""
+        return int(self.takes_suffix)
+
+    def seen_ahead(self, inputs: Inputs) -> int:
+        """How many of the first tokens are read by those before them, so that they are not predicted."""
+        kinds = inputs.get("token_type_ids") if self.takes_suffix else None
+        return 0 if kinds is None else int(kinds.eq(0).sum())
+
+    @cached_property
     def media_ids(self) -> list[int]:
         """The ids of tokens that stand for a part of an image, which no model writes."""
         if not self.takes_media:
@@ -86,7 +102,10 @@ class Encoder:
         if self.takes_media and isinstance(token, str) and any(token in value for value in _texts(record)):
             raise DataError(f"{record.where} marks an image with {token!r} and names none", IMAGE_HINT)
         plain = "text" in record.fields or "messages" not in record.fields  # a template writes special tokens itself
-        return _as_inputs(self._within(self.tokens(record, self._text_of(record), plain, seq_len), seq_len))
+        inputs = _as_inputs(self._within(self.tokens(record, self._text_of(record), plain, seq_len), seq_len))
+        if inputs is not None and self.takes_suffix:  # beside samples with images in a batch it is no prefix
+            inputs["token_type_ids"] = inputs["input_ids"].new_ones(inputs["input_ids"].shape)
+        return inputs
 
     def _given_ids(self, record: Record) -> list[int]:
         """The token ids that a record has itself. Raises DataError for those of another kind of model."""
@@ -139,10 +158,14 @@ class Encoder:
 
     def without_end(self, inputs: Inputs, text: str) -> Inputs:
         """Inputs of a ``text`` without the end that the tokenizer puts behind it, where nothing would follow."""
-        if "decoder_input_ids" in inputs or "input_ids" not in inputs or not self._added[1]:
+        if "decoder_input_ids" in inputs or "input_ids" not in inputs:
             return inputs
-        last = self._added[1]
         ids = inputs["input_ids"]
+        last = self._added[1]
+        if self.takes_suffix and self.seen_ahead(inputs) < ids.shape[1]:  # its processor ends a suffix itself
+            last = [self.tokenizer.eos_token_id]
+        if not last:
+            return inputs
         length = ids.shape[1]
         if length <= len(last) or ids[0, -len(last) :].tolist() != last or text.endswith(self._frame[1]):
             return inputs
@@ -185,6 +208,8 @@ class Encoder:
 
     def _has_template(self, with_media: bool) -> bool:
         """Whether a chat template frames what the model is given."""
+        if self.takes_suffix and with_media:
+            return False
         render = self.processor if self.takes_media and with_media else self.tokenizer
         return self.start_token is None and bool(getattr(render, "chat_template", None))
 
@@ -219,6 +244,9 @@ class Encoder:
         if self.takes_media and record.has_media:
             if "messages" in record.fields:
                 return self._answers_beside_media(record, ids)
+            if self.takes_suffix:
+                prefix = self.seen_ahead(inputs)
+                return [(prefix, len(ids))] if response and prefix < len(ids) else []
             size = len(self.tokens(record, response, False)) + len(self._added[1])
             length = self._uncut.get(record.where, len(ids))
             return [(length - size, len(ids))] if response and 0 <= length - size < len(ids) else []
@@ -490,6 +518,9 @@ class Encoder:
         Messages that are ``asked`` end with the head of an answer.
         """
         if "messages" in record.fields and "text" not in record.fields:
+            if self.takes_suffix:
+                what = f"{record.where} has messages, and this model takes a prompt and what is written behind it"
+                raise DataError(what, 'give it "images", "prompt" and "response"')
             beside = iter(record.images)
             messages = [with_read_images(message, record, beside) for message in record.fields["messages"]]
             if (left := next(beside, None)) is not None:
@@ -511,14 +542,23 @@ class Encoder:
             images = [read_image(path, record.where) for path in record.images]
             if not hasattr(self.processor, "tokenizer"):
                 return self._call(record, lambda: self.processor(images=images, return_tensors="pt"))
-            inputs = self._call_with_text(record, images, seq_len)
+            inputs = self._cut(record, self._call_with_text(record, images, seq_len), seq_len)
+            if self.start_token is None:
+                return inputs
+            written = self.tokens(record, _written(record), most=seq_len, target=True)
+            return inputs | {"decoder_input_ids": self._decoder_ids(written, seq_len)}
         return self._cut(record, inputs, seq_len)
 
     def _call_with_text(self, record: Record, images: list[Any], seq_len: int) -> Inputs:
         """Where neither the text nor the processor names the place of the images, they come first, a line each."""
         fields = record.fields
         self._tell_of_columns(record)
-        text = fields["text"] if "text" in fields else fields.get("prompt", "") + fields.get("response", "")
+        if self.takes_suffix:
+            return self._call_with_suffix(record, images)
+        if self.start_token is not None:  # what is written is the decoder's
+            text = "" if "text" in fields else fields.get("prompt", "")
+        else:
+            text = fields["text"] if "text" in fields else fields.get("prompt", "") + fields.get("response", "")
         text = self.unframed(text[: max(_LONG, _PER_TOKEN * seq_len)])
         if hasattr(self.processor, "num_query_tokens"):  # such a processor puts its query tokens in by itself
             text = text.replace(f"{IMAGE_MARK}\n", "").replace(IMAGE_MARK, "")
@@ -528,8 +568,40 @@ class Encoder:
             if IMAGE_MARK not in known:  # LLaVA's, with which data are written for any model
                 text = text.replace(IMAGE_MARK, mark.strip())
             if not any(isinstance(token, str) and token and token in text for token in known):
-                text = mark * len(images) + text
+                return self._call_marked(record, images, text)
         return self._call(record, lambda: self.processor(images=images, text=text, return_tensors="pt"))
+
+    def _call_marked(self, record: Record, images: list[Any], text: str) -> Inputs:
+        """A text with a mark in front for each image, or without, where the processor puts them there (Florence-2)."""
+
+        def called(text: str) -> Inputs:
+            return self._call(record, lambda: self.processor(images=images, text=text, return_tensors="pt"))
+
+        try:
+            return called(self.image_mark * len(images) + text)
+        except DataError:
+            with suppress(DataError):
+                inputs = called(text)
+                if any(token in self.media_ids for token in inputs["input_ids"][0].tolist()):
+                    return inputs
+            raise
+
+    def _call_with_suffix(self, record: Record, images: list[Any]) -> Inputs:
+        """A prompt as what the model reads at once, with the images, and what is written behind it as its suffix.
+
+        A text without a prompt is all suffix, but for the marks of its images. The processor ends both itself.
+        """
+        fields, mark = record.fields, str(self.processor.image_token)
+        prompt, written = ("", fields["text"]) if "text" in fields else (fields.get("prompt", ""), _written(record))
+        prompt, written = (text.replace(IMAGE_MARK, mark) for text in (prompt, written))
+        if "text" in fields and mark in written:
+            before, _, written = written.rpartition(mark)
+            prompt = before + mark
+        if mark not in prompt:
+            prompt = mark * len(images) + prompt
+        prompt = prompt.removesuffix("\n")  # which the processor puts there
+        more = {"suffix": written} if written else {}
+        return self._call(record, lambda: self.processor(images=images, text=prompt, **more, return_tensors="pt"))
 
     @cached_property
     def image_mark(self) -> str:

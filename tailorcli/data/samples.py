@@ -17,6 +17,8 @@ from tailorcli.errors import DataError
 from tailorcli.guard import path_text
 from tailorcli.options import CalibrateOptions
 
+SEEN = "cross_attention_mask"  # (1, T, images, tiles): which pictures each token sees, in Llama 3.2 Vision
+
 if TYPE_CHECKING:
     import torch
 
@@ -110,11 +112,13 @@ def draw_samples(
 
 def inputs_digest(samples: Sequence[Inputs], responses: Sequence[Sequence[tuple[int, int]]]) -> str:
     """A hash of what the model is given: columns, tokenizer and chat template decide it, not the data file alone."""
+    import torch
+
     digest = hashlib.blake2b(json.dumps(list(responses)).encode(), digest_size=16)
     for inputs in samples:
         for name, value in sorted(inputs.items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.contiguous().numpy().tobytes())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())  # NumPy knows no bfloat16
     return digest.hexdigest()
 
 
@@ -150,6 +154,24 @@ def join(samples: list[Inputs]) -> Inputs:
     import torch
 
     return {name: torch.cat([inputs[name] for inputs in samples]) for name in samples[0]}
+
+
+def lengthened(inputs: Inputs, ids: torch.Tensor, kind: int = 0) -> Inputs:
+    """The inputs with their tokens (1, T) replaced by these (1, T'), which begin with them.
+
+    Whatever has an entry for each token goes with them: further ones are of a ``kind`` and see what the last one saw.
+    """
+    import torch
+
+    more = ids.shape[1] - inputs["input_ids"].shape[1]
+    found = inputs | {"input_ids": ids}
+    for name in (name for name in inputs if name.endswith(("token_type_ids", "position_mask"))):
+        value = kind if name.endswith("token_type_ids") else 0  # Kosmos-2 marks its images' places
+        found[name] = torch.nn.functional.pad(inputs[name], (0, more), value=value)
+    if SEEN in inputs:
+        last = inputs[SEEN][:, -1:]
+        found[SEEN] = torch.cat([inputs[SEEN], last.expand(-1, more, *last.shape[2:])], dim=1)
+    return found
 
 
 HELD_OUT_EVERY = 10  # every tenth sample tells what those between them gave

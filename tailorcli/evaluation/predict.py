@@ -23,7 +23,7 @@ from tailorcli.evaluation.metrics import TaskScores
 from tailorcli.evaluation.tasks import EncodedTask, Item, Row, normalise
 from tailorcli.models.generation import greedy_generation
 from tailorcli.models.loading import quiet_transformers
-from tailorcli.models.running import check_ids, forward, in_use, output_head, to_device
+from tailorcli.models.running import check_ids, forward, in_dtype_of, in_use, output_head, to_device
 from tailorcli.options import EvaluateOptions
 
 if TYPE_CHECKING:
@@ -240,7 +240,8 @@ class _Reader:
         with greedy_generation(self.network, max_new_tokens) as config, _float32_head(self._linear):
             ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
             try:
-                given = to_device(inputs, self.device) | {"attention_mask": torch.ones_like(prompt)}
+                given = in_dtype_of(self.network, to_device(inputs, self.device))
+                given["attention_mask"] = torch.ones_like(prompt)
                 with quiet_transformers():
                     ids = self.network.generate(**given, generation_config=config, stopping_criteria=[stop])
             except Exception as error:  # whatever a model's own code raises

@@ -236,6 +236,7 @@ def _text_item(number: int, record: Record, encoder: Encoder, limit: int) -> Ite
         return None
     following = inputs["input_ids"][0, 1:]
     scored = ~torch.isin(following, torch.tensor(encoder.media_ids, dtype=following.dtype))
+    scored[: max(0, encoder.seen_ahead(inputs) - 1)] = False
     if asked:
         answers = torch.zeros_like(scored)
         for start, stop in encoder.responses(record, inputs):

@@ -53,6 +53,8 @@ def load_encoder(folder: Path, model: Path, has_media: bool, options: LoadOption
         tokens = (getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"))
         start = next((token for token in tokens if isinstance(token, int)), 0)
     kinds = ("AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor") if has_media else ("AutoTokenizer",)
+    if has_media and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        kinds = kinds[:1]  # a processor of images alone would leave out the text beside them
     problem: Exception | None = None
     with quiet_transformers():
         for kind in kinds:
@@ -67,10 +69,12 @@ def load_encoder(folder: Path, model: Path, has_media: bool, options: LoadOption
                 return Encoder(processor, start, media)
     assert problem is not None
     what = "a processor for images or sound" if has_media else "a tokenizer"
-    raise CheckpointError(
-        f"transformers cannot load {what} from {folder}: {first_line(problem)}",
-        f"save it there: {'processor' if has_media else 'tokenizer'}.save_pretrained(DIR)",
-    ) from problem
+    hint = f"save it there: {'processor' if has_media else 'tokenizer'}.save_pretrained(DIR)"
+    if "torchvision" in str(problem).lower():
+        hint = "install what it needs: pip install torchvision"
+    elif isinstance(problem, ImportError):
+        hint = "install the packages that it needs"
+    raise CheckpointError(f"transformers cannot load {what} from {folder}: {first_line(problem)}", hint) from problem
 
 
 def model_class_of(config: dict[str, Any], options: LoadOptions) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tailorcli.models.running import output_head
 from tailorcli.models.spill import Spill
 
 
@@ -30,7 +31,21 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if len({type(child) for child in module}) == 1 and all(any(True for _ in c.parameters()) for c in module):
             blocks |= {f"{name}.{number}": child for number, child in enumerate(module)}
-    return blocks
+    return in_call_order(model, blocks)
+
+
+def in_call_order(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """A model's ``modules``, those of its decoder behind the others and its output layer last.
+
+    Some models hold their language model before their towers (Gemma 4): samples without pictures would be through it
+    before those with some have come to it.
+    """
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    if not isinstance(decoder, nn.Module) or decoder is getattr(model, "base_model", model):
+        return modules
+    inside, head = {id(module) for module in decoder.modules()}, output_head(model)
+    places = {name: 2 if module is head else int(id(module) in inside) for name, module in modules.items()}
+    return {name: modules[name] for name in sorted(modules, key=places.__getitem__)}
 
 
 _ENTER = object()  # instead of a block's value: the lane works it out itself

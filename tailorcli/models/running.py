@@ -33,8 +33,15 @@ def differentiable(network: Any, inputs: Inputs) -> Any:
 
     Raises DataError where it cannot run on these inputs, as the data may not be what it takes.
     """
-    try:
+    with telling_inputs(inputs):
         return network(**in_dtype_of(network, inputs))
+
+
+@contextmanager
+def telling_inputs(inputs: Inputs) -> Iterator[None]:
+    """Within it a model runs on these inputs: what its own code raises becomes a DataError that tells their shapes."""
+    try:
+        yield
     except TailorError:
         raise
     except Exception as error:  # whatever a model's own code raises

@@ -15,7 +15,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.models.config import read_config
 from tailorcli.models.layers import Layer, find_layers, is_convolution
-from tailorcli.models.lockstep import find_blocks
+from tailorcli.models.lockstep import find_blocks, in_call_order
 from tailorcli.models.parts import Parts
 from tailorcli.models.places import Place
 from tailorcli.models.running import output_head
@@ -50,8 +50,8 @@ class PartModel:
         blocks = find_blocks(network)
         parts = Parts(network, list(blocks), stored, tuned, device, timer)
         linear = {layer.name.removesuffix(".weight") for layer in find_layers(network).values() if is_linear(layer)}
-        modules = network.named_modules()  # in the order of the modules
-        return cls(network, {name: module for name, module in modules if name in blocks or name in linear}, parts)
+        stations = {name: module for name, module in network.named_modules() if name in blocks or name in linear}
+        return cls(network, in_call_order(network, stations), parts)
 
     def load(self, part: str) -> dict[str, Place]:
         """Load a part, and give where each of its tensors went."""

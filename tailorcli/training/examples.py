@@ -15,13 +15,14 @@ from torch.nn.functional import pad
 
 from tailorcli.data.encoder import Encoder
 from tailorcli.data.records import Record
+from tailorcli.data.samples import SEEN, lengthened
 from tailorcli.errors import DataError, note
 
 if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
 
 IGNORED = -100  # the label of a token that is not learnt
-_SEEN = "cross_attention_mask"  # (1, T, images, tiles): which pictures each token sees, in Llama 3.2 Vision
+_SIZES = ("image_sizes", "pixel_attention_mask", "aspect_ratio_mask")  # they say how much of each picture is one
 
 
 class Prepared(Sequence["Inputs"]):
@@ -140,7 +141,9 @@ def _with_labels(inputs: Inputs, record: Record, encoder: Encoder, seq_len: int)
         raise DataError(what, "train classifiers and encoders alone with transformers; patch takes what comes of it")
     fields = record.fields
     if "text" in fields or ("input_ids" in fields and "labels" not in fields):
-        return inputs | {"labels": inputs["input_ids"].clone()}
+        labels = inputs["input_ids"].clone()
+        labels[:, : encoder.seen_ahead(inputs)] = IGNORED
+        return inputs | {"labels": labels}
     if "messages" in fields or "input_ids" in fields:
         spans = encoder.responses(record, inputs)
     elif "response" not in fields:  # pictures alone, whose marks are no text
@@ -172,10 +175,7 @@ def _ended(inputs: Inputs, encoder: Encoder, seq_len: int) -> Inputs:
     length = ids.shape[1]
     if not isinstance(end, int) or int(ids[0, -1]) == end or length >= seq_len:
         return inputs
-    more = {name: pad(value, (0, 1)) for name, value in inputs.items() if name.endswith("token_type_ids")}
-    if _SEEN in inputs:  # the end sees what the answer saw
-        more[_SEEN] = torch.cat([inputs[_SEEN], inputs[_SEEN][:, -1:]], dim=1)
-    return inputs | more | {"input_ids": pad(ids, (0, 1), value=end)}
+    return lengthened(inputs, pad(ids, (0, 1), value=end), encoder.written_kind)
 
 
 class Collate:
@@ -187,14 +187,17 @@ class Collate:
     def __call__(self, examples: Sequence[Inputs]) -> Inputs:
         """One batch, with an attention mask. Raises DataError for images of shapes that cannot stand together."""
         batch: Inputs = {}
+        sized = any(name in example for example in examples for name in _SIZES)
         for name in dict.fromkeys(name for example in examples for name in example):
             try:
                 if _is_per_token(name):
                     batch[name] = self._padded(name, [_of(example, name) for example in examples])
                 else:
-                    batch[name] = torch.cat([example[name] for example in examples if name in example])
+                    values = [example[name] for example in examples if name in example]
+                    batch[name] = torch.cat(_filled_up(values) if sized else values)
             except RuntimeError as error:
-                raise DataError(f"{name} of one batch have different shapes: {error}", "pass --batch-size 1") from error
+                what = f"{name} of one batch have different shapes: {error}"
+                raise DataError(what, "pass --batch-size 1; --gradient-accumulation makes a step of several") from error
         for name in ("input_ids", "decoder_input_ids"):
             if name in batch:
                 ones = [torch.ones_like(example[name]) for example in examples]
@@ -209,9 +212,19 @@ class Collate:
         return torch.cat([pad(value, rest, value=fill) for value, rest in zip(values, rests, strict=True)])
 
 
+def _filled_up(values: Sequence[Tensor]) -> list[Tensor]:
+    """Pictures of several sizes, or of several numbers of tiles, with zeros behind each, as their processors do it."""
+    if len({value.dim() for value in values}) > 1:
+        return list(values)
+    most = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    rests = [[(0, whole - size) for whole, size in zip(most, value.shape[1:], strict=True)] for value in values]
+    return [pad(value, [n for pair in rest[::-1] for n in pair]) for value, rest in zip(values, rests, strict=True)]
+
+
 def _is_per_token(name: str) -> bool:
     """Whether an input has a value for each token: InstructBLIP has a second text, for its query tokens."""
-    return name in ("labels", "qformer_attention_mask", _SEEN) or name.endswith(("input_ids", "token_type_ids"))
+    known = ("labels", "qformer_attention_mask", SEEN)
+    return name in known or name.endswith(("input_ids", "token_type_ids", "position_mask"))
 
 
 def _of(example: Inputs, name: str) -> Tensor:

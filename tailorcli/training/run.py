@@ -30,6 +30,7 @@ from tailorcli.models.generation import end_token_ids, media_token_ids
 from tailorcli.models.loading import aliases, expected_names, load_model
 from tailorcli.models.parts import adapt, load_from_view
 from tailorcli.models.places import Place, map_names
+from tailorcli.models.running import to_device
 from tailorcli.models.skeleton import load_weights
 from tailorcli.models.spill import HIDDEN_SHARE, Spill
 from tailorcli.options import CalibrateOptions, DistillOn, DistillOptions
@@ -240,8 +241,8 @@ class Teaching:
         places = [*range(len(samples))] if split is None else split(unasked).own
         chosen = [samples[place] for place in places]
         if skeleton is None:
-            check_head(network, {name: value.to(device) for name, value in samples[0].items()})
-            teacher = teach(network, chosen, device, advance, keep)
+            bare = check_head(network, to_device(samples[0], device))
+            teacher = teach(network, chosen, device, advance, keep, bare)
         else:
             note(f"{original(model).path} does not fit with room to spare: it runs block by block")
             where = Path(tempfile.gettempdir()) if self.scratch is None else self.scratch

@@ -32,6 +32,7 @@ class Teacher:
     states: list[Tensor]  # of each sample, (T, I), on the CPU; of one that another rank runs, empty
     head: Callable[[Tensor], Tensor]  # (N, I) -> (N, V)
     ends: Sequence[int] = ()  # the tokens behind which nothing follows
+    bare: bool = False  # whether its logits are those of the output layer, whatever its config names (``logits_of``)
 
 
 def head_of(network: Any) -> nn.Linear:
@@ -45,9 +46,13 @@ def head_of(network: Any) -> nn.Linear:
     return head
 
 
-def logits_of(network: Any, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """A function from last hidden states (N, I) to logits (N, V), with what the model's class does to them after."""
-    config = network.config.get_text_config()
+def logits_of(network: Any, weight: Tensor, bias: Tensor | None, bare: bool = False) -> Callable[[Tensor], Tensor]:
+    """A function from last hidden states (N, I) to logits (N, V), with what the model's class does to them after.
+
+    ``bare``: it does nothing, as classes that see around a text model (PaliGemma 2, Aya Vision) leave out the cap or
+    the scale that the text's config names.
+    """
+    config = None if bare else network.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
     factor = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
@@ -75,11 +80,21 @@ def hidden_states(network: Any, batch: Inputs, grad: bool = False) -> Tensor:
     return held[0]
 
 
-def check_head(network: Any, sample: Inputs) -> None:
-    """``logits_of`` gives what the model itself gives. Raises CheckpointError where its class does something else."""
+def check_head(network: Any, sample: Inputs) -> bool:
+    """Whether the model's logits are ``bare``: ``logits_of`` gives what the model itself gives, with that or without.
+
+    Raises CheckpointError where its class does something else.
+    """
+    return _is_bare(network, hidden_states(network, sample), forward(network, sample).logits)
+
+
+def _is_bare(network: Any, states: Tensor, wanted: Tensor) -> bool:
     head = head_of(network)
-    found = logits_of(network, head.weight, head.bias)(hidden_states(network, sample))
-    require_known_logits(network, found, forward(network, sample).logits)
+    found = [logits_of(network, head.weight, head.bias, bare)(states) for bare in (False, True)]
+    far = [float((each.float() - wanted.float()).detach().abs().max()) for each in found]
+    bare = far[1] < far[0]
+    require_known_logits(network, found[bare], wanted)
+    return bare
 
 
 def require_known_logits(network: Any, found: Tensor, wanted: Tensor) -> None:
@@ -120,8 +135,9 @@ def teach(
     device: torch.device,
     advance: Callable[[int], object],
     keep: Callable[[Tensor], Tensor] = lambda states: states.cpu(),
+    bare: bool = False,
 ) -> Teacher:
-    """The teacher that ``network`` is: every sample run once.
+    """The teacher that ``network`` is: every sample run once; ``bare`` as ``check_head`` tells it.
 
     Its hidden states are kept in its dtype where ``keep`` puts them, in host memory or in a file's.
     """
@@ -129,7 +145,7 @@ def teach(
     for sample in samples:
         states.append(keep(hidden_states(network, to_device(sample, device))[0]))
         advance(1)
-    return Teacher(states, _head_alone(network), end_token_ids(network))
+    return Teacher(states, _head_alone(network, bare), end_token_ids(network), bare)
 
 
 def teach_blockwise(
@@ -146,8 +162,8 @@ def teach_blockwise(
 
     Raises CheckpointError where its logits are not those of its output layer alone, as ``check_head`` does.
     """
-    head = head_of(network)
     seen = threading.local()  # every sample goes through in a thread of its own
+    bare: list[bool] = []
 
     def take(_: nn.Module, args: tuple[Any, ...]) -> Any:
         seen.states = args[0]
@@ -157,22 +173,22 @@ def teach_blockwise(
         found = forward(network, to_device(samples[number], device)).logits
         states, seen.states = seen.states, None
         if number == 0:
-            require_known_logits(network, logits_of(network, head.weight, head.bias)(states[:, -1:]), found)
+            bare.append(_is_bare(network, states[:, -1:], found))
         return keep(states[0])
 
-    handle = head.register_forward_pre_hook(take)
+    handle = head_of(network).register_forward_pre_hook(take)
     try:
         states = run_blockwise(network, stored, tuned, len(samples), call, device, scratch, advance)
     finally:
         handle.remove()
-    return Teacher(states, _head_alone(network), end_token_ids(network))
+    return Teacher(states, _head_alone(network, any(bare)), end_token_ids(network), any(bare))
 
 
-def _head_alone(network: Any) -> Callable[[Tensor], Tensor]:
+def _head_alone(network: Any, bare: bool) -> Callable[[Tensor], Tensor]:
     """What makes logits of last hidden states, without the rest of the model."""
     head = head_of(network)
     bias = None if head.bias is None else head.bias.detach().clone()
-    return logits_of(network, head.weight.detach().clone(), bias)
+    return logits_of(network, head.weight.detach().clone(), bias, bare)
 
 
 def loss(student: Any, teacher: Teacher, batch: Inputs, states: Tensor, wanted: Tensor, grad: bool) -> Tensor:
@@ -188,8 +204,8 @@ def loss(student: Any, teacher: Teacher, batch: Inputs, states: Tensor, wanted: 
         given = (hidden, head.weight, head.bias, student, teacher, taught)
         summed: Tensor = _Divergence.apply(*given)  # type: ignore[no-untyped-call]
         return summed / max(len(hidden), 1)
-    own = logits_of(student, head.weight, head.bias)
     total = hidden.new_zeros((), dtype=torch.float32)
+    own = logits_of(student, head.weight, head.bias, teacher.bare)
     for x, y in _pieces(hidden, taught, head):
         total += divergence(teacher.head(y), own(x)).sum()
     return total / max(len(hidden), 1)
@@ -201,7 +217,7 @@ def kept_accuracy_of(
     """``kept_accuracy`` over the predicted tokens of a batch, two scalars; arguments as of ``loss``."""
     head = head_of(student)
     hidden, taught = _at_predicted(student, batch, states, wanted, False)
-    own = logits_of(student, head.weight, head.bias)
+    own = logits_of(student, head.weight, head.bias, teacher.bare)
     kept, whole = (hidden.new_zeros((), dtype=torch.float32) for _ in range(2))
     for x, y in _pieces(hidden, taught, head):
         parts = kept_accuracy(teacher.head(y), own(x))
@@ -244,7 +260,7 @@ class _Divergence(torch.autograd.Function):
             answer = teacher.head(y)
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_(by_hidden is not None)
-                value = divergence(answer, logits_of(student, weight, bias)(leaf)).sum()
+                value = divergence(answer, logits_of(student, weight, bias, teacher.bare)(leaf)).sum()
                 inputs = [*([leaf] if by_hidden is not None else []), *(part for part in wanted if part is not None)]
                 found = list(torch.autograd.grad(value, inputs)) if inputs else []
             total += value.detach()

@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from tailorcli.errors import OptionsError
 from tailorcli.files import write_text_atomically
-from tailorcli.models.running import in_dtype_of, in_use
+from tailorcli.models.running import in_dtype_of, in_use, telling_inputs
 from tailorcli.terminal import Progress
 from tailorcli.training.examples import IGNORED, Collate
 from tailorcli.training.resuming import COMPLETE, last_state
@@ -65,7 +65,8 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
             self._divides = False
             if self.model_accepts_loss_kwargs and not self._heeds_count(model, inputs):
                 self.model_accepts_loss_kwargs = False  # so that the Trainer divides the loss by the parts itself
-        found = super().compute_loss(model, inputs, *args, **given)
+        with telling_inputs(inputs):
+            found = super().compute_loss(model, inputs, *args, **given)
         loss = found[0] if isinstance(found, tuple) else found
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -81,7 +82,7 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         """
         count = max(1, int((inputs["labels"] != IGNORED).sum()))
         # No draws of dropout, which a run that is resumed would lack.
-        with in_use(model), torch.no_grad(), self.compute_loss_context_manager():
+        with in_use(model), torch.no_grad(), self.compute_loss_context_manager(), telling_inputs(inputs):
             once, twice = (float(model(**inputs, num_items_in_batch=n).loss) for n in (count, 2 * count))
         return abs(2 * twice - once) <= 0.5 * abs(once)  # such a loss is halved, but for that of a router
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tailorcli.data.encoder import Encoder
 from tailorcli.data.records import Record, check_record, read_records
-from tailorcli.data.samples import draw_samples, make_batches
+from tailorcli.data.samples import draw_samples, inputs_digest, lengthened, make_batches
 from tailorcli.errors import DataError
 from tailorcli.models.loading import load_encoder
 from tailorcli.options import CalibrateOptions
@@ -582,3 +582,55 @@ def test_sound_in_the_middle_of_a_text_is_refused(tmp_path):
     record = check_record("d.jsonl:1", {"audio": "a.wav", "response": "a"}, tmp_path)
     with pytest.raises(DataError, match="in the middle of a text"):
         Encoder(processor, takes_media=True).encode(record, 100)
+
+
+def test_pictures_in_bfloat16_have_a_hash():
+    """Llama 4's processor makes them so, and NumPy has no such numbers."""
+    pixels = torch.arange(6.0).reshape(1, 6).bfloat16()
+    assert inputs_digest([{"p": pixels}], []) == inputs_digest([{"p": pixels.clone()}], [])
+    assert inputs_digest([{"p": pixels}], []) != inputs_digest([{"p": pixels + 1}], [])
+
+
+def test_what_has_an_entry_for_each_token_goes_on_with_them():
+    """Llama 3.2 Vision's mask of the pictures that a token sees, Kosmos-2's of their places, kinds of tokens."""
+    ids = torch.ones(1, 3, dtype=torch.long)
+    seen = torch.tensor([0, 0, 1]).reshape(1, 3, 1, 1).expand(1, 3, 2, 4)
+    inputs = {"input_ids": ids, "cross_attention_mask": seen, "token_type_ids": ids * 0}
+    inputs |= {"image_embeds_position_mask": ids, "pixel_values": torch.zeros(1, 3, 2, 2)}
+    found = lengthened(inputs, torch.ones(1, 5, dtype=torch.long), kind=1)
+    assert found["cross_attention_mask"].shape == (1, 5, 2, 4)
+    assert found["cross_attention_mask"][0, :, 0, 0].tolist() == [0, 0, 1, 1, 1]
+    assert found["token_type_ids"].tolist() == [[0, 0, 0, 1, 1]]
+    assert found["image_embeds_position_mask"].tolist() == [[1, 1, 1, 0, 0]]
+    assert found["pixel_values"].shape == (1, 3, 2, 2)
+
+
+def test_what_a_model_writes_is_paligemmas_suffix_which_its_prompt_does_not_see(tmp_path):
+    from families import make_family_pair
+
+    from tailorcli.training.examples import encode_example
+
+    folder = make_family_pair(tmp_path, "paligemma")
+    encoder = load_encoder(folder / "base", folder / "base", True, CalibrateOptions())
+    image = {"images": ["images/0.png"]}
+
+    def learnt(**fields):
+        record = check_record("here", {**image, **fields}, folder)
+        example = encode_example(record, encoder, 64)
+        labels = example["labels"][0]
+        assert ((labels >= 0) == (example["token_type_ids"][0] == 1)).all()
+        whole, answer = (
+            encoder.tokenizer.decode(ids).replace(" ", "") for ids in (example["input_ids"][0], labels[labels >= 0])
+        )
+        assert encoder.responses(record, example) in ([], [(int((labels < 0).sum()), len(labels))])
+        return whole, answer
+
+    asked = ("<image>" * 4 + "<bos>Q\nA<eos>", "A<eos>")
+    assert learnt(prompt="Q", response="A") == learnt(prompt="<image>Q\n", response="A") == asked
+    assert learnt(question="Q", answer="A") == asked
+    assert learnt(text="<image>A")[1] == learnt(text="A")[1] == "A<eos>"
+    asked_alone, _ = encoder.start(check_record("here", image | {"prompt": "Q", "response": ""}, folder), 64)
+    assert not asked_alone["token_type_ids"].any()
+    turns = [{"role": "user", "content": [{"type": "image", "path": "images/0.png"}]}]
+    with pytest.raises(DataError, match="takes a prompt and what is written behind it"):
+        encoder.encode(check_record("here", {"messages": turns}, folder), 64)

@@ -54,7 +54,9 @@ def encode(family, folder, processor, record):
     mark = IMAGE_MARKS.get(family.name, "")
     if images and mark not in text:
         text = mark + text
-    return processor(images=images or None, text=text, return_tensors="pt")
+    if not images:  # PaliGemma's refuses it
+        return tokenizer_of(processor)(text=text, return_tensors="pt")
+    return processor(images=images, text=text, return_tensors="pt")
 
 
 def test_folders_load_with_equal_outputs(made):
@@ -77,9 +79,10 @@ def test_processors_load_and_their_inputs_run(made):
         assert len(ids) == len(TEXT)
         assert tokenizer.unk_token_id not in ids
         assert "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", " ") == TEXT
-        assert len(tokenizer) <= 116
     model, lines = load(folder / "base"), records(folder)
     assert 12 <= len(lines) <= 16
+    if family.kind != "vision":
+        assert len(tokenizer) <= model.get_input_embeddings().num_embeddings
     for record in lines:
         with torch.no_grad():
             result = model(**encode(family, folder, processor, record))

@@ -301,3 +301,21 @@ def test_training_runs_code_of_the_models_own_where_it_may(tmp_path):
     with pytest.raises(CheckpointError) as raised:
         distill_patch(*given, overwrite=True)
     assert "pass --trust-remote-code" in raised.value.hint
+
+
+def test_a_processor_that_does_not_load_is_no_processor_of_pictures_alone(tmp_path, monkeypatch):
+    """Without torchvision Qwen3-VL's image processor loads by itself: it would leave out the text."""
+    import transformers
+    from families import make_family_pair
+
+    from tailorcli.models.loading import load_encoder
+
+    folder = make_family_pair(tmp_path, "llava") / "base"
+
+    def missing(*_, **__):
+        raise ImportError("LlavaVideoProcessor requires the Torchvision library but it was not found")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", missing)
+    with pytest.raises(CheckpointError, match="cannot load a processor") as caught:
+        load_encoder(folder, folder, True, CalibrateOptions())
+    assert "pip install torchvision" in caught.value.hint

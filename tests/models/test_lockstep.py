@@ -12,7 +12,7 @@ from tailorcli import CalibrateOptions, Stats, TailorError, calibrate_model
 from tailorcli.calibration.stats import HESSIANS, MANIFEST, SAMPLES
 from tailorcli.calibration.stats_writer import check_folder
 from tailorcli.device import attention_without_cudnn
-from tailorcli.models.lockstep import Lockstep
+from tailorcli.models.lockstep import Lockstep, find_blocks
 from tailorcli.models.spill import Spill
 from tailorcli.system import reserve
 
@@ -265,3 +265,18 @@ def test_batches_in_their_own_threads_leave_torchs_attention_as_it_was(monkeypat
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     second.__exit__(None, None, None)
     assert torch.backends.cuda.cudnn_sdp_enabled() is asked
+
+
+def test_the_towers_blocks_come_before_the_language_models_wherever_these_are_held():
+    """Gemma 4 holds its language model first: samples of text alone would pass it before those with pictures."""
+    import transformers
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 4}
+    text = transformers.Gemma4TextConfig(
+        **sizes, vocab_size=9, vocab_size_per_layer_input=9, num_key_value_heads=1, global_head_dim=4
+    )
+    vision = sizes | {"num_key_value_heads": 2, "position_embedding_size": 4}
+    config = transformers.Gemma4Config(text_config=text, vision_config=vision, audio_config=None)
+    with torch.device("meta"):
+        network = transformers.Gemma4ForConditionalGeneration(config)
+    assert [name.split(".")[1] for name in find_blocks(network)] == ["vision_tower"] * 2 + ["language_model"] * 2

@@ -521,6 +521,26 @@ def test_logits_are_the_models_own(family):
     assert hidden_states(network, batch).shape == (1, 7, 32)
 
 
+def test_logits_are_bare_where_a_model_around_the_text_leaves_out_what_its_config_names():
+    """Aya Vision leaves out the scale of Cohere's text model, PaliGemma 2 the cap of Gemma's."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.CohereConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, logit_scale=0.3
+    )
+    network = transformers.CohereForCausalLM(config).eval()
+    batch = {"input_ids": torch.randint(2, 50, (1, 7))}
+    assert check_head(network, batch) is False
+    network.logit_scale = 1.0  # of the class's own forward
+    assert check_head(network, batch) is True
+    teacher = teach(network, [batch], torch.device("cpu"), lambda _: None, bare=True)
+    logits = network(**batch).logits
+    torch.testing.assert_close(teacher.head(teacher.states[0]), logits[0])
+    wanted = torch.ones(1, 7, dtype=torch.bool)
+    assert float(loss(network, teacher, batch, teacher.states[0][None], wanted, False)) < 1e-5
+
+
 def test_a_model_without_such_an_output_layer_is_refused():
     import transformers
 

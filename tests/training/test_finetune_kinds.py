@@ -10,7 +10,7 @@ from families import make_family_pair
 from helpers import bits, interrupted_when_saved, make_model, make_pair, make_tokenizer, read_tensors, refused, run
 from torch import nn
 
-from tailorcli.errors import OptionsError
+from tailorcli.errors import DataError, OptionsError
 from tailorcli.training import SparseTuning
 from tailorcli.training import finetune as module
 from tailorcli.training.choice import choose
@@ -268,3 +268,16 @@ def test_what_a_token_sees_is_padded_with_it():
     assert batch["cross_attention_mask"].shape == (2, 5, 1, 4)
     assert batch["cross_attention_mask"][0, 3:].sum() == 0
     assert batch["cross_attention_mask"][0, :3].all()
+
+
+def test_pictures_of_several_sizes_are_filled_up_where_their_sizes_stand_beside_them():
+    """As their processors do it; without the sizes zeros would count as a part of the picture."""
+    made = [
+        {"input_ids": torch.ones(1, 2, dtype=torch.long), "pixel_values": torch.ones(1, 3, size, 4)} for size in (2, 4)
+    ]
+    with pytest.raises(DataError, match="different shapes"):
+        Collate(0)(made)
+    batch = Collate(0)([example | {"image_sizes": torch.tensor([[2, 4]])} for example in made])
+    assert batch["pixel_values"].shape == (2, 3, 4, 4)
+    assert batch["pixel_values"].sum((1, 2, 3)).tolist() == [24.0, 48.0]
+    assert not batch["pixel_values"][0, :, 2:].any()
