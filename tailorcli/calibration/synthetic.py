@@ -10,7 +10,7 @@ import base64
 import inspect
 import random
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,15 @@ from tailorcli.device import is_out_of_memory
 from tailorcli.distributed import gathered, mine, now_on
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line, note
 from tailorcli.guard import path_text
-from tailorcli.models.generation import TOGETHER, end_token_ids, media_token_ids, samples_together, sampling_generation
+from tailorcli.models.generation import (
+    TOGETHER,
+    Answered,
+    GivenTokens,
+    end_token_ids,
+    media_token_ids,
+    samples_together,
+    sampling_generation,
+)
 from tailorcli.models.running import in_dtype_of, to_device
 from tailorcli.options import CalibrateOptions, DataColumns
 from tailorcli.terminal import Progress
@@ -150,7 +158,7 @@ def write_samples(
 
     barred = sorted({*media_ids, *media_token_ids(network)}) if starts else []
     # Of several ranks all write as many at a time as the smallest can: the batches are the same on each.
-    together = TOGETHER if starts else min(gathered(samples_together(network, device, options.length)))
+    together = min(gathered(samples_together(network, device, options.length)))
     first = _plain_tokens(tokenizer, network.get_input_embeddings().weight.shape[0])
     own = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with _writing, own, torch.no_grad():
@@ -160,22 +168,21 @@ def write_samples(
         asked = [number for number in range(len(begun)) if starts and starts[number % len(starts)].is_asked]
         others = sorted(set(range(len(begun))).difference(asked))
         batches = [
-            ([numbers[place] for place in places], ends)
+            (batch, ends)
             for numbers, ends in ((others, []), (asked, end_token_ids(network)))
-            for places in batch_places([begun[number] for number in numbers], together)
+            for batch in _batches(begun, numbers, together)
         ]
         found: dict[int, Inputs] = {}
         for position in mine([len(numbers) for numbers, _ in batches]):
             numbers, ends = batches[position]
             now_on(f"samples {numbers[0]} to {numbers[-1]} that the model writes")
             torch.manual_seed(random.Random(f"{options.seed} {numbers[0]}").getrandbits(63))
-            batch = join([begun[number] for number in numbers])
-            length = batch["input_ids"].shape[1]
-            written = _continued(network, batch, options, device, barred, ends, static=not starts)
-            for number, ids in zip(numbers, written, strict=True):
+            batch = [begun[number] for number in numbers]
+            for number, ids in zip(numbers, _continued(network, batch, options, device, barred, ends), strict=True):
+                length = begun[number]["input_ids"].shape[1]
                 kind = starts[number % len(starts)].kind if starts else 0
                 found[number] = lengthened(begun[number], _ended(ids, length, ends), kind)
-            bar.update(len(numbers) * max(0, options.length - length))
+                bar.update(max(0, options.length - length))
     now_on("")
     joint = {number: sample for each in gathered(found) for number, sample in each.items()}
     samples = [joint[number] for number in range(len(begun))]
@@ -188,6 +195,17 @@ def write_samples(
         "seq_len": options.length,
     }
     return Samples(samples, facts)
+
+
+def _batches(begun: Sequence[Inputs], numbers: Sequence[int], together: int) -> Iterator[list[int]]:
+    """The samples that are written at a time: texts by their lengths, those beside pictures where shapes are equal."""
+    texts = [number for number in numbers if begun[number].keys() == {"input_ids"}]
+    texts.sort(key=lambda number: begun[number]["input_ids"].shape[1])
+    for first in range(0, len(texts), together):
+        yield texts[first : first + together]
+    others = sorted(set(numbers).difference(texts))
+    for places in batch_places([begun[number] for number in others], TOGETHER):
+        yield [others[place] for place in places]
 
 
 def _begun(starts: Sequence[Start], number: int, token: torch.Tensor) -> Inputs:
@@ -265,29 +283,35 @@ def _plain_tokens(tokenizer: Any, rows: int) -> torch.Tensor:
 
 def _continued(
     network: Any,
-    inputs: Inputs,
+    begun: Sequence[Inputs],
     options: CalibrateOptions,
     device: torch.device,
     barred: Sequence[int],
     ends: Sequence[int],
-    static: bool,
 ) -> torch.Tensor:
-    """Token ids (B, T) on the CPU: the first tokens (B, S), with all that goes with them, continued to ``seq_len``.
+    """Token ids (B, T) on the CPU: what each of B samples begins with, continued to ``seq_len``.
 
-    Behind one of the ``ends`` a row holds filling.
+    All of it is read at once where the samples are equally long, else as much as the shortest has. Behind one of the
+    ``ends`` a row may hold anything.
     """
     import torch
 
-    missing = options.length - inputs["input_ids"].shape[1]
+    rows = [inputs["input_ids"][0] for inputs in begun]
+    shortest, longest = min(map(len, rows)), max(map(len, rows))
+    inputs = join([{**each, "input_ids": each["input_ids"][:, :shortest]} for each in begun])
+    missing = options.length - shortest
     if missing <= 0:
         return inputs["input_ids"]
     require_writer(network, inputs)
     given = in_dtype_of(network, to_device(inputs, device))
+    how: dict[str, Any] = {"attention_mask": torch.ones_like(given["input_ids"])}
+    if longest > shortest:
+        how["logits_processor"] = [GivenTokens(rows, device)]
+    if ends:
+        how["stopping_criteria"] = [Answered(rows, ends, device)]
     try:
-        with sampling_generation(network, missing, barred, ends, static=static) as settings:
-            written: torch.Tensor = network.generate(
-                **given, attention_mask=torch.ones_like(given["input_ids"]), generation_config=settings
-            )
+        with sampling_generation(network, missing, barred, static=inputs.keys() == {"input_ids"}) as settings:
+            written: torch.Tensor = network.generate(**given, **how, generation_config=settings)
     except Exception as error:  # whatever a model's own code raises
         if is_out_of_memory(error):
             raise

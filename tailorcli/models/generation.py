@@ -69,12 +69,12 @@ def _holds_static_cache(network: Any) -> bool:
 
 @contextmanager
 def sampling_generation(
-    network: Any, new_tokens: int, barred: Sequence[int] = (), ends: Sequence[int] = (), *, static: bool = False
+    network: Any, new_tokens: int, barred: Sequence[int] = (), *, static: bool = False
 ) -> Iterator[Any]:
     """A configuration to sample so many tokens with, at temperature 1 from the whole vocabulary.
 
-    The ``barred`` token ids are never drawn; one of the ``ends`` ends a row, which is then filled with zeros. With
-    ``static`` keys and values lie in memory that is allocated once, where the model can do with that.
+    The ``barred`` token ids are never drawn, and none ends a row. With ``static`` keys and values lie in memory that is
+    allocated once, where the model can do with that.
     """
     import transformers
 
@@ -89,13 +89,54 @@ def sampling_generation(
         top_p=1.0,
         max_new_tokens=new_tokens,
         use_cache=True,
-        eos_token_id=list(ends) or None,
+        eos_token_id=None,
         pad_token_id=0,
         suppress_tokens=list(barred) or None,
         **held,
     )
     with _generating_by(network, config):
         yield config
+
+
+class GivenTokens:
+    """A logits processor for rows that begin with more or fewer tokens: each writes its own before it is sampled.
+
+    So no row is padded, which a model with a state would see. ``begun`` are the token ids (T,) of each row.
+    """
+
+    def __init__(self, begun: Sequence[torch.Tensor], device: torch.device) -> None:
+        import torch
+
+        self.ids = torch.nn.utils.rnn.pad_sequence(list(begun), batch_first=True, padding_value=-1).to(device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores (B, V), of one token alone where a row has yet to begin with it."""
+        import torch
+
+        place = input_ids.shape[1]
+        if place >= self.ids.shape[1]:
+            return scores
+        wanted = self.ids[:, place : place + 1]
+        alone = torch.full_like(scores, -torch.inf).scatter_(1, wanted.clamp(min=0), 0.0)
+        return torch.where(wanted < 0, scores, alone)
+
+
+class Answered:
+    """A stopping criterion: a row is done at the first of the ``ends`` behind the tokens that it was given."""
+
+    def __init__(self, begun: Sequence[torch.Tensor], ends: Sequence[int], device: torch.device) -> None:
+        import torch
+
+        self.lengths = torch.tensor([len(ids) for ids in begun], device=device)
+        self.ends = torch.tensor(list(ends), device=device)
+        self.done = torch.zeros(len(begun), dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Which rows (B,) are done."""
+        import torch
+
+        self.done |= torch.isin(input_ids[:, -1], self.ends) & (self.lengths < input_ids.shape[1])
+        return self.done
 
 
 @contextmanager

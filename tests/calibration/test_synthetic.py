@@ -56,9 +56,9 @@ def test_as_many_samples_as_fit_are_written_at_a_time(monkeypatch):
 
     batches, original = [], synthetic._continued
 
-    def counting(network, inputs, *arguments, **options):
-        batches.append(len(inputs["input_ids"]))
-        return original(network, inputs, *arguments, **options)
+    def counting(network, begun, *arguments):
+        batches.append(len(begun))
+        return original(network, begun, *arguments)
 
     monkeypatch.setattr(synthetic, "_continued", counting)
     assert write(num_samples=70, seq_len=6).shape == (70, 6)
@@ -331,6 +331,33 @@ def test_a_sample_goes_on_behind_its_prompt(llama_pair):
     assert begins[3:] == [*begins[:3], begins[0]]
     assert written == sum(10 - len(prompts[i]) for i in begins)
     assert not torch.equal(samples[0]["input_ids"], samples[3]["input_ids"])  # the same prompt, another draw
+
+
+@pytest.mark.parametrize("ends", [(), range(4, 60)], ids=["no end", "many ends"])
+def test_prompts_of_any_lengths_are_answered_together_as_each_would_be_alone(llama_pair, monkeypatch, ends):
+    """Of a model so sure that a draw is the likeliest token."""
+    from tailorcli.calibration import synthetic
+
+    rows, original = [], synthetic._continued
+
+    def sure(network, begun, *arguments):
+        rows.append(len(begun))
+        network.lm_head.weight.mul_(1e4)
+        written = original(network, begun, *arguments)
+        network.lm_head.weight.div_(1e4)
+        return written
+
+    monkeypatch.setattr(synthetic, "_continued", sure)
+    records = [{"prompt": "abcdefghijkl"[: 1 + 3 * number]} for number in range(4)]
+    given = {"ends": ends, "num_samples": 4, "seq_len": 20}
+    together, _, count = begun_with(llama_pair / "base", records, **given)
+    assert rows == [4]
+    assert count == 4 * 20 - sum(len(record["prompt"]) for record in records)
+    alone = [
+        begun_with(llama_pair / "base", [record], ends=ends, num_samples=1, seq_len=20)[0][0] for record in records
+    ]
+    assert sorted(row["input_ids"].tolist() for row in together) == sorted(row["input_ids"].tolist() for row in alone)
+    assert len({row["input_ids"].shape[1] for row in together}) == (1 if not ends else 4)
 
 
 def test_a_prompt_longer_than_the_sample_is_cut_to_leave_a_token(llama_pair):
