@@ -21,7 +21,7 @@ from tailorcli.data.media import read_image, read_wav
 from tailorcli.data.records import Record
 from tailorcli.data.timed import within
 from tailorcli.errors import CheckpointError, DataError, StatsError
-from tailorcli.models.config import require_counts
+from tailorcli.models.config import require_buildable, require_counts
 
 SECONDS = 20  # on a busy machine; each takes a second or two, and without its bound minutes or all of the memory
 
@@ -66,8 +66,10 @@ def test_the_counts_of_real_configs_pass(tmp_path):
         **{"id2label": {str(i): f"LABEL_{i}" for i in range(200_000)}, "label2id": {"LABEL_9": 200_000}},
         **{"vision_config": {"depth": 32, "spatial_merge_size": 2}, "depths": [2, 2, 18, 2], "image_token_id": 151_655},
         **{"max_window_layers": 70, "layer_types": ["full_attention"] * 61, "decoder_layerdrop": 0.0},
+        **{"layer_rope_theta": [5e5, 0], "stage_out_channels": [512, 2048], "encoder_hash_byte_group_vocab": 500_002},
     }
     require_counts(tmp_path, config, 1 << 17)
+    require_buildable(tmp_path, config, 512)
 
 
 @pytest.mark.parametrize("count", [10**12, -1, True, 39, 41, 1e9])

@@ -34,7 +34,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 _COUNTED = re.compile(r"layer|block|depth|stage|expert|head|group|label|class")  # a part of the model, or a name
 _BUILT = re.compile(r"layer|block|depth|stage|expert")  # each has tensors of its own, but where they are shared
-_NO_COUNT = re.compile(r"size|dim|_ids?$|token|length|factor|offset|2id$|2label$|^task_specific_params$")
+_NO_COUNT = re.compile(
+    r"size|dim|channel|vocab|theta|_ids?$|token|length|factor|offset|2id$|2label$|^task_specific_params$"
+)
 _MOST_OF_ANYTHING = 1 << 17
 _MOST_SHARED = 1024  # layers that one tensor may serve
 

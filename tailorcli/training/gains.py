@@ -59,13 +59,24 @@ def scored_layers(network: Any) -> dict[str, Layer]:
     }
 
 
+def is_product(layer: Layer, args: tuple[Any, ...], output: Any) -> bool:
+    """Whether a layer gives what goes in times its whole weight: scores are of that, and of no other use.
+
+    A subclass may give more than that (a router its choice, too), or use each part of its rows on other inputs.
+    """
+    if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+        return False
+    weight = layer.modules[0].get_parameter("weight")
+    return output.shape == (*args[0].shape[:-1], weight.shape[1 if layer.transposed else 0])
+
+
 @contextmanager
 def noting(layers: Mapping[str, Layer], calls: Calls) -> Iterator[None]:
     """While it lasts every call of a layer whose outputs have a graph is noted, with the gradients that come there."""
 
     def note(name: str) -> Callable[..., None]:
         def take(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if args and isinstance(output, Tensor) and output.requires_grad:
+            if is_product(layers[name], args, output) and output.requires_grad:
                 call = Call(args[0])
                 output.register_hook(call.take)  # type: ignore[no-untyped-call]
                 calls.setdefault(name, []).append(call)
@@ -144,7 +155,7 @@ def reasons_of(network: Any, scored: Mapping[str, Any]) -> dict[str, str]:
         if name in scored:
             continue
         if name in layers and layers[name].role == "linear" and parameter.dim() == 2:
-            unscored[name] = "its layer was not run on these samples, or is the output layer"
+            unscored[name] = "its layer was not run on these samples, gives no plain product, or is the output layer"
         elif parameter.dim() == 3:
             unscored[name] = "it has three dimensions, as experts in one tensor have: one mask would not suit them"
         else:

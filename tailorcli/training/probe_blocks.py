@@ -31,7 +31,18 @@ from tailorcli.models.spill import Spill
 from tailorcli.options import Blockwise, CalibrateOptions
 from tailorcli.training.activations import kept_bytes
 from tailorcli.training.choice import sample_digest
-from tailorcli.training.gains import Call, Calls, Gain, answers, fold, noting, reasons_of, score_of, scored_layers
+from tailorcli.training.gains import (
+    Call,
+    Calls,
+    Gain,
+    answers,
+    fold,
+    is_product,
+    noting,
+    reasons_of,
+    score_of,
+    scored_layers,
+)
 from tailorcli.training.tape import Tape
 from tailorcli.units import format_bytes
 
@@ -189,7 +200,7 @@ def _cut(network: Any, blocks: dict[str, nn.Module], layers: dict[str, Layer]) -
     def cut(name: str) -> Callable[..., Any]:
         def take(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             tape = _tape.get()
-            if tape is None or not args or not isinstance(output, Tensor) or not output.requires_grad:
+            if tape is None or not is_product(layers[name], args, output) or not output.requires_grad:
                 return output
             return tape.layer(name, args[0], output)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import FAMILIES, make_family_pair
 from helpers import make_model, make_pair
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -187,6 +188,39 @@ def test_experts_in_one_tensor_have_no_scores_and_the_reason_says_so():
     reasons = reasons_of(model, scored)
     assert all("experts in one tensor" in reasons[name] for name in experts)
     assert not any("expert" in reason for name, reason in reasons.items() if name not in experts)
+
+
+def test_a_linear_layer_that_gives_no_plain_product_is_not_scored():
+    """DeepSeek-V4 uses each part of a weight's rows on other inputs, Llama 4's router gives its choice as well."""
+
+    class Grouped(nn.Linear):
+        def forward(self, x):  # (N, 2, 4) -> (N, 2, 3)
+            return torch.einsum("ngi,goi->ngo", x, self.weight.view(2, 3, 4))
+
+    class Choosing(nn.Linear):
+        def forward(self, x):
+            logits = super().forward(x)
+            return logits.softmax(-1), logits
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.plain = nn.Embedding(9, 8), nn.Linear(8, 8)
+            self.grouped, self.choosing = Grouped(4, 6, bias=False), Choosing(6, 6)
+
+        def forward(self, input_ids):
+            hidden = self.plain(self.embed(input_ids)).view(-1, 2, 4)
+            return (self.choosing(self.grouped(hidden).flatten(1))[0],)
+
+    torch.manual_seed(0)
+    model = Model()
+    gains = probe_network(model, [{"input_ids": torch.arange(6).view(1, 6)}], 2, 0)
+    scores, reasons = scores_of(model, gains, 2)
+    assert set(scores) == {"plain.weight"}
+    assert {name for name, reason in reasons.items() if "no plain product" in reason} == {
+        "grouped.weight",
+        "choosing.weight",
+    }
 
 
 def watch_blocks(monkeypatch):
