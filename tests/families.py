@@ -281,6 +281,20 @@ def make_gpt_oss():
     )
 
 
+def make_jina():
+    """With a bias of its output layer, and one of the fused qkv in the checkpoint, that are not zeros."""
+    model = tr.JinaEmbeddingsV3ForMaskedLM(tr.JinaEmbeddingsV3Config(**DECODER, type_vocab_size=1))
+    return perturb(model, scale=0.01)
+
+
+def make_deepseek():
+    """Projections of low rank (MLA), a dense layer and one of experts, of which one is shared."""
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 2, "topk_group": 1}
+    sizes = {"moe_intermediate_size": 24, "first_k_dense_replace": 1, "num_key_value_heads": 4}
+    return tr.DeepseekV3ForCausalLM(tr.DeepseekV3Config(**DECODER | ranks | experts | sizes))
+
+
 def make_t5():
     config = tr.T5Config(
         vocab_size=VOCAB,
@@ -550,6 +564,8 @@ _ALL = [
     _text("mixtral", lambda: tr.MixtralForCausalLM(tr.MixtralConfig(**GROUPED, num_local_experts=4))),
     _text("qwen3-moe", make_qwen3_moe),
     _text("gpt-oss", make_gpt_oss),
+    _text("deepseek-v3", make_deepseek),
+    _text("jina-v3", make_jina, save_tokenizer(bert_tokenizer)),
     Family("t5", "encoder-decoder", make_t5, save_tokenizer(seq2seq_tokenizer), seq2seq_inputs),
     Family("bart", "encoder-decoder", make_bart, save_tokenizer(seq2seq_tokenizer), seq2seq_inputs),
     Family(

@@ -39,7 +39,7 @@ class Layer:
 def find_layers(model: nn.Module) -> dict[str, Layer]:
     """Every weight that can be calibrated, by parameter name; biases go with their weights and are left out.
 
-    A tied embedding is found first as an embedding (its input role, docs/concepts/additions.md) and stays one.
+    A tied embedding is one (its input role, docs/concepts/additions.md), whichever of its modules is found first.
     """
     by_parameter: dict[int, Layer] = {}
     layers: dict[str, Layer] = {}
@@ -51,6 +51,8 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
             if known is not None:
                 if role and known.role == role:
                     known.modules.append(module)
+                elif role == "embedding" and known.role == "linear":  # its output layer was defined before it
+                    by_parameter[id(parameter)] = layers[known.name] = _make_layer(known.name, role, module, parameter)
             elif short == "bias" and role in ("linear", "norm") and f"{module_name}.weight" in layers:
                 continue  # handled with its weight, but where that is tied to another
             elif parameter.is_floating_point():

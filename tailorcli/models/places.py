@@ -129,11 +129,10 @@ def _find(checkpoint: Checkpoint, info: TensorInfo, guess: str, candidates: Para
     free = [n for n in alike if n not in taken and _equal(checkpoint, info, candidates.sample(n))]
     if free:
         return Place((max(free, key=lambda name: _common_ending(name, guess)),))
-    if len(info.shape) == 2:
-        found = _find_slice(checkpoint, info, guess, candidates) or _find_pieces(checkpoint, info, candidates)
-        if found is not None:
-            return found
-    return Place(reason=_ABSENT)
+    found = _find_slice(checkpoint, info, guess, candidates) if len(info.shape) == 2 else None
+    if found is None and len(info.shape) in (1, 2):
+        found = _find_pieces(checkpoint, info, guess, candidates)
+    return found or Place(reason=_ABSENT)
 
 
 def _fits(info: TensorInfo, parameter: torch.Tensor) -> bool:
@@ -176,15 +175,20 @@ def _find_slice(
     return given
 
 
-def _find_pieces(checkpoint: Checkpoint, info: TensorInfo, candidates: Parameters) -> Place | None:
-    """A matrix whose rows were split over several parameters, one after the other."""
-    rows, columns = info.shape
+def _find_pieces(checkpoint: Checkpoint, info: TensorInfo, guess: str, candidates: Parameters) -> Place | None:
+    """A matrix whose rows, or a bias whose entries, were split over several parameters, one after the other.
+
+    Of several with such values, as biases of zeros have, those nearest to ``guess`` in the model.
+    """
+    rows, columns = info.shape[0], info.numel // info.shape[0]
+    near = sorted(candidates.by_name.items(), key=lambda item: -_common_ending(item[0][::-1], guess[::-1]))
     pieces: list[str] = []
     start = 0
     while start < rows:
         found = None
-        for name, value in candidates.by_name.items():
-            fits = value.dim() == 2 and value.shape[1] == columns and value.shape[0] <= rows - start
+        for name, value in near:
+            fits = value.dim() == len(info.shape) and value.numel() == value.shape[0] * columns
+            fits = fits and value.shape[0] <= rows - start
             if not fits or name in pieces:
                 continue
             offset = start * columns

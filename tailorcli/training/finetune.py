@@ -27,7 +27,7 @@ from tailorcli.distributed import launched
 from tailorcli.errors import NumericalError, OptionsError, first_line, note
 from tailorcli.files import PathLike, file_digest, write_text_atomically
 from tailorcli.guard import OutputLock, Watch, path_text, protect
-from tailorcli.models.config import processor_folder, read_config, tokenizer_digest
+from tailorcli.models.config import processor_folder, read_config, tokenizer_digest, writes_samples
 from tailorcli.models.generation import media_token_ids
 from tailorcli.models.loading import (
     aliases,
@@ -271,6 +271,9 @@ def _examples(job: Job, network: Any) -> Examples:
         raise OptionsError(what, "train a model that predicts the next token, or an encoder-decoder")
     _check_smoothing(job, network)
     has_media = job.records.has_media
+    if not has_media and network.get_output_embeddings() is None and not writes_samples(job.config):
+        what = f"{job.base.path} is a {type(network).__name__}, which has no output layer over its vocabulary"
+        raise OptionsError(what, "train classifiers and encoders alone with transformers; patch takes what comes of it")
     folder = processor_folder(job.base.path, job.base.path, has_media)
     encoder = load_encoder(folder, job.base.path, has_media, job.options)
     length = min(job.options.seq_len, most_tokens(job.base, job.config, job.options))

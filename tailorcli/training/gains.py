@@ -78,7 +78,7 @@ def noting(layers: Mapping[str, Layer], calls: Calls) -> Iterator[None]:
         def take(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if is_product(layers[name], args, output) and output.requires_grad:
                 call = Call(args[0])
-                output.register_hook(call.take)  # type: ignore[no-untyped-call]
+                output.register_hook(call.take)
                 calls.setdefault(name, []).append(call)
 
         return take

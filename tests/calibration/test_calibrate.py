@@ -9,6 +9,7 @@ from helpers import make_model, make_pair, make_tokenizer, perturb, read_tensors
 from tailorcli import TailorError, calibrate_model
 from tailorcli.calibration.stats import Stats
 from tailorcli.core import unpack_triangle
+from tailorcli.models.layers import find_layers
 from tailorcli.options import CalibrateOptions
 
 
@@ -283,6 +284,15 @@ def test_encoder_decoders_are_refused_clearly(tmp_path):
     with pytest.raises(TailorError, match="encoder-decoder"):
         calibrate_model(model, tmp_path / "data.jsonl", tmp_path / "stats")
     assert not (tmp_path / "stats" / "manifest.json").exists()
+
+
+def test_a_tied_table_is_an_embedding_whichever_of_its_modules_is_defined_first():
+    """Jina's output layer is: the table was taken for a linear layer, and had other values in one pass."""
+    model = torch.nn.Module()
+    model.head, model.table = torch.nn.Linear(4, 9), torch.nn.Embedding(9, 4)
+    model.table.weight = model.head.weight
+    layer = find_layers(model)["head.weight"]
+    assert (layer.role, layer.transposed, layer.size, layer.modules) == ("embedding", True, 9, [model.table])
 
 
 def test_the_bias_of_a_head_that_is_tied_to_the_embedding_is_calibrated(tmp_path):

@@ -14,7 +14,13 @@ import torch
 from families import make_family_pair
 from helpers import bits, interrupted_when_saved, make_model, make_pair, read_tensors, refused, run
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from tailorcli import Checkpoint
 from tailorcli.errors import NumericalError, OptionsError
@@ -291,6 +297,16 @@ def test_a_model_of_masked_words_is_refused(tmp_path):
     pair = make_family_pair(tmp_path, "bert")
     data = ("--data", pair / "data.jsonl", "-o", tmp_path / "out")
     refused("finetune", pair / "base", *data, mentions=["MaskedLM"])
+
+
+def test_a_classifier_is_refused(tmp_path):
+    """Its loss is of classes: tokens as labels ended in a traceback."""
+    pair = make_family_pair(tmp_path, "bert")
+    config = AutoConfig.from_pretrained(pair / "base")
+    BertForSequenceClassification(config).save_pretrained(pair / "base")
+    data = ("--data", pair / "data.jsonl", "-o", tmp_path / "out")
+    shown = refused("finetune", pair / "base", *data, mentions=["BertForSequenceClassification"])
+    assert "train classifiers" in shown
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
