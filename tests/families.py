@@ -268,6 +268,18 @@ def make_opt():
     return tr.OPTForCausalLM(tr.OPTConfig(**sizes, ffn_dim=48, word_embed_proj_dim=32))
 
 
+def make_lfm2():
+    layers = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+    return tr.Lfm2ForCausalLM(tr.Lfm2Config(**(GROUPED | layers), block_auto_adjust_ff_dim=False))
+
+
+def make_qwen3_5():
+    layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    heads |= {"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    return tr.Qwen3_5ForCausalLM(tr.Qwen3_5TextConfig(**(GROUPED | layers), **heads))
+
+
 def make_qwen3_moe():
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
     return tr.Qwen3MoeForCausalLM(tr.Qwen3MoeConfig(**GROUPED, head_dim=8, **experts))
@@ -556,6 +568,8 @@ _ALL = [
     _text("qwen2", lambda: tr.Qwen2ForCausalLM(tr.Qwen2Config(**GROUPED)), save_tokenizer(qwen2_tokenizer)),
     _text("qwen3", lambda: tr.Qwen3ForCausalLM(tr.Qwen3Config(**GROUPED, head_dim=8))),
     _text("gemma3-text", lambda: tr.Gemma3ForCausalLM(tr.Gemma3TextConfig(**GEMMA))),
+    _text("qwen3.5-text", make_qwen3_5),
+    _text("lfm2", make_lfm2),
     _text("gpt2", make_gpt2),
     _text("gpt-neox", lambda: tr.GPTNeoXForCausalLM(tr.GPTNeoXConfig(**DECODER))),
     _text("opt", make_opt),

@@ -71,8 +71,8 @@ def tailor_layer(
     """The whole paper for one tensor: Eq. 9 to 11 choose the mask, Eq. 12 and 13 compensate, Eq. 3 assembles.
 
     ``base`` and ``tuned`` have one shape: (O, I), or (I, O) with ``transposed`` (Conv1D weights, embedding
-    tables), or (O, ...) for a convolution, or (I,) for a channel scale, or any for a bias, whose Hessian has one
-    channel. ``prepared`` is the tensor's Hessian; without one only salience counts and nothing is compensated
+    tables), or (O, ...) for a convolution, or any with I entries for a scale of each, or any for a bias, whose Hessian
+    has one channel. ``prepared`` is the tensor's Hessian; without one only salience counts and nothing is compensated
     (``omega=1``, ``solver="none"``). With ``score_by="sum"`` salience is added to Eq. 11. With a retain term in
     ``prepared`` the goal of every entry is not tuned's value but that of ``core.retain``. The kept entries go the share
     ``weight`` of the way from base to their final values. Outside the mask the result is bit for bit the base.
@@ -190,7 +190,7 @@ def tailor_experts(
 
 
 def matrix_shape(tensor: Tensor, prepared: PreparedHessian | None) -> tuple[int, int]:
-    """The two dimensions under which a tensor is a layer: a bias is (O, 1), a channel scale (1, I)."""
+    """The two dimensions under which a tensor is a layer: a bias is (O, 1), a scale of each channel or entry (1, I)."""
     return layer_shape(tensor, None if prepared is None else prepared.hessian.shape[0])
 
 
@@ -198,7 +198,7 @@ def layer_shape(tensor: Tensor, num_inputs: int | None) -> tuple[int, int]:
     """The two dimensions of a tensor as a layer, given its Hessian's channels, or None without one."""
     if tensor.dim() == 2:
         return tensor.shape[0], tensor.shape[1]
-    if num_inputs is not None and (tensor.dim() <= 1 or num_inputs == 1):
+    if num_inputs is not None and (tensor.dim() <= 1 or num_inputs in (1, tensor.numel())):
         return tensor.numel() // num_inputs, num_inputs
     rows = tensor.shape[0] if tensor.dim() > 1 else 1
     return rows, tensor.numel() // max(rows, 1)

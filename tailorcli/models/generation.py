@@ -51,15 +51,25 @@ def samples_together(network: Any, device: torch.device, length: int) -> int:
 def _bytes_of_sample(network: Any, length: int) -> int | None:
     """Bytes of a sample's keys and values, and of its logits in float32 a few times; None where a config is odd."""
     config = network.config.get_text_config(decoder=True)
-
-    def number(name: str, otherwise: int = 0) -> int:
-        found = getattr(config, name, None)
-        return found if isinstance(found, int) and found > 0 else otherwise
-
-    heads, layers, vocab = number("num_attention_heads"), number("num_hidden_layers"), number("vocab_size")
-    size = number("head_dim", number("hidden_size") // max(1, heads))
-    kept = layers * number("num_key_value_heads", heads) * size
+    layers, vocab = _number(config, "num_hidden_layers"), _number(config, "vocab_size")
+    if getattr(config, "is_heterogeneous", False):  # Gemma 4's layers have heads of two sizes
+        kept = sum(map(_kept_of_token, config.per_layer_config))
+    else:
+        kept = layers * _kept_of_token(config)
     return 2 * kept * length * network.dtype.itemsize + 16 * vocab if kept and vocab else None
+
+
+def _kept_of_token(config: Any) -> int:
+    """The entries of a token's keys in a layer of this config."""
+    heads = _number(config, "num_attention_heads")
+    size = _number(config, "head_dim") or _number(config, "hidden_size") // max(1, heads)
+    return (_number(config, "num_key_value_heads") or heads) * size
+
+
+def _number(config: Any, name: str) -> int:
+    """A positive number that a config holds; else 0."""
+    found = getattr(config, name, None)
+    return found if isinstance(found, int) and found > 0 else 0
 
 
 def _holds_static_cache(network: Any) -> bool:

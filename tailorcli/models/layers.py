@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -85,8 +86,14 @@ def _role(module: nn.Module) -> str:
         return "embedding" if type(module).forward is nn.Embedding.forward else ""
     one_dimensional = isinstance(weight, Tensor) and weight.dim() == 1
     if isinstance(module, nn.LayerNorm) or ("Norm" in type(module).__name__ and _eps(module) is not None):
-        return "norm" if one_dimensional else ""
+        return "norm" if one_dimensional and not _takes_more(module) else ""
     return ""
+
+
+def _takes_more(module: nn.Module) -> bool:
+    """Whether a norm takes more than its inputs, as a gate: what its scale multiplies is watched in use, too."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return sum(each.kind == each.POSITIONAL_OR_KEYWORD for each in parameters) > 1
 
 
 def _eps(module: nn.Module) -> float | None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextvars
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,13 +24,18 @@ from tailorcli.models.spill import Spill
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The outermost lists of two or more modules of one class: decoder layers, vision layers, Q-Former layers."""
+    """The outermost lists of two or more modules of one class: decoder layers, vision layers, Q-Former layers.
+
+    A list of single layers (Gemma 3n's projections, the heads of codebooks) is none: a block is what holds layers. Nor
+    is one whose parameters another module holds, too (Zamba2's shared blocks): they come and go with their block.
+    """
     blocks: dict[str, nn.Module] = {}
+    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{block}.") for block in blocks)
         if inside or not isinstance(module, nn.ModuleList) or len(module) < 2:
             continue
-        if len({type(child) for child in module}) == 1 and all(any(True for _ in c.parameters()) for c in module):
+        if len({type(child) for child in module}) == 1 and all(_is_block(child, holders) for child in module):
             blocks |= {f"{name}.{number}": child for number, child in enumerate(module)}
     return in_call_order(model, blocks)
 
@@ -46,6 +52,12 @@ def in_call_order(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, 
     inside, head = {id(module) for module in decoder.modules()}, output_head(model)
     places = {name: 2 if module is head else int(id(module) in inside) for name, module in modules.items()}
     return {name: modules[name] for name in sorted(modules, key=places.__getitem__)}
+
+
+def _is_block(module: nn.Module, holders: Mapping[int, int]) -> bool:
+    """Whether it holds layers, and alone has their parameters; ``holders`` counts who holds each in the model."""
+    own = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
+    return any(True for _ in module.children()) and bool(own) and all(holders[one] == own[one] for one in own)
 
 
 _ENTER = object()  # instead of a block's value: the lane works it out itself

@@ -1,7 +1,8 @@
 """Parameters that no layer holds: what they are is told by the operations that they enter while the model runs.
 
 Fused experts, routers, class tokens, query tokens, layer scales: a model holds them as bare parameters and uses
-them in its own forward. A watch on torch's functions sees each use, with the other operand: the layer's inputs.
+them in its own forward; so it may do with the weights of depthwise convolutions. A watch on torch's functions sees each
+use, with the other operand: the layer's inputs.
 """
 
 from __future__ import annotations
@@ -14,9 +15,20 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tailorcli.core.unfold import unfold
+
 _MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.mul_, Tensor.__imul__)
 _SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__)
+_DIFFERENCES = (torch.sub, torch.rsub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__)
+_CASTS = (Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.bfloat16, Tensor.half)
+_FUNCTIONS = (
+    *(torch.exp, Tensor.exp, torch.neg, Tensor.neg, Tensor.__neg__, torch.nn.functional.softplus),
+    *(torch.sigmoid, Tensor.sigmoid, torch.tanh, Tensor.tanh),
+)
+_FOLLOWED = 16  # values of functions of parameters that are held, as a use follows them at once
+_FOLLOWED_ENTRIES = 1 << 24  # of each at most
+_CONVOLUTIONS = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)
 _REPEATS = (Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.cat)
 
 
@@ -26,6 +38,8 @@ class Use:
 
     ``part`` is the slice of a parameter of three dimensions, one expert's; ``transposed`` says that it is held
     as (I, O). ``inputs`` (..., I) are what it multiplies, or the rows (...) that are looked up; None for a constant.
+    A scale has as many inputs as entries: each multiplies one. Where a model scales by a function of a parameter, as
+    Mamba does by -exp(A_log), its slope belongs to the inputs: a change of the parameter moves the product by both.
     """
 
     parameter: str
@@ -35,6 +49,15 @@ class Use:
     inputs: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Function:
+    """The value of a function of a parameter, entry by entry, and its slope there; none for a cast."""
+
+    parameter: str
+    value: Tensor  # held, or its memory could be another's
+    slope: Tensor | None  # (entries,)
+
+
 class ProductWatch(TorchFunctionMode):
     """Calls ``report`` for every recognised use of one of ``parameters`` while it is active."""
 
@@ -42,6 +65,7 @@ class ProductWatch(TorchFunctionMode):
         super().__init__()
         self._tables = tables  # parameters of embeddings
         self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+        self._functions: dict[int, _Function] = {}  # by their memory
         for name, parameter in parameters.items():
             self._by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
         self._report = report
@@ -53,7 +77,8 @@ class ProductWatch(TorchFunctionMode):
             Tensor.bmm: self._batched,
             **dict.fromkeys(_MATMULS, self._matmul),
             **dict.fromkeys(_PRODUCTS, self._scale),
-            **dict.fromkeys(_SUMS, self._constant),
+            **dict.fromkeys((*_SUMS, *_DIFFERENCES), self._constant),
+            **dict.fromkeys(_CONVOLUTIONS, self._convolution),
             **dict.fromkeys(_REPEATS, self._constant),
         }
 
@@ -64,7 +89,27 @@ class ProductWatch(TorchFunctionMode):
         handler = self._handlers.get(func)
         if handler is not None:
             handler(args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        if func in _CASTS or func in _FUNCTIONS:
+            self._follow(func, args, kwargs or {}, found)
+        return found
+
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
+        """Remember the value of a function of a parameter, entry by entry, and its slope; of a cast the value alone."""
+        source = self._source(args[0]) if args else None
+        if source is None or not isinstance(value, Tensor) or value.numel() > _FOLLOWED_ENTRIES:
+            return
+        name, whole, slope = source
+        if value.numel() != whole.numel() or not _is_all_of(args[0], whole) or _memory(value) == _memory(whole):
+            return
+        if func not in _CASTS:
+            with torch.enable_grad():
+                leaf = args[0].detach().to(torch.float32, copy=True).requires_grad_()
+                steps = torch.autograd.grad(func(leaf, *args[1:], **kwargs).sum(), leaf)[0].flatten()
+            slope = steps if slope is None else steps * slope
+        self._functions[_memory(value)] = _Function(name, value.view(whole.shape), slope)
+        if len(self._functions) > _FOLLOWED:
+            del self._functions[next(iter(self._functions))]
 
     def _report_use(self, use: Use) -> None:
         """Report a use; a parameter of an embedding counts as an embedding only, even if it is the output layer too."""
@@ -72,13 +117,23 @@ class ProductWatch(TorchFunctionMode):
             self._report(use)
 
     def _held(self, value: Any) -> tuple[str, Tensor] | None:
-        """The watched parameter in whose memory a tensor lies."""
+        """The watched parameter in whose memory a tensor lies, or in that of its copy in another dtype."""
+        source = self._source(value)
+        return None if source is None or source[2] is not None else source[:2]
+
+    def _source(self, value: Any) -> tuple[str, Tensor, Tensor | None] | None:
+        """(parameter, its values or a function's, the function's slope) in whose memory a tensor lies."""
         if not isinstance(value, Tensor) or value.device.type == "meta":
             return None
-        for name, whole in self._by_storage.get(value.untyped_storage().data_ptr(), ()):
+        try:
+            place = _memory(value)
+        except RuntimeError:  # within torch.vmap, in which masks are made, tensors have no memory of their own
+            return None
+        for name, whole in self._by_storage.get(place, ()):
             if 0 <= value.storage_offset() - whole.storage_offset() < whole.numel():
-                return name, whole
-        return None
+                return name, whole, None
+        function = self._functions.get(place)
+        return None if function is None else (function.parameter, function.value, function.slope)
 
     def _matrix(self, value: Any) -> tuple[str, int | None, bool] | None:
         """(parameter, part, whether transposed) of a matrix that is a parameter or one of its slices, whole."""
@@ -142,15 +197,42 @@ class ProductWatch(TorchFunctionMode):
             rows = torch.arange(found[1].shape[0], device=found[1].device)[args[1]]
             self._report_use(Use(found[0], "embedding", None, True, rows))
 
+    def _whole(self, value: Any) -> tuple[str, Tensor | None] | None:
+        """The parameter, no matrix, whose entries a tensor is, whatever its shape, or a function of them; its slope."""
+        source = self._source(value)
+        if source is None or source[1].dim() == 2 or value.numel() < 2 or not _is_all_of(value, source[1]):
+            return None
+        return source[0], source[2]
+
     def _scale(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """X times a vector of one factor a channel."""
+        """X times a factor for each channel, or for each head or group of channels."""
         if len(args) != 2:
             return
         for value, other in ((args[0], args[1]), (args[1], args[0])):
-            found = self._held(value)
-            whole = found is not None and value.dim() == 1 and value.shape == found[1].shape
-            if found is not None and whole and isinstance(other, Tensor) and other.shape[-1:] == value.shape:
-                self._report_use(Use(found[0], "norm", inputs=other))
+            found = self._whole(value)
+            if found is not None and isinstance(other, Tensor) and self._source(other) is None:
+                rows, (name, slope) = _rows_along(value, other), found
+                if rows is not None:
+                    self._report_use(Use(name, "norm", inputs=rows if slope is None else rows * slope))
+
+    def _convolution(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """X under a kernel of its own for each channel: every entry is the factor of one place under the kernel."""
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        inputs, weight = given["input"], given["weight"]
+        if (held := self._held(given.get("bias"))) is not None:
+            self._report_use(Use(held[0], "bias"))
+        found = self._whole(weight)
+        kernel = weight.shape[2:]
+        padding = _each_side(given.get("padding", 0), kernel)
+        channels = inputs.shape[-len(kernel) - 1]
+        depthwise = weight.shape[0] == channels == given.get("groups", 1) > 1
+        if found is None or found[1] is not None or padding is None or not depthwise:
+            return
+        stride, dilation = (_of_each(given.get(each, 1), len(kernel)) for each in ("stride", "dilation"))
+        batched = inputs if inputs.dim() == len(kernel) + 2 else inputs.unsqueeze(0)
+        for sample in batched.split(1):  # unfolded they are as many times as large as the kernel
+            self._report_use(Use(found[0], "norm", inputs=unfold(sample, kernel, stride, padding, dilation)))
 
     def _constant(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Added, repeated or put beside other inputs: a bias, that is, a layer whose only input is 1."""
@@ -162,3 +244,35 @@ class ProductWatch(TorchFunctionMode):
             row = found[1].dim() == 2 and value.dim() == 1 and value.shape[0] == found[1].shape[1]  # an expert's
             if row or value.numel() == found[1].numel():
                 self._report_use(Use(found[0], "bias"))
+
+
+def _memory(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
+
+
+def _is_all_of(value: Tensor, whole: Tensor) -> bool:
+    """Whether a tensor that lies in the memory of ``whole`` has all its entries in their order."""
+    alike = value.numel() == whole.numel() and value.storage_offset() == whole.storage_offset()
+    return alike and value.is_contiguous() and whole.is_contiguous()
+
+
+def _rows_along(value: Tensor, other: Tensor) -> Tensor | None:
+    """What each entry of ``value`` multiplies, (N, entries), where the product has the other's shape; else None."""
+    shape = (1,) * (other.dim() - value.dim()) + tuple(value.shape)
+    if len(shape) != other.dim() or any(size not in (1, whole) for size, whole in zip(shape, other.shape, strict=True)):
+        return None
+    repeated = [dim for dim, size in enumerate(shape) if size == 1]
+    own = [dim for dim, size in enumerate(shape) if size > 1]
+    return other.permute(*repeated, *own).reshape(-1, value.numel())
+
+
+def _of_each(value: Any, count: int) -> tuple[int, ...]:
+    """A setting of a convolution for each of its dimensions."""
+    return tuple(int(each) for each in ((value,) * count if isinstance(value, int) else (*value,) * count)[:count])
+
+
+def _each_side(padding: Any, kernel: Any) -> list[tuple[int, int]] | None:
+    """Zeros before and after each dimension; None where they are told by a word."""
+    if isinstance(padding, str):
+        return [(0, 0)] * len(kernel) if padding == "valid" else None
+    return [(each, each) for each in _of_each(padding, len(kernel))]

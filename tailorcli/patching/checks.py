@@ -243,6 +243,6 @@ def _num_inputs(info: TensorInfo, entry: TensorStats) -> int:
         return 1
     if entry.experts:
         return info.shape[1] if entry.transposed else info.shape[2]
-    if len(info.shape) < 2:
+    if len(info.shape) < 2 or entry.role == "norm":  # each entry has an input of its own, whatever their shape
         return info.numel
     return info.shape[0] if entry.transposed else info.numel // max(info.shape[0], 1)

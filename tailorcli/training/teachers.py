@@ -53,8 +53,8 @@ def logits_of(network: Any, weight: Tensor, bias: Tensor | None, bare: bool = Fa
     the scale that the text's config names.
     """
     config = None if bare else network.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    factor = getattr(config, "logit_scale", None) or 1.0
+    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
 
     def logits(hidden: Tensor) -> Tensor:

@@ -156,8 +156,8 @@ class Twice(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.first = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
-        self.second = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+        self.first = nn.ModuleList(nn.Sequential(nn.Linear(3, 3)) for _ in range(2))
+        self.second = nn.ModuleList(nn.Sequential(nn.Linear(3, 3)) for _ in range(3))
 
     def forward(self, x):
         for block in (*self.first, *self.first, *self.second):
@@ -220,7 +220,7 @@ class Stack(nn.Module):
 
     def __init__(self, depth=3, size=4):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(size, size) for _ in range(depth))
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(size, size)) for _ in range(depth))
 
     def forward(self, inputs):
         embedded = inputs * 2

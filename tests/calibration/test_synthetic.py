@@ -72,6 +72,22 @@ def test_as_many_samples_as_fit_are_written_at_a_time(monkeypatch):
     assert batches == [70, 40, 30, 1, 1, 1]
 
 
+def test_layers_whose_heads_differ_in_size_count_by_their_own():
+    """As Gemma 4's do: transformers refuses to say one size for all."""
+    import transformers
+
+    from tailorcli.models.generation import _bytes_of_sample
+
+    config = transformers.Gemma4TextConfig(
+        vocab_size=116, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], vocab_size_per_layer_input=116,
+        hidden_size_per_layer_input=4, per_layer_config={1: {"head_dim": 16}},
+    )  # fmt: skip
+    with torch.device("meta"):
+        network = transformers.Gemma4ForCausalLM(config)
+    assert _bytes_of_sample(network, 10) == 2 * (8 + 16) * 10 * 4 + 16 * 116
+
+
 @pytest.mark.parametrize("static", [True, False])
 def test_keys_and_values_lie_in_memory_that_is_allocated_once_and_the_tokens_are_the_same(static):
     from transformers.cache_utils import StaticCache

@@ -280,3 +280,19 @@ def test_the_towers_blocks_come_before_the_language_models_wherever_these_are_he
     with torch.device("meta"):
         network = transformers.Gemma4ForConditionalGeneration(config)
     assert [name.split(".")[1] for name in find_blocks(network)] == ["vision_tower"] * 2 + ["language_model"] * 2
+
+
+def test_single_layers_and_shared_ones_are_no_blocks():
+    """Gemma 3n's list of projections would be called as blocks, past their hooks; Zamba2's blocks share weights."""
+
+    def layer():
+        return nn.Sequential(nn.Linear(2, 2))
+
+    model = nn.Module()
+    model.layers, model.heads = nn.ModuleList([layer(), layer()]), nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    assert list(find_blocks(model)) == ["layers.0", "layers.1"]
+    model.layers[1][0].weight = model.layers[0][0].weight
+    assert list(find_blocks(model)) == []
+    model.layers = nn.ModuleList([layer(), layer()])
+    model.layers[1].append(model.layers[1][0])  # called twice within
+    assert list(find_blocks(model)) == ["layers.0", "layers.1"]

@@ -496,7 +496,7 @@ def test_a_run_that_goes_on_ends_as_one_that_was_never_broken_off():
     assert run(state=(6, broken[6])) == run()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "granite", "cohere", "t5"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "granite", "cohere", "falcon-h1", "recurrent-gemma", "t5"])
 def test_logits_are_the_models_own(family):
     import transformers
 
@@ -512,6 +512,15 @@ def test_logits_are_the_models_own(family):
         network = transformers.GraniteForCausalLM(transformers.GraniteConfig(**small, logits_scaling=7.0))
     elif family == "cohere":
         network = transformers.CohereForCausalLM(transformers.CohereConfig(**small, logit_scale=0.3))
+    elif family == "falcon-h1":
+        states = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+        config = transformers.FalconH1Config(**small, **states, lm_head_multiplier=0.02)
+        network = transformers.FalconH1ForCausalLM(config)
+    elif family == "recurrent-gemma":
+        config = transformers.RecurrentGemmaConfig(
+            **small, head_dim=8, lru_width=32, block_types=["recurrent", "attention"], logits_soft_cap=0.5
+        )
+        network = transformers.RecurrentGemmaForCausalLM(config)
     else:
         config = transformers.T5Config(vocab_size=50, d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8)
         network = transformers.T5ForConditionalGeneration(config)
