@@ -404,7 +404,7 @@ def test_what_uses_no_statistics_goes_with_settings_that_do(pair, tmp_path, monk
 def test_the_commands_of_a_sweep_make_its_models(pair, tmp_path):
     settings = settings_of(
         PatchOptions(),
-        omegas=[0.5, 1.0],
+        omegas=[1.0],
         solvers=["joint", "none"],
         retain_weights=[0.0, 0.3],
         methods=["dare", "interpolate"],

@@ -116,7 +116,7 @@ def test_whatever_becomes_of_a_report_it_is_read_or_refused_and_then_shown(tmp_p
 
     generator = random.Random(5)
     file, outcomes = tmp_path / "report.json", {"shown": 0, "refused": 0}
-    for _ in range(1500):
+    for _ in range(600):
         file.write_text(json.dumps(mutate_json(deepcopy(report_of(*REPORTS[kind])), generator)))
         try:
             inspection = inspect_path(file)
@@ -126,8 +126,8 @@ def test_whatever_becomes_of_a_report_it_is_read_or_refused_and_then_shown(tmp_p
         inspection_parts(inspection)
         json.dumps(inspection.to_dict(), allow_nan=False, ensure_ascii=False).encode()
         outcomes["shown"] += 1
-    assert sum(outcomes.values()) == 1500, "an error that does not name the file, or cannot be printed"
-    assert min(outcomes.values()) > 100, outcomes
+    assert sum(outcomes.values()) == 600, "an error that does not name the file, or cannot be printed"
+    assert min(outcomes.values()) > 40, outcomes
 
 
 @pytest.mark.parametrize(
