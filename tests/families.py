@@ -33,6 +33,7 @@ IMAGE_MARKS = {
     "gemma3": "<start_of_image>",
     "paligemma": "<image>",
 }
+SOUND_MARK = "<|audio_bos|><|AUDIO|><|audio_eos|>"  # Qwen2-Audio's
 PALIGEMMA_VOCAB = 1280  # its processor adds 1,024 places and 128 segments to the tokenizer
 
 LLAVA_TEMPLATE = """\
@@ -61,7 +62,7 @@ class Family:
     """One model family; the caller of ``make`` sets the seed before."""
 
     name: str
-    kind: str  # "text", "encoder-decoder", "vision", "multimodal", "speech"
+    kind: str  # "text", "encoder-decoder", "vision", "multimodal", "speech", "hearing"
     make: Callable[[], tr.PreTrainedModel]
     save_processor: Callable[[Path], object]
     inputs: Callable[[], dict[str, Tensor]]
@@ -140,6 +141,11 @@ def gemma_tokenizer():
 
 def paligemma_tokenizer():
     return tokenizer_with(named={"image_token": "<image>"}, bos_token="<bos>", eos_token="<eos>")
+
+
+def qwen_audio_tokenizer():
+    extra = ["<|im_start|>", "<|audio_bos|>", "<|audio_eos|>"]
+    return tokenizer_with(extra, named={"audio_token": "<|AUDIO|>"}, eos_token="<|im_end|>")
 
 
 def whisper_tokenizer():
@@ -226,6 +232,11 @@ def save_paligemma_processor(folder):
 def save_whisper_processor(folder):
     features = tr.WhisperFeatureExtractor(feature_size=16, sampling_rate=RATE, chunk_length=1)
     tr.WhisperProcessor(features, whisper_tokenizer()).save_pretrained(folder)
+
+
+def save_qwen_audio_processor(folder):
+    features = tr.WhisperFeatureExtractor(feature_size=16, sampling_rate=RATE, chunk_length=1)
+    tr.Qwen2AudioProcessor(features, qwen_audio_tokenizer()).save_pretrained(folder)  # its class has a chat template
 
 
 # Models
@@ -475,6 +486,23 @@ def make_whisper():
     return tr.WhisperForConditionalGeneration(config)
 
 
+def make_qwen_audio():
+    tower = {
+        "num_mel_bins": 16,
+        "d_model": 32,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "max_source_positions": 50,  # a second of sound
+    }
+    config = tr.Qwen2AudioConfig(
+        audio_config=tower,
+        text_config=tr.Qwen2Config(**GROUPED).to_dict(),
+        audio_token_index=qwen_audio_tokenizer().audio_token_id,
+    )
+    return tr.Qwen2AudioForConditionalGeneration(config)
+
+
 # Inputs to compare outputs on
 
 
@@ -559,6 +587,13 @@ def whisper_inputs():
     return {"input_features": noise(2, 16, 100), "decoder_input_ids": token_ids(length=7, seed=5)}
 
 
+def qwen_audio_inputs():
+    heard = torch.full((2, 25), qwen_audio_tokenizer().audio_token_id)  # of 100 frames
+    ids = torch.cat([token_ids(length=3), heard, token_ids(length=7, seed=5)], dim=1)
+    mask = torch.ones(2, 100, dtype=torch.int32)
+    return {"input_ids": ids, "input_features": noise(2, 16, 100), "feature_attention_mask": mask}
+
+
 def _text(name, make, save=None, inputs=text_inputs):
     return Family(name, "text", make, save or save_tokenizer(), inputs)
 
@@ -603,6 +638,7 @@ _ALL = [
     Family("gemma3", "multimodal", make_gemma, save_gemma_processor, gemma_inputs),
     Family("paligemma", "multimodal", make_paligemma, save_paligemma_processor, paligemma_inputs),
     Family("whisper", "speech", make_whisper, save_whisper_processor, whisper_inputs),
+    Family("qwen2-audio", "hearing", make_qwen_audio, save_qwen_audio_processor, qwen_audio_inputs),
 ]
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
@@ -665,6 +701,19 @@ def _multimodal_records(name, images, generator):
     return asked + marked + chats + [{"text": _words(generator)} for _ in range(2)]
 
 
+def _heard_records(sounds, generator):
+    """Sound in the middle of a text: half of the prompts leave its mark out, which then comes first."""
+    asked = [{"audio": sound, "prompt": _words(generator), "response": _words(generator)} for sound in sounds[:5]]
+    marked = [record | {"prompt": SOUND_MARK + record["prompt"]} for record in asked[:3]]
+    two = {"audio": sounds[:2], "question": _words(generator), "answer": _words(generator)}
+    chats = []
+    for sound in sounds[5:7]:
+        parts = [{"type": "audio", "path": sound}, {"type": "text", "text": _words(generator)}]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": _words(generator)}]
+        chats.append({"messages": messages})
+    return [*asked, *marked, two, *chats, {"text": _words(generator)}]
+
+
 def write_family_data(folder, name):
     """``folder``/data.jsonl for a family, and the files that it names."""
     folder, kind, generator = Path(folder), FAMILIES[name].kind, random.Random(0)
@@ -678,6 +727,8 @@ def write_family_data(folder, name):
         records = [{"images": [image]} for image in _write_images(folder, 12)]
     elif kind == "speech":
         records = [{"audio": sound, "response": _words(generator)} for sound in _write_audio(folder)]
+    elif kind == "hearing":
+        records = _heard_records(_write_audio(folder), generator)
     else:
         records = _multimodal_records(name, _write_images(folder), generator)
     (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -699,6 +750,9 @@ def _make_family_pair(folder, name, dtype):
         model = make_family_model(name)
         if part == "tuned":
             perturb(model)
+            if name == "qwen2-audio":  # its tower's positions are sines, which no training moves, and stay at base
+                fixed = make_family_model(name).model.audio_tower.embed_positions
+                model.model.audio_tower.embed_positions.load_state_dict(fixed.state_dict())
         model.to(dtype).save_pretrained(folder / part)
         FAMILIES[name].save_processor(folder / part)
     write_family_data(folder, name)

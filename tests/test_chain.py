@@ -17,6 +17,7 @@ LEFT_AT_BASE = {
     "bart": {"final_logits_bias": "a buffer"},
     "deepseek-v3": {"model.layers.1.mlp.gate.e_score_correction_bias": "a buffer"},
     "dinov2": {"embeddings.mask_token": "no product with it was recognised"},
+    "qwen2-audio": {"audio_tower.embed_positions.weight": "its module is not called"},
 }
 
 

@@ -84,12 +84,12 @@ def _check_start(where: str, value: Any, folder: Path) -> Record:
         value = {name: entry for name, entry in value.items() if name not in RESPONSES}
         value["response"] = ""
     record = check_record(where, value, folder)
+    if record.has_sound:
+        raise DataError(f"{where} has audio, from which no sample of the model's own can begin", hint)
     if "text" in record.fields:
         return record
     if "input_ids" in record.fields:
         raise DataError(f"{where} has token ids, from which no sample of the model's own can begin", hint)
-    if "audio" in record.fields:
-        raise DataError(f"{where} has audio, from which no sample of the model's own can begin", hint)
     if "messages" not in record.fields:
         return record
     asked = _asked(record.fields["messages"])

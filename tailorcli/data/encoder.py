@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from tailorcli.data.forms import HINT, IMAGE_MARK, with_image_parts
 from tailorcli.data.media import read_image, read_wav
-from tailorcli.data.messages import IMAGE_HINT, as_parts, other_forms, with_read_images, word_places, words_of
+from tailorcli.data.messages import MEDIA_HINTS, NAMES, as_parts, other_forms, with_read_media, word_places, words_of
 from tailorcli.data.records import Record, Records, content_parts
 from tailorcli.data.timed import within
 from tailorcli.data.turns import answer_places, answered, common, labelled, marked, tokens_at
 from tailorcli.errors import DataError, first_line, note
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tailorcli.data.samples import Inputs
 
 # Masks of one sample hold nothing but ones; labels (PaliGemma's) are for a loss that no one asks for.
@@ -57,6 +59,13 @@ class Encoder:
         """Whether the processor takes a text's end apart: PaliGemma, whose tokens before it see one another."""
         return self.takes_media and "suffix" in inspect.signature(type(self.processor).__call__).parameters
 
+    @cached_property
+    def hears_in_text(self) -> bool:
+        """Whether sound stands in the middle of a text, as pictures do, and not for an encoder alone (Whisper)."""
+        token = getattr(self.processor, "audio_token", None)
+        takes = self.takes_media and "audio" in inspect.signature(type(self.processor).__call__).parameters
+        return takes and self.start_token is None and isinstance(token, str)
+
     @property
     def written_kind(self) -> int:
         """The kind (token_type_ids) of the tokens that a model writes behind a prompt with images."""
@@ -69,13 +78,12 @@ class Encoder:
 
     @cached_property
     def media_ids(self) -> list[int]:
-        """The ids of tokens that stand for a part of an image, which no model writes."""
+        """The ids of tokens that stand for a part of an image or a sound, which no model writes."""
         if not self.takes_media:
             return []
         ids = [getattr(self.processor, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
-        token = getattr(self.processor, "image_token", None)
-        if token is not None:
-            ids.append(self.tokenizer.convert_tokens_to_ids(str(token)))
+        tokens = [getattr(self.processor, f"{kind}_token", None) for kind in ("image", "audio")]
+        ids += [self.tokenizer.convert_tokens_to_ids(str(token)) for token in tokens if token is not None]
         return [number for number in ids if isinstance(number, int)]
 
     def encode(self, record: Record, seq_len: int) -> Inputs | None:
@@ -87,20 +95,23 @@ class Encoder:
         return inputs
 
     def _encode(self, record: Record, seq_len: int) -> Inputs | None:
-        if "audio" in record.fields:
+        if record.has_sound and not self.hears_in_text:
             return self._speech(record, seq_len)
         if "input_ids" in record.fields:
             return _as_inputs(self._within(self._given_ids(record), seq_len))
         record = self.framed_by_template(record)
         if self.takes_media and record.has_media:
-            return self._with_images(record, seq_len)
+            return self._with_media(record, seq_len)
         if record.has_media:
             raise _without_processor(record)
         if self.start_token is not None:
             return self._text_to_text(record, seq_len)
-        token = getattr(self.processor, "image_token", None)
-        if self.takes_media and isinstance(token, str) and any(token in value for value in _texts(record)):
-            raise DataError(f"{record.where} marks an image with {token!r} and names none", IMAGE_HINT)
+        for kind, name in NAMES.items():
+            token = getattr(self.processor, f"{kind}_token", None)
+            if self.takes_media and isinstance(token, str) and any(token in value for value in _texts(record)):
+                article = "an" if kind == "image" else "a"
+                what = f"{record.where} marks {article} {name} with {token!r} and names none"
+                raise DataError(what, MEDIA_HINTS[kind])
         plain = "text" in record.fields or "messages" not in record.fields  # a template writes special tokens itself
         inputs = _as_inputs(self._within(self.tokens(record, self._text_of(record), plain, seq_len), seq_len))
         if inputs is not None and self.takes_suffix:  # beside samples with images in a batch it is no prefix
@@ -153,7 +164,7 @@ class Encoder:
                 f"{record.where}: the chat template writes no head of an answer to these messages", _TEMPLATE_HINT
             )
         if record.has_media:
-            return self._with_images(record, seq_len, asked=True), text
+            return self._with_media(record, seq_len, asked=True), text
         return _as_inputs(self._within(self.tokens(record, text, False, seq_len), seq_len)), text
 
     def without_end(self, inputs: Inputs, text: str) -> Inputs:
@@ -184,15 +195,17 @@ class Encoder:
     def _asked(self, record: Record) -> list[dict[str, Any]] | None:
         """The turns before the response that the chat template frames, each image in its place; None: it frames none.
 
-        Images that no turn marks come first in the last one.
+        Images that no turn marks come first in the last one, and so does sound.
         """
         if record.turns is None or not self._has_template(record.has_media):
             return None
-        if not record.images:
+        if not (record.images or record.sounds):
             return record.turns
         asked = [as_parts({**turn, "content": with_image_parts(turn["content"])}) for turn in record.turns]
+        first = [{"type": "audio"} for _ in record.sounds]
         if not any(part["type"] == "image" for turn in asked for part in turn["content"]):
-            asked[-1]["content"] = [*({"type": "image"} for _ in record.images), *asked[-1]["content"]]
+            first = [*({"type": "image"} for _ in record.images), *first]
+        asked[-1]["content"] = [*first, *asked[-1]["content"]]
         return asked
 
     def _require_whole(self, record: Record) -> None:
@@ -299,13 +312,13 @@ class Encoder:
 
     def _answers_beside_media(self, record: Record, ids: list[int]) -> list[tuple[int, int]]:
         """The tokens of the assistant's turns, each told by the whole conversation with another one in its place."""
-        whole = self._with_images(record, sys.maxsize)["input_ids"][0].tolist()
+        whole = self._with_media(record, sys.maxsize)["input_ids"][0].tolist()
         messages = record.fields["messages"]
         numbers = answered(messages)
         inside = []
         for number in numbers:
             turns = marked(messages, [number])
-            other = self._with_images(replace(record, fields={**record.fields, "messages": turns}), sys.maxsize)
+            other = self._with_media(replace(record, fields={**record.fields, "messages": turns}), sys.maxsize)
             changed = other["input_ids"][0].tolist()
             start, after = common(whole, changed), common(whole[::-1], changed[::-1])
             inside.append((start, max(start, len(whole) - after)))
@@ -384,11 +397,11 @@ class Encoder:
             self._tell("tools", f"the model's chat template does not write {what}: a template with tools does")
 
     def _tell_of_columns(self, record: Record) -> None:
-        """Note the texts that stand beside images in columns which no form of a record has."""
+        """Note the texts that stand beside images or sound in columns which no form of a record has."""
         texts = (name for name, value in record.fields.items() if isinstance(value, str) and value.strip())
         unread = ", ".join(sorted(map(repr, {*texts}.difference(("image", "prompt", "response")))))
-        if record.form == "images" and unread:
-            what = f"{record.where}, and maybe others, has images, and beside them {unread}, which is not read"
+        if record.form in _MEDIA_ALONE and unread:
+            what = f"{record.where}, and maybe others, has {record.form}, and beside it {unread}, which is not read"
             self._tell("columns", f"{what}: name the text by --text-column, or --prompt-column and --response-column")
 
     def _tell(self, kind: str, message: str) -> None:
@@ -487,21 +500,20 @@ class Encoder:
 
     def _speech(self, record: Record, seq_len: int) -> Inputs:
         """Sound for the encoder, the response for the decoder, where the model has one. Raises DataError for more."""
-        fields = record.fields
+        fields, extractor, rate = record.fields, self._extractor, self._rate(record)
+        if self.start_token is None and getattr(self.processor, "audio_token", None) is not None:
+            what = f"{record.where} has audio, and this model's processor takes none beside a text"
+            raise DataError(what, "give records without audio: of such models the text alone is run")
         if "text" not in fields and ("messages" in fields or record.turns or fields.get("prompt", "").strip()):
             what = f"{record.where} has a prompt or messages beside its audio, and a model hears the audio alone"
             raise DataError(what, 'leave all out but "audio" and "response"')
-        extractor = getattr(self.processor, "feature_extractor", self.processor)
-        rate = getattr(extractor, "sampling_rate", None)
-        if rate is None:
-            raise DataError(f"{record.where} has audio, and the model's folder holds no feature extractor for it", HINT)
-        if self.start_token is None and getattr(self.processor, "audio_token", None) is not None:
-            what = f"{record.where} has audio, and this model hears it in the middle of a text, which is not read"
-            raise DataError(what, "give records without audio: of such models the text alone is run")
+        if len(record.sounds) > 1:
+            what = f"{record.where} has {len(record.sounds)} sounds, and this model hears one"
+            raise DataError(what, "give each a record of its own")
         if self.start_token is not None and not {"response", "text"} & fields.keys():
             what = f"{record.where} has audio and no response: this model is an encoder-decoder"
             raise DataError(what, 'say what is heard in "response", or name its column by --response-column')
-        sound = read_wav(record.sound, rate, record.where)
+        sound = read_wav(record.sounds[0], rate, record.where)
         most = getattr(extractor, "n_samples", None)  # Whisper's window
         if most is not None and len(sound) > most:
             what = f"the sound of {record.where}, and maybe of others, is longer than the model hears"
@@ -512,45 +524,96 @@ class Encoder:
         response = self.tokens(record, _written(record), most=seq_len, target=True)
         return inputs | {"decoder_input_ids": self._decoder_ids(response, seq_len)}
 
-    def _with_images(self, record: Record, seq_len: int, *, asked: bool = False) -> Inputs:
-        """Images and text through the model's own processor, which puts in as many image tokens as it needs.
+    @property
+    def _sees(self) -> bool:
+        """Whether the model takes images; processors of sound pass over them."""
+        return not self.hears_in_text or hasattr(self.processor, "image_processor")
+
+    @property
+    def _extractor(self) -> Any:
+        """What makes features of sound: Granite Speech's has a name of its own."""
+        names = ("feature_extractor", "audio_processor")
+        return next((getattr(self.processor, name) for name in names if hasattr(self.processor, name)), self.processor)
+
+    def _rate(self, record: Record) -> int:
+        """The samples of sound in a second that the model hears. Raises DataError where it hears none."""
+        rate: int | None = getattr(self._extractor, "sampling_rate", None)
+        if rate is None:
+            raise DataError(f"{record.where} has audio, and the model's folder holds no feature extractor for it", HINT)
+        return rate
+
+    def _read_sound(self, record: Record, source: Path | bytes) -> Any:
+        """Sound that stands in a text, which might be about any part of it. Raises DataError for one that is cut."""
+        rate = self._rate(record)
+        sound = read_wav(source, rate, record.where)
+        most = getattr(self.processor, "max_audio_len", None)  # seconds, of those that hear in several windows
+        most = getattr(self._extractor, "n_samples", None) if most is None else most * rate
+        if most is not None and len(sound) > most:
+            what = f"a sound of {record.where} has {len(sound) / rate:.1f} s, and the model hears {most / rate:g} s"
+            raise DataError(what, "cut it into pieces, or leave the record out")
+        if not len(sound):
+            raise DataError(f"a sound of {record.where} is empty", "leave the record out")
+        return sound
+
+    def _with_media(self, record: Record, seq_len: int, *, asked: bool = False) -> Inputs:
+        """Images, sound and text through the model's own processor, which puts in as many tokens of each as it needs.
 
         Messages that are ``asked`` end with the head of an answer.
         """
+        if record.images and not self._sees:
+            raise DataError(f"{record.where} has images, and this model sees none", "give it text and sound alone")
         if "messages" in record.fields and "text" not in record.fields:
             if self.takes_suffix:
                 what = f"{record.where} has messages, and this model takes a prompt and what is written behind it"
                 raise DataError(what, 'give it "images", "prompt" and "response"')
-            beside = iter(record.images)
-            messages = [with_read_images(message, record, beside) for message in record.fields["messages"]]
-            if (left := next(beside, None)) is not None:
-                which = f"of {len(left):,} bytes" if isinstance(left, bytes) else left
-                raise DataError(
-                    f"{record.where}: no image part of its messages stands for the image {which}",
-                    'mark its place with a part {"type": "image"}',
-                )
+            beside = {"image": iter(record.images), "audio": iter(record.sounds)}
+            readers: dict[str, Callable[[Path | bytes], Any]] = {}
+            if self._sees:
+                readers["image"] = partial(read_image, where=record.where)
+            if self.hears_in_text:
+                readers["audio"] = partial(self._read_sound, record)
+            messages = [with_read_media(message, record, beside, readers) for message in record.fields["messages"]]
+            for kind, name in NAMES.items():
+                if (left := next(beside[kind], None)) is not None:
+                    which = f"of {len(left):,} bytes" if isinstance(left, bytes) else left
+                    raise DataError(
+                        f"{record.where}: no {name} part of its messages stands for the {name} {which}",
+                        f'mark its place with a part {{"type": "{kind}"}}',
+                    )
             call, options = self.processor.apply_chat_template, record.template_options
             try:  # once for the time it takes: decoding large images may well take longer
-                within(_SECONDS, partial(call, messages, **options, tokenize=False))
+                text = str(within(_SECONDS, partial(call, messages, **options, tokenize=False)))
             except TimeoutError as error:
                 raise _endless(record) from error
             except Exception:  # whatever a model's own template raises, it will again
-                pass
+                text = None
+            if text is not None and self.hears_in_text:
+                parts = [part for message in messages for part in message["content"]]
+                self._require_marks(record, text, sum(part["type"] == "audio" for part in parts))
             how = {**options, "tokenize": True, "return_dict": True, "add_generation_prompt": asked}
             inputs = self._call(record, lambda: call(messages, **how, return_tensors="pt"))
         else:
             images = [read_image(path, record.where) for path in record.images]
             if not hasattr(self.processor, "tokenizer"):
                 return self._call(record, lambda: self.processor(images=images, return_tensors="pt"))
-            inputs = self._cut(record, self._call_with_text(record, images, seq_len), seq_len)
+            sounds = [self._read_sound(record, source) for source in record.sounds]
+            inputs = self._cut(record, self._call_with_text(record, images, sounds, seq_len), seq_len)
             if self.start_token is None:
                 return inputs
             written = self.tokens(record, _written(record), most=seq_len, target=True)
             return inputs | {"decoder_input_ids": self._decoder_ids(written, seq_len)}
         return self._cut(record, inputs, seq_len)
 
-    def _call_with_text(self, record: Record, images: list[Any], seq_len: int) -> Inputs:
-        """Where neither the text nor the processor names the place of the images, they come first, a line each."""
+    def _require_marks(self, record: Record, text: str, count: int) -> None:
+        """Raise DataError where a text does not mark the places of so many sounds."""
+        token = str(self.processor.audio_token)
+        if (marks := text.count(token)) != count:
+            has = f"{record.where} has {count} {'sound' if count == 1 else 'sounds'}"
+            what = f"{has}, and its text marks {marks} with {token!r}"
+            raise DataError(what, "each sound needs one mark; of a prompt without any, the sounds come first")
+
+    def _call_with_text(self, record: Record, images: list[Any], sounds: list[Any], seq_len: int) -> Inputs:
+        """Where neither the text nor the processor names the place of images or sound, they come first, a line each."""
         fields = record.fields
         self._tell_of_columns(record)
         if self.takes_suffix:
@@ -560,7 +623,16 @@ class Encoder:
         else:
             text = fields["text"] if "text" in fields else fields.get("prompt", "") + fields.get("response", "")
         text = self.unframed(text[: max(_LONG, _PER_TOKEN * seq_len)])
-        if hasattr(self.processor, "num_query_tokens"):  # such a processor puts its query tokens in by itself
+        media: dict[str, Any] = {"images": images} if images else {}
+        if self.hears_in_text:
+            if sounds and str(self.processor.audio_token) not in text:
+                text = self._mark("audio", len(sounds)) + text
+            self._require_marks(record, text, len(sounds))
+        if sounds:
+            media |= {"audio": sounds, "sampling_rate": self._rate(record)}
+        if not images:
+            pass
+        elif hasattr(self.processor, "num_query_tokens"):  # such a processor puts its query tokens in by itself
             text = text.replace(f"{IMAGE_MARK}\n", "").replace(IMAGE_MARK, "")
         else:
             mark = self.image_mark
@@ -568,17 +640,17 @@ class Encoder:
             if IMAGE_MARK not in known:  # LLaVA's, with which data are written for any model
                 text = text.replace(IMAGE_MARK, mark.strip())
             if not any(isinstance(token, str) and token and token in text for token in known):
-                return self._call_marked(record, images, text)
-        return self._call(record, lambda: self.processor(images=images, text=text, return_tensors="pt"))
+                return self._call_marked(record, media, text)
+        return self._call(record, lambda: self.processor(**media, text=text, return_tensors="pt"))
 
-    def _call_marked(self, record: Record, images: list[Any], text: str) -> Inputs:
+    def _call_marked(self, record: Record, media: dict[str, Any], text: str) -> Inputs:
         """A text with a mark in front for each image, or without, where the processor puts them there (Florence-2)."""
 
         def called(text: str) -> Inputs:
-            return self._call(record, lambda: self.processor(images=images, text=text, return_tensors="pt"))
+            return self._call(record, lambda: self.processor(**media, text=text, return_tensors="pt"))
 
         try:
-            return called(self.image_mark * len(images) + text)
+            return called(self.image_mark * len(media["images"]) + text)
         except DataError:
             with suppress(DataError):
                 inputs = called(text)
@@ -605,22 +677,27 @@ class Encoder:
 
     @cached_property
     def image_mark(self) -> str:
-        """How a text marks an image's place: as the chat template writes it, or the image token on a line."""
+        """How a text marks an image's place."""
+        return self._mark("image", 1)
+
+    def _mark(self, kind: str, count: int) -> str:
+        """How a text marks the places of images or sounds: as the chat template writes it, or a token on each line."""
         render = getattr(self.processor, "apply_chat_template", None)
         if getattr(self.processor, "chat_template", None) and render is not None:
             words = {"type": "text", "text": "x"}
             with suppress(Exception):  # whatever a model's own template raises: then there is the token
                 bare, marked = (
                     within(_SECONDS, partial(render, [{"role": "user", "content": parts}], tokenize=False))
-                    for parts in ([words], [{"type": "image"}, words])
+                    for parts in ([words], [*({"type": kind} for _ in range(count)), words])
                 )
                 start = next((i for i, (a, b) in enumerate(zip(bare, marked, strict=False)) if a != b), len(bare))
                 return str(marked[start : start + len(marked) - len(bare)])
-        token = getattr(self.processor, "boi_token", None) or getattr(self.processor, "image_token", None)
-        return f"{token}\n" if isinstance(token, str) else ""
+        begin = getattr(self.processor, "boi_token", None) if kind == "image" else None
+        token = begin or getattr(self.processor, f"{kind}_token", None)
+        return f"{token}\n" * count if isinstance(token, str) else ""
 
     def _cut(self, record: Record, inputs: Inputs, seq_len: int) -> Inputs:
-        """At most ``seq_len`` tokens, but never fewer than hold all images."""
+        """At most ``seq_len`` tokens, but never fewer than hold all images and sound."""
         length = inputs["input_ids"].shape[1]
         self._uncut.clear()
         self._uncut[record.where] = length
@@ -629,9 +706,10 @@ class Encoder:
         media = self.media_ids
         places = [place for place, token in enumerate(inputs["input_ids"][0].tolist()) if token in media]
         if not media or (places and places[-1] >= seq_len):
+            its, smaller = ("sound", "shorter sound") if record.has_sound else ("images", "smaller images")
             raise DataError(
-                f"{record.where} has {length} tokens with its images, more than --seq-len {seq_len}",
-                "pass a larger --seq-len, or smaller images",
+                f"{record.where} has {length} tokens with its {its}, more than --seq-len {seq_len}",
+                f"pass a larger --seq-len, or {smaller}",
             )
         self.cuts.append((length, seq_len))
         return _first_tokens(inputs, seq_len)
@@ -663,6 +741,9 @@ def _endless(record: Record) -> DataError:
     return DataError(what, 'give the records rendered, as "text", or mend the template')
 
 
+_MEDIA_ALONE = ("images", "audio", "images and audio")  # forms of records without a text
+
+
 def _texts(record: Record) -> list[str]:
     """The plain texts of a record."""
     return [value for name in ("text", "prompt", "response") if isinstance(value := record.fields.get(name), str)]
@@ -675,9 +756,10 @@ def _written(record: Record) -> str:
 
 
 def _first_tokens(inputs: Inputs, count: int) -> Inputs:
-    """Inputs of the first tokens alone: whatever has an entry for each of them is cut, too."""
+    """Inputs of the first tokens alone: whatever has an entry for each of them is cut, too; sound has none."""
     shape = (1, inputs["input_ids"].shape[1])
-    return {name: value[:, :count] if value.shape[:2] == shape else value for name, value in inputs.items()}
+    cut = [name for name, value in inputs.items() if value.shape[:2] == shape and "feature" not in name]
+    return {name: value[:, :count] if name in cut else value for name, value in inputs.items()}
 
 
 def _as_inputs(ids: list[int]) -> Inputs | None:

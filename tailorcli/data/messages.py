@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tailorcli.data.media import read_image
-from tailorcli.data.records import Record, content_parts
+from tailorcli.data.records import MEDIA_KEYS, Record, content_parts
 from tailorcli.data.turns import Messages, is_answer
 from tailorcli.errors import DataError
 from tailorcli.files import parse_json
 
-IMAGE_HINT = 'write {"type": "image", "path": "FILE"}, relative to the data file; nothing is downloaded'
+MEDIA_HINTS = {
+    kind: f'write {{"type": "{kind}", "path": "FILE"}}, relative to the data file; nothing is downloaded'
+    for kind in MEDIA_KEYS
+}
+NAMES = {"image": "image", "audio": "sound"}  # what an error calls them
 
 
 def words_of(messages: Messages) -> list[str]:
@@ -60,10 +63,16 @@ def _with_read_calls(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": ready}
 
 
-def with_read_images(message: dict[str, Any], record: Record, beside: Iterator[Path | bytes]) -> dict[str, Any]:
-    """A message whose images are read: a template would look for their paths in the working directory.
+def with_read_media(
+    message: dict[str, Any],
+    record: Record,
+    beside: dict[str, Iterator[Path | bytes]],
+    readers: dict[str, Callable[[Path | bytes], Any]],
+) -> dict[str, Any]:
+    """A message whose images and sounds are read: a template would look for their paths in the working directory.
 
-    Image parts that name no file take the next of those ``beside`` the messages. Raises DataError.
+    Parts that name no file take the next of those ``beside`` the messages, of their kind; there are ``readers`` for
+    the kinds that the model takes. Raises DataError.
     """
     content = message.get("content")
     if not isinstance(content, list):
@@ -71,12 +80,13 @@ def with_read_images(message: dict[str, Any], record: Record, beside: Iterator[P
     ready = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "image"):  # a template would pass over it
-            raise DataError(f"{record.where}: its messages hold a part of type {kind!r}", IMAGE_HINT)
         if kind == "text":
             ready.append(part)
-            continue
-        ready.append({"type": "image", "image": read_image(_image_of(part, record, beside), record.where)})
+        elif isinstance(kind, str) and kind in readers:
+            ready.append({"type": kind, kind: readers[kind](_named_by(part, record, kind, beside[kind]))})
+        else:  # a template would pass over it
+            hint = MEDIA_HINTS.get(str(kind), MEDIA_HINTS["image"])
+            raise DataError(f"{record.where}: its messages hold a part of type {kind!r}", hint)
     return {**message, "content": ready}
 
 
@@ -84,18 +94,21 @@ def images_in_order(record: Record) -> list[Path | bytes]:
     """The images of a record, files or their bytes, as they follow each other in its messages. Raises DataError."""
     beside = iter(record.images)
     parts = [part for message in record.fields.get("messages", ()) for part in content_parts(message)]
-    return [_image_of(part, record, beside) for part in parts if part.get("type") == "image"] + [*beside]
+    return [_named_by(part, record, "image", beside) for part in parts if part.get("type") == "image"] + [*beside]
 
 
-def _image_of(part: dict[str, Any], record: Record, beside: Iterator[Path | bytes]) -> Path | bytes:
-    image = next((part[key] for key in ("image", "path", "url") if key in part), None)
-    if image is None:
-        image = next(beside, None)
-    elif isinstance(image, str) and "://" not in image:
-        image = record.folder / image
-    if not isinstance(image, bytes | Path):
-        raise DataError(f"{record.where}: an image part names {image!r}, expected a file", IMAGE_HINT)
-    return image
+def _named_by(part: dict[str, Any], record: Record, kind: str, beside: Iterator[Path | bytes]) -> Path | bytes:
+    """The file or the bytes that a part of this kind holds, or the next beside the messages."""
+    media = next((part[key] for key in MEDIA_KEYS[kind] if part.get(key) is not None), None)
+    if media is None:
+        media = next(beside, None)
+    elif isinstance(media, str) and "://" not in media:
+        media = record.folder / media
+    if not isinstance(media, bytes | Path):
+        article = "a" if kind == "audio" else "an"
+        what = f"{record.where}: {article} {NAMES[kind]} part names {media!r}, expected a file"
+        raise DataError(what, MEDIA_HINTS[kind])
+    return media
 
 
 def word_places(messages: Messages, text: str) -> Iterator[tuple[int, int]]:

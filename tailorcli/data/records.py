@@ -27,6 +27,8 @@ _OWN = ("conversation", "tools", "tokenize", "add_generation_prompt", "continue_
 _OWN_OF_CALL = ("return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length")
 _PLAIN_TEXT = "plain text"
 _TEXT_FIELDS = ("text", "prompt", "response")
+# Where a part of a message names what it holds.
+MEDIA_KEYS = {"image": ("image", "path", "url"), "audio": ("audio", "path", "url", "audio_url")}
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,10 @@ class Record:
         return [image if isinstance(image, bytes) else self.folder / image for image in named]
 
     @property
-    def sound(self) -> Path | bytes:
-        """The sound of a record that has one, a file or its bytes."""
-        sound: str | bytes = self.fields["audio"]
-        return sound if isinstance(sound, bytes) else self.folder / sound
+    def sounds(self) -> list[Path | bytes]:
+        """The sounds that go with a text, files or their bytes; those of messages stand in the messages."""
+        named = self.fields.get("audio", ())
+        return [sound if isinstance(sound, bytes) else self.folder / sound for sound in named]
 
     @property
     def template_options(self) -> dict[str, Any]:
@@ -63,19 +65,27 @@ class Record:
     @property
     def has_media(self) -> bool:
         """Whether anything but text is in it."""
-        if "text" in self.fields:  # it wins over messages
-            return bool(self.images) or "audio" in self.fields
-        parts = [part for message in self.fields.get("messages", ()) for part in content_parts(message)]
-        return bool(self.images) or "audio" in self.fields or any(part.get("type") != "text" for part in parts)
+        beside = bool(self.images) or "audio" in self.fields
+        return beside or any(part.get("type") != "text" for part in self._parts)
+
+    @property
+    def has_sound(self) -> bool:
+        """Whether there is sound in it, beside its text or in its messages."""
+        return "audio" in self.fields or any(part.get("type") == "audio" for part in self._parts)
+
+    @property
+    def _parts(self) -> list[dict[str, Any]]:
+        """The parts of its messages, over which a text wins."""
+        messages = () if "text" in self.fields else self.fields.get("messages", ())
+        return [part for message in messages for part in content_parts(message)]
 
     @property
     def files(self) -> list[Path]:
         """The files of pictures and sound that it names."""
-        found = [image for image in self.images if isinstance(image, Path)]
-        found += [sound] if "audio" in self.fields and isinstance(sound := self.sound, Path) else []
-        messages = () if "text" in self.fields else self.fields.get("messages", ())  # text wins over them
-        for part in (part for message in messages for part in content_parts(message)):
-            named = next((part[key] for key in ("image", "path", "url") if key in part), None)
+        found = [each for each in (*self.images, *self.sounds) if isinstance(each, Path)]
+        for part in self._parts:
+            keys = MEDIA_KEYS.get(str(part.get("type")), ())
+            named = next((part[key] for key in keys if part.get(key) is not None), None)
             found += [self.folder / named] if isinstance(named, str) else []
         return found
 
@@ -214,6 +224,8 @@ def check_record(where: str, value: Any, folder: Path) -> Record:
         fields = {**fields, "images": [fields["image"]]}
     if fields.get("images") == "":  # a row of a .csv that has none
         fields = {name: entry for name, entry in fields.items() if name != "images"}
+    if "audio" in fields and fields["audio"] in ("", None, []):  # a row of a table that has none
+        fields = {name: entry for name, entry in fields.items() if name != "audio"}
     if "messages" in fields and "text" not in fields:
         if fields.get("tools"):
             fields = {**fields, "tools": _tools(where, fields["tools"])}
@@ -221,7 +233,7 @@ def check_record(where: str, value: Any, folder: Path) -> Record:
         sound = isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages)
         if not sound:
             raise DataError(f'{where}: "messages" must be a list of objects with "role" and "content"', HINT)
-        fields = {**fields, "messages": [_with_images(where, message) for message in messages]}
+        fields = {**fields, "messages": [_with_bytes(where, message) for message in messages]}
     elif found is None and not (fields.get("images") or "audio" in fields):
         raise DataError(f"{where} has the fields {sorted(map(str, value))}", HINT)
     if "chat_template_kwargs" in fields:
@@ -230,53 +242,51 @@ def check_record(where: str, value: Any, folder: Path) -> Record:
         if name in fields and not isinstance(fields[name], str):
             raise DataError(f'{where}: "{name}" is a {type(fields[name]).__name__}, expected a string', HINT)
     if "images" in fields:
-        fields = {**fields, "images": _images(where, fields["images"])}
+        fields = {**fields, "images": _media(where, "images", fields["images"], _IMAGES_HINT)}
     if "audio" in fields:
-        try:
-            fields = {**fields, "audio": content_of(fields["audio"])}
-        except ValueError as error:
-            raise DataError(f'{where}: its "audio": {error}', _SOUND_HINT) from error
-    media = "images" if fields.get("images") else "audio" if "audio" in fields else ""
+        fields = {**fields, "audio": _media(where, "audio", fields["audio"], _SOUND_HINT)}
+    media = " and ".join(name for name in ("images", "audio") if fields.get(name))
     form = f"{form} with {media}" if form and media else form or media
     return Record(where, fields, folder, turns, form)
 
 
-def _images(where: str, images: Any) -> list[str | bytes]:
-    """The images beside a text: files or bytes; of one alone, or of a list that a table writes as JSON, the list."""
-    if isinstance(images, str) and images.startswith("["):
+def _media(where: str, name: str, values: Any, hint: str) -> list[str | bytes]:
+    """The images or sounds beside a text: files or bytes; of one alone, or of a list that a table writes as JSON."""
+    if isinstance(values, str) and values.startswith("["):
         try:
-            images = parse_json(images)
+            values = parse_json(values)
         except ValueError as error:
-            raise DataError(f'{where}: "images" is a list that is not JSON: {error}', _IMAGES_HINT) from error
+            raise DataError(f'{where}: "{name}" is a list that is not JSON: {error}', hint) from error
     try:
-        return [content_of(image) for image in (images if isinstance(images, list) else [images])]
+        return [content_of(value) for value in (values if isinstance(values, list) else [values])]
     except ValueError as error:
-        what = f'{where}: "images" must be a list of file names, or of bytes: {error}'
-        raise DataError(what, _IMAGES_HINT) from error
+        raise DataError(f'{where}: "{name}" must be a list of file names, or of bytes: {error}', hint) from error
 
 
-def _with_images(where: str, message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose image parts hold bytes as bytes, in whatever way they are written."""
+def _with_bytes(where: str, message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose parts of images and sound hold bytes as bytes, in whatever way they are written."""
     parts = message.get("content")
     if not isinstance(parts, list):
         return message
     ready = []
     for part in parts:
-        named = next((key for key in ("image", "path", "url", "image_url") if _is_image(part, key)), None)
+        found = part.get("type") if isinstance(part, dict) else None
+        kind = "image" if found == "image_url" else found
+        keys = MEDIA_KEYS.get(kind, ()) if isinstance(kind, str) else ()
+        named = next((key for key in dict.fromkeys((*keys, "image_url")) if keys and _is_bytes(part, key)), None)
         if named is not None:
             value = part[named].get("url") if named == "image_url" and "url" in part[named] else part[named]
             try:
-                part = {"type": "image", "image": content_of(value)}
+                part = {"type": kind, kind: content_of(value)}
             except ValueError as error:
-                raise DataError(f"{where}: an image part of its messages: {error}", _IMAGES_HINT) from error
+                which, hint = ("a sound", _SOUND_HINT) if kind == "audio" else ("an image", _IMAGES_HINT)
+                raise DataError(f"{where}: {which} part of its messages: {error}", hint) from error
         ready.append(part)
     return {**message, "content": ready}
 
 
-def _is_image(part: Any, key: str) -> bool:
-    """Whether a part of a message holds the bytes of an image under this key; names of files stay as they are."""
-    if not isinstance(part, dict) or part.get("type") not in ("image", "image_url"):
-        return False
+def _is_bytes(part: dict[str, Any], key: str) -> bool:
+    """Whether a part of a message holds bytes under this key; names of files stay as they are."""
     value = part.get(key)
     if isinstance(value, dict) and key == "image_url" and "url" in value:
         value = value["url"]

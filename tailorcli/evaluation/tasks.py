@@ -147,8 +147,8 @@ def _check_choice(where: str, value: Any, folder: Path) -> Record:
 
 
 def _check_generate(where: str, value: Any, folder: Path) -> Record:
-    if isinstance(value, dict) and "audio" in value:
-        raise DataError(f"{where}: kind generate takes no audio", "score the response with kind text")
+    if isinstance(value, dict) and "audio" in value:  # which may be all that there is to answer
+        value = {"prompt": "", **value}
     fields = _fields(where, value, ("prompt", "response"), _GENERATE)
     accepted = fields["response"] if isinstance(fields["response"], list) else [fields["response"]]
     if not accepted or not all(isinstance(text, str) and text.strip() for text in accepted):
@@ -181,7 +181,8 @@ def _media_record(where: str, fields: dict[str, Any], folder: Path) -> Record:
 
 def _is_pair(record: Record) -> bool:
     """Whether a response is scored, and not a whole text."""
-    return "audio" in record.fields or not record.fields.keys() & {"text", "messages", "input_ids"}
+    fields = record.fields
+    return ("audio" in fields and "messages" not in fields) or not fields.keys() & {"text", "messages", "input_ids"}
 
 
 def _response(record: Record) -> str:
@@ -224,7 +225,7 @@ def _text_item(number: int, record: Record, encoder: Encoder, limit: int) -> Ite
     """The response of a prompt; or every token of a text but the first, and but those that stand for images."""
     import torch
 
-    if _is_pair(record):
+    if _is_pair(record) and not (encoder.hears_in_text and "text" in record.fields):
         prompt, response = record.fields.get("prompt", ""), _response(record)
         if encoder.exceeds(record, (prompt, response), limit):
             return None
@@ -278,6 +279,9 @@ def _generate_item(number: int, record: Record, encoder: Encoder, limit: int, *,
 
     if encoder.exceeds(record, (record.fields["prompt"],), limit):
         return None
+    if record.has_sound and not encoder.hears_in_text:
+        what = f"{record.where}: kind generate takes no audio with this model"
+        raise DataError(what, "score the response with kind text")
     inputs, _ = encoder.start(_joined(record, record.fields["prompt"], ""), sys.maxsize)
     inputs = _with_tokens(record, inputs)
     if inputs is None:

@@ -112,7 +112,8 @@ def encode_example(record: Record, encoder: Encoder, seq_len: int, media_ids: Se
 
     A question and its answer stand within the chat template, where there is one. Raises DataError.
     """
-    record = record if "audio" in record.fields else encoder.framed_by_template(record)
+    if "audio" not in record.fields or encoder.hears_in_text:
+        record = encoder.framed_by_template(record)
     inputs = encoder.encode(record, seq_len)
     if inputs is None:
         return None

@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+import re
 import wave
 from types import SimpleNamespace
 
@@ -12,12 +13,13 @@ from helpers import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tailorcli.data.encoder import Encoder
+from tailorcli.data.encoder import Encoder, _first_tokens
 from tailorcli.data.records import Record, check_record, read_records
 from tailorcli.data.samples import draw_samples, inputs_digest, lengthened, make_batches
 from tailorcli.errors import DataError
 from tailorcli.models.loading import load_encoder
 from tailorcli.options import CalibrateOptions
+from tailorcli.training.examples import encode_example
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 
@@ -381,7 +383,7 @@ def test_texts_beside_images_that_no_form_has_are_told(llava, caplog):
     assert not caplog.text
     encode(llava, record)
     encode(llava, record | {"question": "What?"})
-    assert caplog.text.count("beside them 'caption', which is not read: name the text by --text-column") == 1
+    assert caplog.text.count("beside it 'caption', which is not read: name the text by --text-column") == 1
 
 
 @pytest.mark.parametrize("name", ["images", "audio"])
@@ -575,13 +577,144 @@ def test_a_sound_may_be_its_bytes(tmp_path):
         assert hint in error.value.hint
 
 
-def test_sound_in_the_middle_of_a_text_is_refused(tmp_path):
-    processor = SimpleNamespace(
-        tokenizer=make_tokenizer(), feature_extractor=SimpleNamespace(sampling_rate=16000), audio_token="<|AUDIO|>"
+def test_sound_beside_a_text_is_refused_where_the_processor_takes_none(tmp_path):
+    """Voxtral's."""
+
+    class Processor(SimpleNamespace):
+        def __call__(self, text):
+            raise AssertionError
+
+    processor = Processor(
+        tokenizer=make_tokenizer(), feature_extractor=SimpleNamespace(sampling_rate=16000), audio_token="[AUDIO]"
     )
-    record = check_record("d.jsonl:1", {"audio": "a.wav", "response": "a"}, tmp_path)
-    with pytest.raises(DataError, match="in the middle of a text"):
-        Encoder(processor, takes_media=True).encode(record, 100)
+    messages = [{"role": "user", "content": [{"type": "audio", "path": "a.wav"}]}]
+    for fields in ({"audio": "a.wav", "response": "a"}, {"messages": messages}):
+        record = check_record("d.jsonl:1", fields, tmp_path)
+        with pytest.raises(DataError, match="processor takes none beside a text"):
+            Encoder(processor, takes_media=True).encode(record, 100)
+
+
+@pytest.fixture(scope="module")
+def hearing(tmp_path_factory):
+    """Qwen2-Audio's processor, which hears one second, and its data's folder."""
+    from families import make_family_pair
+
+    folder = make_family_pair(tmp_path_factory.mktemp("hearing"), "qwen2-audio")
+    return folder, load_encoder(folder / "base", folder / "base", True, CalibrateOptions())
+
+
+def heard(encoder, ids):
+    """Tokens as text, a run of those of sound as one ~."""
+    names = encoder.tokenizer.convert_ids_to_tokens(list(ids))
+    return re.sub(r"(<\|AUDIO\|>)+", "~", "".join(names)).replace("<|audio_bos|>~<|audio_eos|>", "[~]")
+
+
+def chat(*parts):
+    return [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": "A cat."}]
+
+
+SOUND, WORDS = "audio/0.wav", {"type": "text", "text": "Who?"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "text", "learnt"),
+    [
+        ({"audio": SOUND, "prompt": "Q ", "response": "A."}, "Audio 1: [~]\nQ A.<|im_end|>", "A.<|im_end|>"),
+        ({"audio": SOUND, "response": "A."}, "Audio 1: [~]\nA.<|im_end|>", "A.<|im_end|>"),
+        (
+            {"audio": [SOUND, "audio/1.wav"], "prompt": "Q ", "response": "A."},
+            "Audio 1: [~]\nAudio 2: [~]\nQ A.<|im_end|>",
+            "A.<|im_end|>",
+        ),
+        ({"audio": SOUND, "prompt": "Q <|AUDIO|> ", "response": "A."}, "Q ~ A.<|im_end|>", "A.<|im_end|>"),
+        ({"audio": SOUND, "text": "<|AUDIO|>So."}, "~So.", "So."),
+        ({"audio": SOUND, "question": "Who?", "answer": "A cat."}, None, "A cat.<|im_end|>\n"),
+        ({"audio": SOUND, "instruction": "Who?", "input": "", "output": "A cat."}, None, "A cat.<|im_end|>\n"),
+        ({"messages": chat({"type": "audio", "audio": SOUND}, WORDS)}, None, "A cat.<|im_end|>\n"),
+        ({"messages": chat({"type": "audio", "path": SOUND, "audio": None}, WORDS)}, None, "A cat.<|im_end|>\n"),
+        ({"messages": chat({"type": "audio", "url": SOUND}, WORDS)}, None, "A cat.<|im_end|>\n"),
+        ({"audio": SOUND, "messages": chat({"type": "audio"}, WORDS)}, None, "A cat.<|im_end|>\n"),
+    ],
+)
+def test_sound_stands_in_a_text(hearing, fields, text, learnt):
+    folder, encoder = hearing
+    record = check_record("d.jsonl:1", fields, folder)
+    inputs = encode_example(record, encoder, 200)
+    ids, labels = inputs["input_ids"][0], inputs["labels"][0]
+    framed = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nAudio 1: [~]\nWho?<|im_end|>\n"
+        "<|im_start|>assistant\nA cat.<|im_end|>\n"
+    )
+    assert heard(encoder, ids.tolist()) == (text or framed)
+    assert heard(encoder, labels[labels >= 0].tolist()) == learnt
+    sounds = fields.get("audio", SOUND)
+    assert len(inputs["input_features"]) == (len(sounds) if isinstance(sounds, list) else 1)
+    assert record.files == [folder / name for name in (sounds if isinstance(sounds, list) else [sounds])]
+
+
+def test_the_bytes_of_a_sound_may_be_a_part_of_a_message(hearing):
+    folder, encoder = hearing
+    content = base64.b64encode((folder / SOUND).read_bytes()).decode()
+    named = encoder.encode(
+        check_record("d:1", {"messages": chat({"type": "audio", "path": SOUND}, WORDS)}, folder), 200
+    )
+    for part in ({"audio": {"bytes": content, "path": None}}, {"url": f"data:audio/wav;base64,{content}"}):
+        record = check_record("d:1", {"messages": chat({"type": "audio"} | part, WORDS)}, folder)
+        assert all(value.equal(named[name]) for name, value in encoder.encode(record, 200).items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"audio": SOUND, "prompt": "<|AUDIO|><|AUDIO|>", "response": "a"}, "has 1 sound, and its text marks 2"),
+        ({"audio": [SOUND, SOUND], "prompt": "<|AUDIO|>", "response": "a"}, "has 2 sounds, and its text marks 1"),
+        ({"messages": chat({"type": "audio", "path": SOUND}, {"type": "text", "text": "<|AUDIO|>"})}, "text marks 2"),
+        ({"prompt": "<|AUDIO|>", "response": "a"}, r"marks a sound with '<\|AUDIO\|>' and names none"),
+        ({"messages": chat({"type": "audio"})}, "a sound part names None"),
+        ({"messages": chat({"type": "audio", "url": "http://x.org/a.wav"})}, "names 'http://x.org/a.wav'"),
+        ({"messages": chat(WORDS), "audio": SOUND}, "no sound part of its messages stands for the sound"),
+        ({"audio": "long.wav", "response": "a"}, r"has 1\.5 s, and the model hears 1 s"),
+        ({"images": ["a.png"], "response": "a"}, "has images, and this model sees none"),
+        ({"messages": chat({"type": "image", "path": "a.png"})}, "a part of type 'image'"),
+        ({"audio": SOUND, "prompt": "a" * 200, "response": "a"}, None),
+        ({"audio": SOUND, "prompt": "a" * 200 + "<|AUDIO|>", "response": "a"}, "tokens with its sound, more than"),
+    ],
+)
+def test_no_sound_is_silently_left_out(hearing, fields, says):
+    folder, encoder = hearing
+    with wave.open(str(folder / "long.wav"), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes(bytes(3 * 16000))
+    record = check_record("d.jsonl:1", fields, folder)
+    if says is None:  # what is cut is the text behind it
+        inputs = encoder.encode(record, 100)
+        assert inputs["input_ids"].shape == (1, 100)
+        assert inputs["input_features"].shape == (1, 16, 100)
+        return
+    with pytest.raises(DataError, match=says):
+        encoder.encode(record, 200)
+
+
+def test_cutting_a_text_cuts_no_sound():
+    """Whatever its numbers: 128 mel bands, and as many tokens."""
+    features, mask = torch.ones(1, 8, 30), torch.ones(1, 8)
+    inputs = {"input_ids": torch.ones(1, 8), "token_type_ids": torch.ones(1, 8), "input_features": features}
+    cut = _first_tokens(inputs | {"feature_attention_mask": mask}, 5)
+    assert cut["input_ids"].shape == cut["token_type_ids"].shape == (1, 5)
+    assert cut["input_features"] is features
+    assert cut["feature_attention_mask"] is mask
+
+
+def test_sound_for_a_model_that_hears_none_is_refused(llava):
+    for fields in ({"audio": "a.wav", "prompt": "Q", "response": "a"}, {"messages": chat({"type": "audio"}, WORDS)}):
+        with pytest.raises(DataError, match="has audio, and the model's folder holds no feature extractor"):
+            encode(llava, fields)
+
+
+def test_a_row_without_sound_is_text(tmp_path):
+    for empty in ("", None, []):
+        record = check_record("d.csv:1", {"audio": empty, "prompt": "Q", "response": "a"}, tmp_path)
+        assert not record.has_media
 
 
 def test_pictures_in_bfloat16_have_a_hash():

@@ -14,13 +14,14 @@ from helpers import make_adapter, make_model, make_pair, make_tokenizer, perturb
 
 from tailorcli import EvaluateOptions, TailorError, TaskScores, encode_task, evaluate_models, evaluate_network, h_score
 from tailorcli.data.encoder import Encoder
-from tailorcli.data.records import read_records
+from tailorcli.data.records import check_record, read_records
 from tailorcli.evaluation import metrics
 from tailorcli.evaluation.metrics import Roles, bootstrap, compare, estimate, from_error, summarise
 from tailorcli.evaluation.predict import _Reader
 from tailorcli.evaluation.tasks import normalise, parse_task, read_tasks
 from tailorcli.models.config import read_config
 from tailorcli.models.loading import load_encoder, load_model
+from tailorcli.training.examples import encode_example
 
 
 def write(path, records):
@@ -433,8 +434,40 @@ def test_the_text_beside_a_sound_is_its_response(tmp_path):
     for empty in ({"response": ""}, {"text": ""}):
         with pytest.raises(TailorError, match="empty response"):
             read_tasks([f"t={write(folder / 'none.jsonl', [{'audio': heard['audio']} | empty])}:text"])
+    (task,) = read_tasks([f"t={folder / 't0.jsonl'}:generate"])
     with pytest.raises(TailorError, match="takes no audio"):  # and no word of the prompt that it lacks
-        read_tasks([f"t={folder / 't0.jsonl'}:generate"])
+        encode_task(task, _loaded(folder / "base")[1], EvaluateOptions())
+
+
+def test_answers_to_a_sound_in_a_text_are_scored_as_transformers_would(tmp_path):
+    folder = make_family_pair(tmp_path, "qwen2-audio")
+    heard = {"audio": "audio/0.wav", "prompt": "Who? ", "response": "A cat."}
+    asked = {"audio": ["audio/1.wav", "audio/2.wav"], "question": "Who?", "answer": "A cat."}
+    chat = [
+        {"role": "user", "content": [{"type": "audio", "path": "audio/3.wav"}]},
+        {"role": "assistant", "content": "A"},
+    ]
+    texts = write(folder / "t.jsonl", [heard, asked, {"messages": chat}, {"audio": "audio/4.wav", "text": "So."}])
+    bare = {"audio": "audio/1.wav", "response": "A cat."}
+    specs = [f"t={texts}:text", f"g={write(folder / 'g.jsonl', [heard, bare])}:generate"]
+    specs.append(f"c={write(folder / 'c.jsonl', [{**heard, 'choices': ['A.', 'B.'], 'answer': 1}])}:choice")
+    scores = evaluate_models([folder / "base"], specs, EvaluateOptions(max_new_tokens=4)).scores["base"]
+    network, encoder = _loaded(folder / "base")
+    for i, fields in enumerate([heard, asked]):
+        example = encode_example(check_record("t:1", fields, folder), encoder, 512)
+        if i == 0:  # the end of the text is learnt, and not scored
+            example = {
+                name: value[:, :-1] if value.ndim == 2 and "feat" not in name else value
+                for name, value in example.items()
+            }
+        with torch.no_grad():
+            loss = float(network(**example, attention_mask=torch.ones_like(example["input_ids"])).loss)
+        assert scores["t"].loss[i] / scores["t"].count[i] == pytest.approx(loss, rel=1e-5)
+    inputs, _ = encoder.start(check_record("g:1", heard | {"response": ""}, folder), 512)
+    with torch.no_grad():
+        written = network.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert scores["g"].outputs[0] == encoder.tokenizer.decode(written, skip_special_tokens=True).strip()
+    assert len(scores["c"].correct) == 1
 
 
 @pytest.mark.parametrize(
