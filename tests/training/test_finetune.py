@@ -418,18 +418,29 @@ def test_a_response_is_ended_where_the_tokenizer_has_an_end():
     assert labels_of({"prompt": "2+2=", "response": "4"}, tokenizer, seq_len=5)[0] == "4"
 
 
-@pytest.mark.parametrize("name", ["llava", "t5", "mixtral", pytest.param("qwen2.5-vl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["llava", "t5", "mixtral", "qwen2-audio", pytest.param("qwen2.5-vl", marks=pytest.mark.slow)]
+)
 def test_families_are_trained_through_their_own_processors(tmp_path, name):
     """Towers and embeddings stay, what connects them to the text and the language model move."""
     pair = make_family_pair(tmp_path, name)
     finetune(pair, tmp_path / "out", "--batch-size", 5)
     shares = shares_moved(read_tensors(pair / "base"), read_tensors(tmp_path / "out"))
     frozen = [n for n, share in shares.items() if not share and shares]
-    still = ("embed", "vision", "visual.patch", "visual.blocks", "shared", "lm_head", "relative_attention_bias")
+    still = (
+        "embed",
+        "vision",
+        "audio_tower",
+        "visual.patch",
+        "visual.blocks",
+        "shared",
+        "lm_head",
+        "relative_attention_bias",
+    )
     assert all(any(word in n for word in still) for n in frozen), frozen
     trained = [n for n, share in shares.items() if share]
-    assert not any("vision_tower" in n or "visual.blocks" in n or "embed_tokens" in n for n in trained)
-    if FAMILIES[name].kind == "multimodal":
+    assert not any(word in n for word in ("_tower", "visual.blocks", "embed_tokens") for n in trained)
+    if FAMILIES[name].kind in ("multimodal", "hearing"):
         assert any("projector" in n or "merger" in n for n in trained)
 
 
