@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tailorcli.device import is_out_of_memory
+from tailorcli.errors import CheckpointError, TailorError, first_line
 from tailorcli.models.running import output_head
 from tailorcli.models.spill import Spill
 
@@ -135,9 +137,20 @@ class Lane:
         return [t for ref in handed if (t := ref()) is not None and not any(t is other for other in self._held)]
 
     def compute(self) -> None:
-        """Run the block that it waits for, in the thread of the caller; ``advance`` goes on behind it."""
+        """Run the block that it waits for, in the thread of the caller; ``advance`` goes on behind it.
+
+        Raises CheckpointError where the model's own code cannot do that: XLM's blocks fill a cache that all share.
+        """
         assert self._call is not None
-        self._value = self._call()
+        try:
+            self._value = self._call()
+        except TailorError:
+            raise
+        except Exception as error:  # whatever a model's own code raises
+            if is_out_of_memory(error):
+                raise
+            what = f"the model's block {self.wanted} does not run by itself: {first_line(error)}"
+            raise CheckpointError(what, "calibrate with --blockwise never, patch with --no-propagate") from error
 
     def set_result(self, value: Any) -> None:
         """Give what the block returns, worked out elsewhere, instead of ``compute``."""

@@ -12,6 +12,7 @@ from tailorcli import CalibrateOptions, Stats, TailorError, calibrate_model
 from tailorcli.calibration.stats import HESSIANS, MANIFEST, SAMPLES
 from tailorcli.calibration.stats_writer import check_folder
 from tailorcli.device import attention_without_cudnn
+from tailorcli.errors import CheckpointError
 from tailorcli.models.lockstep import Lockstep, find_blocks
 from tailorcli.models.spill import Spill
 from tailorcli.system import reserve
@@ -39,6 +40,21 @@ def test_a_lane_that_is_stopped_while_it_runs_ends_at_its_next_block():
         going_on.set()
         stopper.join(timeout=5)
         assert not stopper.is_alive()
+
+
+def test_a_block_that_does_not_run_by_itself_is_named():
+    class Failing(nn.Module):
+        def forward(self, hidden):
+            raise ValueError("a cache that is not there\nand more")
+
+    block = Failing()
+    lockstep = Lockstep({"layers.0": block}, [(lambda: block(torch.zeros(1, 2)), 1)])
+    with lockstep._waiting_blocks():
+        lockstep.lanes[0].advance()
+        with pytest.raises(CheckpointError, match=r"block layers\.0 does not run by itself: a cache") as caught:
+            lockstep.lanes[0].compute()
+        assert "--blockwise never" in caught.value.hint
+        lockstep.lanes[0].stop()
 
 
 def test_hidden_states_in_files_leave_the_limit_as_it_is(tmp_path, monkeypatch):
