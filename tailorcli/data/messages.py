@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tailorcli.data.records import MEDIA_KEYS, Record, content_parts
+from tailorcli.data.records import MEDIA_KEYS, Record, content_parts, named_in
 from tailorcli.data.turns import Messages, is_answer
 from tailorcli.errors import DataError
 from tailorcli.files import parse_json
@@ -99,7 +99,7 @@ def images_in_order(record: Record) -> list[Path | bytes]:
 
 def _named_by(part: dict[str, Any], record: Record, kind: str, beside: Iterator[Path | bytes]) -> Path | bytes:
     """The file or the bytes that a part of this kind holds, or the next beside the messages."""
-    media = next((part[key] for key in MEDIA_KEYS[kind] if part.get(key) is not None), None)
+    media = named_in(part)
     if media is None:
         media = next(beside, None)
     elif isinstance(media, str) and "://" not in media:

@@ -84,10 +84,15 @@ class Record:
         """The files of pictures and sound that it names."""
         found = [each for each in (*self.images, *self.sounds) if isinstance(each, Path)]
         for part in self._parts:
-            keys = MEDIA_KEYS.get(str(part.get("type")), ())
-            named = next((part[key] for key in keys if part.get(key) is not None), None)
+            named = named_in(part)
             found += [self.folder / named] if isinstance(named, str) else []
         return found
+
+
+def named_in(part: dict[str, Any]) -> Any:
+    """What a part of a message names of its kind, an image or a sound; None where it names nothing."""
+    keys = MEDIA_KEYS.get(str(part.get("type")), ())
+    return next((part[key] for key in keys if part.get(key) is not None), None)
 
 
 def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
@@ -293,14 +298,19 @@ def _is_bytes(part: dict[str, Any], key: str) -> bool:
     return isinstance(value, bytes | dict) or (isinstance(value, str) and value.startswith("data:"))
 
 
+def _parsed(where: str, name: str, text: str, hint: str) -> Any:
+    """What a field holds as JSON, as tables of mixed types hold it."""
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise DataError(f'{where}: "{name}" is a string that is not JSON: {error}', hint) from error
+
+
 def _template_options(where: str, options: Any) -> dict[str, Any]:
     """What a record gives the chat template, as TRL takes it; what a table has no value for is left out."""
     name = "chat_template_kwargs"
     if isinstance(options, str) and options:
-        try:
-            options = parse_json(options)
-        except ValueError as error:
-            raise DataError(f'{where}: "{name}" is a string that is not JSON: {error}', _TEMPLATE_HINT) from error
+        options = _parsed(where, name, options, _TEMPLATE_HINT)
     if not options:
         return {}
     if not isinstance(options, dict):
@@ -313,10 +323,7 @@ def _template_options(where: str, options: Any) -> dict[str, Any]:
 def _tools(where: str, tools: Any) -> list[Any]:
     """The definitions of tools beside messages: a list, or the same as JSON, as tables of mixed types hold it."""
     if isinstance(tools, str):
-        try:
-            tools = parse_json(tools)
-        except ValueError as error:
-            raise DataError(f'{where}: "tools" is a string that is not JSON: {error}', _TOOLS_HINT) from error
+        tools = _parsed(where, "tools", tools, _TOOLS_HINT)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f'{where}: "tools" must be a list of objects', _TOOLS_HINT)
     return tools
