@@ -6,8 +6,12 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shlex
+import shutil
+import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -137,6 +141,36 @@ def beside(output: Path, suffix: str) -> Path:
 
 
 HIDDEN = "hidden-"  # files of hidden states begin with it: a run that is killed just then may leave one
+
+
+class ScratchFolder:
+    """A temporary folder at ``path``. It goes by ``remove``, with this object, and at the end of the program.
+
+    Who takes it away is settled before it is made: a signal that is raised between the two, as the standard library's
+    ``TemporaryDirectory`` has them, would leave it behind. Raises OutputError.
+    """
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.gettempdir()) / f"tailorcli-{secrets.token_hex(16)}"  # which nobody else can have
+        self.remove = weakref.finalize(self, _remove_folder, self.path)
+        try:
+            self.path.mkdir(mode=0o700)
+        except OSError as error:
+            raise as_output_error(self.path, error) from error
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def _remove_folder(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def write_text_atomically(path: Path, text: str) -> None:

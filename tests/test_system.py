@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from tailorcli import Checkpoint, TailorError, system
 from tailorcli.core import chunks
 from tailorcli.device import device_errors, free_memory
 from tailorcli.errors import CheckpointError, DeviceError, OutputError
-from tailorcli.files import as_output_error, file_digest, unreadable
+from tailorcli.files import ScratchFolder, as_output_error, file_digest, unreadable
 from tailorcli.models.running import forward
 
 LINUX_ONLY = ("preadv", "pread", "pwrite", "fdatasync", "posix_fallocate", "O_DIRECTORY", "sysconf")
@@ -404,3 +405,31 @@ if os.fork() == 0:
 assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("ended_in", ["mkdir", "rmtree"])
+def test_a_signal_leaves_no_temporary_folder(monkeypatch, tmp_path, ended_in):
+    """Raised as soon as the folder is there, or while it is taken away."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    place, done = (Path, Path.mkdir) if ended_in == "mkdir" else (shutil, shutil.rmtree)
+
+    def ended(*given, **how):
+        monkeypatch.undo()
+        if ended_in == "mkdir":
+            done(*given, **how)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, ended_in, ended)
+    with pytest.raises(KeyboardInterrupt), ScratchFolder() as folder:
+        (folder / "file").write_text("x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_temporary_folder_lives_as_long_as_it_is_held(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    held = ScratchFolder()
+    (held.path / "file").write_text("x")
+    assert held.path.stat().st_mode & 0o777 == 0o700
+    assert list(tmp_path.iterdir()) == [held.path]
+    del held
+    assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from tailorcli.data.forms import TURNS
 from tailorcli.errors import DataError, first_line
-from tailorcli.files import open_regular, parse_json
+from tailorcli.files import ScratchFolder, open_regular, parse_json
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 COMPRESSIONS = (".gz", ".zst")
@@ -70,13 +70,13 @@ def spooled(name: str, stream: IO[bytes], is_ours: Callable[[list[str]], bool]) 
     Its beginning says what it is; a table of text is one if ``is_ours`` of the columns that its first line names.
     Raises DataError.
     """
-    kept = tempfile.TemporaryDirectory(prefix="tailorcli-")  # lives as long as the records that are read from it
-    path = Path(kept.name) / "data"
+    kept = ScratchFolder()  # lives as long as the records that are read from it
+    path = kept.path / "data"
     with _reading(name), path.open("wb") as target:
         shutil.copyfileobj(stream, target, 1 << 20)
 
     def again() -> BufferedReader:
-        return open_regular(Path(kept.name) / "data")
+        return open_regular(kept.path / "data")
 
     with again() as begun:
         mark = begun.read(4)

@@ -5,7 +5,6 @@ None of them is merged on the disk: a network is loaded from the base, and what 
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from tailorcli.adapters.checkpoint import AdaptedCheckpoint, is_adapter, named_b
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.quantized import DequantizedCheckpoint, fp8_scales, open_checkpoint
 from tailorcli.errors import CheckpointError, OptionsError
-from tailorcli.files import PathLike, as_output_error
+from tailorcli.files import PathLike, ScratchFolder, as_output_error
 from tailorcli.models.config import processor_folder, read_config
 from tailorcli.models.loading import aliases, expected_names, load_model
 from tailorcli.models.naming import open_for
@@ -89,7 +88,7 @@ def _patched(path: Path, base: Path, stack: ExitStack) -> Subject:
     opened = stack.enter_context(Checkpoint.open(base))
     file.check_base(opened)
     file.check()
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tailorcli-")))
+    folder = stack.enter_context(ScratchFolder())
     side, _ = side_sources(opened, file)
     try:
         write_side_files(side, folder)

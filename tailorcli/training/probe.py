@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from tailorcli.core import dowser
 from tailorcli.data.samples import Samples, count_tokens, make_batches
 from tailorcli.device import device_errors, exact_float32, resolve_device
 from tailorcli.errors import CheckpointError
-from tailorcli.files import PathLike, optional_path
+from tailorcli.files import PathLike, ScratchFolder, optional_path
 from tailorcli.guard import OutputLock, Watch, path_text, protect
 from tailorcli.hub import local_folder
 from tailorcli.models.config import read_config
@@ -133,9 +132,9 @@ def _probe_blocks(
     batches = list(make_batches(samples.inputs, options.batch_size))
     with (
         Progress("probing", 2 * len(find_blocks(skeleton)), "blocks", shown=progress) as bar,
-        TemporaryDirectory() as scratch,
+        ScratchFolder() as scratch,
     ):
-        how = (options.rademacher, options.seed, device, Path(scratch), bar.update)
+        how = (options.rademacher, options.seed, device, scratch, bar.update)
         return samples, probe_blocks(skeleton, source.stored, batches, *how)
 
 
