@@ -29,6 +29,19 @@ def note(message: str) -> None:
     logging.getLogger("tailorcli").warning("note: %s", message)
 
 
+class OnceNotes:
+    """Notes of several kinds, each made once: what one record has, many may have."""
+
+    def __init__(self) -> None:
+        self._made: set[str] = set()
+
+    def make(self, kind: str, message: str) -> None:
+        """``note`` the first message of a kind."""
+        if kind not in self._made:
+            self._made.add(kind)
+            note(message)
+
+
 def first_line(error: Exception) -> str:
     """What an exception of another library says in its first line, or its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" :")  # what a colon tells of is below

@@ -20,6 +20,7 @@ from tailorcli.data.encoder import Encoder
 from tailorcli.data.media import read_image, read_wav
 from tailorcli.data.records import Record
 from tailorcli.data.timed import within
+from tailorcli.data.tokens import TextTokens
 from tailorcli.errors import CheckpointError, DataError, StatsError
 from tailorcli.models.config import require_buildable, require_counts
 
@@ -128,7 +129,7 @@ LOOP = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
 def test_a_chat_template_that_loops_is_stopped(monkeypatch):
     import threading
 
-    monkeypatch.setattr("tailorcli.data.encoder._SECONDS", 0.5)
+    monkeypatch.setattr("tailorcli.data.chat.SECONDS", 0.5)
     record = Record("d.jsonl:1", {"messages": [{"role": "user", "content": "hello"}]})
     before = threading.active_count()
     with soon(), pytest.raises(DataError, match=r"d\.jsonl:1.*does not end within"):
@@ -151,17 +152,17 @@ def test_a_limit_hands_on_what_a_call_gives_or_raises():
 
 
 def test_a_long_line_is_cut_before_it_is_tokenised(pair, monkeypatch):
-    monkeypatch.setattr("tailorcli.data.encoder._LONG", 4096)
+    monkeypatch.setattr("tailorcli.data.tokens._LONG", 4096)
     tokenizer, lengths = make_tokenizer(), []
     encoder = Encoder(lambda text, **how: (lengths.append(len(text)), tokenizer(text, **how))[1])
     text = "abcdefgh " * 100_000
-    monkeypatch.setattr(Encoder, "unframed", lambda self, text: text)
+    monkeypatch.setattr(TextTokens, "unframed", lambda self, text: text)
     cut = encoder.encode(Record("d:1", {"text": text}), 32)["input_ids"]
     assert cut.tolist() == [tokenizer(text[:32])["input_ids"]]
     assert lengths == [4096]
     assert encoder.cuts == [(len(text), 32)]  # here one token is one character
-    assert encoder.exceeds(Record("d:1", {}), [text], 32)
-    assert not encoder.exceeds(Record("d:1", {}), [text[:5000]], 5000)
+    assert encoder.tokens.exceed(Record("d:1", {}), [text], 32)
+    assert not encoder.tokens.exceed(Record("d:1", {}), [text[:5000]], 5000)
     blank = Encoder(lambda text, **how: {"input_ids": list(range(text.count("x")))})  # drops what it does not know
     assert blank.encode(Record("d:1", {"text": "-" * 50_000 + "x" * 7}), 32)["input_ids"].shape == (1, 7)
 

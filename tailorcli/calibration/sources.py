@@ -56,7 +56,7 @@ def drawn(source: Source) -> Samples:
     seq_len = min(options.length, most_tokens(stored, source.config, options))
     encoder = load_encoder(processor_folder(folder, stored.path, has_media), stored.path, has_media, options)
     cut = replace(options, seq_len=seq_len)
-    samples = draw_samples(data, records, encoder.encode, cut, encoder.responses, encoder.following)
+    samples = draw_samples(data, records, encoder.encode, cut, encoder.responses.runs, encoder.responses.following)
     if encoder.cuts:
         lost = sum(before - after for before, after in encoder.cuts)
         why = f"--seq-len {seq_len}" if seq_len == options.length else f"the model's {seq_len} positions"
@@ -117,7 +117,7 @@ def self_written(source: Source, device: torch.device, progress: bool) -> tuple[
     with device_errors("a smaller --seq-len"), Progress("writing", total, "tokens", shown=progress) as bar:
         for run in runs:
             starts = encode_starts(records, encoder, run) if records is not None else []
-            found = write_samples(network, encoder.tokenizer, run, device, bar, starts, encoder.media_ids)
+            found = write_samples(network, encoder.tokenizer, run, device, bar, starts, encoder.media.ids)
             if run is options:
                 samples = found
             else:

@@ -121,7 +121,7 @@ def encode_starts(records: Sequence[Record], encoder: Encoder, options: Calibrat
     for record in order[: options.num_samples]:
         inputs, text = encoder.start(record, max(1, options.length - 1))
         if inputs is not None:
-            starts.append(Start(record, inputs, text, encoder.written_kind))
+            starts.append(Start(record, inputs, text, encoder.media.written_kind))
     if not starts:
         raise DataError(f"{records[0].where}: no record gives a single token to start from", "see --data")
     if cut := len(encoder.cuts) - before:

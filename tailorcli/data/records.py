@@ -58,6 +58,18 @@ class Record:
         return [sound if isinstance(sound, bytes) else self.folder / sound for sound in named]
 
     @property
+    def texts(self) -> list[str]:
+        """Its plain texts."""
+        found = (self.fields.get(name) for name in ("text", "prompt", "response"))
+        return [text for text in found if isinstance(text, str)]
+
+    @property
+    def written(self) -> str:
+        """What a decoder writes for it."""
+        written: str = self.fields.get("response", self.fields.get("text", ""))
+        return written
+
+    @property
     def template_options(self) -> dict[str, Any]:
         """What the chat template is given beside messages."""
         return {"tools": self.fields.get("tools") or None, **self.fields.get("chat_template_kwargs", {})}

@@ -225,9 +225,9 @@ def _text_item(number: int, record: Record, encoder: Encoder, limit: int) -> Ite
     """The response of a prompt; or every token of a text but the first, and but those that stand for images."""
     import torch
 
-    if _is_pair(record) and not (encoder.hears_in_text and "text" in record.fields):
+    if _is_pair(record) and not (encoder.media.hears_in_text and "text" in record.fields):
         prompt, response = record.fields.get("prompt", ""), _response(record)
-        if encoder.exceeds(record, (prompt, response), limit):
+        if encoder.tokens.exceed(record, (prompt, response), limit):
             return None
         row = _continuation(encoder, record, prompt, response, _before(encoder, record, prompt))
         return Item(number, (row,)) if _num_tokens(row.inputs) <= limit else None
@@ -236,11 +236,11 @@ def _text_item(number: int, record: Record, encoder: Encoder, limit: int) -> Ite
     if inputs is None or inputs["input_ids"].shape[1] < 2 or (asked and _num_tokens(inputs) > limit):
         return None
     following = inputs["input_ids"][0, 1:]
-    scored = ~torch.isin(following, torch.tensor(encoder.media_ids, dtype=following.dtype))
-    scored[: max(0, encoder.seen_ahead(inputs) - 1)] = False
+    scored = ~torch.isin(following, torch.tensor(encoder.media.ids, dtype=following.dtype))
+    scored[: max(0, encoder.media.seen_ahead(inputs) - 1)] = False
     if asked:
         answers = torch.zeros_like(scored)
-        for start, stop in encoder.responses(record, inputs):
+        for start, stop in encoder.responses.runs(record, inputs):
             answers[max(0, start - 1) : stop - 1] = True
         scored &= answers
     places = scored.nonzero()[:, 0]
@@ -252,7 +252,7 @@ def _choice_item(number: int, record: Record, encoder: Encoder, limit: int, *, r
     import torch
 
     prompt, choices = record.fields["prompt"], record.fields["choices"]
-    if encoder.exceeds(record, (prompt, *choices), limit):
+    if encoder.tokens.exceed(record, (prompt, *choices), limit):
         return None
     alone = _before(encoder, record, prompt)
     rows: dict[tuple[int, ...], Row] = {}
@@ -277,9 +277,9 @@ def _generate_item(number: int, record: Record, encoder: Encoder, limit: int, *,
     """The prompt to go on from, if it leaves ``room`` for so many new tokens."""
     import torch
 
-    if encoder.exceeds(record, (record.fields["prompt"],), limit):
+    if encoder.tokens.exceed(record, (record.fields["prompt"],), limit):
         return None
-    if record.has_sound and not encoder.hears_in_text:
+    if record.has_sound and not encoder.media.hears_in_text:
         what = f"{record.where}: kind generate takes no audio with this model"
         raise DataError(what, "score the response with kind text")
     inputs, _ = encoder.start(_joined(record, record.fields["prompt"], ""), sys.maxsize)
@@ -305,7 +305,7 @@ def _before(encoder: Encoder, record: Record, prompt: str) -> Inputs | None:
     Behind the head that a chat template frames it with stands another answer: some write no empty one.
     """
     other = _joined(record, prompt, OPEN)  # which no answer begins with
-    framed = encoder.framed_by_template(other)
+    framed = encoder.chat.framed(other)
     return _alone(encoder, record, prompt) if framed is other else encoder.encode(other, sys.maxsize)
 
 
@@ -322,7 +322,7 @@ def _continuation(encoder: Encoder, record: Record, prompt: str, response: str, 
         if "decoder_input_ids" not in inputs:
             what = f"{record.where} has images, and the model is an encoder-decoder"
             raise DataError(what, "evaluate takes images with decoders alone")
-        ids = encoder.tokens(record, response, target=True)
+        ids = encoder.tokens.of(record, response, target=True)
         ids = ids[1:] if ids[:1] == [encoder.start_token] else ids
         places, wanted = torch.arange(len(ids)), torch.tensor(ids)
     elif inputs is not None:

@@ -112,13 +112,13 @@ def encode_example(record: Record, encoder: Encoder, seq_len: int, media_ids: Se
 
     A question and its answer stand within the chat template, where there is one. Raises DataError.
     """
-    if "audio" not in record.fields or encoder.hears_in_text:
-        record = encoder.framed_by_template(record)
+    if "audio" not in record.fields or encoder.media.hears_in_text:
+        record = encoder.chat.framed(record)
     inputs = encoder.encode(record, seq_len)
     if inputs is None:
         return None
     inputs = _with_labels(inputs, record, encoder, seq_len)
-    barred = torch.tensor(sorted({*media_ids, *encoder.media_ids}), dtype=torch.long)
+    barred = torch.tensor(sorted({*media_ids, *encoder.media.ids}), dtype=torch.long)
     inputs["labels"][torch.isin(inputs["labels"], barred)] = IGNORED
     return inputs if count_learnt(inputs) else None
 
@@ -133,7 +133,7 @@ def _with_labels(inputs: Inputs, record: Record, encoder: Encoder, seq_len: int)
     """The inputs with (1, T) "labels"; a response is ended by the tokenizer's own end of text."""
     if "decoder_input_ids" in inputs:
         response = record.fields.get("response", record.fields.get("text", ""))
-        ids = encoder.tokens(record, response, most=seq_len, target=True)
+        ids = encoder.tokens.of(record, response, most=seq_len, target=True)
         ids = ids[1:] if ids[:1] == [encoder.start_token] else ids
         width = inputs["decoder_input_ids"].shape[1]
         return inputs | {"labels": torch.tensor([(ids + [IGNORED] * width)[:width]])}
@@ -143,10 +143,10 @@ def _with_labels(inputs: Inputs, record: Record, encoder: Encoder, seq_len: int)
     fields = record.fields
     if "text" in fields or ("input_ids" in fields and "labels" not in fields):
         labels = inputs["input_ids"].clone()
-        labels[:, : encoder.seen_ahead(inputs)] = IGNORED
+        labels[:, : encoder.media.seen_ahead(inputs)] = IGNORED
         return inputs | {"labels": labels}
     if "messages" in fields or "input_ids" in fields:
-        spans = encoder.responses(record, inputs)
+        spans = encoder.responses.runs(record, inputs)
     elif "response" not in fields:  # pictures alone, whose marks are no text
         spans = []
     else:
@@ -176,7 +176,7 @@ def _ended(inputs: Inputs, encoder: Encoder, seq_len: int) -> Inputs:
     length = ids.shape[1]
     if not isinstance(end, int) or int(ids[0, -1]) == end or length >= seq_len:
         return inputs
-    return lengthened(inputs, pad(ids, (0, 1), value=end), encoder.written_kind)
+    return lengthened(inputs, pad(ids, (0, 1), value=end), encoder.media.written_kind)
 
 
 class Collate:

@@ -233,7 +233,7 @@ def begun_with(folder, records, ends=(), **chosen):
     network = load_model(Checkpoint.open(folder), read_config(folder), chosen)
     network.generation_config.eos_token_id = list(ends) or None
     bar = NoBar()
-    found = write_samples(network, encoder.tokenizer, chosen, torch.device("cpu"), bar, starts, encoder.media_ids)
+    found = write_samples(network, encoder.tokenizer, chosen, torch.device("cpu"), bar, starts, encoder.media.ids)
     assert found.facts["tokens"] == found.num_tokens
     return found.inputs, encoder, bar.count
 

@@ -13,9 +13,10 @@ from helpers import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tailorcli.data.encoder import Encoder, _first_tokens
+from tailorcli.data.encoder import Encoder
 from tailorcli.data.records import Record, check_record, read_records
 from tailorcli.data.samples import draw_samples, inputs_digest, lengthened, make_batches
+from tailorcli.data.tokens import first_tokens
 from tailorcli.errors import DataError
 from tailorcli.models.loading import load_encoder
 from tailorcli.options import CalibrateOptions
@@ -527,12 +528,12 @@ def test_the_tokens_of_responses_are_found(fields, expected):
     tokenizer = make_tokenizer(template)
     encoder, record = Encoder(tokenizer), Record("here", fields)
     inputs = encoder.encode(record, 1000)
-    runs = encoder.responses(record, inputs)
+    runs = encoder.responses.runs(record, inputs)
     assert [
         "".join(tokenizer.convert_ids_to_tokens(inputs["input_ids"][0, first:last].tolist())) for first, last in runs
     ] == expected
     cut = encoder.encode(record, 3)
-    assert all(last <= 3 for _, last in encoder.responses(record, cut))
+    assert all(last <= 3 for _, last in encoder.responses.runs(record, cut))
 
 
 def test_sound_beyond_what_a_model_hears_is_told(tmp_path, caplog):
@@ -699,7 +700,7 @@ def test_cutting_a_text_cuts_no_sound():
     """Whatever its numbers: 128 mel bands, and as many tokens."""
     features, mask = torch.ones(1, 8, 30), torch.ones(1, 8)
     inputs = {"input_ids": torch.ones(1, 8), "token_type_ids": torch.ones(1, 8), "input_features": features}
-    cut = _first_tokens(inputs | {"feature_attention_mask": mask}, 5)
+    cut = first_tokens(inputs | {"feature_attention_mask": mask}, 5)
     assert cut["input_ids"].shape == cut["token_type_ids"].shape == (1, 5)
     assert cut["input_features"] is features
     assert cut["feature_attention_mask"] is mask
@@ -755,7 +756,7 @@ def test_what_a_model_writes_is_paligemmas_suffix_which_its_prompt_does_not_see(
         whole, answer = (
             encoder.tokenizer.decode(ids).replace(" ", "") for ids in (example["input_ids"][0], labels[labels >= 0])
         )
-        assert encoder.responses(record, example) in ([], [(int((labels < 0).sum()), len(labels))])
+        assert encoder.responses.runs(record, example) in ([], [(int((labels < 0).sum()), len(labels))])
         return whole, answer
 
     asked = ("<image>" * 4 + "<bos>Q\nA<eos>", "A<eos>")

@@ -237,7 +237,7 @@ FRAMED = {
 @pytest.mark.parametrize("case", AS_TEXT)
 def test_pairs_of_every_name_become_a_text(tmp_path, case):
     record, expected = AS_TEXT[case]
-    assert Encoder(make_tokenizer())._text_of(one_record(tmp_path, record)) == expected
+    assert Encoder(make_tokenizer()).chat.text_of(one_record(tmp_path, record)) == expected
 
 
 @pytest.mark.parametrize("case", FRAMED)
@@ -263,7 +263,7 @@ def test_what_was_before_a_prompt_is_framed_or_refused(tmp_path, response, name)
     inputs = encoder.encode(record, 99)
     decoded = encoder.tokenizer.decode(inputs["input_ids"][0]).replace(" ", "")
     assert decoded == f"{framed}<user>Q<assistant>A"
-    assert encoder.responses(record, inputs)[-1] == (len(decoded) - 1, len(decoded))
+    assert encoder.responses.runs(record, inputs)[-1] == (len(decoded) - 1, len(decoded))
     named = name.replace(" and ", '" and "')
     for start in (None, 5):  # without a template, and with one that an encoder-decoder does not use
         encoder = Encoder(make_tokenizer(TEMPLATE if start else None), start)
@@ -273,7 +273,7 @@ def test_what_was_before_a_prompt_is_framed_or_refused(tmp_path, response, name)
             assert f'leave "{named}" out' in caught.value.hint
     for empty in ("", None, []):
         record = one_record(tmp_path, {"prompt": "Q", response: "A", "system": empty, "history": empty})
-        assert Encoder(make_tokenizer(TEMPLATE))._text_of(record) == "QA"
+        assert Encoder(make_tokenizer(TEMPLATE)).chat.text_of(record) == "QA"
 
 
 def test_named_columns_win_over_the_usual_names(tmp_path):
@@ -281,10 +281,10 @@ def test_named_columns_win_over_the_usual_names(tmp_path):
     found = one_record(tmp_path, record, columns=DataColumns(text="body"))
     assert (found.fields["text"], found.form) == ("b", "column body")
     found = one_record(tmp_path, record, columns=DataColumns(prompt="q", response="a"))
-    assert Encoder(make_tokenizer())._text_of(found) == "Q\nA"
+    assert Encoder(make_tokenizer()).chat.text_of(found) == "Q\nA"
     assert found.form == "columns q and a"
     found = one_record(tmp_path, {"question": "Q", "a": "A"}, columns=DataColumns(response="a"))
-    assert Encoder(make_tokenizer())._text_of(found) == "Q\nA"
+    assert Encoder(make_tokenizer()).chat.text_of(found) == "Q\nA"
     with pytest.raises(DataError, match=r"d\.jsonl:1 has no column 'bodi'; it has a, answer, body"):
         one_record(tmp_path, record, columns=DataColumns(text="bodi"))
     with pytest.raises(DataError, match='"n" is a int, expected a string'):

@@ -54,7 +54,9 @@ def test_the_response_beside_pictures_is_the_response_also_where_it_is_cut(
     encoder = load_encoder(pair / "base", pair / "base", True, CalibrateOptions())
     inputs = encoder.encode(record, seq_len)
     ids = inputs["input_ids"][0].tolist()
-    found = ["".join(encoder.tokenizer.convert_ids_to_tokens(ids[a:b])) for a, b in encoder.responses(record, inputs)]
+    found = [
+        "".join(encoder.tokenizer.convert_ids_to_tokens(ids[a:b])) for a, b in encoder.responses.runs(record, inputs)
+    ]
     if counted == "prefix":
         assert len(found) == 1
         assert 0 < len(found[0]) < len(response)
@@ -67,7 +69,7 @@ def test_the_response_beside_pictures_is_the_response_also_where_it_is_cut(
 def test_what_a_tokenizer_adds_is_there_once(tmp_path, before, after):
     tokenizer = adding(before, after)
     encoder, marks = Encoder(tokenizer), (before.replace(" ", ""), after.replace(" ", ""))
-    plain, marked = (encoder.tokens(one(tmp_path, {"text": "x"}), text) for text in ("hi", "hi".join(marks)))
+    plain, marked = (encoder.tokens.of(one(tmp_path, {"text": "x"}), text) for text in ("hi", "hi".join(marks)))
     assert plain == marked == tokenizer("hi")["input_ids"]
 
 
@@ -76,7 +78,7 @@ def test_an_unknown_token_may_be_what_is_added(tmp_path):
     tokenizer.unk_token = "</s>"
     number = tokenizer.convert_tokens_to_ids("</s>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", number)])
-    assert Encoder(tokenizer).tokens(one(tmp_path, {"text": "x"}), "</s>hi") == tokenizer("hi")["input_ids"]
+    assert Encoder(tokenizer).tokens.of(one(tmp_path, {"text": "x"}), "</s>hi") == tokenizer("hi")["input_ids"]
 
 
 def test_an_answer_of_a_translator_is_in_its_own_tokens(tmp_path):
@@ -203,12 +205,12 @@ def test_chunks_are_of_plain_text(tmp_path):
 
 
 def test_a_long_record_that_is_cut_counts_once_also_where_its_response_is_looked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("tailorcli.data.encoder._LONG", 8)
-    monkeypatch.setattr("tailorcli.data.encoder._PER_TOKEN", 1)
+    monkeypatch.setattr("tailorcli.data.tokens._LONG", 8)
+    monkeypatch.setattr("tailorcli.data.tokens._PER_TOKEN", 1)
     encoder = Encoder(make_tokenizer())
     record = one(tmp_path, {"prompt": "p" * 250, "response": "r" * 50})
     inputs = encoder.encode(record, 10)
-    assert encoder.responses(record, inputs) == []
+    assert encoder.responses.runs(record, inputs) == []
     assert encoder.cuts == [(300, 10)]
 
 
@@ -222,9 +224,9 @@ def test_tokens_are_taken_as_they_are_without_what_was_padded(tmp_path):
     for length, expected in ((99, [(1, 2), (3, 4)]), (3, [(1, 2)])):
         inputs = encoder.encode(record, length)
         assert inputs["input_ids"].tolist() == [[5, 6, 7, 8][:length]]
-        assert encoder.responses(record, inputs) == expected
+        assert encoder.responses.runs(record, inputs) == expected
     alone = one(tmp_path, {"input_ids": [5, 6]})
-    assert encoder.responses(alone, encoder.encode(alone, 9)) == []
+    assert encoder.responses.runs(alone, encoder.encode(alone, 9)) == []
 
 
 def test_a_text_beside_tokens_is_what_counts(tmp_path):

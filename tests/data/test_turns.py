@@ -89,13 +89,13 @@ def test_the_turns_of_the_assistant_are_found(case, caplog):
     encoder, record = Encoder(tokenizer), Record("here", {"messages": messages})
     inputs = encoder.encode(record, 1000)
     ids = inputs["input_ids"][0].tolist()
-    runs = encoder.responses(record, inputs)
+    runs = encoder.responses.runs(record, inputs)
     assert "|".join("".join(tokenizer.convert_ids_to_tokens(ids[first:last])) for first, last in runs) == expected
     assert ("leaves out an assistant's turn of here" in caplog.text) == ("left out" in case)
     for length in range(1, len(ids)):  # the same runs, as far as they reach
         cut = encoder.encode(record, length)
         within = [(first, min(last, length)) for first, last in runs if first < length]
-        assert encoder.responses(record, cut) == within
+        assert encoder.responses.runs(record, cut) == within
 
 
 def test_many_turns_are_found_without_writing_the_conversation_for_each(monkeypatch):
@@ -108,7 +108,7 @@ def test_many_turns_are_found_without_writing_the_conversation_for_each(monkeypa
     monkeypatch.setattr(
         type(tokenizer), "apply_chat_template", lambda *args, **given: written.append(1) or render(*args, **given)
     )
-    assert len(encoder.responses(record, inputs)) == 100
+    assert len(encoder.responses.runs(record, inputs)) == 100
     assert len(written) <= 5
 
 

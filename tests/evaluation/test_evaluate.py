@@ -273,7 +273,7 @@ def test_images_go_through_the_models_own_processor(tmp_path, name):
     assert all(len(scores[task].correct) == 4 for task in "tcg")
     network, encoder = _loaded(folder / "base")
     for i, record in enumerate(records):
-        mark = "" if name == "instructblip" else encoder.image_mark
+        mark = "" if name == "instructblip" else encoder.media.image_mark
         inputs = _processed(encoder, folder, record, mark + record["prompt"] + record["response"])
         if name == "instructblip":  # its Q-Former sees the question alone
             asked = _processed(encoder, folder, record, record["prompt"])
@@ -373,7 +373,7 @@ def test_llavas_mark_is_the_place_of_an_image_for_every_model(tmp_path, name):
     marked = records[0] | {"prompt": "Look: <image>\nand say "}
     (record,) = read_records(write(folder / "t.jsonl", [marked]))
     encoder = _loaded(folder / "base")[1]
-    mark = "" if name == "instructblip" else f"{encoder.image_mark.strip()}\n"
+    mark = "" if name == "instructblip" else f"{encoder.media.image_mark.strip()}\n"
     wanted = _processed(encoder, folder, marked, f"Look: {mark}and say {marked['response']}")
     assert encoder.encode(record, 4096)["input_ids"].equal(wanted["input_ids"])
 
