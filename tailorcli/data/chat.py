@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from tailorcli.data.forms import with_image_parts
+from tailorcli.data.forms import with_media_parts
 from tailorcli.data.messages import as_parts, other_forms, words_of
 from tailorcli.data.records import Record, content_parts
 from tailorcli.data.timed import within
@@ -53,10 +53,10 @@ class ChatTemplate:
             return None
         if not (record.images or record.sounds):
             return record.turns
-        asked = [as_parts({**turn, "content": with_image_parts(turn["content"])}) for turn in record.turns]
-        first = [{"type": "audio"} for _ in record.sounds]
-        if not any(part["type"] == "image" for turn in asked for part in turn["content"]):
-            first = [*({"type": "image"} for _ in record.images), *first]
+        beside = {kind: media for kind, media in (("image", record.images), ("audio", record.sounds)) if media}
+        asked = [as_parts({**turn, "content": with_media_parts(turn["content"], beside)}) for turn in record.turns]
+        marked = {part["type"] for turn in asked for part in turn["content"]}
+        first = [{"type": kind} for kind, media in beside.items() if kind not in marked for _ in media]
         asked[-1]["content"] = [*first, *asked[-1]["content"]]
         return asked
 

@@ -8,7 +8,7 @@ what the record has else.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from tailorcli.errors import DataError
@@ -28,10 +28,12 @@ _ROLES = {
 }
 _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
 TOKEN_IDS = "token ids"  # the form of a record that is prepared for a model
-_BESIDE_TOKENS = ("images", "image", "audio", "pixel_values", "input_features")
+_BESIDE_TOKENS = ("images", "image", "audio", "audios", "pixel_values", "input_features")
 _LEARNT = ("weight", "train")  # whether a turn is learnt
 _OF_TURNS = " of messages"  # the form of a prompt and a response that are lists of turns
-IMAGE_MARK = "<image>"  # in the texts of turns: the place of the next image
+MARKS = {"image": "<image>", "audio": "<audio>"}  # in the texts of turns: the place of the next image or sound
+_BESIDE = {"image": ("images", "image"), "audio": ("audio", "audios")}  # the fields that hold them
+_UNDESIRED = {"completion": "label", "messages": "kto_tag", "conversations": "kto_tag"}  # by TRL and LLaMA-Factory
 HINT = (
     'a record needs "text", or "messages" or "conversations", or a prompt and a response, with "images" or "audio" as '
     "the model takes; name other columns by --text-column, or --prompt-column and --response-column"
@@ -45,6 +47,12 @@ Formed = tuple[str, dict[str, Any], list[dict[str, Any]] | None]
 def is_pair_of_turns(form: str) -> bool:
     """Whether a record's form is a prompt and a response, each a list of turns."""
     return form.endswith(_OF_TURNS)
+
+
+def is_undesired(value: Any) -> bool:
+    """Whether a record is one of unpaired preferences (KTO) whose response is the one to avoid."""
+    names = value if isinstance(value, dict) else ()
+    return any(response in names and str(value.get(label)).lower() == "false" for response, label in _UNDESIRED.items())
 
 
 def is_known(columns: Sequence[str], named: DataColumns) -> bool:
@@ -189,8 +197,9 @@ def _conversation(where: str, value: dict[str, Any], name: str) -> Formed:
     if value.get("chosen"):
         turns = turns + _turns(where, value, "chosen", "assistant")
     turns = _with_earlier(where, value, turns)
-    if value.get("images") or value.get("image"):
-        turns = [{**turn, "content": with_image_parts(turn.get("content"))} for turn in turns]
+    beside = [kind for kind, names in _BESIDE.items() if any(value.get(name) for name in names)]
+    if beside:
+        turns = [{**turn, "content": with_media_parts(turn.get("content"), beside)} for turn in turns]
     fields = _as_messages(value, turns)
     if tools := _listed(value.get("tools")):
         bare = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
@@ -281,14 +290,15 @@ def _listed(value: Any) -> Any:
     return value
 
 
-def with_image_parts(content: Any) -> Any:
-    """A turn's text as parts where it marks the places of a record's images, as LLaVA's data does."""
-    if not isinstance(content, str) or IMAGE_MARK not in content:
+def with_media_parts(content: Any, beside: Collection[str]) -> Any:
+    """A turn's text as parts where it marks places of the kinds of media ``beside`` it, as LLaVA's data does."""
+    kinds = {MARKS[kind]: kind for kind in beside}
+    if not isinstance(content, str) or not any(mark in content for mark in kinds):
         return content
     parts: list[dict[str, Any]] = []
-    for piece in re.split(f"({IMAGE_MARK}\n?)", content):
-        if piece.startswith(IMAGE_MARK):
-            parts.append({"type": "image"})
+    for piece in re.split("({}\n?)".format("\n?|".join(kinds)), content):
+        if kind := kinds.get(piece.removesuffix("\n")):
+            parts.append({"type": kind})
         elif piece.strip():
             parts.append({"type": "text", "text": piece})
     return parts

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.data import chat
-from tailorcli.data.forms import HINT, IMAGE_MARK
+from tailorcli.data.forms import HINT, MARKS
 from tailorcli.data.media import read_image, read_wav
 from tailorcli.data.messages import NAMES, with_read_media
 from tailorcli.data.timed import within
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Masks of one sample hold nothing but ones; labels (PaliGemma's) are for a loss that no one asks for.
 _DROPPED = ("attention_mask", "decoder_attention_mask", "labels")
+_IMAGE = MARKS["image"]
 _ALONE = ("images", "audio", "images and audio")  # forms of records without a text
 
 
@@ -167,6 +168,8 @@ class Multimodal:
         text = self.tokens.unframed(self.tokens.beginning(text, seq_len))
         media: dict[str, Any] = {"images": images} if images else {}
         if self.hears_in_text:
+            for mark in self._mark("audio", len(sounds)).splitlines():  # the template may count them
+                text = text.replace(MARKS["audio"], mark.strip(), 1)
             if sounds and str(self.processor.audio_token) not in text:
                 text = self._mark("audio", len(sounds)) + text
             self._require_marks(record, text, len(sounds))
@@ -175,12 +178,12 @@ class Multimodal:
         if not images:
             pass
         elif hasattr(self.processor, "num_query_tokens"):  # such a processor puts its query tokens in by itself
-            text = text.replace(f"{IMAGE_MARK}\n", "").replace(IMAGE_MARK, "")
+            text = text.replace(f"{_IMAGE}\n", "").replace(_IMAGE, "")
         else:
             mark = self.image_mark
             known = (mark.strip(), getattr(self.processor, "image_token", None))
-            if IMAGE_MARK not in known:  # LLaVA's, with which data are written for any model
-                text = text.replace(IMAGE_MARK, mark.strip())
+            if _IMAGE not in known:  # LLaVA's, with which data are written for any model
+                text = text.replace(_IMAGE, mark.strip())
             if not any(isinstance(token, str) and token and token in text for token in known):
                 return self._call_marked(record, media, text)
         return self._call(record, lambda: self.processor(**media, text=text, return_tensors="pt"))
@@ -207,7 +210,7 @@ class Multimodal:
         """
         fields, mark = record.fields, str(self.processor.image_token)
         prompt, written = ("", fields["text"]) if "text" in fields else (fields.get("prompt", ""), record.written)
-        prompt, written = (text.replace(IMAGE_MARK, mark) for text in (prompt, written))
+        prompt, written = (text.replace(_IMAGE, mark) for text in (prompt, written))
         if "text" in fields and mark in written:
             before, _, written = written.rpartition(mark)
             prompt = before + mark

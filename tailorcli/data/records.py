@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, overload
 
 from tailorcli.data.formats import PlainText
-from tailorcli.data.forms import HINT, TOKEN_IDS, formed, renamed
+from tailorcli.data.forms import HINT, TOKEN_IDS, formed, is_undesired, renamed
 from tailorcli.data.media import content_of
 from tailorcli.data.sources import STDIN, open_source
 from tailorcli.errors import DataError, note
 from tailorcli.files import PathLike, file_digest, parse_json
 from tailorcli.options import DataColumns
+from tailorcli.units import counted
 
 _IMAGES_HINT = 'an image is a file name, relative to the data file, or its bytes, as base64 or {"bytes": "..."}'
 _SOUND_HINT = 'sound is a WAV file, relative to the data file, or its bytes, as base64 or {"bytes": "..."}'
@@ -203,14 +204,19 @@ def read_records(
     check = check or check_record
 
     def records() -> Iterator[Record]:
+        undesired = 0
         for where, value, folder in source.read():
-            if isinstance(value, PlainText):
+            if check is check_record and is_undesired(value):
+                undesired += 1
+            elif isinstance(value, PlainText):
                 yield Record(where, {"text": str(value)}, folder, form=_PLAIN_TEXT)
             elif columns.any and isinstance(value, dict):
                 record = check(where, renamed(where, value, columns), folder)
                 yield replace(record, form=f"column{'s' if columns.text is None else ''} {columns.shown}")
             else:
                 yield check(where, value, folder)
+        if undesired:
+            note(f"{source.name}: {counted(undesired, 'record')} of completions to avoid (label false) are left out")
 
     return Records(source.name, records, source.digest, source.files)
 
@@ -241,6 +247,8 @@ def check_record(where: str, value: Any, folder: Path) -> Record:
         fields = {**fields, "images": [fields["image"]]}
     if fields.get("images") == "":  # a row of a .csv that has none
         fields = {name: entry for name, entry in fields.items() if name != "images"}
+    if "audio" not in fields and "audios" in fields:
+        fields = {**fields, "audio": fields["audios"]}
     if "audio" in fields and fields["audio"] in ("", None, []):  # a row of a table that has none
         fields = {name: entry for name, entry in fields.items() if name != "audio"}
     if "messages" in fields and "text" not in fields:

@@ -615,6 +615,7 @@ def chat(*parts):
 
 
 SOUND, WORDS = "audio/0.wav", {"type": "text", "text": "Who?"}
+ASKED = {"from": "human", "value": "<audio>\nWho?"}
 
 
 @pytest.mark.parametrize(
@@ -629,12 +630,23 @@ SOUND, WORDS = "audio/0.wav", {"type": "text", "text": "Who?"}
         ),
         ({"audio": SOUND, "prompt": "Q <|AUDIO|> ", "response": "A."}, "Q ~ A.<|im_end|>", "A.<|im_end|>"),
         ({"audio": SOUND, "text": "<|AUDIO|>So."}, "~So.", "So."),
+        (
+            {"audios": [SOUND, "audio/1.wav"], "prompt": "Q <audio> <audio>", "response": "A."},
+            "Q Audio 1: [~] Audio 2: [~]A.<|im_end|>",
+            "A.<|im_end|>",
+        ),
         ({"audio": SOUND, "question": "Who?", "answer": "A cat."}, None, "A cat.<|im_end|>\n"),
         ({"audio": SOUND, "instruction": "Who?", "input": "", "output": "A cat."}, None, "A cat.<|im_end|>\n"),
         ({"messages": chat({"type": "audio", "audio": SOUND}, WORDS)}, None, "A cat.<|im_end|>\n"),
         ({"messages": chat({"type": "audio", "path": SOUND, "audio": None}, WORDS)}, None, "A cat.<|im_end|>\n"),
         ({"messages": chat({"type": "audio", "url": SOUND}, WORDS)}, None, "A cat.<|im_end|>\n"),
         ({"audio": SOUND, "messages": chat({"type": "audio"}, WORDS)}, None, "A cat.<|im_end|>\n"),
+        ({"audio": SOUND, "question": "<audio>\nWho?", "answer": "A cat."}, None, "A cat.<|im_end|>\n"),
+        (
+            {"audios": [SOUND], "conversations": [ASKED, {"from": "gpt", "value": "A cat."}]},
+            None,
+            "A cat.<|im_end|>\n",
+        ),
     ],
 )
 def test_sound_stands_in_a_text(hearing, fields, text, learnt):
@@ -648,7 +660,7 @@ def test_sound_stands_in_a_text(hearing, fields, text, learnt):
     )
     assert heard(encoder, ids.tolist()) == (text or framed)
     assert heard(encoder, labels[labels >= 0].tolist()) == learnt
-    sounds = fields.get("audio", SOUND)
+    sounds = fields.get("audio", fields.get("audios", SOUND))
     assert len(inputs["input_features"]) == (len(sounds) if isinstance(sounds, list) else 1)
     assert record.files == [folder / name for name in (sounds if isinstance(sounds, list) else [sounds])]
 

@@ -499,3 +499,24 @@ def test_form_records_tokens_and_cuts_are_told_in_a_line_and_the_first_sample_sh
     lines = first_sample(samples, encoder)
     assert lines[0].startswith("input_ids, ")
     assert lines[1].startswith("  | ")
+
+
+@pytest.mark.parametrize(
+    ("record", "label"),
+    [
+        ({"prompt": "Q", "completion": "A"}, "label"),
+        ({"messages": [USER, ASSISTANT]}, "kto_tag"),
+        ({"conversations": [HUMAN, GPT]}, "kto_tag"),
+    ],
+)
+def test_completions_to_avoid_are_left_out(tmp_path, caplog, record, label):
+    """Unpaired preferences, as KTO is trained on them; a text that has a label of another kind stays."""
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(as_jsonl([record | {label: wanted} for wanted in (True, False, False)]))
+    assert len(read_records(path)) == 1
+    assert "2 records of completions to avoid (label false) are left out" in caplog.text
+    path.write_bytes(as_jsonl([{"text": "A", "label": False}, record]))
+    assert len(read_records(path)) == 2
+    path.write_bytes(as_jsonl([record | {label: False}]))
+    with pytest.raises(DataError, match="holds no records"):
+        read_records(path)
