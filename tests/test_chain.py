@@ -10,7 +10,7 @@ from families import FAMILIES, make_family_pair, outputs
 from helpers import read_tensors
 
 from tailorcli import CalibrateOptions, PatchOptions, Stats, calibrate_model, patch_checkpoint, plan_patch
-from tailorcli.models.loading import expected_names
+from tailorcli.models.names import expected_names
 
 # What stays at base, by family; every other tensor is calibrated and patched.
 LEFT_AT_BASE = {

@@ -44,8 +44,9 @@ from tailorcli import (
     verify_checkpoint,
 )
 from tailorcli.device import attention_without_cudnn, deterministic_algorithms, exact_float32
+from tailorcli.models.calling import quiet_transformers
 from tailorcli.models.config import read_config
-from tailorcli.models.loading import load_model, quiet_transformers
+from tailorcli.models.loading import load_model
 from tailorcli.models.skeleton import empty_model
 
 SMALL = CalibrateOptions(12, 24)

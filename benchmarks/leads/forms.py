@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.leads.runs import NEW, RETAINED, Run, of_blocks
+from benchmarks.leads.runs import NEW, RETAINED, Ground, Run, of_blocks
 from tailorcli.core.distillation import adam_step_, rate_at, root_mean_square
 from tailorcli.training.distill import WARMUP
 from tailorcli.training.entries import Trained
-
-if TYPE_CHECKING:
-    from benchmarks.leads.runs import Ground
 
 
 def train_blocks(ground: Ground, run: Run) -> Any:
@@ -113,3 +111,19 @@ def train_low_rank(ground: Ground, run: Run) -> Any:
     put()
     ground.descend(run, network, update)
     return network
+
+
+def measured(ground: Ground, run: Run) -> dict[str, float]:
+    """Distil, and measure what came out."""
+    torch.manual_seed(0)
+    if run.form == "low rank":
+        network = train_low_rank(ground, run)
+    elif run.form == "blocks":
+        network = train_blocks(ground, run)
+    else:
+        trained = ground.student(run)
+        ground.descend(run, trained.network, trained.step)
+        trained.close()
+        network = trained.network
+    written = ground.held_out(network, replace(run, retained="written"))
+    return {**ground.accuracies(network), "kl_new": written[NEW], "kl_retained": written[RETAINED]}

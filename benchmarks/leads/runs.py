@@ -200,23 +200,6 @@ class Ground:
         found = {name: accuracy(network, ids) for name, ids in self.tasks.items()}
         return {"old": mean(found[name] for name in self.pair.origin), "new": found[self.pair.target[0]]}
 
-    def measure(self, run: Run) -> dict[str, float]:
-        """Distil, and measure what came out."""
-        from benchmarks.leads.forms import train_blocks, train_low_rank
-
-        torch.manual_seed(0)
-        if run.form == "low rank":
-            network = train_low_rank(self, run)
-        elif run.form == "blocks":
-            network = train_blocks(self, run)
-        else:
-            trained = self.student(run)
-            self.descend(run, trained.network, trained.step)
-            trained.close()
-            network = trained.network
-        written = self.held_out(network, replace(run, retained="written"))
-        return {**self.accuracies(network), "kl_new": written[NEW], "kl_retained": written[RETAINED]}
-
     def descend(self, run: Run, student: Any, update: Callable[[int, float], object]) -> None:
         """Train for the steps of a run: both losses' gradients, then ``update`` with the step's number and rate."""
         warmup = max(1, round(WARMUP * run.steps))

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.common import cache_root, say
 from benchmarks.leads.__main__ import DOCUMENT
+from benchmarks.leads.forms import measured
 from benchmarks.leads.runs import Ground, Run
 from benchmarks.real.render import between, table
 from tailorcli import h_score
@@ -122,7 +123,7 @@ def measure(pairs: Sequence[str], leads: Sequence[str], cache: Path, file: Path)
         for end in ("base", "tuned"):
             of_pair[end] = ground.accuracies(ground.network(end))
         for key, run in wanted.items():
-            of_pair[key] = ground.measure(run)
+            of_pair[key] = measured(ground, run)
             say(f"{pair}: {key}: H {h_of(of_pair[key]):.2f} {of_pair[key]}")
             file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found

@@ -29,11 +29,9 @@ from tailorcli.errors import OptionsError, OutputError, note
 from tailorcli.files import PathLike, optional_path
 from tailorcli.guard import OutputLock, Watch, path_text, protect
 from tailorcli.hub import hub_facts, local_folder
+from tailorcli.models.calling import package_versions
 from tailorcli.models.config import config_digest, read_config, writes_samples
-from tailorcli.models.loading import (
-    check_shapes,
-    package_versions,
-)
+from tailorcli.models.empty import check_shapes
 from tailorcli.models.naming import open_for
 from tailorcli.options import AUTO, CalibrateOptions
 

@@ -13,7 +13,8 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
 from tailorcli.errors import OptionsError
 from tailorcli.models.config import read_config
-from tailorcli.models.loading import empty_on_meta, expected_names
+from tailorcli.models.empty import empty_on_meta
+from tailorcli.models.names import expected_names
 from tailorcli.options import CalibrateOptions, matches
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from tailorcli.data.samples import Samples, batch_places, count_tokens, join
 from tailorcli.device import StageTimer
 from tailorcli.distributed import first_of_all, mine, now_on, ranks
 from tailorcli.errors import CheckpointError
-from tailorcli.models.loading import aliases, expected_names, load_model
+from tailorcli.models.loading import load_model
+from tailorcli.models.names import aliases, expected_names
 from tailorcli.models.parts import Parts, adapt
 from tailorcli.models.places import Place, guessed_places, map_names
 from tailorcli.models.running import check_ids, forward, samples_in, to_device

@@ -8,7 +8,7 @@ from typing import Any
 
 from tailorcli.calibration.passes import Run
 from tailorcli.distributed import gathered
-from tailorcli.models.loading import expected_names
+from tailorcli.models.names import expected_names
 from tailorcli.models.places import guessed_places
 from tailorcli.models.skeleton import empty_model
 from tailorcli.units import format_bytes

@@ -18,7 +18,8 @@ from tailorcli.device import device_errors
 from tailorcli.errors import OptionsError, note
 from tailorcli.files import PathLike, write_text
 from tailorcli.models.config import processor_folder
-from tailorcli.models.loading import empty_on_meta, load_encoder, load_model, most_tokens
+from tailorcli.models.empty import empty_on_meta, most_tokens
+from tailorcli.models.loading import load_encoder, load_model
 from tailorcli.options import CalibrateOptions
 from tailorcli.terminal import Progress
 from tailorcli.units import format_bytes

@@ -1,15 +1,13 @@
 """The one Triton kernel: a step of conjugate gradients in one pass over its arrays. Import it where Triton is there."""
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from tailorcli.core.gradients import State
+from tailorcli.core.steps import State
 
 _BLOCK = 2048  # columns at a time: with 8 warps four rows are under way on a multiprocessor, with more columns one
 
@@ -76,7 +74,7 @@ def _step(  # type: ignore[no-untyped-def]  # noqa: ANN202
         tl.store(rr_at + row, tl.where(curvature > 0, tl.sum(weighted, axis=0), 0.0))
 
 
-def step_(q: Tensor, state: "State") -> None:
+def step_(q: Tensor, state: State) -> None:
     """``core.gradients.step_`` on a GPU; all are contiguous. ``q`` stays as it is."""
     rows, columns = state.x.shape
     arrays = (state.p, state.x, state.r, state.kept.view(torch.uint8), state.weight)

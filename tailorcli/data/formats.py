@@ -338,3 +338,16 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
     return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class Source:
+    """Data as rows, which can be read again: where each stands, its value, and the folder that its paths start from.
+
+    ``digest`` gives a hash of its bytes. ``files`` counts them.
+    """
+
+    name: str
+    read: Callable[[], Iterator[tuple[str, Any, Path]]]
+    digest: Callable[[], str]
+    files: int = 1

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tailorcli.data.formats import EXTRA, without_nulls
-from tailorcli.data.sources import Source, is_dataset
+from tailorcli.data.formats import COMPRESSIONS, EXTRA, KINDS, Source, without_nulls
 from tailorcli.errors import DataError, first_line
 from tailorcli.files import digest_of, file_digest
 
@@ -106,3 +105,12 @@ def _only_split(name: str, splits: dict[str, Any]) -> Any:
         return splits["train"] if "train" in splits else next(iter(splits.values()))
     hint = "name one behind a colon; of a folder, name the folder of a split"
     raise DataError(f"{name} has the splits {', '.join(splits)}, and none is train", hint)
+
+
+_DATASET = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:.*)?")
+
+
+def is_dataset(name: str) -> bool:
+    """Whether a name can be that of a dataset of the Hub, NAME[:CONFIG][:SPLIT], and is none of a file of data."""
+    suffixes = Path(name.partition(":")[0]).suffixes
+    return _DATASET.fullmatch(name) is not None and not {*suffixes}.intersection((*KINDS, *COMPRESSIONS))

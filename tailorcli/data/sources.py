@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tailorcli.data.formats import COMPRESSIONS, FORMATS, KINDS, DataFile, data_file, rows, spooled
+from tailorcli.data.formats import COMPRESSIONS, FORMATS, KINDS, DataFile, Source, data_file, rows, spooled
 from tailorcli.data.forms import is_known
+from tailorcli.data.hub import is_dataset, open_dataset
 from tailorcli.errors import DataError, note
 from tailorcli.files import digest_of, file_digest
 from tailorcli.options import DataColumns
@@ -22,20 +22,6 @@ _NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "sta
 _SPLITS = {"train": "train", "test": "test", "eval": "test", "validation": "validation", "valid": "validation"}
 _SPLITS |= {"val": "validation", "dev": "validation"}
 _SPLIT = re.compile(rf"({'|'.join(_SPLITS)})(?![A-Za-z])")
-_DATASET = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:.*)?")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Data as rows, which can be read again: where each stands, its value, and the folder that its paths start from.
-
-    ``digest`` gives a hash of its bytes. ``files`` counts them.
-    """
-
-    name: str
-    read: Callable[[], Iterator[tuple[str, Any, Path]]]
-    digest: Callable[[], str]
-    files: int = 1
 
 
 def open_source(name: str, whole: bool = False, columns: DataColumns = DataColumns()) -> Source:
@@ -55,19 +41,11 @@ def open_source(name: str, whole: bool = False, columns: DataColumns = DataColum
         files = _files_of(path)
         return Source(name, partial(_rows_of, files, whole), partial(_digest_of, files), len(files))
     if is_folder or (not is_there and is_dataset(name)):
-        from tailorcli.data.hub import open_dataset
-
         return open_dataset(name, is_folder)
     if not is_there:
         raise DataError(f"cannot read {name}: No such file or directory", _HINT)
     file = data_file(path)
     return Source(name, partial(_rows_of, [file], whole), partial(file_digest, path))
-
-
-def is_dataset(name: str) -> bool:
-    """Whether a name can be that of a dataset of the Hub, NAME[:CONFIG][:SPLIT], and is none of a file of data."""
-    suffixes = Path(name.partition(":")[0]).suffixes
-    return _DATASET.fullmatch(name) is not None and not {*suffixes}.intersection((*KINDS, *COMPRESSIONS))
 
 
 def _rows_of(files: list[DataFile], whole: bool) -> Iterator[tuple[str, Any, Path]]:

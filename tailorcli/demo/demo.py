@@ -172,7 +172,7 @@ def run_demo(
         with timer.stage("imports"):
             import_module("transformers.models.llama.modeling_llama")  # torch with it: seconds that no step should own
             from tailorcli.calibration.calibrate import calibrate_model
-            from tailorcli.models.loading import package_versions, quiet_transformers
+            from tailorcli.models.calling import package_versions, quiet_transformers
         with _own_random_state(seed), quiet_transformers():
             with timer.stage("train base"):
                 network = _build_network(settings)
@@ -207,7 +207,7 @@ def evaluate_checkpoint(checkpoint: PathLike, data: PathLike) -> DemoRow:
 
     Raises DataError if ``data`` is no such folder.
     """
-    from tailorcli.models.loading import quiet_transformers
+    from tailorcli.models.calling import quiet_transformers
 
     test = {name: read_jsonl(Path(data) / f"{name}.jsonl") for name in TASKS}
     with quiet_transformers():

@@ -24,8 +24,10 @@ from tailorcli.evaluation.tasks import EncodedTask, Task, encode_task, read_task
 from tailorcli.files import PathLike, write_text
 from tailorcli.guard import path_text
 from tailorcli.hub import local_folder, local_folders, model_name
+from tailorcli.models.calling import package_versions
 from tailorcli.models.config import read_config, tokenizer_digest
-from tailorcli.models.loading import check_shapes, load_encoder, most_tokens, package_versions
+from tailorcli.models.empty import check_shapes, most_tokens
+from tailorcli.models.loading import load_encoder
 from tailorcli.options import EvaluateOptions, HarnessOptions
 from tailorcli.system import give_back_memory
 from tailorcli.terminal import Progress, printable

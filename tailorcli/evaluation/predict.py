@@ -21,8 +21,8 @@ from tailorcli.distributed import gathered, mine, now_on
 from tailorcli.errors import CheckpointError, DataError, NumericalError, first_line
 from tailorcli.evaluation.metrics import TaskScores
 from tailorcli.evaluation.tasks import EncodedTask, Item, Row, normalise
+from tailorcli.models.calling import quiet_transformers
 from tailorcli.models.generation import greedy_generation
-from tailorcli.models.loading import quiet_transformers
 from tailorcli.models.running import check_ids, forward, in_dtype_of, in_use, output_head, to_device
 from tailorcli.options import EvaluateOptions
 

@@ -16,7 +16,8 @@ from tailorcli.checkpoint.quantized import DequantizedCheckpoint, fp8_scales, op
 from tailorcli.errors import CheckpointError, OptionsError
 from tailorcli.files import PathLike, ScratchFolder, as_output_error
 from tailorcli.models.config import processor_folder, read_config
-from tailorcli.models.loading import aliases, expected_names, load_model
+from tailorcli.models.loading import load_model
+from tailorcli.models.names import aliases, expected_names
 from tailorcli.models.naming import open_for
 from tailorcli.models.parts import adapt
 from tailorcli.models.places import map_names

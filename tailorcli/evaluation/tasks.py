@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tailorcli.data.encoder import Encoder
 from tailorcli.data.forms import is_pair_of_turns
+from tailorcli.data.hub import is_dataset
 from tailorcli.data.records import Check, Record, check_record, read_records
-from tailorcli.data.sources import is_dataset
 from tailorcli.data.turns import OPEN
 from tailorcli.errors import DataError, OptionsError, note
 from tailorcli.files import expanded_path

@@ -17,7 +17,8 @@ from tailorcli.checkpoint.renamed import RenamedCheckpoint
 from tailorcli.errors import TailorError
 from tailorcli.files import PathLike
 from tailorcli.models.config import read_config
-from tailorcli.models.loading import aliases, empty_on_meta, expected_names, unwrapped
+from tailorcli.models.empty import empty_on_meta
+from tailorcli.models.names import aliases, expected_names, unwrapped
 from tailorcli.options import CalibrateOptions
 
 Key = tuple[str, ...]  # the parameter that a tensor becomes, and which part of it where several become one

@@ -14,7 +14,8 @@ from tailorcli.adapters.config import MERGE_HINT
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.device import StageTimer, free_memory, resolve_device
 from tailorcli.errors import CheckpointError
-from tailorcli.models.loading import aliases, expected_names, require_all, unwrapped
+from tailorcli.models.empty import require_all
+from tailorcli.models.names import aliases, expected_names, unwrapped
 from tailorcli.models.places import Place, map_names
 from tailorcli.models.skeleton import empty_model, fill_computed, load_weights
 from tailorcli.options import LoadOptions

@@ -11,17 +11,10 @@ from typing import TYPE_CHECKING, Any
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import DTYPES, TensorInfo, torch_dtype
 from tailorcli.errors import CheckpointError
+from tailorcli.models.calling import cannot_load, one_at_a_time, quiet_transformers
 from tailorcli.models.config import read_config
-from tailorcli.models.loading import (
-    aliases,
-    cannot_load,
-    described,
-    empty_on_meta,
-    model_class_of,
-    one_at_a_time,
-    prepared,
-    quiet_transformers,
-)
+from tailorcli.models.empty import described, empty_on_meta, model_class_of, prepared
+from tailorcli.models.names import aliases
 from tailorcli.options import LoadOptions
 
 if TYPE_CHECKING:

@@ -30,10 +30,10 @@ from tailorcli.options import CalibrateOptions, DistillOptions, PatchOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import REPORT_FILE, PatchReport, load_report
 from tailorcli.patchfile.view import side_sources
-from tailorcli.patching.apply import apply_patch, open_both, plan_of_patch
-from tailorcli.patching.distilled import distill_patch, for_samples_of, open_teacher, plan_distilled, write_patched
+from tailorcli.patching.apply import apply_patch, open_both, plan_of_patch, write_patched
+from tailorcli.patching.distilled import distill_patch, for_samples_of, open_teacher, plan_distilled
+from tailorcli.patching.inputs import PatchInputs, described_stats
 from tailorcli.patching.patch import patch_checkpoint
-from tailorcli.patching.stream import PatchInputs, described_stats
 from tailorcli.patching.teacher import with_teacher
 from tailorcli.runs.outputs import Target, free_bytes
 from tailorcli.runs.plan import Plan, SearchPlan

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from tailorcli.checkpoint.folder import Checkpoint
+from tailorcli.distributed import wait_for_all
+from tailorcli.files import PathLike, digest_of
+from tailorcli.guard import Watch
+from tailorcli.patchfile.reader import PatchFile, raw_bytes
+from tailorcli.patchfile.report import PatchReport
+from tailorcli.patchfile.view import side_sources
+from tailorcli.runs.outputs import Target, progress_bar
+from tailorcli.runs.plan import Plan
+from tailorcli.runs.writing import Outputs, records_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tailorcli.patchfile.records import TensorRecord
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 from tailorcli._version import __version__
 from tailorcli.checkpoint.bits import keep_freed_memory
-from tailorcli.checkpoint.folder import PIECE_BYTES, Checkpoint
+from tailorcli.checkpoint.folder import PIECE_BYTES
 from tailorcli.checkpoint.header import TensorInfo
 from tailorcli.checkpoint.layout import plan_layout
 from tailorcli.checkpoint.readahead import ReadAhead
-from tailorcli.distributed import mine, now_on, wait_for_all
+from tailorcli.distributed import mine, now_on
 from tailorcli.errors import PatchError
-from tailorcli.files import PathLike
-from tailorcli.guard import Watch
 from tailorcli.hub import local_folder
-from tailorcli.patchfile.reader import PatchFile
-from tailorcli.patchfile.report import REPORT_FILE, PatchReport
-from tailorcli.patchfile.view import read_patched, side_sources
+from tailorcli.patchfile.report import REPORT_FILE
+from tailorcli.patchfile.view import read_patched
 from tailorcli.runs.divided import Work, own_tensors, shares_of_ranks
-from tailorcli.runs.outputs import Target, progress_bar
-from tailorcli.runs.plan import BARE_BYTES, RUNTIME_BYTES, Plan, TensorPlan
+from tailorcli.runs.plan import BARE_BYTES, RUNTIME_BYTES, TensorPlan
 from tailorcli.system import threads_beside
 
 if TYPE_CHECKING:
@@ -194,3 +209,50 @@ def _patched_tensors(
         now_on("")
     finally:
         reader.close()
+
+
+def copy_unpatched(plan: Plan, base: Checkpoint, file: PatchFile, closed: PatchReport, outputs: Outputs) -> None:
+    """Write the tensors that are not in the patch ``file``, of which ``closed`` has the records."""
+    by_name = {record.name: record for record in closed.tensors}
+    for tensor in plan.tensors:
+        if tensor.name not in file.tensors and tensor.name not in outputs.done:
+            outputs.copy(tensor.name, base, by_name[tensor.name])
+    outputs.drain()
+
+
+def write_patched(
+    plan: Plan,
+    base: Checkpoint,
+    file: PatchFile,
+    values: dict[str, Tensor],
+    closed: PatchReport,
+    outputs: Outputs,
+    advance: Callable[[int], object],
+) -> dict[str, TensorRecord]:
+    """Write every tensor with its trained ``values``, or as the patch ``file`` has it; its record by name.
+
+    ``closed`` is the report of that patch, whose layer errors are not those of trained values. Raises OutputError.
+    """
+    by_name = {record.name: record for record in closed.tensors}
+    records = dict(outputs.records)
+    for tensor in plan.tensors:
+        if tensor.name in records:
+            continue
+        record = by_name[tensor.name]
+        records.update(records_of(tensor.name, tensor.copies, record))
+        if tensor.name not in file.tensors:
+            outputs.copy(tensor.name, base, record)
+        else:
+            value = base.read(tensor.name)
+            digest = digest_of(raw_bytes(value)) if outputs.wants_digest else ""
+            mask = file.mask(tensor.name)
+            before = value[mask]
+            value[mask] = values[tensor.name] if tensor.name in values else file.values(tensor.name)
+            if tensor.name in values:
+                stored = base.rounded(tensor.name, value, mask) if base.dequantized else value
+                record = record.trained(float((stored[mask].double() - before.double()).abs().sum()))
+                records.update(records_of(tensor.name, tensor.copies, record))
+            outputs.write(tensor.name, base.encode(tensor.name, value, mask), mask, record, digest)
+        advance(tensor.nbytes)
+    outputs.drain()
+    return records

@@ -17,7 +17,7 @@ from tailorcli.errors import CheckpointError
 from tailorcli.files import read_json
 from tailorcli.options import DistillOptions, PatchOptions, options_in_report
 from tailorcli.patchfile.report import PatchReport
-from tailorcli.patching.stream import PatchInputs
+from tailorcli.patching.inputs import PatchInputs
 from tailorcli.runs.again import NEW, RETAINED, SELF_WRITTEN, patch_command
 from tailorcli.runs.card import (
     CardText,

@@ -9,9 +9,9 @@ the masks, and the plain patch, have seen those as well, so that the check leans
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tailorcli.device import StageTimer, device_errors, exact_float32
@@ -21,9 +21,8 @@ from tailorcli.files import HIDDEN, as_output_error, beside
 from tailorcli.options import PatchOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import PatchReport
-from tailorcli.patching.distilled import write_patched
-from tailorcli.patching.patch import patch_opened
-from tailorcli.patching.stream import PatchInputs
+from tailorcli.patching.apply import write_patched
+from tailorcli.patching.inputs import PatchInputs
 from tailorcli.runs.outputs import Target, free_bytes, progress_bar
 from tailorcli.runs.plan import Plan
 from tailorcli.runs.writing import Outputs
@@ -63,10 +62,11 @@ def patch_checked(
     options: PatchOptions,
     device: torch.device,
     progress: bool,
+    patch: Callable[[Target, PatchOptions, bool], PatchReport],
 ) -> PatchReport:
     """Make both patches in a folder beside the output, and write the better one; its report says what was measured.
 
-    Raises TailorError.
+    ``patch`` makes one of them, of samples of which it may be told to hold a tenth out. Raises TailorError.
     """
     work = work_folder(target)
     try:
@@ -81,8 +81,7 @@ def patch_checked(
         where = Target.of(None, work / f"{name}.safetensors", resume=begun, overwrite=False)
         how = replace(options, propagate=name == PROPAGATED, check_propagation=False, resume=begun, overwrite=False)
         how = replace(how, max_shard_size=None)
-        given = (inputs, where, how, progress, None, perf_counter())
-        reports[name] = patch_opened(*given, holds_out=name == PROPAGATED)
+        reports[name] = patch(where, how, name == PROPAGATED)
     timer = StageTimer(device)
     with timer.stage("check"), exact_float32(), device_errors():
         found = _measured(work, inputs, options, device)

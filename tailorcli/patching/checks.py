@@ -12,7 +12,8 @@ from tailorcli.checkpoint.quantized import DequantizedCheckpoint
 from tailorcli.checkpoint.renamed import RenamedCheckpoint
 from tailorcli.errors import CheckpointError, OptionsError, StatsError, note
 from tailorcli.files import in_shell
-from tailorcli.models.loading import HOLLOW_HINT, unwrapped
+from tailorcli.models.empty import HOLLOW_HINT
+from tailorcli.models.names import unwrapped
 from tailorcli.options import PatchOptions
 
 _SMALL_FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4")

@@ -12,7 +12,7 @@ from tailorcli.runs.divided import Work
 from tailorcli.runs.plan import TensorPlan
 
 if TYPE_CHECKING:
-    from tailorcli.patching.stream import PatchInputs
+    from tailorcli.patching.inputs import PatchInputs
 
 _CHUNK_BYTES = 64 << 20
 COMPARED = 32  # samples of each kind on which propagation runs both unpatched models, to say how far they are apart

@@ -26,25 +26,25 @@ from tailorcli.hub import local_folders
 from tailorcli.models.config import configs_of
 from tailorcli.models.naming import open_for
 from tailorcli.options import AUTO, DistillOptions, PatchOptions, options_in_report
-from tailorcli.patchfile.reader import PatchFile, raw_bytes
+from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import PatchReport, is_retained
 from tailorcli.patchfile.view import side_sources
-from tailorcli.patching.apply import open_both, plan_of_patch
+from tailorcli.patching.apply import copy_unpatched, open_both, plan_of_patch, write_patched
 from tailorcli.patching.carded import card_of_trained, side_files_of
+from tailorcli.patching.checked import check_room
 from tailorcli.patching.checks import check_retain, check_stats
 from tailorcli.patching.cost import most_kept
+from tailorcli.patching.inputs import PatchInputs, described_stats
 from tailorcli.patching.patch import patch_opened
 from tailorcli.patching.planner import build_plan
-from tailorcli.patching.stream import PatchInputs, described_stats
 from tailorcli.patching.teacher import with_teacher
 from tailorcli.runs.outputs import Target, identity_of, progress_bar
 from tailorcli.runs.plan import Plan, TrainingPlan
-from tailorcli.runs.writing import Outputs, records_of
+from tailorcli.runs.writing import Outputs
 from tailorcli.training.run import Teaching, counted_tokens
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from tailorcli.data.samples import Inputs
     from tailorcli.options import CalibrateOptions
@@ -197,7 +197,7 @@ def train_and_write(
     """
     base, timer = teaching.base, StageTimer(teaching.device)
     with PatchFile.open(start) as file:
-        _copy_unpatched(plan, base, file, closed, outputs)  # what is wrong with one is told before the training
+        copy_unpatched(plan, base, file, closed, outputs)  # what is wrong with one is told before the training
         with timer.stage("distill"), exact_float32(), device_errors("a smaller --distill-batch-size"):
             found = teaching.distill(file, distill, work.folder / STATE, materials)
         with progress_bar(plan.tensors, "writing", teaching.progress) as bar, timer.stage("write"):
@@ -329,8 +329,6 @@ def plan_distilled(
         if output is not None or patch_file is not None:
             Work.check(target)
         if sources.options.check_propagation:
-            from tailorcli.patching.checked import check_room  # which uses this
-
             check_room(target, plan, sources.inputs)
         return plan
 
@@ -443,53 +441,6 @@ def for_samples_of(distill: DistillOptions, sampled: Iterable[Stats]) -> Distill
 def settings_of(distill: DistillOptions) -> dict[str, Any]:
     """The options as they stand in a run's identity."""
     return {f"distill {name}": value for name, value in asdict(distill).items()}
-
-
-def _copy_unpatched(plan: Plan, base: Checkpoint, file: PatchFile, closed: PatchReport, outputs: Outputs) -> None:
-    """Write the tensors that are not in the patch ``file``, of which ``closed`` has the records."""
-    by_name = {record.name: record for record in closed.tensors}
-    for tensor in plan.tensors:
-        if tensor.name not in file.tensors and tensor.name not in outputs.done:
-            outputs.copy(tensor.name, base, by_name[tensor.name])
-    outputs.drain()
-
-
-def write_patched(
-    plan: Plan,
-    base: Checkpoint,
-    file: PatchFile,
-    values: dict[str, Tensor],
-    closed: PatchReport,
-    outputs: Outputs,
-    advance: Callable[[int], object],
-) -> dict[str, TensorRecord]:
-    """Write every tensor with its trained ``values``, or as the patch ``file`` has it; its record by name.
-
-    ``closed`` is the report of that patch, whose layer errors are not those of trained values. Raises OutputError.
-    """
-    by_name = {record.name: record for record in closed.tensors}
-    records = dict(outputs.records)
-    for tensor in plan.tensors:
-        if tensor.name in records:
-            continue
-        record = by_name[tensor.name]
-        records.update(records_of(tensor.name, tensor.copies, record))
-        if tensor.name not in file.tensors:
-            outputs.copy(tensor.name, base, record)
-        else:
-            value = base.read(tensor.name)
-            digest = digest_of(raw_bytes(value)) if outputs.wants_digest else ""
-            mask = file.mask(tensor.name)
-            before = value[mask]
-            value[mask] = values[tensor.name] if tensor.name in values else file.values(tensor.name)
-            if tensor.name in values:
-                stored = base.rounded(tensor.name, value, mask) if base.dequantized else value
-                record = record.trained(float((stored[mask].double() - before.double()).abs().sum()))
-                records.update(records_of(tensor.name, tensor.copies, record))
-            outputs.write(tensor.name, base.encode(tensor.name, value, mask), mask, record, digest)
-        advance(tensor.nbytes)
-    outputs.drain()
-    return records
 
 
 def require_work(work: Path) -> None:

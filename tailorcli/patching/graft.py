@@ -24,15 +24,9 @@ from tailorcli.distributed import ranks, wait_for_all
 from tailorcli.errors import CheckpointError, NumericalError, OptionsError, OutputError
 from tailorcli.files import PathLike, beside, given_path, parse_json
 from tailorcli.models.config import processor_folder, read_config
-from tailorcli.models.loading import (
-    aliases,
-    check_shapes,
-    empty_on_meta,
-    expected_names,
-    load_encoder,
-    load_model,
-    most_tokens,
-)
+from tailorcli.models.empty import check_shapes, empty_on_meta, most_tokens
+from tailorcli.models.loading import load_encoder, load_model
+from tailorcli.models.names import aliases, expected_names
 from tailorcli.models.places import Place, guessed_places, map_names
 from tailorcli.models.running import differentiable, to_device
 from tailorcli.options import CalibrateOptions, KeepOptions, PatchOptions

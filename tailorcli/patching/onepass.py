@@ -23,8 +23,9 @@ from tailorcli.data.samples import make_batches
 from tailorcli.device import StageTimer, deterministic_algorithms, device_errors, exact_float32, resolve_device
 from tailorcli.guard import Watch
 from tailorcli.models.config import read_config
-from tailorcli.models.loading import aliases, check_shapes, empty_on_meta
+from tailorcli.models.empty import check_shapes, empty_on_meta
 from tailorcli.models.lockstep import Lockstep, find_blocks
+from tailorcli.models.names import aliases
 from tailorcli.models.running import check_ids, forward, last_logits_only, samples_in, to_device
 from tailorcli.models.spill import Spill
 from tailorcli.options import PatchOptions
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs, Samples
     from tailorcli.models.lockstep import Lane
     from tailorcli.options import CalibrateOptions
-    from tailorcli.patching.stream import PatchInputs
+    from tailorcli.patching.inputs import PatchInputs
     from tailorcli.runs.plan import Plan, TensorPlan
 
 

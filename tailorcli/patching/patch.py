@@ -20,12 +20,14 @@ from tailorcli.guard import Watch
 from tailorcli.options import AUTO, CalibrateOptions, PatchOptions
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.carded import side_files_of
+from tailorcli.patching.checked import check_room, patch_checked, work_folder
 from tailorcli.patching.cost import work_of
 from tailorcli.patching.graft import MaskFile, check_trainable, trained_masks
+from tailorcli.patching.inputs import PatchInputs
 from tailorcli.patching.methods import find_cut
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.run import Run
-from tailorcli.patching.stream import PatchInputs, tailored
+from tailorcli.patching.stream import tailored
 from tailorcli.patching.teacher import with_teacher
 from tailorcli.runs.divided import own_tensors, spread_tensors
 from tailorcli.runs.outputs import Target, identity_of, progress_bar
@@ -57,8 +59,6 @@ def plan_patch(
         target.check(inputs.paths, plan)
         check_method(plan, inputs, options)
         if options.check_propagation:
-            from tailorcli.patching.checked import check_room  # which uses this
-
             check_room(target, plan, inputs)
         return plan
 
@@ -181,8 +181,6 @@ def patch_opened(
 
     With ``holds_out`` a tenth of the samples is kept from propagation. Raises TailorError.
     """
-    from tailorcli.patching.checked import check_room, patch_checked, work_folder  # which use this
-
     with ExitStack() as stack:
         side = side_files_of(inputs, options)
         watch = Watch([*inputs.files, *(source for source in side.values() if isinstance(source, Path))])
@@ -203,7 +201,11 @@ def patch_opened(
             return begun
         outputs = stack.enter_context(begun)
         if options.check_propagation:
-            checked = patch_checked(plan, inputs, outputs, target, options, device, progress)
+
+            def one(where: Target, how: PatchOptions, holds_out: bool) -> PatchReport:
+                return patch_opened(inputs, where, how, progress, None, perf_counter(), holds_out=holds_out)
+
+            checked = patch_checked(plan, inputs, outputs, target, options, device, progress, one)
             checked = replace(checked, seconds=perf_counter() - started)
             outputs.finish(checked, watch)
             shutil.rmtree(work_folder(target))

@@ -13,7 +13,7 @@ from tailorcli.checkpoint.header import PATCHABLE_DTYPES, TensorInfo
 from tailorcli.checkpoint.layout import plan_layout
 from tailorcli.errors import OptionsError, StatsError, note
 from tailorcli.files import in_shell
-from tailorcli.models.loading import unwrapped
+from tailorcli.models.names import unwrapped
 from tailorcli.models.naming import tied_copies
 from tailorcli.options import RELEASED, PatchOptions, matches
 from tailorcli.patching.checks import are_equal, check_pair, check_propagate, check_retain, check_stats

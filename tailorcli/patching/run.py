@@ -12,7 +12,7 @@ from tailorcli.device import StageTimer
 from tailorcli.options import PatchOptions
 from tailorcli.patchfile.records import TensorRecord, fields_of
 from tailorcli.patchfile.report import PatchReport
-from tailorcli.patching.stream import PatchInputs
+from tailorcli.patching.inputs import PatchInputs
 from tailorcli.runs.divided import joined_records, shares_of_ranks
 from tailorcli.runs.plan import TensorPlan
 from tailorcli.runs.writing import Outputs, records_of

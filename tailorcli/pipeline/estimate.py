@@ -28,8 +28,8 @@ from tailorcli.options import AUTO, CalibrateOptions, DistillOptions, PatchOptio
 from tailorcli.patching.aim import ATTEMPTS, Aim, check_target, search_bytes, search_in_words, searched
 from tailorcli.patching.cost import propagation_bytes
 from tailorcli.patching.distilled import with_training
+from tailorcli.patching.inputs import PatchInputs
 from tailorcli.patching.planner import build_plan
-from tailorcli.patching.stream import PatchInputs
 from tailorcli.pipeline.plan import JobPlan, Step
 from tailorcli.pipeline.ranks import (
     Device,

@@ -48,12 +48,12 @@ from tailorcli.patching.checked import SUFFIX as CHECK_SUFFIX
 from tailorcli.patching.checked import check_room
 from tailorcli.patching.distilled import SUFFIX as DISTILL_SUFFIX
 from tailorcli.patching.distilled import distill_checkpoint, settings_of, with_training
+from tailorcli.patching.inputs import PatchInputs
 from tailorcli.patching.measuring import NEW as NEW_DATA
 from tailorcli.patching.measuring import RETAINED as RETAINED_DATA
 from tailorcli.patching.onepass import patch_in_one_pass, why_not_in_one_pass
 from tailorcli.patching.patch import check_writable, patch_checkpoint
 from tailorcli.patching.planner import build_plan
-from tailorcli.patching.stream import PatchInputs
 from tailorcli.patching.teacher import with_teacher
 from tailorcli.pipeline.estimate import PICKING, Estimate, require_divisible, require_retained, searching
 from tailorcli.pipeline.plan import JobPlan, Step

@@ -23,8 +23,8 @@ from tailorcli.device import resolve_device
 from tailorcli.errors import OutputError, TailorError
 from tailorcli.files import digest_of
 from tailorcli.guard import path_text
+from tailorcli.models.calling import package_versions
 from tailorcli.models.config import config_digest, read_config, tokenizer_digest
-from tailorcli.models.loading import package_versions
 from tailorcli.options import CalibrateOptions, DTypeName
 from tailorcli.patching.onepass import Material
 from tailorcli.runs.again import SELF_WRITTEN

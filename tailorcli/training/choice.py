@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from tailorcli.errors import OptionsError
-from tailorcli.models.loading import unwrapped
+from tailorcli.models.names import unwrapped
 from tailorcli.models.running import output_head
 
 _SENSE = "vision|visual|image|video|audio|speech"

@@ -11,7 +11,7 @@ from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.checkpoint.header import DTYPES, torch_dtype
 from tailorcli.data.samples import count_tokens
 from tailorcli.models.config import read_config
-from tailorcli.models.loading import empty_on_meta
+from tailorcli.models.empty import empty_on_meta
 from tailorcli.models.running import output_head
 from tailorcli.models.skeleton import run_dtype
 from tailorcli.options import CalibrateOptions

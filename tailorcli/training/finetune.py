@@ -27,19 +27,12 @@ from tailorcli.distributed import launched
 from tailorcli.errors import NumericalError, OptionsError, first_line, note
 from tailorcli.files import PathLike, file_digest, write_text_atomically
 from tailorcli.guard import OutputLock, Watch, path_text, protect
+from tailorcli.models.calling import package_versions
 from tailorcli.models.config import processor_folder, read_config, tokenizer_digest, writes_samples
+from tailorcli.models.empty import check_shapes, empty_on_meta, most_tokens
 from tailorcli.models.generation import media_token_ids
-from tailorcli.models.loading import (
-    aliases,
-    check_shapes,
-    empty_on_meta,
-    expected_names,
-    load_encoder,
-    load_model,
-    most_tokens,
-    package_versions,
-    unwrapped,
-)
+from tailorcli.models.loading import load_encoder, load_model
+from tailorcli.models.names import aliases, expected_names, unwrapped
 from tailorcli.models.running import check_ids
 from tailorcli.models.skeleton import run_dtype
 from tailorcli.options import matches
@@ -376,7 +369,7 @@ def train(job: Job, network: Any, examples: Examples, work: Path, progress: bool
     """
     import torch
 
-    from tailorcli.models.loading import quiet_transformers
+    from tailorcli.models.calling import quiet_transformers
     from tailorcli.training.trainer import AlreadyTrained, GuardedTrainer, NotANumber, guard_of
 
     padding = getattr(network.config.get_text_config(), "pad_token_id", None)

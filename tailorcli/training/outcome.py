@@ -16,7 +16,8 @@ from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.errors import CheckpointError, NumericalError, OutputError
 from tailorcli.files import read_json
 from tailorcli.guard import OutputLock
-from tailorcli.models.loading import aliases, empty_on_meta, expected_names, unwrapped
+from tailorcli.models.empty import empty_on_meta
+from tailorcli.models.names import aliases, expected_names, unwrapped
 from tailorcli.models.naming import aligned
 from tailorcli.options import LoadOptions
 from tailorcli.patchfile.report import FINETUNE_FILE

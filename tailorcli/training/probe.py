@@ -26,8 +26,10 @@ from tailorcli.errors import CheckpointError
 from tailorcli.files import PathLike, ScratchFolder, optional_path
 from tailorcli.guard import OutputLock, Watch, path_text, protect
 from tailorcli.hub import local_folder
+from tailorcli.models.calling import package_versions
 from tailorcli.models.config import read_config
-from tailorcli.models.loading import check_shapes, load_encoder, load_model, most_tokens, package_versions
+from tailorcli.models.empty import check_shapes, most_tokens
+from tailorcli.models.loading import load_encoder, load_model
 from tailorcli.models.lockstep import find_blocks
 from tailorcli.models.running import check_ids, to_device
 from tailorcli.options import CalibrateOptions

@@ -27,7 +27,8 @@ from tailorcli.errors import DataError, OptionsError, note
 from tailorcli.models.blockwise import skeleton_if_too_large
 from tailorcli.models.config import read_config
 from tailorcli.models.generation import end_token_ids, media_token_ids
-from tailorcli.models.loading import aliases, expected_names, load_model
+from tailorcli.models.loading import load_model
+from tailorcli.models.names import aliases, expected_names
 from tailorcli.models.parts import adapt, load_from_view
 from tailorcli.models.places import Place, map_names
 from tailorcli.models.running import to_device

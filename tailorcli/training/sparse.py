@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from tailorcli.core import dowser, spider
 from tailorcli.errors import OptionsError, OutputError
 from tailorcli.files import PathLike, optional_path
-from tailorcli.models.loading import unwrapped
+from tailorcli.models.names import unwrapped
 from tailorcli.training.choice import beside_own, choose, freeze_others, named_parameters
 from tailorcli.training.importance import Importance
 from tailorcli.training.optimisers import KEEPS_WITHOUT_GRADIENT, refuse_outside_steps

@@ -9,9 +9,10 @@ from helpers import random_hessian
 
 from tailorcli import core
 from tailorcli.core import gradients, solvers
-from tailorcli.core.gradients import State, conjugate_gradients, step_
+from tailorcli.core.gradients import conjugate_gradients
 from tailorcli.core.products import System, left_parts, product_of_halves, right_parts
 from tailorcli.core.propagation import accumulate_moments_, complete_, no_moments
+from tailorcli.core.steps import State, step_
 from tailorcli.options import PatchOptions
 
 DEFAULT = PatchOptions().tolerance

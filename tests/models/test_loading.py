@@ -32,7 +32,8 @@ from tailorcli import (
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.errors import CheckpointError
 from tailorcli.models.config import read_config
-from tailorcli.models.loading import load_model, model_class_of, most_tokens
+from tailorcli.models.empty import model_class_of, most_tokens
+from tailorcli.models.loading import load_model
 from tailorcli.models.skeleton import empty_model
 
 IDS = torch.arange(2, 22)[None]

@@ -8,7 +8,7 @@ from helpers import make_tokenizer, perturb, run, write_data
 from tailorcli.calibration.stats import Stats
 from tailorcli.checkpoint.folder import Checkpoint
 from tailorcli.core.hessian import unpack_triangle
-from tailorcli.models.loading import aliases, expected_names
+from tailorcli.models.names import aliases, expected_names
 from tailorcli.models.places import map_names
 
 SIZES = {"vocab_size": 100, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "head_dim": 4}

@@ -11,9 +11,10 @@ from tailorcli import PatchOptions
 from tailorcli.checkpoint import readahead
 from tailorcli.device import StageTimer
 from tailorcli.patching.cost import working_set
+from tailorcli.patching.inputs import PatchInputs
 from tailorcli.patching.planner import build_plan
 from tailorcli.patching.run import Run
-from tailorcli.patching.stream import PatchInputs, tailored
+from tailorcli.patching.stream import tailored
 from tailorcli.runs.plan import RUNTIME_BYTES
 
 WIDE = LlamaShape(layers=1, hidden=256, intermediate=1024, vocab=200)  # down_proj: its Hessian is the largest of all

@@ -27,8 +27,8 @@ from tailorcli import (
 from tailorcli.checkpoint.writer import CheckpointWriter
 from tailorcli.patchfile.spool import SpoolWriter
 from tailorcli.patching.cost import work_of
+from tailorcli.patching.inputs import PatchInputs
 from tailorcli.patching.planner import build_plan
-from tailorcli.patching.stream import PatchInputs
 from tailorcli.runs.divided import own_tensors
 
 
