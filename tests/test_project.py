@@ -36,6 +36,21 @@ def test_imports_run_one_way():
             assert any(name == rule or name.startswith(f"{rule}.") for name in imported), f"{room} needs no {rule}"
 
 
+def test_no_file_imports_one_that_imports_it():
+    """At any depth of its code, and through any number of others: the files of a room stand above one another, too."""
+    files = {f"tailorcli.{'.'.join(p.relative_to(PACKAGE).with_suffix('').parts)}": p for p in PACKAGE.rglob("*.py")}
+    files = {name: path for name, path in files.items() if path.name != "__init__.py"}
+    imported = {}
+    for name, path in files.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        found = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+        imported[name] = ({node.module for node in nodes} | found) & files.keys()
+    while free := [name for name, others in imported.items() if not others & imported.keys()]:
+        for name in free:
+            del imported[name]
+    assert not imported, "these, or what they import, import one another"
+
+
 def test_core_is_pure():
     """Torch, NumPy, the standard library and the errors: no files, no logging."""
     allowed = {

@@ -18,7 +18,10 @@ from tailorcli.device import StageTimer, device_errors, exact_float32
 from tailorcli.distributed import require_alone
 from tailorcli.errors import OptionsError, OutputError
 from tailorcli.files import HIDDEN, as_output_error, beside
-from tailorcli.options import PatchOptions
+from tailorcli.models.config import read_config
+from tailorcli.models.empty import empty_on_meta
+from tailorcli.models.running import output_head
+from tailorcli.options import CalibrateOptions, PatchOptions
 from tailorcli.patchfile.reader import PatchFile
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.apply import write_patched
@@ -36,11 +39,19 @@ SUFFIX = ".check"  # of the folder beside the output that an interrupted run goe
 PLAIN, PROPAGATED = "plain", "propagated"
 
 
-def check_room(target: Target, plan: Plan, inputs: PatchInputs) -> None:
-    """Both patches can be kept in the folder beside the output, if there is one. Raises OptionsError, OutputError."""
+def check_both(target: Target, plan: Plan, inputs: PatchInputs, options: PatchOptions) -> None:
+    """Both patches can be made, and be kept in the folder beside the output, if there is one.
+
+    Raises OptionsError, OutputError.
+    """
     require_alone("--check-propagation")
     if inputs.base.dequantized:
         what = "--check-propagation keeps two patch files, and the base's tensors are quantised"
+        raise OptionsError(what, "leave it out")
+    how = CalibrateOptions(trust_remote_code=options.trust_remote_code)
+    network = empty_on_meta(inputs.base, read_config(inputs.base.path), how)
+    if output_head(network) is None:
+        what = f"--check-propagation compares answers, and {type(network).__name__} has no layer over a vocabulary"
         raise OptionsError(what, "leave it out")
     if target.folder is None and target.patch_file is None:
         return

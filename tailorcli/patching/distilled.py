@@ -31,7 +31,7 @@ from tailorcli.patchfile.report import PatchReport, is_retained
 from tailorcli.patchfile.view import side_sources
 from tailorcli.patching.apply import copy_unpatched, open_both, plan_of_patch, write_patched
 from tailorcli.patching.carded import card_of_trained, side_files_of
-from tailorcli.patching.checked import check_room
+from tailorcli.patching.checked import check_both
 from tailorcli.patching.checks import check_retain, check_stats
 from tailorcli.patching.cost import most_kept
 from tailorcli.patching.inputs import PatchInputs, described_stats
@@ -329,7 +329,7 @@ def plan_distilled(
         if output is not None or patch_file is not None:
             Work.check(target)
         if sources.options.check_propagation:
-            check_room(target, plan, sources.inputs)
+            check_both(target, plan, sources.inputs, sources.options)
         return plan
 
 

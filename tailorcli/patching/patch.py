@@ -20,7 +20,7 @@ from tailorcli.guard import Watch
 from tailorcli.options import AUTO, CalibrateOptions, PatchOptions
 from tailorcli.patchfile.report import PatchReport
 from tailorcli.patching.carded import side_files_of
-from tailorcli.patching.checked import check_room, patch_checked, work_folder
+from tailorcli.patching.checked import check_both, patch_checked, work_folder
 from tailorcli.patching.cost import work_of
 from tailorcli.patching.graft import MaskFile, check_trainable, trained_masks
 from tailorcli.patching.inputs import PatchInputs
@@ -59,7 +59,7 @@ def plan_patch(
         target.check(inputs.paths, plan)
         check_method(plan, inputs, options)
         if options.check_propagation:
-            check_room(target, plan, inputs)
+            check_both(target, plan, inputs, options)
         return plan
 
 
@@ -193,7 +193,7 @@ def patch_opened(
         if holds_out:
             identity["holds_out"] = True
         if options.check_propagation:
-            check_room(target, plan, inputs)
+            check_both(target, plan, inputs, options)
         what = (plan, inputs.base, inputs.paths, identity, "patch", side, manifest)
         samples = check_method(plan, inputs, options)
         begun = target.begin(*what, announce=announce, divided=True)

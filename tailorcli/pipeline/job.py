@@ -45,7 +45,7 @@ from tailorcli.patching.aim import (
 )
 from tailorcli.patching.aim import SUFFIX as TARGET_SUFFIX
 from tailorcli.patching.checked import SUFFIX as CHECK_SUFFIX
-from tailorcli.patching.checked import check_room
+from tailorcli.patching.checked import check_both
 from tailorcli.patching.distilled import SUFFIX as DISTILL_SUFFIX
 from tailorcli.patching.distilled import distill_checkpoint, settings_of, with_training
 from tailorcli.patching.inputs import PatchInputs
@@ -394,7 +394,7 @@ class _Job:
         paths = [self.base, self.tuned, self.data, *([] if self.retain_data is None else [self.retain_data])]
         self.target.check(paths, patch)
         if options.check_propagation:
-            check_room(self.target, patch, inputs)
+            check_both(self.target, patch, inputs, options)
         expected = [one for one in stats if isinstance(one, ExpectedStats)]
         why = self._why_in_steps(fleet)
         if not why:

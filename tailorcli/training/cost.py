@@ -12,11 +12,10 @@ from tailorcli.checkpoint.header import DTYPES, torch_dtype
 from tailorcli.data.samples import count_tokens
 from tailorcli.models.config import read_config
 from tailorcli.models.empty import empty_on_meta
-from tailorcli.models.running import output_head
 from tailorcli.models.skeleton import run_dtype
 from tailorcli.options import CalibrateOptions
 from tailorcli.training.activations import blocks_of, kept_bytes, kept_limit
-from tailorcli.training.teachers import CPU_LOGITS_BYTES, LOGITS_BYTES
+from tailorcli.training.teachers import CPU_LOGITS_BYTES, LOGITS_BYTES, head_of
 
 if TYPE_CHECKING:
     from tailorcli.data.samples import Inputs
@@ -37,7 +36,8 @@ def training_bytes(
     """Bytes on the device and in host memory at their fullest; on a CPU both lie in its memory.
 
     ``folder`` has the config by which the patched model runs, ``kept`` names the tensors with their kept entries, and
-    ``kinds`` are the samples of each kind. ``options`` say in which dtype the model runs. Raises CheckpointError.
+    ``kinds`` are the samples of each kind. ``options`` say in which dtype the model runs. Raises CheckpointError, also
+    for a model without an output layer over a vocabulary.
     """
     config = read_config(folder)
     network = empty_on_meta(base, config, options, folder)
@@ -49,8 +49,7 @@ def training_bytes(
     work = 16 * max(entries.values(), default=0)  # of the tensor that is stepped: places as int64, the spread
     tokens = batch_size * max(count_tokens(sample) for samples in kinds for sample in samples)
     every, one = kept_bytes(network, tokens, size)
-    head = output_head(network)
-    rows, width = (head.weight.shape[0], head.weight.shape[1]) if head is not None else (0, 0)
+    rows, width = head_of(network).weight.shape
     if every > kept_limit(on_gpu=on_gpu):  # a block's input of each, and one block at a time
         every = (len(blocks_of(network)) + 2) * tokens * width * size + 2 * one
     logits = _LOGITS_ARRAYS * min(LOGITS_BYTES if on_gpu else CPU_LOGITS_BYTES, 4 * tokens * rows)

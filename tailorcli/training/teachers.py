@@ -41,7 +41,7 @@ def head_of(network: Any) -> nn.Linear:
     if head is None:
         raise CheckpointError(
             f"{type(network).__name__} has no linear output layer over its vocabulary, whose answers could be learned",
-            "leave --distill out",
+            "leave --distill, or --target, out",
         )
     return head
 

@@ -17,6 +17,7 @@ from helpers import (
     perturb,
     quantise,
     read_tensors,
+    refused,
     write_data,
 )
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -247,3 +248,18 @@ def last_position(folder, samples):
     network = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
     with torch.no_grad():
         return torch.stack([network(**sample).logits[0, -1] for sample in samples])
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (("--distill",), "ViTForImageClassification has no linear output layer over its vocabulary"),
+        (("--target", "old=99"), "ViTForImageClassification has no linear output layer over its vocabulary"),
+        (("--check-propagation",), "ViTForImageClassification has no layer over a vocabulary"),
+    ],
+)
+def test_a_model_without_a_vocabulary_is_refused_before_any_work(tmp_path, asked, says):
+    pair = make_family_pair(tmp_path / "vit", "vit")
+    data = ("--data", pair / "data.jsonl", "--retain-data", pair / "data.jsonl")
+    refused("patch", pair / "base", pair / "tuned", *data, *asked, "-o", tmp_path / "out", mentions=[says])
+    assert [path.name for path in tmp_path.iterdir()] == ["vit"]
