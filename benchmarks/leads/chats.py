@@ -233,16 +233,17 @@ def measure(seed: int, base: Path, cache: Path) -> dict[str, dict[str, float]]:
 
 
 def rows_of(found: list[dict[str, dict[str, float]]]) -> list[list[str]]:
-    """A row for each model that was measured: every task, mean and deviation over the seeds."""
+    """A row for each model that was measured: every task, mean and deviation over the seeds that have it."""
     names = {"base": "base", "tuned": "tuned"} | {f"interpolate {w:g}": f"interpolate {w:g}" for w in WEIGHTS}
     for arm, how in ARMS.items():
         names |= {arm: f"patched, samples {how}", f"{arm}, distilled": f"the same, distilled for {STEPS} steps"}
     rows = []
     for name, shown in names.items():
         known = [of_seed[name] for of_seed in found if name in of_seed]
-        if len(known) == len(found):
+        if known:
+            of = "" if len(known) == len(found) else f" ({len(known)} of {len(found)} seeds)"
             old = [mean(one[task] for task in OLD) for one in known]
-            rows.append([shown, *(spread([one[task] for one in known]) for task in TASKS), spread(old)])
+            rows.append([shown + of, *(spread([one[task] for one in known]) for task in TASKS), spread(old)])
     return rows
 
 

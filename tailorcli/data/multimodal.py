@@ -102,7 +102,7 @@ class Multimodal:
     def with_media(self, record: Record, seq_len: int, *, asked: bool = False) -> Inputs:
         """Images, sound and text through the model's own processor, which puts in as many tokens of each as it needs.
 
-        Messages that are ``asked`` end with the head of an answer.
+        Messages that are ``asked`` end with the head of an answer. Raises DataError.
         """
         if record.images and not self._sees:
             raise DataError(f"{record.where} has images, and this model sees none", "give it text and sound alone")
