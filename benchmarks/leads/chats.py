@@ -20,7 +20,6 @@ import zoneinfo
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import mean
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -242,8 +241,7 @@ def rows_of(found: list[dict[str, dict[str, float]]]) -> list[list[str]]:
         known = [of_seed[name] for of_seed in found if name in of_seed]
         if known:
             of = "" if len(known) == len(found) else f" ({len(known)} of {len(found)} seeds)"
-            old = [mean(one[task] for task in OLD) for one in known]
-            rows.append([shown + of, *(spread([one[task] for one in known]) for task in TASKS), spread(old)])
+            rows.append([shown + of, *(spread([one[task] for one in known]) for task in TASKS)])
     return rows
 
 
@@ -259,7 +257,7 @@ def main() -> None:
     base = made(options.cache / "base", lambda out: in_float32(real_model.make_base(cache_root()), out))
     prepare(base, options.cache / "data")
     found = [measure(seed, base, options.cache) for seed in options.seeds]
-    text = table(["model", *TASKS, "old, mean"], rows_of(found))
+    text = table(["model", *TASKS], rows_of(found))
     print(text)
     document = DOCUMENT.read_text(encoding="utf-8")
     DOCUMENT.write_text(between(document, "chats", text), encoding="utf-8")
