@@ -42,6 +42,7 @@ from tailorcli import (
     finetune_model,
     patch_checkpoint,
 )
+from tailorcli.calibration.sources import write_jsonl
 from tailorcli.training.settings import FinetuneOptions
 
 SEEDS = (0, 1, 2)
@@ -117,11 +118,6 @@ def asked(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
-def write(file: Path, records: list[dict[str, object]]) -> None:
-    """Records as lines of JSON."""
-    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-
-
 def prepare(base: Path, folder: Path) -> None:
     """The data of the tasks and of training, unless they are there."""
     if (folder / "opening.jsonl").exists():
@@ -130,11 +126,11 @@ def prepare(base: Path, folder: Path) -> None:
     tokenizer = tokenizer_of(base)
     pairs = new_pairs()
     turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs[:TRAINED]]
-    write(folder / "train.jsonl", [{"messages": messages} for messages in turns])
-    write(folder / "new.jsonl", [{"question": q, "answer": a} for q, a in pairs[TRAINED : TRAINED + ASKED]])
+    write_jsonl([{"messages": messages} for messages in turns], folder / "train.jsonl")
+    write_jsonl([{"question": q, "answer": a} for q, a in pairs[TRAINED : TRAINED + ASKED]], folder / "new.jsonl")
     questions = old_questions()
     answers = answers_of(base, tokenizer, questions)
-    write(folder / "chat.jsonl", [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)])
+    write_jsonl([{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)], folder / "chat.jsonl")
     text_data.write_tasks(text_data.load_texts(), tokenizer, folder / "text")
     cities = [json.loads(line) for line in (folder / "text" / "cities-test.jsonl").read_text().splitlines()]
     for city in cities:
@@ -142,8 +138,8 @@ def prepare(base: Path, folder: Path) -> None:
         city["prompt"] = asked(tokenizer, question.replace("lies on the continent of", "lie?"))
         city["choices"] = [choice.strip() for choice in city["choices"]]
         city["answer"] = city["answer"].strip()
-    write(folder / "cities.jsonl", cities)
-    write(folder / "opening.jsonl", [{"text": opening_of(tokenizer)}])
+    write_jsonl(cities, folder / "cities.jsonl")
+    write_jsonl([{"text": opening_of(tokenizer)}], folder / "opening.jsonl")
 
 
 def opening_of(tokenizer: PreTrainedTokenizerBase) -> str:

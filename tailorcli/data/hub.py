@@ -12,6 +12,7 @@ from tailorcli.errors import DataError, first_line
 from tailorcli.files import digest_of, file_digest
 
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval|all)(\W.*)?|.*\[.*", re.IGNORECASE)
+_DATASET = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:.*)?")
 _MOST_ROWS = 256  # at a time
 
 
@@ -105,9 +106,6 @@ def _only_split(name: str, splits: dict[str, Any]) -> Any:
         return splits["train"] if "train" in splits else next(iter(splits.values()))
     hint = "name one behind a colon; of a folder, name the folder of a split"
     raise DataError(f"{name} has the splits {', '.join(splits)}, and none is train", hint)
-
-
-_DATASET = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:.*)?")
 
 
 def is_dataset(name: str) -> bool:
